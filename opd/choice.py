@@ -1,0 +1,63 @@
+"""How an axis finds its choices: every file of the axis's folder that defines a final subclass is a choice.
+
+A new choice is a new file; no list of names is kept anywhere, so adding one edits no existing module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class Settings(BaseModel):
+    """A block of a recipe: unknown keys are errors, values are checked, instances are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class Choice(Settings):
+    """Base of every axis. A subclass with a `kind` is one choice of that axis and is final."""
+
+    axis: ClassVar[str] = ""
+
+
+def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
+    """The choices of an axis by `kind`, found by importing every module of the folder that the axis is defined in."""
+    folder = importlib.import_module(axis.__module__.rsplit(".", 1)[0])
+    for module in pkgutil.iter_modules(folder.__path__):
+        importlib.import_module(f"{folder.__name__}.{module.name}")
+
+    def descendants(cls: type[Choice]) -> list[type[Choice]]:
+        return [d for sub in cls.__subclasses__() for d in (sub, *descendants(sub))]
+
+    found = {c.model_fields["kind"].default: c for c in descendants(axis) if "kind" in c.model_fields}
+    return dict(sorted(found.items()))
+
+
+class OneOf:
+    """Annotation for a recipe's field: `Annotated[Divergence, OneOf(Divergence)]`.
+
+    Accepts an instance, a mapping with `kind`, or the bare kind (`divergence: reverse_kl`).
+    """
+
+    def __init__(self, axis: type[Choice], default: str | None = None):
+        self.axis, self.default = axis, default
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        members = choices_of(self.axis)
+        union = core_schema.tagged_union_schema(
+            {kind: handler.generate_schema(member) for kind, member in members.items()},
+            discriminator="kind",
+        )
+        return core_schema.no_info_before_validator_function(self._expand, union)
+
+    def _expand(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        if isinstance(value, dict) and "kind" not in value and self.default:
+            return {"kind": self.default, **value}
+        return value

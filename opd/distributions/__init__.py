@@ -1,0 +1,8 @@
+"""What a policy or a teacher believes at each state: the one currency that every axis trades in."""
+
+from opd.distributions.base import Distribution
+from opd.distributions.categorical import Categorical, Head
+from opd.distributions.sampled import Sampled
+from opd.distributions.top_k import TopK, append_tail
+
+__all__ = ["Categorical", "Distribution", "Head", "Sampled", "TopK", "append_tail"]

@@ -1,0 +1,76 @@
+"""`Categorical`: final hidden states and the output head. Logits exist only chunk by chunk, inside a divergence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+
+from opd.distributions.base import Distribution
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: `logits = softcap(scale * (h @ weight.T + bias)) / temperature`, over the first `vocabulary` ids.
+
+    Attributes:
+        weight: `[V, D]`, in the model's dtype; tied, untied, frozen, or a LoRA-adapted matrix with its graph.
+        bias: `[V]` or None.
+        scale: factor on the logits (some architectures divide them by a constant).
+        softcap: `c * tanh(logits / c)` when set.
+        temperature: softmax temperature, declared once by the recipe for sampling, student and teacher.
+        vocabulary: number of leading ids that count; ids beyond it have probability zero on every side.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    vocabulary: int | None = None
+
+    @property
+    def size(self) -> int:
+        """V': the number of ids that this head gives probability to."""
+        return self.vocabulary or self.weight.shape[0]
+
+    def masked_weight(self) -> torch.Tensor:
+        """`[V', D]` view of the rows that count."""
+        return self.weight[: self.size]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits `[C, V']` of hidden states `[C, D]`, temperature applied; differentiable by autograd."""
+        raw = (hidden.to(self.weight.dtype) @ self.masked_weight().T).float()
+        if self.bias is not None:
+            raw = raw + self.bias[: self.size].float()
+        raw = raw * self.scale
+        if self.softcap is not None:
+            raw = self.softcap * torch.tanh(raw / self.softcap)
+        return raw / self.temperature
+
+    def detach(self) -> Head:
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias)
+
+
+@dataclass(frozen=True)
+class Categorical(Distribution):
+    """Full-vocabulary distributions, held as hidden states `[N, D]` and a `Head`: `2 * D` bytes a position in bf16."""
+
+    kind: ClassVar[str] = "categorical"
+    hidden: torch.Tensor
+    head: Head
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def select(self, index: slice | torch.Tensor) -> Self:
+        return replace(self, hidden=self.hidden[index])
+
+    def detach(self) -> Self:
+        return replace(self, hidden=self.hidden.detach(), head=self.head.detach())
+
+    def log_probs(self) -> torch.Tensor:
+        """float32 `[N, V']`: every log-probability. For small N only (sampling, reports, tests)."""
+        return torch.log_softmax(self.head.logits(self.hidden), dim=-1)

@@ -1,0 +1,27 @@
+"""`Sampled`: all that is known of each state is the log-probability of the action that was taken there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+
+from opd.distributions.base import Distribution
+
+
+@dataclass(frozen=True)
+class Sampled(Distribution):
+    """Log-probability `[N]` of the action taken at each position, normalised over the whole vocabulary."""
+
+    kind: ClassVar[str] = "sampled"
+    log_probs: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.log_probs.shape[0]
+
+    def select(self, index: slice | torch.Tensor) -> Self:
+        return type(self)(self.log_probs[index])
+
+    def detach(self) -> Self:
+        return type(self)(self.log_probs.detach())

@@ -1,0 +1,292 @@
+"""The loss operator: head projection, divergence and gradient, chunk by chunk over the positions that count.
+
+Gradients are made in the forward pass, so that a chunk's logits are projected once and then forgotten. Nothing here
+ever holds `[N, V]`, let alone `[B, T, V]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
+from opd.divergences.base import Divergence, OnAction, OnSupport
+
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several."""
+
+    distribution: Distribution
+    weight: float | torch.Tensor = 1.0
+
+    def select(self, index: slice | torch.Tensor) -> Target:
+        weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
+        return Target(self.distribution.select(index), weight)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What the operator returns.
+
+    Attributes:
+        total: scalar with a graph: `sum_n weights[n] * value[n]` in gradient, and in value for `OnSupport`.
+        values: float32 `[N]`, detached: the divergence (or its estimate) at each position, before `weights`; zero where
+            the weight is zero, since those rows are never projected.
+    """
+
+    total: torch.Tensor
+    values: torch.Tensor
+
+
+def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of one chunk, such that one float32 buffer `[rows, V]` takes at most `chunk_bytes` (never under 16 rows)."""
+    return max(16, min(1024, chunk_bytes // (4 * vocabulary)))
+
+
+def divergence_loss(
+    divergence: Divergence,
+    student: Categorical,
+    targets: Sequence[Target],
+    weights: torch.Tensor,
+    actions: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: int | None = None,
+) -> Loss:
+    """Compare the student with its targets at every position and differentiate.
+
+    Memory beyond the inputs is at most `(2 + M) * 4 * R * V + 4 * R * V` bytes of chunk buffers, `N * D` for the
+    gradient of the hidden states, and `4 * V * D` for the head's when it is trained (R rows a chunk, V ids, M targets);
+    it does not depend on N beyond the second term.
+
+    Args:
+        divergence: the objective.
+        student: `[N]` distributions with a graph through hidden states and head.
+        targets: detached answers for the same N positions; their divergences are summed with their weights.
+        weights: float32 `[N]`, detached, global denominator included; rows of weight zero are skipped.
+        actions: int64 `[N]`, the ids taken.
+        lengths: int64 `[B]`, positions of each trajectory, summing to N.
+        rows: rows of a chunk; by default what `chunk_rows` says.
+    """
+    rows = rows or chunk_rows(student.head.size)
+    plan = _Plan(divergence, student.head, tuple(targets), weights.float(), actions, lengths, rows)
+    total, values = _FusedDivergence.apply(student.hidden, student.head.weight, student.head.bias, plan)
+    return Loss(total, values)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    divergence: Divergence
+    head: Head
+    targets: tuple[Target, ...]
+    weights: torch.Tensor
+    actions: torch.Tensor
+    lengths: torch.Tensor
+    rows: int
+
+
+class _FusedDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, plan: _Plan):  # type: ignore[no-untyped-def]
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, values, grads = _forward(hidden, weight, bias, plan, ctx.needs_input_grad)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(values)
+        return total, values
+
+    @staticmethod
+    def backward(ctx, grad_total, _):  # type: ignore[no-untyped-def]
+        return (*(None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors), None)
+
+
+def _forward(hidden, weight, bias, plan: _Plan, needs_grad):  # type: ignore[no-untyped-def]
+    head, divergence = plan.head, plan.divergence
+    size = head.size
+    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden.device.type) else weight.dtype
+    matrix = weight[:size].detach().to(dtype)
+    offset = None if bias is None else bias[:size].detach().float()
+    device = hidden.device
+    values = torch.zeros(len(hidden), device=device)
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros(weight.shape, device=device) if needs_grad[1] else None
+    grad_bias = torch.zeros(bias.shape, device=device) if bias is not None and needs_grad[2] else None
+
+    live = plan.weights.nonzero().squeeze(1)
+    coefficients = None
+    if isinstance(divergence, OnAction) and divergence.discount:
+        coefficients = _returns(hidden, plan)
+    for index in torch.split(live, plan.rows):
+        rows = hidden[index].detach().to(dtype)
+        log_q, slope = _log_probs(rows, matrix, offset, head)
+        if isinstance(divergence, OnSupport):
+            value, grad = _on_support(divergence, log_q, plan, index)
+        else:
+            assert isinstance(divergence, OnAction)
+            value, grad = _on_action(divergence, log_q, plan, index, coefficients)
+        chunk_weights = plan.weights[index]
+        values[index] = value
+        total += (value * chunk_weights).sum(dtype=torch.float64)
+        if not any(needs_grad[:3]):
+            continue
+        grad.mul_((chunk_weights * (head.scale / head.temperature))[:, None])
+        if slope is not None:
+            grad.mul_(slope)
+        if grad_bias is not None:
+            grad_bias[:size] += grad.sum(0)
+        grad = grad.to(dtype)
+        if grad_hidden is not None:
+            grad_hidden[index] = (grad @ matrix).to(hidden.dtype)
+        if grad_weight is not None:
+            if dtype == torch.float32:
+                grad_weight[:size].addmm_(grad.T, rows)
+            else:
+                grad_weight[:size] += grad.T @ rows
+    grads = (
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None else grad_bias.to(bias.dtype),
+    )
+    return total.float(), values, grads
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.is_autocast_enabled(device_type)
+
+
+def _log_probs(
+    rows: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor | None, head: Head
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """float32 `[C, V]` log-probabilities of a chunk, and the slope of a soft cap where the head has one."""
+    logits = (rows @ matrix.T).float()
+    if offset is not None:
+        logits += offset
+    if head.scale != 1.0:
+        logits *= head.scale
+    slope = None
+    if head.softcap is not None:
+        capped = torch.tanh(logits / head.softcap)
+        slope = 1 - capped * capped
+        logits = capped.mul_(head.softcap)
+    if head.temperature != 1.0:
+        logits /= head.temperature
+    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)), slope
+
+
+def _head_log_probs(full: Categorical) -> torch.Tensor:
+    head = full.head
+    matrix = head.masked_weight().detach()
+    offset = None if head.bias is None else head.bias[: head.size].detach().float()
+    return _log_probs(full.hidden.detach().to(matrix.dtype), matrix, offset, head)[0]
+
+
+def _on_support(
+    divergence: OnSupport, log_q: torch.Tensor, plan: _Plan, index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value, grad = None, None
+    for place, target in enumerate(plan.targets):
+        target = target.select(index)
+        answer = target.distribution
+        last = place == len(plan.targets) - 1
+        if isinstance(answer, Categorical) and divergence.top_k is None:
+            own = log_q if last else log_q.clone()
+            v, g = divergence.value_and_grad(_head_log_probs(answer), own)
+        else:
+            v, g = _on_buckets(divergence, log_q, answer)
+        if not (isinstance(target.weight, float) and target.weight == 1.0):
+            w = torch.as_tensor(target.weight, device=v.device, dtype=v.dtype)
+            v = v * w
+            g.mul_(w[:, None] if w.ndim else w)
+        value = v if value is None else value + v
+        grad = g if grad is None else grad.add_(g)
+    assert value is not None
+    assert grad is not None
+    return value, grad
+
+
+def _on_buckets(
+    divergence: OnSupport, log_q: torch.Tensor, answer: Distribution
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
+    if isinstance(answer, Categorical):
+        assert divergence.top_k is not None
+        full = _head_log_probs(answer)
+        source = log_q if divergence.support_from == "student" else full
+        ids = source.topk(min(divergence.top_k, source.shape[-1] - 1), dim=-1).indices
+        log_p = append_tail(full.gather(1, ids))
+        del full
+    else:
+        assert isinstance(answer, TopK)
+        log_p, ids = answer.with_tail(), answer.ids
+    bucket_q = append_tail(log_q.gather(1, ids))
+    log_tail = bucket_q[:, -1:].clone()
+    value, bucket_grad = divergence.value_and_grad(log_p, bucket_q)
+    grad = (log_q - log_tail).exp_().mul_(bucket_grad[:, -1:])
+    return value, grad.scatter_(1, ids, bucket_grad[:, :-1])
+
+
+def _action_log_probs(answer: Distribution, actions: torch.Tensor) -> torch.Tensor:
+    if isinstance(answer, Sampled):
+        return answer.log_probs.float()
+    assert isinstance(answer, Categorical)
+    return _head_log_probs(answer).gather(1, actions[:, None]).squeeze(1)
+
+
+def _on_action(
+    divergence: OnAction,
+    log_q: torch.Tensor,
+    plan: _Plan,
+    index: torch.Tensor,
+    coefficients: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    actions = plan.actions[index]
+    taken = log_q.gather(1, actions[:, None]).squeeze(1)
+    if coefficients is None:
+        lengths = torch.ones(len(index), dtype=torch.int64)
+        value, coefficient = _sum_targets(divergence, taken, [t.select(index) for t in plan.targets], actions, lengths)
+    else:
+        value, coefficient = coefficients[0][index], coefficients[1][index]
+    # d log q(a) / d logits = onehot(a) - q
+    grad = log_q.exp_().mul_(-coefficient[:, None])
+    grad.scatter_add_(1, actions[:, None], coefficient[:, None])
+    return value, grad
+
+
+def _sum_targets(
+    divergence: OnAction,
+    taken: torch.Tensor,
+    targets: Sequence[Target],
+    actions: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    value, coefficient = torch.zeros_like(taken), torch.zeros_like(taken)
+    for target in targets:
+        step = rows or len(actions)
+        log_p = torch.cat(
+            [
+                _action_log_probs(target.distribution.select(slice(s, s + step)), actions[s : s + step])
+                for s in range(0, len(actions), step)
+            ]
+        )
+        v, c = divergence.value_and_coefficient(log_p, taken, lengths)
+        value += v * target.weight
+        coefficient += c * target.weight
+    return value, coefficient
+
+
+def _returns(hidden: torch.Tensor, plan: _Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and coefficients of all N positions, for estimators that credit a position with what follows it."""
+    student = Categorical(hidden.detach(), plan.head.detach())
+    taken = torch.cat(
+        [
+            _action_log_probs(student.select(slice(s, s + plan.rows)), plan.actions[s : s + plan.rows])
+            for s in range(0, len(hidden), plan.rows)
+        ]
+    )
+    assert isinstance(plan.divergence, OnAction)
+    return _sum_targets(plan.divergence, taken, plan.targets, plan.actions, plan.lengths, plan.rows)

@@ -1,0 +1,24 @@
+"""Reverse KL: the student keeps to what the teacher finds likely."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from opd.divergences.base import OnSupport
+
+
+class ReverseKL(OnSupport):
+    """`KL(q || p) = sum_v q (log q - log p)`; gradient in the logits `q * (log(q/p) - KL)`."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    descends: ClassVar[str] = "reverse_kl"
+
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ratio = torch.sub(log_q, log_p, out=log_p)
+        q = log_q.exp_()
+        value = torch.linalg.vecdot(q, ratio)
+        return value, ratio.sub_(value[:, None]).mul_(q)

@@ -1,0 +1,45 @@
+"""Reverse KL from the sampled token alone, as a policy gradient."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from opd.divergences.base import OnAction
+
+
+class ReverseKLSampled(OnAction):
+    """`-sg(A_t) * log q(a_t)` with `A_t = log p(a_t) - log q(a_t)`, detached.
+
+    On actions drawn from the student its expectation is the gradient of reverse KL at each state. With `discount`
+    g > 0 a position is also credited with what follows, `A_t = sum_s g^(s-t) r_s`, and then the expectation is that of
+    the sequence-level objective. `clamp` bounds |r_t|, which biases the gradient where it fires.
+    """
+
+    kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
+    descends: ClassVar[str] = "reverse_kl"
+    discount: float = Field(0.0, ge=0.0, le=1.0)
+    clamp: float | None = Field(None, gt=0.0)
+
+    def value_and_coefficient(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        reward = log_p - log_q
+        advantage = reward if self.clamp is None else reward.clamp(-self.clamp, self.clamp)
+        if self.discount:
+            advantage = discounted_return(advantage, lengths, self.discount)
+        return -reward, -advantage
+
+
+def discounted_return(reward: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:
+    """`R_t = r_t + discount * R_(t+1)` within each trajectory of a packed `[N]` reward."""
+    rows = torch.split(reward, lengths.tolist())
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    result = torch.empty_like(padded)
+    following = torch.zeros_like(padded[:, 0])
+    for t in range(padded.shape[1] - 1, -1, -1):
+        following = padded[:, t] + discount * following
+        result[:, t] = following
+    return torch.cat([result[i, :n] for i, n in enumerate(lengths.tolist())])
