@@ -1,0 +1,32 @@
+"""What the parts of a run are built with: the few facts that several axes must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts of a run, each decided in one place.
+
+    Attributes:
+        device: where the student lives.
+        temperature: the recipe's one temperature, for sampling, student and teacher alike.
+        seed: the recipe's seed.
+        vocabulary: number of leading ids common to student and teachers, or None for all.
+        end_ids: ids that end a completion.
+        steps: optimiser steps of the run.
+    """
+
+    device: torch.device
+    temperature: float = 1.0
+    seed: int = 0
+    vocabulary: int | None = None
+    end_ids: tuple[int, ...] = ()
+    steps: int = 1
+
+    def with_(self, **changes: Any) -> Context:
+        return replace(self, **changes)

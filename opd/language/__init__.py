@@ -1,0 +1,1 @@
+"""What token policies, teachers and rollouts share: a model with its tokenizer and head, and the sampler."""

@@ -1,0 +1,246 @@
+"""A causal language model with its tokenizer: prompts to ids, ids to final hidden states, and the output head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.choice import Settings
+from opd.distributions import Head
+from opd.errors import DataError, ModelError
+from opd.language.source import resolve
+from opd.prompts import Prompt
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelSettings(Settings):
+    """How a model is loaded; shared by students and teachers."""
+
+    model: str = Field(description="Hub name, folder, .gguf file, or package:NAME of a Python package with one")
+    tokenizer: str | None = Field(None, description="Where the tokenizer is, when not beside the model")
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    attention: str | None = Field(None, description="attn_implementation of transformers: sdpa, eager, ...")
+    trust_remote_code: bool = False
+    drop_layers: list[int] = Field(default=[], description="Layers to remove after loading, e.g. '10-17' or [3, 5]")
+    template: Literal["chat", "plain"] = Field("chat", description="Apply the chat template, or encode text as it is")
+    template_options: dict[str, Any] = Field(default={}, description="Passed to the chat template (enable_thinking)")
+
+    @field_validator("drop_layers", mode="before")
+    @classmethod
+    def _ranges(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            layers: list[int] = []
+            for part in value.split(","):
+                first, _, last = part.strip().partition("-")
+                if not first.isdigit() or (last and not last.isdigit()):
+                    raise ValueError(f"{value!r} is not a list of layers like '10-17' or '3,5'")
+                layers += range(int(first), int(last or first) + 1)
+            return layers
+        return value
+
+
+def load_config(settings: ModelSettings) -> Any:
+    """The architecture's config, without weights."""
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve(settings.model), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("model", settings.model, error) from None
+    return drop_layers_from_config(config, settings.drop_layers)
+
+
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    reference = settings.tokenizer or settings.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(reference), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("tokenizer", reference, error) from None
+    if settings.template == "chat" and not tokenizer.chat_template:
+        raise ModelError(
+            f"model {settings.model!r}: its tokenizer has no chat template; set template: plain to encode prompts as text"
+        )
+    return tokenizer
+
+
+def load_model(settings: ModelSettings, device: torch.device | str) -> PreTrainedModel:
+    """The model in eval mode on `device`, with `drop_layers` applied."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(settings.model),
+            revision=settings.revision,
+            dtype=settings.dtype,
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load("model", settings.model, error) from None
+    drop_layers(model, settings.drop_layers)
+    return model.to(device).eval()
+
+
+def _cannot_load(what: str, reference: str, error: Exception) -> ModelError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ModelError(
+        f"{what} {reference!r} cannot be loaded ({reason.strip()[:180]}); "
+        "give a folder with the files, or a hub name that this machine can reach"
+    )
+
+
+def drop_layers_from_config(config: Any, layers: Sequence[int]) -> Any:
+    """The config of the model that is left after removing `layers`."""
+    if not layers:
+        return config
+    count = config.num_hidden_layers
+    outside = sorted(i for i in layers if i >= count)
+    if outside or len(set(layers)) >= count:
+        raise ModelError(f"drop_layers names layers {outside or sorted(set(layers))}; the model has 0 to {count - 1}")
+    kept = [i for i in range(count) if i not in set(layers)]
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+    return config
+
+
+def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Remove decoder layers in place; what is left is renumbered, so that it saves and caches as a normal model."""
+    if not layers:
+        return
+    decoder = model.get_decoder()
+    kept = [layer for i, layer in enumerate(decoder.layers) if i not in set(layers)]
+    drop_layers_from_config(model.config, layers)
+    decoder.layers = torch.nn.ModuleList(kept)
+    for index, layer in enumerate(kept):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = index
+
+
+class LanguageModel(torch.nn.Module):
+    """A transformers causal LM seen as `hidden states + head`; what policies, teachers and samplers share."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "chat",
+        template_options: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.template_options = template_options or {}
+
+    @classmethod
+    def load(cls, settings: ModelSettings, device: torch.device | str) -> LanguageModel:
+        tokenizer = load_tokenizer(settings)
+        return cls(load_model(settings, device), tokenizer, settings.template, settings.template_options)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without a peft wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, prompt: Prompt, column: str | None = None) -> torch.Tensor:
+        """int64 `[P]` ids of a prompt's view, up to where the completion starts."""
+        view = prompt.view(column)
+        if self.template == "chat":
+            messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.template_options
+            )
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            if not isinstance(view, str):
+                raise DataError(f"{prompt.where}: the prompt is a list of messages; template 'plain' takes a string")
+            ids = self.tokenizer(view)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def decode(self, ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+
+    def head(self, temperature: float, vocabulary: int | None) -> Head:
+        """The output head as it is now, with a graph where its parameters are trained."""
+        layer = self.base.get_output_embeddings()
+        if layer is None:
+            raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
+        config = self.base.config
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return Head(
+            _effective_weight(layer),
+            getattr(layer, "bias", None),
+            scale=float(scale),
+            softcap=getattr(config, "final_logit_softcapping", None),
+            temperature=temperature,
+            vocabulary=vocabulary,
+        )
+
+    def body(self, **inputs: Any) -> Any:
+        """The decoder without the head: `last_hidden_state` is final-normed."""
+        return self.base.get_decoder()(**inputs)
+
+    def forward(
+        self,
+        contexts: Sequence[torch.Tensor],
+        completions: Sequence[torch.Tensor],
+        padding_side: Literal["right", "left"] = "right",
+    ) -> torch.Tensor:
+        """Final hidden states `[N, D]` of the positions that predict the completions' tokens, packed in order.
+
+        Args:
+            contexts: B prompts, int64 `[P_i]`.
+            completions: B completions, int64 `[T_i]`; position t of a completion is predicted from the state before it.
+            padding_side: where the batch is padded; the result does not depend on it.
+        """
+        # The last token of a completion predicts nothing that is scored, so it is not fed.
+        rows = [torch.cat([c.cpu(), y[:-1].cpu()]) for c, y in zip(contexts, completions, strict=True)]
+        ids, mask = pad(rows, padding_side)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        attention = None if bool(mask.all()) else mask
+        hidden = self.body(
+            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        scored = torch.zeros_like(mask, dtype=torch.bool)
+        for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
+            shift = ids.shape[1] - len(row) if padding_side == "left" else 0
+            scored[i, shift + len(context) - 1 : shift + len(row)] = True
+        return hidden[scored]
+
+
+def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, L]` ids and int64 mask. The filler id is 0; only the mask says what is padding."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, place] = row
+        mask[i, place] = 1
+    return ids, mask
+
+
+def _effective_weight(layer: Any) -> torch.Tensor:
+    """The head's matrix `[V, D]`; for a LoRA-adapted head the base plus the active adapters' product."""
+    if not hasattr(layer, "lora_A"):
+        return layer.weight
+    weight = layer.base_layer.weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            product = layer.lora_B[name].weight @ layer.lora_A[name].weight
+            weight = weight + layer.scaling[name] * product.to(weight.dtype)
+    return weight

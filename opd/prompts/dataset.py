@@ -1,0 +1,38 @@
+"""Prompts from a `datasets` dataset: a hub name or a folder saved by `save_to_disk`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from opd.errors import DataError
+from opd.prompts.base import Prompts
+
+
+class DatasetPrompts(Prompts):
+    """Rows of one split of a dataset."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
+        import datasets
+
+        try:
+            if (Path(self.path) / "dataset_info.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
+                data = datasets.load_from_disk(self.path)
+                if isinstance(data, datasets.DatasetDict):
+                    data = data[self.split]
+            else:
+                data = datasets.load_dataset(self.path, self.name, split=self.split, revision=self.revision)
+        except KeyError:
+            raise DataError(f"prompts.split: {self.path!r} has no split {self.split!r}") from None
+        except Exception as error:
+            raise DataError(
+                f"prompts.path: cannot load the dataset {self.path!r} ({str(error).splitlines()[0][:160]})"
+            ) from None
+        return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in enumerate(data)]

@@ -1,0 +1,5 @@
+"""How much each state counts."""
+
+from opd.shaping.base import Shaping
+
+__all__ = ["Shaping"]

@@ -1,0 +1,41 @@
+"""Teachers: asked at every state that the student visited, they answer with a distribution."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from opd.choice import Choice
+from opd.context import Context
+from opd.distributions import Distribution
+from opd.policies.base import Student
+from opd.trajectories import Trajectories
+
+
+class LiveTeacher(ABC):
+    """A built teacher."""
+
+    answers: type[Distribution]
+    weight: float = 1.0
+
+    @abstractmethod
+    def __call__(self, trajectories: Trajectories) -> Distribution:
+        """Detached distributions at the N positions of `trajectories`, under the teacher's own view of the prompt."""
+
+    def follow(self, student: Student) -> None:  # noqa: B027
+        """Called after every optimiser step; a teacher that is made of the student moves here."""
+
+
+class Teacher(Choice):
+    """Base of the axis. A recipe may list several; their divergences are summed with their weights."""
+
+    axis: ClassVar[str] = "teacher"
+    weight: float = Field(1.0, gt=0.0)
+    sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
+    batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
+
+    @abstractmethod
+    def build(self, context: Context, student: Any) -> LiveTeacher:
+        """Load the teacher, or make it from the student."""

@@ -1,0 +1,47 @@
+"""The student as its own teacher: a frozen copy, or an exponential moving average, usually with a better view."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.policies.base import Student
+from opd.teachers.base import Teacher
+from opd.teachers.local import LanguageTeacher
+
+
+class SelfTeacher(Teacher):
+    """`frozen` keeps the initial weights; `ema` follows: `phi <- (1 - rate) * phi + rate * theta` after each step.
+
+    Only parameters move, buffers stay (Vision-OPD). Give `sees` a column with what the student does not see.
+    """
+
+    kind: Literal["self"] = "self"
+    mode: Literal["ema", "frozen"] = "ema"
+    rate: float = Field(0.05, gt=0.0, le=1.0)
+
+    def build(self, context: Context, student: Any) -> SelfLanguageTeacher:
+        return SelfLanguageTeacher(copy.deepcopy(student.language), self, context.device, context)
+
+
+class SelfLanguageTeacher(LanguageTeacher):
+    """A copy of the student's language model, in eval mode and without gradients."""
+
+    settings: SelfTeacher
+
+    def __init__(self, language: Any, settings: SelfTeacher, device: torch.device, context: Context):
+        language.requires_grad_(False).eval()
+        super().__init__(language, settings, device, context)
+
+    @torch.no_grad()
+    def follow(self, student: Student) -> None:
+        if self.settings.mode == "frozen":
+            return
+        live = dict(student.language.named_parameters())  # type: ignore[attr-defined]
+        for name, mine in self.language.named_parameters():
+            if live[name].requires_grad:
+                mine.lerp_(live[name].detach().to(mine.dtype), self.settings.rate)

@@ -1,0 +1,80 @@
+"""What a rollout returns: states that the student will learn on, packed, and who acted in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from opd.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """B trajectories of N positions in all, packed without padding: trajectory i owns `lengths[i]` positions in order.
+
+    Attributes:
+        prompts: B prompts (a prompt of a group of G stands G times, next to each other).
+        contexts: B entries of whatever the policy needs to build its states; for language the prompt's token ids.
+        actions: int64 `[N]` (or `[N, ...]`), what was done at each position; for language the completion's token ids,
+            end token included when it was reached.
+        lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
+        behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
+        finished: bool `[B]`, the trajectory ended by itself; False where it was cut by the budget.
+        learn: bool `[N]`, positions whose action the student wrote; others (tool output) never enter a loss.
+        groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
+        rewards: float32 `[B]` from a verifier, or None.
+    """
+
+    prompts: Sequence[Prompt]
+    contexts: Sequence[Any]
+    actions: torch.Tensor
+    lengths: torch.Tensor
+    behaviour_log_probs: torch.Tensor
+    finished: torch.Tensor
+    learn: torch.Tensor
+    groups: torch.Tensor
+    rewards: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def positions(self) -> int:
+        """N."""
+        return self.actions.shape[0]
+
+    def completions(self) -> list[torch.Tensor]:
+        """B views of `actions`."""
+        return list(torch.split(self.actions, self.lengths.tolist()))
+
+    def rows(self, start: int, stop: int) -> tuple[Trajectories, slice]:
+        """Trajectories `start:stop` and the slice of packed positions that they own."""
+        ends = self.lengths.cumsum(0).tolist()
+        here = slice(ends[start - 1] if start else 0, ends[stop - 1] if stop else 0)
+        part = replace(
+            self,
+            prompts=self.prompts[start:stop],
+            contexts=self.contexts[start:stop],
+            actions=self.actions[here],
+            lengths=self.lengths[start:stop],
+            behaviour_log_probs=self.behaviour_log_probs[here],
+            finished=self.finished[start:stop],
+            learn=self.learn[here],
+            groups=self.groups[start:stop],
+            rewards=None if self.rewards is None else self.rewards[start:stop],
+        )
+        return part, here
+
+    def split(self, size: int, whole_groups: bool = False) -> Iterator[tuple[Trajectories, slice]]:
+        """Parts of at most `size` trajectories in order; `whole_groups` never cuts a group (a part may then exceed)."""
+        start = 0
+        groups = self.groups.tolist()
+        while start < len(self):
+            stop = min(start + size, len(self))
+            while whole_groups and stop < len(self) and groups[stop] == groups[stop - 1]:
+                stop += 1
+            yield self.rows(start, stop)
+            start = stop

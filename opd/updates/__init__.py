@@ -1,0 +1,5 @@
+"""How gradients become a step."""
+
+from opd.updates.base import Optimiser, Update
+
+__all__ = ["Optimiser", "Update"]

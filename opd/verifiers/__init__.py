@@ -1,0 +1,5 @@
+"""Outcomes: is the completion right?"""
+
+from opd.verifiers.base import Verifier
+
+__all__ = ["Verifier"]

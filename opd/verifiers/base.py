@@ -1,0 +1,19 @@
+"""Verifiers: an exact outcome for a completion."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from opd.choice import Choice
+from opd.prompts import Prompt
+
+
+class Verifier(Choice):
+    """Base of the axis."""
+
+    axis: ClassVar[str] = "verifier"
+
+    @abstractmethod
+    def score(self, prompt: Prompt, completion: str) -> float | None:
+        """Reward in [0, 1], or None when this prompt has no verifiable answer (it then counts in no average)."""

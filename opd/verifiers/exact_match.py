@@ -1,0 +1,39 @@
+"""Exact match with the reference answer."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import field_validator
+
+from opd.prompts import Prompt
+from opd.verifiers.base import Verifier
+
+
+class ExactMatch(Verifier):
+    """1 when the completion, stripped, equals the row's `answer`; `pattern` takes its last first group instead."""
+
+    kind: Literal["exact_match"] = "exact_match"
+    pattern: str | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+            if groups != 1:
+                raise ValueError("needs exactly one group, around the answer")
+        return value
+
+    def score(self, prompt: Prompt, completion: str) -> float | None:
+        if prompt.fields.get("answer") is None:
+            return None
+        given = completion.strip()
+        if self.pattern is not None:
+            found = re.findall(self.pattern, completion)
+            given = found[-1].strip() if found else ""
+        return float(given == str(prompt.fields["answer"]).strip())
