@@ -3,22 +3,70 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from opd.choice import Choice
 from opd.distributions import Distribution
 from opd.errors import IncompatibleError
+from opd.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class Target:
+    """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several."""
+
+    distribution: Distribution
+    weight: float | torch.Tensor = 1.0
+
+    def select(self, index: slice | torch.Tensor) -> Target:
+        weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
+        return Target(self.distribution.select(index), weight)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a divergence returns for one micro-batch.
+
+    Attributes:
+        total: scalar with a graph, `sum_n weights[n] * values[n]`.
+        values: float32 `[N]`, detached: the divergence (or its estimate) at each position before `weights`, in nats;
+            zero where the weight is zero, since those positions are never computed.
+        log_probs: float32 `[N]`, detached: the student's log-probability of each action taken; zero likewise.
+    """
+
+    total: torch.Tensor
+    values: torch.Tensor
+    log_probs: torch.Tensor
 
 
 class Divergence(Choice):
-    """Base of the axis. Final subclasses derive from `OnSupport` or `OnAction`."""
+    """Base of the axis."""
 
     axis: ClassVar[str] = "divergence"
     accepts: ClassVar[tuple[str, ...]] = ()
+    """Kinds of teacher distribution that this divergence can be computed from."""
+
     alternative: ClassVar[str] = ""
+    """What to do when the teacher answers another kind."""
+
     descends: ClassVar[str] = ""
+    """The exact divergence whose gradient this one has in expectation over the student's own actions."""
+
+    @abstractmethod
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        """Compare at the N positions of `trajectories`.
+
+        Args:
+            student: `[N]` distributions with a graph.
+            targets: detached answers for the same positions; their divergences are summed with their weights.
+            weights: float32 `[N]`, detached, the global denominator included.
+        """
 
     def check_accepts(self, target: type[Distribution], source: str) -> None:
         """Raise `IncompatibleError` at start-up when this divergence cannot be computed from what `source` answers."""
@@ -27,52 +75,3 @@ class Divergence(Choice):
                 f"divergence {self.model_dump()['kind']!r} needs a teacher that answers {' or '.join(self.accepts)}, "
                 f"and {source} answers {target.kind!r}: {self.alternative}"
             )
-
-
-class OnSupport(Divergence):
-    """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
-
-    accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
-    alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
-    top_k: int | None = None
-    """Compare over the teacher's K most likely ids and a tail bucket instead of the whole vocabulary."""
-
-    support_from: Literal["teacher", "student"] = "teacher"
-    """Whose top K make the support when `top_k` is set."""
-
-    @abstractmethod
-    def value_and_grad(
-        self, log_p: torch.Tensor, log_q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The divergence and its gradient in the student's logits.
-
-        Args:
-            log_p: float32 `[C, S]`, the teacher's normalised log-probabilities on a support of S ids. May be overwritten.
-            log_q: float32 `[C, S]`, the student's. May be overwritten.
-
-        Returns:
-            `[C]` values in nats and `[C, S]` gradients with respect to logits whose softmax is `exp(log_q)`.
-        """
-
-
-class OnAction(Divergence):
-    """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
-
-    accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
-    alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
-    discount: float = 0.0
-
-    @abstractmethod
-    def value_and_coefficient(
-        self, log_p: torch.Tensor, log_q: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The estimate and the factor on `grad log q(action)`.
-
-        Args:
-            log_p: float32 `[N]`, the teacher's log-probability of each action taken; detached.
-            log_q: float32 `[N]`, the student's; detached.
-            lengths: int64 `[B]`, positions of each trajectory, summing to N.
-
-        Returns:
-            `[N]` values in nats and `[N]` coefficients: the position's gradient is `coefficient * grad log q(action)`.
-        """

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from opd.divergences.base import OnSupport
+from opd.divergences.operator import OnSupport
 
 
 class ForwardKL(OnSupport):

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.base import OnSupport
+from opd.divergences.operator import OnSupport
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.reverse_kl import ReverseKL
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.base import OnSupport
+from opd.divergences.operator import OnSupport
 
 
 class Mixture(OnSupport):

@@ -6,41 +6,85 @@ ever holds `[N, V]`, let alone `[B, T, V]`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
-from opd.divergences.base import Divergence, OnAction, OnSupport
+from opd.divergences.base import Divergence, Loss, Target
+from opd.trajectories import Trajectories
 
 CHUNK_BYTES = 32 * 2**20
 
 
-@dataclass(frozen=True)
-class Target:
-    """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several."""
+class OnSupport(Divergence):
+    """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
 
-    distribution: Distribution
-    weight: float | torch.Tensor = 1.0
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
+    alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
+    top_k: int | None = Field(None, ge=1, description="Compare over K ids and a tail bucket; default the vocabulary")
+    support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
 
-    def select(self, index: slice | torch.Tensor) -> Target:
-        weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
-        return Target(self.distribution.select(index), weight)
+    @abstractmethod
+    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence and its gradient in the student's logits.
+
+        Args:
+            log_p: float32 `[C, S]`, the teacher's normalised log-probabilities on a support of S ids; may be
+                overwritten.
+            log_q: float32 `[C, S]`, the student's; may be overwritten.
+
+        Returns:
+            `[C]` values in nats and `[C, S]` gradients with respect to logits whose softmax is `exp(log_q)`.
+        """
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        return _on_categorical(self, student, targets, weights, trajectories)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """What the operator returns.
+class OnAction(Divergence):
+    """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
 
-    Attributes:
-        total: scalar with a graph: `sum_n weights[n] * value[n]` in gradient, and in value for `OnSupport`.
-        values: float32 `[N]`, detached: the divergence (or its estimate) at each position, before `weights`; zero where
-            the weight is zero, since those rows are never projected.
-    """
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
+    alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
+    discount: float = Field(0.0, ge=0.0, le=1.0)
 
-    total: torch.Tensor
-    values: torch.Tensor
+    @abstractmethod
+    def value_and_coefficient(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The estimate and the factor on `grad log q(action)`.
+
+        Args:
+            log_p: float32 `[N]`, the teacher's log-probability of each action taken; detached.
+            log_q: float32 `[N]`, the student's; detached.
+            lengths: int64 `[B]`, positions of each trajectory, summing to N.
+
+        Returns:
+            `[N]` values in nats and `[N]` coefficients: the position's gradient is `coefficient * grad log q(action)`.
+        """
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        return _on_categorical(self, student, targets, weights, trajectories)
+
+
+def _on_categorical(
+    divergence: Divergence,
+    student: Distribution,
+    targets: Sequence[Target],
+    weights: torch.Tensor,
+    trajectories: Trajectories,
+) -> Loss:
+    assert isinstance(student, Categorical)
+    return divergence_loss(divergence, student, targets, weights, trajectories.actions, trajectories.lengths)
 
 
 def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -74,8 +118,8 @@ def divergence_loss(
     """
     rows = rows or chunk_rows(student.head.size)
     plan = _Plan(divergence, student.head, tuple(targets), weights.float(), actions, lengths, rows)
-    total, values = _FusedDivergence.apply(student.hidden, student.head.weight, student.head.bias, plan)
-    return Loss(total, values)
+    total, values, log_probs = _FusedDivergence.apply(student.hidden, student.head.weight, student.head.bias, plan)
+    return Loss(total, values, log_probs)
 
 
 @dataclass(frozen=True)
@@ -92,25 +136,26 @@ class _Plan:
 class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, plan: _Plan):  # type: ignore[no-untyped-def]
-        with torch.autocast(hidden.device.type, enabled=False):
-            total, values, grads = _forward(hidden, weight, bias, plan, ctx.needs_input_grad)
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            total, values, log_probs, grads = _forward(hidden, weight, bias, plan, ctx.needs_input_grad, dtype)
         ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(values)
-        return total, values
+        ctx.mark_non_differentiable(values, log_probs)
+        return total, values, log_probs
 
     @staticmethod
-    def backward(ctx, grad_total, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_total, _values, _log_probs):  # type: ignore[no-untyped-def]
         return (*(None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors), None)
 
 
-def _forward(hidden, weight, bias, plan: _Plan, needs_grad):  # type: ignore[no-untyped-def]
+def _forward(hidden, weight, bias, plan: _Plan, needs_grad, dtype):  # type: ignore[no-untyped-def]
     head, divergence = plan.head, plan.divergence
     size = head.size
-    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocast(hidden.device.type) else weight.dtype
     matrix = weight[:size].detach().to(dtype)
     offset = None if bias is None else bias[:size].detach().float()
     device = hidden.device
-    values = torch.zeros(len(hidden), device=device)
+    values, log_probs = torch.zeros(2, len(hidden), device=device)
     total = torch.zeros((), device=device, dtype=torch.float64)
     grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
     grad_weight = torch.zeros(weight.shape, device=device) if needs_grad[1] else None
@@ -123,6 +168,7 @@ def _forward(hidden, weight, bias, plan: _Plan, needs_grad):  # type: ignore[no-
     for index in torch.split(live, plan.rows):
         rows = hidden[index].detach().to(dtype)
         log_q, slope = _log_probs(rows, matrix, offset, head)
+        log_probs[index] = log_q.gather(1, plan.actions[index, None]).squeeze(1)
         if isinstance(divergence, OnSupport):
             value, grad = _on_support(divergence, log_q, plan, index)
         else:
@@ -151,11 +197,7 @@ def _forward(hidden, weight, bias, plan: _Plan, needs_grad):  # type: ignore[no-
         None if grad_weight is None else grad_weight.to(weight.dtype),
         None if grad_bias is None else grad_bias.to(bias.dtype),
     )
-    return total.float(), values, grads
-
-
-def _autocast(device_type: str) -> bool:
-    return torch.is_autocast_enabled(device_type)
+    return total.float(), values, log_probs, grads
 
 
 def _log_probs(

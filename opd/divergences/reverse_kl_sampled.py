@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.base import OnAction
+from opd.divergences.operator import OnAction
 
 
 class ReverseKLSampled(OnAction):
@@ -20,7 +20,6 @@ class ReverseKLSampled(OnAction):
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
     descends: ClassVar[str] = "reverse_kl"
-    discount: float = Field(0.0, ge=0.0, le=1.0)
     clamp: float | None = Field(None, gt=0.0)
 
     def value_and_coefficient(

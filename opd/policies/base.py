@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +20,31 @@ class Student(ABC):
     """A built policy. `module` is what the update trains and `accelerate` wraps."""
 
     module: torch.nn.Module
+    context: Context
 
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
         """The student's distribution at the N positions of `trajectories`, with a graph when gradients are on."""
 
     @abstractmethod
-    def decode(self, prompt: Prompt, actions: torch.Tensor) -> str:
+    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+        """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
+        """Raise `DataError` for a prompt that cannot be encoded or is longer than `limit`."""
+
+    @abstractmethod
+    def check_head(self, trajectories: Trajectories) -> float:
+        """Largest relative difference between the model's own outputs and those that the loss will be computed from."""
+
+    @abstractmethod
+    def decode(self, actions: torch.Tensor) -> str:
         """A trajectory's actions as a person reads them."""
+
+    @abstractmethod
+    def tokens(self, actions: torch.Tensor) -> list[str]:
+        """Each action as a person reads it."""
 
     @abstractmethod
     def save(self, folder: Path, card: str) -> None:

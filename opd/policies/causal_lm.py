@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,8 @@ from pydantic import Field
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import ModelError
+from opd.errors import DataError, ModelError
+from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings
 from opd.policies.base import Policy, Student
 from opd.prompts import Prompt
@@ -55,16 +58,48 @@ class CausalLMStudent(Student):
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
 
-    def bind(self, context: Context) -> None:
-        """Take over facts that were decided after the model was loaded (vocabulary, end ids)."""
-        self.context = context
-
     def __call__(self, trajectories: Trajectories, padding_side: Literal["right", "left"] = "right") -> Categorical:
         hidden = self.module(trajectories.contexts, trajectories.completions(), padding_side)
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
 
-    def decode(self, prompt: Prompt, actions: torch.Tensor) -> str:
+    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+        others = [
+            (f"teacher {i}" if len(teachers) > 1 else "the teacher", t.language)
+            for i, t in enumerate(teachers)
+            if hasattr(t, "language")
+        ]
+        for which, other in others:
+            check_tokenizers(self.language, other, which)
+        models = [self.language, *(other for _, other in others)]
+        return context.with_(
+            vocabulary=common_vocabulary(models), end_ids=agree_on_end(self.language, others, end_tokens)
+        )
+
+    def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
+        for prompt in prompts:
+            length = len(self.language.encode(prompt))
+            if length > limit:
+                raise DataError(
+                    f"{prompt.where}: the prompt has {length} tokens, more than max_prompt_tokens={limit}; "
+                    "shorten it or raise the limit"
+                )
+
+    @torch.no_grad()
+    def check_head(self, trajectories: Trajectories) -> float:
+        part, _ = trajectories.rows(0, 1)
+        distribution = self(part)
+        ids = torch.cat([part.contexts[0].to(self.language.device), part.actions])[None, :-1]
+        own = self.language.base(input_ids=ids).logits[0, -len(distribution) :].float()
+        head = replace(distribution.head, temperature=1.0)
+        ours = head.logits(distribution.hidden)
+        own = own[:, : ours.shape[1]]
+        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+
+    def decode(self, actions: torch.Tensor) -> str:
         return self.language.decode(actions)
+
+    def tokens(self, actions: torch.Tensor) -> list[str]:
+        return [self.language.tokenizer.decode([i]) for i in actions.tolist()]
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationInfo, field_validator
+
 from opd.errors import DataError
 from opd.prompts.base import Prompts
 
@@ -16,6 +18,15 @@ class FilePrompts(Prompts):
 
     kind: Literal["file"] = "file"
     path: str
+
+    @field_validator("path")
+    @classmethod
+    def _beside_the_recipe(cls, value: str, info: ValidationInfo) -> str:
+        """A relative path is looked for in the working directory, then beside the recipe."""
+        folder = (info.context or {}).get("folder")
+        if folder is not None and not Path(value).exists() and (folder / value).exists():
+            return str(folder / value)
+        return value
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         path = Path(self.path).expanduser()

@@ -13,7 +13,9 @@ from opd.trajectories import Trajectories
 
 
 class PrefixSource(ABC):
-    """A built rollout."""
+    """A built rollout. `exact` says that actions are drawn from the very distribution that the student is scored with."""
+
+    exact: bool = True
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:

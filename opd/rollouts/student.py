@@ -36,6 +36,7 @@ class LanguageRollout(PrefixSource):
 
     def __init__(self, language: Any, settings: StudentRollout, context: Context):
         self.language, self.settings, self.context = language, settings, context
+        self.exact = settings.top_p == 1.0 and settings.top_k == 0
 
     def sampler(self) -> Sampler:
         head = self.language.head(self.context.temperature, self.context.vocabulary).detach()

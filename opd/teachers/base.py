@@ -18,6 +18,7 @@ class LiveTeacher(ABC):
     """A built teacher."""
 
     answers: type[Distribution]
+    context: Context
     weight: float = 1.0
 
     @abstractmethod

@@ -39,10 +39,6 @@ class LanguageTeacher(LiveTeacher):
         self.weight = settings.weight
         self.offload = getattr(settings, "offload", False)
 
-    def bind(self, context: Context) -> None:
-        """Take over facts that were decided after the model was loaded (vocabulary, end ids)."""
-        self.context = context
-
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories) -> Categorical:
         if self.offload:

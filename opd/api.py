@@ -1,0 +1,253 @@
+"""The one verb: `distill`, from Python with strings or live objects, and from a recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.context import Context
+from opd.errors import RunError
+from opd.evaluation import HeldOut, evaluate
+from opd.language.model import LanguageModel
+from opd.loop import train
+from opd.monitor import Monitor
+from opd.policies.causal_lm import CausalLM, CausalLMStudent
+from opd.prompts.inline import InlinePrompts
+from opd.provenance import environment, peak_memory_bytes
+from opd.recipe import Recipe, parse_recipe
+from opd.run import Run, assemble, load_data
+from opd.teachers.local import LanguageTeacher, LocalTeacher
+
+LIVE = "(passed from Python)"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+        student: the trained model (a transformers model, or a peft model with LoRA), in eval mode.
+        tokenizer: its tokenizer.
+        directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
+        before, after: held-out metrics.
+        history: every logged record, in order.
+        summary: what summary.json holds.
+        samples: `(before, after)` held-out rows for the same prompts.
+        stopped_by: number of the signal that stopped the run early, or None.
+    """
+
+    student: Any
+    tokenizer: Any
+    directory: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    history: list[dict[str, float]] = field(repr=False)
+    summary: dict[str, Any] = field(repr=False)
+    samples: list[tuple[dict[str, Any], dict[str, Any]]] = field(repr=False)
+    stopped_by: int | None = None
+
+
+def distill(
+    student: str | PreTrainedModel | dict[str, Any] | CausalLM,
+    teacher: Any,
+    prompts: Any,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    **settings: Any,
+) -> Result:
+    """Distil `teacher` into `student` on the student's own trajectories.
+
+    Args:
+        student: hub name or folder, a mapping of the recipe's `student` block, or a live transformers model, which is
+            then trained in place.
+        teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several.
+        prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
+            recipe's `prompts` block.
+        tokenizer: needed with a live student; live teachers share it.
+        overwrite: replace an earlier run in the same directory.
+        quiet: no progress bar.
+        **settings: any other key of a recipe: `divergence="reverse_kl"`, `steps=100`,
+            `update={"learning_rate": 1e-4}`, `batch={"prompts": 8}`, `output="runs/mine"`, ...
+
+    Returns:
+        The trained student and what was measured.
+
+    Raises:
+        OpdError: for anything that the caller can mend; the message names the key and the fix.
+    """
+    teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    recipe = parse_recipe(
+        {
+            "student": _model_block(student),
+            "teacher": [_model_block(t) for t in teachers],
+            "prompts": _prompt_block(prompts),
+            **settings,
+        },
+        "distill()",
+    )
+    template = "chat" if tokenizer is not None and tokenizer.chat_template else "plain"
+    device = torch.device("cpu" if recipe.hardware.device == "auto" else recipe.hardware.device)
+    if recipe.hardware.device == "auto" and torch.cuda.is_available():
+        device = torch.device("cuda")
+    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
+    live_student: CausalLMStudent | None = None
+    if isinstance(student, PreTrainedModel):
+        if tokenizer is None:
+            raise RunError("distill() got a live student without its tokenizer; pass tokenizer=...")
+        live_student = CausalLMStudent(LanguageModel(student.to(device), tokenizer, template), None, context)
+    live_teachers = None
+    if any(isinstance(t, PreTrainedModel) for t in teachers):
+        if not all(isinstance(t, PreTrainedModel) for t in teachers) or tokenizer is None:
+            raise RunError("distill() takes live teachers all together and with tokenizer=...; or pass names for all")
+        live_teachers = [
+            LanguageTeacher(
+                LanguageModel(t.to(device).eval().requires_grad_(False), tokenizer, template),
+                LocalTeacher(model=LIVE, template=template),
+                device,
+                context,
+            )
+            for t in teachers
+        ]
+    return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
+
+
+def execute(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+    console: Console | None = None,
+    student: Any = None,
+    teachers: Sequence[Any] | None = None,
+) -> Result:
+    """Run a recipe from start to finish and write its directory."""
+    data = load_data(recipe)
+    prepare_directory(recipe.directory, overwrite)
+    monitor = Monitor(recipe.directory, console, quiet)
+    with monitor.signals_handled():
+        with monitor.console.status("loading models and checking that they fit together"):
+            run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
+        run.accelerator.init_trackers(recipe.tracking.project, config=_flat(recipe.dump()))
+        if run.accelerator.is_main_process:
+            (recipe.directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            _write_json(recipe.directory / "environment.json", environment(recipe.seed))
+        train(run)
+    return finish(run)
+
+
+def finish(run: Run) -> Result:
+    """Save the student and the summary of a run whose loop has ended."""
+    monitor, recipe = run.monitor, run.recipe
+    assert monitor.before is not None
+    assert monitor.after is not None
+    summary = {
+        "before": monitor.before.metrics,
+        "after": monitor.after.metrics,
+        "seconds": round(monitor.seconds, 1),
+        "steps": run.step,
+        "stopped_early": monitor.stopped_by is not None,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        run.student.save(recipe.directory / "student", model_card(recipe, summary))
+        _write_json(recipe.directory / "summary.json", summary)
+    run.accelerator.end_training()
+    language = getattr(run.student, "language", None)
+    return Result(
+        student=language.model.eval() if language is not None else run.student.module,
+        tokenizer=language.tokenizer if language is not None else None,
+        directory=recipe.directory,
+        before=monitor.before.metrics,
+        after=monitor.after.metrics,
+        history=monitor.history,
+        summary=summary,
+        samples=_pairs(monitor.before, monitor.after, recipe.evaluation.samples),
+        stopped_by=monitor.stopped_by,
+    )
+
+
+def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
+    """Held-out metrics of a recipe's student against its teacher, without training."""
+    monitor = Monitor(recipe.directory, console, quiet)
+    with monitor.console.status("loading models and checking that they fit together"):
+        run = assemble(recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}), monitor)
+    with monitor.console.status("measuring the student on held-out prompts"):
+        return evaluate(run)
+
+
+def prepare_directory(directory: Path, overwrite: bool) -> None:
+    """Make a run directory; refuse one that holds a run unless `overwrite`."""
+    if any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl")):
+        if not overwrite:
+            raise RunError(f"{directory} holds a run already; choose another with output=PATH or pass --overwrite")
+        for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json"):
+            (directory / name).unlink(missing_ok=True)
+        for name in ("student", "opd"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to the run directory {directory} ({error.strerror}); set output=PATH") from None
+
+
+def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """README.md of a saved student."""
+    block = recipe.dump()
+    teachers = ", ".join(f"`{t.get('model', t['kind'])}`" for t in block["teacher"])
+    rows = "\n".join(
+        f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()
+    )
+    return (
+        f"---\nlibrary_name: transformers\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+        f"{recipe.description}\n\nStudent `{block['student'].get('model')}` distilled from {teachers} on its own "
+        f"trajectories with `opd`: divergence `{block['divergence']['kind']}`, rollout `{block['rollout']['kind']}`, "
+        f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
+        f"| held out | before | after |\n|---|---|---|\n{rows}\n"
+    )
+
+
+def _model_block(model: Any) -> Any:
+    if isinstance(model, PreTrainedModel):
+        return {"model": LIVE}
+    if isinstance(model, str) and model != "self":
+        return {"model": model}
+    return model
+
+
+def _prompt_block(prompts: Any) -> Any:
+    if isinstance(prompts, str | Path):
+        return {"kind": "file", "path": str(prompts)}
+    if isinstance(prompts, dict) or hasattr(prompts, "load"):
+        return prompts
+    if isinstance(prompts, Iterable):
+        return InlinePrompts(prompts=[p if isinstance(p, str) else dict(p) for p in prompts])
+    return prompts
+
+
+def _pairs(before: HeldOut, after: HeldOut, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    later = {row["id"]: row for row in after.rows}
+    return [(row, later[row["id"]]) for row in before.rows if row["id"] in later][:count]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted scalars, which is what trackers accept as a configuration."""
+    if isinstance(data, dict):
+        return {k: v for key, value in data.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(data, list):
+        return {k: v for i, value in enumerate(data) for k, v in _flat(value, f"{prefix}{i}.").items()}
+    return {prefix.rstrip("."): data if isinstance(data, bool | int | float | str) else str(data)}
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,5 @@
+"""`opd`: the command line."""
+
+from opd.cli.main import main
+
+__all__ = ["main"]

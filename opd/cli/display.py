@@ -1,0 +1,96 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from opd.api import Result
+    from opd.plan import Plan
+    from opd.recipe import Recipe
+
+LOWER_IS_BETTER = {"forward_kl", "reverse_kl", "truncated"}
+HIGHER_IS_BETTER = {"top1_agreement", "accuracy"}
+
+
+def console() -> Console:
+    found = Console()
+    # Piped into a file there is no width to ask for; eighty columns would cut the samples.
+    return found if found.is_terminal else Console(width=120)
+
+
+def show_result(result: Result, recipe: Recipe) -> None:
+    """Before and after, side by side: metrics, then completions."""
+    out = console()
+    table = Table(title=f"held-out prompts, {recipe.name}", title_justify="left")
+    for column in ("", "before", "after", "change"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, after in result.after.items():
+        before = result.before[name]
+        change = f"{(after - before) / before:+.0%}" if before else ""
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
+    out.print(table)
+    if result.samples:
+        shown = Table(title="the same prompts, before and after", title_justify="left", show_lines=True)
+        for column in ("prompt", "before", "after"):
+            shown.add_column(column, overflow="fold", ratio=1)
+        for before, after in result.samples:
+            shown.add_row(_text(before["prompt"]), _text(before["completion"]), _text(after["completion"]))
+        out.print(shown)
+    stopped = f" (stopped early by {signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
+    out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)
+    out.print(f"student: {result.directory / 'student'}", highlight=False, soft_wrap=True)
+    out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
+    following = recipe.try_next or f"opd eval {result.directory}"
+    out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
+
+
+def show_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(metrics, indent=2))
+        return
+    table = Table("held out", "")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.4f}")
+    console().print(table)
+
+
+def show_recipes(found: Mapping[str, Path]) -> None:
+    table = Table("recipe", "student", "teacher", "what it does")
+    for name, path in found.items():
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        teachers = data["teacher"] if isinstance(data["teacher"], list) else [data["teacher"]]
+        shown = ", ".join(t.get("model", t.get("kind", "")) for t in teachers)
+        table.add_row(name, data["student"]["model"], shown, data.get("description", ""))
+    console().print(table)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan.as_dict(), indent=2))
+        return
+    out = console()
+    for title, rows in plan.sections():
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        for name, value in rows:
+            table.add_row(name, value)
+        out.print(table)
+    for note in plan.notes:
+        out.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        value = value[-1]["content"]
+    return escape(str(value).strip()) or "(empty)"

@@ -1,0 +1,132 @@
+"""Commands. Heavy imports happen inside them, so that help and completion are quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+# Must be set before torch starts its threads: idle threads should sleep, not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from opd.errors import OpdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation: a student learns on states that it visits itself.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with opd.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value, dotted, e.g. update.learning_rate=1e-4.", show_default=False)
+]
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the same directory.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Distil a student as a recipe says."""
+    from opd.api import execute
+    from opd.cli.display import show_result
+    from opd.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    result = execute(resolved, overwrite=overwrite, quiet=quiet)
+    show_result(result, resolved)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Validate a recipe and print its plan from configurations alone: no weights are read."""
+    from opd.cli.display import show_plan
+    from opd.plan import make_plan
+    from opd.recipe import load_recipe
+
+    _quiet_libraries()
+    show_plan(make_plan(load_recipe(recipe, overrides or [])), json_output)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from opd.recipe import json_schema
+
+    print(json_schema())
+
+
+@app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None) -> None:
+    """List the recipes that come with opd, or show one."""
+    from opd.cli.display import show_recipes
+    from opd.recipe import find_recipe, shipped_recipes
+
+    if name is not None:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    show_recipes(shipped_recipes())
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run directory, or a recipe.")],
+    overrides: Overrides = None,
+    student: Annotated[str | None, typer.Option(help="A saved student to measure instead.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+) -> None:
+    """Measure a student on held-out prompts: both KLs to the teacher, agreement, entropy, length, accuracy."""
+    from opd.api import measure
+    from opd.cli.display import show_metrics
+    from opd.recipe import load_recipe
+
+    changes = list(overrides or [])
+    folder = Path(source)
+    if (folder / "recipe.yaml").is_file():
+        source = str(folder / "recipe.yaml")
+        student = student or str(folder / "student")
+    if student is not None:
+        changes += [f"student.model={student}", "student.drop_layers=[]", "student.lora=null"]
+    resolved = load_recipe(source, changes)
+    _quiet_libraries()
+    show_metrics(measure(resolved).metrics, json_output)
+
+
+def _quiet_libraries() -> None:
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Entry point: user errors are one or two lines on stderr and exit code 2, never a traceback."""
+    try:
+        app()
+    except OpdError as error:
+        print(f"opd: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("opd: interrupted", file=sys.stderr)
+        sys.exit(130)

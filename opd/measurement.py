@@ -1,0 +1,76 @@
+"""What one step measures of itself: the signals that logs and curricula read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from opd.divergences import Loss
+from opd.trajectories import Trajectories
+
+
+class Clock:
+    """Wall seconds by phase of a step."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phases[phase] = self.phases.get(phase, 0.0) + time.perf_counter() - start
+
+    def signals(self, positions: int) -> dict[str, float]:
+        total = time.perf_counter() - self.started
+        phases = {f"seconds/{phase}": seconds for phase, seconds in self.phases.items()}
+        return {**phases, "seconds/step": total, "tokens_per_second": positions / total}
+
+
+class Measurement:
+    """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def add(self, loss: Loss, micro: Trajectories, exact_behaviour: bool) -> None:
+        learnt = micro.learn
+        added = {
+            "positions": float(learnt.sum()),
+            "trajectories": float(len(micro)),
+            "loss": float(loss.total.detach()),
+            "divergence": float(loss.values[learnt].sum()),
+            "length": float(micro.lengths.sum()),
+            "truncated": float((~micro.finished).sum()),
+        }
+        if exact_behaviour:
+            gap = (loss.log_probs - micro.behaviour_log_probs)[learnt & (loss.log_probs != 0)]
+            added["rollout_gap"] = float(gap.abs().sum())
+        if micro.rewards is not None:
+            known = ~torch.isnan(micro.rewards)
+            added |= {"reward": float(micro.rewards[known].sum()), "rewarded": float(known.sum())}
+        for name, value in added.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        names = list(self.sums)
+        totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
+        total = dict(zip(names, totals.tolist(), strict=True))
+        positions, trajectories = max(total["positions"], 1.0), max(total["trajectories"], 1.0)
+        signals = {
+            "loss": total["loss"],
+            "divergence": total["divergence"] / positions,
+            "length": total["length"] / trajectories,
+            "truncated": total["truncated"] / trajectories,
+        }
+        if "rollout_gap" in total:
+            signals["rollout_gap"] = total["rollout_gap"] / positions
+        if total.get("rewarded"):
+            signals["reward"] = total["reward"] / total["rewarded"]
+        return signals

@@ -1,0 +1,120 @@
+"""What a person sees of a run: the progress bar, metrics.jsonl, trackers, held-out samples; and the wish to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from opd.evaluation import HeldOut, evaluate
+
+if TYPE_CHECKING:
+    from opd.run import Run
+
+
+class Monitor:
+    """Writes to a run directory and to the console of the main process."""
+
+    def __init__(self, directory: Path, console: Console | None = None, quiet: bool = False):
+        self.directory = directory
+        self.console = console or Console(stderr=True, quiet=quiet)
+        self.stop_requested = False
+        self.stopped_by: int | None = None
+        self.before: HeldOut | None = None
+        self.after: HeldOut | None = None
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._progress: Progress | None = None
+        self._started = 0.0
+
+    def begin(self, run: Run) -> None:
+        """Measure the student before training and show the bar."""
+        self._started = time.perf_counter()
+        with self.console.status("measuring the student before training"):
+            self.before = self._evaluate(run)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not run.accelerator.is_main_process or self.console.quiet,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
+
+    def after_step(self, run: Run, signals: dict[str, float]) -> None:
+        """Log one step's signals; evaluate when the recipe says so."""
+        self.log(run, "train", signals)
+        assert self._progress is not None
+        numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
+        if "reward" in signals:
+            numbers += f"  reward {signals['reward']:.2f}"
+        numbers += f"  {signals['tokens_per_second']:.0f} tok/s"
+        self._progress.update(self._task, completed=run.step, numbers=numbers)
+        every = run.recipe.evaluation.every
+        if every and run.step % every == 0 and run.step < run.recipe.steps:
+            metrics = self._evaluate(run).metrics
+            self._progress.console.print(f"step {run.step}: {_line(metrics)}")
+
+    def end(self, run: Run) -> None:
+        """Measure the student after training (also when it was stopped early)."""
+        if self._progress is not None:
+            self._progress.stop()
+        with self.console.status("measuring the student after training"):
+            self.after = self._evaluate(run)
+        self.seconds = time.perf_counter() - self._started
+
+    def log(self, run: Run, prefix: str, values: dict[str, float]) -> None:
+        record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}}
+        self.history.append(record)
+        if run.accelerator.is_main_process:
+            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=run.step)
+
+    def _evaluate(self, run: Run) -> HeldOut:
+        result = evaluate(run)
+        self.log(run, "held_out", result.metrics)
+        if run.accelerator.is_main_process:
+            with (self.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for row in result.rows:
+                    file.write(json.dumps({"step": run.step, **row}, ensure_ascii=False) + "\n")
+        return result
+
+    @contextmanager
+    def signals_handled(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the loop to finish its step and save; a second SIGINT interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested, self.stopped_by = True, number
+            self.console.print("stopping after this step; the student will be saved (interrupt again to quit at once)")
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            if self._progress is not None:
+                self._progress.stop()
+
+
+def _line(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -1,0 +1,366 @@
+"""The recipe: one choice per axis, typed and validated whole before anything heavy loads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from opd.choice import Choice, OneOf, Settings, choices_of
+from opd.curricula import Curriculum
+from opd.curricula.shuffled import Shuffled
+from opd.divergences import Divergence, ReverseKL
+from opd.errors import RecipeError, nearest
+from opd.policies import Policy
+from opd.prompts import Prompts
+from opd.reduction import Reduction
+from opd.rollouts import Rollout
+from opd.rollouts.student import StudentRollout
+from opd.shaping import Shaping
+from opd.shaping.uniform import Uniform
+from opd.teachers import Teacher
+from opd.updates import Update
+from opd.updates.plain import PlainUpdate
+from opd.verifiers import Verifier
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class Batch(Settings):
+    """How many trajectories make one step, and how many of them share one forward pass."""
+
+    prompts: int = Field(16, ge=1, description="Prompts of one optimiser step, over all processes")
+    group: int = Field(1, ge=1, description="Trajectories of each prompt")
+    micro: int = Field(16, ge=1, description="Trajectories of one forward and backward pass; changes memory only")
+
+
+class Evaluation(Settings):
+    """Measured on held-out prompts before and after training, and every `every` steps between."""
+
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
+    held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
+    prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
+        default=[], description="A held-out set of its own, instead of a share of the prompt set"
+    )
+    max_new_tokens: int | None = Field(None, ge=1, description="Default: the rollout's")
+    samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
+
+
+class Hardware(Settings):
+    """Device and precision; everything else about devices is `accelerate`'s."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$")
+    precision: Literal["no", "bf16"] = "no"
+    threads: int | None = Field(None, ge=1, description="torch's threads; default all cores")
+
+
+class Tracking(Settings):
+    """`accelerate`'s trackers; metrics.jsonl is always written."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml"]] = [
+        "tensorboard"
+    ]
+    project: str = "opd"
+
+
+class Recipe(Settings):
+    """A choice per axis and the few settings that belong to none. Fields are in the order of the loop."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$")
+    description: str = ""
+    output: str | None = Field(None, description="Run directory; default runs/NAME")
+    seed: int = Field(0, ge=0)
+    steps: int = Field(100, ge=1)
+    temperature: float = Field(1.0, gt=0, description="Softmax temperature of sampling, student and teacher alike")
+    student: Annotated[Policy, OneOf(Policy, "causal_lm")]
+    teacher: Annotated[list[Annotated[Teacher, OneOf(Teacher, "local")]], BeforeValidator(_as_list)] = Field(
+        min_length=1
+    )
+    prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
+        min_length=1
+    )
+    max_prompt_tokens: int = Field(1024, ge=1)
+    curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Shuffled()
+    rollout: Annotated[Rollout, OneOf(Rollout, "student")] = StudentRollout()
+    end_tokens: list[int] | None = Field(None, description="Ids that end a completion; default from the student")
+    verifier: Annotated[Verifier, OneOf(Verifier)] | None = None
+    shaping: Annotated[Shaping, OneOf(Shaping)] = Uniform()
+    divergence: Annotated[Divergence, OneOf(Divergence)] = ReverseKL()
+    reduction: Reduction = "token_mean"
+    update: Annotated[Update, OneOf(Update, "plain")] = PlainUpdate()
+    batch: Batch = Batch()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    hardware: Hardware = Hardware()
+    self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
+    try_next: str | None = Field(None, description="A command to suggest when the run ends")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output or f"runs/{self.name}")
+
+    def dump(self) -> dict[str, Any]:
+        """The whole resolved recipe as plain data."""
+        return self.model_dump(mode="json", serialize_as_any=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with `opd` lie: in the wheel, or at the top of a checkout."""
+    packaged = Path(__file__).parent / "_recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
+
+
+def find_recipe(reference: str) -> Path:
+    """A path, or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`)."""
+    path = Path(reference)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.stem in shipped and path.parent.as_posix() in (".", "recipes"):
+        return shipped[path.stem]
+    raise RecipeError(
+        f"no recipe {reference!r}{nearest(path.stem, shipped)}; give a YAML file or one of {', '.join(shipped)}"
+    )
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
+    path = find_recipe(reference)
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8; save the file as UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}: not valid YAML ({problem})") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, str(path), path.parent)
+
+
+def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
+    """Validate plain data; `folder` is where relative data files are looked for besides the working directory."""
+    try:
+        return Recipe.model_validate(data, context={"folder": folder})
+    except ValidationError as error:
+        raise RecipeError(_explain(error, data, origin)) from None
+    except RecursionError:
+        raise RecipeError(f"{origin}: nested too deeply to be a recipe") from None
+
+
+def json_schema() -> str:
+    """JSON Schema of recipes, for editors."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML, with duplicate keys refused instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r} is not of the form key=value, e.g. update.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
+    *parents, leaf = key.split(".")
+    place: Any = data
+    for part in parents:
+        if isinstance(place, list):
+            place = place[_index(part, place, override)]
+            continue
+        following = place.get(part)
+        if isinstance(following, str):
+            following = {"kind": following}
+        if not isinstance(following, dict | list):
+            following = {}
+        place[part] = following
+        place = following
+    if isinstance(place, list):
+        place[_index(leaf, place, override)] = value
+    else:
+        place[leaf] = value
+
+
+def _index(part: str, items: list[Any], override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"override {override!r}: {part!r} must be an index from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def _explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
+    """The first mistake in at most two lines: key, value, what is accepted, the fix; and how many more there are."""
+    first = error.errors()[0]
+    loc, kind = first["loc"], first["type"]
+    key = _dotted(loc, data)
+    more = error.error_count() - 1
+    tail = f" ({more} more mistake{'s' if more > 1 else ''} in this recipe)" if more else ""
+    if kind == "extra_forbidden":
+        valid = _fields_at(loc[:-1])
+        leaf = str(loc[-1])
+        close = nearest(leaf, valid)
+        if not close:
+            elsewhere = [k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf]
+            close = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else f"; accepted here: {', '.join(valid)}"
+        return f"{origin}: unknown key {key!r}{close}{tail}"
+    if kind == "missing":
+        return f"{origin}: key {key!r} is required and missing{tail}"
+    value = _short(first.get("input"))
+    if kind == "union_tag_invalid":
+        expected = [e.strip(" '") for e in first["ctx"]["expected_tags"].split(",")]
+        tag = first["ctx"]["tag"]
+        return (
+            f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
+        )
+    if kind == "union_tag_not_found":
+        return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(loc: Sequence[int | str], data: Any) -> str:
+    """The key as the user writes it: pydantic's location without the tags of unions and the index of a lone item."""
+    keys: list[str] = []
+    place = data
+    for part in loc:
+        if isinstance(part, str) and isinstance(place, dict) and part in place:
+            place = place[part]
+            keys.append(part)
+        elif isinstance(part, int) and isinstance(place, list) and part < len(place):
+            place = place[part]
+            keys.append(str(part))
+        elif isinstance(part, int):
+            continue
+        elif isinstance(place, str) and place == part:
+            continue
+        elif isinstance(place, dict) and (place.get("kind") == part or _is_kind(part)):
+            continue
+        else:
+            keys.append(str(part))
+            place = None
+    return ".".join(keys) or "(the recipe)"
+
+
+def _axes() -> dict[str, dict[str, type[Choice]]]:
+    return {axis.axis: choices_of(axis) for axis in _axis_types(Recipe)}
+
+
+def _axis_types(model: type[BaseModel]) -> Iterator[type[Choice]]:
+    for info in model.model_fields.values():
+        yield from _axes_in(info.metadata)
+        for annotation in _annotations(info.annotation):
+            yield from _axes_in(getattr(annotation, "__metadata__", ()))
+
+
+def _annotations(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for arg in get_args(annotation):
+        yield from _annotations(arg)
+
+
+def _axes_in(metadata: Sequence[Any]) -> Iterator[type[Choice]]:
+    for item in metadata:
+        if isinstance(item, OneOf):
+            yield item.axis
+
+
+def _is_kind(part: str) -> bool:
+    return any(part in kinds for kinds in _axes().values())
+
+
+def _models_in(info: Any) -> tuple[type[BaseModel] | None, dict[str, type[Choice]]]:
+    """What a field holds: a settings block, or the choices of an axis."""
+    found = [*info.metadata]
+    for annotation in _annotations(info.annotation):
+        found += getattr(annotation, "__metadata__", ())
+        if isinstance(annotation, type) and issubclass(annotation, Settings) and not issubclass(annotation, Choice):
+            return annotation, {}
+    for axis in _axes_in(found):
+        return None, choices_of(axis)
+    return None, {}
+
+
+def _fields_at(loc: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    kinds: dict[str, type[Choice]] = {}
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        if part in kinds:
+            model, kinds = kinds[part], {}
+        elif model is not None and part in model.model_fields:
+            model, kinds = _models_in(model.model_fields[part])
+    return list(model.model_fields) if model is not None else []
+
+
+def _kinds_at(loc: Sequence[int | str]) -> list[str]:
+    model: type[BaseModel] | None = Recipe
+    kinds: dict[str, type[Choice]] = {}
+    for part in loc:
+        if isinstance(part, str) and model is not None and part in model.model_fields:
+            model, kinds = _models_in(model.model_fields[part])
+    return list(kinds)
+
+
+def all_keys() -> list[str]:
+    """Every dotted key that some recipe may use."""
+    keys = []
+    for name, info in Recipe.model_fields.items():
+        model, kinds = _models_in(info)
+        blocks: list[type[BaseModel]] = [model] if model is not None else list(kinds.values())
+        keys += [name, *dict.fromkeys(f"{name}.{field}" for block in blocks for field in block.model_fields)]
+    return keys
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """`(dotted key, value in a, value in b)` wherever two dumped recipes differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*a, *b]):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append((prefix + key, left, right))
+    return found
+
+
+def default_threads() -> int:
+    """Threads that torch should use when the recipe names none: the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+

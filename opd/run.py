@@ -1,0 +1,148 @@
+"""A run: the recipe's choices, built and checked against each other before the first step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from opd.context import Context
+from opd.curricula import Schedule
+from opd.divergences import Divergence
+from opd.errors import RecipeError
+from opd.monitor import Monitor
+from opd.policies import Student
+from opd.prompts import Prompt, load_prompts, split_held_out
+from opd.recipe import Recipe
+from opd.rollouts import PrefixSource
+from opd.self_test import self_test
+from opd.shaping import Shaping
+from opd.teachers import LiveTeacher
+from opd.trajectories import Trajectories
+from opd.updates import Optimiser
+from opd.verifiers import Verifier
+
+
+@dataclass
+class Run:
+    """Everything that the loop touches, one attribute an axis."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    student: Student
+    teachers: list[LiveTeacher]
+    schedule: Schedule
+    rollout: PrefixSource
+    verifier: Verifier | None
+    shaping: Shaping
+    divergence: Divergence
+    optimiser: Optimiser
+    held_out: list[Prompt]
+    monitor: Monitor
+    step: int = 0
+
+    def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This process's part of a step's prompts."""
+        return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+
+    def verify(self, trajectories: Trajectories) -> Trajectories:
+        """The trajectories with their rewards (NaN where the prompt has no verdict), when the recipe has a verifier."""
+        if self.verifier is None:
+            return trajectories
+        scores = [
+            self.verifier.score(prompt, self.student.decode(actions))
+            for prompt, actions in zip(trajectories.prompts, trajectories.completions(), strict=True)
+        ]
+        rewards = torch.tensor([float("nan") if s is None else s for s in scores])
+        return replace(trajectories, rewards=rewards)
+
+
+def load_data(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
+    """`(training, held out)` prompts of a recipe, checked."""
+    prompts = load_prompts(recipe.prompts)
+    if recipe.evaluation.prompts:
+        return prompts, load_prompts(recipe.evaluation.prompts)
+    return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """`accelerate` for the recipe's device and precision, with its trackers."""
+    hardware = recipe.hardware
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    if hardware.device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError(f"hardware.device is {hardware.device!r} and this machine has no CUDA device; use auto or cpu")
+    # A second run in one process may ask for another precision.
+    AcceleratorState._reset_state()
+    set_seed(recipe.seed)
+    accelerator = Accelerator(
+        cpu=hardware.device == "cpu",
+        mixed_precision=hardware.precision,
+        log_with=list(recipe.tracking.trackers) or None,
+        project_dir=str(recipe.directory),
+    )
+    if recipe.batch.prompts % accelerator.num_processes:
+        raise RecipeError(
+            f"batch.prompts is {recipe.batch.prompts}; it must be a multiple of the {accelerator.num_processes} processes"
+        )
+    return accelerator
+
+
+def assemble(
+    recipe: Recipe,
+    monitor: Monitor,
+    *,
+    student: Any = None,
+    teachers: Sequence[Any] | None = None,
+    data: tuple[list[Prompt], list[Prompt]] | None = None,
+) -> Run:
+    """Build every part of a recipe and check that they fit together; nothing is trained yet.
+
+    `student` and `teachers` may be given already built (from Python); otherwise they load here.
+    """
+    training, held_out = data or load_data(recipe)
+    accelerator = make_accelerator(recipe)
+    device = accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
+    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
+
+    student = student or recipe.student.build(context)
+    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
+    context = student.agree(context, built, recipe.end_tokens)
+    for part in (student, *built):
+        part.context = context
+    student.check_prompts([*training, *held_out], recipe.max_prompt_tokens)
+    for i, teacher in enumerate(built):
+        recipe.divergence.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
+    rollout = recipe.rollout.build(context, student)
+
+    if recipe.self_test:
+        probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
+        with accelerator.autocast():
+            self_test(student, built, rollout, recipe.divergence, probe)
+
+    budget = getattr(recipe.rollout, "max_new_tokens", 1)
+    return Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        student=student,
+        teachers=built,
+        schedule=recipe.curriculum.build(training, recipe.batch.prompts, budget, recipe.seed),
+        rollout=rollout,
+        verifier=recipe.verifier,
+        shaping=recipe.shaping,
+        divergence=recipe.divergence,
+        optimiser=recipe.update.build(student, accelerator, recipe.steps),
+        held_out=held_out,
+        monitor=monitor,
+    )

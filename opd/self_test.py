@@ -1,0 +1,90 @@
+"""Before step one: does this set-up, through its own pipeline, train on the signal that its recipe names?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opd.distributions import Distribution
+from opd.divergences import Divergence, Target
+from opd.errors import SelfTestError
+from opd.policies import Student
+from opd.prompts import Prompt
+from opd.rollouts import PrefixSource
+from opd.teachers import LiveTeacher
+from opd.trajectories import Trajectories
+
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+"""Largest mean difference, in nats, between rollout and training log-probabilities, by compute dtype."""
+
+PROBE_TOKENS = 16
+
+
+def self_test(
+    student: Student,
+    teachers: Sequence[LiveTeacher],
+    rollout: PrefixSource,
+    divergence: Divergence,
+    prompts: Sequence[Prompt],
+) -> None:
+    """Raise `SelfTestError` with the reason when a tiny rollout shows a wrong pipeline. Costs one small step.
+
+    1. The head that the loss uses gives the model's own logits.
+    2. Rollout and training log-probabilities of the same tokens agree (when sampling is not cut by top-p or top-k).
+    3. With the student as its own teacher, loss and gradient are zero.
+    4. Every teacher answers one finite distribution for every position.
+    """
+    student.module.eval()
+    trajectories = rollout(prompts, 1, PROBE_TOKENS, stream=-2)
+    tolerance = TOLERANCE[_compute_dtype(student)]
+
+    off = student.check_head(trajectories)
+    if off > max(tolerance, 1e-3):
+        raise SelfTestError(
+            f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture changes "
+            "its logits in a way that opd does not know. Turn the check off only if you are sure (self_test: false)"
+        )
+
+    mine = student(trajectories)
+    ones = torch.full((trajectories.positions,), 1.0 / trajectories.positions, device=trajectories.actions.device)
+    loss = divergence(mine, [Target(mine.detach())], ones, trajectories)
+    if rollout.exact:
+        gap = float((loss.log_probs - trajectories.behaviour_log_probs).abs().mean())
+        if not gap <= tolerance:
+            raise SelfTestError(
+                f"rollout and training log-probabilities of the same tokens differ by {gap:.2g} nats on average "
+                f"(tolerance {tolerance:g}): the sampler and the trainer do not run the same model"
+            )
+    value = float(loss.values.abs().max())
+    gradient = _largest_gradient(student, loss.total)
+    if not (value <= 1e-3 and gradient <= 1e-3):
+        raise SelfTestError(
+            f"with the student as its own teacher the divergence is {value:.2g} and the gradient {gradient:.2g}; "
+            f"both must be 0. The divergence {divergence.model_dump()['kind']!r} does not vanish where it should"
+        )
+    for i, teacher in enumerate(teachers):
+        _check_answer(teacher(trajectories), trajectories, i)
+
+
+def _compute_dtype(student: Student) -> torch.dtype:
+    parameter = next(student.module.parameters())
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+
+
+def _largest_gradient(student: Student, total: torch.Tensor) -> float:
+    trained = [p for p in student.module.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(total, trained, allow_unused=True)
+    return max((float(g.abs().max()) for g in grads if g is not None), default=0.0)
+
+
+def _check_answer(answer: Distribution, trajectories: Trajectories, index: int) -> None:
+    if len(answer) != trajectories.positions:
+        raise SelfTestError(
+            f"teacher {index} answered {len(answer)} positions for {trajectories.positions} actions of the student"
+        )
+    for name in ("hidden", "log_probs"):
+        values = getattr(answer, name, None)
+        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
+            raise SelfTestError(f"teacher {index} answered with NaN or infinity; try another dtype (teacher.dtype)")
