@@ -57,7 +57,9 @@ class Hardware(Settings):
     """Device and precision; everything else about devices is `accelerate`'s."""
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$")
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32", description="Compute dtype; weights keep the student's dtype. auto: bf16 where the device is fast at it"
+    )
     threads: int | None = Field(None, ge=1, description="torch's threads; default all cores")
 
 

@@ -88,7 +88,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     set_seed(recipe.seed)
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
-        mixed_precision=hardware.precision,
+        mixed_precision="bf16" if _compute_in_bf16(hardware.precision) else "no",
         log_with=list(recipe.tracking.trackers) or None,
         project_dir=str(recipe.directory),
     )
@@ -97,6 +97,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"batch.prompts is {recipe.batch.prompts}; it must be a multiple of the {accelerator.num_processes} processes"
         )
     return accelerator
+
+
+def _compute_in_bf16(precision: str) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def assemble(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -132,12 +132,24 @@ class _Plan:
     lengths: torch.Tensor
     rows: int
 
+    def cast(self, dtype: torch.dtype) -> _Plan:
+        """The teachers' heads in the dtype of the student's, once and not once a chunk."""
+        targets = []
+        for target in self.targets:
+            answer = target.distribution
+            if isinstance(answer, Categorical):
+                head = replace(answer.head, weight=answer.head.weight.to(dtype))
+                answer = Categorical(answer.hidden, head)
+            targets.append(Target(answer, target.weight))
+        return replace(self, targets=tuple(targets), head=replace(self.head, weight=self.head.weight.to(dtype)))
+
 
 class _FusedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, plan: _Plan):  # type: ignore[no-untyped-def]
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        plan = plan.cast(dtype) if torch.is_autocast_enabled(kind) else plan
         with torch.autocast(kind, enabled=False):
             total, values, log_probs, grads = _forward(hidden, weight, bias, plan, ctx.needs_input_grad, dtype)
         ctx.save_for_backward(*grads)
@@ -219,7 +231,8 @@ def _log_probs(
     return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)), slope
 
 
-def _head_log_probs(full: Categorical) -> torch.Tensor:
+def head_log_probs(full: Categorical) -> torch.Tensor:
+    """float32 `[C, V]` log-probabilities without a graph; the product runs in the head's dtype."""
     head = full.head
     matrix = head.masked_weight().detach()
     offset = None if head.bias is None else head.bias[: head.size].detach().float()
@@ -236,7 +249,7 @@ def _on_support(
         last = place == len(plan.targets) - 1
         if isinstance(answer, Categorical) and divergence.top_k is None:
             own = log_q if last else log_q.clone()
-            v, g = divergence.value_and_grad(_head_log_probs(answer), own)
+            v, g = divergence.value_and_grad(head_log_probs(answer), own)
         else:
             v, g = _on_buckets(divergence, log_q, answer)
         if not (isinstance(target.weight, float) and target.weight == 1.0):
@@ -256,7 +269,7 @@ def _on_buckets(
     """Compare over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
     if isinstance(answer, Categorical):
         assert divergence.top_k is not None
-        full = _head_log_probs(answer)
+        full = head_log_probs(answer)
         source = log_q if divergence.support_from == "student" else full
         ids = source.topk(min(divergence.top_k, source.shape[-1] - 1), dim=-1).indices
         log_p = append_tail(full.gather(1, ids))
@@ -275,7 +288,7 @@ def _action_log_probs(answer: Distribution, actions: torch.Tensor) -> torch.Tens
     if isinstance(answer, Sampled):
         return answer.log_probs.float()
     assert isinstance(answer, Categorical)
-    return _head_log_probs(answer).gather(1, actions[:, None]).squeeze(1)
+    return head_log_probs(answer).gather(1, actions[:, None]).squeeze(1)
 
 
 def _on_action(

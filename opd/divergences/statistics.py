@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from opd.distributions import Categorical
-from opd.divergences.operator import _head_log_probs, chunk_rows
+from opd.divergences.operator import head_log_probs, chunk_rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def compare(student: Categorical, teacher: Categorical, actions: torch.Tensor) -
     parts: dict[str, list[torch.Tensor]] = {f.name: [] for f in fields(Comparison)}
     for start in range(0, len(student), rows):
         chunk = slice(start, start + rows)
-        log_q, log_p = _head_log_probs(student.select(chunk)), _head_log_probs(teacher.select(chunk))
+        log_q, log_p = head_log_probs(student.select(chunk)), head_log_probs(teacher.select(chunk))
         taken = actions[chunk, None]
         parts["log_q"].append(log_q.gather(1, taken).squeeze(1))
         parts["log_p"].append(log_p.gather(1, taken).squeeze(1))

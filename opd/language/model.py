@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from opd.choice import Settings
 from opd.distributions import Head
 from opd.errors import DataError, ModelError
+from opd.language.packing import ATTENTION, Layout, can_pack, pack
 from opd.language.source import resolve
 from opd.prompts import Prompt
 
@@ -197,18 +198,22 @@ class LanguageModel(torch.nn.Module):
         self,
         contexts: Sequence[torch.Tensor],
         completions: Sequence[torch.Tensor],
-        padding_side: Literal["right", "left"] = "right",
+        layout: Literal["auto", "packed", "right", "left"] = "auto",
     ) -> torch.Tensor:
         """Final hidden states `[N, D]` of the positions that predict the completions' tokens, packed in order.
 
         Args:
-            contexts: B prompts, int64 `[P_i]`.
+            contexts: B prompts, int64 `[P_i]`; neighbours with the same prompt may be computed once.
             completions: B completions, int64 `[T_i]`; position t of a completion is predicted from the state before it.
-            padding_side: where the batch is padded; the result does not depend on it.
+            layout: one packed row, or a batch padded on either side; the result does not depend on it.
         """
+        if layout == "auto":
+            layout = "packed" if can_pack(self.base) else "right"
+        if layout == "packed":
+            return self._packed(contexts, completions)
         # The last token of a completion predicts nothing that is scored, so it is not fed.
         rows = [torch.cat([c.cpu(), y[:-1].cpu()]) for c, y in zip(contexts, completions, strict=True)]
-        ids, mask = pad(rows, padding_side)
+        ids, mask = pad(rows, layout)
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         attention = None if bool(mask.all()) else mask
@@ -217,9 +222,26 @@ class LanguageModel(torch.nn.Module):
         ).last_hidden_state
         scored = torch.zeros_like(mask, dtype=torch.bool)
         for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
-            shift = ids.shape[1] - len(row) if padding_side == "left" else 0
+            shift = ids.shape[1] - len(row) if layout == "left" else 0
             scored[i, shift + len(context) - 1 : shift + len(row)] = True
         return hidden[scored]
+
+    def _packed(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> torch.Tensor:
+        row = pack(contexts, completions).to(self.device)
+        return self.packed_body(row)[0, row.scored]
+
+    def packed_body(self, row: Layout, **options: Any) -> torch.Tensor:
+        """Final hidden states `[1, L, D]` of a packed row."""
+        self.base.config._attn_implementation = ATTENTION
+        # A mask that is already four-dimensional is passed through; packed attention makes its own.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        return self.body(
+            input_ids=row.ids,
+            attention_mask=nothing,
+            position_ids=row.positions,
+            opd_layout=row,
+            **{"use_cache": False, **options},
+        ).last_hidden_state
 
 
 def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:

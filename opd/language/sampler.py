@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from opd.distributions import Head
 from opd.language.model import LanguageModel, pad
+from opd.language.packing import can_pack, pack
 
 
 @dataclass
@@ -66,10 +67,8 @@ class Sampler:
         """Prefill each prompt once and repeat its cache for `group` rows; B = len(contexts) * group."""
         rows = len(contexts) * group
         uniforms = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        ids, mask = pad(list(contexts), "left")
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         cache = DynamicCache(config=self.model.base.config)
-        hidden = self._step(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        hidden, mask = self._prefill(contexts, cache)
         if group > 1:
             cache.batch_repeat_interleave(group)
             hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
@@ -105,6 +104,24 @@ class Sampler:
                 position = state.mask.sum(-1, keepdim=True) - 1
                 state.hidden = self._step(token[:, None], state.mask, position, state.cache)
         return state
+
+    def _prefill(self, contexts: Sequence[torch.Tensor], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Last hidden state `[B, D]` and left-padded mask of the prompts; their keys and values go into the cache."""
+        ids, mask = pad(list(contexts), "left")
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        if not can_pack(self.model.base) or bool(mask.all()):
+            return self._step(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
+        # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
+        row = pack(contexts, [c[:1] for c in contexts]).to(self.model.device)
+        hidden = self.model.packed_body(row, past_key_values=cache, use_cache=True)
+        present = mask.bool()
+        for layer in cache.layers:
+            for name in ("keys", "values"):
+                packed = getattr(layer, name)[0]
+                moved = packed.new_zeros(len(contexts), mask.shape[1], packed.shape[0], packed.shape[2])
+                moved[present] = packed.transpose(0, 1)
+                setattr(layer, name, moved.transpose(1, 2).contiguous())
+        return hidden[0, row.scored], mask
 
     def _step(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache

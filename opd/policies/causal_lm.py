@@ -58,8 +58,8 @@ class CausalLMStudent(Student):
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
 
-    def __call__(self, trajectories: Trajectories, padding_side: Literal["right", "left"] = "right") -> Categorical:
-        hidden = self.module(trajectories.contexts, trajectories.completions(), padding_side)
+    def __call__(self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto") -> Categorical:
+        hidden = self.module(trajectories.contexts, trajectories.completions(), layout)
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:

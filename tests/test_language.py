@@ -1,0 +1,236 @@
+"""The model as hidden states and head: layouts, packing, layer removal, sampling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opd.context import Context
+from opd.errors import IncompatibleError, ModelError
+from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.model import LanguageModel, ModelSettings, load_model
+from opd.language.sampler import Sampler, inverse_cdf
+from opd.policies.causal_lm import CausalLM, CausalLMStudent
+from opd.rollouts.student import StudentRollout
+from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
+
+
+def plain(model):
+    """log-probabilities of each completion token, one sequence at a time, by the model's own forward."""
+
+    def score(trajectories):
+        rows = []
+        for context, y in zip(trajectories.contexts, trajectories.completions(), strict=True):
+            ids = torch.cat([context, y])[None]
+            log_probs = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+            rows.append(log_probs[len(context) - 1 : -1].gather(1, y[:, None]).squeeze(1))
+        return torch.cat(rows)
+
+    return score
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("layout", ["packed", "right", "left"])
+def test_every_layout_gives_the_models_own_log_probabilities(kind, layout, tokenizer):
+    model = tiny_model(kind)
+    trajectories = trajectories_of([5, 1, 9, 3])
+    with torch.no_grad():
+        expected = plain(model)(trajectories)
+        student = CausalLMStudent(LanguageModel(model, tokenizer, "plain"), None, Context(torch.device("cpu")))
+        got = student(trajectories, layout).log_probs().gather(1, trajectories.actions[:, None]).squeeze(1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_shared_prompt_is_computed_once_and_changes_nothing(window, tokenizer):
+    options = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    model = tiny_model("qwen3", **options)
+    a, b = torch.tensor([5, 6, 7, 8, 9, 10]), torch.tensor([11, 12])
+    trajectories = trajectories_of([4, 7, 1, 6, 2], contexts=[a, a, a, b, b])
+    language = LanguageModel(model, tokenizer, "plain")
+    fed = []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, o: fed.append(i[0].numel()))
+    got = language(trajectories.contexts, trajectories.completions(), "packed")
+    assert fed[-1] == 6 + 2 + (4 + 7 + 1 + 6 + 2) - 5
+    want = language(trajectories.contexts, trajectories.completions(), "right")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_do_not_depend_on_the_layout(student):
+    trajectories = trajectories_of([5, 1, 9, 3])
+    grads = []
+    for layout in ("packed", "right", "left"):
+        student.module.zero_grad()
+        student(trajectories, layout).log_probs().gather(1, trajectories.actions[:, None]).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in student.module.parameters()]))
+    for other in grads[1:]:
+        assert (other - grads[0]).norm() / grads[0].norm() < 1e-5
+
+
+def test_removed_layers_leave_a_model_that_saves_caches_and_reloads(tmp_path):
+    path = save_tiny(tmp_path / "full", kind="qwen3", layers=4)
+    model = load_model(ModelSettings(model=path, drop_layers="1-2", template="plain"), "cpu")
+    assert model.config.num_hidden_layers == 2
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+    model.save_pretrained(tmp_path / "cut")
+    again = type(model).from_pretrained(tmp_path / "cut")
+    ids = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert again.generate(ids, max_new_tokens=3, do_sample=False).shape[1] >= 4
+
+
+@pytest.mark.parametrize(("layers", "message"), [([9], r"\[9\]"), ([0, 1, 2, 3], "0 to 3")])
+def test_impossible_layer_removal_is_refused(layers, message, tmp_path):
+    path = save_tiny(tmp_path / "full", layers=4)
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSettings(model=path, drop_layers=layers, template="plain"), "cpu")
+
+
+def rollout(student, group=1, budget=12, prompts=None, stream=0, **settings):
+    return StudentRollout(**settings).build(student.context, student)(prompts, group, budget, stream)
+
+
+def test_recorded_log_probabilities_are_those_of_the_policy(student, prompts):
+    trajectories = rollout(student, prompts=prompts, group=2)
+    with torch.no_grad():
+        expected = plain(student.language.model)(trajectories)
+    torch.testing.assert_close(trajectories.behaviour_log_probs, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"batch": 1}, {"batch": 3}, {"segment": 1}, {"segment": 5}, {"batch": 64}])
+def test_draws_do_not_depend_on_batch_or_segment(settings, student, prompts):
+    reference = rollout(student, prompts=prompts, group=2)
+    other = rollout(student, prompts=prompts, group=2, **settings)
+    assert torch.equal(other.actions, reference.actions)
+    assert torch.equal(other.lengths, reference.lengths)
+
+
+def test_streams_and_seeds_differ_and_repeat(student, prompts):
+    one, again, other = (rollout(student, prompts=prompts, stream=s) for s in (0, 0, 1))
+    assert torch.equal(one.actions, again.actions)
+    assert not torch.equal(one.actions[:20], other.actions[:20])
+    members = rollout(student, prompts=prompts[:1], group=2).completions()
+    assert members[0].tolist() != members[1].tolist()
+
+
+def test_end_token_is_kept_and_decides_the_length(student, prompts):
+    trajectories = rollout(student, prompts=prompts, group=8, budget=40)
+    ended = 0
+    for completion, finished in zip(trajectories.completions(), trajectories.finished.tolist(), strict=True):
+        assert 0 not in completion[:-1].tolist()
+        assert (completion[-1].item() == 0) == finished
+        assert finished or len(completion) == 40
+        ended += finished
+    assert 0 < ended
+
+
+def test_a_padding_token_equal_to_the_end_token_is_scored_like_any_other(student):
+    """pad = eos: nothing is inferred from values, so end tokens inside and at the end all count."""
+    contexts = [torch.tensor([0, 0, 7]), torch.tensor([9])]
+    trajectories = trajectories_of([3, 6], contexts=contexts)
+    trajectories.actions[2] = 0
+    trajectories.actions[-1] = 0
+    got = {layout: student(trajectories, layout).log_probs() for layout in ("packed", "right", "left")}
+    assert len(got["right"]) == 9
+    expected = plain(student.language.model)(trajectories)
+    for log_probs in got.values():
+        torch.testing.assert_close(log_probs.gather(1, trajectories.actions[:, None])[:, 0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_follows_the_distribution(student):
+    """4,000 first tokens of one prompt against the exact probabilities (chi-square, five sigma)."""
+    head = student.language.head(1.0, None)
+    sampler = Sampler(student.language, head, [0])
+    state = sampler.start([torch.tensor([5, 6, 7])], 4000, 1, list(range(4000)))
+    p = torch.softmax(head.logits(state.hidden[:1])[0], -1).detach()
+    sampler.extend(state, 1)
+    counts = torch.bincount(torch.stack([t[0] for t in state.tokens]), minlength=64).float()
+    big = p > 1e-3
+    chi = ((counts[big] - 4000 * p[big]) ** 2 / (4000 * p[big])).sum()
+    freedom = big.sum() - 1
+    assert chi < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_top_k_and_top_p_cut_the_distribution_and_the_recorded_log_probabilities(student, prompts):
+    trajectories = rollout(student, prompts=prompts, top_k=1)
+    assert trajectories.behaviour_log_probs.abs().max() < 1e-6
+    narrow = rollout(student, prompts=prompts, top_p=0.3)
+    wide = rollout(student, prompts=prompts)
+    assert narrow.behaviour_log_probs.mean() > wide.behaviour_log_probs.mean()
+
+
+def test_inverse_cdf_never_draws_an_impossible_id():
+    log_probs = torch.tensor([[float("-inf"), 0.5, 0.5, float("-inf")]]).log_softmax(-1).repeat(4, 1)
+    drawn = inverse_cdf(log_probs, torch.tensor([0.0, 0.4999, 0.5001, 1.0 - 2**-24]))
+    assert drawn.tolist() == [1, 1, 2, 2]
+
+
+def test_rows_can_be_dropped_between_segments(student, prompts):
+    source = StudentRollout().build(student.context, student)
+    sampler = source.sampler()
+    contexts = [student.language.encode(p) for p in prompts[:3]]
+    state = sampler.start(contexts, 1, 20, [1, 2, 3])
+    sampler.extend(state, 2)
+    state.drop(torch.tensor([1]))
+    sampler.extend(state, 3)
+    assert len(state.tokens[1]) <= 2
+    assert max(len(state.tokens[0]), len(state.tokens[2])) > 2
+
+
+def test_padded_vocabularies_are_cut_to_the_common_ids(tokenizer):
+    models = [LanguageModel(tiny_model(vocabulary=v), tokenizer, "plain") for v in (64, 80)]
+    assert common_vocabulary(models) == 64
+    student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), vocabulary=64))
+    assert student(trajectories_of([3])).log_probs().shape == (3, 64)
+
+
+def test_other_tokenizers_are_refused(tokenizer):
+    other = character_tokenizer()
+    other.add_tokens(["<extra>"])
+    ours, theirs = (LanguageModel(tiny_model(), t, "plain") for t in (tokenizer, other))
+    check_tokenizers(ours, theirs, "the teacher")
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = tokenizer.get_vocab()
+    swapped = {**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]}
+    core = type(tokenizer._tokenizer)(type(tokenizer._tokenizer.model)(swapped, unk_token="<unk>"))
+    theirs.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>")
+    with pytest.raises(IncompatibleError, match=r"2 of \d+ ids differ"):
+        check_tokenizers(ours, theirs, "the teacher")
+
+
+def test_disjoint_end_tokens_are_refused_unless_named(tokenizer):
+    ours = LanguageModel(tiny_model(), tokenizer, "plain")
+    theirs = LanguageModel(tiny_model(eos_token_id=5), tokenizer, "plain")
+    theirs.tokenizer = character_tokenizer()
+    theirs.tokenizer.eos_token = "2"
+    with pytest.raises(IncompatibleError, match="end_tokens"):
+        agree_on_end(ours, [("the teacher", theirs)], None)
+    assert agree_on_end(ours, [("the teacher", theirs)], [5]) == (5,)
+
+
+def test_lora_trains_adapters_only_and_saves_a_plain_model(tmp_path):
+    path = save_tiny(tmp_path / "base")
+    settings = CausalLM(model=path, template="plain", lora={"rank": 4, "targets": ["q_proj", "v_proj", "lm_head"]})
+    student = settings.build(Context(torch.device("cpu"), end_ids=(0,)))
+    trained = [n for n, p in student.module.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    trajectories = trajectories_of([5, 3])
+    with torch.no_grad():
+        for name, p in student.module.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+        own = student.language.model(torch.cat([trajectories.contexts[0], trajectories.completions()[0]])[None]).logits
+    got = student(trajectories)
+    torch.testing.assert_close(got.log_probs()[:5], torch.log_softmax(own[0, -6:-1], -1), atol=1e-5, rtol=1e-5)
+    student(trajectories).log_probs().sum().backward()
+    head_grads = [p.grad for n, p in student.module.named_parameters() if "lm_head" in n and p.requires_grad]
+    assert all(g is not None and g.abs().sum() > 0 for g in head_grads)
+    student.save(tmp_path / "out", "card")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[4, 5, 6]])
+    torch.testing.assert_close(merged(ids).logits, student.language.model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
