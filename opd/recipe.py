@@ -143,7 +143,9 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
     path = find_recipe(reference)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = _unshared(yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys))
+    except RecursionError:
+        raise RecipeError(f"{path}: an anchor contains itself") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: not UTF-8; save the file as UTF-8") from None
     except yaml.YAMLError as error:
@@ -186,6 +188,13 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _unshared(data: Any) -> Any:
+    """A copy in which aliases of one anchor are separate, so that an override changes one place only."""
+    if isinstance(data, dict):
+        return {key: _unshared(value) for key, value in data.items()}
+    return [_unshared(value) for value in data] if isinstance(data, list) else data
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -260,34 +269,31 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
     """The key as the user writes it: pydantic's location without the tags of unions and the index of a lone item."""
     keys: list[str] = []
     place = data
-    for part in loc:
-        if isinstance(part, str) and isinstance(place, dict) and part in place:
+    for part, is_tag in _walk(loc):
+        if is_tag or (isinstance(part, int) and not isinstance(place, list)):
+            continue
+        keys.append(str(part))
+        if isinstance(place, dict):
+            place = place.get(part)
+        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
             place = place[part]
-            keys.append(part)
-        elif isinstance(part, int) and isinstance(place, list) and part < len(place):
-            place = place[part]
-            keys.append(str(part))
-        elif isinstance(part, int):
-            continue
-        elif isinstance(place, str) and place == part:
-            continue
-        elif isinstance(place, dict) and (place.get("kind") == part or _is_kind(part)):
-            continue
         else:
-            keys.append(str(part))
             place = None
     return ".".join(keys) or "(the recipe)"
 
 
-def _axes() -> dict[str, dict[str, type[Choice]]]:
-    return {axis.axis: choices_of(axis) for axis in _axis_types(Recipe)}
-
-
-def _axis_types(model: type[BaseModel]) -> Iterator[type[Choice]]:
-    for info in model.model_fields.values():
-        yield from _axes_in(info.metadata)
-        for annotation in _annotations(info.annotation):
-            yield from _axes_in(getattr(annotation, "__metadata__", ()))
+def _walk(loc: Sequence[int | str]) -> Iterator[tuple[int | str, bool]]:
+    """`(part, whether it is the tag of a union)` for each part of a location."""
+    model: type[BaseModel] | None = Recipe
+    kinds: dict[str, type[Choice]] = {}
+    for part in loc:
+        if isinstance(part, str) and part in kinds:
+            model, kinds = kinds[part], {}
+            yield part, True
+            continue
+        yield part, False
+        if isinstance(part, str) and model is not None and part in model.model_fields:
+            model, kinds = _models_in(model.model_fields[part])
 
 
 def _annotations(annotation: Any) -> Iterator[Any]:
@@ -300,10 +306,6 @@ def _axes_in(metadata: Sequence[Any]) -> Iterator[type[Choice]]:
     for item in metadata:
         if isinstance(item, OneOf):
             yield item.axis
-
-
-def _is_kind(part: str) -> bool:
-    return any(part in kinds for kinds in _axes().values())
 
 
 def _models_in(info: Any) -> tuple[type[BaseModel] | None, dict[str, type[Choice]]]:

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from opd.choice import Settings
 from opd.distributions import Head
 from opd.errors import DataError, ModelError
+from opd.language.architectures import KNOWN
 from opd.language.packing import ATTENTION, Layout, can_pack, pack
-from opd.language.source import resolve
+from opd.language.source import config_source, resolve
 from opd.prompts import Prompt
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -46,22 +47,35 @@ class ModelSettings(Settings):
         return value
 
 
-def load_config(settings: ModelSettings) -> Any:
-    """The architecture's config, without weights."""
+def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:
+    """The architecture's config, without weights. With `notes`, a hub name that this machine has no copy of is looked
+    up first in the configurations that come with `opd`; the notes say so."""
+    reference, options = config_source(settings.model)
+    known = dict(KNOWN.get(settings.model, {})) if notes is not None else {}
     try:
         config = AutoConfig.from_pretrained(
-            resolve(settings.model), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            reference,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=bool(known),
+            **options,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("model", settings.model, error) from None
+        if notes is None or not known:
+            raise _cannot_load("model", settings.model, error) from None
+        notes.append(f"{settings.model}: not on this machine; its configuration is the one that comes with opd")
+        config = AutoConfig.for_model(known.pop("model_type"), **known)
     return drop_layers_from_config(config, settings.drop_layers)
 
 
-def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
     reference = settings.tokenizer or settings.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(reference), revision=settings.revision, trust_remote_code=settings.trust_remote_code
+            resolve(reference),
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            local_files_only=local_only,
         )
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load("tokenizer", reference, error) from None

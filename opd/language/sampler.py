@@ -147,7 +147,7 @@ class Sampler:
 def inverse_cdf(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """int64 `[B]` draws from `[B, V]` log-probabilities by one uniform each; never an id of probability zero."""
     cdf = log_probs.exp().cumsum(-1)
-    total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, uniforms[:, None] * total, right=True)
+    total = cdf[:, -1:].contiguous()
+    token = torch.searchsorted(cdf, (uniforms[:, None] * total).contiguous(), right=True)
     # Rounding may put the draw at the very end: the first id that reaches the total is the last one with mass.
     return torch.minimum(token, torch.searchsorted(cdf, total)).squeeze(1)

@@ -18,19 +18,35 @@ def cache_folder() -> Path:
 
 def resolve(reference: str) -> str:
     """The folder or hub name to hand to `from_pretrained`; converts a GGUF file once and caches it as safetensors."""
-    if reference.startswith("package:"):
-        return str(_converted(_gguf_in_package(reference.removeprefix("package:"))))
-    if reference.endswith(".gguf"):
-        path = Path(reference).expanduser()
-        if not path.is_file():
-            raise ModelError(f"model {reference!r}: no such file; give a .gguf file, a model folder or a hub name")
-        return str(_converted(path))
+    gguf_file = _gguf(reference)
+    if gguf_file is not None:
+        return str(_converted(gguf_file))
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():
             raise ModelError(f"model {reference!r}: no folder with a config.json; give a model folder or a hub name")
         return str(folder)
     return reference
+
+
+def config_source(reference: str) -> tuple[str, dict[str, str]]:
+    """Where the configuration alone can be read, and options for `from_pretrained`: a GGUF file is not converted."""
+    gguf_file = _gguf(reference)
+    if gguf_file is None or (_cached(gguf_file) / "config.json").is_file():
+        return resolve(reference), {}
+    return str(gguf_file.parent), {"gguf_file": gguf_file.name}
+
+
+def _gguf(reference: str) -> Path | None:
+    """The GGUF file that a reference names, or None when it names something else."""
+    if reference.startswith("package:"):
+        return _gguf_in_package(reference.removeprefix("package:"))
+    if not reference.endswith(".gguf"):
+        return None
+    path = Path(reference).expanduser()
+    if not path.is_file():
+        raise ModelError(f"model {reference!r}: no such file; give a .gguf file, a model folder or a hub name")
+    return path
 
 
 def _gguf_in_package(package: str) -> Path:
@@ -46,11 +62,16 @@ def _gguf_in_package(package: str) -> Path:
     return found[0]
 
 
-def _converted(path: Path) -> Path:
-    """Dequantise a GGUF file to a float32 safetensors folder. Keyed by the file's name, size and first bytes."""
+def _cached(path: Path) -> Path:
+    """Where a GGUF file's conversion lies; keyed by the file's name, size and first bytes."""
     with path.open("rb") as file:
         digest = hashlib.sha256(file.read(2**20) + str(path.stat().st_size).encode()).hexdigest()[:12]
-    target = cache_folder() / "models" / f"{path.stem}-{digest}"
+    return cache_folder() / "models" / f"{path.stem}-{digest}"
+
+
+def _converted(path: Path) -> Path:
+    """Dequantise a GGUF file to a float32 safetensors folder, once."""
+    target = _cached(path)
     if (target / "config.json").is_file():
         return target
     try:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from transformers import get_scheduler
 
 from opd.divergences import Loss
 from opd.policies.base import Student
 from opd.updates.base import Optimiser, Update
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PlainUpdate(Update):
@@ -19,16 +22,10 @@ class PlainUpdate(Update):
     kind: Literal["plain"] = "plain"
     learning_rate: float = Field(1e-5, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _betas(self) -> PlainUpdate:
-        if not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
-        return self
 
     def build(self, student: Student, accelerator: Any, steps: int) -> AdamW:
         return AdamW(self, student, accelerator, steps)

@@ -1,0 +1,280 @@
+"""What a recipe will take, from configurations on the meta device: parameters, tokens, bytes, operations. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from opd.divergences.operator import CHUNK_BYTES, chunk_rows
+from opd.errors import ModelError, OpdError
+from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
+from opd.language.plan_attention import PLAN_ATTENTION
+from opd.policies.causal_lm import CausalLM, _with_lora
+from opd.provenance import peak_memory_bytes
+from opd.recipe import Recipe
+from opd.run import load_data
+from opd.teachers.local import LocalTeacher
+from opd.teachers.self_teacher import SelfTeacher
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model as its configuration describes it."""
+
+    name: str
+    parameters: int
+    trainable: int
+    width: int
+    vocabulary: int
+    layers: int
+    kv_bytes_per_token: int
+    weight_bytes: int
+    model: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a recipe; `memory` in bytes by part, `peak` their sum at the worst moment of a step."""
+
+    recipe: str
+    student: Shape
+    teachers: tuple[Shape, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    trajectories: int
+    memory: dict[str, int]
+    teraflops: dict[str, float]
+    steps: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        def shape(s: Shape) -> dict[str, Any]:
+            return {k: v for k, v in vars(s).items() if k != "model"}
+
+        return {
+            "recipe": self.recipe,
+            "steps": self.steps,
+            "student": shape(self.student),
+            "teachers": [shape(t) for t in self.teachers],
+            "tokens_per_step": {
+                "sampled": self.trajectories * self.completion_tokens,
+                "scored_by_teachers": self.trajectories * (self.prompt_tokens + self.completion_tokens),
+            },
+            "memory_bytes": self.memory,
+            "peak_memory_bytes": self.peak,
+            "teraflops_per_step": self.teraflops,
+            "notes": list(self.notes),
+        }
+
+    def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        models = [("student", self.student), *((f"teacher {i}", t) for i, t in enumerate(self.teachers))]
+        yield (
+            "models",
+            [
+                (f"{role}: {s.name}", f"{_count(s.parameters)} parameters, {_count(s.trainable)} trained")
+                for role, s in models
+            ],
+        )
+        yield (
+            "a step, at most",
+            [
+                ("trajectories", str(self.trajectories)),
+                ("prompt tokens of a trajectory", str(self.prompt_tokens)),
+                ("sampled tokens", str(self.trajectories * self.completion_tokens)),
+                *((f"{part}, TFLOP", f"{value:.3g}") for part, value in self.teraflops.items()),
+                ("whole run, sampled tokens", _count(self.steps * self.trajectories * self.completion_tokens)),
+            ],
+        )
+        yield (
+            "memory at the peak of a step",
+            [*((part, _bytes(value)) for part, value in self.memory.items()), ("sum", _bytes(self.peak))],
+        )
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """The plan of `recipe`; reads configurations, and prompts and tokenizer where they are at hand."""
+    if not isinstance(recipe.student, CausalLM):
+        raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
+    notes: list[str] = []
+    student = _shape(recipe.student, notes, trainable=True)
+    teachers = []
+    for teacher in recipe.teacher:
+        recipe.divergence.check_accepts(_answers(), "the teacher")
+        if isinstance(teacher, LocalTeacher):
+            teachers.append(_shape(teacher, notes, trainable=False))
+        elif isinstance(teacher, SelfTeacher):
+            teachers.append(
+                Shape(**{**vars(student), "name": f"{student.name} ({teacher.mode} copy)", "trainable": 0})
+            )
+    prompt = _prompt_tokens(recipe, notes)
+    completion = getattr(recipe.rollout, "max_new_tokens", 1)
+    trajectories = recipe.batch.prompts * recipe.batch.group
+    return Plan(
+        recipe=recipe.name,
+        student=student,
+        teachers=tuple(teachers),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        trajectories=trajectories,
+        memory=_memory(recipe, student, teachers, prompt, completion, notes),
+        teraflops=_operations(student, teachers, trajectories, prompt, completion),
+        steps=recipe.steps,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _answers() -> Any:
+    from opd.distributions import Categorical
+
+    return Categorical
+
+
+def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
+    config = load_config(settings, notes)
+    dtype = settings.dtype if settings.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
+    dtype = dtype.removeprefix("torch.")
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        if isinstance(settings, CausalLM) and settings.lora is not None:
+            model = _with_lora(model, settings.lora)
+    parameters = sum(p.numel() for p in model.parameters())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = DTYPE_BYTES.get(dtype, 4)
+    return Shape(
+        name=settings.model,
+        parameters=parameters,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) if trainable else 0,
+        width=config.hidden_size,
+        vocabulary=config.vocab_size,
+        layers=config.num_hidden_layers,
+        kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * size,
+        weight_bytes=parameters * size,
+        model=model,
+    )
+
+
+def _prompt_tokens(recipe: Recipe, notes: list[str]) -> int:
+    training, held_out = load_data(recipe)
+    assert isinstance(recipe.student, CausalLM)
+    try:
+        tokenizer = load_tokenizer(recipe.student, local_only=bool(notes))
+    except ModelError:
+        notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
+        return recipe.max_prompt_tokens
+    language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
+    sample = [*training, *held_out][:512]
+    lengths = [len(language.encode(prompt)) for prompt in sample]
+    notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
+    return round(sum(lengths) / len(lengths))
+
+
+def _memory(
+    recipe: Recipe, student: Shape, teachers: list[Shape], prompt: int, completion: int, notes: list[str]
+) -> dict[str, int]:
+    assert isinstance(recipe.student, CausalLM)
+    size = student.weight_bytes // student.parameters
+    micro = min(recipe.batch.micro, recipe.batch.prompts * recipe.batch.group)
+    tokens = micro * (prompt + completion)
+    positions = recipe.batch.prompts * recipe.batch.group * completion
+    rows = chunk_rows(student.vocabulary)
+    on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+    parts = {
+        "student weights": student.weight_bytes,
+        "gradients": student.trainable * size,
+        "optimiser state": 2 * student.trainable * size,
+    }
+    for i, (settings, shape) in enumerate(zip(recipe.teacher, teachers, strict=True)):
+        if not getattr(settings, "offload", False) or on_cpu:
+            parts[f"teacher {i} weights"] = shape.weight_bytes
+        parts[f"teacher {i} answers (hidden states)"] = (
+            positions * shape.width * (shape.weight_bytes // shape.parameters)
+        )
+    parts["activations of a micro-batch"] = _activations(recipe, student, tokens)
+    parts["loss operator: chunks"] = (3 + len(teachers)) * min(CHUNK_BYTES, rows * student.vocabulary * 4)
+    head_trained = student.trainable == student.parameters
+    parts["loss operator: gradients"] = (student.vocabulary * student.width * 4 if head_trained else 0) + (
+        micro * completion * student.width * 4
+    )
+    if on_cpu:
+        parts["Python and libraries"] = peak_memory_bytes()
+    else:
+        notes.append("device memory of the CUDA context itself is not counted")
+    batch = getattr(recipe.rollout, "batch", micro)
+    cache = min(batch, recipe.batch.prompts * recipe.batch.group) * (prompt + completion) * student.kv_bytes_per_token
+    rollout = cache + 4 * min(batch, positions) * student.vocabulary * 4
+    training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
+    # A rollout and a training pass never hold their temporaries at the same time.
+    if rollout > training:
+        for key in [k for k in parts if k.startswith(("activations", "loss operator"))]:
+            del parts[key]
+        parts["rollout: keys, values and logits"] = rollout
+    if recipe.hardware.precision == "bf16":
+        notes.append("activations are estimated at the weights' dtype; bf16 computing holds somewhat less")
+    return parts
+
+
+def _activations(recipe: Recipe, student: Shape, tokens: int) -> int:
+    """Bytes that autograd keeps for one forward pass of `tokens` tokens, counted on the meta device."""
+    assert isinstance(recipe.student, CausalLM)
+    base = student.model.get_base_model() if hasattr(student.model, "get_base_model") else student.model
+    base.config._attn_implementation = PLAN_ATTENTION
+    own = {p.untyped_storage()._cdata for p in student.model.parameters()}
+    seen: dict[int, int] = {}
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+            kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+    probe = min(tokens, 512)
+    ids = torch.zeros(1, probe, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
+    total = sum(seen.values()) * tokens // probe
+    if recipe.student.gradient_checkpointing:
+        return total // student.layers + student.layers * tokens * student.width * 4
+    return total
+
+
+def _operations(
+    student: Shape, teachers: list[Shape], trajectories: int, prompt: int, completion: int
+) -> dict[str, float]:
+    """Matrix-product operations of a step, attention left out: 2 per parameter and token forward, 4 backward."""
+
+    def body(shape: Shape) -> int:
+        return shape.parameters - shape.vocabulary * shape.width
+
+    tokens, scored = trajectories * (prompt + completion), trajectories * completion
+    head = student.vocabulary * student.width
+    heads = sum(2 * t.vocabulary * t.width for t in teachers) * scored
+    return {
+        "rollout": 2 * (body(student) * tokens + head * scored) / 1e12,
+        "teachers": sum(2 * body(t) * tokens for t in teachers) / 1e12,
+        "student forward and backward": 6 * body(student) * tokens / 1e12,
+        "loss operator": (6 * head * scored + heads) / 1e12,
+    }
+
+
+def _count(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(int(value))
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"
