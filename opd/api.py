@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -95,7 +95,7 @@ def distill(
         },
         "distill()",
     )
-    template = "chat" if tokenizer is not None and tokenizer.chat_template else "plain"
+    template: Literal["chat", "plain"] = "chat" if tokenizer is not None and tokenizer.chat_template else "plain"
     device = torch.device("cpu" if recipe.hardware.device == "auto" else recipe.hardware.device)
     if recipe.hardware.device == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
@@ -104,14 +104,14 @@ def distill(
     if isinstance(student, PreTrainedModel):
         if tokenizer is None:
             raise RunError("distill() got a live student without its tokenizer; pass tokenizer=...")
-        live_student = CausalLMStudent(LanguageModel(student.to(device), tokenizer, template), None, context)
+        live_student = CausalLMStudent(LanguageModel(_moved(student, device), tokenizer, template), None, context)
     live_teachers = None
     if any(isinstance(t, PreTrainedModel) for t in teachers):
         if not all(isinstance(t, PreTrainedModel) for t in teachers) or tokenizer is None:
             raise RunError("distill() takes live teachers all together and with tokenizer=...; or pass names for all")
         live_teachers = [
             LanguageTeacher(
-                LanguageModel(t.to(device).eval().requires_grad_(False), tokenizer, template),
+                LanguageModel(_moved(t, device).eval().requires_grad_(False), tokenizer, template),
                 LocalTeacher(model=LIVE, template=template),
                 device,
                 context,
@@ -181,7 +181,10 @@ def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = No
     """Held-out metrics of a recipe's student against its teacher, without training."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.console.status("loading models and checking that they fit together"):
-        run = assemble(recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}), monitor)
+        run = assemble(
+            recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
+            monitor,
+        )
     with monitor.console.status("measuring the student on held-out prompts"):
         return evaluate(run)
 
@@ -215,6 +218,10 @@ def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
         f"| held out | before | after |\n|---|---|---|\n{rows}\n"
     )
+
+
+def _moved(model: Any, device: torch.device) -> Any:
+    return model.to(device)
 
 
 def _model_block(model: Any) -> Any:

@@ -35,7 +35,7 @@ def evaluate(run: Run) -> HeldOut:
     recipe = run.recipe
     training = run.student.module.training
     run.student.module.eval()
-    budget = recipe.evaluation.max_new_tokens or getattr(recipe.rollout, "max_new_tokens", 1)
+    budget = recipe.evaluation.max_new_tokens or recipe.rollout.budget
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []

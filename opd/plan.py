@@ -1,4 +1,4 @@
-"""What a recipe will take, from configurations on the meta device: parameters, tokens, bytes, operations. No weights."""
+"""What a recipe will take, from configurations on the meta device: parameters, tokens, bytes, operations."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ class Plan:
                 ("prompt tokens of a trajectory", str(self.prompt_tokens)),
                 ("sampled tokens", str(self.trajectories * self.completion_tokens)),
                 *((f"{part}, TFLOP", f"{value:.3g}") for part, value in self.teraflops.items()),
-                ("whole run, sampled tokens", _count(self.steps * self.trajectories * self.completion_tokens)),
+                (
+                    "whole run, sampled tokens",
+                    _count(self.steps * self.trajectories * self.completion_tokens),
+                ),
             ],
         )
         yield (
@@ -113,11 +116,9 @@ def make_plan(recipe: Recipe) -> Plan:
         if isinstance(teacher, LocalTeacher):
             teachers.append(_shape(teacher, notes, trainable=False))
         elif isinstance(teacher, SelfTeacher):
-            teachers.append(
-                Shape(**{**vars(student), "name": f"{student.name} ({teacher.mode} copy)", "trainable": 0})
-            )
+            teachers.append(Shape(**{**vars(student), "name": f"{student.name} ({teacher.mode} copy)", "trainable": 0}))
     prompt = _prompt_tokens(recipe, notes)
-    completion = getattr(recipe.rollout, "max_new_tokens", 1)
+    completion = recipe.rollout.budget
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
         recipe=recipe.name,

@@ -58,7 +58,8 @@ class Hardware(Settings):
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "fp32", description="Compute dtype; weights keep the student's dtype. auto: bf16 where the device is fast at it"
+        "fp32",
+        description="Compute dtype; weights keep the student's dtype. auto: bf16 where the device is fast at it",
     )
     threads: int | None = Field(None, ge=1, description="torch's threads; default all cores")
 
@@ -66,9 +67,9 @@ class Hardware(Settings):
 class Tracking(Settings):
     """`accelerate`'s trackers; metrics.jsonl is always written."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml"]] = [
-        "tensorboard"
-    ]
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml"]] = Field(
+        default=["tensorboard"], description="Trackers to log to"
+    )
     project: str = "opd"
 
 
@@ -251,9 +252,7 @@ def _explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     if kind == "union_tag_invalid":
         expected = [e.strip(" '") for e in first["ctx"]["expected_tags"].split(",")]
         tag = first["ctx"]["tag"]
-        return (
-            f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
-        )
+        return f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
     message = first["msg"].removeprefix("Value error, ")
@@ -367,4 +366,3 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
 def default_threads() -> int:
     """Threads that torch should use when the recipe names none: the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-

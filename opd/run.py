@@ -82,7 +82,9 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     if hardware.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(f"hardware.device is {hardware.device!r} and this machine has no CUDA device; use auto or cpu")
+        raise RecipeError(
+            f"hardware.device is {hardware.device!r} and this machine has no CUDA device; use auto or cpu"
+        )
     # A second run in one process may ask for another precision.
     AcceleratorState._reset_state()
     set_seed(recipe.seed)
@@ -94,7 +96,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
     if recipe.batch.prompts % accelerator.num_processes:
         raise RecipeError(
-            f"batch.prompts is {recipe.batch.prompts}; it must be a multiple of the {accelerator.num_processes} processes"
+            f"batch.prompts is {recipe.batch.prompts}; make it a multiple of the {accelerator.num_processes} processes"
         )
     return accelerator
 
@@ -139,13 +141,12 @@ def assemble(
         with accelerator.autocast():
             self_test(student, built, rollout, recipe.divergence, probe)
 
-    budget = getattr(recipe.rollout, "max_new_tokens", 1)
     return Run(
         recipe=recipe,
         accelerator=accelerator,
         student=student,
         teachers=built,
-        schedule=recipe.curriculum.build(training, recipe.batch.prompts, budget, recipe.seed),
+        schedule=recipe.curriculum.build(training, recipe.batch.prompts, recipe.rollout.budget, recipe.seed),
         rollout=rollout,
         verifier=recipe.verifier,
         shaping=recipe.shaping,

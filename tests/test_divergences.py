@@ -73,7 +73,13 @@ def definition(divergence, log_p, log_q):
     return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
 
 
-ON_SUPPORT = [ForwardKL(), ReverseKL(), Mixture(reverse_weight=0.3), JensenShannon(beta=0.5), JensenShannon(beta=0.1)]
+ON_SUPPORT = [
+    ForwardKL(),
+    ReverseKL(),
+    Mixture(reverse_weight=0.3),
+    JensenShannon(beta=0.5),
+    JensenShannon(beta=0.1),
+]
 
 
 def scene(n=37, vocabulary=50, width=8, teacher_width=12, seed=0, bias=False, **head):
@@ -126,9 +132,7 @@ def test_operator_matches_autograd_of_the_definition(divergence, head, top_k):
 def test_top_k_rows_and_live_teacher_with_top_k_agree():
     student, teacher, weights, actions, lengths = scene()
     live = divergence_loss(ReverseKL(top_k=6), student, [Target(teacher)], weights, actions, lengths)
-    stored = divergence_loss(
-        ReverseKL(), student, [Target(TopK.of(teacher, 6))], weights, actions, lengths
-    )
+    stored = divergence_loss(ReverseKL(), student, [Target(TopK.of(teacher, 6))], weights, actions, lengths)
     torch.testing.assert_close(live.values, stored.values)
 
 
@@ -150,7 +154,13 @@ def test_several_teachers_are_a_weighted_sum_of_divergences():
     other = scene(seed=1)[1]
     per_row = torch.linspace(0, 1, len(student))
     both = divergence_loss(
-        ReverseKL(), student, [Target(teacher, 0.3), Target(other, per_row)], weights, actions, lengths, rows=7
+        ReverseKL(),
+        student,
+        [Target(teacher, 0.3), Target(other, per_row)],
+        weights,
+        actions,
+        lengths,
+        rows=7,
     )
     one = divergence_loss(ReverseKL(), student, [Target(teacher)], weights * 0.3, actions, lengths)
     two = divergence_loss(ReverseKL(), student, [Target(other)], weights * per_row, actions, lengths)
@@ -170,9 +180,7 @@ def test_masked_rows_are_never_projected():
     poisoned = student.hidden.detach().clone()
     poisoned[::2] = float("nan")
     hidden = poisoned.requires_grad_()
-    loss = divergence_loss(
-        ReverseKL(), Categorical(hidden, student.head), [Target(teacher)], weights, actions, lengths
-    )
+    loss = divergence_loss(ReverseKL(), Categorical(hidden, student.head), [Target(teacher)], weights, actions, lengths)
     grad = torch.autograd.grad(loss.total, hidden)[0]
     assert torch.isfinite(loss.total)
     assert torch.equal(grad[::2], torch.zeros_like(grad[::2]))
@@ -209,9 +217,7 @@ def test_sampled_reverse_kl_is_a_policy_gradient(discount, clamp):
     expected = torch.autograd.grad(-(weights * advantage * log_q).sum(), leaves(student))
     for got, want in zip(torch.autograd.grad(loss.total, leaves(student)), expected, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-    stored = divergence_loss(
-        divergence, student, [Target(Sampled(log_p.detach()))], weights, actions, lengths
-    )
+    stored = divergence_loss(divergence, student, [Target(Sampled(log_p.detach()))], weights, actions, lengths)
     torch.testing.assert_close(stored.values, loss.values)
 
 

@@ -121,7 +121,7 @@ def test_end_token_is_kept_and_decides_the_length(student, prompts):
         assert (completion[-1].item() == 0) == finished
         assert finished or len(completion) == 40
         ended += finished
-    assert 0 < ended
+    assert ended > 0
 
 
 def test_a_padding_token_equal_to_the_end_token_is_scored_like_any_other(student):
@@ -134,7 +134,9 @@ def test_a_padding_token_equal_to_the_end_token_is_scored_like_any_other(student
     assert len(got["right"]) == 9
     expected = plain(student.language.model)(trajectories)
     for log_probs in got.values():
-        torch.testing.assert_close(log_probs.gather(1, trajectories.actions[:, None])[:, 0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            log_probs.gather(1, trajectories.actions[:, None])[:, 0], expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_sampling_follows_the_distribution(student):

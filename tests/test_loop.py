@@ -1,4 +1,4 @@
-"""The whole loop on tiny real models: it learns, it is invariant to how a batch is cut, and it refuses wrong set-ups."""
+"""The whole loop on tiny real models: it learns, does not depend on how a batch is cut, refuses wrong set-ups."""
 
 from __future__ import annotations
 
@@ -144,7 +144,10 @@ def test_gradient_does_not_depend_on_the_order_of_trajectories(models, tmp_path)
         answer = run.student(trajectories).detach()
         shifted = type(answer)(answer.hidden.roll(1, -1), answer.head)
         loss = run.divergence(
-            run.student(trajectories), [Target(shifted)], position_weights(trajectories, "sequence_mean"), trajectories
+            run.student(trajectories),
+            [Target(shifted)],
+            position_weights(trajectories, "sequence_mean"),
+            trajectories,
         )
         loss.total.backward()
         return torch.cat([p.grad.flatten() for p in run.student.module.parameters()])
@@ -196,9 +199,12 @@ def test_every_choice_trains_through_the_same_loop(choice, models, tmp_path):
 
 
 def test_two_teachers_weigh_in_together(models, tmp_path):
-    student, teacher = models
+    _student, teacher = models
     third = save_tiny(tmp_path / "third", seed=3)
-    both = [{"model": teacher, "template": "plain", "weight": 0.7}, {"model": third, "template": "plain", "weight": 0.3}]
+    both = [
+        {"model": teacher, "template": "plain", "weight": 0.7},
+        {"model": third, "template": "plain", "weight": 0.3},
+    ]
     result = execute(recipe_for(models, tmp_path, teacher=both), quiet=True)
     assert result.summary["steps"] == 3
 
@@ -355,7 +361,11 @@ def test_measurement_weighs_positions_not_micro_batches():
         part = trajectories_of(lengths)
         n = sum(lengths)
         loss = type("L", (), {})()
-        loss.total, loss.values, loss.log_probs = torch.tensor(0.5), torch.full((n,), value), torch.full((n,), -0.1)
+        loss.total, loss.values, loss.log_probs = (
+            torch.tensor(0.5),
+            torch.full((n,), value),
+            torch.full((n,), -0.1),
+        )
         measurement.add(loss, part, exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)

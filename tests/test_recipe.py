@@ -54,7 +54,10 @@ LEAVES = [
     ("prompts.prompts", st.sampled_from(["text", 5, None])),
     ("rollout.max_new_tokens", st.one_of(st.integers(max_value=0), st.floats(1.1, 1.9))),
     ("rollout.top_p", st.one_of(st.floats(max_value=0), st.floats(min_value=1.01, max_value=9))),
-    ("divergence.beta", st.one_of(st.floats(max_value=-0.01), st.floats(min_value=1.01), st.just(float("nan")))),
+    (
+        "divergence.beta",
+        st.one_of(st.floats(max_value=-0.01), st.floats(min_value=1.01), st.just(float("nan"))),
+    ),
     ("divergence.kind", st.text("abcdefgh_", min_size=1, max_size=12)),
     ("update.learning_rate", st.one_of(st.floats(max_value=0), st.just("fast"))),
     ("update.betas", st.sampled_from([[0.9], [0.9, 1.5], "x", [1, 2, 3]])),
@@ -173,7 +176,8 @@ def test_overrides_reach_every_level(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({**VALID, "divergence": "reverse_kl", "teacher": [VALID["teacher"]] * 2}))
     recipe = load_recipe(
-        str(path), ["update.learning_rate=1e-4", "divergence.top_k=5", "teacher.1.weight=0.5", "verifier=exact_match"]
+        str(path),
+        ["update.learning_rate=1e-4", "divergence.top_k=5", "teacher.1.weight=0.5", "verifier=exact_match"],
     )
     assert recipe.update.learning_rate == 1e-4
     assert recipe.divergence.top_k == 5
@@ -215,11 +219,19 @@ def bad_file(tmp_path, content, name="p.jsonl"):
         ("", "p.jsonl", "no rows"),
         ("\n\n", "p.txt", "no rows"),
         ('{"question": "a"}\n', "p.jsonl", r"p.jsonl:1: no column 'prompt'.*'question'"),
-        ('{"prompt": "a"}\n{"prompt": "  "}\n', "p.jsonl", "p.jsonl:2: the prompt in column 'prompt' is empty"),
+        (
+            '{"prompt": "a"}\n{"prompt": "  "}\n',
+            "p.jsonl",
+            "p.jsonl:2: the prompt in column 'prompt' is empty",
+        ),
         ('{"prompt": []}\n', "p.jsonl", "is empty"),
         ('{"prompt": 3}\n', "p.jsonl", "holds int"),
         ('{"prompt": [{"text": "x"}]}\n', "p.jsonl", "'role' and 'content'"),
-        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "p.jsonl", r"duplicate prompt id '1'.*:1 and .*:2"),
+        (
+            '{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n',
+            "p.jsonl",
+            r"duplicate prompt id '1'.*:1 and .*:2",
+        ),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', "p.jsonl", "p.jsonl:2: not UTF-8"),
         ('{"prompt": "a"}\n{oops\n', "p.jsonl", "p.jsonl:2: not JSON"),
         ("[1]\n", "p.jsonl", "must be one JSON object"),

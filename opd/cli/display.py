@@ -43,8 +43,8 @@ def show_result(result: Result, recipe: Recipe) -> None:
         shown = Table(title="the same prompts, before and after", title_justify="left", show_lines=True)
         for column in ("prompt", "before", "after"):
             shown.add_column(column, overflow="fold", ratio=1)
-        for before, after in result.samples:
-            shown.add_row(_text(before["prompt"]), _text(before["completion"]), _text(after["completion"]))
+        for old, new in result.samples:
+            shown.add_row(_text(old["prompt"]), _text(old["completion"]), _text(new["completion"]))
         out.print(shown)
     stopped = f" (stopped early by {signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
     out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)

@@ -25,7 +25,8 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with opd.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="key=value, dotted, e.g. update.learning_rate=1e-4.", show_default=False)
+    list[str] | None,
+    typer.Argument(help="key=value, dotted, e.g. update.learning_rate=1e-4.", show_default=False),
 ]
 
 
@@ -73,7 +74,9 @@ def schema() -> None:
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None) -> None:
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
+) -> None:
     """List the recipes that come with opd, or show one."""
     from opd.cli.display import show_recipes
     from opd.recipe import find_recipe, shipped_recipes

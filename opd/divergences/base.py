@@ -58,7 +58,11 @@ class Divergence(Choice):
 
     @abstractmethod
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
     ) -> Loss:
         """Compare at the N positions of `trajectories`.
 

@@ -15,9 +15,7 @@ class ForwardKL(OnSupport):
     kind: Literal["forward_kl"] = "forward_kl"
     descends: ClassVar[str] = "forward_kl"
 
-    def value_and_grad(
-        self, log_p: torch.Tensor, log_q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = log_p - log_q
         p = log_p.exp_()
         value = torch.linalg.vecdot(p, ratio)

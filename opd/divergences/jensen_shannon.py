@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.operator import OnSupport
 from opd.divergences.forward_kl import ForwardKL
+from opd.divergences.operator import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
 
 
@@ -24,9 +24,7 @@ class JensenShannon(OnSupport):
     descends: ClassVar[str] = "jensen_shannon"
     beta: float = Field(0.5, ge=0.0, le=1.0)
 
-    def value_and_grad(
-        self, log_p: torch.Tensor, log_q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.beta in (0.0, 1.0):
             end = ReverseKL() if self.beta else ForwardKL()
             return end.value_and_grad(log_p, log_q)

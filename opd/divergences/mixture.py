@@ -17,9 +17,7 @@ class Mixture(OnSupport):
     descends: ClassVar[str] = "mixture"
     reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
 
-    def value_and_grad(
-        self, log_p: torch.Tensor, log_q: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lam = self.reverse_weight
         ratio = log_q - log_p
         p, q = log_p.exp_(), log_q.exp_()

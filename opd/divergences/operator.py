@@ -43,7 +43,11 @@ class OnSupport(Divergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
@@ -71,7 +75,11 @@ class OnAction(Divergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
@@ -263,9 +271,7 @@ def _on_support(
     return value, grad
 
 
-def _on_buckets(
-    divergence: OnSupport, log_q: torch.Tensor, answer: Distribution
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_buckets(divergence: OnSupport, log_q: torch.Tensor, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
     if isinstance(answer, Categorical):
         assert divergence.top_k is not None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from opd.distributions import Categorical
-from opd.divergences.operator import head_log_probs, chunk_rows
+from opd.divergences.operator import chunk_rows, head_log_probs
 
 
 @dataclass(frozen=True)

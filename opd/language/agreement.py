@@ -53,7 +53,7 @@ def agree_on_end(
         theirs = end_ids(teacher)
         if given is None and theirs and not chosen & theirs:
             raise IncompatibleError(
-                f"the student ends a completion with id {sorted(chosen)} and {which} with {sorted(theirs)}: the student "
+                f"the student ends a completion with id {sorted(chosen)} and {which} with {sorted(theirs)}: it "
                 f"would unlearn to stop. Set end_tokens to the teacher's, e.g. end_tokens={sorted(theirs)}"
             )
     return tuple(sorted(chosen))

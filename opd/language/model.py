@@ -7,7 +7,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opd.choice import Settings
 from opd.distributions import Head
@@ -81,7 +87,7 @@ def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrai
         raise _cannot_load("tokenizer", reference, error) from None
     if settings.template == "chat" and not tokenizer.chat_template:
         raise ModelError(
-            f"model {settings.model!r}: its tokenizer has no chat template; set template: plain to encode prompts as text"
+            f"model {settings.model!r}: its tokenizer has no chat template; template: plain encodes prompts as text"
         )
     return tokenizer
 
@@ -185,7 +191,7 @@ class LanguageModel(torch.nn.Module):
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode(self, ids: torch.Tensor) -> str:
-        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
     def head(self, temperature: float, vocabulary: int | None) -> Head:
         """The output head as it is now, with a graph where its parameters are trained."""

@@ -128,7 +128,11 @@ class Sampler:
     ) -> torch.Tensor:
         attention = None if bool(mask.all()) else mask
         output = self.model.body(
-            input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
         )
         return output.last_hidden_state[:, -1]
 

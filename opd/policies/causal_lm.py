@@ -25,7 +25,7 @@ class LoRA(Settings):
     """Low-rank adapters, by `peft`."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     targets: list[str] | str = "all-linear"
 
@@ -35,7 +35,8 @@ class CausalLM(ModelSettings, Policy):
 
     kind: Literal["causal_lm"] = "causal_lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype"
+        "float32",
+        description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
     )
     lora: LoRA | None = None
     gradient_checkpointing: bool = False
@@ -58,7 +59,9 @@ class CausalLMStudent(Student):
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
 
-    def __call__(self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto") -> Categorical:
+    def __call__(
+        self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto"
+    ) -> Categorical:
         hidden = self.module(trajectories.contexts, trajectories.completions(), layout)
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
 
@@ -99,7 +102,7 @@ class CausalLMStudent(Student):
         return self.language.decode(actions)
 
     def tokens(self, actions: torch.Tensor) -> list[str]:
-        return [self.language.tokenizer.decode([i]) for i in actions.tolist()]
+        return [str(self.language.tokenizer.decode([i])) for i in actions.tolist()]
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""

@@ -13,7 +13,7 @@ from opd.trajectories import Trajectories
 
 
 class PrefixSource(ABC):
-    """A built rollout. `exact` says that actions are drawn from the very distribution that the student is scored with."""
+    """A built rollout. `exact`: actions are drawn from the very distribution that the student is scored with."""
 
     exact: bool = True
 
@@ -30,6 +30,11 @@ class Rollout(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "rollout"
+
+    @property
+    @abstractmethod
+    def budget(self) -> int:
+        """Most actions of one trajectory, unless the curriculum says less."""
 
     @abstractmethod
     def build(self, context: Context, student: Any) -> PrefixSource:

@@ -27,6 +27,10 @@ class StudentRollout(Rollout):
     batch: int = Field(64, ge=1, description="Rows sampled side by side")
     segment: int | None = Field(None, ge=1, description="Tokens drawn between two looks at the rows; default all")
 
+    @property
+    def budget(self) -> int:
+        return self.max_new_tokens
+
     def build(self, context: Context, student: Any) -> LanguageRollout:
         return LanguageRollout(student.language, self, context)
 

@@ -22,7 +22,5 @@ class Shaping(Choice):
     """What must be seen together: the loop never cuts a group in two when this is 'group'."""
 
     @abstractmethod
-    def __call__(
-        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
-    ) -> torch.Tensor:
+    def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:
         """float32 `[N]` weights, detached; 1 leaves a position as it is, 0 takes it out of the loss."""

@@ -18,7 +18,5 @@ class Uniform(Shaping):
 
     kind: Literal["uniform"] = "uniform"
 
-    def __call__(
-        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
-    ) -> torch.Tensor:
+    def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:
         return torch.ones(trajectories.positions, device=trajectories.actions.device)

@@ -12,7 +12,6 @@ from opd.divergences import Loss
 from opd.policies.base import Student
 from opd.updates.base import Optimiser, Update
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

