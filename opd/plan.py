@@ -186,10 +186,12 @@ def _memory(
     assert isinstance(recipe.student, CausalLM)
     size = student.weight_bytes // student.parameters
     micro = min(recipe.batch.micro, recipe.batch.prompts * recipe.batch.group)
-    tokens = micro * (prompt + completion)
+    # Packed rows hold a group's prompt once; padded batches hold it for every trajectory.
+    on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+    prompts = -(-micro // recipe.batch.group) if on_cpu else micro
+    tokens = prompts * prompt + micro * completion
     positions = recipe.batch.prompts * recipe.batch.group * completion
     rows = chunk_rows(student.vocabulary)
-    on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
     parts = {
         "student weights": student.weight_bytes,
         "gradients": student.trainable * size,

@@ -43,7 +43,7 @@ def self_test(
     if off > max(tolerance, 1e-3):
         raise SelfTestError(
             f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture "
-            "changes its logits in a way that opd does not know. Turn the check off only if you are sure (self_test: false)"
+            "changes its logits in a way that opd does not know. If you are sure it is right, set self_test: false"
         )
 
     mine = student(trajectories)

@@ -36,11 +36,13 @@ class Loss:
         values: float32 `[N]`, detached: the divergence (or its estimate) at each position before `weights`, in nats;
             zero where the weight is zero, since those positions are never computed.
         log_probs: float32 `[N]`, detached: the student's log-probability of each action taken; zero likewise.
+        per_example: float32 `[B]` with a graph, each trajectory's part of `total`, when it was asked for.
     """
 
     total: torch.Tensor
     values: torch.Tensor
     log_probs: torch.Tensor
+    per_example: torch.Tensor | None = None
 
 
 class Divergence(Choice):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,9 +15,11 @@ class ForwardKL(OnSupport):
 
     kind: Literal["forward_kl"] = "forward_kl"
     descends: ClassVar[str] = "forward_kl"
+    buffers: ClassVar[int] = 1
 
-    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ratio = log_p - log_q
-        p = log_p.exp_()
-        value = torch.linalg.vecdot(p, ratio)
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        p = torch.exp(log_p, out=scratch[0])
+        value = torch.linalg.vecdot(p, log_p.sub_(log_q))
         return value, log_q.exp_().sub_(p)

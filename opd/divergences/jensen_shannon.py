@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -22,17 +22,23 @@ class JensenShannon(OnSupport):
 
     kind: Literal["jensen_shannon"] = "jensen_shannon"
     descends: ClassVar[str] = "jensen_shannon"
+    buffers: ClassVar[int] = 2
     beta: float = Field(0.5, ge=0.0, le=1.0)
 
-    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.beta in (0.0, 1.0):
-            end = ReverseKL() if self.beta else ForwardKL()
-            return end.value_and_grad(log_p, log_q)
-        log_m = torch.logaddexp(log_p + math.log(self.beta), log_q + math.log1p(-self.beta))
-        teacher_side = log_p - log_m
-        value = self.beta * torch.linalg.vecdot(log_p.exp_(), teacher_side)
-        student_side = torch.sub(log_q, log_m, out=log_m)
-        q = log_q.exp_()
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        beta = self.beta
+        if beta in (0.0, 1.0):
+            end = ReverseKL() if beta else ForwardKL()
+            return end.value_and_grad(log_p, log_q, scratch)
+        p = torch.exp(log_p, out=scratch[0])
+        negative_entropy = torch.linalg.vecdot(p, log_p)
+        q = torch.exp(log_q, out=log_p)
+        mixture = torch.mul(p, beta, out=scratch[1]).add_(q, alpha=1 - beta)
+        # Where both underflow the terms are 0 * log m; the floor keeps that 0 instead of NaN.
+        log_m = mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
+        value = (negative_entropy - torch.linalg.vecdot(p, log_m)) * beta
+        student_side = log_q.sub_(log_m)
         inner = torch.linalg.vecdot(q, student_side)
-        value += (1 - self.beta) * inner
-        return value, student_side.sub_(inner[:, None]).mul_(q).mul_(1 - self.beta)
+        return value.add_(inner, alpha=1 - beta), student_side.sub_(inner[:, None]).mul_(1 - beta).mul_(q)

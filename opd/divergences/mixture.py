@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,13 +16,17 @@ class Mixture(OnSupport):
 
     kind: Literal["mixture"] = "mixture"
     descends: ClassVar[str] = "mixture"
+    buffers: ClassVar[int] = 1
     reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
 
-    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         lam = self.reverse_weight
-        ratio = log_q - log_p
-        p, q = log_p.exp_(), log_q.exp_()
+        p = torch.exp(log_p, out=scratch[0])
+        ratio = torch.sub(log_q, log_p, out=log_p)
+        q = log_q.exp_()
         reverse = torch.linalg.vecdot(q, ratio)
         forward = -torch.linalg.vecdot(p, ratio)
-        grad = ratio.sub_(reverse[:, None]).mul_(q).mul_(lam)
-        return lam * reverse + (1 - lam) * forward, grad.add_(q.sub_(p), alpha=1 - lam)
+        grad = ratio.sub_(reverse[:, None]).mul_(lam).add_(1 - lam).mul_(q)
+        return lam * reverse + (1 - lam) * forward, grad.sub_(p, alpha=1 - lam)

@@ -1,7 +1,8 @@
 """The loss operator: head projection, divergence and gradient, chunk by chunk over the positions that count.
 
 Gradients are made in the forward pass, so that a chunk's logits are projected once and then forgotten. Nothing here
-ever holds `[N, V]`, let alone `[B, T, V]`.
+ever holds `[N, V]`, let alone `[B, T, V]`. The chunk's buffers are allocated once a call and written over: on a CPU,
+fresh pages for every intermediate cost more than the arithmetic on them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, ap
 from opd.divergences.base import Divergence, Loss, Target
 from opd.trajectories import Trajectories
 
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 16 * 2**20
+"""Target size of one float32 chunk buffer `[R, V]`."""
+
+SMALLEST_CHUNK = 64
+"""Rows below which the matrix products become inefficient; a very large vocabulary then exceeds `CHUNK_BYTES`."""
 
 
 class OnSupport(Divergence):
@@ -26,28 +31,30 @@ class OnSupport(Divergence):
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
     alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
+    buffers: ClassVar[int] = 0
+    """How many scratch buffers `[C, S]` `value_and_grad` writes to."""
+
     top_k: int | None = Field(None, ge=1, description="Compare over K ids and a tail bucket; default the vocabulary")
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
 
     @abstractmethod
-    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The divergence and its gradient in the student's logits.
 
         Args:
-            log_p: float32 `[C, S]`, the teacher's normalised log-probabilities on a support of S ids; may be
-                overwritten.
-            log_q: float32 `[C, S]`, the student's; may be overwritten.
+            log_p: float32 `[C, S]`, the teacher's normalised log-probabilities on a support of S ids; overwritten.
+            log_q: float32 `[C, S]`, the student's; overwritten.
+            scratch: `buffers` uninitialised tensors of the same shape.
 
         Returns:
-            `[C]` values in nats and `[C, S]` gradients with respect to logits whose softmax is `exp(log_q)`.
+            `[C]` values in nats and `[C, S]` gradients with respect to logits whose softmax is `exp(log_q)`; the
+            gradient may lie in any of the tensors that were passed.
         """
 
     def __call__(
-        self,
-        student: Distribution,
-        targets: Sequence[Target],
-        weights: torch.Tensor,
-        trajectories: Trajectories,
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
@@ -75,11 +82,7 @@ class OnAction(Divergence):
         """
 
     def __call__(
-        self,
-        student: Distribution,
-        targets: Sequence[Target],
-        weights: torch.Tensor,
-        trajectories: Trajectories,
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
@@ -95,9 +98,19 @@ def _on_categorical(
     return divergence_loss(divergence, student, targets, weights, trajectories.actions, trajectories.lengths)
 
 
-def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Rows of one chunk, such that one float32 buffer `[rows, V]` takes at most `chunk_bytes` (never under 16 rows)."""
-    return max(16, min(1024, chunk_bytes // (4 * vocabulary)))
+def chunk_rows(vocabulary: int) -> int:
+    """Rows R of one chunk: one float32 buffer `[R, V]` takes about `CHUNK_BYTES`, within `SMALLEST_CHUNK` and 1024."""
+    return max(SMALLEST_CHUNK, min(1024, CHUNK_BYTES // (4 * vocabulary)))
+
+
+def memory_bound(
+    divergence: Divergence, positions: int, width: int, vocabulary: int, rows: int | None = None, trained: bool = True
+) -> int:
+    """Bytes that `divergence_loss` allocates at most beyond its inputs, for float32 models and one teacher."""
+    rows = min(rows or chunk_rows(vocabulary), positions)
+    buffers = 3 + getattr(divergence, "buffers", 0) + (1 if getattr(divergence, "top_k", None) else 0)
+    per_position = 4 * width + 64
+    return 4 * rows * vocabulary * buffers + positions * per_position + (4 * vocabulary * width if trained else 0)
 
 
 def divergence_loss(
@@ -108,26 +121,34 @@ def divergence_loss(
     actions: torch.Tensor,
     lengths: torch.Tensor,
     rows: int | None = None,
+    per_example: bool = False,
 ) -> Loss:
     """Compare the student with its targets at every position and differentiate.
 
-    Memory beyond the inputs is at most `(2 + M) * 4 * R * V + 4 * R * V` bytes of chunk buffers, `N * D` for the
-    gradient of the hidden states, and `4 * V * D` for the head's when it is trained (R rows a chunk, V ids, M targets);
-    it does not depend on N beyond the second term.
+    Memory beyond the inputs, for a float32 model: `4 * R * V` bytes for each of 3 chunk buffers and those that the
+    divergence asks for (none for reverse KL, 1 for forward KL and the mixture, 2 for Jensen-Shannon, 1 more with
+    several teachers or with `top_k`), `4 * D + 64` bytes a position, and `4 * V * D` for the head's gradient when it
+    is trained: `memory_bound` computes it. No term grows with `N * V`. A model in another dtype adds one chunk buffer
+    in that dtype.
 
     Args:
         divergence: the objective.
         student: `[N]` distributions with a graph through hidden states and head.
         targets: detached answers for the same N positions; their divergences are summed with their weights.
-        weights: float32 `[N]`, detached, global denominator included; rows of weight zero are skipped.
+        weights: float32 `[N]`, detached, global denominator included; rows of weight zero are never projected.
         actions: int64 `[N]`, the ids taken.
         lengths: int64 `[B]`, positions of each trajectory, summing to N.
-        rows: rows of a chunk; by default what `chunk_rows` says.
+        rows: rows R of a chunk; by default what `chunk_rows` says.
+        per_example: also return `Loss.per_example`, whose entries can be differentiated one by one or with any
+            weights. The head's gradient is then made in the backward pass, by projecting the rows concerned again.
     """
     rows = rows or chunk_rows(student.head.size)
     plan = _Plan(divergence, student.head, tuple(targets), weights.float(), actions, lengths, rows)
-    total, values, log_probs = _FusedDivergence.apply(student.hidden, student.head.weight, student.head.bias, plan)
-    return Loss(total, values, log_probs)
+    function = _PerExample if per_example else _Total
+    result, values, log_probs = function.apply(student.hidden, student.head.weight, student.head.bias, plan)
+    if per_example:
+        return Loss(result.sum(), values, log_probs, result)
+    return Loss(result, values, log_probs)
 
 
 @dataclass(frozen=True)
@@ -140,161 +161,246 @@ class _Plan:
     lengths: torch.Tensor
     rows: int
 
-    def cast(self, dtype: torch.dtype) -> _Plan:
-        """The teachers' heads in the dtype of the student's, once and not once a chunk."""
-        targets = []
-        for target in self.targets:
-            answer = target.distribution
-            if isinstance(answer, Categorical):
-                head = replace(answer.head, weight=answer.head.weight.to(dtype))
-                answer = Categorical(answer.hidden, head)
-            targets.append(Target(answer, target.weight))
-        return replace(self, targets=tuple(targets), head=replace(self.head, weight=self.head.weight.to(dtype)))
+    def owners(self) -> torch.Tensor:
+        """int64 `[N]`: the trajectory that each position belongs to."""
+        lengths = self.lengths.to(self.weights.device)
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def in_compute_dtype(self, dtype: torch.dtype) -> _Plan:
+        """Both sides' heads in one dtype, cast once and not once a chunk."""
+
+        def cast(head: Head) -> Head:
+            return replace(head, weight=head.weight.detach().to(dtype))
+
+        targets = tuple(
+            Target(replace(t.distribution, head=cast(t.distribution.head)), t.weight)
+            if isinstance(t.distribution, Categorical)
+            else t
+            for t in self.targets
+        )
+        return replace(self, targets=targets, head=cast(self.head))
 
 
-class _FusedDivergence(torch.autograd.Function):
+class _Total(torch.autograd.Function):
+    """One number; all gradients are made in the forward pass."""
+
     @staticmethod
     def forward(ctx, hidden, weight, bias, plan: _Plan):  # type: ignore[no-untyped-def]
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        plan = plan.cast(dtype) if torch.is_autocast_enabled(kind) else plan
-        with torch.autocast(kind, enabled=False):
-            total, values, log_probs, grads = _forward(hidden, weight, bias, plan, ctx.needs_input_grad, dtype)
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(values, log_probs)
-        return total, values, log_probs
+        plan = _resolve(plan, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            done = _run(hidden, weight, bias, plan, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*done.grads)
+        ctx.mark_non_differentiable(done.values, done.log_probs)
+        return (done.values * plan.weights).sum(), done.values, done.log_probs
 
     @staticmethod
     def backward(ctx, grad_total, _values, _log_probs):  # type: ignore[no-untyped-def]
         return (*(None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors), None)
 
 
-def _forward(hidden, weight, bias, plan: _Plan, needs_grad, dtype):  # type: ignore[no-untyped-def]
-    head, divergence = plan.head, plan.divergence
-    size = head.size
-    matrix = weight[:size].detach().to(dtype)
-    offset = None if bias is None else bias[:size].detach().float()
-    device = hidden.device
-    values, log_probs = torch.zeros(2, len(hidden), device=device)
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    grad_hidden = torch.zeros_like(hidden) if needs_grad[0] else None
-    grad_weight = torch.zeros(weight.shape, device=device) if needs_grad[1] else None
-    grad_bias = torch.zeros(bias.shape, device=device) if bias is not None and needs_grad[2] else None
+class _PerExample(torch.autograd.Function):
+    """B numbers; hidden gradients are separable by row, the head's are made for the weights that backward is given."""
 
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, plan: _Plan):  # type: ignore[no-untyped-def]
+        plan = _resolve(plan, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            done = _run(hidden, weight, bias, plan, (ctx.needs_input_grad[0], False, False))
+        owners = plan.owners()
+        totals = torch.zeros(len(plan.lengths), device=hidden.device)
+        totals.index_add_(0, owners, done.values * plan.weights)
+        ctx.plan, ctx.owners = plan, owners
+        ctx.save_for_backward(hidden, weight, bias, done.grads[0])
+        ctx.mark_non_differentiable(done.values, done.log_probs)
+        return totals, done.values, done.log_probs
+
+    @staticmethod
+    def backward(ctx, grad_totals, _values, _log_probs):  # type: ignore[no-untyped-def]
+        hidden, weight, bias, grad_hidden = ctx.saved_tensors
+        share = grad_totals[ctx.owners]
+        needs = (False, *ctx.needs_input_grad[1:3])
+        grads: tuple[torch.Tensor | None, ...] = (None, None, None)
+        if any(needs):
+            plan = replace(ctx.plan, weights=ctx.plan.weights * share)
+            with torch.autocast(hidden.device.type, enabled=False):
+                grads = _run(hidden, weight, bias, plan, needs).grads
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * share[:, None].to(grad_hidden.dtype)
+        return grad_hidden, grads[1], grads[2], None
+
+
+def _resolve(plan: _Plan, hidden: torch.Tensor) -> _Plan:
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        return plan.in_compute_dtype(torch.get_autocast_dtype(kind))
+    return replace(plan, head=plan.head.detach())
+
+
+@dataclass(frozen=True)
+class _Done:
+    values: torch.Tensor
+    log_probs: torch.Tensor
+    grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+class _Buffers:
+    """Float32 chunk buffers `[R, V]` by number, made when first asked for and reused by every chunk."""
+
+    def __init__(self, rows: int, size: int, device: torch.device):
+        self.rows, self.size, self.device = rows, size, device
+        self.made: dict[int, torch.Tensor] = {}
+
+    def get(self, number: int, rows: int) -> torch.Tensor:
+        if number not in self.made:
+            self.made[number] = torch.empty(self.rows, self.size, device=self.device)
+        return self.made[number][:rows]
+
+
+RAW, STUDENT, TEACHER, SCRATCH, SUM = 0, 1, 2, 3, 5
+"""Numbers of the buffers: logits before normalisation, each side's log-probabilities, scratch, sum over teachers."""
+
+
+def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _Done:  # type: ignore[no-untyped-def]
+    head, divergence, device = plan.head, plan.divergence, hidden.device
+    matrix = head.masked_weight()
+    dtype, size = matrix.dtype, head.size
+    values, log_probs = torch.zeros(2, len(hidden), device=device)
+    grad_hidden = torch.zeros_like(hidden) if needs[0] else None
+    grad_weight = torch.zeros(weight.shape, device=device) if needs[1] else None
+    grad_bias = torch.zeros(bias.shape, device=device) if bias is not None and needs[2] else None
     live = plan.weights.nonzero().squeeze(1)
-    coefficients = None
+    buffers = _Buffers(min(plan.rows, max(1, len(live))), size, device)
+    known = None
     if isinstance(divergence, OnAction) and divergence.discount:
-        coefficients = _returns(hidden, plan)
+        known = _returns(hidden, plan, buffers)
+
     for index in torch.split(live, plan.rows):
         rows = hidden[index].detach().to(dtype)
-        log_q, slope = _log_probs(rows, matrix, offset, head)
+        log_q, slope = _log_probs(rows, head, buffers, STUDENT)
         log_probs[index] = log_q.gather(1, plan.actions[index, None]).squeeze(1)
         if isinstance(divergence, OnSupport):
-            value, grad = _on_support(divergence, log_q, plan, index)
+            value, grad = _on_support(divergence, log_q, plan, index, buffers)
         else:
             assert isinstance(divergence, OnAction)
-            value, grad = _on_action(divergence, log_q, plan, index, coefficients)
-        chunk_weights = plan.weights[index]
+            value, grad = _on_action(divergence, log_q, plan, index, known, buffers)
         values[index] = value
-        total += (value * chunk_weights).sum(dtype=torch.float64)
-        if not any(needs_grad[:3]):
+        if not any(needs):
             continue
-        grad.mul_((chunk_weights * (head.scale / head.temperature))[:, None])
         if slope is not None:
             grad.mul_(slope)
-        if grad_bias is not None:
-            grad_bias[:size] += grad.sum(0)
         grad = grad.to(dtype)
+        # The position's weight goes on the thin side of each product, not over [R, V].
+        share = (plan.weights[index] * (head.scale / head.temperature))[:, None]
         if grad_hidden is not None:
-            grad_hidden[index] = (grad @ matrix).to(hidden.dtype)
+            grad_hidden[index] = ((grad @ matrix) * share).to(hidden.dtype)
         if grad_weight is not None:
+            weighted = rows * share.to(dtype)
             if dtype == torch.float32:
-                grad_weight[:size].addmm_(grad.T, rows)
+                grad_weight[:size].addmm_(grad.T, weighted)
             else:
-                grad_weight[:size] += grad.T @ rows
-    grads = (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(bias.dtype),
+                grad_weight[:size] += grad.T @ weighted
+        if grad_bias is not None:
+            grad_bias[:size] += (share.T.to(dtype) @ grad).squeeze(0)
+    return _Done(
+        values,
+        log_probs,
+        (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+        ),
     )
-    return total.float(), values, log_probs, grads
 
 
 def _log_probs(
-    rows: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor | None, head: Head
+    rows: torch.Tensor, head: Head, buffers: _Buffers, place: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """float32 `[C, V]` log-probabilities of a chunk, and the slope of a soft cap where the head has one."""
-    logits = (rows @ matrix.T).float()
-    if offset is not None:
-        logits += offset
+    """float32 `[C, V]` log-probabilities of a chunk in buffer `place`, and the slope of a soft cap, if any."""
+    raw, result = buffers.get(RAW, len(rows)), buffers.get(place, len(rows))
+    matrix = head.masked_weight()
+    if matrix.dtype == torch.float32:
+        torch.mm(rows, matrix.T, out=raw)
+    else:
+        raw.copy_(rows @ matrix.T)
+    if head.bias is not None:
+        raw.add_(head.bias[: head.size])
     if head.scale != 1.0:
-        logits *= head.scale
+        raw.mul_(head.scale)
     slope = None
     if head.softcap is not None:
-        capped = torch.tanh(logits / head.softcap)
+        capped = raw.div_(head.softcap).tanh_()
         slope = 1 - capped * capped
-        logits = capped.mul_(head.softcap)
+        raw = capped.mul_(head.softcap)
     if head.temperature != 1.0:
-        logits /= head.temperature
-    return logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)), slope
+        raw.div_(head.temperature)
+    torch.ops.aten._log_softmax.out(raw, -1, False, out=result)
+    return result, slope
 
 
-def head_log_probs(full: Categorical) -> torch.Tensor:
-    """float32 `[C, V]` log-probabilities without a graph; the product runs in the head's dtype."""
-    head = full.head
-    matrix = head.masked_weight().detach()
-    offset = None if head.bias is None else head.bias[: head.size].detach().float()
-    return _log_probs(full.hidden.detach().to(matrix.dtype), matrix, offset, head)[0]
+def _answer_log_probs(full: Categorical, buffers: _Buffers) -> torch.Tensor:
+    dtype = full.head.weight.dtype
+    return _log_probs(full.hidden.detach().to(dtype), full.head, buffers, TEACHER)[0]
 
 
 def _on_support(
-    divergence: OnSupport, log_q: torch.Tensor, plan: _Plan, index: torch.Tensor
+    divergence: OnSupport, log_q: torch.Tensor, plan: _Plan, index: torch.Tensor, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    value, grad = None, None
-    for place, target in enumerate(plan.targets):
-        target = target.select(index)
-        answer = target.distribution
-        last = place == len(plan.targets) - 1
-        if isinstance(answer, Categorical) and divergence.top_k is None:
-            own = log_q if last else log_q.clone()
-            v, g = divergence.value_and_grad(head_log_probs(answer), own)
-        else:
-            v, g = _on_buckets(divergence, log_q, answer)
-        if not (isinstance(target.weight, float) and target.weight == 1.0):
-            w = torch.as_tensor(target.weight, device=v.device, dtype=v.dtype)
-            v = v * w
-            g.mul_(w[:, None] if w.ndim else w)
-        value = v if value is None else value + v
-        grad = g if grad is None else grad.add_(g)
-    assert value is not None
-    assert grad is not None
+    rows = len(index)
+    scratch = [buffers.get(SCRATCH + i, rows) for i in range(divergence.buffers)]
+    if len(plan.targets) == 1:
+        return _weighted(divergence, log_q, plan.targets[0].select(index), buffers, scratch)
+    value = torch.zeros(rows, device=log_q.device)
+    total = buffers.get(SUM, rows).zero_()
+    kept = log_q.clone()
+    for target in plan.targets:
+        log_q.copy_(kept)
+        v, g = _weighted(divergence, log_q, target.select(index), buffers, scratch)
+        value += v
+        total += g
+    return value, total
+
+
+def _weighted(
+    divergence: OnSupport, log_q: torch.Tensor, target: Target, buffers: _Buffers, scratch: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    answer = target.distribution
+    if isinstance(answer, Categorical) and divergence.top_k is None:
+        value, grad = divergence.value_and_grad(_answer_log_probs(answer, buffers), log_q, scratch)
+    else:
+        value, grad = _on_buckets(divergence, log_q, answer, buffers)
+    if not (isinstance(target.weight, float) and target.weight == 1.0):
+        weight = torch.as_tensor(target.weight, device=value.device, dtype=value.dtype)
+        value = value * weight
+        grad.mul_(weight[:, None] if weight.ndim else weight)
     return value, grad
 
 
-def _on_buckets(divergence: OnSupport, log_q: torch.Tensor, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_buckets(
+    divergence: OnSupport, log_q: torch.Tensor, answer: Distribution, buffers: _Buffers
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
     if isinstance(answer, Categorical):
         assert divergence.top_k is not None
-        full = head_log_probs(answer)
+        full = _answer_log_probs(answer, buffers)
         source = log_q if divergence.support_from == "student" else full
         ids = source.topk(min(divergence.top_k, source.shape[-1] - 1), dim=-1).indices
         log_p = append_tail(full.gather(1, ids))
-        del full
     else:
         assert isinstance(answer, TopK)
         log_p, ids = answer.with_tail(), answer.ids
     bucket_q = append_tail(log_q.gather(1, ids))
     log_tail = bucket_q[:, -1:].clone()
-    value, bucket_grad = divergence.value_and_grad(log_p, bucket_q)
-    grad = (log_q - log_tail).exp_().mul_(bucket_grad[:, -1:])
+    scratch = [torch.empty_like(bucket_q) for _ in range(divergence.buffers)]
+    value, bucket_grad = divergence.value_and_grad(log_p, bucket_q, scratch)
+    grad = log_q.sub_(log_tail).exp_().mul_(bucket_grad[:, -1:])
     return value, grad.scatter_(1, ids, bucket_grad[:, :-1])
 
 
-def _action_log_probs(answer: Distribution, actions: torch.Tensor) -> torch.Tensor:
+def _action_log_probs(answer: Distribution, actions: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
     if isinstance(answer, Sampled):
         return answer.log_probs.float()
     assert isinstance(answer, Categorical)
-    return head_log_probs(answer).gather(1, actions[:, None]).squeeze(1)
+    return _answer_log_probs(answer, buffers).gather(1, actions[:, None]).squeeze(1)
 
 
 def _on_action(
@@ -302,15 +408,16 @@ def _on_action(
     log_q: torch.Tensor,
     plan: _Plan,
     index: torch.Tensor,
-    coefficients: tuple[torch.Tensor, torch.Tensor] | None,
+    known: tuple[torch.Tensor, torch.Tensor] | None,
+    buffers: _Buffers,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     actions = plan.actions[index]
-    taken = log_q.gather(1, actions[:, None]).squeeze(1)
-    if coefficients is None:
-        lengths = torch.ones(len(index), dtype=torch.int64)
-        value, coefficient = _sum_targets(divergence, taken, [t.select(index) for t in plan.targets], actions, lengths)
+    if known is None:
+        taken = log_q.gather(1, actions[:, None]).squeeze(1)
+        targets = [t.select(index) for t in plan.targets]
+        value, coefficient = _sum_targets(divergence, taken, targets, actions, torch.ones(len(index)).long(), buffers)
     else:
-        value, coefficient = coefficients[0][index], coefficients[1][index]
+        value, coefficient = known[0][index], known[1][index]
     # d log q(a) / d logits = onehot(a) - q
     grad = log_q.exp_().mul_(-coefficient[:, None])
     grad.scatter_add_(1, actions[:, None], coefficient[:, None])
@@ -323,31 +430,25 @@ def _sum_targets(
     targets: Sequence[Target],
     actions: torch.Tensor,
     lengths: torch.Tensor,
-    rows: int | None = None,
+    buffers: _Buffers,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     value, coefficient = torch.zeros_like(taken), torch.zeros_like(taken)
     for target in targets:
-        step = rows or len(actions)
-        log_p = torch.cat(
-            [
-                _action_log_probs(target.distribution.select(slice(s, s + step)), actions[s : s + step])
-                for s in range(0, len(actions), step)
-            ]
-        )
+        log_p = _by_chunks(target.distribution, actions, buffers)
         v, c = divergence.value_and_coefficient(log_p, taken, lengths)
         value += v * target.weight
         coefficient += c * target.weight
     return value, coefficient
 
 
-def _returns(hidden: torch.Tensor, plan: _Plan) -> tuple[torch.Tensor, torch.Tensor]:
+def _by_chunks(answer: Distribution, actions: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
+    starts = range(0, len(actions), buffers.rows)
+    chunks = [slice(start, start + buffers.rows) for start in starts]
+    return torch.cat([_action_log_probs(answer.select(c), actions[c], buffers) for c in chunks])
+
+
+def _returns(hidden: torch.Tensor, plan: _Plan, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and coefficients of all N positions, for estimators that credit a position with what follows it."""
-    student = Categorical(hidden.detach(), plan.head.detach())
-    taken = torch.cat(
-        [
-            _action_log_probs(student.select(slice(s, s + plan.rows)), plan.actions[s : s + plan.rows])
-            for s in range(0, len(hidden), plan.rows)
-        ]
-    )
+    taken = _by_chunks(Categorical(hidden.detach(), plan.head), plan.actions, buffers)
     assert isinstance(plan.divergence, OnAction)
-    return _sum_targets(plan.divergence, taken, plan.targets, plan.actions, plan.lengths, plan.rows)
+    return _sum_targets(plan.divergence, taken, plan.targets, plan.actions, plan.lengths, buffers)

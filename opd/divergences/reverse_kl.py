@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,9 @@ class ReverseKL(OnSupport):
     kind: Literal["reverse_kl"] = "reverse_kl"
     descends: ClassVar[str] = "reverse_kl"
 
-    def value_and_grad(self, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = torch.sub(log_q, log_p, out=log_p)
         q = log_q.exp_()
         value = torch.linalg.vecdot(q, ratio)

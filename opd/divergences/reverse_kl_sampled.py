@@ -34,7 +34,7 @@ class ReverseKLSampled(OnAction):
 
 def discounted_return(reward: torch.Tensor, lengths: torch.Tensor, discount: float) -> torch.Tensor:
     """`R_t = r_t + discount * R_(t+1)` within each trajectory of a packed `[N]` reward."""
-    rows = torch.split(reward, lengths.tolist())
+    rows = list(torch.split(reward, lengths.tolist()))
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     result = torch.empty_like(padded)
     following = torch.zeros_like(padded[:, 0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from opd.distributions import Categorical
-from opd.divergences.operator import chunk_rows, head_log_probs
+from opd.divergences.operator import chunk_rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Comparison:
 
 @torch.no_grad()
 def compare(student: Categorical, teacher: Categorical, actions: torch.Tensor) -> Comparison:
-    """Compare two full distributions at N positions, a chunk at a time (memory: four buffers of `CHUNK_BYTES`)."""
+    """Compare two full distributions at N positions, a chunk at a time."""
     rows = chunk_rows(student.head.size)
     parts: dict[str, list[torch.Tensor]] = {f.name: [] for f in fields(Comparison)}
     for start in range(0, len(student), rows):
         chunk = slice(start, start + rows)
-        log_q, log_p = head_log_probs(student.select(chunk)), head_log_probs(teacher.select(chunk))
+        log_q, log_p = student.select(chunk).log_probs(), teacher.select(chunk).log_probs()
         taken = actions[chunk, None]
         parts["log_q"].append(log_q.gather(1, taken).squeeze(1))
         parts["log_p"].append(log_p.gather(1, taken).squeeze(1))

@@ -95,7 +95,7 @@ def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrai
 def load_model(settings: ModelSettings, device: torch.device | str) -> PreTrainedModel:
     """The model in eval mode on `device`, with `drop_layers` applied."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             resolve(settings.model),
             revision=settings.revision,
             dtype=settings.dtype,
