@@ -1,16 +1,33 @@
 """On-policy distillation: a student learns on states that it visits itself, under dense supervision from teachers."""
 
-from opd.api import Result, distill, execute
-from opd.errors import (
-    DataError,
-    IncompatibleError,
-    ModelError,
-    OpdError,
-    RecipeError,
-    RunError,
-    SelfTestError,
-)
-from opd.recipe import Recipe, load_recipe
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.api import Result, distill, execute
+    from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError, SelfTestError
+    from opd.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+# Names are loaded when first used: `import opd` stays light, and the command line can set thread policies before
+# torch starts its threads.
+_HOMES = {
+    "opd.api": ("Result", "distill", "execute"),
+    "opd.errors": (
+        "DataError",
+        "IncompatibleError",
+        "ModelError",
+        "OpdError",
+        "RecipeError",
+        "RunError",
+        "SelfTestError",
+    ),
+    "opd.recipe": ("Recipe", "load_recipe"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DataError",
@@ -26,4 +43,9 @@ __all__ = [
     "execute",
     "load_recipe",
 ]
-__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'opd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

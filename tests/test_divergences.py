@@ -16,6 +16,7 @@ from opd.divergences import (
     compare,
     divergence_loss,
 )
+from opd.divergences.operator import memory_bound
 from opd.divergences.reverse_kl_sampled import discounted_return
 
 Z = torch.tensor([[1.0, 0.0, -1.0]])
@@ -268,3 +269,60 @@ def test_statistics_agree_with_the_divergences():
     assert 0 <= stats.means()["top1_agreement"] <= 1
     log_q = student.log_probs()
     torch.testing.assert_close(stats.student_entropy, -(log_q.exp() * log_q).sum(-1).detach(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), JensenShannon(), ReverseKLSampled(), ReverseKL(top_k=5)])
+def test_per_example_gradients_are_those_of_each_example_alone(divergence):
+    student, teacher, weights, actions, _ = scene(bias=True)
+    lengths = torch.tensor([20, 10, 7])
+    both = divergence_loss(divergence, student, [Target(teacher)], weights, actions, lengths, rows=6, per_example=True)
+    assert both.per_example.shape == (3,)
+    whole = divergence_loss(divergence, student, [Target(teacher)], weights, actions, lengths)
+    torch.testing.assert_close(both.total, whole.total)
+    start = 0
+    for i, n in enumerate(lengths.tolist()):
+        here = slice(start, start + n)
+        start += n
+        got = torch.autograd.grad(both.per_example[i], leaves(student), retain_graph=True)
+        alone = divergence_loss(
+            divergence,
+            student.select(here),
+            [Target(teacher.select(here))],
+            weights[here],
+            actions[here],
+            lengths[i : i + 1],
+        )
+        for a, b in zip(got, torch.autograd.grad(alone.total, leaves(student)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    mixed = torch.autograd.grad((both.per_example * torch.tensor([0.0, 2.0, -1.0])).sum(), leaves(student))
+    parts = [
+        torch.autograd.grad(v, leaves(student), retain_graph=True)
+        for v in divergence_loss(
+            divergence, student, [Target(teacher)], weights, actions, lengths, per_example=True
+        ).per_example
+    ]
+    for got, _zero, two, one in zip(mixed, *parts, strict=True):
+        torch.testing.assert_close(got, 2 * two - one, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL(), JensenShannon(), ReverseKL(top_k=8)])
+@pytest.mark.parametrize(("positions", "vocabulary"), [(256, 4096), (1024, 4096), (256, 16384)])
+def test_memory_stays_under_the_stated_bound(divergence, positions, vocabulary):
+    """Every allocation of the call, counted by the profiler's allocator records, at its highest."""
+    student, teacher, weights, actions, lengths = scene(positions, vocabulary, 32, 48)
+    rows = 64
+
+    def call():
+        loss = divergence_loss(divergence, student, [Target(teacher)], weights, actions, lengths, rows=rows)
+        return torch.autograd.grad(loss.total, leaves(student))
+
+    call()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        call()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    bound = memory_bound(divergence, positions, 48, vocabulary, rows)
+    assert 0.3 * bound < peak <= bound

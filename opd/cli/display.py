@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from opd.api import Result
+    from opd.objectives import Row
     from opd.plan import Plan
     from opd.recipe import Recipe
 
@@ -71,6 +72,18 @@ def show_recipes(found: Mapping[str, Path]) -> None:
         teachers = data["teacher"] if isinstance(data["teacher"], list) else [data["teacher"]]
         shown = ", ".join(t.get("model", t.get("kind", "")) for t in teachers)
         table.add_row(name, data["student"]["model"], shown, data.get("description", ""))
+    console().print(table)
+
+
+def show_objectives(rows: Sequence[Row]) -> None:
+    """The table of objectives: what each descends, and how far its expected gradient is from that."""
+    table = Table("objective", "descends", title="expected gradient against the promised one", title_justify="left")
+    for column in ("cosine", "norm ratio", "bias", "variance", "cos forward", "cos reverse"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        numbers = (row.cosine, row.norm_ratio, row.bias, row.variance, row.to_forward_kl, row.to_reverse_kl)
+        descends = row.descends if row.unbiased else f"{row.descends} (biased)"
+        table.add_row(row.objective, descends, *(f"{n:.3f}" for n in numbers))
     console().print(table)
 
 

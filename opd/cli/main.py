@@ -74,6 +74,15 @@ def schema() -> None:
 
 
 @app.command()
+def objectives() -> None:
+    """What each divergence descends: its expected gradient against the exact one, by enumeration."""
+    from opd.cli.display import show_objectives
+    from opd.objectives import load_table
+
+    show_objectives(load_table())
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Show this one.", show_default=False)] = None,
 ) -> None:

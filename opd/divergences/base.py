@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -55,8 +55,30 @@ class Divergence(Choice):
     alternative: ClassVar[str] = ""
     """What to do when the teacher answers another kind."""
 
-    descends: ClassVar[str] = ""
-    """The exact divergence whose gradient this one has in expectation over the student's own actions."""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Settings under which the table of objectives measures this choice."""
+
+    @property
+    def descends(self) -> str:
+        """Name of the exact divergence whose gradient this objective has in expectation on the student's own states."""
+        return str(self.model_dump()["kind"])
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether that expectation holds exactly with these settings."""
+        return True
+
+    @property
+    def sequence_level(self) -> bool:
+        """Whether the promise is about whole sequences, `sum_y q(y) exact(y)`, instead of each state visited."""
+        return False
+
+    @abstractmethod
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """The divergence that is promised, as the textbook writes it: `[..., S]` log-probabilities to `[...]` nats.
+
+        Differentiable in `log_q` by autograd and indifferent to memory: for tests and for the table of objectives.
+        """
 
     @abstractmethod
     def __call__(

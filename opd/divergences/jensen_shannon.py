@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,9 +21,24 @@ class JensenShannon(OnSupport):
     """
 
     kind: Literal["jensen_shannon"] = "jensen_shannon"
-    descends: ClassVar[str] = "jensen_shannon"
     buffers: ClassVar[int] = 2
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        *({"beta": beta} for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
+        {"beta": 0.5, "top_k": 4},
+        {"beta": 0.5, "top_k": 4, "support_from": "student"},
+    )
     beta: float = Field(0.5, ge=0.0, le=1.0)
+
+    @property
+    def descends(self) -> str:
+        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, f"jensen_shannon({self.beta:g})")
+
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        if self.beta in (0.0, 1.0):
+            return (ReverseKL() if self.beta else ForwardKL()).exact(log_p, log_q)
+        p, q = log_p.exp(), log_q.exp()
+        log_m = (self.beta * p + (1 - self.beta) * q).log()
+        return self.beta * (p * (log_p - log_m)).sum(-1) + (1 - self.beta) * (q * (log_q - log_m)).sum(-1)
 
     def value_and_grad(
         self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
@@ -33,12 +48,12 @@ class JensenShannon(OnSupport):
             end = ReverseKL() if beta else ForwardKL()
             return end.value_and_grad(log_p, log_q, scratch)
         p = torch.exp(log_p, out=scratch[0])
-        negative_entropy = torch.linalg.vecdot(p, log_p)
+        negative_entropy = torch.mul(p, log_p, out=scratch[1]).sum(-1)
         q = torch.exp(log_q, out=log_p)
         mixture = torch.mul(p, beta, out=scratch[1]).add_(q, alpha=1 - beta)
         # Where both underflow the terms are 0 * log m; the floor keeps that 0 instead of NaN.
         log_m = mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
-        value = (negative_entropy - torch.linalg.vecdot(p, log_m)) * beta
+        value = (negative_entropy - p.mul_(log_m).sum(-1)) * beta
         student_side = log_q.sub_(log_m)
-        inner = torch.linalg.vecdot(q, student_side)
+        inner = torch.mul(q, student_side, out=scratch[0]).sum(-1)
         return value.add_(inner, alpha=1 - beta), student_side.sub_(inner[:, None]).mul_(1 - beta).mul_(q)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,9 +15,17 @@ class Mixture(OnSupport):
     """`reverse_weight * KL(q || p) + (1 - reverse_weight) * KL(p || q)`. Not a Jensen-Shannon divergence."""
 
     kind: Literal["mixture"] = "mixture"
-    descends: ClassVar[str] = "mixture"
-    buffers: ClassVar[int] = 1
+    buffers: ClassVar[int] = 2
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({"reverse_weight": 0.25}, {"reverse_weight": 0.75})
     reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
+
+    @property
+    def descends(self) -> str:
+        return f"{self.reverse_weight:g} reverse_kl + {1 - self.reverse_weight:g} forward_kl"
+
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        ratio = log_q - log_p
+        return ((self.reverse_weight * log_q.exp() - (1 - self.reverse_weight) * log_p.exp()) * ratio).sum(-1)
 
     def value_and_grad(
         self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
@@ -26,7 +34,7 @@ class Mixture(OnSupport):
         p = torch.exp(log_p, out=scratch[0])
         ratio = torch.sub(log_q, log_p, out=log_p)
         q = log_q.exp_()
-        reverse = torch.linalg.vecdot(q, ratio)
-        forward = -torch.linalg.vecdot(p, ratio)
+        reverse = torch.mul(q, ratio, out=scratch[1]).sum(-1)
+        forward = -torch.mul(p, ratio, out=scratch[1]).sum(-1)
         grad = ratio.sub_(reverse[:, None]).mul_(lam).add_(1 - lam).mul_(q)
         return lam * reverse + (1 - lam) * forward, grad.sub_(p, alpha=1 - lam)

@@ -31,11 +31,16 @@ class OnSupport(Divergence):
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
     alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
-    buffers: ClassVar[int] = 0
-    """How many scratch buffers `[C, S]` `value_and_grad` writes to."""
+    buffers: ClassVar[int] = 1
+    """How many scratch buffers `[C, S]` `value_and_grad` needs; the first is there anyway."""
 
     top_k: int | None = Field(None, ge=1, description="Compare over K ids and a tail bucket; default the vocabulary")
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
+
+    @property
+    def unbiased(self) -> bool:
+        """Over K ids and a tail the gradient is exact for that coarser support, not for the vocabulary."""
+        return self.top_k is None
 
     @abstractmethod
     def value_and_grad(
@@ -106,11 +111,12 @@ def chunk_rows(vocabulary: int) -> int:
 def memory_bound(
     divergence: Divergence, positions: int, width: int, vocabulary: int, rows: int | None = None, trained: bool = True
 ) -> int:
-    """Bytes that `divergence_loss` allocates at most beyond its inputs, for float32 models and one teacher."""
+    """Bytes that `divergence_loss` allocates at most beyond its inputs, for float32 models and one teacher; `width` is
+    the larger of both hidden widths."""
     rows = min(rows or chunk_rows(vocabulary), positions)
-    buffers = 3 + getattr(divergence, "buffers", 0) + (1 if getattr(divergence, "top_k", None) else 0)
-    per_position = 4 * width + 64
-    return 4 * rows * vocabulary * buffers + positions * per_position + (4 * vocabulary * width if trained else 0)
+    buffers = 2 + getattr(divergence, "buffers", 1)
+    thin = positions * (4 * width + 64) + 16 * rows * width + 2**16
+    return 4 * rows * vocabulary * buffers + thin + (4 * vocabulary * width if trained else 0)
 
 
 def divergence_loss(
@@ -126,10 +132,10 @@ def divergence_loss(
     """Compare the student with its targets at every position and differentiate.
 
     Memory beyond the inputs, for a float32 model: `4 * R * V` bytes for each of 3 chunk buffers and those that the
-    divergence asks for (none for reverse KL, 1 for forward KL and the mixture, 2 for Jensen-Shannon, 1 more with
-    several teachers or with `top_k`), `4 * D + 64` bytes a position, and `4 * V * D` for the head's gradient when it
-    is trained: `memory_bound` computes it. No term grows with `N * V`. A model in another dtype adds one chunk buffer
-    in that dtype.
+    divergence asks for (none for either KL, 1 for Jensen-Shannon and the mixture, 2 more with several teachers),
+    `4 * D + 64` bytes a position, `16 * R * D` for a chunk's rows, and `4 * V * D` for the head's gradient when it is
+    trained: `memory_bound` computes it. No term grows with `N * V`. A model in another dtype adds one chunk buffer in
+    that dtype.
 
     Args:
         divergence: the objective.
@@ -256,8 +262,9 @@ class _Buffers:
         return self.made[number][:rows]
 
 
-RAW, STUDENT, TEACHER, SCRATCH, SUM = 0, 1, 2, 3, 5
-"""Numbers of the buffers: logits before normalisation, each side's log-probabilities, scratch, sum over teachers."""
+RAW, STUDENT, TEACHER, SCRATCH, SUM, KEPT = 0, 1, 2, 3, 4, 5
+"""Numbers of the buffers: logits before normalisation (scratch afterwards), each side's log-probabilities, more
+scratch, and for several teachers the sum of gradients and the student's log-probabilities."""
 
 
 def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _Done:  # type: ignore[no-untyped-def]
@@ -346,12 +353,12 @@ def _on_support(
     divergence: OnSupport, log_q: torch.Tensor, plan: _Plan, index: torch.Tensor, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(index)
-    scratch = [buffers.get(SCRATCH + i, rows) for i in range(divergence.buffers)]
+    scratch = [buffers.get(place, rows) for place in (RAW, SCRATCH)[: divergence.buffers]]
     if len(plan.targets) == 1:
         return _weighted(divergence, log_q, plan.targets[0].select(index), buffers, scratch)
     value = torch.zeros(rows, device=log_q.device)
     total = buffers.get(SUM, rows).zero_()
-    kept = log_q.clone()
+    kept = buffers.get(KEPT, rows).copy_(log_q)
     for target in plan.targets:
         log_q.copy_(kept)
         v, g = _weighted(divergence, log_q, target.select(index), buffers, scratch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -14,12 +14,15 @@ class ReverseKL(OnSupport):
     """`KL(q || p) = sum_v q (log q - log p)`; gradient in the logits `q * (log(q/p) - KL)`."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    descends: ClassVar[str] = "reverse_kl"
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"top_k": 4}, {"top_k": 4, "support_from": "student"})
+
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     def value_and_grad(
         self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ratio = torch.sub(log_q, log_p, out=log_p)
         q = log_q.exp_()
-        value = torch.linalg.vecdot(q, ratio)
+        value = torch.mul(q, ratio, out=scratch[0]).sum(-1)
         return value, ratio.sub_(value[:, None]).mul_(q)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,8 +19,23 @@ class ReverseKLSampled(OnAction):
     """
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
-    descends: ClassVar[str] = "reverse_kl"
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"clamp": 1.0}, {"discount": 0.5}, {"discount": 1.0})
     clamp: float | None = Field(None, gt=0.0)
+
+    @property
+    def descends(self) -> str:
+        return "sequence-level reverse_kl" if self.sequence_level else "reverse_kl"
+
+    @property
+    def sequence_level(self) -> bool:
+        return self.discount > 0
+
+    @property
+    def unbiased(self) -> bool:
+        return self.clamp is None and self.discount in (0.0, 1.0)
+
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
 
     def value_and_coefficient(
         self, log_p: torch.Tensor, log_q: torch.Tensor, lengths: torch.Tensor

@@ -1,0 +1,194 @@
+"""What each objective descends: its expected gradient, by exact enumeration, against the divergence that it promises.
+
+A scene is a student and a teacher over all sequences of `LENGTH` tokens from `VOCABULARY` ids, both tabular: one row of
+logits for every prefix. The student's sequences are enumerated with their exact probabilities, so an expectation over
+rollouts is a finite sum. The objective is measured through the operator that training uses.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.choice import choices_of
+from opd.distributions import Categorical, Head
+from opd.divergences import Divergence, Target, divergence_loss
+
+VOCABULARY, LENGTH, SCENES = 10, 2, 5
+TABLE = Path(__file__).with_name("objectives.json")
+
+Gradients = Callable[["Scene"], torch.Tensor]
+"""An objective seen from outside: float64 `[Y, P, V]`, the gradient in the logits that each sequence gives."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Y = V ** L sequences and P prefixes.
+
+    Attributes:
+        student, teacher: float64 logits `[P, V]`.
+        actions: int64 `[Y, L]`, every sequence.
+        states: int64 `[Y, L]`, index of the prefix before each action.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    actions: torch.Tensor
+    states: torch.Tensor
+
+    @classmethod
+    def random(cls, seed: int) -> Scene:
+        """Opinions of moderate strength that partly agree."""
+        g = torch.Generator().manual_seed(seed)
+        prefixes = [p for n in range(LENGTH) for p in itertools.product(range(VOCABULARY), repeat=n)]
+        index = {prefix: i for i, prefix in enumerate(prefixes)}
+        shape = (len(prefixes), VOCABULARY)
+        shared, own, other = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3))
+        sequences = list(itertools.product(range(VOCABULARY), repeat=LENGTH))
+        states = [[index[y[:t]] for t in range(LENGTH)] for y in sequences]
+        return cls(shared + own, shared + 1.5 * other, torch.tensor(sequences), torch.tensor(states))
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[Y]` probability of every sequence."""
+        log_probs = torch.log_softmax(logits, -1)[self.states, self.actions]
+        return log_probs.sum(-1).exp()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; medians over scenes but for `cosine`, which is the worst.
+
+    Attributes:
+        objective: the choice and its settings.
+        descends: what it promises.
+        unbiased: whether it promises that without bias.
+        cosine: between expected gradient and promised gradient.
+        norm_ratio: of the expected gradient's norm to the promised one's.
+        bias: norm of their difference over the norm of the promised one.
+        variance: of the gradient that one sequence gives, over the squared norm of the promised one.
+        to_forward_kl, to_reverse_kl: cosine of the expected gradient to each exact KL, for orientation.
+    """
+
+    objective: str
+    descends: str
+    unbiased: bool
+    cosine: float
+    norm_ratio: float
+    bias: float
+    variance: float
+    to_forward_kl: float
+    to_reverse_kl: float
+
+
+def label(divergence: Divergence) -> str:
+    """`kind(setting=value, ...)` with the settings that differ from the defaults."""
+    data = divergence.model_dump(exclude_defaults=True, exclude={"kind"})
+    inside = ", ".join(f"{k}={v}" for k, v in data.items())
+    return f"{divergence.model_dump()['kind']}({inside})" if inside else str(divergence.model_dump()["kind"])
+
+
+def selectable() -> list[Divergence]:
+    """Every choice of the axis, under each of the settings that it asks to be measured with."""
+    found = []
+    for cls in choices_of(Divergence).values():
+        assert issubclass(cls, Divergence)
+        found += [cls(**settings) for settings in cls.variants]
+    return found
+
+
+def gradients_of(divergence: Divergence) -> Gradients:
+    """What training with `divergence` computes for every sequence, through the loss operator itself."""
+
+    def measure(scene: Scene) -> torch.Tensor:
+        states = scene.states.flatten()
+        one_hot = torch.eye(len(scene.student))[states]
+        table = scene.student.float().T.contiguous().requires_grad_()
+        teacher = Categorical(one_hot, Head(scene.teacher.float().T.contiguous()))
+        loss = divergence_loss(
+            divergence,
+            Categorical(one_hot, Head(table)),
+            [Target(teacher)],
+            torch.ones(len(states)),
+            scene.actions.flatten(),
+            torch.full((len(scene.actions),), LENGTH),
+            per_example=True,
+        )
+        assert loss.per_example is not None
+        rows = [torch.autograd.grad(value, table, retain_graph=True)[0] for value in loss.per_example]
+        return torch.stack(rows).transpose(1, 2).double()
+
+    return measure
+
+
+def promised_gradient(scene: Scene, divergence: Divergence) -> torch.Tensor:
+    """float64 `[P, V]` gradient of the exact divergence on the student's own states."""
+    z = scene.student.clone().requires_grad_()
+    log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(scene.teacher, -1)
+    if divergence.sequence_level:
+        whole_q = log_q[scene.states, scene.actions].sum(-1)
+        whole_p = log_p[scene.states, scene.actions].sum(-1)
+        total = divergence.exact(whole_p, whole_q)
+    else:
+        # States are sampled data: their probabilities carry no gradient.
+        visits = torch.zeros(len(z), dtype=torch.float64)
+        weights = scene.probabilities(scene.student)[:, None].expand_as(scene.states)
+        visits.index_add_(0, scene.states.flatten(), weights.flatten())
+        total = (visits * divergence.exact(log_p, log_q)).sum()
+    return torch.autograd.grad(total, z)[0]
+
+
+def measure(
+    name: str, gradients: Gradients, promise: Divergence, unbiased: bool, scenes: Sequence[Scene] | None = None
+) -> Row:
+    """Measure one objective against the divergence that `promise` stands for."""
+    from opd.divergences import ForwardKL, ReverseKL
+
+    found: list[dict[str, float]] = []
+    for scene in scenes or [Scene.random(seed) for seed in range(SCENES)]:
+        each = gradients(scene)
+        q = scene.probabilities(scene.student)
+        expected = (q[:, None, None] * each).sum(0)
+        target = promised_gradient(scene, promise)
+        spread = (q[:, None, None] * (each - expected) ** 2).sum()
+        norm = target.norm()
+        found.append(
+            {
+                "cosine": _cosine(expected, target),
+                "norm_ratio": float(expected.norm() / norm),
+                "bias": float((expected - target).norm() / norm),
+                "variance": float(spread / norm**2),
+                "to_forward_kl": _cosine(expected, promised_gradient(scene, ForwardKL())),
+                "to_reverse_kl": _cosine(expected, promised_gradient(scene, ReverseKL())),
+            }
+        )
+    middle = {key: float(torch.tensor([f[key] for f in found]).median()) for key in found[0]}
+    middle["cosine"] = min(f["cosine"] for f in found)
+    return Row(name, promise.descends, unbiased, **middle)
+
+
+def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.norm() < 1e-9:
+        return 0.0
+    return float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+def measure_all() -> list[Row]:
+    """The table of everything that can be selected."""
+    return [measure(label(d), gradients_of(d), d, d.unbiased) for d in selectable()]
+
+
+def save_table(rows: Sequence[Row], path: Path = TABLE) -> None:
+    rounded = [{k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(row).items()} for row in rows]
+    path.write_text(json.dumps({"command": "python -m benchmarks.objectives", "rows": rounded}, indent=1) + "\n")
+
+
+def load_table(path: Path = TABLE) -> list[Row]:
+    """The table that comes with the package."""
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return [Row(**row) for row in data["rows"]]
