@@ -194,7 +194,14 @@ def prepare_directory(directory: Path, overwrite: bool) -> None:
     if any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl")):
         if not overwrite:
             raise RunError(f"{directory} holds a run already; choose another with output=PATH or pass --overwrite")
-        for name in ("recipe.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "summary.json"):
+        for name in (
+            "recipe.yaml",
+            "environment.json",
+            "metrics.jsonl",
+            "samples.jsonl",
+            "rollouts.jsonl",
+            "summary.json",
+        ):
             (directory / name).unlink(missing_ok=True)
         for name in ("student", "opd"):
             shutil.rmtree(directory / name, ignore_errors=True)

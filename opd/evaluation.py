@@ -9,9 +9,15 @@ import torch
 
 from opd.distributions import Categorical
 from opd.divergences import Comparison, compare
+from opd.divergences.statistics import MEANS
+from opd.policies import Student
+from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.run import Run
+
+ROW_VALUES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "log_q", "log_p")
+"""What a held-out row keeps of each token."""
 
 STREAM = -1
 """Random stream of held-out rollouts: the same draws at every evaluation of a run."""
@@ -62,13 +68,10 @@ def evaluate(run: Run) -> HeldOut:
 
 
 def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
-    names = [
-        *("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy"),
-        *("positions", "trajectories", "truncated", "accuracy", "verified"),
-    ]
+    names = [*MEANS, "positions", "trajectories", "truncated", "accuracy", "verified"]
     totals = run.sum_over_processes(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
     total = dict(zip(names, totals.tolist(), strict=True))
-    metrics = {name: total[name] / total["positions"] for name in names[:5]}
+    metrics = {name: total[name] / total["positions"] for name in MEANS}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
     if total["verified"]:
@@ -76,30 +79,47 @@ def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _rows(run: Run, micro: Any, comparison: Comparison) -> list[dict[str, Any]]:
+def _rows(run: Run, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+    values = {name: getattr(comparison, name) for name in ROW_VALUES}
+    rows = token_rows(run.student, micro, values)
+    start = 0
+    for row in rows:
+        here = slice(start, start + len(row["tokens"]))
+        start = here.stop
+        row["alternatives"] = {
+            side: _alternatives(run.student, top[0][here], top[1][here])
+            for side, top in (("student", comparison.student_top), ("teacher", comparison.teacher_top))
+        }
+    return rows
+
+
+def token_rows(student: Student, micro: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """One row a trajectory, as samples.jsonl and rollouts.jsonl hold them: its text, its tokens, and `values` by token.
+
+    A row has `id`, `prompt`, `completion`, `finished`, `reward` (or None), `tokens` (T texts), `values` (name to T
+    numbers). Held-out rows add `alternatives` (`student` and `teacher`: for each token `[text, probability]` pairs).
+    """
     rows = []
     start = 0
     for i, actions in enumerate(micro.completions()):
         here = slice(start, start + len(actions))
-        start += len(actions)
+        start = here.stop
         reward = None if micro.rewards is None or bool(micro.rewards[i].isnan()) else float(micro.rewards[i])
         rows.append(
             {
                 "id": micro.prompts[i].id,
                 "prompt": micro.prompts[i].view(),
-                "completion": run.student.decode(actions),
+                "completion": student.decode(actions),
                 "finished": bool(micro.finished[i]),
                 "reward": reward,
-                "tokens": run.student.tokens(actions),
-                "reverse_kl": _rounded(comparison.reverse_kl[here]),
-                "forward_kl": _rounded(comparison.forward_kl[here]),
-                "entropy": _rounded(comparison.student_entropy[here]),
-                "log_q": _rounded(comparison.log_q[here]),
-                "log_p": _rounded(comparison.log_p[here]),
+                "tokens": student.tokens(actions),
+                "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
         )
     return rows
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
-    return [round(v, 4) for v in values.tolist()]
+def _alternatives(student: Student, ids: torch.Tensor, probabilities: torch.Tensor) -> list[list[tuple[str, float]]]:
+    """For each position its K most likely tokens and their probabilities."""
+    texts = iter(student.tokens(ids.flatten()))
+    return [[(next(texts), round(p, 4)) for p in row] for row in probabilities.tolist()]

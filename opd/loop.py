@@ -38,7 +38,7 @@ def train(run: Run) -> None:
                     loss = run.divergence(student, answers, weights[here] * shape, micro)
             with clock("backward"):
                 run.optimiser.accumulate(loss, last=done == len(trajectories))
-            measurement.add(loss, micro, run.rollout.exact)
+            measurement.add(loss, micro, shape, run.rollout.exact)
 
         with clock("update"):
             signals = run.optimiser.apply()
@@ -47,6 +47,6 @@ def train(run: Run) -> None:
 
         run.step += 1
         signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
-        run.monitor.after_step(run, signals)
+        run.monitor.after_step(run, signals, measurement.example)
 
     run.monitor.end(run)

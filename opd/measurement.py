@@ -38,9 +38,14 @@ class Measurement:
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = {}
+        self.example: tuple[Trajectories, dict[str, torch.Tensor]] | None = None
 
-    def add(self, loss: Loss, micro: Trajectories, exact_behaviour: bool) -> None:
+    def add(self, loss: Loss, micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
+        """Take in one micro-batch; its first trajectory is kept as the step's example when it is the step's first."""
         learnt = micro.learn
+        if self.example is None:
+            first, here = micro.rows(0, 1)
+            self.example = first, {"divergence": loss.values[here], "weight": weights[here]}
         added = {
             "positions": float(learnt.sum()),
             "trajectories": float(len(micro)),

@@ -21,10 +21,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from opd.evaluation import HeldOut, evaluate
+from opd.evaluation import HeldOut, evaluate, token_rows
 
 if TYPE_CHECKING:
+    import torch
+
     from opd.run import Run
+    from opd.trajectories import Trajectories
 
 
 class Monitor:
@@ -61,9 +64,13 @@ class Monitor:
         self._progress.start()
         self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
 
-    def after_step(self, run: Run, signals: dict[str, float]) -> None:
-        """Log one step's signals; evaluate when the recipe says so."""
+    def after_step(
+        self, run: Run, signals: dict[str, float], example: tuple[Trajectories, dict[str, torch.Tensor]] | None
+    ) -> None:
+        """Log one step's signals and one of its trajectories; evaluate when the recipe says so."""
         self.log(run, "train", signals)
+        if example is not None:
+            self._append(run, "rollouts.jsonl", token_rows(run.student, *example))
         assert self._progress is not None
         numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
         if "reward" in signals:
@@ -94,11 +101,14 @@ class Monitor:
     def _evaluate(self, run: Run) -> HeldOut:
         result = evaluate(run)
         self.log(run, "held_out", result.metrics)
-        if run.accelerator.is_main_process:
-            with (self.directory / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for row in result.rows:
-                    file.write(json.dumps({"step": run.step, **row}, ensure_ascii=False) + "\n")
+        self._append(run, "samples.jsonl", result.rows)
         return result
+
+    def _append(self, run: Run, name: str, rows: list[dict[str, Any]]) -> None:
+        if run.accelerator.is_main_process:
+            with (self.directory / name).open("a", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps({"step": run.step, **row}, ensure_ascii=False) + "\n")
 
     @contextmanager
     def signals_handled(self) -> Iterator[None]:

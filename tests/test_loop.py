@@ -87,7 +87,13 @@ def test_what_a_run_writes_and_that_its_student_loads_in_plain_transformers(mode
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "held_out/reverse_kl" in r] == [0, 2, 3]
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert all(len(r["tokens"]) == len(r["reverse_kl"]) == len(r["log_q"]) for r in rows)
+    assert all(len(r["tokens"]) == len(r["values"]["reverse_kl"]) == len(r["values"]["log_q"]) for r in rows)
+    for row in rows:
+        assert len(row["alternatives"]["teacher"]) == len(row["tokens"])
+        assert all(p[0][1] >= p[1][1] for p in row["alternatives"]["student"])
+    trained = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in trained] == [1, 2, 3]
+    assert all(len(r["values"]["divergence"]) == len(r["tokens"]) for r in trained)
     assert list(folder.glob("opd/events*")) or list(folder.rglob("events.out*"))
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
     ids = torch.tensor([[5, 6, 7]])
@@ -366,7 +372,7 @@ def test_measurement_weighs_positions_not_micro_batches():
             torch.full((n,), value),
             torch.full((n,), -0.1),
         )
-        measurement.add(loss, part, exact_behaviour=True)
+        measurement.add(loss, part, torch.ones(n), exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)
     assert signals["loss"] == pytest.approx(1.0)
