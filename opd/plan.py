@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from opd.divergences.operator import CHUNK_BYTES, chunk_rows
 from opd.errors import ModelError, OpdError
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
+from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.policies.causal_lm import CausalLM, _with_lora
 from opd.provenance import peak_memory_bytes
@@ -117,7 +118,7 @@ def make_plan(recipe: Recipe) -> Plan:
             teachers.append(_shape(teacher, notes, trainable=False))
         elif isinstance(teacher, SelfTeacher):
             teachers.append(Shape(**{**vars(student), "name": f"{student.name} ({teacher.mode} copy)", "trainable": 0}))
-    prompt = _prompt_tokens(recipe, notes)
+    prompt, common = _prompt_tokens(recipe, notes)
     completion = recipe.rollout.budget
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
@@ -127,7 +128,7 @@ def make_plan(recipe: Recipe) -> Plan:
         prompt_tokens=prompt,
         completion_tokens=completion,
         trajectories=trajectories,
-        memory=_memory(recipe, student, teachers, prompt, completion, notes),
+        memory=_memory(recipe, student, teachers, prompt, common, completion, notes),
         teraflops=_operations(student, teachers, trajectories, prompt, completion),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
@@ -165,31 +166,33 @@ def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
     )
 
 
-def _prompt_tokens(recipe: Recipe, notes: list[str]) -> int:
+def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
+    """Mean length of a prompt, and how many leading tokens all prompts have in common."""
     training, held_out = load_data(recipe)
     assert isinstance(recipe.student, CausalLM)
     try:
         tokenizer = load_tokenizer(recipe.student, local_only=bool(notes))
     except ModelError:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
-        return recipe.max_prompt_tokens
+        return recipe.max_prompt_tokens, 0
     language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
     sample = [*training, *held_out][:512]
-    lengths = [len(language.encode(prompt)) for prompt in sample]
+    encoded = [language.encode(prompt) for prompt in sample]
+    lengths = [len(ids) for ids in encoded]
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
-    return round(sum(lengths) / len(lengths))
+    return round(sum(lengths) / len(lengths)), common_beginning(encoded)
 
 
 def _memory(
-    recipe: Recipe, student: Shape, teachers: list[Shape], prompt: int, completion: int, notes: list[str]
+    recipe: Recipe, student: Shape, teachers: list[Shape], prompt: int, common: int, completion: int, notes: list[str]
 ) -> dict[str, int]:
     assert isinstance(recipe.student, CausalLM)
     size = student.weight_bytes // student.parameters
     micro = min(recipe.batch.micro, recipe.batch.prompts * recipe.batch.group)
-    # Packed rows hold a group's prompt once; padded batches hold it for every trajectory.
+    # Packed rows hold a group's prompt and the common beginning once; padded batches hold all for every trajectory.
     on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
     prompts = -(-micro // recipe.batch.group) if on_cpu else micro
-    tokens = prompts * prompt + micro * completion
+    tokens = prompts * (prompt - common) + common + micro * completion if on_cpu else micro * (prompt + completion)
     positions = recipe.batch.prompts * recipe.batch.group * completion
     rows = chunk_rows(student.vocabulary)
     parts = {

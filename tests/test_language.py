@@ -56,6 +56,33 @@ def test_a_shared_prompt_is_computed_once_and_changes_nothing(window, tokenizer)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_common_beginning_of_all_prompts_is_computed_once(window, tokenizer):
+    """A system prompt: five tokens that every prompt starts with, one group and two lone completions."""
+    options = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0} if window else {}
+    model = tiny_model("qwen3", **options)
+    system = [5, 6, 7, 8, 9]
+    a, b, c = (torch.tensor(system + own) for own in ([10], [11, 12, 13], [10, 4]))
+    trajectories = trajectories_of([4, 1, 6, 2, 5], contexts=[a, b, b, b, c])
+    language = LanguageModel(model, tokenizer, "plain")
+    fed = []
+    model.get_input_embeddings().register_forward_hook(lambda m, i, o: fed.append(i[0].numel()))
+    got = language(trajectories.contexts, trajectories.completions(), "packed")
+    assert fed[-1] == 5 + (1 + 3 + 2) + (4 + 1 + 6 + 2 + 5) - 5
+    want = language(trajectories.contexts, trajectories.completions(), "right")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_prefill_of_prompts_with_a_common_beginning(student):
+    """Unequal prompts, two of them the same and apart: the cache holds each prompt's own keys in the right place."""
+    contexts = [torch.tensor([5, 6, 7, *own]) for own in ([10], [11, 12, 13], [10], [10], [4, 4])]
+    sampler = Sampler(student.language, student.language.head(1.0, None), [0])
+    together = sampler.extend(sampler.start(contexts, 1, 8, list(range(5))), 8)
+    for i, context in enumerate(contexts):
+        alone = sampler.extend(sampler.start([context], 1, 8, [i]), 8)
+        assert [int(t) for t in alone.tokens[0]] == [int(t) for t in together.tokens[i]]
+
+
 def test_gradients_do_not_depend_on_the_layout(student):
     trajectories = trajectories_of([5, 1, 9, 3])
     grads = []

@@ -43,7 +43,7 @@ def test_counts_are_those_of_the_real_model(tmp_path):
 def test_activations_are_what_autograd_keeps(tmp_path):
     """Counted on the meta device against a real forward pass of the same length."""
     plan = make_plan(recipe(save_tiny(tmp_path / "m", width=64, layers=3)))
-    tokens = 4 * 3 + 8 * 10
+    tokens = 4 * 3 + 8 * 10  # the prompts have no beginning in common
     model = tiny_model(width=64, layers=3)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen, kept = {}, []

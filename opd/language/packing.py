@@ -1,13 +1,14 @@
-"""Many trajectories in one row, without padding, and a prompt once for its whole group.
+"""Many trajectories in one row, without padding, and what they share once: a group's prompt, and the beginning that
+all prompts have in common (a system prompt, a template).
 
-A row is `[prompt, y1, y2, ..., prompt', y1', ...]`. Each completion attends to its prompt and itself; nothing attends
-across. The result equals that of separate padded rows; what is saved is the padding and the repeated prompts.
+A row is `[beginning, prompt, y1, y2, ..., prompt', y1', ...]`. Each completion attends to the beginning, its prompt and
+itself; nothing attends across. The result equals that of separate padded rows; what is saved is padding and repetition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,52 +20,94 @@ ATTENTION = "opd_packed"
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of a row that attend causally to themselves and fully to their parents, in order."""
+
+    start: int
+    length: int
+    parents: tuple[slice, ...] = ()
+
+    @property
+    def own(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where things lie in a packed row of L tokens.
 
     Attributes:
         ids, positions: int64 `[1, L]`.
-        groups: `(start of the prompt, its length, lengths of the completions that follow it)`.
+        segments: the row cut into segments, in order.
+        contexts: for each distinct context the slices that make it up.
         scored: int64 `[N]`, places in the row whose hidden state predicts the N actions, in packed order.
+        masks: attention masks by (tokens before, length, window), shared by all layers.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    groups: tuple[tuple[int, int, tuple[int, ...]], ...]
+    segments: tuple[Segment, ...]
+    contexts: tuple[tuple[slice, ...], ...]
     scored: torch.Tensor
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(self.ids.to(device), self.positions.to(device), self.groups, self.scored.to(device))
+        return replace(
+            self, ids=self.ids.to(device), positions=self.positions.to(device), scored=self.scored.to(device)
+        )
 
 
 def pack(contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> Layout:
     """Lay out B trajectories; neighbours with the same context share it. The last token of each is not fed."""
-    pieces: list[torch.Tensor] = []
-    positions: list[torch.Tensor] = []
-    scored: list[torch.Tensor] = []
-    groups: list[tuple[int, int, tuple[int, ...]]] = []
-    place, first = 0, 0
-    while first < len(contexts):
-        context = contexts[first].cpu()
-        stop = first + 1
-        while stop < len(contexts) and _same(contexts[stop], contexts[first]):
-            stop += 1
-        start, prompt = place, len(context)
-        pieces.append(context)
-        positions.append(torch.arange(prompt))
-        place += prompt
-        lengths = []
+    groups = runs_of_equal(contexts)
+    beginning = common_beginning([contexts[first].cpu() for first, _ in groups])
+    pieces, positions, scored = [contexts[0][:beginning].cpu()], [torch.arange(beginning)], []
+    shared = (slice(0, beginning),) if beginning else ()
+    segments = [Segment(0, beginning)] if beginning else []
+    parts: list[tuple[slice, ...]] = []
+    place = beginning
+
+    def lay(tokens: torch.Tensor, position: int) -> int:
+        nonlocal place
+        pieces.append(tokens)
+        positions.append(torch.arange(position, position + len(tokens)))
+        place += len(tokens)
+        return place - len(tokens)
+
+    for first, stop in groups:
+        prompt = len(contexts[first])
+        start = lay(contexts[first][beginning:].cpu(), beginning)
+        own = slice(start, place)
+        parts.append((*shared, own))
+        alone = stop - first == 1
+        if not alone:
+            segments.append(Segment(start, place - start, shared))
         for completion in completions[first:stop]:
-            fed = completion[:-1].cpu()
-            pieces.append(fed)
-            positions.append(torch.arange(prompt, prompt + len(fed)))
-            scored.append(torch.tensor([start + prompt - 1]))
-            scored.append(torch.arange(place, place + len(fed)))
-            place += len(fed)
-            lengths.append(len(fed))
-        groups.append((start, prompt, tuple(lengths)))
-        first = stop
-    return Layout(torch.cat(pieces)[None], torch.cat(positions)[None], tuple(groups), torch.cat(scored))
+            at = lay(completion[:-1].cpu(), prompt)
+            scored += [torch.tensor([own.stop - 1]), torch.arange(at, place)]
+            if alone:
+                # A lone completion continues its prompt: one causal segment.
+                segments.append(Segment(start, place - start, shared))
+            elif place > at:
+                segments.append(Segment(at, place - at, (*shared, own)))
+    return Layout(torch.cat(pieces)[None], torch.cat(positions)[None], tuple(segments), tuple(parts), torch.cat(scored))
+
+
+def runs_of_equal(contexts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    """`(first, stop)` of each run of neighbours with the same context."""
+    bounds = [0]
+    bounds += [i for i in range(1, len(contexts)) if not _same(contexts[i], contexts[i - 1])]
+    return list(zip(bounds, [*bounds[1:], len(contexts)], strict=True))
+
+
+def common_beginning(contexts: Sequence[torch.Tensor]) -> int:
+    """Leading tokens that all contexts share, leaving each at least one of its own; 0 for a single context."""
+    if len(contexts) < 2:
+        return 0
+    width = min(len(c) for c in contexts) - 1
+    stacked = torch.stack([c[:width] for c in contexts])
+    different = (stacked != stacked[:1]).any(0).nonzero()
+    return int(different[0]) if len(different) else width
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -102,37 +145,31 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.pop("sliding_window", None)
     outputs = []
-
-    def attend(start: int, length: int, prompt: slice | None) -> None:
-        own = slice(start, start + length)
+    for segment in opd_layout.segments:
+        own = segment.own
+        before = sum(p.stop - p.start for p in segment.parents)
         k, v = key[:, :, own], value[:, :, own]
-        before = 0
-        if prompt is not None:
-            before = prompt.stop - prompt.start
-            k, v = torch.cat([key[:, :, prompt], k], 2), torch.cat([value[:, :, prompt], v], 2)
+        if before:
+            k = torch.cat([*(key[:, :, p] for p in segment.parents), k], 2)
+            v = torch.cat([*(value[:, :, p] for p in segment.parents), v], 2)
         mask = None
-        if prompt is not None or (window is not None and length > window):
-            row = torch.arange(before, before + length, device=query.device)[:, None]
-            column = torch.arange(before + length, device=query.device)[None]
-            allowed = column <= row
-            if window is not None:
-                allowed &= column > row - window
-            mask = allowed[None, None]
+        if before or (window is not None and segment.length > window):
+            mask = _mask(opd_layout, before, segment.length, window, query.device)
         outputs.append(sdpa_attention_forward(module, query[:, :, own], k, v, mask, **kwargs)[0])
-
-    for start, length, completions in opd_layout.groups:
-        attend_prompt = slice(start, start + length)
-        if len(completions) == 1:
-            # A lone completion continues its prompt: one causal sequence.
-            attend(start, length + completions[0], None)
-            continue
-        attend(start, length, None)
-        place = start + length
-        for fed in completions:
-            if fed:
-                attend(place, fed, attend_prompt)
-            place += fed
     return torch.cat(outputs, dim=1), None
+
+
+def _mask(layout: Layout, before: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """bool `[1, 1, length, before + length]`: causal, `before` tokens in, within the window where there is one."""
+    key = (before, length, window)
+    if key not in layout.masks:
+        row = torch.arange(before, before + length, device=device)[:, None]
+        column = torch.arange(before + length, device=device)[None]
+        allowed = column <= row
+        if window is not None:
+            allowed &= column > row - window
+        layout.masks[key] = allowed[None, None]
+    return layout.masks[key]
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

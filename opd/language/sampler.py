@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from opd.distributions import Head
 from opd.language.model import LanguageModel, pad
-from opd.language.packing import can_pack, pack
+from opd.language.packing import can_pack, pack, runs_of_equal
 
 
 @dataclass
@@ -114,12 +114,17 @@ class Sampler:
         # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
         row = pack(contexts, [c[:1] for c in contexts]).to(self.model.device)
         hidden = self.model.packed_body(row, past_key_values=cache, use_cache=True)
+        places = torch.arange(row.ids.shape[1], device=self.model.device)
+        of_group = [torch.cat([places[part] for part in parts]) for parts in row.contexts]
+        order = torch.cat(
+            [of_group[g] for g, (first, stop) in enumerate(runs_of_equal(contexts)) for _ in range(first, stop)]
+        )
         present = mask.bool()
         for layer in cache.layers:
             for name in ("keys", "values"):
                 packed = getattr(layer, name)[0]
                 moved = packed.new_zeros(len(contexts), mask.shape[1], packed.shape[0], packed.shape[2])
-                moved[present] = packed.transpose(0, 1)
+                moved[present] = packed.transpose(0, 1)[order]
                 setattr(layer, name, moved.transpose(1, 2).contiguous())
         return hidden[0, row.scored], mask
 
