@@ -361,6 +361,19 @@ def test_same_seed_same_run_and_another_seed_another(models, tmp_path):
     assert losses[0] != losses[2]
 
 
+def test_a_prompt_longer_than_the_budget_is_named(models, tmp_path):
+    recipe = recipe_for(models, tmp_path, max_prompt_tokens=3)
+    with pytest.raises(opd.DataError, match=r"prompts\[\d+\]: the prompt has 4 tokens, more than max_prompt_tokens=3"):
+        build(recipe, tmp_path)
+
+
+def test_a_device_that_is_not_there_is_one_message(models, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(opd.RecipeError, match="no CUDA device"):
+        build(recipe_for(models, tmp_path, hardware={"device": "cuda"}), tmp_path)
+
+
 def test_measurement_weighs_positions_not_micro_batches():
     measurement = Measurement()
     for lengths, value in [([1], 1.0), ([3, 3], 2.0)]:
