@@ -23,6 +23,7 @@ from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.prompts.inline import InlinePrompts
 from opd.provenance import environment, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
+from opd.report import write_report
 from opd.run import Run, assemble, load_data
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 
@@ -162,6 +163,7 @@ def finish(run: Run) -> Result:
     if run.accelerator.is_main_process:
         run.student.save(recipe.directory / "student", model_card(recipe, summary))
         _write_json(recipe.directory / "summary.json", summary)
+        write_report([recipe.directory], recipe.directory / "report.html")
     run.accelerator.end_training()
     language = getattr(run.student, "language", None)
     return Result(
@@ -201,6 +203,7 @@ def prepare_directory(directory: Path, overwrite: bool) -> None:
             "samples.jsonl",
             "rollouts.jsonl",
             "summary.json",
+            "report.html",
         ):
             (directory / name).unlink(missing_ok=True)
         for name in ("student", "opd"):

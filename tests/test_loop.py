@@ -100,6 +100,7 @@ def test_what_a_run_writes_and_that_its_student_loads_in_plain_transformers(mode
     torch.testing.assert_close(model(ids).logits, result.student(ids).logits)
     card = (folder / "student" / "README.md").read_text()
     assert "reverse_kl" in card
+    assert (folder / "report.html").stat().st_size < 10_000_000
     with pytest.raises(RunError, match="--overwrite"):
         execute(recipe, quiet=True)
     execute(recipe, overwrite=True, quiet=True)

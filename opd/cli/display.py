@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from opd.plan import Plan
     from opd.recipe import Recipe
 
-LOWER_IS_BETTER = {"forward_kl", "reverse_kl", "truncated"}
-HIGHER_IS_BETTER = {"top1_agreement", "accuracy"}
-
 
 def console() -> Console:
     found = Console()
@@ -51,6 +48,7 @@ def show_result(result: Result, recipe: Recipe) -> None:
     out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)
     out.print(f"student: {result.directory / 'student'}", highlight=False, soft_wrap=True)
     out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
+    out.print(f"report:  {result.directory / 'report.html'}", highlight=False, soft_wrap=True)
     following = recipe.try_next or f"opd eval {result.directory}"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
 

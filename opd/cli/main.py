@@ -120,6 +120,33 @@ def evaluate(
     show_metrics(measure(resolved).metrics, json_output)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; several are laid over each other.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first run.")] = None,
+) -> None:
+    """Write one self-contained HTML page: curves, recipe, and rollouts token by token."""
+    from opd.report import write_report
+
+    print(write_report(runs, out or runs[0] / "report.html"))
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="The directory of a run, also one that is just starting.")],
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to listen on; other machines reach loopback only by a tunnel.")] = (
+        "127.0.0.1"
+    ),
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+    seconds: Annotated[float | None, typer.Option(help="End after so long.", show_default=False)] = None,
+) -> None:
+    """Serve the report of a run while it trains; Ctrl-C ends it."""
+    from opd.report import watch as serve
+
+    serve(run, host, port, open_browser=open_browser, seconds=seconds)
+
+
 def _quiet_libraries() -> None:
     import logging
     import warnings

@@ -1,0 +1,368 @@
+"use strict";
+// The token view: held-out and training rollouts, each token coloured by one of the row's values, and a panel that
+// shows all that is known of the token under the pointer or the keyboard's focus.
+opd.visible = (() => {
+  const NAMED = { " ": "·", "\n": "↵", "\r": "␍", "\t": "⇥" };
+  const HIDDEN = /[\p{C}\p{Z}\ufffd]/u;
+
+  /** A token's text as nodes in which blanks, controls and half characters can be seen. */
+  return (text) => {
+    if (text === "") return [opd.make("span", { class: "mark" }, "∅")];
+    const parts = [];
+    let plain = "";
+    for (const letter of text) {
+      if (!HIDDEN.test(letter)) {
+        plain += letter;
+        continue;
+      }
+      if (plain) parts.push(plain);
+      plain = "";
+      const name = NAMED[letter] || (letter === "\ufffd" ? "�" : `U+${letter.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+      parts.push(opd.make("span", { class: "mark" }, name));
+    }
+    return plain ? [...parts, plain] : parts;
+  };
+})();
+
+opd.rollouts = (() => {
+  const { data, make, number } = opd;
+  const PER_PAGE = 10;
+  const TOKENS_AT_ONCE = 1000;
+  const SPECIAL = /^(<[^<>\s]+>|\[[A-Z_]{2,}\])$/;
+  const MODES = { held_out: "Held out", training: "Training", pairs: "Before and after" };
+  const ORDERS = {
+    held_out: { first: "as measured", highest: "highest mean first", lowest: "lowest mean first" },
+    training: { latest: "latest step first", first: "first step first", highest: "highest mean first", lowest: "lowest mean first" },
+    pairs: { first: "as measured", fall: "largest fall first", rise: "largest rise first" },
+  };
+  const state = { mode: "held_out", run: 0, step: "last", order: {}, page: 0, colour: {}, left: "0:first", right: "0:last" };
+  const shown = new WeakMap(); // listbox of tokens -> {row, entry}
+  let turn = 0;
+
+  const source = () => (state.mode === "training" ? "training" : "held_out");
+  const order = () => state.order[state.mode] || Object.keys(ORDERS[state.mode])[0];
+  const layer = (name) => data.layers.find((one) => one.place === "colour" && one.reads === `values.${name}`) || { title: name.replaceAll("_", " "), renderer: "automatic", unit: "", about: "", hue: "orange" };
+
+  function colourName() {
+    const names = opd.rows.valueNames(source());
+    return names.includes(state.colour[source()]) ? state.colour[source()] : names[0];
+  }
+
+  /** What paints a token by its value. */
+  function painter() {
+    const name = colourName();
+    const found = layer(name || "");
+    const scale = opd.scales[found.renderer] || opd.scales.automatic;
+    const domain = scale.domain(name ? opd.rows.range(source(), name) : [0, 0, 0, 0]);
+    return { name, layer: found, scale, domain, strength: (value) => Math.max(-1, Math.min(1, value / domain[1])) };
+  }
+
+  // ---- which rows ----
+
+  const steps = (run) => [...new Set(opd.rows.entries(run, "held_out").map((entry) => entry.step))].sort((a, b) => a - b);
+
+  function stepOf(run, wanted) {
+    const all = steps(run);
+    return wanted === "first" ? all[0] : wanted === "last" ? opd.last(all) : Number(wanted);
+  }
+
+  /** Held-out entries of one step by prompt id; a step that was measured twice counts once, the later time. */
+  function measured(run, wanted) {
+    const step = stepOf(run, wanted);
+    return new Map(opd.rows.entries(run, "held_out").filter((entry) => entry.step === step).map((entry) => [entry.id, entry]));
+  }
+
+  /** The list in the chosen order; rows without the value come last. */
+  function ordered(found, value) {
+    if (order() === "latest") return found.sort((a, b) => b.step - a.step);
+    const sign = { highest: -1, rise: -1, lowest: 1, fall: 1 }[order()];
+    if (!sign) return found;
+    const keyed = found.map((item) => [value(item) === null ? Infinity : sign * value(item), item]);
+    return keyed.sort(([a], [b]) => (a === b ? 0 : a - b)).map(([, item]) => item);
+  }
+
+  function items() {
+    const name = colourName();
+    if (state.mode === "pairs") {
+      const [left, right] = [state.left, state.right].map((side) => measured(...parseSide(side)));
+      const pairs = [...left.values()].filter((entry) => right.has(entry.id)).map((entry) => ({ left: entry, right: right.get(entry.id) }));
+      return ordered(pairs, (pair) => pair.right.mean(name) - pair.left.mean(name));
+    }
+    const found = state.mode === "held_out" ? [...measured(state.run, state.step).values()] : [...opd.rows.entries(state.run, "training")];
+    return ordered(found, (entry) => entry.mean(name));
+  }
+
+  const parseSide = (side) => [Number(side.split(":")[0]), side.split(":")[1]];
+
+  // ---- controls ----
+
+  const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Which rollouts" }, Object.entries(MODES).map(([mode, title]) => make("button", { type: "button", "data-mode": mode, onclick: () => set({ mode, page: 0 }) }, title)));
+  const select = (title, change) => {
+    const node = make("select", { onchange: () => change(node.value) });
+    const label = make("label", {}, `${title} `, node);
+    return { node, label };
+  };
+  const runBox = select("run", (value) => set({ run: Number(value), page: 0, step: "last" }));
+  const stepBox = select("step", (value) => set({ step: value, page: 0 }));
+  const leftBox = select("left", (value) => set({ left: value, page: 0 }));
+  const rightBox = select("right", (value) => set({ right: value, page: 0 }));
+  const orderBox = select("order", (value) => set({ order: { ...state.order, [state.mode]: value }, page: 0 }));
+  const colourBox = select("colour", (value) => set({ colour: { ...state.colour, [source()]: value } }));
+  const legend = make("div", { class: "scale" });
+  const note = make("p", { class: "note" });
+  const list = make("div", { class: "list" });
+  const panel = make("aside", { class: "panel", "aria-label": "The token" });
+  const pagers = [pager(), pager()];
+
+  function set(changes) {
+    Object.assign(state, changes);
+    show();
+  }
+
+  function options(box, wanted, value) {
+    const same = box.node.options.length === wanted.length && wanted.every(([key, title], i) => box.node.options[i].value === key && box.node.options[i].textContent === title);
+    if (!same) box.node.replaceChildren(...wanted.map(([key, title]) => make("option", { value: key }, title)));
+    box.node.value = value;
+  }
+
+  function drawControls() {
+    for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.dataset.mode === state.mode));
+    runBox.label.hidden = state.mode === "pairs" || !opd.several();
+    options(runBox, data.runs.map((run, i) => [String(i), run.label]), String(state.run));
+    stepBox.label.hidden = state.mode !== "held_out";
+    const all = steps(state.run);
+    options(stepBox, [["last", all.length ? `last (${opd.last(all)})` : "last"], ...all.map((step) => [String(step), String(step)])], state.step);
+    for (const [box, side] of [[leftBox, "left"], [rightBox, "right"]]) {
+      box.label.hidden = state.mode !== "pairs";
+      options(box, data.runs.flatMap((run, i) => {
+        const before = opd.several() ? `${run.label}, ` : "";
+        const known = steps(i);
+        return [[`${i}:first`, `${before}first step (${known[0] ?? "none"})`], [`${i}:last`, `${before}last step (${opd.last(known) ?? "none"})`], ...known.slice(1, -1).map((step) => [`${i}:${step}`, `${before}step ${step}`])];
+      }), state[side]);
+    }
+    options(orderBox, Object.entries(ORDERS[state.mode]), order());
+    options(colourBox, opd.rows.valueNames(source()).map((name) => [name, layer(name).title]), colourName());
+    colourBox.label.hidden = !colourName();
+    drawLegend();
+    const thinned = data.runs.map((_, i) => [opd.rows.entries(i, source()).length, opd.rows.total(i, source()), i]).filter(([have, all]) => have < all);
+    note.textContent = thinned.map(([have, all, i]) => `${opd.several() ? `${data.runs[i].label}: ` : ""}${have.toLocaleString("en")} of ${all.toLocaleString("en")} rollouts are in this page, evenly chosen, to keep it small.`).join(" ");
+    note.hidden = !thinned.length;
+  }
+
+  function drawLegend() {
+    const { name, layer: found, domain: [from, to] } = painter();
+    legend.className = `scale hue-${found.hue} ${from < 0 && to > 0 ? "both" : ""}`;
+    legend.hidden = !name;
+    const unit = found.unit ? ` ${found.unit}` : "";
+    legend.replaceChildren(make("span", {}, number(from)), make("span", { class: "gradient", "aria-hidden": "true" }), make("span", {}, `${number(to)}${unit}`), make("small", {}, `${found.about}${found.about ? ". " : ""}Values beyond the scale keep its last colour.`));
+  }
+
+  function pager() {
+    const previous = make("button", { type: "button", "aria-label": "previous page", onclick: () => turnTo(state.page - 1) }, "‹");
+    const next = make("button", { type: "button", "aria-label": "next page", onclick: () => turnTo(state.page + 1) }, "›");
+    const field = make("input", { type: "number", min: 1, "aria-label": "page", onchange: () => turnTo(Number(field.value) - 1) });
+    const of = make("span");
+    return { node: make("div", { class: "pager" }, previous, field, of, next), previous, next, field, of };
+  }
+
+  function turnTo(page) {
+    if (list.getBoundingClientRect().top < 0) document.getElementById("rollouts").scrollIntoView();
+    set({ page: Number.isInteger(page) ? page : 0 });
+  }
+
+  function drawPagers(count) {
+    const pages = Math.max(1, Math.ceil(count / PER_PAGE));
+    state.page = Math.max(0, Math.min(state.page, pages - 1));
+    for (const { node, previous, next, field, of } of pagers) {
+      node.hidden = pages < 2;
+      previous.disabled = state.page === 0;
+      next.disabled = state.page === pages - 1;
+      field.max = pages;
+      if (document.activeElement !== field) field.value = state.page + 1;
+      of.textContent = `of ${pages.toLocaleString("en")} · ${count.toLocaleString("en")} rollouts`;
+    }
+  }
+
+  // ---- rows ----
+
+  async function show() {
+    const mine = ++turn;
+    drawControls();
+    const all = items();
+    drawPagers(all.length);
+    const page = all.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+    const paint = painter();
+    let cards;
+    try {
+      cards = await Promise.all(page.map((item) => (item.left ? pairCard(item, paint) : card(item, paint))));
+    } catch (error) {
+      cards = [make("p", { class: "note" }, `These rollouts cannot be decoded here (${error.message}). A browser of 2023 or later can.`)];
+    }
+    if (mine !== turn) return; // another choice was made meanwhile
+    const empty = data.live ? "None yet." : "This run has none.";
+    list.replaceChildren(...(cards.length ? cards : [make("p", { class: "empty" }, empty)]));
+    performance.mark("opd rollouts shown");
+  }
+
+  async function card(entry, paint) {
+    const row = await opd.rows.load(entry);
+    return make("article", { class: "card" }, meta(entry, paint, entry.id), prompt(row.prompt), completion(row, entry, paint));
+  }
+
+  async function pairCard({ left, right }, paint) {
+    const [before, after] = await Promise.all([opd.rows.load(left), opd.rows.load(right)]);
+    const side = (row, entry) => make("div", {}, meta(entry, paint), completion(row, entry, paint));
+    return make("article", { class: "card" }, make("p", { class: "meta" }, left.id), prompt(before.prompt), make("div", { class: "pair" }, side(before, left), side(after, right)));
+  }
+
+  /** One line about a rollout; beside another of the same prompt it needs no name. */
+  function meta(entry, paint, name = null) {
+    const mean = paint.name ? entry.mean(paint.name) : null;
+    return make("p", { class: "meta" },
+      opd.several() ? opd.runName(entry.run) : null, make("span", {}, `step ${entry.step}`), name && make("span", {}, name),
+      make("span", {}, `${entry.length} token${entry.length === 1 ? "" : "s"}`), entry.finished ? null : make("span", {}, "cut off"),
+      entry.reward === null ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${number(mean)}`));
+  }
+
+  /** A prompt: text, or messages of {role, content}. */
+  function prompt(value) {
+    const text = (content) => (typeof content === "string" ? content : content === null || content === undefined ? "" : JSON.stringify(content));
+    const messages = Array.isArray(value) && value.every((one) => one && typeof one === "object" && "content" in one) ? value.map((one) => [text(one.role), text(one.content)]) : [["", text(value)]];
+    const whole = make("div", { class: "prompt" }, messages.map(([role, content]) => make("p", {}, role ? make("b", {}, `${role} `) : null, content)));
+    if (messages.reduce((sum, [, content]) => sum + content.length, 0) < 400) return whole;
+    whole.classList.add("cut");
+    const more = make("button", { type: "button", class: "more", "aria-expanded": "false", onclick: () => more.setAttribute("aria-expanded", String(!whole.classList.toggle("cut"))) }, "whole prompt");
+    return make("div", {}, whole, more);
+  }
+
+  function completion(row, entry, paint) {
+    const box = make("div", { class: `tokens hue-${paint.layer.hue}`, role: "listbox", "aria-orientation": "horizontal", "aria-label": `completion of ${entry.id} at step ${entry.step}, ${row.tokens.length} tokens; arrow keys move` });
+    shown.set(box, { row, entry });
+    const add = (from, to) => {
+      for (let i = from; i < Math.min(to, row.tokens.length); i++) token(box, row, i, paint);
+    };
+    add(0, TOKENS_AT_ONCE);
+    const rest = row.tokens.length - TOKENS_AT_ONCE;
+    const more = rest > 0 ? make("button", { type: "button", class: "more", onclick: () => { add(TOKENS_AT_ONCE, row.tokens.length); more.remove(); } }, `${rest.toLocaleString("en")} more tokens`) : null;
+    const decoded = row.text ? make("p", { class: "decoded" }, make("b", {}, "as text "), row.text) : null;
+    const blocks = Object.entries(row.extra).filter(([key]) => !tokenLayer(key)).map(([key, value]) => block(key, value, row));
+    return make("div", {}, box, more, decoded, blocks);
+  }
+
+  const tokenLayer = (key) => data.layers.find((one) => one.place === "token" && one.reads === key);
+
+  /** What a row layer, or nobody, says of another key of the row. */
+  function block(key, value, row) {
+    const found = data.layers.find((one) => one.place === "row" && one.reads === key);
+    const draw = (found && opd.rowRenderers[found.renderer]) || opd.rowRenderers.fields;
+    return make("details", { class: "block" }, make("summary", {}, found ? found.title : key.replaceAll("_", " ")), draw(value, row));
+  }
+
+  function token(box, row, i, paint) {
+    const text = row.tokens[i];
+    const value = paint.name && row.values[paint.name] ? row.values[paint.name][i] : null;
+    const strength = value === null ? 0 : paint.strength(value);
+    const node = make("span", { class: `t${SPECIAL.test(text) ? " special" : ""}${strength < 0 ? " negative" : ""}${value === null ? " unknown" : ""}`, role: "option", tabindex: i ? "-1" : "0", "data-i": i, "aria-selected": "false" }, opd.visible(text));
+    node.setAttribute("aria-label", `${text.trim() || JSON.stringify(text)}, ${paint.layer.title} ${number(value)}`);
+    node.style.setProperty("--strength", Math.abs(strength).toFixed(3));
+    box.append(node);
+    if (text.includes("\n")) box.append(make("br"));
+  }
+
+  // ---- the token under the pointer or the focus ----
+
+  function inspect(node) {
+    const box = node.parentElement;
+    const { row, entry } = shown.get(box);
+    const i = Number(node.dataset.i);
+    for (const old of list.querySelectorAll('[aria-selected="true"]')) old.setAttribute("aria-selected", "false");
+    node.setAttribute("aria-selected", "true");
+    const text = row.tokens[i];
+    const paint = painter();
+    const values = Object.entries(row.values).map(([name, all]) => {
+      const found = layer(name);
+      const scale = opd.scales[found.renderer];
+      const words = all[i] !== null && scale && scale.note ? make("small", {}, ` ${scale.note(all[i])}`) : null;
+      return make("tr", { class: name === paint.name ? "chosen" : "", title: found.about }, make("th", { scope: "row" }, found.title), make("td", { class: "number" }, number(all[i]), words));
+    });
+    const blocks = data.layers.filter((one) => one.place === "token" && one.reads in row.extra && opd.tokenRenderers[one.renderer]).map((one) => make("div", {}, make("h3", {}, one.title), opd.tokenRenderers[one.renderer](row.extra[one.reads], i, row)));
+    panel.replaceChildren(
+      make("button", { type: "button", class: "close", "aria-label": "close", onclick: close }, "×"),
+      make("p", { class: "meta" }, make("span", {}, `token ${i + 1} of ${row.tokens.length}`), make("span", {}, `step ${entry.step}`), make("span", {}, entry.id)),
+      make("p", { class: "big" }, make("code", {}, opd.visible(text))),
+      make("table", { class: "values" }, make("tbody", {}, values)), ...blocks);
+    panel.classList.add("open");
+    // On a narrow page the panel lies over the lower half; the token must not lie under it.
+    if (getComputedStyle(panel).position === "fixed") node.scrollIntoView({ block: "nearest" });
+  }
+
+  function close() {
+    panel.classList.remove("open");
+    const node = list.querySelector('[aria-selected="true"]');
+    if (node) node.setAttribute("aria-selected", "false");
+  }
+
+  function move(node, to) {
+    if (!to) return;
+    for (const old of to.parentElement.querySelectorAll('[tabindex="0"]')) old.tabIndex = -1;
+    to.tabIndex = 0;
+    to.focus({ preventScroll: false });
+  }
+
+  /** The token above or below: in the next line of this completion, or in the next completion. */
+  function vertical(node, direction) {
+    const here = node.getBoundingClientRect();
+    const middle = here.left + here.width / 2;
+    const all = [...list.querySelectorAll(".t")];
+    let best = null;
+    let line = null;
+    for (let i = all.indexOf(node) + direction; all[i]; i += direction) {
+      const there = all[i].getBoundingClientRect();
+      if (Math.abs(there.top - here.top) < 4) continue;
+      if (line === null) line = there.top;
+      if (Math.abs(there.top - line) >= 4) break;
+      const distance = Math.abs(there.left + there.width / 2 - middle);
+      if (!best || distance < best.distance) best = { node: all[i], distance };
+    }
+    return best && best.node;
+  }
+
+  function onKey(event) {
+    const node = event.target.closest(".t");
+    if (event.key === "Escape") close();
+    if (!node || event.ctrlKey || event.metaKey || event.altKey) return;
+    const tokens = [...node.parentElement.querySelectorAll(".t")];
+    const at = tokens.indexOf(node);
+    const to = {
+      ArrowRight: () => tokens[at + 1], ArrowLeft: () => tokens[at - 1], Home: () => tokens[0], End: () => opd.last(tokens),
+      ArrowDown: () => vertical(node, 1), ArrowUp: () => vertical(node, -1),
+    }[event.key];
+    if (!to) return;
+    event.preventDefault();
+    move(node, to());
+  }
+
+  function start() {
+    for (const kind of ["pointerover", "focusin", "click"]) {
+      list.addEventListener(kind, (event) => {
+        const node = event.target.closest && event.target.closest(".t");
+        if (node) inspect(node);
+      });
+    }
+    list.addEventListener("keydown", onKey);
+    // On a narrow page the panel lies over the others' place too; it goes when the rollouts are out of sight.
+    new IntersectionObserver(([{ isIntersecting }]) => isIntersecting || panel.classList.remove("open")).observe(list);
+    panel.append(make("p", { class: "empty" }, "Point at a token, or reach it with Tab and the arrow keys: its values and what student and teacher would rather have said show here."));
+    if (!opd.rows.valueNames("held_out").length && opd.rows.valueNames("training").length) state.mode = "training";
+    opd.fill("rollouts", tabs, make("div", { class: "controls" }, [runBox, stepBox, leftBox, rightBox, orderBox, colourBox].map((box) => box.label)), legend, note, pagers[0].node, make("div", { class: "tokenview" }, list, panel), pagers[1].node);
+    return show();
+  }
+
+  /** New rows have come: show them, unless somebody is reading a token of the old ones. */
+  function refresh() {
+    if (list.matches(":hover") || list.contains(document.activeElement)) drawControls();
+    else show();
+  }
+
+  return { start, refresh };
+})();

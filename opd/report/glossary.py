@@ -1,0 +1,49 @@
+"""What the logged names mean: titles, units and which direction is better. A name that is not here still shows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Meaning:
+    title: str
+    unit: str = ""
+    about: str = ""
+    better: Literal["lower", "higher", ""] = ""
+
+
+MEANINGS = {
+    "held_out/forward_kl": Meaning(
+        "forward KL", "nats a token", "KL(teacher || student) on the student's own held-out answers", "lower"
+    ),
+    "held_out/reverse_kl": Meaning(
+        "reverse KL", "nats a token", "KL(student || teacher) on the student's own held-out answers", "lower"
+    ),
+    "held_out/top1_agreement": Meaning(
+        "top-1 agreement", "share of tokens", "states where both find the same token most likely", "higher"
+    ),
+    "held_out/student_entropy": Meaning("student's entropy", "nats a token"),
+    "held_out/teacher_entropy": Meaning("teacher's entropy", "nats a token", "on the student's answers"),
+    "held_out/length": Meaning("length", "tokens"),
+    "held_out/truncated": Meaning("truncated", "share of answers", "cut off by the token budget", "lower"),
+    "held_out/accuracy": Meaning("accuracy", "share of answers", "as the verifier judged them", "higher"),
+    "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
+    "train/divergence": Meaning("divergence", "nats a token", "mean over the tokens of the step, unweighted"),
+    "train/length": Meaning("length", "tokens"),
+    "train/truncated": Meaning("truncated", "share of rollouts"),
+    "train/reward": Meaning("reward", "", "mean of the verifier's verdicts"),
+    "train/rollout_gap": Meaning(
+        "rollout gap",
+        "nats a token",
+        "mean absolute difference of the sampler's and the trainer's log-probabilities; should be near zero",
+    ),
+    "train/gradient_norm": Meaning("gradient norm", "", "before clipping"),
+    "train/learning_rate": Meaning("learning rate"),
+    "train/tokens_per_second": Meaning("speed", "trained tokens a second"),
+}
+
+
+def glossary() -> dict[str, dict[str, Any]]:
+    return {name: asdict(meaning) for name, meaning in MEANINGS.items()}

@@ -1,0 +1,145 @@
+"""What the token view can show of a row. A layer is an entry here and, if it draws in a new way, a JavaScript file.
+
+A row is a line of samples.jsonl or rollouts.jsonl. The page knows no key of it by name besides the tokens: it looks up
+the layers that read the row's keys. Keys without a layer still show, values with an automatic colour scale and
+everything else as plain fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ASSETS = Path(__file__).parent / "assets"
+
+Place = Literal["colour", "token", "row"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One thing to show of a row.
+
+    Attributes:
+        reads: key of the row; values by token are `values.NAME`.
+        title: what the page calls it.
+        place: `colour` paints the tokens with one number each; `token` adds a block to the panel of the token under
+            the pointer; `row` adds a block under the row's tokens.
+        renderer: name of a colour scale (`opd.scales` in scales.js), of a token renderer (`opd.tokenRenderers`) or of
+            a row renderer (`opd.rowRenderers`), as `place` says.
+        unit: of the numbers, for legends.
+        about: one sentence for a reader who does not know the name.
+        hue: of the colour scale: `orange`, `blue` or `green`.
+    """
+
+    reads: str
+    title: str
+    place: Place
+    renderer: str
+    unit: str = ""
+    about: str = ""
+    hue: Literal["orange", "blue", "green"] = "orange"
+
+
+_layers: dict[str, Layer] = {}
+_scripts: list[Path] = []
+
+
+def register(layer: Layer, script: Path | None = None) -> Layer:
+    """Make the report show `layer`; `script` is a JavaScript file that adds its renderer, when the renderer is new.
+
+    Files in `assets/layers` are part of every report and need no `script`.
+
+    Raises:
+        ValueError: when another layer reads the same key already.
+    """
+    if _layers.setdefault(layer.reads, layer) != layer:
+        raise ValueError(f"a report layer for {layer.reads!r} is registered already: {_layers[layer.reads].title!r}")
+    if script is not None and script not in _scripts:
+        _scripts.append(script)
+    return layer
+
+
+def registered() -> list[dict[str, Any]]:
+    """Every layer as plain data, in order of registration, which is the order in the page."""
+    return [asdict(layer) for layer in _layers.values()]
+
+
+def scripts() -> Iterator[str]:
+    """Source of every file that adds a renderer."""
+    for path in [*sorted((ASSETS / "layers").glob("*.js")), *_scripts]:
+        yield path.read_text(encoding="utf-8")
+
+
+for _layer in (
+    Layer(
+        "values.reverse_kl",
+        "reverse KL",
+        "colour",
+        "amount",
+        "nats",
+        "KL(student || teacher) at this state: what the student would do that the teacher would not",
+    ),
+    Layer(
+        "values.forward_kl",
+        "forward KL",
+        "colour",
+        "amount",
+        "nats",
+        "KL(teacher || student) at this state: what the teacher would do that the student would not",
+    ),
+    Layer(
+        "values.student_entropy",
+        "student's entropy",
+        "colour",
+        "amount",
+        "nats",
+        "how undecided the student is at this state",
+        "blue",
+    ),
+    Layer(
+        "values.teacher_entropy",
+        "teacher's entropy",
+        "colour",
+        "amount",
+        "nats",
+        "how undecided the teacher is at this state",
+        "blue",
+    ),
+    Layer(
+        "values.log_q",
+        "log q, student",
+        "colour",
+        "log_probability",
+        "nats",
+        "log-probability of this token under the student; strong colour = surprising",
+    ),
+    Layer(
+        "values.log_p",
+        "log p, teacher",
+        "colour",
+        "log_probability",
+        "nats",
+        "log-probability of this token under the teacher; strong colour = surprising",
+    ),
+    Layer(
+        "values.divergence",
+        "divergence",
+        "colour",
+        "automatic",
+        "nats",
+        "the training divergence at this state, as the recipe names it",
+    ),
+    Layer(
+        "values.weight",
+        "weight",
+        "colour",
+        "amount",
+        "",
+        "how much this state counted in the loss, relative to the others",
+        "green",
+    ),
+    Layer("alternatives", "most likely tokens", "token", "alternatives"),
+):
+    register(_layer)
