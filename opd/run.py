@@ -16,6 +16,7 @@ from opd.context import Context
 from opd.curricula import Schedule
 from opd.divergences import Divergence
 from opd.errors import RecipeError
+from opd.hardware import fast_in_bf16
 from opd.monitor import Monitor
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
@@ -85,12 +86,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise RecipeError(
             f"hardware.device is {hardware.device!r} and this machine has no CUDA device; use auto or cpu"
         )
+    device = "cuda" if hardware.device == "auto" and torch.cuda.is_available() else hardware.device
+    fast = fast_in_bf16("cpu" if device == "auto" else device)
+    in_bf16 = hardware.precision == "bf16" or (hardware.precision == "auto" and fast)
     # A second run in one process may ask for another precision.
     AcceleratorState._reset_state()
     set_seed(recipe.seed)
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
-        mixed_precision="bf16" if _compute_in_bf16(hardware.precision) else "no",
+        mixed_precision="bf16" if in_bf16 else "no",
         log_with=list(recipe.tracking.trackers) or None,
         project_dir=str(recipe.directory),
     )
@@ -99,14 +103,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"batch.prompts is {recipe.batch.prompts}; make it a multiple of the {accelerator.num_processes} processes"
         )
     return accelerator
-
-
-def _compute_in_bf16(precision: str) -> bool:
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False) or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def assemble(

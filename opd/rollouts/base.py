@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
+
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
@@ -13,9 +15,15 @@ from opd.trajectories import Trajectories
 
 
 class PrefixSource(ABC):
-    """A built rollout. `exact`: actions are drawn from the very distribution that the student is scored with."""
+    """A built rollout.
+
+    Attributes:
+        exact: actions are drawn from the student's whole distribution, up to the rounding of `dtype`.
+        dtype: what the sampler computes in.
+    """
 
     exact: bool = True
+    dtype: torch.dtype = torch.float32
 
     @abstractmethod
     def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:

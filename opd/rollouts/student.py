@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from pydantic import Field
 
 from opd.context import Context
+from opd.hardware import fast_in_bf16
 from opd.language.sampler import Sampler, Sampling
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout
@@ -25,6 +27,11 @@ class StudentRollout(Rollout):
     top_p: float = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=0)
     batch: int = Field(64, ge=1, description="Rows sampled side by side")
+    dtype: Literal["student", "bfloat16", "auto"] = Field(
+        "student",
+        description="Sample from the student's own weights, or from a bfloat16 copy that is renewed at each rollout; "
+        "auto: a copy where the device is fast at it. rollout_gap shows what the copy costs in exactness",
+    )
     segment: int | None = Field(None, ge=1, description="Tokens drawn between two looks at the rows; default all")
 
     @property
@@ -41,10 +48,22 @@ class LanguageRollout(PrefixSource):
     def __init__(self, language: Any, settings: StudentRollout, context: Context):
         self.language, self.settings, self.context = language, settings, context
         self.exact = settings.top_p == 1.0 and settings.top_k == 0
+        own = next(language.parameters()).dtype
+        wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
+        self.copy: Any = None
+        if wanted and own != torch.bfloat16:
+            self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
+        self.dtype = torch.bfloat16 if self.copy is not None else own
 
     def sampler(self) -> Sampler:
-        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
-        return Sampler(self.language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
+        """A sampler of the student as it is now."""
+        language = self.language
+        if self.copy is not None:
+            for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
+                mine.copy_(live)
+            language = self.copy
+        head = language.head(self.context.temperature, self.context.vocabulary).detach()
+        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:
