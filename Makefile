@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS ?= $(THREADS)
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 100000
 
 .PHONY: quickstart test lint types docs unit clean
 

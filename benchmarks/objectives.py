@@ -2,6 +2,7 @@
 
 Goal: cosine of at least 0.999 to the promised gradient, and a bias under 1e-3, for every objective that promises no
 bias. Below the table stand controls: losses found in use elsewhere whose gradient is not what their name says.
+`--peers` measures the loss functions of other libraries instead, in their own environment.
 """
 
 from __future__ import annotations
@@ -88,8 +89,13 @@ def measure_controls() -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the table there instead of into the package")
+    parser.add_argument("--json", type=Path, help="write the table there instead of to its usual place")
+    parser.add_argument("--peers", action="store_true", help="measure other libraries' loss functions instead")
     arguments = parser.parse_args()
+    if arguments.peers:
+        from benchmarks import peer_objectives  # which imports this module
+
+        return peer_objectives.run(arguments.json or peer_objectives.TABLE, sys.argv[1:])
     rows = measure_all()
     table = [*rows, *measure_controls()]
     save_table(table, *([arguments.json] if arguments.json else []))

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import peer_objectives
 from benchmarks.objectives import detached_kl_as_reward, from_loss, k1_direct, k2_direct, k3_direct
 from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled
 from opd.objectives import Scene, gradients_of, label, load_table, measure, selectable
@@ -48,6 +49,23 @@ def test_sampled_gradient_equals_k2_sequence_by_sequence():
     ours = gradients_of(ReverseKLSampled())(SCENE[0])
     k2 = from_loss(k2_direct)(SCENE[0])
     torch.testing.assert_close(ours, k2, atol=1e-5, rtol=1e-4)
+
+
+def test_a_peer_that_cannot_be_measured_is_a_line_with_the_reason():
+    def missing():
+        raise ImportError("no such library")
+
+    def present():
+        return [peer_objectives.Case("k3", k3_direct, ReverseKL())]
+
+    contestants = [peer_objectives.Peer("gone", (), missing), peer_objectives.Peer("here", (), present)]
+    found, skipped = peer_objectives.measure_peers(contestants, SCENE)
+    assert skipped == {"gone": "ImportError: no such library"}
+    assert [row.objective for row in found["here"]] == ["here, k3"]
+    assert not found["here"][0].unbiased
+    line = peer_objectives.last_line(found, skipped)
+    assert "1 of 2 peers measured (gone skipped)" in line
+    assert "here, k3" in line
 
 
 def test_the_command_prints_the_table():
