@@ -61,11 +61,11 @@ def test_a_peer_that_cannot_be_measured_is_a_line_with_the_reason():
     contestants = [peer_objectives.Peer("gone", (), missing), peer_objectives.Peer("here", (), present)]
     found, skipped = peer_objectives.measure_peers(contestants, SCENE)
     assert skipped == {"gone": "ImportError: no such library"}
-    assert [row.objective for row in found["here"]] == ["here, k3"]
+    assert [row.objective for row in found["here"]] == ["here (k3)"]
     assert not found["here"][0].unbiased
     line = peer_objectives.last_line(found, skipped)
     assert "1 of 2 peers measured (gone skipped)" in line
-    assert "here, k3" in line
+    assert "here (k3)" in line
 
 
 def test_the_command_prints_the_table():

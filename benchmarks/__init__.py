@@ -1,0 +1,1 @@
+"""Head-to-head measurements against other libraries; each module is one command."""
