@@ -22,7 +22,7 @@ def train(run: Run) -> None:
             trajectories = run.rollout(prompts, recipe.batch.group, draw.budget, stream=run.step)
             trajectories = run.verify(trajectories)
 
-        with clock("teacher"):
+        with clock("teacher"), run.accelerator.autocast():
             targets = [Target(teacher(trajectories), teacher.weight) for teacher in run.teachers]
 
         weights = position_weights(trajectories, recipe.reduction, run.sum_over_processes)

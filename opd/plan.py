@@ -14,7 +14,7 @@ from opd.errors import ModelError, OpdError
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
-from opd.policies.causal_lm import CausalLM, _with_lora
+from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
 from opd.run import load_data
@@ -149,6 +149,8 @@ def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         if isinstance(settings, CausalLM) and settings.lora is not None:
             model = _with_lora(model, settings.lora)
+        if isinstance(settings, CausalLM):
+            freeze(model, settings.freeze)
     parameters = sum(p.numel() for p in model.parameters())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -208,7 +210,8 @@ def _memory(
         )
     parts["activations of a micro-batch"] = _activations(recipe, student, tokens)
     parts["loss operator: chunks"] = (3 + len(teachers)) * min(CHUNK_BYTES, rows * student.vocabulary * 4)
-    head_trained = student.trainable == student.parameters
+    layer = student.model.get_output_embeddings()
+    head_trained = bool(layer is not None and layer.weight.requires_grad)
     parts["loss operator: gradients"] = (student.vocabulary * student.width * 4 if head_trained else 0) + (
         micro * completion * student.width * 4
     )

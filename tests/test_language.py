@@ -238,6 +238,19 @@ def test_disjoint_end_tokens_are_refused_unless_named(tokenizer):
     assert agree_on_end(ours, [("the teacher", theirs)], [5]) == (5,)
 
 
+def test_frozen_parts_stay_out_of_training(tmp_path):
+    path = save_tiny(tmp_path / "m")
+    context = Context(torch.device("cpu"), end_ids=(0,))
+    student = CausalLM(model=path, template="plain", freeze=["embed_tokens", "lm_head"]).build(context)
+    student(trajectories_of([5, 3])).log_probs().sum().backward()
+    for name, p in student.module.named_parameters():
+        assert (p.grad is None) == ("embed_tokens" in name or "lm_head" in name)
+    with pytest.raises(ModelError, match="no parameter's name holds 'embedding'"):
+        CausalLM(model=path, template="plain", freeze=["embedding"]).build(context)
+    with pytest.raises(ModelError, match="no parameter to train"):
+        CausalLM(model=path, template="plain", freeze=["model", "lm_head"]).build(context)
+
+
 def test_lora_trains_adapters_only_and_saves_a_plain_model(tmp_path):
     path = save_tiny(tmp_path / "base")
     settings = CausalLM(model=path, template="plain", lora={"rank": 4, "targets": ["q_proj", "v_proj", "lm_head"]})

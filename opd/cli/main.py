@@ -116,7 +116,7 @@ def evaluate(
         source = str(folder / "recipe.yaml")
         student = student or str(folder / "student")
     if student is not None:
-        changes += [f"student.model={student}", "student.drop_layers=[]", "student.lora=null"]
+        changes += [f"student.model={student}", "student.drop_layers=[]", "student.lora=null", "student.freeze=[]"]
     resolved = load_recipe(source, changes)
     _quiet_libraries()
     show_metrics(measure(resolved).metrics, json_output)

@@ -39,6 +39,7 @@ class CausalLM(ModelSettings, Policy):
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
     )
     lora: LoRA | None = None
+    freeze: list[str] = Field([], description="Parts of parameter names that stay as they are, e.g. [embed_tokens]")
     gradient_checkpointing: bool = False
 
     def build(self, context: Context) -> CausalLMStudent:
@@ -54,6 +55,8 @@ class CausalLMStudent(Student):
         self.context = context
         if settings is not None and settings.lora is not None:
             language.model = _with_lora(language.model, settings.lora)
+        if settings is not None:
+            freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
             language.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             language.base.enable_input_require_grads()
@@ -115,6 +118,19 @@ class CausalLMStudent(Student):
             model.save_pretrained(folder)
         self.language.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def freeze(model: Any, parts: Sequence[str]) -> None:
+    """Take parameters out of training by parts of their names; a tied head goes with its embedding."""
+    for part in parts:
+        found = [p for name, p in model.named_parameters() if part in name]
+        if not found:
+            names = [name for name, _ in model.named_parameters()]
+            raise ModelError(f"student.freeze: no parameter's name holds {part!r}; names look like {names[0]!r}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError(f"student.freeze {list(parts)!r} leaves no parameter to train; name fewer parts")
 
 
 def _with_lora(model: Any, lora: LoRA) -> Any:
