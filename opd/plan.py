@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from opd.divergences.operator import CHUNK_BYTES, chunk_rows
 from opd.errors import ModelError, OpdError
+from opd.hardware import fast_in_bf16
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
@@ -202,6 +203,13 @@ def _memory(
         "gradients": student.trainable * size,
         "optimiser state": 2 * student.trainable * size,
     }
+    device = "cpu" if on_cpu else "cuda"
+    precision = recipe.hardware.precision
+    if size > 2 and (precision == "bf16" or (precision == "auto" and fast_in_bf16(device))):
+        parts["bfloat16 casts of weights"] = 2 * student.parameters
+    sampler = getattr(recipe.rollout, "dtype", "student")
+    if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
+        parts["bfloat16 copy for rollouts"] = 2 * student.parameters
     for i, (settings, shape) in enumerate(zip(recipe.teacher, teachers, strict=True)):
         if not getattr(settings, "offload", False) or on_cpu:
             parts[f"teacher {i} weights"] = shape.weight_bytes
