@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from transformers import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from opd.divergences import Loss
 from opd.policies.base import Student
@@ -26,6 +27,15 @@ class PlainUpdate(Update):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
 
+    def rate_factor(self, step: int, steps: int) -> float:
+        """Share of the learning rate at a step counted from 0. The first step of a warm-up moves the student already."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[
+            self.schedule
+        ]
+
     def build(self, student: Student, accelerator: Any, steps: int) -> AdamW:
         return AdamW(self, student, accelerator, steps)
 
@@ -43,9 +53,8 @@ class AdamW(Optimiser):
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         # accelerate would advance a prepared scheduler once per process; the step is global here.
-        self.scheduler = get_scheduler(name, optimizer, settings.warmup_steps, steps)
+        self.scheduler = LambdaLR(optimizer, lambda step: settings.rate_factor(step, steps))
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
 
     def accumulate(self, loss: Loss, last: bool) -> None:
