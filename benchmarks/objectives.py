@@ -16,7 +16,7 @@ import torch
 
 from opd.cli.display import show_objectives
 from opd.divergences import ForwardKL, ReverseKL
-from opd.objectives import Gradients, Row, Scene, measure, measure_all, save_table
+from opd.truth_table import Gradients, Row, Scene, measure, measure_all, save_table
 
 COSINE, BIAS = 0.999, 1e-3
 

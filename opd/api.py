@@ -77,7 +77,7 @@ def distill(
         tokenizer: needed with a live student; live teachers share it.
         overwrite: replace an earlier run in the same directory.
         quiet: no progress bar.
-        **settings: any other key of a recipe: `divergence="reverse_kl"`, `steps=100`,
+        **settings: any other key of a recipe: `objective="reverse_kl"`, `steps=100`,
             `update={"learning_rate": 1e-4}`, `batch={"prompts": 8}`, `output="runs/mine"`, ...
 
     Returns:
@@ -218,13 +218,14 @@ def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
     """README.md of a saved student."""
     block = recipe.dump()
     teachers = ", ".join(f"`{t.get('model', t['kind'])}`" for t in block["teacher"])
+    objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
     rows = "\n".join(
         f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()
     )
     return (
         f"---\nlibrary_name: transformers\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
-        f"{recipe.description}\n\nStudent `{block['student'].get('model')}` distilled from {teachers} on its own "
-        f"trajectories with `opd`: divergence `{block['divergence']['kind']}`, rollout `{block['rollout']['kind']}`, "
+        f"{recipe.description}\n\nStudent `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
+        f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
         f"| held out | before | after |\n|---|---|---|\n{rows}\n"
     )

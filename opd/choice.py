@@ -7,16 +7,49 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from opd.schedules import Scheduled
 
 
 class Settings(BaseModel):
     """A block of a recipe: unknown keys are errors, values are checked, instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    def scheduled(self, prefix: str = "") -> dict[str, Scheduled]:
+        """What follows a schedule, by dotted key."""
+        return {
+            key: value for name in type(self).model_fields for key, value in _found(getattr(self, name), prefix + name)
+        }
+
+    def at(self, step: int, steps: int) -> Self:
+        """These settings at one step (from 0) of a run of `steps`: numbers in the places of schedules."""
+        names = {key.split(".", 1)[0] for key in self.scheduled()}
+        return self.model_copy(update={n: _at(getattr(self, n), step, steps) for n in names}) if names else self
+
+
+def _found(value: Any, key: str) -> list[tuple[str, Scheduled]]:
+    if isinstance(value, Scheduled):
+        return [(key, value)]
+    if isinstance(value, Settings):
+        return list(value.scheduled(f"{key}.").items())
+    if isinstance(value, list | tuple):
+        return [found for i, item in enumerate(value) for found in _found(item, f"{key}.{i}")]
+    return []
+
+
+def _at(value: Any, step: int, steps: int) -> Any:
+    if isinstance(value, Scheduled):
+        return value.at(step, steps)
+    if isinstance(value, Settings):
+        return value.at(step, steps)
+    if isinstance(value, list | tuple):
+        return [_at(item, step, steps) for item in value]
+    return value
 
 
 class Choice(Settings):
@@ -26,16 +59,26 @@ class Choice(Settings):
 
 
 def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
-    """The choices of an axis by `kind`, found by importing every module of the folder that the axis is defined in."""
+    """The choices of an axis by `kind`, found by importing every module of the folder that the axis is defined in.
+
+    An axis may be a part of another (every divergence is an objective): its folder is searched too.
+    """
+    _import_folder(axis)
+    for part in _descendants(axis):
+        if "axis" in vars(part):
+            _import_folder(part)
+    found = {c.model_fields["kind"].default: c for c in _descendants(axis) if "kind" in c.model_fields}
+    return dict(sorted(found.items()))
+
+
+def _import_folder(axis: type[Choice]) -> None:
     folder = importlib.import_module(axis.__module__.rsplit(".", 1)[0])
     for module in pkgutil.iter_modules(folder.__path__):
         importlib.import_module(f"{folder.__name__}.{module.name}")
 
-    def descendants(cls: type[Choice]) -> list[type[Choice]]:
-        return [d for sub in cls.__subclasses__() for d in (sub, *descendants(sub))]
 
-    found = {c.model_fields["kind"].default: c for c in descendants(axis) if "kind" in c.model_fields}
-    return dict(sorted(found.items()))
+def _descendants(cls: type[Choice]) -> list[type[Choice]]:
+    return [d for sub in cls.__subclasses__() for d in (sub, *_descendants(sub))]
 
 
 class OneOf:

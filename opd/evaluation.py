@@ -11,6 +11,8 @@ from opd.distributions import Categorical
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import MEANS
 from opd.policies import Student
+from opd.prompts import Prompt
+from opd.rollouts import PrefixSource
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -33,62 +35,95 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
-    """Roll out every held-out prompt once and compare with the (first) teacher at every position.
+    """Roll out every held-out prompt and compare the student with its (first) teacher at every position.
 
-    Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement`,
-    `length` in tokens, `truncated` share, and `accuracy` where a verifier gave verdicts.
+    Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
+    over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where a
+    verifier gave verdicts `accuracy` (Avg@k: the mean over prompts and samples) and with k > 1 `pass_at_k` (share of
+    prompts with a right answer among k); with `greedy` also `greedy_accuracy` and `greedy_length`.
     """
-    recipe = run.recipe
+    settings = run.recipe.evaluation
     training = run.student.module.training
     run.student.module.eval()
-    budget = recipe.evaluation.max_new_tokens or recipe.rollout.budget
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     if prompts:
-        trajectories = run.verify(run.rollout(prompts, 1, budget, stream=STREAM))
-        for micro, _ in trajectories.split(recipe.batch.micro):
-            student, teacher = run.student(micro), run.teachers[0](micro)
+        trajectories = roll_out(run, run.sampler, prompts, settings.k)
+        sums |= _outcomes(trajectories, settings.k)
+        for micro, _ in trajectories.split(run.recipe.batch.micro):
+            student = run.student(micro)
+            teacher = run.teachers[0](micro) if run.teachers else None
             assert isinstance(student, Categorical)
-            assert isinstance(teacher, Categorical)
+            assert teacher is None or isinstance(teacher, Categorical)
             comparison = compare(student, teacher, micro.actions)
-            for name, mean in comparison.means().items():
-                sums[name] = sums.get(name, 0.0) + mean * micro.positions
+            for name, value in comparison.sums().items():
+                sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, micro, comparison)
-        sums |= {
-            "positions": trajectories.positions,
-            "trajectories": len(trajectories),
-            "truncated": float((~trajectories.finished).sum()),
-        }
-        if trajectories.rewards is not None:
-            known = ~torch.isnan(trajectories.rewards)
-            sums |= {"accuracy": float(trajectories.rewards[known].sum()), "verified": float(known.sum())}
+        if settings.greedy:
+            greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)
+            sums |= {f"greedy_{name}": value for name, value in _outcomes(greedy, 1).items()}
     run.student.module.train(training)
-    return HeldOut(_means(run, sums), rows)
+    # The rows of a group share an id; the first sample of a prompt stands for it in reports.
+    return HeldOut(_means(run, sums), rows[:: settings.k])
+
+
+def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> Trajectories:
+    """`k` completions of each held-out prompt, with verdicts."""
+    budget = run.recipe.evaluation.max_new_tokens or run.recipe.rollout.budget
+    return run.verify(sampler(prompts, k, budget, stream=STREAM))
+
+
+def _outcomes(trajectories: Trajectories, k: int) -> dict[str, float]:
+    """Sums over this process's trajectories."""
+    sums = {
+        "positions": float(trajectories.positions),
+        "trajectories": float(len(trajectories)),
+        "truncated": float((~trajectories.finished).sum()),
+    }
+    if trajectories.rewards is not None:
+        verdicts = trajectories.rewards.view(-1, k)
+        known = ~verdicts.isnan()
+        sums |= {
+            "accuracy": float(verdicts[known].sum()),
+            "verified": float(known.sum()),
+            "passed": float((verdicts.nan_to_num() >= 1).any(1).sum()),
+            "prompts": float(known.any(1).sum()),
+        }
+    return sums
+
+
+COUNTS = ("positions", "trajectories", "truncated", "accuracy", "verified", "passed", "prompts")
 
 
 def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
-    names = [*MEANS, "positions", "trajectories", "truncated", "accuracy", "verified"]
+    names = [*MEANS, *COUNTS, *(f"greedy_{name}" for name in COUNTS)]
     totals = run.sum_over_processes(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
     total = dict(zip(names, totals.tolist(), strict=True))
-    metrics = {name: total[name] / total["positions"] for name in MEANS}
+    known = MEANS if run.teachers else ("student_entropy",)
+    metrics = {name: total[name] / total["positions"] for name in known}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
     if total["verified"]:
         metrics["accuracy"] = total["accuracy"] / total["verified"]
+        if run.recipe.evaluation.k > 1:
+            metrics["pass_at_k"] = total["passed"] / total["prompts"]
+    if total["greedy_trajectories"]:
+        metrics["greedy_length"] = total["greedy_positions"] / total["greedy_trajectories"]
+        if total["greedy_verified"]:
+            metrics["greedy_accuracy"] = total["greedy_accuracy"] / total["greedy_verified"]
     return metrics
 
 
 def _rows(run: Run, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
-    values = {name: getattr(comparison, name) for name in ROW_VALUES}
+    values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
     rows = token_rows(run.student, micro, values)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))
         start = here.stop
         row["alternatives"] = {
-            side: _alternatives(run.student, top[0][here], top[1][here])
-            for side, top in (("student", comparison.student_top), ("teacher", comparison.teacher_top))
+            side: _alternatives(run.student, top[0][here], top[1][here]) for side, top in comparison.tops.items()
         }
     return rows
 

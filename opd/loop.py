@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from opd.divergences import Target
 from opd.measurement import Clock, Measurement
-from opd.reduction import position_weights
 from opd.run import Run
 
 
 def train(run: Run) -> None:
-    """Train `run.student` until the recipe's last step, or until a stop was asked for."""
+    """Train `run.student` until the recipe's last step, the curriculum's end, or until a stop was asked for."""
     recipe, signals = run.recipe, dict[str, float]()
     run.monitor.begin(run)
 
     while run.step < recipe.steps and not run.monitor.stop_requested:
-        clock, measurement = Clock(), Measurement()
         draw = run.schedule.next(run.step, signals)
+        if draw is None:
+            break
+        clock, measurement = Clock(), Measurement(run.objectives)
+        scheduled = run.take_settings_of_step()
 
         with clock("rollout"):
             prompts = run.share(draw.prompts)
-            trajectories = run.rollout(prompts, recipe.batch.group, draw.budget, stream=run.step)
+            budget = run.rollout.settings.budget if draw.budget is None else draw.budget
+            trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
             trajectories = run.verify(trajectories)
 
         with clock("teacher"), run.accelerator.autocast():
-            targets = [Target(teacher(trajectories), teacher.weight) for teacher in run.teachers]
+            targets = run.ask(trajectories)
 
-        weights = position_weights(trajectories, recipe.reduction, run.sum_over_processes)
+        counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
         done = 0
-        for micro, here in trajectories.split(recipe.batch.micro, whole_groups=run.shaping.scope == "group"):
+        for micro, here in trajectories.split(recipe.batch.micro, run.whole_groups):
             done += len(micro)
             with run.accelerator.autocast():
                 with clock("student"):
@@ -35,10 +37,13 @@ def train(run: Run) -> None:
                 with clock("loss"):
                     answers = [target.select(here) for target in targets]
                     shape = run.shaping(student.detach(), answers, micro)
-                    loss = run.divergence(student, answers, weights[here] * shape, micro)
+                    losses = [
+                        objective(student, objective.heard(answers), objective.shape(count[here], shape), micro)
+                        for objective, count in zip(run.objectives, counts, strict=True)
+                    ]
             with clock("backward"):
-                run.optimiser.accumulate(loss, last=done == len(trajectories))
-            measurement.add(loss, micro, shape, run.rollout.exact)
+                run.optimiser.accumulate(losses, last=done == len(trajectories))
+            measurement.add(losses, micro, shape, run.rollout.exact)
 
         with clock("update"):
             signals = run.optimiser.apply()
@@ -46,7 +51,7 @@ def train(run: Run) -> None:
                 teacher.follow(run.student)
 
         run.step += 1
-        signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
-        run.monitor.after_step(run, signals, measurement.example)
+        signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions) | scheduled
+        signals |= run.monitor.after_step(run, signals, measurement.example)
 
     run.monitor.end(run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from opd.divergences import Loss
-from opd.trajectories import Trajectories
+from opd.objectives import Loss, Objective
+from opd.objectives.base import label
+from opd.trajectories import AUTHORS, Trajectories
 
 
 class Clock:
@@ -36,24 +37,34 @@ class Clock:
 class Measurement:
     """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, objectives: Sequence[Objective]) -> None:
+        self.names = [label(o) for o in objectives]
         self.sums: dict[str, float] = {}
         self.example: tuple[Trajectories, dict[str, torch.Tensor]] | None = None
 
-    def add(self, loss: Loss, micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
-        """Take in one micro-batch; its first trajectory is kept as the step's example when it is the step's first."""
-        learnt = micro.learn
+    def add(self, losses: Sequence[Loss], micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
+        """Take in one micro-batch; its first trajectory is kept as the step's example when it is the step's first.
+
+        `divergence` is the first objective's value a token; of several objectives each also logs its own.
+        """
+        learnt, loss = micro.learn, losses[0]
         if self.example is None:
             first, here = micro.rows(0, 1)
             self.example = first, {"divergence": loss.values[here], "weight": weights[here]}
         added = {
             "positions": float(learnt.sum()),
             "trajectories": float(len(micro)),
-            "loss": float(loss.total.detach()),
+            "sampled_tokens": float((micro.authors != AUTHORS.index("data")).sum()),
+            "loss": sum(float(each.total.detach()) for each in losses),
             "divergence": float(loss.values[learnt].sum()),
             "length": float(micro.lengths.sum()),
             "truncated": float((~micro.finished).sum()),
         }
+        if len(losses) > 1:
+            added |= {
+                f"objective/{name}": float(each.values[learnt].sum())
+                for name, each in zip(self.names, losses, strict=True)
+            }
         if exact_behaviour:
             gap = (loss.log_probs - micro.behaviour_log_probs)[learnt & (loss.log_probs != 0)]
             added["rollout_gap"] = float(gap.abs().sum())
@@ -71,9 +82,11 @@ class Measurement:
         signals = {
             "loss": total["loss"],
             "divergence": total["divergence"] / positions,
+            "sampled_tokens": total["sampled_tokens"],
             "length": total["length"] / trajectories,
             "truncated": total["truncated"] / trajectories,
         }
+        signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
         if "rollout_gap" in total:
             signals["rollout_gap"] = total["rollout_gap"] / positions
         if total.get("rewarded"):

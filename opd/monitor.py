@@ -66,8 +66,11 @@ class Monitor:
 
     def after_step(
         self, run: Run, signals: dict[str, float], example: tuple[Trajectories, dict[str, torch.Tensor]] | None
-    ) -> None:
-        """Log one step's signals and one of its trajectories; evaluate when the recipe says so."""
+    ) -> dict[str, float]:
+        """Log one step's signals and one of its trajectories; evaluate when the recipe or the curriculum says so.
+
+        Returns the metrics of that evaluation, if any, as signals under `held_out/`.
+        """
         self.log(run, "train", signals)
         if example is not None:
             self._append(run, "rollouts.jsonl", token_rows(run.student, *example))
@@ -78,9 +81,12 @@ class Monitor:
         numbers += f"  {signals['tokens_per_second']:.0f} tok/s"
         self._progress.update(self._task, completed=run.step, numbers=numbers)
         every = run.recipe.evaluation.every
-        if every and run.step % every == 0 and run.step < run.recipe.steps:
-            metrics = self._evaluate(run).metrics
-            self._progress.console.print(f"step {run.step}: {_line(metrics)}")
+        due = every and run.step % every == 0 and run.step < run.recipe.steps
+        if not due and not run.schedule.asks_evaluation(run.step):
+            return {}
+        metrics = self._evaluate(run).metrics
+        self._progress.console.print(f"step {run.step}: {_line(metrics)}")
+        return {f"held_out/{name}": value for name, value in metrics.items()}
 
     def end(self, run: Run) -> None:
         """Measure the student after training (also when it was stopped early)."""

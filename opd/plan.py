@@ -114,7 +114,8 @@ def make_plan(recipe: Recipe) -> Plan:
     student = _shape(recipe.student, notes, trainable=True)
     teachers = []
     for teacher in recipe.teacher:
-        recipe.divergence.check_accepts(_answers(), "the teacher")
+        for objective in recipe.objective:
+            objective.check_accepts(_answers(), "the teacher")
         if isinstance(teacher, LocalTeacher):
             teachers.append(_shape(teacher, notes, trainable=False))
         elif isinstance(teacher, SelfTeacher):
@@ -207,7 +208,7 @@ def _memory(
     precision = recipe.hardware.precision
     if size > 2 and (precision == "bf16" or (precision == "auto" and fast_in_bf16(device))):
         parts["bfloat16 casts of weights"] = 2 * student.parameters
-    sampler = getattr(recipe.rollout, "dtype", "student")
+    sampler = getattr(recipe.rollout, "dtype", "own")
     if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
         parts["bfloat16 copy for rollouts"] = 2 * student.parameters
     for i, (settings, shape) in enumerate(zip(recipe.teacher, teachers, strict=True)):

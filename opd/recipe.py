@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from opd.choice import Choice, OneOf, Settings, choices_of
 from opd.curricula import Curriculum
 from opd.curricula.shuffled import Shuffled
-from opd.divergences import Divergence, ReverseKL
+from opd.divergences import ReverseKL
 from opd.errors import RecipeError, nearest
+from opd.objectives import Objective
 from opd.policies import Policy
 from opd.prompts import Prompts
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.student import StudentRollout
+from opd.schedules import Scalar
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
 from opd.teachers import Teacher
@@ -30,6 +32,8 @@ from opd.verifiers import Verifier
 
 
 def _as_list(value: Any) -> Any:
+    if value is None:
+        return []
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -45,6 +49,11 @@ class Evaluation(Settings):
     """Measured on held-out prompts before and after training, and every `every` steps between."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
+    k: int = Field(1, ge=1, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
+    greedy: bool = Field(False, description="Also measure greedy decoding")
+    temperature: float | None = Field(None, gt=0, description="Of held-out samples; default the run's")
+    top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
+    top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
     held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
         default=[], description="A held-out set of its own, instead of a share of the prompt set"
@@ -81,10 +90,10 @@ class Recipe(Settings):
     output: str | None = Field(None, description="Run directory; default runs/NAME")
     seed: int = Field(0, ge=0)
     steps: int = Field(100, ge=1)
-    temperature: float = Field(1.0, gt=0, description="Softmax temperature of sampling, student and teacher alike")
+    temperature: Scalar = Field(1.0, gt=0, description="Softmax temperature of sampling, student and teacher alike")
     student: Annotated[Policy, OneOf(Policy, "causal_lm")]
     teacher: Annotated[list[Annotated[Teacher, OneOf(Teacher, "local")]], BeforeValidator(_as_list)] = Field(
-        min_length=1
+        default=[], description="Who supervises; may be missing when no objective and no rollout asks a teacher"
     )
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
         min_length=1
@@ -95,7 +104,9 @@ class Recipe(Settings):
     end_tokens: list[int] | None = Field(None, description="Ids that end a completion; default from the student")
     verifier: Annotated[Verifier, OneOf(Verifier)] | None = None
     shaping: Annotated[Shaping, OneOf(Shaping)] = Uniform()
-    divergence: Annotated[Divergence, OneOf(Divergence)] = ReverseKL()
+    objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(_as_list)] = Field(
+        default=[ReverseKL()], min_length=1, description="What a step descends; several are summed"
+    )
     reduction: Reduction = "token_mean"
     update: Annotated[Update, OneOf(Update, "plain")] = PlainUpdate()
     batch: Batch = Batch()
@@ -104,6 +115,24 @@ class Recipe(Settings):
     hardware: Hardware = Hardware()
     self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
     try_next: str | None = Field(None, description="A command to suggest when the run ends")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [t.name for t in self.teacher if t.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers have the names {names}; each name must be its own")
+        for objective in self.objective:
+            kind = objective.model_dump()["kind"]
+            if objective.needs_teacher and not self.teacher:
+                raise ValueError(f"key 'teacher' is required: objective {kind!r} compares the student with a teacher")
+            if objective.teacher is not None and objective.teacher not in names:
+                raise ValueError(
+                    f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "
+                    f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
+                )
+            if objective.needs_reward and self.verifier is None:
+                raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
+        return self
 
     @property
     def directory(self) -> Path:
@@ -256,6 +285,8 @@ def _explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
     message = first["msg"].removeprefix("Value error, ")
+    if not loc:
+        return f"{origin}: {message}{tail}"
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
 
 

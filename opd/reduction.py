@@ -16,14 +16,15 @@ def position_weights(
     trajectories: Trajectories,
     reduction: Reduction,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
+    learn: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """float32 `[N]` weights that turn a sum over positions into the global mean.
 
     `token_mean`: every learnt token of the whole batch weighs the same. `sequence_mean`: every trajectory does, and its
     tokens share its weight. The denominator counts all micro-batches and processes, so the gradient does not depend on
-    how the batch is cut. Positions that the student did not write weigh 0.
+    how the batch is cut. Positions outside `learn` (bool `[N]`, by default the trajectories' own) weigh 0.
     """
-    learn = trajectories.learn.float()
+    learn = (trajectories.learn if learn is None else learn).float()
     if reduction == "token_mean":
         total = sum_over_processes(learn.sum())
         return learn / total.clamp(min=1)

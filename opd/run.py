@@ -14,14 +14,16 @@ from accelerate.utils import set_seed
 
 from opd.context import Context
 from opd.curricula import Schedule
-from opd.divergences import Divergence
 from opd.errors import RecipeError
 from opd.hardware import fast_in_bf16
+from opd.language.rollout import LanguageRollout
 from opd.monitor import Monitor
+from opd.objectives import Objective, Target
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
 from opd.rollouts import PrefixSource
+from opd.rollouts.student import StudentRollout
 from opd.self_test import self_test
 from opd.shaping import Shaping
 from opd.teachers import LiveTeacher
@@ -35,18 +37,45 @@ class Run:
     """Everything that the loop touches, one attribute an axis."""
 
     recipe: Recipe
+    context: Context
     accelerator: Accelerator
     student: Student
     teachers: list[LiveTeacher]
     schedule: Schedule
     rollout: PrefixSource
+    sampler: LanguageRollout
     verifier: Verifier | None
     shaping: Shaping
-    divergence: Divergence
+    objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitor
     step: int = 0
+
+    def take_settings_of_step(self) -> dict[str, float]:
+        """Put the numbers of this step in the places of the recipe's schedules, and return them by their keys."""
+        schedules = self.recipe.scheduled()
+        if not schedules:
+            return {}
+        now = self.recipe.at(self.step, self.recipe.steps)
+        context = self.context.with_(temperature=now.temperature)
+        self.rollout.settings, self.optimiser.settings = now.rollout, now.update
+        self.shaping, self.objectives = now.shaping, now.objective
+        for teacher, settings in zip(self.teachers, now.teacher, strict=True):
+            teacher.settings = settings
+        self.student.context = self.rollout.context = context
+        for teacher in self.teachers:
+            teacher.context = context
+        return {f"schedule/{key}": float(s.at(self.step, self.recipe.steps)) for key, s in schedules.items()}
+
+    def ask(self, trajectories: Trajectories) -> list[Target]:
+        """Every teacher's answer."""
+        return [Target(t(trajectories), t.weight, t.settings.name) for t in self.teachers]
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether some part must see all trajectories of a prompt together."""
+        return "group" in (self.shaping.scope, *(o.scope for o in self.objectives))
 
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
@@ -105,6 +134,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def held_out_sampler(recipe: Recipe, rollout: PrefixSource, context: Context, student: Any) -> LanguageRollout:
+    """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
+    settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
+    if not isinstance(recipe.rollout, StudentRollout):
+        rollout = settings.build(context, student, ())
+    assert isinstance(rollout, LanguageRollout)
+    wanted = recipe.evaluation
+    return rollout.drawing(
+        wanted.temperature,
+        settings.top_p if wanted.top_p is None else wanted.top_p,
+        settings.top_k if wanted.top_k is None else wanted.top_k,
+    )
+
+
 def assemble(
     recipe: Recipe,
     monitor: Monitor,
@@ -128,26 +171,32 @@ def assemble(
     for part in (student, *built):
         part.context = context
     student.check_prompts([*training, *held_out], recipe.max_prompt_tokens)
-    for i, teacher in enumerate(built):
-        recipe.divergence.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    rollout = recipe.rollout.build(context, student)
+    rollout = recipe.rollout.build(context, student, built)
+    rollout.check_prompts(training)
+    for objective in recipe.objective:
+        objective.check_trajectories(rollout)
+        for i, teacher in enumerate(built):
+            if objective.teacher in (None, teacher.settings.name):
+                objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
 
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
         with accelerator.autocast():
-            self_test(student, built, rollout, recipe.divergence, probe)
+            self_test(student, built, rollout, recipe.objective, probe)
 
     return Run(
         recipe=recipe,
+        context=context,
         accelerator=accelerator,
         student=student,
         teachers=built,
-        schedule=recipe.curriculum.build(training, recipe.batch.prompts, recipe.rollout.budget, recipe.seed),
+        schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
+        sampler=held_out_sampler(recipe, rollout, context, student),
         verifier=recipe.verifier,
         shaping=recipe.shaping,
-        divergence=recipe.divergence,
-        optimiser=recipe.update.build(student, accelerator, recipe.steps),
+        objectives=recipe.objective,
+        optimiser=recipe.update.build(student, accelerator),
         held_out=held_out,
         monitor=monitor,
     )

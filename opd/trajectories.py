@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from opd.prompts import Prompt
+
+Author = Literal["student", "teacher", "data"]
+"""Who chose an action."""
+
+AUTHORS: tuple[Author, ...] = ("student", "teacher", "data")
+
+
+PACKED = ("actions", "behaviour_log_probs", "learn", "authors")
+"""Fields with one entry a position."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class Trajectories:
         lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
         behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
         finished: bool `[B]`, the trajectory ended by itself; False where it was cut by the budget.
-        learn: bool `[N]`, positions whose action the student wrote; others (tool output) never enter a loss.
+        learn: bool `[N]`, positions that may enter a loss; others (a tool's output) never do.
+        authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier, or None.
     """
@@ -35,6 +45,7 @@ class Trajectories:
     behaviour_log_probs: torch.Tensor
     finished: torch.Tensor
     learn: torch.Tensor
+    authors: torch.Tensor
     groups: torch.Tensor
     rewards: torch.Tensor | None = None
 
@@ -63,6 +74,7 @@ class Trajectories:
             behaviour_log_probs=self.behaviour_log_probs[here],
             finished=self.finished[start:stop],
             learn=self.learn[here],
+            authors=self.authors[here],
             groups=self.groups[start:stop],
             rewards=None if self.rewards is None else self.rewards[start:stop],
         )
@@ -78,3 +90,50 @@ class Trajectories:
                 stop += 1
             yield self.rows(start, stop)
             start = stop
+
+
+def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
+    """One batch of several: trajectory i of the parts, in their order, takes place `order[i]`; groups are numbered by
+    place, so a group's trajectories must end up next to each other."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    lengths = torch.cat([p.lengths for p in parts])
+    rewards = [p.rewards for p in parts]
+    offset, groups = 0, []
+    for part in parts:
+        groups.append(part.groups + offset)
+        offset += int(part.groups.max()) + 1
+    group = torch.cat(groups)[inverse]
+    packed = {}
+    for name in PACKED:
+        rows = torch.split(torch.cat([getattr(p, name) for p in parts]), lengths.tolist())
+        packed[name] = torch.cat([rows[i] for i in inverse])
+    all_prompts = [prompt for p in parts for prompt in p.prompts]
+    all_contexts = [context for p in parts for context in p.contexts]
+    return Trajectories(
+        prompts=[all_prompts[i] for i in inverse],
+        contexts=[all_contexts[i] for i in inverse],
+        lengths=lengths[inverse],
+        finished=torch.cat([p.finished for p in parts])[inverse],
+        groups=torch.unique_consecutive(group, return_inverse=True)[1],
+        rewards=None if any(r is None for r in rewards) else torch.cat([r for r in rewards if r is not None])[inverse],
+        **packed,
+    )
+
+
+def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> Trajectories:
+    """`first`, where the trajectories `which` go on with those of `rest`, one each."""
+    place = {index: k for k, index in enumerate(which)}
+    ends = rest.lengths.cumsum(0).tolist()
+    packed: dict[str, Any] = {}
+    for name in PACKED:
+        heads = torch.split(getattr(first, name), first.lengths.tolist())
+        tail = getattr(rest, name)
+        rows = []
+        for i, head in enumerate(heads):
+            k = place.get(i)
+            rows.append(head if k is None else torch.cat([head, tail[(ends[k - 1] if k else 0) : ends[k]]]))
+        packed[name] = torch.cat(rows)
+    lengths, finished = first.lengths.clone(), first.finished.clone()
+    lengths[list(which)] += rest.lengths
+    finished[list(which)] = rest.finished
+    return replace(first, lengths=lengths, finished=finished, **packed)

@@ -91,5 +91,6 @@ def trajectories_of(lengths, contexts=None, seed=0, vocabulary=64, prompts=None)
         behaviour_log_probs=torch.zeros(total),
         finished=torch.ones(len(lengths), dtype=torch.bool),
         learn=torch.ones(total, dtype=torch.bool),
+        authors=torch.zeros(total, dtype=torch.uint8),
         groups=torch.arange(len(lengths)),
     )

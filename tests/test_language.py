@@ -114,7 +114,7 @@ def test_impossible_layer_removal_is_refused(layers, message, tmp_path):
 
 
 def rollout(student, group=1, budget=12, prompts=None, stream=0, **settings):
-    return StudentRollout(**settings).build(student.context, student)(prompts, group, budget, stream)
+    return StudentRollout(**settings).build(student.context, student, [])(prompts, group, budget, stream)
 
 
 def test_recorded_log_probabilities_are_those_of_the_policy(student, prompts):
@@ -195,7 +195,7 @@ def test_inverse_cdf_never_draws_an_impossible_id():
 
 
 def test_rows_can_be_dropped_between_segments(student, prompts):
-    source = StudentRollout().build(student.context, student)
+    source = StudentRollout().build(student.context, student, [])
     sampler = source.sampler()
     contexts = [student.language.encode(p) for p in prompts[:3]]
     state = sampler.start(contexts, 1, 20, [1, 2, 3])

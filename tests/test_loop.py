@@ -113,8 +113,8 @@ def gradient(recipe, tmp_path, trajectories, micro, layout="auto", order=None):
     target = Target(run.teachers[0](trajectories))
     for part, here in trajectories.split(micro):
         student = run.student(part, layout)
-        loss = run.divergence(student, [target.select(here)], weights[here], part)
-        run.optimiser.accumulate(loss, last=True)
+        loss = run.objectives[0](student, [target.select(here)], weights[here], part)
+        run.optimiser.accumulate([loss], last=True)
     return torch.cat([p.grad.flatten() for p in run.student.module.parameters()])
 
 
@@ -150,7 +150,7 @@ def test_gradient_does_not_depend_on_the_order_of_trajectories(models, tmp_path)
         run = build(recipe, tmp_path)
         answer = run.student(trajectories).detach()
         shifted = type(answer)(answer.hidden.roll(1, -1), answer.head)
-        loss = run.divergence(
+        loss = run.objectives[0](
             run.student(trajectories),
             [Target(shifted)],
             position_weights(trajectories, "sequence_mean"),
@@ -177,23 +177,23 @@ def test_tokens_that_the_student_did_not_write_have_no_influence(models, tmp_pat
     assert weights[2:4].tolist() == [0, 0]
     per_sequence = position_weights(masked, "sequence_mean")
     assert per_sequence[:6].sum().item() == pytest.approx(0.5)
-    loss = run.divergence(run.student(masked), [Target(run.teachers[0](masked))], weights, masked)
+    loss = run.objectives[0](run.student(masked), [Target(run.teachers[0](masked))], weights, masked)
     assert loss.values[2:4].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
     "choice",
     [
-        {"divergence": "forward_kl"},
-        {"divergence": {"kind": "mixture", "reverse_weight": 0.25}},
-        {"divergence": {"kind": "reverse_kl", "top_k": 8}},
-        {"divergence": {"kind": "reverse_kl_sampled", "clamp": 10, "discount": 0.5}},
+        {"objective": "forward_kl"},
+        {"objective": {"kind": "mixture", "reverse_weight": 0.25}},
+        {"objective": {"kind": "reverse_kl", "top_k": 8}},
+        {"objective": {"kind": "reverse_kl_sampled", "clamp": 10, "discount": 0.5}},
         {"student": {"lora": {"rank": 4}}},
         {"student": {"gradient_checkpointing": True}},
         {"hardware": {"precision": "bf16"}},
         {"rollout": {"dtype": "bfloat16"}},
         {"rollout": {"top_p": 0.9, "segment": 3}},
-        {"update": {"schedule": "cosine", "warmup_steps": 1, "clip_norm": None}},
+        {"update": {"learning_rate": {"kind": "cosine", "start": 1e-2, "warmup": 1}, "clip_norm": None}},
         {"reduction": "sequence_mean"},
     ],
     ids=str,
@@ -253,12 +253,12 @@ def test_self_test_catches_a_sampler_that_runs_another_model(student, prompts):
     class Other:
         exact, dtype = True, torch.float32
 
-        def __call__(self, prompts, group, budget, stream):
+        def __call__(self, prompts, group, budget, stream, begun=None):
             trajectories = trajectories_of([6, 4])
             return trajectories
 
     with pytest.raises(SelfTestError, match="rollout and training log-probabilities"):
-        self_test(student, [], Other(), ReverseKL(), prompts)
+        self_test(student, [], Other(), [ReverseKL()], prompts)
 
 
 def test_self_test_catches_a_divergence_that_does_not_vanish(student, prompts):
@@ -268,10 +268,10 @@ def test_self_test_catches_a_divergence_that_does_not_vanish(student, prompts):
 
     from opd.rollouts.student import StudentRollout
 
-    rollout = StudentRollout().build(student.context, student)
-    self_test(student, [], rollout, ReverseKLSampled(), prompts)
+    rollout = StudentRollout().build(student.context, student, [])
+    self_test(student, [], rollout, [ReverseKLSampled()], prompts)
     with pytest.raises(SelfTestError, match="gradient"):
-        self_test(student, [], rollout, Wrong(), prompts)
+        self_test(student, [], rollout, [Wrong()], prompts)
 
 
 def test_self_test_catches_a_model_that_changes_its_logits(student, prompts):
@@ -285,9 +285,9 @@ def test_self_test_catches_a_model_that_changes_its_logits(student, prompts):
         return output
 
     student.language.model.forward = doubled
-    rollout = StudentRollout().build(student.context, student)
+    rollout = StudentRollout().build(student.context, student, [])
     with pytest.raises(SelfTestError, match="logits"):
-        self_test(student, [], rollout, ReverseKL(), prompts)
+        self_test(student, [], rollout, [ReverseKL()], prompts)
 
 
 def test_a_pair_of_kinds_that_makes_no_sense_is_refused_with_the_alternative():
@@ -350,8 +350,8 @@ def test_distill_takes_live_objects_strings_and_lists(models, tmp_path):
     assert not torch.equal(student.lm_head.weight, before)
     with pytest.raises(RunError, match="tokenizer"):
         opd.distill(student, student, TEXTS, output=str(tmp_path / "x"))
-    with pytest.raises(opd.RecipeError, match="divergence"):
-        opd.distill(models[0], models[1], TEXTS, divergence="kl")
+    with pytest.raises(opd.RecipeError, match="objective"):
+        opd.distill(models[0], models[1], TEXTS, objective="kl")
 
 
 def test_same_seed_same_run_and_another_seed_another(models, tmp_path):
@@ -379,7 +379,7 @@ def test_a_device_that_is_not_there_is_one_message(models, tmp_path):
 
 
 def test_measurement_weighs_positions_not_micro_batches():
-    measurement = Measurement()
+    measurement = Measurement([ReverseKL()])
     for lengths, value in [([1], 1.0), ([3, 3], 2.0)]:
         part = trajectories_of(lengths)
         n = sum(lengths)
@@ -389,7 +389,7 @@ def test_measurement_weighs_positions_not_micro_batches():
             torch.full((n,), value),
             torch.full((n,), -0.1),
         )
-        measurement.add(loss, part, torch.ones(n), exact_behaviour=True)
+        measurement.add([loss], part, torch.ones(n), exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)
     assert signals["loss"] == pytest.approx(1.0)

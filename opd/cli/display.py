@@ -15,9 +15,9 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from opd.api import Result
-    from opd.objectives import Row
     from opd.plan import Plan
     from opd.recipe import Recipe
+    from opd.truth_table import Row
 
 
 def console() -> Console:

@@ -79,7 +79,7 @@ def schema() -> None:
 def objectives() -> None:
     """What each divergence descends: its expected gradient against the exact one, by enumeration."""
     from opd.cli.display import show_objectives
-    from opd.objectives import load_table
+    from opd.truth_table import load_table
 
     show_objectives(load_table())
 

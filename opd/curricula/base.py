@@ -8,23 +8,31 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from opd.choice import Choice
+from opd.context import Context
 from opd.prompts import Prompt
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's prompts and the budget of actions for each of their trajectories."""
+    """One step's prompts and the budget of actions for each of their trajectories; None is the rollout's own."""
 
     prompts: list[Prompt]
-    budget: int
+    budget: int | None = None
 
 
 class Schedule(ABC):
     """A built curriculum; everything that it remembers is in `state_dict`."""
 
     @abstractmethod
-    def next(self, step: int, signals: Mapping[str, float]) -> Draw:
-        """The draw of `step` (from 0); `signals` are the measurements of the step before."""
+    def next(self, step: int, signals: Mapping[str, float]) -> Draw | None:
+        """The draw of `step` (from 0), or None when the curriculum ends the run here.
+
+        `signals` are the measurements of the step before; those of an evaluation stand under `held_out/`.
+        """
+
+    def asks_evaluation(self, step: int) -> bool:
+        """Whether the student must be measured on held-out prompts when `step` steps are done."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -40,5 +48,5 @@ class Curriculum(Choice):
     axis: ClassVar[str] = "curriculum"
 
     @abstractmethod
-    def build(self, prompts: Sequence[Prompt], per_step: int, budget: int, seed: int) -> Schedule:
-        """Make the schedule over a prompt set; `budget` is the rollout's own limit."""
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> Schedule:
+        """Make the schedule over a prompt set, for a built student."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+from opd.context import Context
 from opd.curricula.base import Curriculum, Draw, Schedule
 from opd.prompts import Prompt
 
@@ -15,19 +16,19 @@ class Shuffled(Curriculum):
 
     kind: Literal["shuffled"] = "shuffled"
 
-    def build(self, prompts: Sequence[Prompt], per_step: int, budget: int, seed: int) -> ShuffledSchedule:
-        return ShuffledSchedule(prompts, per_step, budget, seed)
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> ShuffledSchedule:
+        return ShuffledSchedule(prompts, per_step, context.seed)
 
 
 class ShuffledSchedule(Schedule):
     """Stateless: a step's prompts follow from its number."""
 
-    def __init__(self, prompts: Sequence[Prompt], per_step: int, budget: int, seed: int):
-        self.prompts, self.per_step, self.budget, self.seed = prompts, per_step, budget, seed
+    def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
+        self.prompts, self.per_step, self.seed = prompts, per_step, seed
 
     def next(self, step: int, signals: Mapping[str, float]) -> Draw:
         first = step * self.per_step
-        return Draw([self._at(i) for i in range(first, first + self.per_step)], self.budget)
+        return Draw([self._at(i) for i in range(first, first + self.per_step)])
 
     def _at(self, index: int) -> Prompt:
         epoch, place = divmod(index, len(self.prompts))

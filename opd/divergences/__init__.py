@@ -1,6 +1,6 @@
 """Which way the student moves: comparisons of two distributions at one state, and the operator that computes them."""
 
-from opd.divergences.base import Divergence, Loss, Target
+from opd.divergences.base import Divergence
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.jensen_shannon import JensenShannon
 from opd.divergences.mixture import Mixture
@@ -8,6 +8,7 @@ from opd.divergences.operator import OnAction, OnSupport, divergence_loss
 from opd.divergences.reverse_kl import ReverseKL
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.divergences.statistics import Comparison, compare
+from opd.objectives.base import Loss, Target
 
 __all__ = [
     "Comparison",

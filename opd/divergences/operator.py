@@ -8,15 +8,17 @@ fresh pages for every intermediate cost more than the arithmetic on them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
-from opd.divergences.base import Divergence, Loss, Target
+from opd.divergences.base import Divergence
+from opd.errors import IncompatibleError
+from opd.objectives.base import Loss, Target
 from opd.trajectories import Trajectories
 
 CHUNK_BYTES = 16 * 2**20
@@ -91,6 +93,19 @@ class OnAction(Divergence):
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
+    def check_trajectories(self, rollout: Any) -> None:
+        if rollout.authors != {"student"}:
+            kind = self.model_dump()["kind"]
+            raise IncompatibleError(
+                f"objective {kind!r} needs the student's own samples: on others its expectation is not what it says. "
+                "Take rollout: student, or reverse_kl, which compares whole distributions"
+            )
+
+
+ActionRule = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""`(log_q [C], index [C]) -> (values [C], coefficients [C])`: the student's log-probabilities of the actions taken at
+the positions `index`, detached; a position's gradient is `coefficient * grad log q(action)`."""
+
 
 def _on_categorical(
     divergence: Divergence,
@@ -120,7 +135,7 @@ def memory_bound(
 
 
 def divergence_loss(
-    divergence: Divergence,
+    divergence: Divergence | ActionRule,
     student: Categorical,
     targets: Sequence[Target],
     weights: torch.Tensor,
@@ -138,7 +153,7 @@ def divergence_loss(
     that dtype.
 
     Args:
-        divergence: the objective.
+        divergence: the objective, or a rule over the actions taken.
         student: `[N]` distributions with a graph through hidden states and head.
         targets: detached answers for the same N positions; their divergences are summed with their weights.
         weights: float32 `[N]`, detached, global denominator included; rows of weight zero are never projected.
@@ -157,9 +172,22 @@ def divergence_loss(
     return Loss(result, values, log_probs)
 
 
+def action_loss(
+    rule: ActionRule,
+    student: Categorical,
+    weights: torch.Tensor,
+    actions: torch.Tensor,
+    lengths: torch.Tensor,
+    rows: int | None = None,
+    per_example: bool = False,
+) -> Loss:
+    """The same operator for objectives that see the action taken and no teacher; arguments as in `divergence_loss`."""
+    return divergence_loss(rule, student, (), weights, actions, lengths, rows, per_example)
+
+
 @dataclass(frozen=True)
 class _Plan:
-    divergence: Divergence
+    divergence: Divergence | ActionRule
     head: Head
     targets: tuple[Target, ...]
     weights: torch.Tensor
@@ -288,7 +316,6 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
         if isinstance(divergence, OnSupport):
             value, grad = _on_support(divergence, log_q, plan, index, buffers)
         else:
-            assert isinstance(divergence, OnAction)
             value, grad = _on_action(divergence, log_q, plan, index, known, buffers)
         values[index] = value
         if not any(needs):
@@ -411,7 +438,7 @@ def _action_log_probs(answer: Distribution, actions: torch.Tensor, buffers: _Buf
 
 
 def _on_action(
-    divergence: OnAction,
+    divergence: Divergence | ActionRule,
     log_q: torch.Tensor,
     plan: _Plan,
     index: torch.Tensor,
@@ -419,8 +446,10 @@ def _on_action(
     buffers: _Buffers,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     actions = plan.actions[index]
-    if known is None:
-        taken = log_q.gather(1, actions[:, None]).squeeze(1)
+    taken = log_q.gather(1, actions[:, None]).squeeze(1)
+    if not isinstance(divergence, OnAction):
+        value, coefficient = divergence(taken, index)  # type: ignore[call-arg, arg-type, misc]
+    elif known is None:
         targets = [t.select(index) for t in plan.targets]
         value, coefficient = _sum_targets(divergence, taken, targets, actions, torch.ones(len(index)).long(), buffers)
     else:

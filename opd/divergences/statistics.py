@@ -16,52 +16,61 @@ ALTERNATIVES = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """float32 `[N]` each, detached, in nats. `log_p` and `log_q` are the log-probabilities of the actions taken;
-    `student_top` and `teacher_top` are `[N, K]` ids and `[N, K]` probabilities, most likely first."""
+    """Position by position, detached.
 
-    forward_kl: torch.Tensor
-    reverse_kl: torch.Tensor
-    top1_agreement: torch.Tensor
-    student_entropy: torch.Tensor
-    teacher_entropy: torch.Tensor
-    log_p: torch.Tensor
-    log_q: torch.Tensor
-    student_top: tuple[torch.Tensor, torch.Tensor]
-    teacher_top: tuple[torch.Tensor, torch.Tensor]
+    Attributes:
+        values: float32 `[N]` each, in nats, by name: those of `MEANS`, and the log-probabilities `log_p` (teacher) and
+            `log_q` (student) of the actions taken. Without a teacher only `student_entropy` and `log_q`.
+        tops: `student` and `teacher`: `[N, K]` ids and `[N, K]` probabilities, most likely first.
+    """
 
-    def means(self) -> dict[str, float]:
-        """Token means of the divergences, the agreement and the entropies."""
-        return {name: float(getattr(self, name).double().mean()) for name in MEANS}
+    values: dict[str, torch.Tensor]
+    tops: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def sums(self) -> dict[str, float]:
+        """Sums over the tokens of the divergences, the agreement and the entropies."""
+        return {name: float(self.values[name].double().sum()) for name in MEANS if name in self.values}
 
 
 @torch.no_grad()
-def compare(student: Categorical, teacher: Categorical, actions: torch.Tensor) -> Comparison:
-    """Compare two full distributions at N positions, a chunk at a time."""
+def compare(student: Categorical, teacher: Categorical | None, actions: torch.Tensor) -> Comparison:
+    """Compare two full distributions at N positions, a chunk at a time; without a teacher look at the student alone."""
     rows = chunk_rows(student.head.size)
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in (*MEANS, "log_p", "log_q")}
-    tops: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"student": [], "teacher": []}
-    for start in range(0, len(student), rows):
+    values: dict[str, list[torch.Tensor]] = {}
+    tops: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for start in range(0, max(1, len(student)), rows):
         chunk = slice(start, start + rows)
-        log_q, log_p = student.select(chunk).log_probs(), teacher.select(chunk).log_probs()
-        taken = actions[chunk, None]
-        parts["log_q"].append(log_q.gather(1, taken).squeeze(1))
-        parts["log_p"].append(log_p.gather(1, taken).squeeze(1))
-        q, p = log_q.exp(), log_p.exp()
-        for side, probabilities in (("student", q), ("teacher", p)):
-            best, ids = probabilities.topk(min(ALTERNATIVES, probabilities.shape[-1]), dim=-1)
-            tops[side].append((ids, best))
-        parts["top1_agreement"].append((tops["student"][-1][0][:, 0] == tops["teacher"][-1][0][:, 0]).float())
-        neg_h_q, neg_h_p = torch.linalg.vecdot(q, log_q), torch.linalg.vecdot(p, log_p)
-        parts["student_entropy"].append(-neg_h_q)
-        parts["teacher_entropy"].append(-neg_h_p)
-        parts["reverse_kl"].append(neg_h_q - torch.linalg.vecdot(q, log_p))
-        parts["forward_kl"].append(neg_h_p - torch.linalg.vecdot(p, log_q))
-    empty = torch.zeros(0, device=student.hidden.device)
-    joined = {name: torch.cat(part) if part else empty for name, part in parts.items()}
-    top = {
-        f"{side}_top": (torch.cat([ids for ids, _ in found]), torch.cat([v for _, v in found]))
-        if found
-        else (empty.long()[:, None], empty[:, None])
-        for side, found in tops.items()
-    }
-    return Comparison(**joined, **top)  # type: ignore[arg-type]
+        q, log_q = _look("student", "log_q", student.select(chunk), actions[chunk], values, tops)
+        if teacher is None:
+            continue
+        p, log_p = _look("teacher", "log_p", teacher.select(chunk), actions[chunk], values, tops)
+        same = tops["student"][-1][0][:, 0] == tops["teacher"][-1][0][:, 0]
+        found = {
+            "top1_agreement": same.float(),
+            "reverse_kl": -values["student_entropy"][-1] - torch.linalg.vecdot(q, log_p),
+            "forward_kl": -values["teacher_entropy"][-1] - torch.linalg.vecdot(p, log_q),
+        }
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+    return Comparison(
+        {name: torch.cat(parts) for name, parts in values.items()},
+        {side: (torch.cat([i for i, _ in found]), torch.cat([v for _, v in found])) for side, found in tops.items()},
+    )
+
+
+def _look(
+    side: str,
+    log_name: str,
+    one: Categorical,
+    actions: torch.Tensor,
+    values: dict[str, list[torch.Tensor]],
+    tops: dict[str, list[tuple[torch.Tensor, torch.Tensor]]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and log-probabilities of one side of a chunk, with what is known of it alone added."""
+    log_probs = one.log_probs()
+    probabilities = log_probs.exp()
+    values.setdefault(log_name, []).append(log_probs.gather(1, actions[:, None]).squeeze(1))
+    values.setdefault(f"{side}_entropy", []).append(-torch.linalg.vecdot(probabilities, log_probs))
+    best, ids = probabilities.topk(min(ALTERNATIVES, probabilities.shape[-1]), dim=-1)
+    tops.setdefault(side, []).append((ids, best))
+    return probabilities, log_probs

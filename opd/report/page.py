@@ -176,13 +176,13 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
                 return str(block[key])
         return "" if isinstance(block, dict) else str(block or "")
 
-    teachers = recipe.get("teacher") or []
+    teachers, objectives = recipe.get("teacher") or [], recipe.get("objective") or []
     facts = {
         "name": of(recipe, "name"),
         "about": of(recipe, "description"),
         "student": of(recipe.get("student"), "model", "kind"),
         "teacher": ", ".join(of(t, "model", "kind") for t in (teachers if isinstance(teachers, list) else [teachers])),
-        "divergence": of(recipe.get("divergence"), "kind"),
+        "objective": " + ".join(of(o, "kind") for o in (objectives if isinstance(objectives, list) else [objectives])),
         "rollout": of(recipe.get("rollout"), "kind"),
         "seed": of(recipe, "seed"),
     }

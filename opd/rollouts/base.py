@@ -11,27 +11,48 @@ import torch
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.trajectories import Trajectories
+from opd.trajectories import Author, Trajectories
 
 
 class PrefixSource(ABC):
     """A built rollout.
 
     Attributes:
+        settings: those of the current step; the loop puts the numbers of schedules in.
+        authors: who may have chosen an action.
         exact: actions are drawn from the student's whole distribution, up to the rounding of `dtype`.
         dtype: what the sampler computes in.
     """
 
+    settings: Any
+    context: Context
+    authors: frozenset[Author] = frozenset({"student"})
     exact: bool = True
     dtype: torch.dtype = torch.float32
 
     @abstractmethod
-    def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
         """`group` trajectories of each prompt, at most `budget` actions long.
 
-        `stream` names the random stream (the loop passes the step); the same recipe seed, stream and prompts give
-        the same trajectories.
+        Args:
+            prompts: P prompts.
+            group: G, trajectories of each.
+            budget: most actions of a trajectory, those in `begun` not counted.
+            stream: names the random stream (the loop passes the step); the same recipe seed, stream and prompts give
+                the same trajectories.
+            begun: P * G sequences of actions that another source has written already; they stand before the actions
+                drawn here and are not part of what is returned.
         """
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Raise `DataError` for a prompt that this source cannot extend."""
 
 
 class Rollout(Choice):
@@ -45,5 +66,5 @@ class Rollout(Choice):
         """Most actions of one trajectory, unless the curriculum says less."""
 
     @abstractmethod
-    def build(self, context: Context, student: Any) -> PrefixSource:
-        """Make the rollout of a built student."""
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
+        """Make the rollout of a built student and built teachers."""

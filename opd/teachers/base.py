@@ -11,6 +11,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.policies.base import Student
+from opd.schedules import Scalar
 from opd.trajectories import Trajectories
 
 
@@ -19,7 +20,12 @@ class LiveTeacher(ABC):
 
     answers: type[Distribution]
     context: Context
-    weight: float = 1.0
+    settings: Any
+    """Those of the current step; the loop puts the numbers of schedules in."""
+
+    @property
+    def weight(self) -> float:
+        return float(self.settings.weight)
 
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
@@ -33,7 +39,8 @@ class Teacher(Choice):
     """Base of the axis. A recipe may list several; their divergences are summed with their weights."""
 
     axis: ClassVar[str] = "teacher"
-    weight: float = Field(1.0, gt=0.0)
+    name: str | None = Field(None, description="What an objective or a rollout calls this teacher")
+    weight: Scalar = Field(1.0, ge=0.0)
     sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
     batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
 

@@ -36,7 +36,6 @@ class LanguageTeacher(LiveTeacher):
 
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language, settings, device, context
-        self.weight = settings.weight
         self.offload = getattr(settings, "offload", False)
 
     @torch.no_grad()

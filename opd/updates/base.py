@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from opd.choice import Choice
-from opd.divergences import Loss
+from opd.objectives import Loss
 from opd.policies.base import Student
 
 
 class Optimiser(ABC):
-    """A built update."""
+    """A built update. `settings` are those of the current step: the loop puts the numbers of schedules in."""
+
+    settings: Any
 
     @abstractmethod
-    def accumulate(self, loss: Loss, last: bool) -> None:
-        """Backward of one micro-batch; `last` marks the final one of the step (gradients are then synchronised)."""
+    def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
+        """Backward of the sum of one micro-batch's losses; `last` marks the final one of the step: gradients are
+        synchronised then."""
 
     @abstractmethod
     def apply(self) -> dict[str, float]:
@@ -36,5 +40,5 @@ class Update(Choice):
     axis: ClassVar[str] = "update"
 
     @abstractmethod
-    def build(self, student: Student, accelerator: Any, steps: int) -> Optimiser:
+    def build(self, student: Student, accelerator: Any) -> Optimiser:
         """Make the optimiser over the student's trainable parameters and wrap `student.module`."""

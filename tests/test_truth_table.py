@@ -11,7 +11,7 @@ import torch
 from benchmarks import peer_objectives
 from benchmarks.objectives import detached_kl_as_reward, from_loss, k1_direct, k2_direct, k3_direct
 from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled
-from opd.objectives import Scene, gradients_of, label, load_table, measure, selectable
+from opd.truth_table import Scene, gradients_of, label, load_table, measure, selectable
 
 SCENE = [Scene.random(0)]
 

@@ -19,9 +19,10 @@ import torch
 from opd.choice import choices_of
 from opd.distributions import Categorical, Head
 from opd.divergences import Divergence, Target, divergence_loss
+from opd.objectives.base import label
 
 VOCABULARY, LENGTH, SCENES = 10, 2, 5
-TABLE = Path(__file__).with_name("objectives.json")
+TABLE = Path(__file__).with_name("truth_table.json")
 
 Gradients = Callable[["Scene"], torch.Tensor]
 """An objective seen from outside: float64 `[Y, P, V]`, the gradient in the logits that each sequence gives."""
@@ -84,13 +85,6 @@ class Row:
     variance: float
     to_forward_kl: float
     to_reverse_kl: float
-
-
-def label(divergence: Divergence) -> str:
-    """`kind(setting=value, ...)` with the settings that differ from the defaults."""
-    data = divergence.model_dump(exclude_defaults=True, exclude={"kind"})
-    inside = ", ".join(f"{k}={v}" for k, v in data.items())
-    return f"{divergence.model_dump()['kind']}({inside})" if inside else str(divergence.model_dump()["kind"])
 
 
 def selectable() -> list[Divergence]:

@@ -1,0 +1,154 @@
+"""Completions sampled from a language model in this process; the student's and the teacher's rollouts share it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.context import Context
+from opd.hardware import fast_in_bf16
+from opd.language.sampler import Sampler, Sampling
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource
+from opd.schedules import Count, Scalar
+from opd.trajectories import AUTHORS, Author, Trajectories
+
+
+class SamplingSettings(Settings):
+    """How completions are drawn."""
+
+    max_new_tokens: Count = Field(256, ge=1)
+    top_p: Scalar = Field(1.0, gt=0.0, le=1.0)
+    top_k: Count = Field(0, ge=0)
+    batch: int = Field(64, ge=1, description="Rows sampled side by side")
+    dtype: Literal["own", "bfloat16", "auto"] = Field(
+        "own",
+        description="Sample from the model's own weights, or from a bfloat16 copy that is renewed at each rollout; "
+        "auto: a copy where the device is fast at it. rollout_gap shows what the copy costs in exactness",
+    )
+    segment: int | None = Field(None, ge=1, description="Tokens drawn between two looks at the rows; default all")
+
+
+class LanguageRollout(PrefixSource):
+    """Rollouts of one language model.
+
+    Args:
+        language: the model that writes.
+        reader: the student's, whose encoding of a prompt the trajectories carry.
+        author: who the writer is to the student.
+        sees: column with the writer's view of a prompt; default the student's.
+    """
+
+    def __init__(
+        self,
+        language: Any,
+        settings: SamplingSettings,
+        context: Context,
+        *,
+        reader: Any = None,
+        author: Author = "student",
+        sees: str | None = None,
+    ):
+        self.language, self.settings, self.context = language, settings, context
+        self.reader, self.author, self.sees = reader or language, author, sees
+        self.authors = frozenset({author})
+        self.exact = settings.top_p == 1.0 and settings.top_k == 0 and author == "student"
+        own = next(language.parameters()).dtype
+        wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
+        self.copy: Any = None
+        if wanted and own != torch.bfloat16:
+            self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
+        self.dtype = torch.bfloat16 if self.copy is not None else own
+
+    def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
+        """The same writer with other sampling settings; shares weights and copy."""
+        other = copy.copy(self)
+        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k})
+        other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
+        other.exact = self.exact and (temperature, top_p, top_k) == (None, 1.0, 0)
+        return other
+
+    def sampler(self) -> Sampler:
+        """A sampler of the model as it is now."""
+        language = self.language
+        if self.copy is not None:
+            for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
+                mine.copy_(live)
+            language = self.copy
+        head = language.head(self.context.temperature, self.context.vocabulary).detach()
+        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        training = self.language.training
+        self.language.eval()
+        sampler, views = self.sampler(), [self.language.encode(p, self.sees) for p in prompts]
+        members = group
+        if begun is not None:
+            # Every trajectory continues its own beginning, so nothing but the prompt is common to a group.
+            views = [torch.cat([views[i // group], start.cpu()]) for i, start in enumerate(begun)]
+            members = 1
+        # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
+        order = sorted(range(len(views)), key=lambda i: len(views[i]))
+        per_wave = max(1, self.settings.batch // members)
+        actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
+        for first in range(0, len(order), per_wave):
+            wave = order[first : first + per_wave]
+            rows = [i * members + g for i in wave for g in range(members)]
+            seeds = [row_seed(self.context.seed, stream, prompts[r // group].id, r % group) for r in rows]
+            state = sampler.start([views[i] for i in wave], members, budget, seeds)
+            while len(state.alive) and state.drawn < budget:
+                sampler.extend(state, self.settings.segment or budget)
+            actions |= dict(zip(rows, _rows(state), strict=True))
+        self.language.train(training)
+        contexts = [self.reader.encode(p) for p in prompts]
+        return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)
+
+
+def row_seed(seed: int, stream: int, prompt_id: str, member: int) -> int:
+    """63-bit seed of one row, the same whatever batch it is sampled in."""
+    text = f"{seed}/{stream}/{prompt_id}/{member}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _rows(state: Sampling) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+    ended = state.finished.tolist()
+    return [
+        (torch.stack(tokens), torch.stack(log_probs), end)
+        for tokens, log_probs, end in zip(state.tokens, state.log_probs, ended, strict=True)
+    ]
+
+
+def pack_rows(
+    prompts: Sequence[Prompt],
+    contexts: Sequence[torch.Tensor],
+    group: int,
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor, bool]],
+    author: Author,
+) -> Trajectories:
+    """Trajectories of P prompts from P * group rows of `(actions, log-probabilities, finished)`."""
+    actions = torch.cat([tokens for tokens, _, _ in rows])
+    return Trajectories(
+        prompts=[p for p in prompts for _ in range(group)],
+        contexts=[c for c in contexts for _ in range(group)],
+        actions=actions,
+        lengths=torch.tensor([len(tokens) for tokens, _, _ in rows]),
+        behaviour_log_probs=torch.cat([log_probs for _, log_probs, _ in rows]),
+        finished=torch.tensor([end for _, _, end in rows]),
+        learn=torch.ones_like(actions, dtype=torch.bool),
+        authors=torch.full_like(actions, AUTHORS.index(author), dtype=torch.uint8),
+        groups=torch.arange(len(prompts)).repeat_interleave(group),
+    )

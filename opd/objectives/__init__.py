@@ -1,0 +1,5 @@
+"""What a step descends: a divergence from teachers, imitation of given completions, or a verifier's reward."""
+
+from opd.objectives.base import Loss, Objective, Target
+
+__all__ = ["Loss", "Objective", "Target"]

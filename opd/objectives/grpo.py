@@ -1,0 +1,74 @@
+"""Group-relative policy optimisation: a verifier's reward, compared within the group of one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from opd.distributions import Categorical, Distribution
+from opd.errors import IncompatibleError
+from opd.objectives.base import Loss, Objective, Target
+from opd.trajectories import Trajectories
+
+
+class GRPO(Objective):
+    """`-min(r A, clip(r, 1 - clip, 1 + clip_high) A)` with `r = q(a) / behaviour(a)` and a group's advantage
+    `A = (R - mean R) / (std R + 1e-6)` (Shao et al. 2024); `normalise: false` keeps `R - mean R` (Liu et al. 2025).
+
+    Groups whose rewards are all equal, and prompts without a verdict, carry no signal. A KL to a reference is a second
+    objective: `{kind: reverse_kl, weight: 0.01, teacher: reference}` with a teacher `{kind: self, mode: frozen, name:
+    reference}`; the k3 estimator of the paper, taken as a loss, would descend forward KL.
+    """
+
+    kind: Literal["grpo"] = "grpo"
+    needs_reward: ClassVar[bool] = True
+    scope: ClassVar[Literal["trajectory", "group"]] = "group"
+    clip: float = Field(0.2, gt=0.0, lt=1.0)
+    clip_high: float | None = Field(None, gt=0.0, description="Upper clip; default the same as clip")
+    normalise: bool = Field(True, description="Divide a group's advantages by their standard deviation")
+
+    def advantages(self, trajectories: Trajectories) -> torch.Tensor:
+        """float32 `[B]`; 0 where a prompt has no verdict."""
+        assert trajectories.rewards is not None
+        rewards, groups = trajectories.rewards.float(), trajectories.groups
+        known = ~rewards.isnan()
+        _, place = torch.unique(groups, return_inverse=True)
+        count = torch.zeros(int(place.max()) + 1).index_add_(0, place, known.float()).clamp(min=1)
+        filled = rewards.nan_to_num()
+        mean = torch.zeros_like(count).index_add_(0, place, filled) / count
+        centred = torch.where(known, filled - mean[place], torch.zeros_like(filled))
+        if not self.normalise:
+            return centred
+        # The sample's standard deviation, as in the paper's code; a group of one has none and no signal.
+        squares = torch.zeros_like(count).index_add_(0, place, centred**2)
+        std = (squares / (count - 1).clamp(min=1)).sqrt()
+        return centred / (std[place] + 1e-6)
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        from opd.divergences.operator import action_loss
+
+        assert isinstance(student, Categorical)
+        device = trajectories.actions.device
+        lengths = trajectories.lengths.to(device)
+        advantage = self.advantages(trajectories).to(device).repeat_interleave(lengths)
+        low, high = 1 - self.clip, 1 + (self.clip if self.clip_high is None else self.clip_high)
+        behaviour = trajectories.behaviour_log_probs
+
+        def rule(log_q: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            ratio, a = (log_q - behaviour[index]).exp(), advantage[index]
+            free, bounded = ratio * a, ratio.clamp(low, high) * a
+            return -torch.minimum(free, bounded), torch.where(free <= bounded, -free, torch.zeros_like(free))
+
+        # Positions without an advantage have no gradient and need no logits.
+        return action_loss(rule, student, weights * (advantage != 0), trajectories.actions, trajectories.lengths)
+
+    def check_trajectories(self, rollout: Any) -> None:
+        if rollout.authors != {"student"}:
+            raise IncompatibleError(
+                "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student"
+            )

@@ -1,0 +1,42 @@
+"""Supervised fine-tuning: imitate the actions of the trajectories, whoever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from opd.distributions import Categorical, Distribution
+from opd.errors import IncompatibleError
+from opd.objectives.base import Loss, Objective, Target
+from opd.trajectories import Trajectories
+
+
+class SFT(Objective):
+    """`-log q(a_t)`: hard labels. On `rollout: data` it is supervised fine-tuning, on `rollout: teacher`
+    sequence-level distillation (Kim and Rush 2016). Soft labels are `forward_kl` on the same trajectories: its
+    gradient is that of the cross-entropy with the teacher's distribution."""
+
+    kind: Literal["sft"] = "sft"
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        from opd.divergences.operator import action_loss
+
+        assert isinstance(student, Categorical)
+        return action_loss(
+            lambda log_q, index: (-log_q, -torch.ones_like(log_q)),
+            student,
+            weights,
+            trajectories.actions,
+            trajectories.lengths,
+        )
+
+    def check_trajectories(self, rollout: Any) -> None:
+        if rollout.authors == {"student"}:
+            raise IncompatibleError(
+                "objective 'sft' on the student's own samples has no expected gradient: take rollout: data, "
+                "rollout: teacher or a mixture"
+            )

@@ -1,0 +1,88 @@
+"""Off-policy: completions that stand in the prompt set, a person's or a teacher's from an earlier day."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.errors import DataError
+from opd.language.rollout import pack_rows
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, Rollout
+from opd.schedules import Count
+from opd.trajectories import Author, Trajectories
+
+
+class DataRollout(Rollout):
+    """The response in a column of the prompt's row: text, or a list of texts for a group. The end token is appended,
+    unless the budget cuts the response before."""
+
+    kind: Literal["data"] = "data"
+    column: str = Field("response", description="Column with the response, or a list of responses")
+    max_new_tokens: Count = Field(256, ge=1)
+    author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
+
+    @property
+    def budget(self) -> int:
+        return self.max_new_tokens
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredResponses:
+        return StoredResponses(self, student.language, context)
+
+
+class StoredResponses(PrefixSource):
+    """The built source. Nothing is drawn: its log-probabilities are not known and stand as 0."""
+
+    exact = False
+
+    def __init__(self, settings: DataRollout, language: Any, context: Context):
+        self.settings, self.language, self.context = settings, language, context
+        author: Author = settings.author
+        self.authors = frozenset({author})
+
+    def responses(self, prompt: Prompt) -> list[str]:
+        """The texts of one row."""
+        found: Any = prompt.view(self.settings.column)
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise DataError(
+                f"{prompt.where}: column {self.settings.column!r} holds {type(found).__name__}; rollout 'data' takes a "
+                "text or a list of texts"
+            )
+        return texts
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self.responses(prompt)
+
+    def encode(self, text: str, budget: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """`(actions, zeros, finished)` of one response from its token `skip` on."""
+        tokenizer, ends = self.language.tokenizer, self.context.end_ids
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends)
+        ids = ids if ids and ids[-1] in ends else [*ids, end]
+        cut = ids[skip : skip + budget]
+        actions = torch.tensor(cut or [end], dtype=torch.int64, device=self.language.device)
+        return actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        rows = []
+        for i, prompt in enumerate(prompts):
+            texts = self.responses(prompt)
+            for g in range(group):
+                skip = len(begun[i * group + g]) if begun is not None else 0
+                # With fewer responses than members, and over epochs, they take turns.
+                rows.append(self.encode(texts[(max(stream, 0) + g) % len(texts)], budget, skip))
+        contexts = [self.language.encode(p) for p in prompts]
+        return pack_rows(prompts, contexts, group, rows, self.settings.author)

@@ -1,0 +1,73 @@
+"""Some trajectories from one source and some from another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.choice import OneOf
+from opd.context import Context
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, Rollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.schedules import Scalar
+from opd.trajectories import Trajectories, join
+
+
+class MixtureRollout(Rollout):
+    """Each prompt (or the whole batch) goes to `first` with probability `share`, else to `second`; a schedule of
+    `share` from 0 to 1 moves from the teacher's states to the student's."""
+
+    kind: Literal["mixture"] = "mixture"
+    first: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
+    second: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
+    share: Scalar = Field(0.5, ge=0.0, le=1.0, description="Probability of the first source")
+    by: Literal["prompt", "batch"] = "prompt"
+
+    @property
+    def budget(self) -> int:
+        return max(self.first.budget, self.second.budget)
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Mixed:
+        sources = self.first.build(context, student, teachers), self.second.build(context, student, teachers)
+        return Mixed(self, context, *sources)
+
+
+class Mixed(PrefixSource):
+    """The built mixture."""
+
+    exact = False
+
+    def __init__(self, settings: MixtureRollout, context: Context, first: PrefixSource, second: PrefixSource):
+        self.settings, self.context, self.first, self.second = settings, context, first, second
+        self.authors = first.authors | second.authors
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        self.first.check_prompts(prompts)
+        self.second.check_prompts(prompts)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        self.first.settings, self.second.settings = self.settings.first, self.settings.second
+        names = [p.id if self.settings.by == "prompt" else "" for p in prompts]
+        draws = [random.Random(f"{self.context.seed}/{stream}/{name}").random() for name in names]
+        parts, order = [], []
+        for source, wanted in ((self.first, True), (self.second, False)):
+            mine = [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted]
+            if mine:
+                starts = None if begun is None else [begun[i * group + g] for i in mine for g in range(group)]
+                least = min(budget, source.settings.budget)
+                parts.append(source([prompts[i] for i in mine], group, least, stream, starts))
+                order += [i * group + g for i in mine for g in range(group)]
+        return join(parts, order)
