@@ -8,12 +8,12 @@ from opd.run import Run
 
 def train(run: Run) -> None:
     """Train `run.student` until the recipe's last step, the curriculum's end, or until a stop was asked for."""
-    recipe, signals = run.recipe, dict[str, float]()
-    run.monitor.begin(run)
+    recipe = run.recipe
+    signals = run.monitor.begin(run)
 
-    while run.step < recipe.steps and not run.monitor.stop_requested:
+    while not run.monitor.stop_requested:
         draw = run.schedule.next(run.step, signals)
-        if draw is None:
+        if draw is None or run.step == recipe.steps:
             break
         clock, measurement = Clock(), Measurement(run.objectives)
         scheduled = run.take_settings_of_step()
@@ -51,7 +51,8 @@ def train(run: Run) -> None:
                 teacher.follow(run.student)
 
         run.step += 1
-        signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions) | scheduled
+        signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
+        signals |= draw.signals | scheduled
         signals |= run.monitor.after_step(run, signals, measurement.example)
 
     run.monitor.end(run)

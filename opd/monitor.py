@@ -45,8 +45,8 @@ class Monitor:
         self._progress: Progress | None = None
         self._started = 0.0
 
-    def begin(self, run: Run) -> None:
-        """Measure the student before training and show the bar."""
+    def begin(self, run: Run) -> dict[str, float]:
+        """Measure the student before training and show the bar; returns what was measured, under `held_out/`."""
         self._started = time.perf_counter()
         with self.console.status("measuring the student before training"):
             self.before = self._evaluate(run)
@@ -63,6 +63,7 @@ class Monitor:
         )
         self._progress.start()
         self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
+        return _held_out(self.before.metrics)
 
     def after_step(
         self, run: Run, signals: dict[str, float], example: tuple[Trajectories, dict[str, torch.Tensor]] | None
@@ -86,7 +87,7 @@ class Monitor:
             return {}
         metrics = self._evaluate(run).metrics
         self._progress.console.print(f"step {run.step}: {_line(metrics)}")
-        return {f"held_out/{name}": value for name, value in metrics.items()}
+        return _held_out(metrics)
 
     def end(self, run: Run) -> None:
         """Measure the student after training (also when it was stopped early)."""
@@ -137,6 +138,10 @@ class Monitor:
                 signal.signal(number, handler)
             if self._progress is not None:
                 self._progress.stop()
+
+
+def _held_out(metrics: dict[str, float]) -> dict[str, float]:
+    return {f"held_out/{name}": value for name, value in metrics.items()}
 
 
 def _line(metrics: dict[str, float]) -> str:

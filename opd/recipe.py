@@ -22,7 +22,7 @@ from opd.prompts import Prompts
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.student import StudentRollout
-from opd.schedules import Scalar
+from opd.schedules import OverSteps
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
 from opd.teachers import Teacher
@@ -90,7 +90,9 @@ class Recipe(Settings):
     output: str | None = Field(None, description="Run directory; default runs/NAME")
     seed: int = Field(0, ge=0)
     steps: int = Field(100, ge=1)
-    temperature: Scalar = Field(1.0, gt=0, description="Softmax temperature of sampling, student and teacher alike")
+    temperature: Annotated[float, OverSteps(gt=0)] = Field(
+        1.0, description="Softmax temperature of sampling, student and teacher alike"
+    )
     student: Annotated[Policy, OneOf(Policy, "causal_lm")]
     teacher: Annotated[list[Annotated[Teacher, OneOf(Teacher, "local")]], BeforeValidator(_as_list)] = Field(
         default=[], description="Who supervises; may be missing when no objective and no rollout asks a teacher"

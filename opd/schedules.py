@@ -79,26 +79,13 @@ _SHAPES: TypeAdapter[Named | Points] = TypeAdapter(Annotated[Named | Points, Fie
 
 
 class Scheduled:
-    """What `Scalar` and `Count` hold when a recipe gives a schedule. Compares like all of its values at once, so that
-    the bounds of a field hold for every step."""
+    """What a field holds when a recipe gives it a schedule."""
 
     shape: Named | Points
 
     def at(self, step: int, steps: int) -> float | int:
         """The number at `step` (from 0) of a run of `steps` steps."""
         raise NotImplementedError
-
-    def __gt__(self, other: Any) -> bool:
-        return self.shape.extremes()[0] > other
-
-    def __ge__(self, other: Any) -> bool:
-        return self.shape.extremes()[0] >= other
-
-    def __lt__(self, other: Any) -> bool:
-        return self.shape.extremes()[1] < other
-
-    def __le__(self, other: Any) -> bool:
-        return self.shape.extremes()[1] <= other
 
 
 class ScheduledFloat(Scheduled, float):
@@ -127,17 +114,20 @@ class ScheduledInt(Scheduled, int):
         return round(self.shape.at(step, steps))
 
 
-class _OverSteps:
-    """Annotation that lets a number's field take a schedule."""
+class OverSteps:
+    """Annotation that lets a number's field take a schedule; its bounds hold for every step.
 
-    def __init__(self, kind: type[ScheduledFloat] | type[ScheduledInt]):
-        self.kind = kind
+    `Annotated[float, OverSteps(gt=0)]`. Bounds given by `Field` would turn the schedule into a number.
+    """
+
+    def __init__(self, **bounds: float):
+        self.bounds = bounds
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        self.kind: type[ScheduledFloat] | type[ScheduledInt] = ScheduledInt if source is int else ScheduledFloat
+        number: Any = {**handler(source), **self.bounds}
         return core_schema.no_info_wrap_validator_function(
-            self._validate,
-            handler(source),
-            serialization=core_schema.plain_serializer_function_ser_schema(_plain),
+            self._validate, number, serialization=core_schema.plain_serializer_function_ser_schema(_plain)
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -161,6 +151,8 @@ class _OverSteps:
         steps = [step for step, _ in shape.points] if isinstance(shape, Points) else []
         if steps != sorted(set(steps)):
             raise ValueError("the steps of a schedule's points must grow")
+        for extreme in shape.extremes():
+            number(round(extreme) if self.kind is ScheduledInt else extreme)
         return self.kind.of(shape)
 
 
@@ -170,10 +162,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value.shape, Points) and value.shape.kind == "points":
         return [list(point) for point in value.shape.points]
     return value.shape.model_dump(exclude_defaults=True) | {"kind": value.shape.kind}
-
-
-Scalar = Annotated[float, _OverSteps(ScheduledFloat)]
-"""A float of a recipe that may follow a schedule."""
-
-Count = Annotated[int, _OverSteps(ScheduledInt)]
-"""An integer of a recipe that may follow a schedule."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from opd.choice import Choice
@@ -14,10 +14,12 @@ from opd.prompts import Prompt
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's prompts and the budget of actions for each of their trajectories; None is the rollout's own."""
+    """One step's prompts, the budget of actions for each of their trajectories (None is the rollout's own), and what
+    the curriculum wants logged."""
 
     prompts: list[Prompt]
     budget: int | None = None
+    signals: dict[str, float] = field(default_factory=dict)
 
 
 class Schedule(ABC):
@@ -25,7 +27,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def next(self, step: int, signals: Mapping[str, float]) -> Draw | None:
-        """The draw of `step` (from 0), or None when the curriculum ends the run here.
+        """The draw of `step` (from 0), or None when the curriculum ends the run here; also asked after the last step.
 
         `signals` are the measurements of the step before; those of an evaluation stand under `held_out/`.
         """

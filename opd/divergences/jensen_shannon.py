@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.operator import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
+from opd.schedules import OverSteps
 
 
 class JensenShannon(OnSupport):
@@ -27,7 +27,7 @@ class JensenShannon(OnSupport):
         {"beta": 0.5, "top_k": 4},
         {"beta": 0.5, "top_k": 4, "support_from": "student"},
     )
-    beta: float = Field(0.5, ge=0.0, le=1.0)
+    beta: Annotated[float, OverSteps(ge=0, le=1)] = 0.5
 
     @property
     def descends(self) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from opd.divergences.operator import OnSupport
+from opd.schedules import OverSteps
 
 
 class Mixture(OnSupport):
@@ -17,7 +17,7 @@ class Mixture(OnSupport):
     kind: Literal["mixture"] = "mixture"
     buffers: ClassVar[int] = 2
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"reverse_weight": 0.25}, {"reverse_weight": 0.75})
-    reverse_weight: float = Field(0.5, ge=0.0, le=1.0)
+    reverse_weight: Annotated[float, OverSteps(ge=0, le=1)] = 0.5
 
     @property
     def descends(self) -> str:

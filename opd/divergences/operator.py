@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, ap
 from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
+from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 CHUNK_BYTES = 16 * 2**20
@@ -36,7 +37,9 @@ class OnSupport(Divergence):
     buffers: ClassVar[int] = 1
     """How many scratch buffers `[C, S]` `value_and_grad` needs; the first is there anyway."""
 
-    top_k: int | None = Field(None, ge=1, description="Compare over K ids and a tail bucket; default the vocabulary")
+    top_k: Annotated[int, OverSteps(ge=1)] | None = Field(
+        None, description="Compare over K ids and a tail bucket; default the vocabulary"
+    )
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
 
     @property

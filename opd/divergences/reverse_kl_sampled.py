@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 
 from opd.divergences.operator import OnAction
+from opd.schedules import OverSteps
 
 
 class ReverseKLSampled(OnAction):
@@ -20,7 +20,7 @@ class ReverseKLSampled(OnAction):
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"clamp": 1.0}, {"discount": 0.5}, {"discount": 1.0})
-    clamp: float | None = Field(None, gt=0.0)
+    clamp: Annotated[float, OverSteps(gt=0)] | None = None
 
     @property
     def descends(self) -> str:

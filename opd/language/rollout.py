@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,16 +16,16 @@ from opd.hardware import fast_in_bf16
 from opd.language.sampler import Sampler, Sampling
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource
-from opd.schedules import Count, Scalar
+from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
 
 
 class SamplingSettings(Settings):
     """How completions are drawn."""
 
-    max_new_tokens: Count = Field(256, ge=1)
-    top_p: Scalar = Field(1.0, gt=0.0, le=1.0)
-    top_k: Count = Field(0, ge=0)
+    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
+    top_p: Annotated[float, OverSteps(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, OverSteps(ge=0)] = 0
     batch: int = Field(64, ge=1, description="Rows sampled side by side")
     dtype: Literal["own", "bfloat16", "auto"] = Field(
         "own",

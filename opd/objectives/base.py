@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from pydantic import Field
 from opd.choice import Choice
 from opd.distributions import Distribution
 from opd.reduction import Reduction, position_weights
-from opd.schedules import Scalar
+from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
 
 
@@ -63,7 +63,7 @@ class Objective(Choice):
     scope: ClassVar[Literal["trajectory", "group"]] = "trajectory"
     """What must be seen together: the loop never cuts a group in two when this is 'group'."""
 
-    weight: Scalar = Field(1.0, ge=0.0)
+    weight: Annotated[float, OverSteps(ge=0)] = 1.0
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Author] | None = Field(
         None, description="Only positions whose action one of these wrote: student, teacher, data; default all"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from opd.errors import DataError
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout
-from opd.schedules import Count
+from opd.schedules import OverSteps
 from opd.trajectories import Author, Trajectories
 
 
@@ -23,7 +23,7 @@ class DataRollout(Rollout):
 
     kind: Literal["data"] = "data"
     column: str = Field("response", description="Column with the response, or a list of responses")
-    max_new_tokens: Count = Field(256, ge=1)
+    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
     author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
 
     @property

@@ -15,7 +15,7 @@ from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.schedules import Scalar
+from opd.schedules import OverSteps
 from opd.trajectories import Trajectories, join
 
 
@@ -26,7 +26,7 @@ class MixtureRollout(Rollout):
     kind: Literal["mixture"] = "mixture"
     first: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
     second: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
-    share: Scalar = Field(0.5, ge=0.0, le=1.0, description="Probability of the first source")
+    share: Annotated[float, OverSteps(ge=0, le=1)] = Field(0.5, description="Probability of the first source")
     by: Literal["prompt", "batch"] = "prompt"
 
     @property

@@ -15,7 +15,7 @@ from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.schedules import Count
+from opd.schedules import OverSteps
 from opd.trajectories import Trajectories, continued
 
 
@@ -26,7 +26,7 @@ class SwitchRollout(Rollout):
     kind: Literal["switch"] = "switch"
     first: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
     then: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
-    position: Count = Field(16, ge=0, description="Actions that the first source writes")
+    position: Annotated[int, OverSteps(ge=0)] = Field(16, description="Actions that the first source writes")
 
     @property
     def budget(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -11,7 +11,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.policies.base import Student
-from opd.schedules import Scalar
+from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 
@@ -40,7 +40,7 @@ class Teacher(Choice):
 
     axis: ClassVar[str] = "teacher"
     name: str | None = Field(None, description="What an objective or a rollout calls this teacher")
-    weight: Scalar = Field(1.0, ge=0.0)
+    weight: Annotated[float, OverSteps(ge=0)] = 1.0
     sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
     batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
 

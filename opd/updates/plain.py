@@ -10,7 +10,7 @@ from pydantic import Field
 
 from opd.objectives import Loss
 from opd.policies.base import Student
-from opd.schedules import Scalar
+from opd.schedules import OverSteps
 from opd.updates.base import Optimiser, Update
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -20,7 +20,7 @@ class PlainUpdate(Update):
     """One optimiser step per batch."""
 
     kind: Literal["plain"] = "plain"
-    learning_rate: Scalar = Field(1e-5, ge=0)
+    learning_rate: Annotated[float, OverSteps(ge=0)] = 1e-5
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(1.0, gt=0)

@@ -1,0 +1,117 @@
+"""Train on short completions first and on longer ones later, while the student keeps its entropy (Decoupling KL)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from opd.context import Context
+from opd.curricula.base import Curriculum, Draw, Schedule
+from opd.curricula.shuffled import ShuffledSchedule
+from opd.errors import RunError
+from opd.prompts import Prompt
+
+ENTROPY = "held_out/student_entropy"
+
+
+class LengthLadder(Curriculum):
+    """Rungs of growing length, `steps_per_rung` steps each; one rung is a fixed length.
+
+    With a gate the student's entropy (mean over all tokens of its own held-out samples) is measured at the end of each
+    rung. At least the minimum: up to the next rung. Less: the run ends there, with the weights of the last rung that
+    passed (`on_failure: restore`; the first rung's if none did) or with those of the rung that failed (`keep`).
+    Optimiser state is kept across rungs.
+    """
+
+    kind: Literal["length_ladder"] = "length_ladder"
+    lengths: list[int] = Field(min_length=1, description="Budget of actions on each rung, growing")
+    steps_per_rung: int = Field(ge=1)
+    minimum_entropy: float | None = Field(None, gt=0, description="The gate, in nats a token; default no gate")
+    minimum_share: float | None = Field(
+        None, gt=0, description="The gate, as a share of the student's entropy before training"
+    )
+    on_failure: Literal["restore", "keep"] = "restore"
+
+    @model_validator(mode="after")
+    def _climbs(self) -> LengthLadder:
+        if self.lengths != sorted(set(self.lengths)) or self.lengths[0] < 1:
+            raise ValueError(f"lengths is {self.lengths}; the rungs of a ladder are positive and grow")
+        if self.minimum_entropy is not None and self.minimum_share is not None:
+            raise ValueError("give minimum_entropy or minimum_share, not both")
+        return self
+
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> LadderSchedule:
+        return LadderSchedule(self, ShuffledSchedule(prompts, per_step, context.seed), context, student)
+
+
+class LadderSchedule(Schedule):
+    """A built ladder. State: the rung, the entropy before training, and the weights of the last rung that passed."""
+
+    def __init__(self, settings: LengthLadder, inner: ShuffledSchedule, context: Context, student: Any):
+        whole = len(settings.lengths) * settings.steps_per_rung
+        if context.steps != whole:
+            raise RunError(
+                f"steps is {context.steps}; the ladder's {len(settings.lengths)} rungs of "
+                f"{settings.steps_per_rung} steps take steps: {whole}"
+            )
+        self.settings, self.inner, self.student = settings, inner, student
+        self.rung = 0
+        self.before: float | None = None
+        self.stable: dict[str, torch.Tensor] | None = None
+        self.ended = False
+
+    @property
+    def gated(self) -> bool:
+        return self.settings.minimum_entropy is not None or self.settings.minimum_share is not None
+
+    @property
+    def minimum(self) -> float:
+        """The gate in nats."""
+        if self.settings.minimum_share is None:
+            return self.settings.minimum_entropy or 0.0
+        assert self.before is not None
+        return self.settings.minimum_share * self.before
+
+    def asks_evaluation(self, step: int) -> bool:
+        return self.gated and step % self.settings.steps_per_rung == 0
+
+    def next(self, step: int, signals: Mapping[str, float]) -> Draw | None:
+        if self.before is None:
+            self.before = signals.get(ENTROPY)
+        if not self.ended and step == (self.rung + 1) * self.settings.steps_per_rung:
+            self._end_of_rung(signals)
+        if self.ended:
+            return None
+        draw = self.inner.next(step, signals)
+        assert draw is not None
+        length = self.settings.lengths[self.rung]
+        return Draw(draw.prompts, length, {"curriculum/rung": float(self.rung), "curriculum/length": float(length)})
+
+    def _end_of_rung(self, signals: Mapping[str, float]) -> None:
+        if self.gated and signals[ENTROPY] < self.minimum:
+            self.ended = True
+            if self.settings.on_failure == "restore" and self.stable is not None:
+                self._restore(self.stable)
+            return
+        if self.gated:
+            self.stable = {name: p.detach().clone() for name, p in self._trained()}
+        self.rung += 1
+        self.ended = self.rung == len(self.settings.lengths)
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [(name, p) for name, p in self.student.module.named_parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def _restore(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._trained():
+            parameter.copy_(weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rung": self.rung, "before": self.before, "ended": self.ended, "stable": self.stable}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rung, self.before, self.ended = state["rung"], state["before"], state["ended"]
+        self.stable = state["stable"]

@@ -1,0 +1,194 @@
+"""Prefix sources: who wrote what, in which order, and what the student then learns on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import opd
+from opd.api import execute
+from opd.context import Context
+from opd.language.model import LanguageModel
+from opd.prompts import Prompt
+from opd.recipe import parse_recipe
+from opd.rollouts.data import DataRollout
+from opd.rollouts.mixture import MixtureRollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.switch import SwitchRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.teachers.local import LanguageTeacher, LocalTeacher
+from opd.trajectories import AUTHORS
+from tests.conftest import character_tokenizer, tiny_model, trajectories_of
+from tests.test_loop import models, recipe_for  # noqa: F401
+
+STUDENT, TEACHER, DATA = (AUTHORS.index(a) for a in ("student", "teacher", "data"))
+
+
+@pytest.fixture
+def teacher(tokenizer):
+    language = LanguageModel(tiny_model(seed=5), tokenizer, template="plain")
+    settings = LocalTeacher(model="(live)", template="plain", name="t")
+    return LanguageTeacher(language, settings, torch.device("cpu"), Context(torch.device("cpu"), end_ids=(0,)))
+
+
+@pytest.fixture
+def rows():
+    return [Prompt(f"r{i}", {"prompt": f"{i}+1=", "response": f"{i + 1}."}, where=f"t:{i}") for i in range(6)]
+
+
+def test_the_teachers_trajectories_are_those_that_it_would_write_as_a_student(student, teacher, prompts):
+    context = student.context
+    source = TeacherRollout(max_new_tokens=9).build(context, student, [teacher])
+    mine = StudentRollout(max_new_tokens=9).build(context, teacher, [])
+    ours, theirs = source(prompts, 2, 9, stream=3), mine(prompts, 2, 9, stream=3)
+    assert torch.equal(ours.actions, theirs.actions)
+    assert set(ours.authors.tolist()) == {TEACHER}
+    assert not source.exact
+    assert source.authors == {"teacher"}
+
+
+def test_a_teacher_that_is_not_there_is_refused(student, teacher):
+    with pytest.raises(opd.OpdError, match="'tt'"):
+        TeacherRollout(teacher="tt").build(student.context, student, [teacher])
+    with pytest.raises(opd.OpdError, match="needs a teacher"):
+        TeacherRollout().build(student.context, student, [])
+
+
+def test_stored_responses_end_with_the_end_token_unless_cut(student, rows):
+    source = DataRollout().build(student.context, student, [])
+    whole = source(rows, 1, 8, stream=0)
+    ids = student.language.tokenizer("3.")["input_ids"]
+    assert whole.completions()[2].tolist() == [*ids, 0]
+    assert bool(whole.finished.all())
+    cut = source(rows, 1, 2, stream=0)
+    assert cut.completions()[2].tolist() == ids
+    assert not bool(cut.finished.any())
+    assert set(whole.authors.tolist()) == {DATA}
+
+
+def test_a_padding_token_that_is_the_end_token_never_deletes_it(models, tmp_path, rows):  # noqa: F811
+    # The end is supervised: with pad = eos a mask made of ids would lose it.
+    tokenizer = character_tokenizer(pad="<eos>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    from opd.policies.causal_lm import CausalLMStudent
+
+    language = LanguageModel(tiny_model(), tokenizer, "plain")
+    student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+    trajectories = DataRollout().build(student.context, student, [])(rows, 1, 8, stream=0)
+    from opd.objectives.sft import SFT
+    from opd.reduction import position_weights
+
+    weights = position_weights(trajectories, "token_mean")
+    last = trajectories.lengths.cumsum(0) - 1
+    assert trajectories.actions[last].tolist() == [0] * 6
+    assert bool((weights[last] > 0).all())
+    loss = SFT()(student(trajectories), [], weights, trajectories)
+    assert bool((loss.values[last] > 0).all())
+
+
+def test_several_responses_take_turns(student):
+    row = Prompt("r", {"prompt": "1=", "response": ["a", "b", "c"]}, where="t:0")
+    source = DataRollout().build(student.context, student, [])
+    texts = [[student.decode(c) for c in source([row], 2, 8, stream=s).completions()] for s in (0, 1, 2)]
+    assert texts == [["a", "b"], ["b", "c"], ["c", "a"]]
+    with pytest.raises(opd.DataError, match="holds int"):
+        source.check_prompts([Prompt("x", {"prompt": "1=", "response": 3}, where="t:1")])
+
+
+@pytest.mark.parametrize("by", ["prompt", "batch"])
+def test_a_mixture_keeps_the_order_of_prompts_and_its_share(student, teacher, prompts, by):
+    settings = MixtureRollout(first=StudentRollout(max_new_tokens=6), second=TeacherRollout(max_new_tokens=6), by=by)
+    source = settings.build(student.context, student, [teacher])
+    alone = source.first(prompts, 2, 6, stream=4), source.second(prompts, 2, 6, stream=4)
+    mixed = source(prompts, 2, 6, stream=4)
+    assert [p.id for p in mixed.prompts] == [p.id for p in alone[0].prompts]
+    assert mixed.groups.tolist() == alone[0].groups.tolist()
+    chosen = []
+    for i, completion in enumerate(mixed.completions()):
+        start = int(mixed.lengths[:i].sum())
+        author = int(mixed.authors[start])
+        chosen.append(author)
+        assert torch.equal(completion, alone[0 if author == STUDENT else 1].completions()[i])
+    assert len(set(chosen)) == (2 if by == "prompt" else 1)
+    for share, author in ((0.0, TEACHER), (1.0, STUDENT)):
+        source.settings = settings.model_copy(update={"share": share})
+        assert set(source(prompts, 1, 6, stream=0).authors.tolist()) == {author}
+
+
+def test_a_mixtures_share_is_what_it_says(student, teacher, rows):
+    source = MixtureRollout(
+        first=StudentRollout(max_new_tokens=1), second=TeacherRollout(max_new_tokens=1), share=0.25
+    ).build(student.context, student, [teacher])
+    authors = torch.cat([source(rows, 1, 1, stream=s).authors for s in range(60)])
+    assert float((authors == STUDENT).float().mean()) == pytest.approx(0.25, abs=0.07)
+
+
+def test_the_switch_continues_what_the_first_source_began(student, teacher, prompts):
+    first, then = TeacherRollout(max_new_tokens=12), StudentRollout(max_new_tokens=12)
+    source = SwitchRollout(first=first, then=then, position=4).build(student.context, student, [teacher])
+    begun = source.first(prompts, 2, 4, stream=1)
+    whole = source(prompts, 2, 12, stream=1)
+    start = 0
+    for head, n, done in zip(begun.completions(), whole.lengths.tolist(), begun.finished.tolist(), strict=True):
+        assert torch.equal(whole.actions[start : start + len(head)], head)
+        assert whole.authors[start : start + n].tolist() == [TEACHER] * len(head) + [STUDENT] * (n - len(head))
+        assert done == (n == len(head)) or n == 12
+        start += n
+    assert int(whole.lengths.max()) <= 12
+    # The student's part is scored as the student draws it: its log-probabilities are those of training.
+    log_q = student(whole).log_probs().gather(1, whole.actions[:, None]).squeeze(1)
+    mine = whole.authors == STUDENT
+    torch.testing.assert_close(log_q[mine], whole.behaviour_log_probs[mine], atol=1e-4, rtol=1e-4)
+
+
+def test_a_switch_at_zero_is_the_second_source(student, teacher, prompts):
+    source = SwitchRollout(then=StudentRollout(max_new_tokens=5), position=0).build(student.context, student, [teacher])
+    assert torch.equal(source(prompts, 1, 5, stream=2).actions, source.then(prompts, 1, 5, stream=2).actions)
+    with pytest.raises(opd.OpdError, match="stored response"):
+        SwitchRollout(then=DataRollout()).build(student.context, student, [teacher])
+
+
+def test_data_then_student_is_a_hint_of_given_length(student, rows):
+    source = SwitchRollout(first=DataRollout(), then=StudentRollout(max_new_tokens=6), position=1).build(
+        student.context, student, []
+    )
+    whole = source(rows, 1, 6, stream=0)
+    ids = [student.language.tokenizer(f"{i + 1}")["input_ids"][0] for i in range(6)]
+    starts = (whole.lengths.cumsum(0) - whole.lengths).tolist()
+    assert [int(whole.actions[s]) for s in starts] == ids
+
+
+@pytest.mark.parametrize("objective", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("rollout", [{"kind": "student"}, {"kind": "teacher"}, {"kind": "data"}, {"kind": "mixture"}])
+def test_the_four_objectives_and_more_bring_the_student_nearer(models, tmp_path, objective, rollout):  # noqa: F811
+    prompts = {"kind": "inline", "prompts": [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(24)]}
+    if rollout["kind"] == "data":
+        rollout = {**rollout, "max_new_tokens": 8}
+    elif rollout["kind"] == "mixture":
+        rollout = {**rollout, "first": {"kind": "student", "max_new_tokens": 8}}
+    else:
+        rollout = {**rollout, "max_new_tokens": 8}
+    recipe = recipe_for(
+        models, tmp_path, steps=25, prompts=prompts, objective=objective, evaluation={"max_new_tokens": 8}
+    )
+    recipe = parse_recipe({**recipe.dump(), "rollout": rollout})
+    result = execute(recipe, quiet=True)
+    assert result.after[objective] < 0.8 * result.before[objective]
+    assert all("train/rollout_gap" not in r for r in result.history) or rollout["kind"] == "student"
+
+
+def test_a_policy_gradient_on_anothers_samples_is_refused(models, tmp_path):  # noqa: F811
+    recipe = recipe_for(models, tmp_path, objective="reverse_kl_sampled")
+    recipe = parse_recipe({**recipe.dump(), "rollout": {"kind": "teacher", "max_new_tokens": 4}})
+    with pytest.raises(opd.OpdError, match="student's own samples"):
+        execute(recipe, quiet=True)
+
+
+def test_join_numbers_groups_by_place():
+    from opd.trajectories import join
+
+    a, b = trajectories_of([2, 3], seed=1), trajectories_of([4], seed=2)
+    joined = join([a, b], [2, 0, 1])
+    assert joined.lengths.tolist() == [3, 4, 2]
+    assert joined.groups.tolist() == [0, 1, 2]
+    assert torch.equal(joined.completions()[2], a.completions()[0])

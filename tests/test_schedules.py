@@ -1,0 +1,90 @@
+"""Schedules as data: values at steps, bounds, what a recipe accepts and prints, and what training does with them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pytest
+from pydantic import Field, ValidationError
+
+from opd.api import execute
+from opd.choice import Settings
+from opd.recipe import parse_recipe
+from opd.schedules import OverSteps
+from tests.test_loop import models, recipe_for  # noqa: F401
+
+
+class Inner(Settings):
+    share: Annotated[float, OverSteps(ge=0, le=1)] = 0.5
+
+
+class Block(Settings):
+    rate: Annotated[float, OverSteps(gt=0)] = 1e-3
+    length: Annotated[int, OverSteps(ge=1)] = 8
+    inner: Inner = Inner()
+    parts: list[Inner] = Field([])
+
+
+def test_points_are_joined_by_straight_lines_and_hold_steps_up():
+    block = Block(rate=[[10, 1.0], [20, 3.0]], length={"kind": "hold", "points": [[0, 4], [5, 9]]})
+    assert [block.at(s, 100).rate for s in (0, 10, 15, 20, 99)] == [1.0, 1.0, 2.0, 3.0, 3.0]
+    assert [block.at(s, 100).length for s in (0, 4, 5, 99)] == [4, 4, 9, 9]
+    assert isinstance(block.at(7, 100).length, int)
+
+
+def test_named_schedules_reach_their_ends_and_warm_up_from_the_first_step():
+    cosine = Block(rate={"kind": "cosine", "start": 1.0, "end": 0.5, "warmup": 2})
+    values = [cosine.at(s, 12).rate for s in range(13)]
+    assert values[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert values[7] == pytest.approx(0.75)
+    assert values[12] == pytest.approx(0.5)
+    linear = Block(rate={"kind": "linear", "start": 1.0, "end": 0.2, "steps": 4})
+    assert [linear.at(s, 100).rate for s in (0, 2, 4, 50)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    constant = Block(rate={"kind": "constant", "start": 2.0, "warmup": 1})
+    assert [constant.at(s, 9).rate for s in (0, 1, 8)] == [1.0, 2.0, 2.0]
+
+
+def test_schedules_are_found_and_put_into_nested_blocks():
+    block = Block(inner={"share": [[0, 0], [10, 1]]}, parts=[{}, {"share": [[0, 1], [4, 0]]}])
+    assert set(block.scheduled()) == {"inner.share", "parts.1.share"}
+    now = block.at(2, 10)
+    assert (now.inner.share, now.parts[0].share, now.parts[1].share) == (0.2, 0.5, 0.5)
+    assert now.scheduled() == {}
+    plain = Block()
+    assert plain.at(3, 10) is plain
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[[0, 1e-3], [5, 0]], {"kind": "linear", "start": 1.0, "end": -1}, [[5, 1], [2, 1]], {"kind": "step"}, [[0]], "x"],
+)
+def test_bounds_hold_for_every_step_and_shapes_are_checked(value):
+    with pytest.raises(ValidationError):
+        Block(rate=value)
+
+
+def test_a_schedule_survives_the_recipe_that_is_written_into_the_run(models, tmp_path):  # noqa: F811
+    recipe = recipe_for(models, tmp_path, update={"learning_rate": {"kind": "cosine", "start": 1e-2, "warmup": 1}})
+    again = parse_recipe(recipe.dump())
+    assert again == recipe
+    assert again.dump()["update"]["learning_rate"] == {"kind": "cosine", "start": 0.01, "warmup": 1}
+
+
+def test_training_follows_schedules_of_rate_temperature_and_objective(models, tmp_path):  # noqa: F811
+    recipe = recipe_for(
+        models,
+        tmp_path,
+        steps=3,
+        temperature=[[0, 1.0], [2, 0.5]],
+        update={"learning_rate": [[0, 1e-2], [2, 0.0]]},
+        objective={"kind": "mixture", "reverse_weight": [[0, 0.0], [2, 1.0]]},
+        rollout={"max_new_tokens": {"kind": "hold", "points": [[0, 4], [1, 6]]}},
+        end_tokens=[1],
+    )
+    steps = [r for r in execute(recipe, quiet=True).history if "train/loss" in r]
+    assert [r["train/learning_rate"] for r in steps] == pytest.approx([1e-2, 5e-3, 0.0])
+    assert [r["train/schedule/temperature"] for r in steps] == [1.0, 0.75, 0.5]
+    assert [r["train/schedule/objective.0.reverse_weight"] for r in steps] == [0.0, 0.5, 1.0]
+    assert 2 < steps[0]["train/length"] <= 4 < steps[1]["train/length"] <= 6
+    # The sampler and the loss follow the same temperature: their log-probabilities still agree.
+    assert all(r["train/rollout_gap"] < 1e-4 for r in steps)
