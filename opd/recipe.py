@@ -188,7 +188,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds {type(data).__name__}")
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return parse_recipe(data, str(path), path.parent)
 
 
@@ -229,7 +229,8 @@ def _unshared(data: Any) -> Any:
     return [_unshared(value) for value in data] if isinstance(data, list) else data
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set the place that `key.of.several=value` names; the value is YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r} is not of the form key=value, e.g. update.learning_rate=1e-4")

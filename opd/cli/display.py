@@ -63,6 +63,11 @@ def show_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
     console().print(table)
 
 
+def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
 def show_recipes(found: Mapping[str, Path]) -> None:
     table = Table("recipe", "student", "teacher", "what it does")
     for name, path in found.items():

@@ -123,6 +123,62 @@ def evaluate(
 
 
 @app.command()
+def procedural(
+    task: Annotated[str, typer.Argument(help="running_sum, arithmetic, list_program, register_machine, ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the task's settings, e.g. terms=6.", show_default=False)
+    ] = None,
+    size: Annotated[int, typer.Option(help="Rows to draw.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the draw and of the reference completions.")] = 0,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "train",
+) -> None:
+    """Print rows of a procedural task as JSON lines: problem, reference completion, answer."""
+    from opd.cli.display import show_rows
+    from opd.recipe import apply_override, parse_recipe
+
+    block = {"kind": "procedural", "task": {"kind": task}, "size": size, "seed": seed, "split": split}
+    for override in overrides or []:
+        apply_override(block, f"task.{override}")
+    # Checked inside a recipe, so that a mistake is told with the key that a recipe has to mend.
+    recipe = parse_recipe({"student": {"model": "-"}, "teacher": {"model": "-"}, "prompts": block}, "opd procedural")
+    show_rows([prompt.fields for source in recipe.prompts for prompt in source.load()])
+
+
+@app.command()
+def create_model(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help="task:NAME[,NAME...], or a model whose tokenizer to take.")],
+    family: Annotated[str, typer.Option(help="llama or qwen3.")] = "llama",
+    width: Annotated[int, typer.Option(help="Hidden width.")] = 64,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    feed_forward: Annotated[
+        int | None, typer.Option(help="Inner width; default 4 x width.", show_default=False)
+    ] = None,
+    positions: Annotated[int, typer.Option(help="Longest prompt and completion together.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+) -> None:
+    """Write a randomly initialised model and its tokenizer, to train from scratch."""
+    from opd.language.creation import create_model, named_tokenizer
+
+    _quiet_libraries()
+    path = create_model(
+        folder,
+        named_tokenizer(tokenizer),
+        family=family,  # type: ignore[arg-type]  # checked there
+        width=width,
+        layers=layers,
+        heads=heads,
+        feed_forward=feed_forward,
+        positions=positions,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    print(path)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are laid over each other.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first run.")] = None,

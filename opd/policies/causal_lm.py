@@ -82,8 +82,17 @@ class CausalLMStudent(Student):
         )
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
+        tokenizer = self.language.tokenizer
+        # Some tokenizers name the end token as the unknown one.
+        unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
         for prompt in prompts:
-            length = len(self.language.encode(prompt))
+            ids = self.language.encode(prompt)
+            length = len(ids)
+            if unknown is not None and bool((ids == unknown).any()):
+                raise DataError(
+                    f"{prompt.where}: the student's tokenizer has no token for a part of {str(prompt.view())[:60]!r}; "
+                    "take a student whose tokenizer was made for this data"
+                )
             if length > limit:
                 raise DataError(
                     f"{prompt.where}: the prompt has {length} tokens, more than max_prompt_tokens={limit}; "

@@ -1,0 +1,34 @@
+"""Prompts of a procedural task of `opd` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from opd.choice import OneOf
+from opd.procedural import Split, Task
+from opd.prompts.base import Prompts
+
+
+class ProceduralPrompts(Prompts):
+    """`size` different problems of one split of a task, drawn by `seed`.
+
+    Rows have `prompt`, `answer`, `response` (a reference completion), `difficulty` and `task`. Use with
+    `verifier: {kind: exact_match, pattern: '^[^#]*#([^#]*)$'}`.
+    """
+
+    kind: Literal["procedural"] = "procedural"
+    task: Annotated[Task, OneOf(Task)]
+    size: int = Field(100, ge=1)
+    seed: int = 0
+    split: Split = "train"
+
+    def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
+        kind = self.task.model_dump()["kind"]
+        return [
+            (f"{kind} {self.split}[{i}]", {**asdict(row), self.column: row.prompt, "task": kind})
+            for i, row in enumerate(self.task.examples(self.size, self.seed, self.split))
+        ]
