@@ -142,7 +142,14 @@ class Recipe(Settings):
 
     def dump(self) -> dict[str, Any]:
         """The whole resolved recipe as plain data."""
-        return self.model_dump(mode="json", serialize_as_any=True)
+        data = self.model_dump(mode="json", serialize_as_any=True)
+        for key, schedule in self.scheduled().items():
+            *parents, leaf = [int(part) if part.isdigit() else part for part in key.split(".")]
+            place: Any = data
+            for part in parents:
+                place = place[part]
+            place[leaf] = schedule.plain()
+        return data
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)

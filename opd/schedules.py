@@ -87,6 +87,12 @@ class Scheduled:
         """The number at `step` (from 0) of a run of `steps` steps."""
         raise NotImplementedError
 
+    def plain(self) -> Any:
+        """The schedule as a recipe writes it."""
+        if isinstance(self.shape, Points) and self.shape.kind == "points":
+            return [list(point) for point in self.shape.points]
+        return {"kind": self.shape.kind, **self.shape.model_dump(exclude_defaults=True)}
+
 
 class ScheduledFloat(Scheduled, float):
     """A float over steps."""
@@ -126,9 +132,7 @@ class OverSteps:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         self.kind: type[ScheduledFloat] | type[ScheduledInt] = ScheduledInt if source is int else ScheduledFloat
         number: Any = {**handler(source), **self.bounds}
-        return core_schema.no_info_wrap_validator_function(
-            self._validate, number, serialization=core_schema.plain_serializer_function_ser_schema(_plain)
-        )
+        return core_schema.no_info_wrap_validator_function(self._validate, number)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         number = "integer" if self.kind is ScheduledInt else "number"
@@ -154,11 +158,3 @@ class OverSteps:
         for extreme in shape.extremes():
             number(round(extreme) if self.kind is ScheduledInt else extreme)
         return self.kind.of(shape)
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Scheduled):
-        return value
-    if isinstance(value.shape, Points) and value.shape.kind == "points":
-        return [list(point) for point in value.shape.points]
-    return value.shape.model_dump(exclude_defaults=True) | {"kind": value.shape.kind}
