@@ -38,7 +38,7 @@ class Measurement:
     """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
-        self.names = [label(o) for o in objectives]
+        self.names = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
         self.sums: dict[str, float] = {}
         self.example: tuple[Trajectories, dict[str, torch.Tensor]] | None = None
 
