@@ -173,7 +173,7 @@ def test_a_killed_worker_leaves_nothing_that_counts_and_a_rerun_goes_on(toy, tmp
     done = run(toy)
     assert done.results is None
     assert "data: killed by SIGKILL" in done.problems[0]
-    assert "more, seed 0" in done.problems[1]
+    assert done.missing == ["data", *(f"{arm} (seed {seed})" for arm in ("more", "less") for seed in range(3))]
     (job,) = graph(find(str(toy)).reproduction).stages["data"]
     folder = find(str(toy)).cache / job.key
     assert (folder / "half").exists()
@@ -220,7 +220,8 @@ def test_a_failed_job_stops_only_what_depends_on_it(toy, tmp_path):
     (tmp_path / "fail-1").touch()
     code, _, err = cli(str(toy))
     assert code == 1
-    assert err.count("no luck today") >= 2
+    assert err.count("no luck today") == 2
+    assert "missing: more (seed 1), less (seed 1)" in err
     assert "Traceback" not in err
     assert len(finished(toy)) == 5
     assert not find(str(toy)).results.exists()
@@ -260,7 +261,7 @@ def test_one_arm_alone_says_what_is_missing(toy):
     done = run(toy, arm="more")
     assert done.results is None
     assert done.problems == []
-    assert done.missing == ["less, seed 0", "less, seed 1", "less, seed 2"]
+    assert done.missing == ["less (seed 0)", "less (seed 1)", "less (seed 2)"]
     assert run(toy, arm="less").results is not None
 
 
@@ -301,13 +302,13 @@ def test_results_hold_what_the_arms_returned_and_verdicts_follow_from_them(toy):
 def test_the_page_says_what_the_results_say(toy, tmp_path):
     run(toy)
     entry = find(str(toy))
-    assert entry.page == tmp_path / "docs" / "reproductions" / "toy-one.md"
+    assert entry.page == tmp_path / "reproductions" / "toy-one" / "toy-one.md"
     text = entry.page.read_text()
     for wanted in (
         "# A toy",
-        "| More is more. | score, higher is better | more: 8 (7–9) | less: 6 (5–7) | 2 | 2 to 2 (above 0?) | reproduc",
+        "| More is more. | score, higher is better | more: 8 (7–9) | less: 6 (5–7) | 2 | 2 to 2 | above 0 | **repro",
         "| more | 8 (7–9) |",
-        "| more | 2 | 10 | 20 |",
+        "| more | 1.5 | 10 | 20 |",
         "No large machine.",
         "It adds up.",
         "](toy-one.svg)",
@@ -470,16 +471,29 @@ def test_the_list_shows_what_there_is_and_what_is_missing(toy, monkeypatch, caps
     )
     monkeypatch.setattr("opd.reproductions.catalogue.reproduction_folder", lambda: toy.parent)
     run(toy, arm="more")
-    monkeypatch.setattr(sys, "argv", ["opd", "reproduce"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    out = capsys.readouterr().out
+
+    def listing():
+        monkeypatch.setattr(sys, "argv", ["opd", "reproduce"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    out = listing()
     assert "toy-one" in out
     assert "3 of 7" in out
     assert "not run yet" in out
     assert "shared" not in out
+    run(toy)
+    assert "main: reproduced" in listing()
+    assert "earlier version" not in listing()
+    toy.with_name("shared_task.py").write_text("size = 6\n")
+    sys.modules.pop("reproductions.shared_task")
+    sys.modules.pop("reproductions.toy_one")
+    assert "7 of 7" in (out := listing())
+    assert "earlier version" in out
     assert find("toy_one").file == toy
+    assert find("toy_one").page == toy.parent.parent / "docs" / "reproductions" / "toy-one.md"
     with pytest.raises(
         RecipeError, match=r"did you mean 'toy-one'\?\); give a file that defines one, or one of: toy-one"
     ):
@@ -512,15 +526,16 @@ DISTILLED = """
 from opd.reproductions import Claim, Reproduction, Stage, train
 from tests.conftest import save_tiny
 
-def tiny(folder, inputs, *, seed):
-    save_tiny(folder / "model", seed=seed)
+def tiny(folder, inputs):
+    save_tiny(folder / "student", seed=1)
+    save_tiny(folder / "teacher", seed=2)
     return {}
 
 def recipe(**changes):
     return {
         "steps": 2,
-        "student": {"model": "{student}/model", "template": "plain"},
-        "teacher": {"model": "{teacher}/model", "template": "plain"},
+        "student": {"model": "{models}/student", "template": "plain"},
+        "teacher": {"model": "{models}/teacher", "template": "plain"},
         "prompts": {"kind": "inline", "prompts": [{"prompt": f"{a}+1=", "answer": str(a)} for a in range(8)]},
         "rollout": {"max_new_tokens": 4},
         "verifier": "exact_match",
@@ -533,10 +548,10 @@ def recipe(**changes):
 
 reproduction = Reproduction(
     title="Distilled", introduction="", discussion="",
-    stages={"teacher": Stage(tiny, {"seed": 9}), "student": Stage(tiny, per_seed=True)},
+    stages={"models": Stage(tiny)},
     arms={
-        "long": Stage(train, {"recipe": recipe(steps=3)}, ["teacher", "student"]),
-        "short": Stage(train, {"recipe": recipe()}, ["teacher", "student"]),
+        "long": Stage(train, {"recipe": recipe(steps=3)}, ["models"]),
+        "short": Stage(train, {"recipe": recipe()}, ["models"]),
     },
     seeds=[0, 1],
     metrics=["reverse_kl", "accuracy"],

@@ -109,16 +109,18 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
 def show_reproductions(entries: Mapping[str, Entry]) -> None:
     from opd.reproductions.jobs import graph
-    from opd.reproductions.results import read
+    from opd.reproductions.results import keys, read
 
     table = Table("reproduction", "arms", "seeds", "jobs to run", "verdicts")
     for name, entry in entries.items():
-        jobs = graph(entry.reproduction).jobs()
-        to_run = sum(job.record(entry.cache) is None for job in jobs)
+        made = graph(entry.reproduction)
+        to_run = [job.record(entry.cache) is None for job in made.jobs()]
         results = read(entry.results)
-        verdicts = [f"{claim['id']}: {claim['verdict']}" for claim in results["claims"]] if results else ["not run yet"]
+        lines = [f"{claim['id']}: {claim['verdict']}" for claim in results["claims"]] if results else ["not run yet"]
+        if results and results["jobs"] != keys(made):
+            lines.append("(of an earlier version of the experiment)")
         arms, seeds = ", ".join(entry.reproduction.arms), len(entry.reproduction.seeds)
-        table.add_row(name, escape(arms), str(seeds), f"{to_run} of {len(jobs)}", "\n".join(verdicts))
+        table.add_row(name, escape(arms), str(seeds), f"{sum(to_run)} of {len(to_run)}", "\n".join(lines))
     console().print(table)
 
 

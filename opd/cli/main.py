@@ -233,10 +233,10 @@ def reproduce(
     if done.results is not None:
         show_results(done.results)
         print(f"results: {entry.smoke_results if smoke else entry.results}")
-    for problem in done.problems:
-        print(problem, file=sys.stderr)
     if done.missing:
-        print(f"no results yet, missing: {', '.join(done.missing)}", file=sys.stderr)
+        rest = len(done.missing) - 6
+        names = ", ".join(done.missing[:6]) + (f" and {rest} more" if rest > 0 else "")
+        print(f"no results yet, missing: {names}", file=sys.stderr)
     if done.problems:
         raise typer.Exit(1)
 

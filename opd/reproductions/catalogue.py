@@ -34,16 +34,20 @@ class Entry:
         return self.cache / "smoke-results.json"
 
     @property
-    def results(self) -> Path:
+    def home(self) -> Path:
         """Beside the file; in the cache for those that come in the wheel, which nobody commits to."""
-        home = self.cache if self.file.parent == _packaged() else self.file.parent / self.name
-        return home / "results.json"
+        return self.cache if self.file.parent == _packaged() else self.file.parent / self.name
+
+    @property
+    def results(self) -> Path:
+        return self.home / "results.json"
 
     @property
     def page(self) -> Path:
-        if self.file.parent == _packaged():
-            return self.cache / f"{self.name}.md"
-        return self.file.parent.parent / "docs" / "reproductions" / f"{self.name}.md"
+        """Among the docs for those of a checkout of `opd`."""
+        folder = self.file.parent
+        of_checkout = folder == reproduction_folder() != _packaged()
+        return (folder.parent / "docs" / "reproductions" if of_checkout else self.home) / f"{self.name}.md"
 
 
 def reproduction_folder() -> Path:

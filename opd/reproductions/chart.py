@@ -10,7 +10,7 @@ from typing import Any
 COLOURS = ("#2f86c9", "#e0782f", "#1a9e77", "#a25fd0", "#c9507a", "#8a8a2a")
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 ACROSS = {"step": "step", "cpu_seconds": "CPU seconds of training"}
-WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 190, 62, 30, 46
+WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 190, 62, 30, 64
 
 Curves = Mapping[str, Sequence[Mapping[str, Sequence[float]]]]
 """Arm to the columns of each seed."""
@@ -37,7 +37,7 @@ def chart(curves: Curves, titles: Mapping[str, str]) -> str:
     )
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers between `low` and `high`."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))

@@ -77,7 +77,7 @@ def graph(reproduction: Reproduction) -> Graph:
     def of_seed(stage: Stage, name: str, index: int) -> Job:
         seed = reproduction.seeds[index]
         inputs = {n: stages[n][index] if len(stages[n]) > 1 else stages[n][0] for n in stage.inputs}
-        return Job(f"{name}, seed {seed}", stage.address, stage.version, {**stage.params, "seed": seed}, inputs)
+        return Job(f"{name} (seed {seed})", stage.address, stage.version, {**stage.params, "seed": seed}, inputs)
 
     for name, stage in reproduction.stages.items():
         if stage.per_seed:

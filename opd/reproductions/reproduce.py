@@ -22,7 +22,7 @@ class Done:
 
     Attributes:
         results: what was written, or None when something failed, a gate closed or arms are missing.
-        problems: one line for everything that failed.
+        problems: one line for every failed job and closed gate; the console has had them already.
         missing: names of jobs that results.json still needs.
     """
 
@@ -57,7 +57,7 @@ def reproduce(
                 continue
             value = figures.get(gate.figure)
             if not isinstance(value, int | float):
-                return f"gate: {job.name} has no figure {gate.figure!r}; it returned {', '.join(figures)}"
+                raise RunError(f"gate: {job.name} has no figure {gate.figure!r}; it returned {', '.join(figures)}")
             if not gate.passes(value):
                 said = f"gate: {gate.figure} of {job.name} is {value:g} and must be {gate.limit}"
                 console.print(f"{said}; smoke goes on" if smoke else said, highlight=False, markup=False)
@@ -66,7 +66,6 @@ def reproduce(
 
     outcome = run_jobs(jobs, entry.cache, entry.file.parent, workers, console, check, [job for _, job in gates])
     problems = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
-    problems += [f"not run, an input failed: {', '.join(outcome.skipped)}"] if outcome.skipped else []
     problems += [outcome.closed] if outcome.closed else []
     missing = [job.name for job in found.jobs() if job.record(entry.cache) is None]
     if problems or missing:

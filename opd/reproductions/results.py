@@ -13,7 +13,7 @@ from opd.errors import RunError, nearest
 from opd.reproductions.catalogue import Entry
 from opd.reproductions.definition import COSTS, Figures, Reproduction
 from opd.reproductions.jobs import Graph, Job
-from opd.reproductions.verdicts import judge
+from opd.reproductions.verdicts import judge, rounded
 
 
 def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool) -> dict[str, Any]:
@@ -39,6 +39,7 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
         "command": f"opd reproduce {entry.name}{' --smoke' if smoke else ''}",
         "profile": "smoke" if smoke else "full",
         "seeds": list(reproduction.seeds),
+        "jobs": keys(graph),
         "versions": {
             package: ", ".join(sorted({record["versions"].get(package, "") for record in records} - {""}))
             for package in records[0]["versions"]
@@ -62,6 +63,11 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
         "curves": {arm: [_columns(one, reproduction) for one in seeds] for arm, seeds in figures.items()},
         "items": {metric: by_arm for metric, by_arm in items.items() if any(map(any, by_arm.values()))},
     }
+
+
+def keys(graph: Graph) -> dict[str, list[str]]:
+    """The key of each arm's job, by seed: whether results are those of the experiment as it is stated now."""
+    return {arm: [job.key for job in jobs] for arm, jobs in graph.arms.items()}
 
 
 def judged(
@@ -116,14 +122,10 @@ def _number(who: str, figures: Figures, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         numbers = [n for n, v in figures.items() if isinstance(v, int | float)]
         raise RunError(f"{who} has no figure {name!r}{nearest(name, numbers)}; it returned {', '.join(numbers)}")
-    return _rounded(value)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+    return rounded(value)
 
 
 def _columns(figures: Figures, reproduction: Reproduction) -> dict[str, list[float]]:
     points = figures.get("curve", [])
     names = [name for name in ("step", *COSTS, *reproduction.metrics) if points and all(name in p for p in points)]
-    return {name: [_rounded(point[name]) for point in points] for name in names}
+    return {name: [rounded(point[name]) for point in points] for name in names}

@@ -42,13 +42,11 @@ class Outcome:
     """What did not go as hoped.
 
     Attributes:
-        failed: name of each failed job and one line that says why.
-        skipped: names of the jobs that depend on a failed one.
+        failed: name of each failed job and one line that says why. What depends on one does not run.
         closed: why a gate closed, if one did.
     """
 
     failed: dict[str, str] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
     closed: str | None = None
 
 
@@ -94,7 +92,6 @@ def run_jobs(
                     elif waits_for[job.key] & lost:
                         waiting.remove(job)
                         lost.add(job.key)
-                        outcome.skipped.append(job.name)
                     elif waits_for[job.key] <= done.keys() and len(running) < workers:
                         waiting.remove(job)
                         running.append(Worker(job, cache, reproductions, lock))

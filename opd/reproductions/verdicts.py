@@ -57,12 +57,17 @@ def judge(
         verdict, note = "reproduced" if held else "not reproduced", claim.note
     return {
         **stated,
-        "difference": float(differences.mean()),
+        "difference": rounded(differences.mean()),
         "ci95": interval,
         "resampled": ["seeds"] if by_item is None else ["seeds", "items"],
         "verdict": verdict,
         "note": note,
     }
+
+
+def rounded(value: float) -> float:
+    """Six significant digits, which is what results.json keeps."""
+    return float(f"{value:.6g}")
 
 
 def paired_interval(differences: np.ndarray) -> list[float] | None:
@@ -84,7 +89,7 @@ def paired_interval(differences: np.ndarray) -> list[float] | None:
     if differences.ndim == 2:
         items = differences.shape[1]
         means = (means * generator.multinomial(items, [1 / items] * items, RESAMPLES)).sum(1) / items
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+    return [rounded(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
 def _item_differences(claim: Claim, items: Mapping[str, Sequence[Items]], sign: float) -> np.ndarray | None:
