@@ -45,7 +45,9 @@ def pages(reproduction: Reproduction, results: dict[str, Any]) -> dict[str, str]
     ]
     found = {}
     if any(seed for arm in results["curves"].values() for seed in arm):
-        parts.append(f"## Curves\n\n![Held-out metrics over steps and over CPU seconds, a line for each seed]({name}.svg)")
+        parts.append(
+            f"## Curves\n\n![Held-out metrics over steps and over CPU seconds, a line for each seed]({name}.svg)"
+        )
         found[f"{name}.svg"] = chart(results["curves"], titles)
     parts += [
         reproduction.discussion,
