@@ -14,10 +14,10 @@ from opd.trajectories import AUTHORS, Trajectories
 
 
 class Clock:
-    """Wall seconds by phase of a step."""
+    """Wall seconds by phase of a step, and this process's CPU seconds for all of it."""
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
+        self.started, self.cpu_started = time.perf_counter(), time.process_time()
         self.phases: dict[str, float] = {}
 
     @contextmanager
@@ -31,7 +31,8 @@ class Clock:
     def signals(self, positions: int) -> dict[str, float]:
         total = time.perf_counter() - self.started
         phases = {f"seconds/{phase}": seconds for phase, seconds in self.phases.items()}
-        return {**phases, "seconds/step": total, "tokens_per_second": positions / total}
+        cpu = time.process_time() - self.cpu_started
+        return {**phases, "seconds/step": total, "cpu_seconds": cpu, "tokens_per_second": positions / total}
 
 
 class Measurement:
@@ -41,6 +42,10 @@ class Measurement:
         self.names = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
         self.sums: dict[str, float] = {}
         self.example: tuple[Trajectories, dict[str, torch.Tensor]] | None = None
+
+    def asked(self, teachers: int, trajectories: Trajectories) -> None:
+        """Count the positions that the step's teachers scored."""
+        self.sums["teacher_tokens"] = float(teachers * trajectories.positions)
 
     def add(self, losses: Sequence[Loss], micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
         """Take in one micro-batch; its first trajectory is kept as the step's example when it is the step's first.
@@ -87,6 +92,8 @@ class Measurement:
             "truncated": total["truncated"] / trajectories,
         }
         signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
+        if "teacher_tokens" in total:
+            signals["teacher_tokens"] = total["teacher_tokens"]
         if "rollout_gap" in total:
             signals["rollout_gap"] = total["rollout_gap"] / positions
         if total.get("rewarded"):

@@ -10,8 +10,6 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
-
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 
 
@@ -40,6 +38,8 @@ def git_state() -> dict[str, Any] | None:
 
 def environment(seed: int) -> dict[str, Any]:
     """Everything of the above for one run; holds no environment variable, so no secret."""
+    import torch
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "versions": versions(),
@@ -55,6 +55,8 @@ def environment(seed: int) -> dict[str, Any]:
 
 def peak_memory_bytes() -> int:
     """Peak allocated bytes on the CUDA device, or the peak resident set of this process without one."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from opd.api import Result
     from opd.plan import Plan
     from opd.recipe import Recipe
+    from opd.reproductions.catalogue import Entry
     from opd.truth_table import Row
 
 
@@ -104,6 +105,38 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         out.print(table)
     for note in plan.notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def show_reproductions(entries: Mapping[str, Entry]) -> None:
+    from opd.reproductions.jobs import graph
+    from opd.reproductions.results import keys, read
+
+    table = Table("reproduction", "arms", "seeds", "jobs to run", "verdicts")
+    for name, entry in entries.items():
+        made = graph(entry.reproduction)
+        to_run = [job.record(entry.cache) is None for job in made.jobs()]
+        results = read(entry.results)
+        lines = [f"{claim['id']}: {claim['verdict']}" for claim in results["claims"]] if results else ["not run yet"]
+        if results and results["jobs"] != keys(made):
+            lines.append("(of an earlier version of the experiment)")
+        arms, seeds = ", ".join(entry.reproduction.arms), len(entry.reproduction.seeds)
+        table.add_row(name, escape(arms), str(seeds), f"{sum(to_run)} of {len(to_run)}", "\n".join(lines))
+    console().print(table)
+
+
+def show_results(results: Mapping[str, Any]) -> None:
+    """The claims of one reproduction with their intervals and verdicts."""
+    table = Table(title=f"{results['system']}, {results['profile']} profile", title_justify="left")
+    for column in ("claim", "metric", "arms", "difference", "95 % interval", "verdict"):
+        table.add_column(column)
+    for claim in results["claims"]:
+        if claim["difference"] is None:
+            table.add_row(claim["id"], "", "", "", "", f"{claim['verdict']} ({escape(claim['note'])})")
+            continue
+        interval = "one seed" if claim["ci95"] is None else " to ".join(f"{bound:.3g}" for bound in claim["ci95"])
+        arms = escape(f"{claim['method']} against {claim['baseline']}")
+        table.add_row(claim["id"], claim["metric"], arms, f"{claim['difference']:.3g}", interval, claim["verdict"])
+    console().print(table)
 
 
 def _text(value: Any) -> str:

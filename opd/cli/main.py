@@ -205,6 +205,42 @@ def watch(
     serve(run, host, port, open_browser=open_browser, seconds=seconds)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A shipped reproduction or a file; none lists them.", show_default=False)
+    ] = None,
+    smoke: Annotated[bool, typer.Option(help="A few steps of everything, in under two minutes.")] = False,
+    arm: Annotated[str | None, typer.Option(help="Run only this arm and what it needs.", show_default=False)] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, of one thread each.")] = 2,
+    page_only: Annotated[bool, typer.Option("--page-only", help="Write the page of committed results again.")] = False,
+) -> None:
+    """Run a system's experiment with its control arms over seeds, and compute the verdicts on its claims."""
+    from opd.cli.display import show_reproductions, show_results
+    from opd.reproductions.catalogue import find, shipped
+    from opd.reproductions.reproduce import renew_page
+    from opd.reproductions.reproduce import reproduce as run
+
+    if name is None:
+        show_reproductions(shipped())
+        return
+    entry = find(name)
+    if page_only:
+        renew_page(entry)
+        print(entry.page)
+        return
+    done = run(entry, smoke=smoke, arm=arm, workers=jobs)
+    if done.results is not None:
+        show_results(done.results)
+        print(f"results: {entry.smoke_results if smoke else entry.results}")
+    if done.missing:
+        rest = len(done.missing) - 6
+        names = ", ".join(done.missing[:6]) + (f" and {rest} more" if rest > 0 else "")
+        print(f"no results yet, missing: {names}", file=sys.stderr)
+    if done.problems:
+        raise typer.Exit(1)
+
+
 def _quiet_libraries() -> None:
     import logging
     import warnings

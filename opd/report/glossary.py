@@ -41,6 +41,9 @@ MEANINGS = {
     ),
     "train/gradient_norm": Meaning("gradient norm", "", "before clipping"),
     "train/learning_rate": Meaning("learning rate"),
+    "train/cpu_seconds": Meaning("CPU time", "seconds a step", "of the main process, evaluations not counted"),
+    "train/sampled_tokens": Meaning("sampled tokens", "a step", "positions that a model drew in the rollout"),
+    "train/teacher_tokens": Meaning("teacher tokens", "a step", "positions that teachers scored"),
     "train/tokens_per_second": Meaning("speed", "trained tokens a second"),
 }
 

@@ -1,0 +1,186 @@
+"""What a reproduction file states: stages, gates, arms, seeds, metrics and claims. It holds no machinery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from opd.errors import RecipeError, nearest
+
+Figures = dict[str, Any]
+"""What a job returns, as JSON: numbers by name; besides them `curve` (a list of points, each numbers by name) and
+`items` (metric to one value per test item, by the item's id)."""
+
+COSTS = ("cpu_seconds", "sampled_tokens", "teacher_tokens")
+"""Figures of an arm that say what it took: CPU seconds of its training steps, positions that a model drew, positions
+that teachers scored."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an experiment: `function(folder, inputs, **params)` writes into `folder` and returns its figures.
+
+    Attributes:
+        function: at the top level of an importable module, so that a process of its own can find it by name.
+        params: JSON values for its keyword arguments.
+        inputs: names of earlier stages; the function gets their folders by these names.
+        per_seed: run once per seed, with the keyword argument `seed`. Arms always do.
+        version: raise it when the function's meaning changes: finished jobs are found again by name, version, params
+            and inputs, not by source code.
+    """
+
+    function: Callable[..., Figures]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[str] = ()
+    per_seed: bool = False
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if "<" in self.address:
+            raise RecipeError(f"stage function {self.address} is local or a lambda; move it to the top of its module")
+        try:
+            json.dumps(self.params, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            problem = f"params of {self.address} are not JSON ({error}); use numbers, text, lists and mappings"
+            raise RecipeError(problem) from None
+
+    @property
+    def address(self) -> str:
+        """`module:name` of the function."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    def overridden(self, changes: Mapping[str, Any]) -> Stage:
+        return replace(self, params=merged(self.params, changes))
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A figure of a stage that must reach a limit before any arm runs, e.g. that the teacher can do the task."""
+
+    stage: str
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None):
+            raise RecipeError(f"gate {self.stage}.{self.figure}: give one of at_least and at_most")
+
+    @property
+    def limit(self) -> str:
+        return f"at least {self.at_least:g}" if self.at_least is not None else f"at most {self.at_most:g}"
+
+    def passes(self, value: float) -> bool:
+        return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to be decided: how `method` compares with `baseline` on a metric. The verdict is computed.
+
+    Attributes:
+        id: `main` for the headline claim.
+        test: `better`: the whole 95 % interval of the paired difference, signed so that positive favours `method`,
+            lies above `margin`; `equivalent`: all of it lies inside plus or minus `margin`.
+        margin: in the metric's units.
+        note: shown beside the verdict.
+        testable: False for a claim that cannot be tested here; `note` then says why, and no arm is needed.
+    """
+
+    id: str
+    statement: str
+    metric: str = ""
+    better: Literal["higher", "lower"] = "higher"
+    method: str = ""
+    baseline: str = ""
+    test: Literal["better", "equivalent"] = "better"
+    margin: float = 0.0
+    note: str = ""
+    testable: bool = True
+
+    def __post_init__(self) -> None:
+        if self.testable and not (self.metric and self.method and self.baseline):
+            raise RecipeError(f"claim {self.id!r} needs metric, method and baseline, or testable=False and a note")
+        if not self.testable and not self.note:
+            raise RecipeError(f"claim {self.id!r} is declared not testable here; say why in its note")
+        if self.test == "equivalent" and self.testable and self.margin <= 0:
+            raise RecipeError(f"claim {self.id!r} tests equivalence and needs a margin above 0")
+
+
+@dataclass(frozen=True)
+class Smoke:
+    """Overrides for a run of under two minutes: params of stages by name, params of all arms, and the seeds."""
+
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    arms: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Sequence[int] = (0,)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One system's experiment.
+
+    Attributes:
+        title, introduction, discussion: Markdown of its page: its heading, what is tested and how, why it came out so.
+        stages: by name, each after those that it takes as inputs.
+        arms: by name, the controls too; each returns the metrics, and what it cost under the names in `COSTS`.
+        seeds: each arm runs once for each; values of two arms with the same seed form a pair.
+        metrics: figures of the arms to show, the claims' metrics among them.
+    """
+
+    title: str
+    introduction: str
+    discussion: str
+    stages: Mapping[str, Stage]
+    arms: Mapping[str, Stage]
+    seeds: Sequence[int]
+    metrics: Sequence[str]
+    claims: Sequence[Claim]
+    gates: Sequence[Gate] = ()
+    smoke: Smoke = field(default_factory=Smoke)
+
+    def __post_init__(self) -> None:
+        known: list[str] = []
+        for name, stage in [*self.stages.items(), *((f"arm {name}", arm) for name, arm in self.arms.items())]:
+            for wanted in stage.inputs:
+                _check(wanted, known, f"{name} takes the input", "an earlier stage")
+                if self.stages[wanted].per_seed and name in self.stages and not stage.per_seed:
+                    raise RecipeError(f"stage {name!r} takes {wanted!r}, which is per seed; make it per_seed too")
+            if name in self.stages:
+                known.append(name)
+        for gate in self.gates:
+            _check(gate.stage, known, "a gate names the stage", "a stage")
+        for name in self.smoke.stages:
+            _check(name, known, "smoke overrides", "a stage")
+        if [claim.id for claim in self.claims].count("main") != 1:
+            raise RecipeError("a reproduction has exactly one claim with the id 'main'")
+        for claim in (claim for claim in self.claims if claim.testable):
+            for arm in (claim.method, claim.baseline):
+                _check(arm, self.arms, f"claim {claim.id!r} compares", "an arm")
+            _check(claim.metric, self.metrics, f"claim {claim.id!r} is about", "one of metrics")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise RecipeError("seeds must be at least one and all different")
+
+    def smoked(self) -> Reproduction:
+        """The same experiment with the smoke overrides."""
+        stages = {name: stage.overridden(self.smoke.stages.get(name, {})) for name, stage in self.stages.items()}
+        arms = {name: arm.overridden(self.smoke.arms) for name, arm in self.arms.items()}
+        return replace(self, stages=stages, arms=arms, seeds=self.smoke.seeds)
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`; mappings are merged, everything else is replaced."""
+    found = dict(values)
+    for key, value in changes.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def _check(name: str, accepted: Sequence[str] | Mapping[str, Any], what: str, kind: str) -> None:
+    if name not in accepted:
+        raise RecipeError(
+            f"{what} {name!r}, which is not {kind}{nearest(name, accepted)}; known: {', '.join(accepted)}"
+        )

@@ -1,0 +1,131 @@
+"""results.json: what the arms measured, what it cost, and the verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import RunError, nearest
+from opd.reproductions.catalogue import Entry
+from opd.reproductions.definition import COSTS, Figures, Reproduction
+from opd.reproductions.jobs import Graph, Job
+from opd.reproductions.verdicts import judge, rounded
+
+
+def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool) -> dict[str, Any]:
+    """The content of results.json, of jobs that are all finished. Values stand in the order of `seeds`.
+
+    Raises:
+        RunError: an arm whose figures lack a metric or a cost.
+    """
+    finished = {arm: [_record(job, entry.cache) for job in jobs] for arm, jobs in graph.arms.items()}
+    figures = {arm: [record["figures"] for record in records] for arm, records in finished.items()}
+
+    def values(names: Any) -> dict[str, dict[str, list[float]]]:
+        return {arm: {n: [_number(arm, one, n) for one in seeds] for n in names} for arm, seeds in figures.items()}
+
+    measured = values(reproduction.metrics)
+    items = {
+        metric: {arm: [one.get("items", {}).get(metric, {}) for one in seeds] for arm, seeds in figures.items()}
+        for metric in dict.fromkeys(claim.metric for claim in reproduction.claims if claim.testable)
+    }
+    records = [record for seeds in finished.values() for record in seeds]
+    return {
+        "system": entry.name,
+        "command": f"opd reproduce {entry.name}{' --smoke' if smoke else ''}",
+        "profile": "smoke" if smoke else "full",
+        "seeds": list(reproduction.seeds),
+        "jobs": keys(graph),
+        "versions": {
+            package: ", ".join(sorted({record["versions"].get(package, "") for record in records} - {""}))
+            for package in records[0]["versions"]
+        },
+        "gates": [
+            {
+                "stage": gate.stage,
+                "figure": gate.figure,
+                "limit": gate.limit,
+                "values": (
+                    found := [_number(job.name, _record(job, entry.cache)["figures"], gate.figure) for job in jobs]
+                ),
+                "passed": all(map(gate.passes, found)),
+            }
+            for gate in reproduction.gates
+            for jobs in [graph.stages[gate.stage]]
+        ],
+        "claims": judged(reproduction, measured, items),
+        "arms": measured,
+        "cost": values(COSTS),
+        "curves": {arm: [_columns(one, reproduction) for one in seeds] for arm, seeds in figures.items()},
+        "items": {metric: by_arm for metric, by_arm in items.items() if any(map(any, by_arm.values()))},
+    }
+
+
+def keys(graph: Graph) -> dict[str, list[str]]:
+    """The key of each arm's job, by seed: whether results are those of the experiment as it is stated now."""
+    return {arm: [job.key for job in jobs] for arm, jobs in graph.arms.items()}
+
+
+def judged(
+    reproduction: Reproduction, arms: Mapping[str, Mapping[str, list[float]]], items: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Every claim with its verdict, from what results.json holds under `arms` and `items`."""
+    return [
+        judge(
+            claim,
+            {arm: metrics[claim.metric] for arm, metrics in arms.items()} if claim.testable else {},
+            items.get(claim.metric),
+        )
+        for claim in reproduction.claims
+    ]
+
+
+def write(results: Mapping[str, Any], path: Path) -> None:
+    """As JSON, with lists and mappings of plain values on one line each, so that a diff can be read."""
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"([\[{])\n\s*((?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\")*?)\n\s*([\]}])", _on_one_line, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """The content of a results.json, or None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); run the reproduction again") from None
+    return found
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    # Texts hold no line breaks in JSON, so only those between values are replaced.
+    return match[1] + re.sub(r"\n\s*", " ", match[2]) + match[3]
+
+
+def _record(job: Job, cache: Path) -> dict[str, Any]:
+    record = job.record(cache)
+    if record is None:
+        raise RunError(f"{job.name} is not finished")
+    return record
+
+
+def _number(who: str, figures: Figures, name: str) -> float:
+    value = figures.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        numbers = [n for n, v in figures.items() if isinstance(v, int | float)]
+        raise RunError(f"{who} has no figure {name!r}{nearest(name, numbers)}; it returned {', '.join(numbers)}")
+    return rounded(value)
+
+
+def _columns(figures: Figures, reproduction: Reproduction) -> dict[str, list[float]]:
+    points = figures.get("curve", [])
+    names = [name for name in ("step", *COSTS, *reproduction.metrics) if points and all(name in p for p in points)]
+    return {name: [rounded(point[name]) for point in points] for name in names}

@@ -1,0 +1,227 @@
+"""Runs the jobs of a graph that are not finished yet, each in a process of one thread."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from opd.errors import RunError
+from opd.reproductions.definition import Figures
+from opd.reproductions.jobs import Job
+
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+Records = dict[str, dict[str, Any]]
+"""What job.json holds, by key."""
+
+Check = Callable[[Job, Figures], str | None]
+"""Looks at a finished job; a text means that nothing more may start, and says why."""
+
+
+@dataclass
+class Outcome:
+    """What did not go as hoped.
+
+    Attributes:
+        failed: name of each failed job and one line that says why. What depends on one does not run.
+        closed: why a gate closed, if one did.
+    """
+
+    failed: dict[str, str] = field(default_factory=dict)
+    closed: str | None = None
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    cache: Path,
+    reproductions: Path,
+    workers: int,
+    console: Console,
+    check: Check = lambda job, figures: None,
+    first: Sequence[Job] = (),
+) -> Outcome:
+    """Run what is missing of `jobs` (inputs first, keys unique), at most `workers` at a time.
+
+    A job starts when its inputs are finished; a job that is not among the stages `first` or their inputs also waits
+    for those. Ended from outside, it ends its workers; finished jobs stay, and unfinished folders do not count.
+
+    Raises:
+        RunError: another process runs jobs in this cache.
+    """
+    early = {job.key for stage in first for job in stage.with_inputs()}
+    waits_for = {
+        job.key: {other.key for other in job.inputs.values()} | (set() if job.key in early else early) for job in jobs
+    }
+    outcome, lost = Outcome(), set[str]()
+    done: Records = {}
+    running: list[Worker] = []
+
+    def take_in(job: Job) -> bool:
+        record = job.record(cache)
+        if record is not None:
+            done[job.key] = record
+            outcome.closed = outcome.closed or check(job, record["figures"])
+        return record is not None
+
+    with _locked(cache) as lock, _terminated_as_exit(), _progress(console, len(jobs)) as show:
+        waiting = [job for job in jobs if not take_in(job)]
+        try:
+            while True:
+                for job in list(waiting):
+                    if outcome.closed:
+                        waiting.clear()
+                    elif waits_for[job.key] & lost:
+                        waiting.remove(job)
+                        lost.add(job.key)
+                    elif waits_for[job.key] <= done.keys() and len(running) < workers:
+                        waiting.remove(job)
+                        running.append(Worker(job, cache, reproductions, lock))
+                show(done, running, waiting, workers)
+                if not running:
+                    return outcome
+                time.sleep(0.1)
+                for worker in [worker for worker in running if worker.process.poll() is not None]:
+                    running.remove(worker)
+                    if take_in(worker.job):
+                        console.print(f"{worker.job.name}: {worker.seconds():.0f} s", highlight=False, markup=False)
+                    else:
+                        lost.add(worker.job.key)
+                        outcome.failed[worker.job.name] = worker.why_failed()
+                        console.print(f"{worker.job.name} failed: {worker.why_failed()}", highlight=False, markup=False)
+        finally:
+            for worker in running:
+                worker.end()
+
+
+class Worker:
+    """The process of one job. What it prints goes to output.txt in the job's folder."""
+
+    def __init__(self, job: Job, cache: Path, reproductions: Path, lock: int):
+        self.job, self.folder = job, (cache / job.key).resolve()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        task = {
+            "name": job.name,
+            "function": job.function,
+            "version": job.version,
+            "params": job.params,
+            "inputs": {name: other.key for name, other in job.inputs.items()},
+            "reproductions": str(reproductions.resolve()),
+        }
+        (self.folder / "task.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
+        self.started = time.perf_counter()
+        with (self.folder / "output.txt").open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "opd.reproductions.worker", str(self.folder)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | ONE_THREAD,
+                # A session of its own: Ctrl-C reaches the parent alone, which then ends each worker's whole group.
+                start_new_session=True,
+                # A worker holds the lock too, until the last of them is gone.
+                pass_fds=(lock,),
+            )
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    def why_failed(self) -> str:
+        """One line: what it said last, or what killed it, and where the rest is."""
+        code = self.process.returncode
+        text = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
+        last = text.splitlines()[-1] if text else f"exit code {code}"
+        if code < 0:
+            last = f"killed by {signal.Signals(-code).name}"
+        return f"{last[:300]} (see {os.path.relpath(self.folder)}/output.txt)"
+
+    def end(self) -> None:
+        # Nothing of a half-finished job is kept, so there is nothing that a milder signal would let it save.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def _locked(cache: Path) -> Iterator[int]:
+    cache.mkdir(parents=True, exist_ok=True)
+    file: IO[str]
+    with (cache / "lock").open("w") as file:
+        for attempt in range(4):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 3:
+                    raise RunError(f"another process runs jobs in {cache}; wait for it or end it") from None
+                # Workers of a command that was killed notice within half a second.
+                time.sleep(0.5)
+        yield file.fileno()
+
+
+@contextlib.contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds like Ctrl-C does, so that the workers are ended."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[left]}  {task.fields[now]}"), console=console) as bar:
+        task = bar.add_task("jobs", total=total, left="", now="")
+
+        def show(done: Records, running: Sequence[Worker], waiting: Sequence[Job], workers: int) -> None:
+            left = seconds_left(done.values(), running, waiting, workers)
+            now = ", ".join(worker.job.name for worker in running)
+            bar.update(task, completed=len(done), now=now, left="" if left is None else f"about {_clock(left)} left")
+
+        yield show
+
+
+def seconds_left(
+    done: Iterable[dict[str, Any]], running: Sequence[Worker], waiting: Sequence[Job], workers: int
+) -> float | None:
+    """Estimate by the mean of finished jobs of the same function, or of all; None before the first."""
+    times: dict[str, list[float]] = {}
+    for record in done:
+        times.setdefault(record["function"], []).append(record["seconds"])
+    if not times:
+        return None
+    means = {function: sum(taken) / len(taken) for function, taken in times.items()}
+    typical = sum(means.values()) / len(means)
+    ahead = sum(means.get(job.function, typical) for job in waiting)
+    ahead += sum(max(means.get(w.job.function, typical) - w.seconds(), 0.0) for w in running)
+    return ahead / workers
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"

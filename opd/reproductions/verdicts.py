@@ -1,0 +1,107 @@
+"""Verdicts from paired differences: computed from intervals, never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from opd.reproductions.definition import Claim
+
+RESAMPLES = 10_000
+NOT_TESTABLE = "not testable here"
+
+Items = Mapping[str, float]
+"""One value per test item, by the item's id."""
+
+
+def judge(
+    claim: Claim, arms: Mapping[str, Sequence[float]], items: Mapping[str, Sequence[Items]] | None = None
+) -> dict[str, Any]:
+    """What results.json holds of a claim.
+
+    Args:
+        claim: what to decide.
+        arms: the claim's metric for each arm, one value per seed, seeds in the same order for all.
+        items: the same by test item, where it is known.
+    """
+    stated = {
+        "id": claim.id,
+        "statement": claim.statement,
+        "metric": claim.metric,
+        "better": claim.better,
+        "arms": {name: list(values) for name, values in arms.items()} if claim.testable else {},
+        "method": claim.method,
+        "baseline": claim.baseline,
+        "test": claim.test,
+        "margin": claim.margin,
+    }
+    if not claim.testable:
+        return {
+            **stated,
+            "difference": None,
+            "ci95": None,
+            "resampled": [],
+            "verdict": NOT_TESTABLE,
+            "note": claim.note,
+        }
+    sign = 1.0 if claim.better == "higher" else -1.0
+    differences = sign * (np.array(arms[claim.method], float) - np.array(arms[claim.baseline], float))
+    by_item = _item_differences(claim, items or {}, sign)
+    interval = paired_interval(differences if by_item is None else by_item)
+    verdict, note = NOT_TESTABLE, "; ".join(filter(None, [claim.note, "one seed"]))
+    if interval is not None:
+        low, high = interval
+        held = low > claim.margin if claim.test == "better" else -claim.margin < low and high < claim.margin
+        verdict, note = "reproduced" if held else "not reproduced", claim.note
+    return {
+        **stated,
+        "difference": rounded(differences.mean()),
+        "ci95": interval,
+        "resampled": ["seeds"] if by_item is None else ["seeds", "items"],
+        "verdict": verdict,
+        "note": note,
+    }
+
+
+def rounded(value: float) -> float:
+    """Six significant digits, which is what results.json keeps."""
+    return float(f"{value:.6g}")
+
+
+def paired_interval(differences: np.ndarray) -> list[float] | None:
+    """95 % percentile interval of the mean of paired differences, by bootstrap with a fixed seed.
+
+    Args:
+        differences: `[seeds]`, or `[seeds, items]` where every seed was measured on the same items. Then both are
+            resampled, the items together for all seeds, since an item that is hard for one seed is hard for the others.
+
+    Returns:
+        `[low, high]`, or None with fewer than two seeds.
+    """
+    seeds = len(differences)
+    if seeds < 2:
+        return None
+    generator = np.random.default_rng(0)
+    # How often each is drawn, over the number of draws: a resampled mean is then a weighted one.
+    means = generator.multinomial(seeds, [1 / seeds] * seeds, RESAMPLES) / seeds @ differences
+    if differences.ndim == 2:
+        items = differences.shape[1]
+        means = (means * generator.multinomial(items, [1 / items] * items, RESAMPLES)).sum(1) / items
+    return [rounded(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+def _item_differences(claim: Claim, items: Mapping[str, Sequence[Items]], sign: float) -> np.ndarray | None:
+    """`[seeds, items]`, or None where the arms or seeds were not all measured on the same items.
+
+    Where each seed has test items of its own, the spread over seeds holds that of the items already.
+    """
+    both = [one for arm in (claim.method, claim.baseline) for one in items.get(arm) or [{}]]
+    if any(not one or one.keys() != both[0].keys() for one in both):
+        return None
+    ids = list(both[0])
+    method, baseline = (
+        np.array([[one[i] for i in ids] for one in items[arm]], float) for arm in (claim.method, claim.baseline)
+    )
+    return sign * (method - baseline)

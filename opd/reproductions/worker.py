@@ -1,0 +1,57 @@
+"""The process of one job: `python -m opd.reproductions.worker FOLDER`, where FOLDER holds its task.json."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from opd.errors import OpdError
+
+
+def work(folder: Path) -> None:
+    """Call the task's function; job.json appears whole and last, so a folder without it is unfinished."""
+    from opd.provenance import git_state, versions
+    from opd.reproductions.catalogue import open_folder
+
+    task: dict[str, Any] = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    open_folder(Path(task["reproductions"]))
+    module, _, name = task["function"].partition(":")
+    started = time.perf_counter()
+    inputs = {name: folder.parent / key for name, key in task["inputs"].items()}
+    figures = getattr(importlib.import_module(module), name)(folder, inputs, **task["params"])
+    record = {
+        **{key: task[key] for key in ("name", "function", "version", "params", "inputs")},
+        "figures": figures,
+        "seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "versions": versions(),
+        "git": git_state(),
+    }
+    part = folder / "job.json.part"
+    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, folder / "job.json")
+
+
+def end_with(parent: int) -> None:
+    """A worker whose parent was killed ends too: nobody would take in its result, or stop it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    end_with(os.getppid())
+    try:
+        work(Path(sys.argv[1]))
+    except OpdError as error:
+        sys.exit(f"{error}")

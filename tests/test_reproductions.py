@@ -1,0 +1,593 @@
+"""Reproductions: what counts as done, what a failure or a gate stops, and that verdicts follow from the values."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from opd.cli import main
+from opd.errors import RecipeError, RunError
+from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
+from opd.reproductions.catalogue import find, shipped
+from opd.reproductions.chart import ticks
+from opd.reproductions.jobs import Job, graph
+from opd.reproductions.page import pages
+from opd.reproductions.reproduce import reproduce
+from opd.reproductions.results import judged, read, write
+from opd.reproductions.training import filled
+from opd.reproductions.verdicts import judge, paired_interval
+
+ROOT = Path(__file__).parent.parent
+
+TOY = '''
+"""A toy: arms that only compute numbers, and stages that can be made to fail, die or wait from outside."""
+import os, signal, time
+from pathlib import Path
+from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
+
+def made(folder, inputs, *, size):
+    (folder / "data").write_text("x" * size)
+    (folder / "half").write_text("unfinished")
+    if Path("die").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    if Path("wait").exists():
+        Path("pid").write_text(str(os.getpid()))
+        time.sleep(60)
+    return {"size": size}
+
+def arm(folder, inputs, *, gain, seed):
+    if Path(f"fail-{seed}").exists():
+        raise ValueError("no luck today")
+    score = len((inputs["data"] / "data").read_text()) + seed + gain
+    costs = {"cpu_seconds": 1.5, "sampled_tokens": 10, "teacher_tokens": 20}
+    curve = [{"step": step, **costs, "score": step * score} for step in (0, 1)]
+    return {"score": score, **costs, "curve": curve, "items": {}}
+
+reproduction = Reproduction(
+    title="A toy", introduction="What is tested.", discussion="## Why\\n\\nIt adds up.",
+    stages={"data": Stage(made, {"size": 5})},
+    gates=[Gate("data", "size", at_least=5)],
+    arms={"more": Stage(arm, {"gain": 2}, ["data"]), "less": Stage(arm, {"gain": 0}, ["data"])},
+    seeds=[0, 1, 2],
+    metrics=["score"],
+    claims=[
+        Claim("main", "More is more.", "score", "higher", "more", "less"),
+        Claim("same", "More is the same.", "score", "higher", "more", "less", "equivalent", 1.0),
+        Claim("large", "Also at a large size.", testable=False, note="No large machine."),
+    ],
+    smoke=Smoke(stages={"data": {"size": 1}}),
+)
+'''
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A folder with the toy's file, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # A file that a test writes twice within a second would be found compiled.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "reproductions").mkdir()
+    path = tmp_path / "reproductions" / "toy_one.py"
+    path.write_text(TOY)
+    return path
+
+
+def run(path, **options):
+    return reproduce(find(str(path)), console=Console(quiet=True), **options)
+
+
+def finished(path):
+    return {file.parent.name: file.stat().st_mtime_ns for file in find(str(path)).cache.glob("*/job.json")}
+
+
+def cli(*words):
+    """Exit code, stdout and stderr of the real entry point in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "opd", "reproduce", *words], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_second_call_runs_only_what_is_missing_and_writes_the_same(toy):
+    code, out, err = cli(str(toy))
+    assert code == 0, err
+    assert "reproduced" in out
+    entry = find(str(toy))
+    before, results = finished(toy), entry.results.read_text()
+    assert len(before) == 7
+    assert run(toy).results is not None
+    assert finished(toy) == before
+    assert entry.results.read_text() == results
+    toy.write_text(TOY.replace('"gain": 2', '"gain": 3'))
+    assert run_anew(toy).results["arms"]["more"]["score"] == [8, 9, 10]
+    after = finished(toy)
+    assert before.items() <= after.items()
+    assert len(after) == 10
+
+
+def run_anew(path):
+    sys.modules.pop(f"reproductions.{path.stem}", None)
+    return run(path)
+
+
+def test_a_key_depends_on_function_version_params_and_inputs_alone():
+    def job(name="n", function="m:f", version=1, params=None, inputs=None):
+        return Job(name, function, version, {"a": 1, "b": [0.1, "x"]} if params is None else params, inputs or {})
+
+    # Written out: a change of the rule would make every finished job of every user look missing.
+    assert job().key == "f-8d283cbaaade646b50e0"
+    assert job(name="other", params={"b": [0.1, "x"], "a": 1}).key == job().key
+    child = job(inputs={"data": job()}).key
+    others = [
+        job(function="m:g"),
+        job(function="other:f"),
+        job(version=2),
+        job(params={"a": 2, "b": [0.1, "x"]}),
+        job(params={}),
+        job(inputs={"data": job()}),
+        job(inputs={"data": job(version=2)}),
+        job(inputs={"more": job()}),
+    ]
+    assert len({job().key, child, *(other.key for other in others)}) == len(others) + 1
+
+
+def test_smoke_and_full_profiles_share_what_is_equal():
+    def stages(**params):
+        return {"data": Stage(os.path.join), "teacher": Stage(os.path.join, params, ["data"])}
+
+    arms = {"a": Stage(os.path.join, {"recipe": {"steps": 9, "batch": {"prompts": 4}}}, ["teacher"])}
+    smoke = Smoke(stages={"teacher": {"steps": 1}}, arms={"recipe": {"steps": 2}}, seeds=[7])
+    claims = [Claim("main", "?", testable=False, note="a test")]
+    full = Reproduction("", "", "", stages(steps=5), arms, [7, 8], [], claims, smoke=smoke)
+    big, small = graph(full), graph(full.smoked())
+    assert big.stages["data"][0].key == small.stages["data"][0].key
+    assert big.stages["teacher"][0].key != small.stages["teacher"][0].key
+    assert small.arms["a"][0].params == {"recipe": {"steps": 2, "batch": {"prompts": 4}}, "seed": 7}
+    same = replace(full, smoke=Smoke(seeds=[8]))
+    assert graph(same.smoked()).arms["a"][0].key == graph(same).arms["a"][1].key
+
+
+def test_stages_per_seed_are_taken_by_the_arm_of_the_same_seed():
+    stages = {"init": Stage(os.path.join, per_seed=True), "data": Stage(os.path.join)}
+    arms = {"a": Stage(os.path.join, {}, ["data", "init"])}
+    claims = [Claim("main", "?", testable=False, note="a test")]
+    made = graph(Reproduction("", "", "", stages, arms, [3, 4], [], claims))
+    assert [job.inputs["init"].params["seed"] for job in made.arms["a"]] == [3, 4]
+    assert made.arms["a"][0].inputs["data"] is made.arms["a"][1].inputs["data"]
+    assert len(made.jobs()) == 5
+
+
+def test_a_killed_worker_leaves_nothing_that_counts_and_a_rerun_goes_on(toy, tmp_path):
+    (tmp_path / "die").touch()
+    done = run(toy)
+    assert done.results is None
+    assert "data: killed by SIGKILL" in done.problems[0]
+    assert done.missing == ["data", *(f"{arm} (seed {seed})" for arm in ("more", "less") for seed in range(3))]
+    (job,) = graph(find(str(toy)).reproduction).stages["data"]
+    folder = find(str(toy)).cache / job.key
+    assert (folder / "half").exists()
+    assert finished(toy) == {}
+    (tmp_path / "die").unlink()
+    (folder / "stale").touch()
+    assert run(toy).results is not None
+    assert not (folder / "stale").exists()
+    assert json.loads((folder / "job.json").read_text())["figures"] == {"size": 5}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)], ids=lambda x: str(int(x))
+)
+def test_a_stopped_command_ends_its_workers(number, code, toy, tmp_path):
+    (tmp_path / "wait").touch()
+    command = subprocess.Popen([sys.executable, "-m", "opd", "reproduce", str(toy)], stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert command.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(RunError, match="another process runs jobs"):
+            run(toy)
+        command.send_signal(number)
+        assert command.wait(20) == code
+    finally:
+        command.kill()
+    worker = int((tmp_path / "pid").read_text())
+    until = time.monotonic() + 10
+    while alive(worker) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(worker)
+    assert finished(toy) == {}
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_failed_job_stops_only_what_depends_on_it(toy, tmp_path):
+    (tmp_path / "fail-1").touch()
+    code, _, err = cli(str(toy))
+    assert code == 1
+    assert err.count("no luck today") == 2
+    assert "missing: more (seed 1), less (seed 1)" in err
+    assert "Traceback" not in err
+    assert len(finished(toy)) == 5
+    assert not find(str(toy)).results.exists()
+    (output,) = {file.read_text() for file in find(str(toy)).cache.glob("*/output.txt") if file.stat().st_size}
+    assert "Traceback" in output
+    (tmp_path / "fail-1").unlink()
+    assert run(toy).results is not None
+
+
+def test_a_closed_gate_lets_no_arm_run_and_keeps_earlier_results(toy):
+    toy.write_text(TOY.replace("at_least=5", "at_least=6"))
+    results = find(str(toy)).results
+    results.parent.mkdir()
+    results.write_text("earlier")
+    code, _, err = cli(str(toy))
+    assert code == 1
+    assert "size of data is 5 and must be at least 6" in err
+    assert [key.partition("-")[0] for key in finished(toy)] == ["made"]
+    assert results.read_text() == "earlier"
+
+
+def test_smoke_measures_gates_and_writes_elsewhere(toy):
+    done = run(toy, smoke=True)
+    entry = find(str(toy))
+    assert done.results["gates"] == [
+        {"stage": "data", "figure": "size", "limit": "at least 5", "values": [1], "passed": False}
+    ]
+    assert [(c["ci95"], c["verdict"], c["note"]) for c in done.results["claims"][:2]] == [
+        (None, "not testable here", "one seed")
+    ] * 2
+    assert read(entry.smoke_results) == done.results
+    assert not entry.results.exists()
+    assert not entry.page.exists()
+
+
+def test_one_arm_alone_says_what_is_missing(toy):
+    done = run(toy, arm="more")
+    assert done.results is None
+    assert done.problems == []
+    assert done.missing == ["less (seed 0)", "less (seed 1)", "less (seed 2)"]
+    assert run(toy, arm="less").results is not None
+
+
+def test_results_hold_what_the_arms_returned_and_verdicts_follow_from_them(toy):
+    results = run(toy).results
+    assert results["arms"] == {"more": {"score": [7, 8, 9]}, "less": {"score": [5, 6, 7]}}
+    assert results["cost"]["more"] == {
+        "cpu_seconds": [1.5] * 3,
+        "sampled_tokens": [10] * 3,
+        "teacher_tokens": [20] * 3,
+    }
+    main_claim, same, large = results["claims"]
+    assert main_claim == {
+        "id": "main",
+        "statement": "More is more.",
+        "metric": "score",
+        "better": "higher",
+        "arms": {"more": [7, 8, 9], "less": [5, 6, 7]},
+        "method": "more",
+        "baseline": "less",
+        "test": "better",
+        "margin": 0.0,
+        "difference": 2.0,
+        "ci95": pytest.approx([2, 2]),
+        "resampled": ["seeds"],
+        "verdict": "reproduced",
+        "note": "",
+    }
+    assert same["verdict"] == "not reproduced"
+    assert (large["verdict"], large["note"], large["arms"]) == ("not testable here", "No large machine.", {})
+    assert results["seeds"] == [0, 1, 2]
+    assert "torch" in results["versions"]
+    entry = find(str(toy))
+    assert read(entry.results) == results
+    assert '"score": [7.0, 8.0, 9.0]' in entry.results.read_text()
+
+
+def test_the_page_says_what_the_results_say(toy, tmp_path):
+    run(toy)
+    entry = find(str(toy))
+    assert entry.page == tmp_path / "reproductions" / "toy-one" / "toy-one.md"
+    text = entry.page.read_text()
+    for wanted in (
+        "# A toy",
+        "| More is more. | score, higher is better | more: 8 (7–9) | less: 6 (5–7) | 2 | 2 to 2 | above 0 | **repro",
+        "| more | 8 (7–9) |",
+        "| more | 1.5 | 10 | 20 |",
+        "No large machine.",
+        "It adds up.",
+        "](toy-one.svg)",
+        "size of data at least 5, measured 5",
+        "opd reproduce toy-one",
+    ):
+        assert wanted in text
+    curves = entry.page.with_suffix(".svg")
+    drawn = ElementTree.fromstring(curves.read_text())
+    assert len(drawn.findall(".//{*}polyline")) == 2 * 3 * 2
+    entry.page.write_text("old")
+    curves.unlink()
+    code, out, _ = cli(str(toy), "--page-only")
+    assert (code, out.strip()) == (0, str(entry.page))
+    assert entry.page.read_text() == text
+    assert curves.exists()
+
+
+def committed():
+    return [entry for entry in shipped().values() if entry.results.exists()]
+
+
+@pytest.mark.parametrize("entry", committed(), ids=lambda entry: entry.name)
+def test_committed_pages_and_verdicts_follow_from_committed_results(entry):
+    results = read(entry.results)
+    assert judged(entry.reproduction, results["arms"], results["items"]) == results["claims"]
+    for name, text in pages(entry.reproduction, results).items():
+        assert (entry.page.parent / name).read_text(encoding="utf-8") == text
+
+
+def test_json_keeps_any_text_and_puts_plain_lists_on_one_line(tmp_path):
+    data = {"a": [1.0, 2.5], "b": [{"x": 'quote " bracket [ ] brace { }', "y": []}], "c": ["two\n lines", "ü"], "d": {}}
+    write(data, tmp_path / "r.json")
+    assert read(tmp_path / "r.json") == data
+    assert '"a": [1.0, 2.5]' in (tmp_path / "r.json").read_text()
+
+
+CLAIM = Claim("main", "s", "m", "higher", "a", "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "a", "b", "interval", "verdict"),
+    [
+        # Of three seeds the lowest is drawn three times with probability 1/27, over 2.5 %: the interval is the range.
+        ({}, [2, 4, 6], [1, 2, 3], [1, 3], "reproduced"),
+        ({}, [2, 4, 6], [2, 2, 3], [0, 3], "not reproduced"),
+        ({"margin": 1.0}, [2, 4, 6], [1, 2, 3], [1, 3], "not reproduced"),
+        ({"margin": 0.9}, [2, 4, 6], [1, 2, 3], [1, 3], "reproduced"),
+        ({"better": "lower"}, [2, 4, 6], [1, 2, 3], [-3, -1], "not reproduced"),
+        ({"better": "lower"}, [1, 2, 3], [2, 4, 6], [1, 3], "reproduced"),
+        # Paired: the spread over seeds is fifty times the difference; shuffled against each other it is undecided.
+        ({}, [10.5, 60.5, 110.5], [10, 60, 110], [0.5, 0.5], "reproduced"),
+        ({}, [10.5, 60.5, 110.5], [60, 110, 10], [-49.5, 100.5], "not reproduced"),
+        ({"test": "equivalent", "margin": 0.2}, [1.1, 2.1], [1, 2.2], [-0.1, 0.1], "reproduced"),
+        ({"test": "equivalent", "margin": 0.05}, [1.1, 2.1], [1, 2.2], [-0.1, 0.1], "not reproduced"),
+        ({"test": "equivalent", "margin": 0.2}, [1.1, 2.3], [1, 2], [0.1, 0.3], "not reproduced"),
+        ({}, [5], [1], None, "not testable here"),
+    ],
+)
+def test_verdicts_by_hand(change, a, b, interval, verdict):
+    found = judge(replace(CLAIM, **change), {"a": a, "b": b})
+    assert found["verdict"] == verdict
+    assert found["ci95"] == (None if interval is None else pytest.approx(interval))
+
+
+def test_the_interval_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(3, 2, 200)
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert paired_interval(values) == pytest.approx([values.mean() - half, values.mean() + half], abs=0.05 * half)
+    assert paired_interval(values) == paired_interval(values)
+
+
+def test_items_are_resampled_where_all_seeds_share_them():
+    # The method solves 30 of 100 items that the baseline does not, in every seed: seeds alone would show no spread.
+    ids = [f"p{i}" for i in range(100)]
+    a = [dict.fromkeys(ids, 1.0)] * 3
+    b = [{i: float(n >= 30) for n, i in enumerate(ids)}] * 3
+    arms = {"a": [1.0] * 3, "b": [0.7] * 3}
+    found = judge(CLAIM, arms, {"a": a, "b": b})
+    assert found["resampled"] == ["seeds", "items"]
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 100)
+    assert found["ci95"] == pytest.approx([0.3 - half, 0.3 + half], abs=0.01)
+    # The order in which an arm was measured does not matter.
+    assert judge(CLAIM, arms, {"a": [dict(reversed(one.items())) for one in a], "b": b}) == found
+    own = [{f"seed {n} {i}": v for i, v in one.items()} for n, one in enumerate(a)]
+    for other in ({"a": own, "b": b}, {"a": a}, {"a": a, "b": [{}] * 3}):
+        assert judge(CLAIM, arms, other)["resampled"] == ["seeds"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Claim("main", "s", "m"), "needs metric, method and baseline"),
+        (lambda: Claim("main", "s", testable=False), "say why in its note"),
+        (lambda: replace(CLAIM, test="equivalent"), "margin above 0"),
+        (lambda: Gate("data", "size"), "one of at_least and at_most"),
+        (lambda: Stage(lambda folder, inputs: {}), "local or a lambda"),
+        (lambda: Stage(os.path.join, {"x": {1}}), "not JSON"),
+        (lambda: toy_with(stages={"a": Stage(os.path.join, inputs=["b"])}), "a takes the input 'b'"),
+        (lambda: toy_with(gates=[Gate("daat", "x", at_most=1)]), r"did you mean 'data'\?"),
+        (lambda: toy_with(smoke=Smoke(stages={"date": {}})), r"did you mean 'data'\?"),
+        (lambda: toy_with(claims=[]), "exactly one claim with the id 'main'"),
+        (lambda: toy_with(claims=[replace(CLAIM, method="c")]), "compares 'c', which is not an arm"),
+        (lambda: toy_with(claims=[replace(CLAIM, metric="n")]), "is about 'n'"),
+        (lambda: toy_with(seeds=[1, 1]), "all different"),
+        (
+            lambda: toy_with(
+                stages={"data": Stage(os.path.join, per_seed=True), "x": Stage(os.path.join, {}, ["data"])}
+            ),
+            "make it per_seed too",
+        ),
+    ],
+)
+def test_a_wrong_file_is_one_message(make, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        make()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def toy_with(**changes):
+    arm = Stage(os.path.join, {}, ["data"])
+    fields = {
+        "stages": {"data": Stage(os.path.join)},
+        "arms": {"a": arm, "b": arm},
+        "seeds": [0],
+        "metrics": ["m"],
+        "claims": [CLAIM],
+    }
+    return Reproduction("", "", "", **(fields | changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["toyone"], "no reproduction 'toyone'"),
+        (["reproductions/toy_one.py", "--arm", "mroe"], "no arm 'mroe' (did you mean 'more'?); arms: more, less"),
+        (["reproductions/toy_one.py", "--page-only"], "run opd reproduce toy-one first"),
+        (["reproductions/broken.py"], "broken.py:2: NameError: name 'x' is not defined"),
+        (["reproductions/empty.py"], "defines no `reproduction`"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message, toy, monkeypatch, capsys):
+    toy.with_name("broken.py").write_text("import os\nx\n")
+    toy.with_name("empty.py").touch()
+    monkeypatch.setattr(sys, "argv", ["opd", "reproduce", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+def test_the_list_shows_what_there_is_and_what_is_missing(toy, monkeypatch, capsys):
+    toy.with_name("shared_task.py").write_text("size = 5\n")
+    toy.write_text(
+        TOY.replace('"size": 5', '"size": size').replace(
+            "import os,", "from reproductions.shared_task import size\nimport os,"
+        )
+    )
+    monkeypatch.setattr("opd.reproductions.catalogue.reproduction_folder", lambda: toy.parent)
+    run(toy, arm="more")
+
+    def listing():
+        monkeypatch.setattr(sys, "argv", ["opd", "reproduce"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        return capsys.readouterr().out
+
+    out = listing()
+    assert "toy-one" in out
+    assert "3 of 7" in out
+    assert "not run yet" in out
+    assert "shared" not in out
+    run(toy)
+    assert "main: reproduced" in listing()
+    assert "earlier version" not in listing()
+    toy.with_name("shared_task.py").write_text("size = 6\n")
+    sys.modules.pop("reproductions.shared_task")
+    sys.modules.pop("reproductions.toy_one")
+    assert "7 of 7" in (out := listing())
+    assert "earlier version" in out
+    assert find("toy_one").file == toy
+    assert find("toy_one").page == toy.parent.parent / "docs" / "reproductions" / "toy-one.md"
+    with pytest.raises(
+        RecipeError, match=r"did you mean 'toy-one'\?\); give a file that defines one, or one of: toy-one"
+    ):
+        find("toy-oen")
+
+
+def test_a_figure_that_an_arm_does_not_return_is_named(toy):
+    toy.write_text(TOY.replace('metrics=["score"]', 'metrics=["score", "scope"]'))
+    with pytest.raises(RunError, match=r"more has no figure 'scope' \(did you mean 'score'\?\)"):
+        run(toy)
+
+
+def test_round_numbers_on_axes():
+    assert ticks(0, 10) == [0, 5, 10]
+    assert ticks(0.31, 0.74) == pytest.approx([0.4, 0.6])
+    assert ticks(0, 400) == [0, 100, 200, 300, 400]
+
+
+def test_inputs_fill_a_recipes_texts():
+    folders = {"teacher": Path("/t"), "data": Path("/d")}
+    recipe = {"teacher": [{"model": "{teacher}/run", "n": 1}], "prompts": ["{data}/a", "{other}"], "x": None}
+    assert filled(recipe, folders) == {
+        "teacher": [{"model": "/t/run", "n": 1}],
+        "prompts": ["/d/a", "{other}"],
+        "x": None,
+    }
+
+
+DISTILLED = """
+from opd.reproductions import Claim, Reproduction, Stage, train
+from tests.conftest import save_tiny
+
+def tiny(folder, inputs):
+    save_tiny(folder / "student", seed=1)
+    save_tiny(folder / "teacher", seed=2)
+    return {}
+
+def recipe(**changes):
+    return {
+        "steps": 2,
+        "student": {"model": "{models}/student", "template": "plain"},
+        "teacher": {"model": "{models}/teacher", "template": "plain"},
+        "prompts": {"kind": "inline", "prompts": [{"prompt": f"{a}+1=", "answer": str(a)} for a in range(8)]},
+        "rollout": {"max_new_tokens": 4},
+        "verifier": "exact_match",
+        "batch": {"prompts": 4, "group": 2},
+        "evaluation": {"held_out": 3, "every": 1},
+        "update": {"learning_rate": 1e-2},
+        "hardware": {"device": "cpu"},
+        **changes,
+    }
+
+reproduction = Reproduction(
+    title="Distilled", introduction="", discussion="",
+    stages={"models": Stage(tiny)},
+    arms={
+        "long": Stage(train, {"recipe": recipe(steps=3)}, ["models"]),
+        "short": Stage(train, {"recipe": recipe()}, ["models"]),
+    },
+    seeds=[0, 1],
+    metrics=["reverse_kl", "accuracy"],
+    claims=[Claim("main", "Longer is closer.", "reverse_kl", "lower", "long", "short")],
+)
+"""
+
+
+def test_two_arms_and_two_seeds_of_real_training(toy):
+    path = toy.with_name("distilled.py")
+    path.write_text(DISTILLED)
+    done = run(path)
+    assert done.problems == []
+    assert done.results is not None
+    entry = find(str(path))
+    for arm, steps in (("long", 3), ("short", 2)):
+        cost = done.results["cost"][arm]
+        for i, job in enumerate(graph(entry.reproduction).arms[arm]):
+            folder = entry.cache / job.key
+            figures = json.loads((folder / "job.json").read_text())["figures"]
+            summary = json.loads((folder / "run" / "summary.json").read_text())
+            assert figures["reverse_kl"] == summary["after"]["reverse_kl"]
+            assert done.results["arms"][arm]["reverse_kl"][i] == pytest.approx(figures["reverse_kl"], rel=1e-5)
+            assert [point["step"] for point in figures["curve"]] == list(range(steps + 1))
+            assert figures["curve"][0]["sampled_tokens"] == 0
+            # At most eight rollouts of four tokens a step, each scored by the one teacher.
+            assert steps * 8 <= cost["sampled_tokens"][i] <= steps * 8 * 4
+            assert cost["teacher_tokens"][i] == cost["sampled_tokens"][i]
+            assert 0 < cost["cpu_seconds"][i] < 60
+            rewards = figures["items"]["accuracy"]
+            assert len(rewards) == 3
+            assert sum(rewards.values()) / 3 == pytest.approx(figures["accuracy"])
+            assert (folder / "run" / "student" / "model.safetensors").exists()
+    main_claim = done.results["claims"][0]
+    assert main_claim["difference"] == pytest.approx(
+        np.mean(main_claim["arms"]["short"]) - np.mean(main_claim["arms"]["long"])
+    )
+    assert main_claim["verdict"] in ("reproduced", "not reproduced")
+    assert "reverse KL (nats a token)" in entry.page.read_text()
