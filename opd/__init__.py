@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.api import Result, distill, execute
+    from opd.api import Result, chain, distill, execute
     from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError, SelfTestError
     from opd.recipe import Recipe, load_recipe
 
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 # Names are loaded when first used: `import opd` stays light, and the command line can set thread policies before
 # torch starts its threads.
 _HOMES = {
-    "opd.api": ("Result", "distill", "execute"),
+    "opd.api": ("Result", "chain", "distill", "execute"),
     "opd.errors": (
         "DataError",
         "IncompatibleError",
@@ -39,6 +39,7 @@ __all__ = [
     "Result",
     "RunError",
     "SelfTestError",
+    "chain",
     "distill",
     "execute",
     "load_recipe",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +146,31 @@ def execute(
     return finish(run)
 
 
+def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = False) -> Iterator[Result]:
+    """Run recipes one after the other: each starts from the student that the one before saved.
+
+    The student's other settings (`lora`, `freeze`, `template`, ...) stay each recipe's own, but for `drop_layers`,
+    `tokenizer` and `revision`, which belong to the model that is replaced. A link that is stopped by a signal ends the
+    chain.
+    """
+    folders = [str(recipe.directory.resolve()) for recipe in recipes]
+    if len(set(folders)) < len(folders):
+        raise RunError("two recipes of the chain write to one directory; give each its own name or output")
+    if not overwrite:
+        for recipe in recipes:
+            refuse_occupied(recipe.directory)
+    before: Path | None = None
+    for recipe in recipes:
+        if before is not None:
+            changes = {"model": str(before / "student"), "tokenizer": None, "revision": None, "drop_layers": []}
+            recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update=changes)})
+        result = execute(recipe, overwrite=overwrite, quiet=quiet)
+        yield result
+        if result.stopped_by is not None:
+            return
+        before = recipe.directory
+
+
 def finish(run: Run) -> Result:
     """Save the student and the summary of a run whose loop has ended."""
     monitor, recipe = run.monitor, run.recipe
@@ -179,23 +204,34 @@ def finish(run: Run) -> Result:
     )
 
 
-def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
-    """Held-out metrics of a recipe's student against its teacher, without training."""
+def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:
+    """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.console.status("loading models and checking that they fit together"):
-        run = assemble(
+        return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
         )
-    with monitor.console.status("measuring the student on held-out prompts"):
+
+
+def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
+    """Held-out metrics of a recipe's student against its teacher, without training."""
+    run = assembled(recipe, quiet=quiet, console=console)
+    with run.monitor.console.status("measuring the student on held-out prompts"):
         return evaluate(run)
+
+
+def refuse_occupied(directory: Path) -> None:
+    """Raise `RunError` for a directory that holds a run."""
+    if any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl")):
+        raise RunError(f"{directory} holds a run already; choose another with output=PATH or pass --overwrite")
 
 
 def prepare_directory(directory: Path, overwrite: bool) -> None:
     """Make a run directory; refuse one that holds a run unless `overwrite`."""
-    if any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl")):
-        if not overwrite:
-            raise RunError(f"{directory} holds a run already; choose another with output=PATH or pass --overwrite")
+    if not overwrite:
+        refuse_occupied(directory)
+    else:
         for name in (
             "recipe.yaml",
             "environment.json",

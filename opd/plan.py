@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from opd.language.model import LanguageModel, ModelSettings, load_config, load_t
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.policies.causal_lm import CausalLM, _with_lora, freeze
+from opd.prompts.dataset import DatasetPrompts
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
 from opd.run import load_data
@@ -172,6 +174,10 @@ def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
 
 def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     """Mean length of a prompt, and how many leading tokens all prompts have in common."""
+    remote = [p.path for p in recipe.prompts if isinstance(p, DatasetPrompts) and not Path(p.path).exists()]
+    if remote:
+        notes.append(f"{remote[0]}: not read; prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
+        return recipe.max_prompt_tokens, 0
     training, held_out = load_data(recipe)
     assert isinstance(recipe.student, CausalLM)
     try:

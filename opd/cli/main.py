@@ -53,6 +53,25 @@ def train(
 
 
 @app.command()
+def chain(
+    recipes: Annotated[list[str], typer.Argument(help="Recipes in order; each starts from the student before.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace earlier runs in the same directories.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Run recipes one after the other, e.g. fine-tuning, then distillation, then reinforcement learning."""
+    from opd.api import chain as run_chain
+    from opd.cli.display import show_result
+    from opd.recipe import load_recipe
+
+    resolved = [load_recipe(recipe) for recipe in recipes]
+    _quiet_libraries()
+    for result, recipe in zip(run_chain(resolved, overwrite=overwrite, quiet=quiet), resolved, strict=False):
+        show_result(result, recipe)
+        if result.stopped_by is not None:
+            raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command()
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,

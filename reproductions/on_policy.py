@@ -1,0 +1,188 @@
+"""The field's basic claim: a student learns more from its teacher on its own states than on the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
+from opd.reproductions.definition import Figures, merged
+from reproductions.running_sum import figures_of, new_model, prompts, reached, recipe, student_tested
+
+TERMS, BUDGET = (5, 8), 96
+RATES = (1e-3, 3e-3)
+TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
+STEPS = 240
+
+ARMS: dict[str, dict[str, Any]] = {
+    "student prefix, reverse KL": {},
+    "student prefix, forward KL": {"objective": ["forward_kl"]},
+    "teacher prefix, reverse KL": {"rollout": {"kind": "teacher"}},
+    "teacher prefix, forward KL": {"rollout": {"kind": "teacher"}, "objective": ["forward_kl"]},
+    "SFT on teacher samples": {"rollout": {"kind": "teacher"}, "objective": ["sft"]},
+}
+
+
+def supervised(model: str, steps: int) -> dict[str, Any]:
+    """The recipe of base and teacher: fine-tuning on reference solutions."""
+    return recipe(
+        model,
+        TERMS,
+        BUDGET,
+        steps,
+        3e-3,
+        rollout={"kind": "data"},
+        objective=["sft"],
+        batch={"prompts": 64, "micro": 64},
+    )
+
+
+def distilled(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's recipe; its learning rate is put in when it is known."""
+    own = {"evaluation": {"every": 20}}
+    return merged(recipe("{base}/run/student", TERMS, BUDGET, STEPS, 0.0, "{teacher}/run/student", **own), changes)
+
+
+def at_rate(block: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    return merged(block, {"update": {"learning_rate": {"start": rate, "end": rate / 10}}})
+
+
+def best_rate(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], rates: list[float], seed: int
+) -> Figures:
+    """Every rate once, with a seed that no arm has; the best by accuracy on validation prompts."""
+    found = {}
+    for rate in rates:
+        (folder / f"{rate:g}").mkdir()
+        found[rate] = train(folder / f"{rate:g}", inputs, recipe=at_rate(recipe, rate), seed=seed)["accuracy"]
+    return {"rate": max(found, key=found.__getitem__), **{f"accuracy at {rate:g}": a for rate, a in found.items()}}
+
+
+def arm(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], rate_from: str, seed: int) -> Figures:
+    """Distil at the arm's best rate and test; cost to 90 % of the teacher's accuracy comes from validation."""
+    inputs = dict(inputs)
+    rate = figures_of(inputs.pop(rate_from))["rate"]
+    figures = student_tested(folder, inputs, recipe=at_rate(recipe, rate), test=TEST, seed=seed, states=True)
+    goal = 0.9 * figures_of(inputs["teacher"])["accuracy"]
+    return {**figures, **reached(figures["curve"], "accuracy", goal), "rate": rate}
+
+
+def rate_stage(name: str) -> str:
+    return f"rate of {name}"
+
+
+reproduction = Reproduction(
+    title="On-policy distillation",
+    introduction=f"""
+Does a student learn more on states that it visits itself than on its teacher's? The same two models, the same
+{STEPS} steps of 32 trajectories, and who writes the trajectories and which loss is taken are the only differences.
+
+**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step; every step has three legal
+writings, so the teacher's distribution has several modes. **Models.** Both are Llamas of 2 layers and width 64 with one
+past: the base learnt from 200 batches of reference solutions, and the teacher is that base after more of them.
+**Selection.** Each arm takes the better of the learning rates {" and ".join(f"{r:g}" for r in RATES)} by accuracy on
+validation prompts under a seed of its own; figures are from 500 test prompts, sampled at temperature 1.
+**Cost to 90 %** is what training had taken when the accuracy on 128 validation prompts first reached 90 % of the
+teacher's (the whole run's cost where it never did). **Exposure** is the mean forward KL to the teacher over the last
+quarter of the student's own trajectories, less the same over the teacher's trajectories: what imitating on others'
+states leaves undone on one's own.
+""",
+    discussion="",
+    stages={
+        "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
+        "base": Stage(train, {"recipe": supervised("{new}/model", 200), "seed": 0}, ["new"]),
+        "teacher": Stage(train, {"recipe": supervised("{base}/run/student", 1500), "seed": 1}, ["base"]),
+        **{
+            rate_stage(name): Stage(
+                best_rate, {"recipe": distilled(changes), "rates": list(RATES), "seed": 100}, ["base", "teacher"]
+            )
+            for name, changes in ARMS.items()
+        },
+    },
+    gates=[Gate("teacher", "accuracy", at_least=0.9), Gate("base", "accuracy", at_most=0.7)],
+    arms={
+        name: Stage(
+            arm, {"recipe": distilled(changes), "rate_from": rate_stage(name)}, ["base", "teacher", rate_stage(name)]
+        )
+        for name, changes in ARMS.items()
+    },
+    seeds=(0, 1, 2, 3, 4),
+    metrics=[
+        "test_accuracy",
+        "test_greedy_accuracy",
+        "test_reverse_kl",
+        "test_forward_kl",
+        "reached",
+        "sampled_tokens_to_goal",
+        "cpu_seconds_to_goal",
+        "exposure",
+        *(f"{side}_q{i}" for side in ("own", "teacher") for i in (1, 2, 3, 4)),
+        "rate",
+    ],
+    claims=[
+        Claim(
+            "main",
+            "On its own states the student gets more test problems right than on the teacher's (reverse KL).",
+            "test_accuracy",
+            "higher",
+            "student prefix, reverse KL",
+            "teacher prefix, reverse KL",
+        ),
+        Claim(
+            "forward",
+            "The same holds for forward KL.",
+            "test_accuracy",
+            "higher",
+            "student prefix, forward KL",
+            "teacher prefix, forward KL",
+        ),
+        Claim(
+            "sft",
+            "On-policy distillation beats supervised fine-tuning on the teacher's samples.",
+            "test_accuracy",
+            "higher",
+            "student prefix, reverse KL",
+            "SFT on teacher samples",
+        ),
+        Claim(
+            "tokens",
+            "It reaches 90 % of the teacher's accuracy with fewer sampled tokens than supervised fine-tuning.",
+            "sampled_tokens_to_goal",
+            "lower",
+            "student prefix, reverse KL",
+            "SFT on teacher samples",
+        ),
+        Claim(
+            "seconds",
+            "It reaches it in fewer CPU seconds than supervised fine-tuning.",
+            "cpu_seconds_to_goal",
+            "lower",
+            "student prefix, reverse KL",
+            "SFT on teacher samples",
+        ),
+        Claim(
+            "exposure",
+            "Late in a trajectory it is left with less exposure bias than training on the teacher's states.",
+            "exposure",
+            "lower",
+            "student prefix, forward KL",
+            "teacher prefix, forward KL",
+        ),
+        Claim(
+            "scale",
+            "The advantage grows with the length of the task and the gap between the models.",
+            testable=False,
+            note="One length and one pair of models are trained here.",
+        ),
+    ],
+    smoke=Smoke(
+        stages={
+            "base": {"recipe": {"steps": 8}},
+            "teacher": {"recipe": {"steps": 12}},
+            **{rate_stage(name): {"recipe": {"steps": 2}, "rates": [1e-3]} for name in ARMS},
+        },
+        arms={"recipe": {"steps": 4, "evaluation": {"every": 2}}},
+        seeds=(0, 1),
+    ),
+)
