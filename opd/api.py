@@ -42,6 +42,7 @@ class Result:
         history: every logged record, in order.
         summary: what summary.json holds.
         samples: `(before, after)` held-out rows for the same prompts.
+        items: after training, `accuracy` and `greedy_accuracy` of each held-out prompt by its id (with a verifier).
         stopped_by: number of the signal that stopped the run early, or None.
     """
 
@@ -53,6 +54,7 @@ class Result:
     history: list[dict[str, float]] = field(repr=False)
     summary: dict[str, Any] = field(repr=False)
     samples: list[tuple[dict[str, Any], dict[str, Any]]] = field(repr=False)
+    items: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     stopped_by: int | None = None
 
 
@@ -200,6 +202,7 @@ def finish(run: Run) -> Result:
         history=monitor.history,
         summary=summary,
         samples=_pairs(monitor.before, monitor.after, recipe.evaluation.samples),
+        items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
 

@@ -27,10 +27,12 @@ STREAM = -1
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Metrics over all processes, and this process's rollouts token by token for samples and reports."""
+    """Metrics over all processes; this process's rollouts token by token for samples and reports; and `items`, the
+    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
+    items: dict[str, dict[str, float]]
 
 
 @torch.no_grad()
@@ -48,9 +50,11 @@ def evaluate(run: Run) -> HeldOut:
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
+    items: dict[str, dict[str, float]] = {}
     if prompts:
         trajectories = roll_out(run, run.sampler, prompts, settings.k)
         sums |= _outcomes(trajectories, settings.k)
+        items["accuracy"] = _by_prompt(trajectories, settings.k)
         for micro, _ in trajectories.split(run.recipe.batch.micro):
             student = run.student(micro)
             teacher = run.teachers[0](micro) if run.teachers else None
@@ -63,15 +67,25 @@ def evaluate(run: Run) -> HeldOut:
         if settings.greedy:
             greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)
             sums |= {f"greedy_{name}": value for name, value in _outcomes(greedy, 1).items()}
+            items["greedy_accuracy"] = _by_prompt(greedy, 1)
     run.student.module.train(training)
     # The rows of a group share an id; the first sample of a prompt stands for it in reports.
-    return HeldOut(_means(run, sums), rows[:: settings.k])
+    return HeldOut(_means(run, sums), rows[:: settings.k], {name: values for name, values in items.items() if values})
 
 
 def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> Trajectories:
     """`k` completions of each held-out prompt, with verdicts."""
     budget = run.recipe.evaluation.max_new_tokens or run.recipe.rollout.budget
     return run.verify(sampler(prompts, k, budget, stream=STREAM))
+
+
+def _by_prompt(trajectories: Trajectories, k: int) -> dict[str, float]:
+    """Mean verdict of each prompt that has one, by the prompt's id."""
+    if trajectories.rewards is None:
+        return {}
+    means = trajectories.rewards.view(-1, k).nanmean(1).tolist()
+    ids = [prompt.id for prompt in trajectories.prompts[::k]]
+    return {name: mean for name, mean in zip(ids, means, strict=True) if mean == mean}
 
 
 def _outcomes(trajectories: Trajectories, k: int) -> dict[str, float]:

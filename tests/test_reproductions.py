@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from opd.cli import main
 from opd.errors import RecipeError, RunError
+from opd.evaluation import _by_prompt
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
 from opd.reproductions.catalogue import find, shipped
 from opd.reproductions.chart import ticks
@@ -27,6 +29,7 @@ from opd.reproductions.reproduce import reproduce
 from opd.reproductions.results import judged, read, write
 from opd.reproductions.training import filled
 from opd.reproductions.verdicts import judge, paired_interval
+from tests.conftest import trajectories_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -507,8 +510,8 @@ def test_a_figure_that_an_arm_does_not_return_is_named(toy):
 
 
 def test_round_numbers_on_axes():
-    assert ticks(0, 10) == [0, 5, 10]
-    assert ticks(0.31, 0.74) == pytest.approx([0.4, 0.6])
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0.31, 0.74) == pytest.approx([0.4, 0.5, 0.6, 0.7])
     assert ticks(0, 400) == [0, 100, 200, 300, 400]
 
 
@@ -520,6 +523,13 @@ def test_inputs_fill_a_recipes_texts():
         "prompts": ["/d/a", "{other}"],
         "x": None,
     }
+
+
+def test_verdicts_of_a_prompt_are_averaged():
+    rewards = torch.tensor([1.0, 0.0, float("nan"), float("nan"), 1.0, 1.0])
+    measured = replace(trajectories_of([1, 2, 1, 1, 3, 1]), rewards=rewards)
+    assert _by_prompt(measured, 2) == {"t0": 0.5, "t4": 1.0}
+    assert _by_prompt(trajectories_of([1]), 1) == {}
 
 
 DISTILLED = """
@@ -540,7 +550,7 @@ def recipe(**changes):
         "rollout": {"max_new_tokens": 4},
         "verifier": "exact_match",
         "batch": {"prompts": 4, "group": 2},
-        "evaluation": {"held_out": 3, "every": 1},
+        "evaluation": {"held_out": 3, "every": 1, "k": 2, "greedy": True},
         "update": {"learning_rate": 1e-2},
         "hardware": {"device": "cpu"},
         **changes,
@@ -581,9 +591,10 @@ def test_two_arms_and_two_seeds_of_real_training(toy):
             assert steps * 8 <= cost["sampled_tokens"][i] <= steps * 8 * 4
             assert cost["teacher_tokens"][i] == cost["sampled_tokens"][i]
             assert 0 < cost["cpu_seconds"][i] < 60
-            rewards = figures["items"]["accuracy"]
-            assert len(rewards) == 3
-            assert sum(rewards.values()) / 3 == pytest.approx(figures["accuracy"])
+            for metric in ("accuracy", "greedy_accuracy"):
+                rewards = figures["items"][metric]
+                assert len(rewards) == 3
+                assert sum(rewards.values()) / 3 == pytest.approx(figures[metric])
             assert (folder / "run" / "student" / "model.safetensors").exists()
     main_claim = done.results["claims"][0]
     assert main_claim["difference"] == pytest.approx(

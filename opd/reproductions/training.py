@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ def train(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any]
 
     Returns:
         The last held-out metrics; `COSTS`, summed over the training steps; `curve`, the metrics and costs so far at
-        each evaluation; `items`, with a verifier the verdict of each held-out prompt under `accuracy`.
+        each evaluation; `items`, with a verifier the accuracy on each held-out prompt.
 
     Raises:
         OpdError: as `execute` does.
@@ -31,12 +30,8 @@ def train(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any]
     if result.stopped_by is not None:
         raise RunError(f"training was stopped by signal {result.stopped_by}")
     points = list(curve(result.history))
-    rows = map(json.loads, (folder / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines())
-    verdicts = {
-        row["id"]: row["reward"] for row in rows if row["step"] == points[-1]["step"] and row["reward"] is not None
-    }
     last = {name: value for name, value in points[-1].items() if name != "step"}
-    return {**last, "curve": points, "items": {"accuracy": verdicts} if verdicts else {}}
+    return {**last, "curve": points, "items": result.items}
 
 
 def curve(history: Iterable[Mapping[str, float]]) -> Iterable[dict[str, float]]:
