@@ -176,7 +176,7 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     """Mean length of a prompt, and how many leading tokens all prompts have in common."""
     remote = [p.path for p in recipe.prompts if isinstance(p, DatasetPrompts) and not Path(p.path).exists()]
     if remote:
-        notes.append(f"{remote[0]}: not read; prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
+        notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
         return recipe.max_prompt_tokens, 0
     training, held_out = load_data(recipe)
     assert isinstance(recipe.student, CausalLM)

@@ -144,18 +144,22 @@ def packed_attention(
     if opd_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     window = kwargs.pop("sliding_window", None)
+    # Segments tile the row. One split has one backward; a slice each would fill a row of zeros for every segment.
+    lengths = [segment.length for segment in opd_layout.segments]
+    number = {segment.start: i for i, segment in enumerate(opd_layout.segments)}
+    queries, keys, values = (torch.split(x, lengths, 2) for x in (query, key, value))
     outputs = []
-    for segment in opd_layout.segments:
-        own = segment.own
+    for i, segment in enumerate(opd_layout.segments):
         before = sum(p.stop - p.start for p in segment.parents)
-        k, v = key[:, :, own], value[:, :, own]
+        k, v = keys[i], values[i]
         if before:
-            k = torch.cat([*(key[:, :, p] for p in segment.parents), k], 2)
-            v = torch.cat([*(value[:, :, p] for p in segment.parents), v], 2)
+            parents = [number[p.start] for p in segment.parents]
+            k = torch.cat([*(keys[p] for p in parents), k], 2)
+            v = torch.cat([*(values[p] for p in parents), v], 2)
         mask = None
         if before or (window is not None and segment.length > window):
             mask = _mask(opd_layout, before, segment.length, window, query.device)
-        outputs.append(sdpa_attention_forward(module, query[:, :, own], k, v, mask, **kwargs)[0])
+        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
