@@ -119,7 +119,7 @@ def show_reproductions(entries: Mapping[str, Entry]) -> None:
         lines = [f"{claim['id']}: {claim['verdict']}" for claim in results["claims"]] if results else ["not run yet"]
         if results and results["jobs"] != keys(made):
             lines.append("(of an earlier version of the experiment)")
-        arms, seeds = ", ".join(entry.reproduction.arms), len(entry.reproduction.seeds)
+        arms, seeds = "\n".join(entry.reproduction.arms), len(entry.reproduction.seeds)
         table.add_row(name, escape(arms), str(seeds), f"{sum(to_run)} of {len(to_run)}", "\n".join(lines))
     console().print(table)
 
