@@ -164,7 +164,12 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
     before: Path | None = None
     for recipe in recipes:
         if before is not None:
-            changes = {"model": str(before / "student"), "tokenizer": None, "revision": None, "drop_layers": []}
+            changes: dict[str, Any] = {
+                "model": str(before / "student"),
+                "tokenizer": None,
+                "revision": None,
+                "drop_layers": [],
+            }
             recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update=changes)})
         result = execute(recipe, overwrite=overwrite, quiet=quiet)
         yield result
