@@ -28,7 +28,7 @@ def main() -> int:
         worst = max(worst, better) if seeds >= 5 else worst
         print(f"| {seeds} | {held:.1%} | {better:.1%} |")
     met = worst <= GOAL
-    print(f"false verdicts with five seeds or more: at most {worst:.1%} (goal {GOAL:.0%}): {'met' if met else 'missed'}")
+    print(f"false verdicts, five seeds or more: at most {worst:.1%} (goal {GOAL:.0%}), {'met' if met else 'missed'}")
     return 0 if met else 1
 
 

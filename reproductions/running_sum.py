@@ -84,7 +84,7 @@ def student_tested(
     after["student"] = {"model": str(folder / "run" / "student"), "template": "plain"}
     run = assembled(parse_recipe(after, "recipe of this test"))
     found = evaluate(run)
-    verdicts = {row["id"]: row["reward"] for row in found.rows}
+    items = {f"test_{name}": verdicts for name, verdicts in found.items.items()}
     figures |= {f"test_{name}": value for name, value in found.metrics.items()}
     if states:
         own = by_quarter(found.rows)
@@ -94,7 +94,7 @@ def student_tested(
         figures |= {f"own_q{i + 1}": v for i, v in enumerate(own)}
         figures |= {f"teacher_q{i + 1}": v for i, v in enumerate(theirs)}
         figures["exposure"] = own[-1] - theirs[-1]
-    return {**figures, "items": {"test_accuracy": verdicts}}
+    return {**figures, "items": items}
 
 
 def by_quarter(rows: list[dict[str, Any]]) -> list[float]:
