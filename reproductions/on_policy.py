@@ -14,6 +14,8 @@ TERMS, BUDGET = (5, 8), 96
 RATES = (1e-3, 3e-3)
 TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 STEPS = 240
+FEW = {"prompts": {"size": 16}, "max_new_tokens": 24}
+"""Evaluation of the smoke run."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "student prefix, reverse KL": {},
@@ -59,11 +61,19 @@ def best_rate(
     return {"rate": max(found, key=found.__getitem__), **{f"accuracy at {rate:g}": a for rate, a in found.items()}}
 
 
-def arm(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], rate_from: str, seed: int) -> Figures:
+def arm(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    test: Mapping[str, Any],
+    rate_from: str,
+    seed: int,
+) -> Figures:
     """Distil at the arm's best rate and test; cost to 90 % of the teacher's accuracy comes from validation."""
     inputs = dict(inputs)
     rate = figures_of(inputs.pop(rate_from))["rate"]
-    figures = student_tested(folder, inputs, recipe=at_rate(recipe, rate), test=TEST, seed=seed, states=True)
+    figures = student_tested(folder, inputs, recipe=at_rate(recipe, rate), test=test, seed=seed, states=True)
     goal = 0.9 * figures_of(inputs["teacher"])["accuracy"]
     return {**figures, **reached(figures["curve"], "accuracy", goal), "rate": rate}
 
@@ -107,7 +117,9 @@ states leaves undone on one's own.
     ],
     arms={
         name: Stage(
-            arm, {"recipe": distilled(changes), "rate_from": rate_stage(name)}, ["base", "teacher", rate_stage(name)]
+            arm,
+            {"recipe": distilled(changes), "test": TEST, "rate_from": rate_stage(name)},
+            ["base", "teacher", rate_stage(name)],
         )
         for name, changes in ARMS.items()
     },
@@ -182,11 +194,11 @@ states leaves undone on one's own.
     ],
     smoke=Smoke(
         stages={
-            "base": {"recipe": {"steps": 8}},
-            "teacher": {"recipe": {"steps": 12}},
-            **{rate_stage(name): {"recipe": {"steps": 2}, "rates": [1e-3]} for name in ARMS},
+            "base": {"recipe": {"steps": 8, "evaluation": FEW}},
+            "teacher": {"recipe": {"steps": 12, "evaluation": FEW}},
+            **{rate_stage(name): {"recipe": {"steps": 2, "evaluation": FEW}, "rates": [1e-3]} for name in ARMS},
         },
-        arms={"recipe": {"steps": 4, "evaluation": {"every": 2}}},
+        arms={"recipe": {"steps": 4, "evaluation": {"every": 2, **FEW}}, "test": FEW},
         seeds=(0,),
     ),
 )
