@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from opd.api import assembled
 from opd.evaluation import evaluate
 from opd.language.creation import create_model, task_tokenizer
 from opd.procedural import ANSWER_PATTERN
+from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.reproductions import train
 from opd.reproductions.definition import Figures, merged
@@ -95,6 +97,47 @@ def student_tested(
         figures |= {f"teacher_q{i + 1}": v for i, v in enumerate(theirs)}
         figures["exposure"] = own[-1] - theirs[-1]
     return {**figures, "items": items}
+
+
+def tested(folder: Path, inputs: Mapping[str, Path], *, student: str, test: Mapping[str, Any], seed: int) -> Figures:
+    """A saved student on test prompts, under `test_...`: Avg@k, Pass@k, entropy, length, share of cut answers."""
+    settings = {
+        "student": {"model": student, "template": "plain"},
+        "prompts": prompts((5, 6), 2, "train"),
+        "objective": ["sft"],
+        "rollout": {"kind": "data"},
+        "verifier": {"kind": "exact_match", "pattern": ANSWER_PATTERN},
+        "evaluation": test,
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+        "self_test": False,
+        "seed": seed,
+        "output": str(folder / "test"),
+    }
+    found = evaluate(assembled(parse_recipe(filled(settings, inputs), "recipe of this test")))
+    figures = {f"test_{name}": value for name, value in found.metrics.items()}
+    return {**figures, "items": {f"test_{name}": verdicts for name, verdicts in found.items.items()}}
+
+
+def responses_of_teacher(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], size: int, seed: int
+) -> Figures:
+    """One response of the teacher to each training prompt, in `folder/responses.jsonl`, and what they cost."""
+    block = merged(filled(recipe, inputs), {"prompts": {"size": size}, "tracking": {"trackers": []}, "seed": seed})
+    started = time.process_time()
+    run = assembled(parse_recipe(merged(block, {"output": str(folder / "run")}), "recipe of the responses"))
+    budget = run.recipe.rollout.budget
+    source = TeacherRollout(max_new_tokens=budget).build(run.context, run.student, run.teachers)
+    asked = load_prompts(run.recipe.prompts)
+    tokens = 0
+    with (folder / "responses.jsonl").open("w", encoding="utf-8") as file:
+        for first in range(0, len(asked), 64):
+            trajectories = source(asked[first : first + 64], 1, budget, stream=0)
+            tokens += trajectories.positions
+            for prompt, actions in zip(trajectories.prompts, trajectories.completions(), strict=True):
+                fields = {k: prompt.fields[k] for k in ("id", "prompt", "answer")}
+                file.write(json.dumps({**fields, "response": run.student.decode(actions)}) + "\n")
+    return {"cpu_seconds": time.process_time() - started, "sampled_tokens": float(tokens)}
 
 
 def by_quarter(rows: list[dict[str, Any]]) -> list[float]:

@@ -105,6 +105,10 @@ def test_every_objective_has_its_own_positions_and_denominator():
     identity = lambda x: x  # noqa: E731
     mine = ReverseKL(written_by=["student"], weight=2.0).position_weights(trajectories, "token_mean", identity)
     assert mine.tolist() == pytest.approx([0.5, 0.5, 0, 0, 0, 0, 0, 0, 0.5, 0.5])
+    stopped = replace(trajectories, finished=torch.tensor([True, False, True]))
+    masked = ReverseKL(end="mask").position_weights(stopped, "token_mean", identity)
+    assert (masked == 0).nonzero().flatten().tolist() == [1, 9]
+    assert float(masked.sum()) == pytest.approx(1.0)
     data = SFT(written_by=["data", "teacher"], reduction="sequence_mean")
     found = data.position_weights(trajectories, "token_mean", identity)
     assert found.tolist() == pytest.approx([0, 0, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 0, 0])

@@ -68,6 +68,7 @@ class Objective(Choice):
     written_by: list[Author] | None = Field(
         None, description="Only positions whose action one of these wrote: student, teacher, data; default all"
     )
+    end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")
     teacher: str | None = Field(None, description="Name of the one teacher that this objective listens to; default all")
 
     def position_weights(
@@ -81,6 +82,9 @@ class Objective(Choice):
         if self.written_by is not None:
             wanted = torch.tensor([AUTHORS.index(a) for a in self.written_by], device=learn.device)
             learn = learn & torch.isin(trajectories.authors.to(learn.device), wanted)
+        if self.end == "mask":
+            last = (trajectories.lengths.cumsum(0) - 1)[trajectories.finished]
+            learn = learn.index_fill(0, last.to(learn.device), False)
         return self.weight * position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn)
 
     def shape(self, weights: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
@@ -114,7 +118,7 @@ class Objective(Choice):
         """Raise `IncompatibleError` at start-up when it is not what it says on the states of this prefix source."""
 
 
-SHARED = frozenset({"kind", "weight", "reduction", "written_by", "teacher"})
+SHARED = frozenset({"kind", "weight", "reduction", "written_by", "end", "teacher"})
 """Settings that say where an objective counts, not what it is."""
 
 
