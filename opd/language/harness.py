@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def run_harness(
         raise RunError(f"lm-eval on {', '.join(tasks)}: {type(error).__name__}: {reason[:200]}") from error
     results = {
         task: {
-            "metrics": {name: value for name, value in row.items() if isinstance(value, float | int)},
+            # Beside its metrics (`name,filter`) a row has texts, counts, and errors that could not be estimated.
+            "metrics": {n: v for n, v in row.items() if "," in n and isinstance(v, float | int) and math.isfinite(v)},
             "limit": limit,
             "examples": found["n-samples"].get(task, {}).get("effective"),
             "student": recipe.student.model,
