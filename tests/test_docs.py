@@ -1,4 +1,4 @@
-"""What the pages show is accepted: every YAML block is a part of a recipe, the call in the README is one of `distill`."""
+"""What the pages show is accepted: YAML blocks are parts of a recipe, the call in the README is one of `distill`."""
 
 from __future__ import annotations
 
