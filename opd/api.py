@@ -247,6 +247,7 @@ def prepare_directory(directory: Path, overwrite: bool) -> None:
             "samples.jsonl",
             "rollouts.jsonl",
             "summary.json",
+            "lm_eval.json",
             "report.html",
         ):
             (directory / name).unlink(missing_ok=True)

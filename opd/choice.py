@@ -82,9 +82,9 @@ def _descendants(cls: type[Choice]) -> list[type[Choice]]:
 
 
 class OneOf:
-    """Annotation for a recipe's field: `Annotated[Divergence, OneOf(Divergence)]`.
+    """Annotation for a recipe's field: `Annotated[Objective, OneOf(Objective)]`.
 
-    Accepts an instance, a mapping with `kind`, or the bare kind (`divergence: reverse_kl`).
+    Accepts an instance, a mapping with `kind`, or the bare kind (`objective: reverse_kl`).
     """
 
     def __init__(self, axis: type[Choice], default: str | None = None):

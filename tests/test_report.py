@@ -24,7 +24,8 @@ import yaml
 
 from opd.errors import RunError
 from opd.report import Layer, register, write_report
-from opd.report.curves import POINTS, curves, extremes
+from opd.report.curves import PHASES, POINTS, curves, extremes
+from opd.report.glossary import MEANINGS
 from opd.report.layers import registered
 from opd.report.live import make_server
 from opd.report.page import LARGEST, collect, differing_keys, labels, page, updates
@@ -250,6 +251,31 @@ def test_a_real_run_is_reported(tmp_path):
         assert (got["prompt"], got["tokens"], got["values"]) == (row["prompt"], row["tokens"], row["values"])
         assert got["extra"]["alternatives"] == row["alternatives"]
     assert list(one["rows"]["training"]["chunks"][0]["ranges"]) == ["divergence", "weight"]
+
+
+def test_every_name_that_a_run_logs_is_explained(tmp_path):
+    from opd.api import execute
+    from tests.conftest import save_tiny
+    from tests.test_loop import TEXTS, recipe_for
+
+    models = save_tiny(tmp_path / "student", seed=1), save_tiny(tmp_path / "teacher", seed=2, vocabulary=72)
+    recipe = recipe_for(
+        models,
+        tmp_path,
+        steps=2,
+        temperature=[[0, 1.0], [2, 0.8]],
+        prompts={"prompts": [{"prompt": text, "answer": "1"} for text in TEXTS]},
+        verifier={"kind": "exact_match", "pattern": "([0-9])"},
+        objective=["reverse_kl", "grpo"],
+        curriculum={"kind": "length_ladder", "lengths": [4, 8], "steps_per_rung": 1},
+        evaluation={"k": 2, "greedy": True},
+    )
+    logged = {name for record in execute(recipe, quiet=True).history for name in record} - {"step"}
+    assert {"train/curriculum/rung", "train/objective/grpo", "train/schedule/temperature"} <= logged
+    assert {"held_out/pass_at_k", "held_out/greedy_accuracy"} <= logged
+    families = tuple(key for key in MEANINGS if key.endswith("/"))
+    unknown = {n for n in logged if n not in MEANINGS and not n.startswith((*families, PHASES))}
+    assert not unknown
 
 
 # ---- rows ----
@@ -812,13 +838,15 @@ def test_in_a_browser_the_live_page_follows_the_run(browser, served):
     browser.open(f"http://127.0.0.1:{port}/")
     assert "4 of 4 steps" in browser.run("document.querySelector('.states').innerText")
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "held_out/reverse_kl": 0.125, "train/new": 3}\n')
+        file.write('{"step": 9, "held_out/reverse_kl": 0.125, "train/new": 3, "train/schedule/temperature": 1}\n')
     with (run / "samples.jsonl").open("a") as file:
         file.write(json.dumps(held_out_row(9, 0)) + "\n")
     browser.until("document.querySelector('.states').innerText.includes('9 of 4 steps')")
     assert "0.1250" in browser.run("document.getElementById('summary').innerText")
     browser.until("document.querySelector('.card .meta').innerText.includes('step 9')")
-    assert "new" in browser.run("document.getElementById('curves').innerText")
+    curves = browser.run("document.getElementById('curves').innerText")
+    assert "new" in curves
+    assert "schedule of temperature" in curves
     (run / "summary.json").write_text('{"seconds": 3}')
     browser.until("document.querySelector('.live').textContent === 'finished'")
     (run / "recipe.yaml").write_text("name: another\n")

@@ -54,11 +54,11 @@ def show_result(result: Result, recipe: Recipe) -> None:
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
 
 
-def show_metrics(metrics: Mapping[str, float], as_json: bool) -> None:
+def show_metrics(title: str, metrics: Mapping[str, float], as_json: bool) -> None:
     if as_json:
         print(json.dumps(metrics, indent=2))
         return
-    table = Table("held out", "")
+    table = Table(title, "")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4f}")
     console().print(table)

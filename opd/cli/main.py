@@ -122,12 +122,21 @@ def evaluate(
     source: Annotated[str, typer.Argument(help="A run directory, or a recipe.")],
     overrides: Overrides = None,
     student: Annotated[str | None, typer.Option(help="A saved student to measure instead.")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASK,TASK", help="Tasks of lm-eval instead of the held-out prompts.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task; with --lm-eval.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own; with --lm-eval.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Measure a student on held-out prompts: both KLs to the teacher, agreement, entropy, length, accuracy."""
+    """Measure a student on held-out prompts (both KLs to the teacher, agreement, accuracy, ...) or on benchmarks."""
     from opd.api import measure
     from opd.cli.display import show_metrics
+    from opd.errors import RecipeError
     from opd.recipe import load_recipe
+
+    if lm_eval is None and (limit is not None or include_path is not None):
+        raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
 
     changes = list(overrides or [])
     folder = Path(source)
@@ -138,7 +147,14 @@ def evaluate(
         changes += [f"student.model={student}", "student.drop_layers=[]", "student.lora=null", "student.freeze=[]"]
     resolved = load_recipe(source, changes)
     _quiet_libraries()
-    show_metrics(measure(resolved).metrics, json_output)
+    if lm_eval is None:
+        show_metrics("held out", measure(resolved).metrics, json_output)
+        return
+    from opd.language.harness import run_harness
+
+    results = run_harness(resolved, lm_eval.split(","), limit=limit, include_path=include_path)
+    shown = {f"{task} {name}": value for task, row in results.items() for name, value in row["metrics"].items()}
+    show_metrics("lm-eval", shown, json_output)
 
 
 @app.command()

@@ -1,4 +1,7 @@
-"""What the logged names mean: titles, units and which direction is better. A name that is not here still shows."""
+"""What the logged names mean: titles, units and which direction is better. A name that is not here still shows.
+
+A key that ends with `/` describes all names that begin with it; the rest of the name follows its title.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,24 @@ MEANINGS = {
     "held_out/teacher_entropy": Meaning("teacher's entropy", "nats a token", "on the student's answers"),
     "held_out/length": Meaning("length", "tokens"),
     "held_out/truncated": Meaning("truncated", "share of answers", "cut off by the token budget", "lower"),
-    "held_out/accuracy": Meaning("accuracy", "share of answers", "as the verifier judged them", "higher"),
+    "held_out/accuracy": Meaning(
+        "accuracy", "share of answers", "as the verifier judged them; with several samples a prompt Avg@k", "higher"
+    ),
+    "held_out/pass_at_k": Meaning(
+        "Pass@k", "share of prompts", "with a right answer among evaluation.k samples", "higher"
+    ),
+    "held_out/greedy_accuracy": Meaning("greedy accuracy", "share of answers", "of greedy decoding", "higher"),
+    "held_out/greedy_length": Meaning("greedy length", "tokens", "of greedy decoding"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
-    "train/divergence": Meaning("divergence", "nats a token", "mean over the tokens of the step, unweighted"),
+    "train/divergence": Meaning(
+        "divergence", "nats a token", "value of the first objective, mean over the tokens of the step, unweighted"
+    ),
+    "train/objective/": Meaning(
+        "objective", "a token", "value of one of several objectives, mean over the tokens of the step, unweighted"
+    ),
+    "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
+    "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),
+    "train/curriculum/length": Meaning("rung's length", "tokens", "budget of a trajectory on this rung"),
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
     "train/reward": Meaning("reward", "", "mean of the verifier's verdicts"),

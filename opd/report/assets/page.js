@@ -29,6 +29,8 @@ window.opd = (() => {
   /** Title, unit, meaning and better direction of a logged name; names that nobody described get their own. */
   function meaning(name) {
     if (Object.hasOwn(data.glossary, name)) return data.glossary[name];
+    const family = Object.keys(data.glossary).find((key) => key.endsWith("/") && name.startsWith(key));
+    if (family) return { ...data.glossary[family], title: `${data.glossary[family].title} ${name.slice(family.length)}` };
     return { title: name.split("/").slice(1).join(" ").replaceAll("_", " ") || name, unit: "", about: "", better: "" };
   }
 
