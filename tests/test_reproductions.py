@@ -387,17 +387,18 @@ def test_the_interval_is_that_of_a_mean():
 def test_items_are_resampled_where_all_seeds_share_them():
     # The method solves 30 of 100 items that the baseline does not, in every seed: seeds alone would show no spread.
     ids = [f"p{i}" for i in range(100)]
-    a = [dict.fromkeys(ids, 1.0)] * 3
-    b = [{i: float(n >= 30) for n, i in enumerate(ids)}] * 3
-    arms = {"a": [1.0] * 3, "b": [0.7] * 3}
+    a = [dict.fromkeys(ids, 1.0)] * 10
+    b = [{i: float(n >= 30) for n, i in enumerate(ids)}] * 10
+    arms = {"a": [1.0] * 10, "b": [0.7] * 10}
     found = judge(CLAIM, arms, {"a": a, "b": b})
     assert found["resampled"] == ["seeds", "items"]
-    half = 1.96 * np.sqrt(0.3 * 0.7 / 100)
+    # Student's t for ten seeds, expanded by the spread of a resample: 2.262 * sqrt(10 / 9).
+    half = 2.384 * np.sqrt(0.3 * 0.7 / 100)
     assert found["ci95"] == pytest.approx([0.3 - half, 0.3 + half], abs=0.01)
     # The order in which an arm was measured does not matter.
     assert judge(CLAIM, arms, {"a": [dict(reversed(one.items())) for one in a], "b": b}) == found
     own = [{f"seed {n} {i}": v for i, v in one.items()} for n, one in enumerate(a)]
-    for other in ({"a": own, "b": b}, {"a": a}, {"a": a, "b": [{}] * 3}):
+    for other in ({"a": own, "b": b}, {"a": a}, {"a": a, "b": [{}] * 10}):
         assert judge(CLAIM, arms, other)["resampled"] == ["seeds"]
 
 
