@@ -117,7 +117,7 @@ def _item_differences(claim: Claim, items: Mapping[str, Sequence[Items]], sign: 
     both = [one for arm in (claim.method, claim.baseline) for one in items.get(arm) or [{}]]
     if any(not one or one.keys() != both[0].keys() for one in both):
         return None
-    ids = list(both[0])
+    ids = sorted(both[0])
     method, baseline = (
         np.array([[one[i] for i in ids] for one in items[arm]], float) for arm in (claim.method, claim.baseline)
     )
