@@ -141,7 +141,10 @@ of the last rung that passed.
         "new teacher": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
         "new student": Stage(new_model, {"width": 32, "layers": 2, "heads": 4, "seed": 1}),
         "teacher": Stage(train, {"recipe": supervised("{new teacher}/model", 3000), "seed": 0}, ["new teacher"]),
-        "student": Stage(train, {"recipe": supervised("{new student}/model", 2500), "seed": 0}, ["new student"]),
+        "early student": Stage(train, {"recipe": supervised("{new student}/model", 2500), "seed": 0}, ["new student"]),
+        "student": Stage(
+            train, {"recipe": supervised("{early student}/run/student", 2000), "seed": 1}, ["early student"]
+        ),
         "responses": Stage(responses_of_teacher, {"recipe": distilled(LONG, REVERSE), "size": 8000, "seed": 0}, BASES),
         **{name: Stage(train, {"recipe": block}, BASES, per_seed=True) for name, block in STUDENTS.items()},
         STORED: Stage(
@@ -317,6 +320,7 @@ of the last rung that passed.
     smoke=Smoke(
         stages={
             "teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
+            "early student": {"recipe": {"steps": 4, "evaluation": FEW}},
             "student": {"recipe": {"steps": 4, "evaluation": FEW}},
             "responses": {"size": 32},
             **dict.fromkeys([*STUDENTS, STORED, FIXED], SMALL),
