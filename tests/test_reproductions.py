@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,12 @@ from opd.evaluation import _by_prompt
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
 from opd.reproductions.catalogue import find, shipped
 from opd.reproductions.chart import ticks
+from opd.reproductions.fork_server import ONE_THREAD, fork_server
 from opd.reproductions.jobs import Job, graph
 from opd.reproductions.page import pages
 from opd.reproductions.reproduce import reproduce
 from opd.reproductions.results import judged, read, write
+from opd.reproductions.runner import Worker
 from opd.reproductions.training import filled
 from opd.reproductions.verdicts import judge, paired_interval
 from tests.conftest import trajectories_of
@@ -212,6 +215,27 @@ def test_a_stopped_command_ends_its_workers(number, code, toy, tmp_path):
     assert finished(toy) == {}
 
 
+def test_without_the_process_that_starts_them_jobs_end_and_the_command_says_so(toy, tmp_path):
+    (tmp_path / "wait").touch()
+    words = [sys.executable, "-m", "opd", "reproduce", str(toy)]
+    command = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert command.poll() is None
+            time.sleep(0.05)
+        worker = int((tmp_path / "pid").read_text())
+        server = int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1])
+        assert server != command.pid
+        os.kill(server, signal.SIGKILL)
+        _, err = command.communicate(timeout=20)
+    finally:
+        command.kill()
+    assert command.returncode == 2
+    assert "the process that starts jobs is gone: it was killed" in err
+    assert not alive(worker)
+    assert finished(toy) == {}
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -228,8 +252,8 @@ def test_a_failed_job_stops_only_what_depends_on_it(toy, tmp_path):
     assert "Traceback" not in err
     assert len(finished(toy)) == 5
     assert not find(str(toy)).results.exists()
-    (output,) = {file.read_text() for file in find(str(toy)).cache.glob("*/output.txt") if file.stat().st_size}
-    assert "Traceback" in output
+    outputs = [file.read_text() for file in find(str(toy)).cache.glob("*/output.txt")]
+    assert sorted("Traceback" in output for output in outputs) == [False] * 5 + [True] * 2
     (tmp_path / "fail-1").unlink()
     assert run(toy).results is not None
 
@@ -569,6 +593,93 @@ reproduction = Reproduction(
     claims=[Claim("main", "Longer is closer.", "reverse_kl", "lower", "long", "short")],
 )
 """
+
+
+STARTED = """
+import os, random, sys
+imported, threads = "torch" in sys.modules, len(os.listdir("/proc/self/task"))
+from pathlib import Path
+import numpy, torch
+from opd.reproductions import Claim, Reproduction, Stage, train
+
+def look(folder, inputs, *, seed):
+    return {
+        "imported": imported,
+        "threads": threads,
+        "parent": os.getppid(),
+        "environment": [os.environ["OMP_NUM_THREADS"], torch.get_num_threads()],
+        "python": random.random(),
+        "numpy": float(numpy.random.rand()),
+        "torch": float(torch.rand(())),
+        "file": FILE,
+    }
+
+FILE = 1
+claims = [Claim("main", "?", testable=False, note="a test")]
+arms = {"look": Stage(look), "train": Stage(train, {"recipe": {}})}
+reproduction = Reproduction("", "", "", {}, arms, [0, 1], [], claims)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="jobs are forked on Linux only")
+def test_jobs_start_warm_and_each_with_its_own_random_state_and_file(toy):
+    path = toy.with_name("started.py")
+    path.write_text(STARTED)
+    # The recipe is empty, so the ready-made job fails; that there is one makes the modules be imported.
+    assert len(run(path, workers=1).problems) == 2
+    jobs = graph(find(str(path)).reproduction).arms["look"]
+    one, two = (job.figures(find(str(path)).cache) for job in jobs)
+    # The job's own thread, and the one that watches its parent.
+    assert [(f["imported"], f["threads"], f["environment"], f["file"]) for f in (one, two)] == [
+        (True, 2, ["1", 1], 1)
+    ] * 2
+    assert one["parent"] == two["parent"] != os.getpid()
+    for generator in ("python", "numpy", "torch"):
+        assert one[generator] != two[generator]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="jobs are forked on Linux only")
+def test_where_a_fork_is_not_safe_a_job_is_a_fresh_process(toy, tmp_path):
+    (tmp_path / "calm.py").touch()
+    (tmp_path / "threaded.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()\n"
+    )
+    toy.with_name("seen.py").write_text(
+        "import sys\nseen = sorted({'calm', 'threaded'} & sys.modules.keys())\n"
+        "def look(folder, inputs):\n    return {'seen': seen}\n"
+    )
+    for modules, seen in ((["calm"], ["calm"]), (["calm", "threaded"], [])):
+        job = Job("look", "reproductions.seen:look", len(modules), {}, {})
+        worker = Worker(job, tmp_path, toy.parent)
+        with (tmp_path / "lock").open("w") as lock, fork_server(tmp_path / "log", lock.fileno(), modules) as server:
+            server.send(str(worker.folder))
+            assert server.poll(60)
+            assert server.recv() == (str(worker.folder), 0)
+        assert job.figures(tmp_path) == {"seen": seen}
+
+
+def test_a_jobs_figures_are_those_of_a_fresh_process(toy):
+    path = toy.with_name("distilled.py")
+    path.write_text(DISTILLED.replace("seeds=[0, 1]", "seeds=[0]"))
+    assert run(path, arm="short").problems == []
+    entry = find(str(path))
+    (job,) = graph(entry.reproduction).arms["short"]
+    folder = (entry.cache / job.key).resolve()
+    forked = figures_without_times(folder)
+    weights = (folder / "run" / "student" / "model.safetensors").read_bytes()
+    (folder / "job.json").unlink()
+    shutil.rmtree(folder / "run")
+    code = "import sys, pathlib; from opd.reproductions.worker import work; work(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=os.environ | ONE_THREAD)
+    assert figures_without_times(folder) == forked
+    assert (folder / "run" / "student" / "model.safetensors").read_bytes() == weights
+
+
+def figures_without_times(folder):
+    figures = json.loads((folder / "job.json").read_text())["figures"]
+    for point in figures["curve"]:
+        del point["cpu_seconds"]
+    return {name: value for name, value in figures.items() if "seconds" not in name}
 
 
 def test_two_arms_and_two_seeds_of_real_training(toy):

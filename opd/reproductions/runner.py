@@ -1,4 +1,4 @@
-"""Runs the jobs of a graph that are not finished yet, each in a process of one thread."""
+"""Runs the jobs of a graph that are not finished yet, each in a process of its own with one thread."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from opd.errors import RunError
 from opd.reproductions.definition import Figures
+from opd.reproductions.fork_server import MODULES, fork_server
 from opd.reproductions.jobs import Job
-
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 Records = dict[str, dict[str, Any]]
 """What job.json holds, by key."""
@@ -65,7 +57,7 @@ def run_jobs(
     for those. Ended from outside, it ends its workers; finished jobs stay, and unfinished folders do not count.
 
     Raises:
-        RunError: another process runs jobs in this cache.
+        RunError: another process runs jobs in this cache, or the process that starts them is killed.
     """
     early = {job.key for stage in first for job in stage.with_inputs()}
     waits_for = {
@@ -73,7 +65,7 @@ def run_jobs(
     }
     outcome, lost = Outcome(), set[str]()
     done: Records = {}
-    running: list[Worker] = []
+    running: dict[str, Worker] = {}
 
     def take_in(job: Job) -> bool:
         record = job.record(cache)
@@ -82,40 +74,47 @@ def run_jobs(
             outcome.closed = outcome.closed or check(job, record["figures"])
         return record is not None
 
-    with _locked(cache) as lock, _terminated_as_exit(), _progress(console, len(jobs)) as show:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_locked(cache))
+        stack.enter_context(_terminated_as_exit())
+        show = stack.enter_context(_progress(console, len(jobs)))
         waiting = [job for job in jobs if not take_in(job)]
-        try:
-            while True:
-                for job in list(waiting):
-                    if outcome.closed:
-                        waiting.clear()
-                    elif waits_for[job.key] & lost:
-                        waiting.remove(job)
-                        lost.add(job.key)
-                    elif waits_for[job.key] <= done.keys() and len(running) < workers:
-                        waiting.remove(job)
-                        running.append(Worker(job, cache, reproductions, lock))
-                show(done, running, waiting, workers)
-                if not running:
-                    return outcome
-                time.sleep(0.1)
-                for worker in [worker for worker in running if worker.process.poll() is not None]:
-                    running.remove(worker)
-                    if take_in(worker.job):
-                        console.print(f"{worker.job.name}: {worker.seconds():.0f} s", highlight=False, markup=False)
-                    else:
-                        lost.add(worker.job.key)
-                        outcome.failed[worker.job.name] = worker.why_failed()
-                        console.print(f"{worker.job.name} failed: {worker.why_failed()}", highlight=False, markup=False)
-        finally:
-            for worker in running:
-                worker.end()
+        show(done, [], waiting, workers)
+        if not waiting:
+            return outcome
+        # A reproduction of none but its own functions may need nothing of the kind; six seconds are spared then.
+        modules = MODULES if any(job.function.startswith("opd.") for job in jobs) else ()
+        server = stack.enter_context(fork_server(cache / "output.txt", lock, modules))
+        while True:
+            for job in list(waiting):
+                if outcome.closed:
+                    waiting.clear()
+                elif waits_for[job.key] & lost:
+                    waiting.remove(job)
+                    lost.add(job.key)
+                elif waits_for[job.key] <= done.keys() and len(running) < workers:
+                    waiting.remove(job)
+                    worker = Worker(job, cache, reproductions)
+                    running[str(worker.folder)] = worker
+                    server.send(str(worker.folder))
+            show(done, running.values(), waiting, workers)
+            if not running:
+                return outcome
+            if server.poll(0.1):
+                folder, code = server.recv()
+                worker = running.pop(folder)
+                if take_in(worker.job):
+                    console.print(f"{worker.job.name}: {worker.seconds():.0f} s", highlight=False, markup=False)
+                else:
+                    lost.add(worker.job.key)
+                    outcome.failed[worker.job.name] = worker.why_failed(code)
+                    console.print(f"{worker.job.name} failed: {worker.why_failed(code)}", highlight=False, markup=False)
 
 
 class Worker:
-    """The process of one job. What it prints goes to output.txt in the job's folder."""
+    """A job in a process of its own, and its folder, emptied and with what the process needs to know."""
 
-    def __init__(self, job: Job, cache: Path, reproductions: Path, lock: int):
+    def __init__(self, job: Job, cache: Path, reproductions: Path):
         self.job, self.folder = job, (cache / job.key).resolve()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -129,36 +128,18 @@ class Worker:
         }
         (self.folder / "task.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
         self.started = time.perf_counter()
-        with (self.folder / "output.txt").open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "opd.reproductions.worker", str(self.folder)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=os.environ | ONE_THREAD,
-                # A session of its own: Ctrl-C reaches the parent alone, which then ends each worker's whole group.
-                start_new_session=True,
-                # A worker holds the lock too, until the last of them is gone.
-                pass_fds=(lock,),
-            )
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
-    def why_failed(self) -> str:
+    def why_failed(self, code: int) -> str:
         """One line: what it said last, or what killed it, and where the rest is."""
-        code = self.process.returncode
-        text = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip()
+        output = self.folder / "output.txt"
+        text = output.read_text(encoding="utf-8", errors="replace").strip() if output.exists() else ""
         last = text.splitlines()[-1] if text else f"exit code {code}"
         if code < 0:
             last = f"killed by {signal.Signals(-code).name}"
-        return f"{last[:300]} (see {os.path.relpath(self.folder)}/output.txt)"
-
-    def end(self) -> None:
-        # Nothing of a half-finished job is kept, so there is nothing that a milder signal would let it save.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        return f"{last[:300]} (see {os.path.relpath(output)})"
 
 
 @contextlib.contextmanager
@@ -198,7 +179,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
     with Progress(*columns, TextColumn("{task.fields[left]}  {task.fields[now]}"), console=console) as bar:
         task = bar.add_task("jobs", total=total, left="", now="")
 
-        def show(done: Records, running: Sequence[Worker], waiting: Sequence[Job], workers: int) -> None:
+        def show(done: Records, running: Iterable[Worker], waiting: Sequence[Job], workers: int) -> None:
             left = seconds_left(done.values(), running, waiting, workers)
             now = ", ".join(worker.job.name for worker in running)
             bar.update(task, completed=len(done), now=now, left="" if left is None else f"about {_clock(left)} left")
@@ -207,7 +188,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[..., None]]:
 
 
 def seconds_left(
-    done: Iterable[dict[str, Any]], running: Sequence[Worker], waiting: Sequence[Job], workers: int
+    done: Iterable[dict[str, Any]], running: Iterable[Worker], waiting: Sequence[Job], workers: int
 ) -> float | None:
     """Estimate by the mean of finished jobs of the same function, or of all; None before the first."""
     times: dict[str, list[float]] = {}

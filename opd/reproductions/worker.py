@@ -1,4 +1,4 @@
-"""The process of one job: `python -m opd.reproductions.worker FOLDER`, where FOLDER holds its task.json."""
+"""The process of one job, whose folder holds its task.json."""
 
 from __future__ import annotations
 
@@ -12,6 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import OpdError
+
+
+def run(folder: Path, parent: int) -> None:
+    """All that the process of a job does, which `parent` started. What it prints goes to output.txt."""
+    end_with(parent)
+    with (folder / "output.txt").open("wb") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    # Runs record their command.
+    sys.argv = [__file__, str(folder)]
+    # A fork has its parent's state of these generators; Python draws its own.
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.seed()
+    try:
+        work(folder)
+    except OpdError as error:
+        sys.exit(f"{error}")
 
 
 def work(folder: Path) -> None:
@@ -47,11 +66,3 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    end_with(os.getppid())
-    try:
-        work(Path(sys.argv[1]))
-    except OpdError as error:
-        sys.exit(f"{error}")
