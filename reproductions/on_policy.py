@@ -11,9 +11,9 @@ from opd.reproductions.definition import Figures, merged
 from reproductions.running_sum import figures_of, new_model, prompts, reached, recipe, student_tested
 
 TERMS, BUDGET = (5, 8), 96
-RATES = (1e-3, 3e-3)
+RATES = (3e-4, 1e-3)
 TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
-STEPS = 240
+STEPS = 200
 FEW = {"prompts": {"size": 16}, "max_new_tokens": 24}
 """Evaluation of the smoke run."""
 
@@ -42,7 +42,7 @@ def supervised(model: str, steps: int) -> dict[str, Any]:
 
 def distilled(changes: Mapping[str, Any]) -> dict[str, Any]:
     """An arm's recipe; its learning rate is put in when it is known."""
-    own = {"evaluation": {"every": 20}}
+    own = {"evaluation": {"every": 25}}
     return merged(recipe("{base}/run/student", TERMS, BUDGET, STEPS, 0.0, "{teacher}/run/student", **own), changes)
 
 
