@@ -71,9 +71,10 @@ def killed_at(monkeypatch, recipe, step, **options):
     after_step = Monitor.after_step
 
     def dying(self, run, signals, measurement):
-        after_step(self, run, signals, measurement)
+        measured = after_step(self, run, signals, measurement)
         if run.step == step:
             raise Killed
+        return measured
 
     with monkeypatch.context() as patch:
         patch.setattr(Monitor, "after_step", dying)
@@ -109,9 +110,13 @@ def assert_same_run(one, other):
 HINTED = {"prompts": [{"kind": "inline", "prompts": [{"prompt": t, "hint": f"{t} think"} for t in TEXTS]}]}
 EMA = {"teacher": {"kind": "self", "mode": "ema", "rate": 0.1, "sees": "hint"}, **HINTED}
 
+RUNGS = {"steps_per_rung": 3, "minimum_share": 0.01}
+
 WAYS = {
     "full": {},
-    "scheduled": {"update": {"schedule": "cosine", "warmup_steps": 1}},
+    "scheduled": {"update": {"learning_rate": {"kind": "cosine", "start": 1e-2, "warmup": 1}}},
+    # Its gate is asked at step 3, in the middle of a run that dies there.
+    "length ladder": {"whole": {"curriculum": {"kind": "length_ladder", "lengths": [3, 5], **RUNGS}}},
     # Without the self-test the student is left in training mode, and dropout draws from torch's generator.
     "lora with dropout": {"student": {"lora": {"rank": 2, "dropout": 0.2}}, "self_test": False},
     "part frozen": {"student": {"freeze": ["embed_tokens"]}},
@@ -130,7 +135,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
     result = execute(broken, resume=True, quiet=True)
     assert_same_run(undisturbed, broken)
     assert [r["step"] for r in result.history if "train/loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in result.history if "held_out/length" in r] == [0, 3, 6]
+    # A ladder measures at the end of its last rung, and so does the run.
+    assert sorted({r["step"] for r in result.history if "held_out/length" in r}) == [0, 3, 6]
     assert len(result.samples) == 1
 
 
@@ -174,6 +180,9 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
             seen.append((step, self.drawn, signals.get("divergence")))
             return self.inner.next(step, signals)
 
+        def asks_evaluation(self, step):
+            return False
+
         def state_dict(self):
             return {"drawn": self.drawn, "by step": {step: d for step, d, _ in seen}, "pair": (1, torch.ones(2, 0))}
 
@@ -182,15 +191,15 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
             assert isinstance(state["pair"], tuple)
             self.drawn = state["drawn"]
 
-    def build(self, *arguments):
-        return Counting(ShuffledSchedule(*arguments))
+    def build(self, prompts, per_step, context, student):
+        return Counting(ShuffledSchedule(prompts, per_step, context.seed))
 
     monkeypatch.setattr("opd.curricula.shuffled.Shuffled.build", build)
     recipe, seen = make("run"), []
     killed_at(monkeypatch, recipe, 3)
     first, seen = seen, []
     execute(recipe, resume=True, quiet=True)
-    assert [s[:2] for s in seen] == [(2, 3), (3, 4), (4, 5), (5, 6)]
+    assert [s[:2] for s in seen] == [(2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
     # The signals of the step before the checkpoint reach the curriculum as they would have.
     assert seen[0] == first[2]
     assert seen[0][2] is not None
@@ -247,9 +256,9 @@ def test_more_steps_extend_a_constant_rate_and_are_a_change_of_a_falling_one(mak
     execute(make("short", steps=8), resume=True, quiet=True)
     assert records(longer, "rollouts.jsonl") == records(short, "rollouts.jsonl")
     assert all(torch.equal(value, final(short)[name]) for name, value in final(longer).items())
-    falling = {"update": {"schedule": "linear"}}
+    falling = {"update": {"learning_rate": {"kind": "linear", "start": 1e-2}}}
     execute(make("falling", **falling), quiet=True)
-    with pytest.raises(RunError, match="steps 6 -> 8"):
+    with pytest.raises(RunError, match=r"steps 6 -> 8 \(counted on by update\.learning_rate\)"):
         execute(make("falling", steps=8, **falling), resume=True, quiet=True)
 
 
@@ -501,17 +510,18 @@ def test_a_checkpoint_is_exported_as_a_student(make, tmp_path):
 # ---- the command line, and what the machine does to it ----
 
 
-def start(recipe, tmp_path, *words, limit=None):
+def start(recipe, tmp_path, *words, limit=None, program=("opd",), **options):
     """The real program on a recipe, in a process of its own."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.dump()))
     return subprocess.Popen(
-        [sys.executable, "-m", "opd", "train", str(path), "--quiet", *words],
+        [sys.executable, "-m", *program, "train", str(path), "--quiet", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
+        **options,
     )
 
 
@@ -528,7 +538,7 @@ def logged(recipe):
 
 
 def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbed(make, tmp_path):
-    slow = {"rollout": {"max_new_tokens": 200}, "checkpoint": {"every": 100}}
+    slow = {"rollout": {"max_new_tokens": 100}, "checkpoint": {"every": 100}}
     undisturbed, recipe = make("undisturbed", **slow), make("run", **slow)
     execute(undisturbed, quiet=True)
     process = start(recipe, tmp_path)
@@ -545,6 +555,31 @@ def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbe
     _out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert_same_run(undisturbed, recipe)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit(make, tmp_path):
+    """Replicated weights, one generator a process: dropout draws differently in each."""
+    options = {"student": {"lora": {"rank": 2, "dropout": 0.2}}, "self_test": False, "checkpoint": {"every": 2}}
+    steps = {"steps": 30, "batch": {"prompts": 4, "micro": 1}, "resume": "auto"}
+    undisturbed, broken = make("undisturbed", **options, **steps), make("broken", **options, **steps)
+
+    def both(recipe):
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opd"]
+        return start(recipe, tmp_path, program=launcher, start_new_session=True)
+
+    process = both(broken)
+    until(lambda: logged(broken) >= 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert steps_stored(broken.directory)[0] < 30
+    for recipe in (broken, undisturbed):
+        process = both(recipe)
+        _out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert_same_run(undisturbed, broken)
+    generators = {name: value for name, value in final(broken).items() if name.startswith("/random/")}
+    assert not torch.equal(generators["/random/0/torch"], generators["/random/1/torch"])
 
 
 def test_two_writers_and_a_lock_that_ends_with_its_process(make, tmp_path):

@@ -132,13 +132,13 @@ def test_a_part_that_fails_late_does_not_count_twice(make, monkeypatch):  # noqa
     execute(whole, quiet=True)
     backward, count = AdamW.accumulate, iter(range(100))
 
-    def breaking(self, loss, last):
+    def breaking(self, losses, last):
         if next(count) != 1:
-            return backward(self, loss, last)
+            return backward(self, losses, last)
         parameter = next(p for p in self.student.module.parameters() if p.requires_grad)
         handle = parameter.register_post_accumulate_grad_hook(_raise)
         try:
-            return backward(self, loss, last)
+            return backward(self, losses, last)
         finally:
             handle.remove()
 
