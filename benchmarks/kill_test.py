@@ -94,7 +94,7 @@ def recipe_for(model: str, directory: Path) -> Recipe:
             "prompts": {"kind": "inline", "prompts": rows},
             "rollout": {"max_new_tokens": 16},
             "batch": {"prompts": 8, "micro": 4},
-            "update": {"learning_rate": 1e-2, "schedule": "cosine"},
+            "update": {"learning_rate": {"kind": "cosine", "start": 1e-2}},
             "evaluation": {"held_out": 4, "every": 7},
             "checkpoint": {"every": 1},
             "tracking": {"trackers": []},

@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import numpy
+import psutil
 import pytest
 import torch
 import yaml
@@ -510,7 +511,7 @@ def test_a_checkpoint_is_exported_as_a_student(make, tmp_path):
 # ---- the command line, and what the machine does to it ----
 
 
-def start(recipe, tmp_path, *words, limit=None, program=("opd",), **options):
+def start(recipe, tmp_path, *words, limit=None, program=("opd",)):
     """The real program on a recipe, in a process of its own."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.dump()))
@@ -521,11 +522,10 @@ def start(recipe, tmp_path, *words, limit=None, program=("opd",), **options):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
-        **options,
     )
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=150):
     deadline = time.time() + seconds
     while time.time() < deadline and not condition():
         time.sleep(0.02)
@@ -544,7 +544,7 @@ def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbe
     process = start(recipe, tmp_path)
     until(lambda: logged(recipe) >= 2)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     assert "stopped early by SIGTERM" in out
     assert "--resume" in out
@@ -552,7 +552,7 @@ def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbe
     assert 2 <= done < 6
     assert json.loads((recipe.directory / "summary.json").read_text())["steps"] == done
     process = start(recipe, tmp_path, "--resume")
-    _out, err = process.communicate(timeout=60)
+    _out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     assert_same_run(undisturbed, recipe)
 
@@ -561,21 +561,22 @@ def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbe
 def test_two_processes_go_on_bit_for_bit(make, tmp_path):
     """Replicated weights, one generator a process: dropout draws differently in each."""
     options = {"student": {"lora": {"rank": 2, "dropout": 0.2}}, "self_test": False, "checkpoint": {"every": 2}}
-    steps = {"steps": 30, "batch": {"prompts": 4, "micro": 1}, "resume": "auto"}
+    steps = {"steps": 16, "batch": {"prompts": 4, "micro": 1}, "resume": "auto"}
     undisturbed, broken = make("undisturbed", **options, **steps), make("broken", **options, **steps)
 
     def both(recipe):
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opd"]
-        return start(recipe, tmp_path, program=launcher, start_new_session=True)
+        return start(recipe, tmp_path, program=launcher)
 
     process = both(broken)
-    until(lambda: logged(broken) >= 7)
-    os.killpg(process.pid, signal.SIGKILL)
+    until(lambda: logged(broken) >= 5)
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        member.kill()
     process.communicate()
-    assert steps_stored(broken.directory)[0] < 30
+    assert steps_stored(broken.directory)[0] < 16
     for recipe in (broken, undisturbed):
         process = both(recipe)
-        _out, err = process.communicate(timeout=120)
+        _out, err = process.communicate(timeout=150)
         assert process.returncode == 0, err
     assert_same_run(undisturbed, broken)
     generators = {name: value for name, value in final(broken).items() if name.startswith("/random/")}
@@ -606,7 +607,7 @@ def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make, tmp_path):
     kept = steps_stored(recipe.directory)
     room = (folder_of(recipe.directory, kept[0]) / "tensors.safetensors").stat().st_size
     process = start(recipe, tmp_path, "--resume", limit=room - 1000)
-    _out, err = process.communicate(timeout=60)
+    _out, err = process.communicate(timeout=150)
     assert process.returncode == 2
     assert "Traceback" not in err
     message = next(line for line in err.splitlines() if "cannot be written" in line)
