@@ -1,12 +1,13 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md` and `docs/objectives.md`. Nothing in those parts is typed by hand.
+`docs/loss_operator.md`, `docs/objectives.md` and `docs/checkpoints.md`. Nothing in those parts is typed by hand.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def main() -> int:
         ROOT / "docs/loss_operator.md", loss_operator(sorted((ROOT / "benchmarks/results").glob("loss_operator*.json")))
     )
     write(ROOT / "docs/objectives.md", objectives())
+    results = ROOT / "benchmarks/results"
+    write(ROOT / "docs/checkpoints.md", checkpoints(results / "kill_test.json", results / "checkpoint_cost.json"))
     return 0
 
 
@@ -87,6 +90,32 @@ def objectives() -> str:
         numbers = (row.cosine, row.norm_ratio, row.bias, row.variance, row.to_forward_kl, row.to_reverse_kl)
         text += f"| `{row.objective}` | {promise} | {' | '.join(f'{n:.3f}' for n in numbers)} |\n"
     return text
+
+
+def checkpoints(kills: Path, cost: Path) -> str:
+    """What the kill test found, and what a checkpoint takes by the model's size."""
+    found, data = (json.loads(path.read_text(encoding="utf-8")) for path in (kills, cost))
+    equal = "DIFFERENT from" if found["differences"] else "bitwise equal to"
+    text = (
+        f"`{found['command']}`: {found['kills']} kills by SIGKILL, {found['inside_a_write']} of them while a "
+        f"checkpoint was being written; the {found['runs']} run(s) so disturbed ended {equal} the undisturbed one, and "
+        f"{found['unusable']} kills left a directory that could not be resumed.\n\n"
+        f"`{data['command']}`: torch {data['settings']['torch']}, one thread, seconds as median (range) of "
+        f"{data['settings']['repeats']}. A write hashes every byte and waits for the disk; the disk alone is a plain "
+        "write of as many bytes that is waited for, on a machine whose disk others use too. The fingerprint is taken "
+        "once a process.\n\n"
+        "| parameters | trained | MiB | write | disk alone | read and verify | fingerprint of the rest |\n"
+        f"|{'---|' * 7}\n"
+    )
+    for cell in data["cells"]:
+        spans = (f"{statistics.median(s):.2f} ({min(s):.2f}–{max(s):.2f})" for s in _spans(cell))
+        sizes = f"{cell['parameters'] / 1e6:.1f} M | {cell['trained'] / 1e6:.1f} M | {cell['bytes'] / 2**20:.1f}"
+        text += f"| {sizes} | {' | '.join(spans)} | {cell['fingerprint']:.2f} |\n"
+    return text
+
+
+def _spans(cell: dict[str, Any]) -> tuple[list[float], ...]:
+    return cell["write"], cell["disk_alone"], cell["read"]
 
 
 if __name__ == "__main__":

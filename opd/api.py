@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.checkpoints.files import locked, main_process, whole_folder, write_whole
+from opd.checkpoints.resume import changes, identity, newest, refuse_changes
+from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.context import Context
-from opd.errors import RunError
+from opd.errors import DataError, RunError
 from opd.evaluation import HeldOut, evaluate
 from opd.language.model import LanguageModel
 from opd.loop import train
@@ -24,6 +31,7 @@ from opd.prompts.inline import InlinePrompts
 from opd.provenance import environment, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
+from opd.report.run_directory import read_json, read_yaml
 from opd.run import Run, assemble, load_data
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 
@@ -128,24 +136,84 @@ def execute(
     recipe: Recipe,
     *,
     overwrite: bool = False,
+    resume: bool = False,
+    force_changed: bool = False,
     quiet: bool = False,
     console: Console | None = None,
     student: Any = None,
     teachers: Sequence[Any] | None = None,
 ) -> Result:
-    """Run a recipe from start to finish and write its directory."""
-    data = load_data(recipe)
-    prepare_directory(recipe.directory, overwrite)
+    """Run a recipe from start to finish and write its directory.
+
+    Args:
+        recipe: what to run.
+        overwrite: replace an earlier run in the same directory.
+        resume: go on with the run in that directory from its newest sound checkpoint, bit for bit; from the start where
+            it was killed before the first one. `resume: auto` in the recipe does the same, and begins a run where
+            there is none.
+        force_changed: resume although keys that can change training differ from the checkpoint's.
+
+    Raises:
+        OpdError: for anything that the caller can mend; what was complete before is still there.
+    """
+    if resume and overwrite:
+        raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
+    if resume and not recipe.directory.is_dir():
+        raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
+    bad: list[DataError] = []
+    data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)
-    with monitor.signals_handled():
+    monitor.warn_of_skipped(bad)
+    with locked(recipe.directory), monitor.signals_handled(), _out_of_memory_named(monitor):
+        found, going_on = None, resume or (recipe.resume == "auto" and not overwrite)
+        if going_on:
+            found = newest(recipe, identity(recipe, itertools.chain(*data)), force_changed, monitor.warn)
+        if found is None:
+            prepare_directory(recipe.directory, overwrite, unfinished=going_on)
         with monitor.console.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
-        run.accelerator.init_trackers(recipe.tracking.project, config=_flat(recipe.dump()))
+            if found is not None:
+                folder, facts = found
+                refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
+                run.restore(read(folder))
+                monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
+        # Events that an earlier process logged beyond the checkpoint are not shown.
+        since = {"tensorboard": {"purge_step": run.step + 1}} if found is not None else {}
+        run.accelerator.init_trackers(recipe.tracking.project, config=_flat(recipe.dump()), init_kwargs=since)
         if run.accelerator.is_main_process:
-            (recipe.directory / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            _write_json(recipe.directory / "environment.json", environment(recipe.seed))
-        train(run)
-    return finish(run)
+            (recipe.directory / "summary.json").unlink(missing_ok=True)
+            write_whole(recipe.directory / "recipe.yaml", recipe.to_yaml())
+            _write_environment(run, resumed=found is not None)
+        try:
+            train(run)
+            return finish(run)
+        except BaseException:
+            # Trackers keep their last events for minutes; an end is the time to write them.
+            run.accelerator.end_training()
+            raise
+
+
+@contextmanager
+def _out_of_memory_named(monitor: Monitor) -> Iterator[None]:
+    """A micro-batch that does not fit is cut in two; for anything else that does not fit, say what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunError(
+            f"out of memory outside of the micro-batches ({str(error).splitlines()[0][:120]}); lower rollout.batch or "
+            "teacher.batch, or set teacher.offload=true, and go on with --resume --force-changed"
+        ) from None
+
+
+def _write_environment(run: Run, resumed: bool) -> None:
+    """environment.json of the run's start, with a line for every process that went on with it."""
+    path, facts = run.recipe.directory / "environment.json", environment(run.recipe.seed)
+    if resumed:
+        first = read_json(path) or facts
+        facts = {**first, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}
+    write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
 def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = False) -> Iterator[Result]:
@@ -153,13 +221,13 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
 
     The student's other settings (`lora`, `freeze`, `template`, ...) stay each recipe's own, but for `drop_layers`,
     `tokenizer` and `revision`, which belong to the model that is replaced. A link that is stopped by a signal ends the
-    chain.
+    chain; with `resume: auto` in its recipes, the same call goes on with it.
     """
     folders = [str(recipe.directory.resolve()) for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
-    if not overwrite:
-        for recipe in recipes:
+    for recipe in recipes:
+        if not overwrite and recipe.resume == "never":
             refuse_occupied(recipe.directory)
     before: Path | None = None
     for recipe in recipes:
@@ -188,13 +256,21 @@ def finish(run: Run) -> Result:
         "after": monitor.after.metrics,
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
-        "stopped_early": monitor.stopped_by is not None,
+        "stopped_early": run.step < recipe.steps,
+        "skipped_updates": run.skips.total,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
-        run.student.save(recipe.directory / "student", model_card(recipe, summary))
-        _write_json(recipe.directory / "summary.json", summary)
+        try:
+            with whole_folder(recipe.directory / "student") as folder:
+                run.student.save(folder, model_card(recipe, summary))
+            write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"the student cannot be saved to {recipe.directory / 'student'} ({error}); free some space and go on "
+                "with --resume"
+            ) from None
         write_report([recipe.directory], recipe.directory / "report.html")
     run.accelerator.end_training()
     language = getattr(run.student, "language", None)
@@ -229,14 +305,58 @@ def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = No
         return evaluate(run)
 
 
+def export(directory: Path, out: Path, step: int | None = None) -> Path:
+    """Write the student of a checkpoint (default: the newest) to `out`, as plain transformers loads it.
+
+    Raises:
+        RunError: no checkpoint of that step, or a damaged one.
+    """
+    steps = steps_stored(directory)
+    if not steps or (step is not None and step not in steps):
+        which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise RunError(f"{directory} has {which}; there are {', '.join(map(str, steps)) or 'none'}")
+    folder = folder_of(directory, steps[0] if step is None else step)
+    facts = verify(folder)
+    recipe = parse_recipe(facts["recipe"], str(folder))
+    student = recipe.student.build(Context(torch.device("cpu")))
+    if facts["weights"]["student"] != student.fingerprint():
+        raise RunError(f"{folder} belongs to other weights than {facts['recipe']['student'].get('model')!r} has now")
+    student.load_state_dict(read(folder)["parts"]["student"])
+    card = f"---\nlibrary_name: transformers\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+    with whole_folder(out) as partial:
+        student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")
+    return out
+
+
+def occupied(directory: Path) -> bool:
+    """Whether a directory holds a run."""
+    return any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
+
+
 def refuse_occupied(directory: Path) -> None:
     """Raise `RunError` for a directory that holds a run."""
-    if any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl")):
-        raise RunError(f"{directory} holds a run already; choose another with output=PATH or pass --overwrite")
+    if occupied(directory):
+        raise RunError(
+            f"{directory} holds a run already; go on with it by --resume, choose another with output=PATH, "
+            "or pass --overwrite"
+        )
 
 
-def prepare_directory(directory: Path, overwrite: bool) -> None:
-    """Make a run directory; refuse one that holds a run unless `overwrite`."""
+def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False) -> None:
+    """Clear a run directory; refuse one that holds a run unless `overwrite`.
+
+    With `unfinished`, a run without checkpoints is cleared too, if it meant to write some and wrote no student: it was
+    killed before its first.
+    """
+    if not main_process():
+        return
+    if unfinished and occupied(directory):
+        if (directory / "student").exists() or not _meant_to_write_checkpoints(directory):
+            raise RunError(
+                f"the run in {directory} has no checkpoint to go on from; "
+                "start again with --overwrite, or with output=PATH"
+            )
+        overwrite = True
     if not overwrite:
         refuse_occupied(directory)
     else:
@@ -251,12 +371,15 @@ def prepare_directory(directory: Path, overwrite: bool) -> None:
             "report.html",
         ):
             (directory / name).unlink(missing_ok=True)
-        for name in ("student", "opd"):
+        for name in ("student", "opd", "checkpoints"):
             shutil.rmtree(directory / name, ignore_errors=True)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot write to the run directory {directory} ({error.strerror}); set output=PATH") from None
+
+
+def _meant_to_write_checkpoints(directory: Path) -> bool:
+    if not (directory / "recipe.yaml").exists():
+        return True
+    block = read_yaml(directory / "recipe.yaml")[1].get("checkpoint")
+    return bool(block.get("every")) if isinstance(block, dict) else False
 
 
 def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
@@ -310,7 +433,3 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(data, list):
         return {k: v for i, value in enumerate(data) for k, v in _flat(value, f"{prefix}{i}.").items()}
     return {prefix.rstrip("."): data if isinstance(data, bool | int | float | str) else str(data)}
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

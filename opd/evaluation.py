@@ -55,7 +55,7 @@ def evaluate(run: Run) -> HeldOut:
         trajectories = roll_out(run, run.sampler, prompts, settings.k)
         sums |= _outcomes(trajectories, settings.k)
         items["accuracy"] = _by_prompt(trajectories, settings.k)
-        for micro, _ in trajectories.split(run.recipe.batch.micro):
+        for micro, _ in trajectories.split(run.micro):
             student = run.student(micro)
             teacher = run.teachers[0](micro) if run.teachers else None
             assert isinstance(student, Categorical)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+
+from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
+from opd.objectives import Target
 from opd.run import Run
+from opd.trajectories import Trajectories
 
 
 def train(run: Run) -> None:
-    """Train `run.student` until the recipe's last step, the curriculum's end, or until a stop was asked for."""
+    """Train `run.student` from `run.step` until the recipe's last step, the curriculum's end, or until a stop was
+    asked for."""
     recipe = run.recipe
-    signals = run.monitor.begin(run)
+    run.signals |= run.monitor.begin(run)
 
-    while not run.monitor.stop_requested:
-        draw = run.schedule.next(run.step, signals)
-        if draw is None or run.step == recipe.steps:
+    while not run.stop_requested():
+        draw = run.schedule.next(run.step, run.signals)
+        if draw is None or run.step >= recipe.steps:
             break
         clock, measurement = Clock(), Measurement(run.objectives)
         scheduled = run.take_settings_of_step()
@@ -29,31 +37,47 @@ def train(run: Run) -> None:
         measurement.asked(len(targets), trajectories)
 
         counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
-        done = 0
-        for micro, here in trajectories.split(recipe.batch.micro, run.whole_groups):
-            done += len(micro)
-            with run.accelerator.autocast():
-                with clock("student"):
-                    student = run.student(micro)
-                with clock("loss"):
-                    answers = [target.select(here) for target in targets]
-                    shape = run.shaping(student.detach(), answers, micro)
-                    losses = [
-                        objective(student, objective.heard(answers), objective.shape(count[here], shape), micro)
-                        for objective, count in zip(run.objectives, counts, strict=True)
-                    ]
-            with clock("backward"):
-                run.optimiser.accumulate(losses, last=done == len(trajectories))
-            measurement.add(losses, micro, shape, run.rollout.exact)
+        batch = MicroBatches(run, trajectories, measurement)
+        for micro, here in batch:
+            with batch.fitting():
+                answers = [target.select(here) for target in targets]
+                accumulate(run, micro, answers, [count[here] for count in counts], batch.last, clock, measurement)
 
         with clock("update"):
-            signals = run.optimiser.apply()
-            for teacher in run.teachers:
+            run.signals = run.optimiser.apply(measurement.finite(run.sum_over_processes))
+            for teacher in run.teachers if "skipped" not in run.signals else ():
                 teacher.follow(run.student)
 
         run.step += 1
-        signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
-        signals |= draw.signals | scheduled
-        signals |= run.monitor.after_step(run, signals, measurement.example)
+        run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
+        run.signals |= draw.signals | scheduled
+        run.signals |= run.monitor.after_step(run, run.signals, measurement)
+        run.skips.after_step(run)
+        run.checkpoints.after_step(run)
 
+    run.checkpoints.write(run)
     run.monitor.end(run)
+
+
+def accumulate(
+    run: Run,
+    micro: Trajectories,
+    answers: Sequence[Target],
+    counts: Sequence[torch.Tensor],
+    last: bool,
+    clock: Clock,
+    measurement: Measurement,
+) -> None:
+    """Add the gradients of one micro-batch, the `last` of its step or not; `counts` are each objective's weights."""
+    with run.accelerator.autocast():
+        with clock("student"):
+            student = run.student(micro)
+        with clock("loss"):
+            shape = run.shaping(student.detach(), answers, micro)
+            losses = [
+                objective(student, objective.heard(answers), objective.shape(count, shape), micro)
+                for objective, count in zip(run.objectives, counts, strict=True)
+            ]
+    with clock("backward"):
+        run.optimiser.accumulate(losses, last)
+    measurement.add(losses, micro, shape, run.rollout.exact)

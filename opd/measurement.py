@@ -40,22 +40,21 @@ class Measurement:
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
         self.names = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
+        self.teacher_tokens = 0.0
         self.sums: dict[str, float] = {}
-        self.example: tuple[Trajectories, dict[str, torch.Tensor]] | None = None
+        self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
 
     def asked(self, teachers: int, trajectories: Trajectories) -> None:
         """Count the positions that the step's teachers scored."""
-        self.sums["teacher_tokens"] = float(teachers * trajectories.positions)
+        self.teacher_tokens = float(teachers * trajectories.positions)
 
     def add(self, losses: Sequence[Loss], micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
-        """Take in one micro-batch; its first trajectory is kept as the step's example when it is the step's first.
+        """Take in one micro-batch; its numbers by position stay until the step is over.
 
         `divergence` is the first objective's value a token; of several objectives each also logs its own.
         """
         learnt, loss = micro.learn, losses[0]
-        if self.example is None:
-            first, here = micro.rows(0, 1)
-            self.example = first, {"divergence": loss.values[here], "weight": weights[here]}
+        self.parts.append((micro, {"divergence": loss.values, "weight": weights}))
         added = {
             "positions": float(learnt.sum()),
             "trajectories": float(len(micro)),
@@ -79,7 +78,25 @@ class Measurement:
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    @property
+    def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
+        """The step's first trajectory with its numbers, as `parts` are."""
+        if not self.parts:
+            return []
+        first, here = self.parts[0][0].rows(0, 1)
+        return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
+
+    def clear(self) -> None:
+        """Forget the micro-batches taken in."""
+        self.sums, self.parts = {}, []
+
+    def finite(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether the step's loss is a number, on all processes."""
+        loss = sum_over_processes(torch.tensor([self.sums.get("loss", 0.0)], dtype=torch.float64))
+        return bool(loss.isfinite().all())
+
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        self.sums["teacher_tokens"] = self.teacher_tokens
         names = list(self.sums)
         totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
         total = dict(zip(names, totals.tolist(), strict=True))
@@ -92,8 +109,7 @@ class Measurement:
             "truncated": total["truncated"] / trajectories,
         }
         signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
-        if "teacher_tokens" in total:
-            signals["teacher_tokens"] = total["teacher_tokens"]
+        signals["teacher_tokens"] = total["teacher_tokens"]
         if "rollout_gap" in total:
             signals["rollout_gap"] = total["rollout_gap"] / positions
         if total.get("rewarded"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +23,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from opd.checkpoints.files import flush, main_process
+from opd.errors import RunError
 from opd.evaluation import HeldOut, evaluate, token_rows
+from opd.report.run_directory import lines
 
 if TYPE_CHECKING:
-    import torch
-
+    from opd.measurement import Measurement
     from opd.run import Run
-    from opd.trajectories import Trajectories
+
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+"""What a run adds lines to."""
 
 
 class Monitor:
@@ -46,10 +52,16 @@ class Monitor:
         self._started = 0.0
 
     def begin(self, run: Run) -> dict[str, float]:
-        """Measure the student before training and show the bar; returns what was measured, under `held_out/`."""
-        self._started = time.perf_counter()
-        with self.console.status("measuring the student before training"):
-            self.before = self._evaluate(run)
+        """Measure the student before training, unless an earlier process of this run did, and show the bar.
+
+        Returns what was measured, under `held_out/`.
+        """
+        self._started = time.perf_counter() - self.seconds
+        measured: dict[str, float] = {}
+        if self.before is None:
+            with self.console.status("measuring the student before training"):
+                self.before = self._evaluate(run)
+            measured = _held_out(self.before.metrics)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -63,18 +75,20 @@ class Monitor:
         )
         self._progress.start()
         self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
-        return _held_out(self.before.metrics)
+        return measured
 
-    def after_step(
-        self, run: Run, signals: dict[str, float], example: tuple[Trajectories, dict[str, torch.Tensor]] | None
-    ) -> dict[str, float]:
-        """Log one step's signals and one of its trajectories; evaluate when the recipe or the curriculum says so.
+    def after_step(self, run: Run, signals: dict[str, float], measurement: Measurement) -> dict[str, float]:
+        """Log one step's signals and one of its trajectories, or all of them where the update was skipped; evaluate
+        when the recipe or the curriculum says so.
 
         Returns the metrics of that evaluation, if any, as signals under `held_out/`.
         """
         self.log(run, "train", signals)
-        if example is not None:
-            self._append(run, "rollouts.jsonl", token_rows(run.student, *example))
+        skipped = "skipped" in signals
+        for part in measurement.parts if skipped else measurement.example:
+            rows = token_rows(run.student, *part)
+            note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
+            self._append(run, "rollouts.jsonl", [row | note for row in rows])
         assert self._progress is not None
         numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
         if "reward" in signals:
@@ -100,10 +114,69 @@ class Monitor:
     def log(self, run: Run, prefix: str, values: dict[str, float]) -> None:
         record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}}
         self.history.append(record)
-        if run.accelerator.is_main_process:
-            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=run.step)
+        with self._writing("metrics.jsonl"):
+            if run.accelerator.is_main_process:
+                with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=run.step)
+
+    def held_out_at(self, step: int) -> dict[str, float]:
+        """The held-out metrics that were measured last, if that was at `step`."""
+        record = self.history[-1] if self.history else {"step": -1}
+        found = {k.removeprefix("held_out/"): v for k, v in record.items() if k.startswith("held_out/")}
+        return found if record["step"] == step else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured before training, and how much of each log belongs to the steps done."""
+        assert self.before is not None
+        sizes = {}
+        for name in LOGS if main_process() else ():
+            path = self.directory / name
+            path.touch()
+            flush(path)
+            sizes[name] = path.stat().st_size
+        return {"before": self.before.metrics, "seconds": time.perf_counter() - self._started, "bytes": sizes}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the logs where they were: what lies beyond is of steps that will be done again, and goes."""
+        self.seconds = state["seconds"]
+        rows: list[dict[str, Any]] = []
+        for name, size in state["bytes"].items() if main_process() else ():
+            path = self.directory / name
+            with self._writing(name), path.open("ab") as file:
+                if file.tell() < size:
+                    self.warn(f"{path} is shorter than when the checkpoint was written: some of its steps are lost")
+                file.truncate(min(size, file.tell()))
+            records = (line.record for line in lines(path) if line.record)
+            if name == "metrics.jsonl":
+                self.history = list(records)
+            if name == "samples.jsonl":
+                rows = list(itertools.takewhile(lambda row: row["step"] == 0, records))
+        self.before = HeldOut(state["before"], rows, {})
+
+    def warn(self, text: str) -> None:
+        """One line that a person must see, also of a quiet run."""
+        if self.console.quiet:
+            print(f"opd: {text}", file=sys.stderr)
+        else:
+            self.console.print(f"opd: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def warn_of_skipped(self, bad: Sequence[Exception]) -> None:
+        """Say which rows were left out; the first few by name."""
+        for error in bad[:5]:
+            self.warn(f"skipped a row: {error}")
+        if len(bad) > 5:
+            self.warn(f"skipped {len(bad) - 5} more rows")
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.directory / name} ({error.strerror or error}); mend that and go on with "
+                "--resume: the checkpoints are whole"
+            ) from None
 
     def _evaluate(self, run: Run) -> HeldOut:
         result = evaluate(run)
@@ -113,7 +186,7 @@ class Monitor:
 
     def _append(self, run: Run, name: str, rows: list[dict[str, Any]]) -> None:
         if run.accelerator.is_main_process:
-            with (self.directory / name).open("a", encoding="utf-8") as file:
+            with self._writing(name), (self.directory / name).open("a", encoding="utf-8") as file:
                 for row in rows:
                     file.write(json.dumps({"step": run.step, **row}, ensure_ascii=False) + "\n")
 

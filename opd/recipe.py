@@ -9,13 +9,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from opd.checkpoints.keeper import Checkpoint
 from opd.choice import Choice, OneOf, Settings, choices_of
 from opd.curricula import Curriculum
 from opd.curricula.shuffled import Shuffled
 from opd.divergences import ReverseKL
 from opd.errors import RecipeError, nearest
+from opd.failures import Failures
 from opd.objectives import Objective
 from opd.policies import Policy
 from opd.prompts import Prompts
@@ -101,6 +111,7 @@ class Recipe(Settings):
         min_length=1
     )
     max_prompt_tokens: int = Field(1024, ge=1)
+    skip_bad_prompts: bool = Field(False, description="Leave out rows that cannot be used, and say which")
     curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Shuffled()
     rollout: Annotated[Rollout, OneOf(Rollout, "student")] = StudentRollout()
     end_tokens: list[int] | None = Field(None, description="Ids that end a completion; default from the student")
@@ -113,10 +124,23 @@ class Recipe(Settings):
     update: Annotated[Update, OneOf(Update, "plain")] = PlainUpdate()
     batch: Batch = Batch()
     evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    resume: Literal["never", "auto"] = Field(
+        "never", description="auto: go on where an earlier process of this run ended, if there was one"
+    )
+    failures: Failures = Failures()
     tracking: Tracking = Tracking()
     hardware: Hardware = Hardware()
     self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
     try_next: str | None = Field(None, description="A command to suggest when the run ends")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _best_is_measured(cls, value: Checkpoint, info: ValidationInfo) -> Checkpoint:
+        evaluation = info.data.get("evaluation")
+        if value.keep_best and not (value.every and evaluation is not None and evaluation.every):
+            raise ValueError("keep_best needs evaluations to choose from; set evaluation.every (and checkpoint.every)")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -397,11 +421,19 @@ def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[
     found: list[tuple[str, Any, Any]] = []
     for key in dict.fromkeys([*a, *b]):
         left, right = a.get(key), b.get(key)
+        left, right = (_by_index(side) for side in (left, right))
         if isinstance(left, dict) and isinstance(right, dict):
             found += differences(left, right, f"{prefix}{key}.")
         elif left != right:
             found.append((prefix + key, left, right))
     return found
+
+
+def _by_index(value: Any) -> Any:
+    """A list of mappings as a mapping, so that only the items that differ are named."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(i): item for i, item in enumerate(value)}
+    return value
 
 
 def default_threads() -> int:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 
+from opd.checkpoints import Checkpoints
+from opd.checkpoints.randomness import random_state, set_random_state
+from opd.checkpoints.resume import identity
 from opd.context import Context
 from opd.curricula import Schedule
-from opd.errors import RecipeError
+from opd.errors import DataError, RecipeError, RunError
+from opd.failures import Skips
 from opd.hardware import fast_in_bf16
 from opd.language.rollout import LanguageRollout
 from opd.monitor import Monitor
@@ -50,7 +55,49 @@ class Run:
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitor
+    checkpoints: Checkpoints
+    skips: Skips
+    micro: int
     step: int = 0
+    signals: dict[str, float] = field(default_factory=dict)
+
+    def parts(self, able_to: str) -> Iterator[tuple[str, Any]]:
+        """`(name, part)` of everything in the run that has a method of that name; one item of a list is one part."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            items = {f"{entry.name}.{i}": item for i, item in enumerate(value)} if isinstance(value, list) else None
+            for name, part in (items or {entry.name: value}).items():
+                if hasattr(part, able_to):
+                    yield name, part
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: a part that has `state_dict` is in it. Every process must ask."""
+        return {
+            "step": self.step,
+            "signals": self.signals,
+            "micro": self.micro,
+            "random": gather_object([random_state(self.accelerator.device)]),
+            "parts": {name: part.state_dict() for name, part in self.parts("state_dict")},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`, on a run that was just assembled.
+
+        Raises:
+            RunError: a part that the state does not fit, by name.
+        """
+        parts, stored = dict(self.parts("state_dict")), state["parts"]
+        for name in dict.fromkeys([*parts, *stored]):
+            if name not in parts or name not in stored:
+                side = "checkpoint" if name not in stored else "recipe"
+                raise RunError(f"the checkpoint does not fit: {name} has a state, but not in the {side}")
+            try:
+                parts[name].load_state_dict(stored[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise RunError(f"the checkpoint does not fit: {name} cannot take its state ({error})") from None
+        self.step, self.signals, self.micro = state["step"], state["signals"], state["micro"]
+        randoms = state["random"]
+        set_random_state(randoms[self.accelerator.process_index % len(randoms)], self.accelerator.device)
 
     def take_settings_of_step(self) -> dict[str, float]:
         """Put the numbers of this step in the places of the recipe's schedules, and return them by their keys."""
@@ -86,6 +133,10 @@ class Run:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
 
+    def stop_requested(self) -> bool:
+        """Whether a signal asked any process to stop; all get the same answer, so that none waits for the others."""
+        return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
+
     def verify(self, trajectories: Trajectories) -> Trajectories:
         """The trajectories with their rewards (NaN where the prompt has no verdict), when the recipe has a verifier."""
         if self.verifier is None:
@@ -98,12 +149,35 @@ class Run:
         return replace(trajectories, rewards=rewards)
 
 
-def load_data(recipe: Recipe) -> tuple[list[Prompt], list[Prompt]]:
-    """`(training, held out)` prompts of a recipe, checked."""
-    prompts = load_prompts(recipe.prompts)
+def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
+    """`(training, held out)` prompts of a recipe, checked; rows that cannot be used are left out where the recipe says
+    so, and then put into `bad`."""
+    bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
+    prompts = load_prompts(recipe.prompts, bad)
     if recipe.evaluation.prompts:
-        return prompts, load_prompts(recipe.evaluation.prompts)
+        return prompts, load_prompts(recipe.evaluation.prompts, bad)
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
+
+
+def _readable(
+    recipe: Recipe, prompts: list[Prompt], bad: list[DataError], student: Student, *parts: Any
+) -> list[Prompt]:
+    """The prompts that the student and the other parts can read; another one is an error, or joins the `bad` where the
+    recipe skips those."""
+    kept = []
+    for prompt in prompts:
+        try:
+            student.check_prompts([prompt], recipe.max_prompt_tokens)
+            for part in parts:
+                part.check_prompts([prompt])
+            kept.append(prompt)
+        except DataError as error:
+            if not recipe.skip_bad_prompts:
+                raise
+            bad.append(error)
+    if not kept:
+        raise DataError(f"skip_bad_prompts leaves no prompt at all; the last one: {bad[-1]}")
+    return kept
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -160,7 +234,8 @@ def assemble(
 
     `student` and `teachers` may be given already built (from Python); otherwise they load here.
     """
-    training, held_out = data or load_data(recipe)
+    bad: list[DataError] = []
+    loaded = training, held_out = data or load_data(recipe, bad)
     accelerator = make_accelerator(recipe)
     device = accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
@@ -170,9 +245,10 @@ def assemble(
     context = student.agree(context, built, recipe.end_tokens)
     for part in (student, *built):
         part.context = context
-    student.check_prompts([*training, *held_out], recipe.max_prompt_tokens)
     rollout = recipe.rollout.build(context, student, built)
-    rollout.check_prompts(training)
+    training = _readable(recipe, training, bad, student, *built, rollout)
+    held_out = _readable(recipe, held_out, bad, student, *built)
+    monitor.warn_of_skipped(bad)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):
@@ -199,4 +275,7 @@ def assemble(
         optimiser=recipe.update.build(student, accelerator),
         held_out=held_out,
         monitor=monitor,
+        checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded)), accelerator),
+        skips=Skips(recipe.failures),
+        micro=recipe.batch.micro,
     )

@@ -87,6 +87,11 @@ class Scheduled:
         """The number at `step` (from 0) of a run of `steps` steps."""
         raise NotImplementedError
 
+    @property
+    def counts_on_steps(self) -> bool:
+        """Whether the number at a step depends on how many steps the run has."""
+        return isinstance(self.shape, Named) and self.shape.kind != "constant" and self.shape.steps is None
+
     def plain(self) -> Any:
         """The schedule as a recipe writes it."""
         if isinstance(self.shape, Points) and self.shape.kind == "points":

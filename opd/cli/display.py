@@ -51,6 +51,8 @@ def show_result(result: Result, recipe: Recipe) -> None:
     out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
     out.print(f"report:  {result.directory / 'report.html'}", highlight=False, soft_wrap=True)
     following = recipe.try_next or f"opd eval {result.directory}"
+    if result.stopped_by and recipe.checkpoint.every:
+        following = f"opd train {result.directory / 'recipe.yaml'} --resume"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,10 @@ def train(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier run in the same directory.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the same directory.")] = False,
+    force_changed: Annotated[
+        bool, typer.Option("--force-changed", help="With --resume: also when the recipe changed since.")
+    ] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Distil a student as a recipe says."""
@@ -46,10 +51,9 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    result = execute(resolved, overwrite=overwrite, quiet=quiet)
+    result = execute(resolved, overwrite=overwrite, resume=resume, force_changed=force_changed, quiet=quiet)
     show_result(result, resolved)
-    if result.stopped_by is not None:
-        raise typer.Exit(128 + result.stopped_by)
+    _exit_as_stopped(result.stopped_by)
 
 
 @app.command()
@@ -67,8 +71,7 @@ def chain(
     _quiet_libraries()
     for result, recipe in zip(run_chain(resolved, overwrite=overwrite, quiet=quiet), resolved, strict=False):
         show_result(result, recipe)
-        if result.stopped_by is not None:
-            raise typer.Exit(128 + result.stopped_by)
+        _exit_as_stopped(result.stopped_by)
 
 
 @app.command()
@@ -214,6 +217,19 @@ def create_model(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Of this step; default the newest.", show_default=False)] = None,
+) -> None:
+    """Write the student of a checkpoint as a folder that transformers loads."""
+    from opd.api import export as write_student
+
+    _quiet_libraries()
+    print(write_student(run, out, step))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are laid over each other.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first run.")] = None,
@@ -274,6 +290,12 @@ def reproduce(
         print(f"no results yet, missing: {names}", file=sys.stderr)
     if done.problems:
         raise typer.Exit(1)
+
+
+def _exit_as_stopped(number: int | None) -> None:
+    """SIGTERM is a scheduler's request, and it was met; an interrupt is a person's, and shells expect to hear of it."""
+    if number == signal.SIGINT:
+        raise typer.Exit(130)
 
 
 def _quiet_libraries() -> None:

@@ -180,9 +180,14 @@ class LanguageModel(torch.nn.Module):
         view = prompt.view(column)
         if self.template == "chat":
             messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **self.template_options
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self.template_options
+                )
+            except Exception as error:
+                # A template is the model's own program and may raise anything about a message.
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+                raise DataError(f"{prompt.where}: the chat template cannot write this prompt ({reason})") from None
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             if not isinstance(view, str):

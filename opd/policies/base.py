@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
+from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
@@ -45,6 +47,17 @@ class Student(ABC):
     @abstractmethod
     def tokens(self, actions: torch.Tensor) -> list[str]:
         """Each action as a person reads it."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What training moves: all weights, or with frozen parts and LoRA the others only."""
+        return trained(extract_model_from_parallel(self.module))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        copy_into(self.state_dict(), state, "student")
+
+    def fingerprint(self) -> str:
+        """Of the weights that `state_dict` leaves out."""
+        return fingerprint(frozen(extract_model_from_parallel(self.module)))
 
     @abstractmethod
     def save(self, folder: Path, card: str) -> None:

@@ -52,15 +52,24 @@ class Prompts(Choice):
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
 
     @abstractmethod
-    def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
-        """`(where, fields)` of every row; `where` names file and row for error messages."""
+    def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
+        """`(where, fields)` of every row, or what is wrong with it; `where` names file and row for error messages."""
 
-    def load(self) -> list[Prompt]:
-        """Read and check the rows: at least one, each with a non-empty prompt, ids unique."""
-        rows = list(self.rows())[: self.limit]
-        return [self._prompt(where, fields) for where, fields in rows]
+    def load(self, bad: list[DataError] | None = None) -> list[Prompt]:
+        """Read and check the rows, each with a non-empty prompt; with `bad`, errors of single rows are put there."""
+        prompts = []
+        for where, fields in list(self.rows())[: self.limit]:
+            try:
+                prompts.append(self._prompt(where, fields))
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.append(error)
+        return prompts
 
-    def _prompt(self, where: str, fields: dict[str, Any]) -> Prompt:
+    def _prompt(self, where: str, fields: dict[str, Any] | DataError) -> Prompt:
+        if isinstance(fields, DataError):
+            raise fields
         for column in (self.column, self.answer):
             if column is not None and column not in fields:
                 raise DataError(
@@ -84,20 +93,27 @@ class Prompts(Choice):
         return Prompt(str(fields.get("id", where)), fields, self.column, where)
 
 
-def load_prompts(sources: Sequence[Prompts]) -> list[Prompt]:
-    """All prompts of all sources, in order; refuses an empty set and duplicate ids."""
-    prompts = [prompt for source in sources for prompt in source.load()]
+def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:
+    """All prompts of all sources, in order; refuses an empty set and duplicate ids.
+
+    With `bad`, a row that cannot be used (the second one of an id, too) is left out, and its error put there.
+    """
+    prompts = [prompt for source in sources for prompt in source.load(bad)]
     if not prompts:
-        raise DataError("the prompt set has no rows; name a source that holds at least one prompt")
+        reason = f"no row can be used; the first: {bad[0]}" if bad else "the prompt set has no rows"
+        raise DataError(f"{reason}; name a source that holds at least one prompt")
     seen: dict[str, Prompt] = {}
     for prompt in prompts:
         other = seen.setdefault(prompt.id, prompt)
         if other is not prompt:
-            raise DataError(
+            error = DataError(
                 f"duplicate prompt id {prompt.id!r} in {other.where} and {prompt.where}; "
                 "ids must be unique: mend the column 'id' or remove it"
             )
-    return prompts
+            if bad is None:
+                raise error
+            bad.append(error)
+    return list(seen.values())
 
 
 def split_held_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:

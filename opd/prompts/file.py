@@ -28,7 +28,7 @@ class FilePrompts(Prompts):
             return str(folder / value)
         return value
 
-    def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
+    def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise DataError(f"prompts.path: no file {self.path!r}; give a .jsonl, .txt, .csv or .parquet file")
@@ -40,16 +40,16 @@ class FilePrompts(Prompts):
             f"prompts.path: {self.path!r} ends with {path.suffix!r}; accepted are .jsonl, .txt, .csv and .parquet"
         )
 
-    def _lines(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
-        rows: list[tuple[str, dict[str, Any]]] = []
+    def _lines(self, path: Path) -> list[tuple[str, dict[str, Any] | DataError]]:
+        rows: list[tuple[str, dict[str, Any] | DataError]] = []
         for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
             where = f"{path}:{number}"
             try:
                 line = raw.decode("utf-8").strip("\r")
             except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
-                ) from None
+                problem = f"{where}: not UTF-8 (byte {error.start} of the line); save the file as UTF-8"
+                rows.append((where, DataError(problem)))
+                continue
             if not line.strip():
                 continue
             if path.suffix == ".txt":
@@ -58,13 +58,17 @@ class FilePrompts(Prompts):
             try:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line") from None
-            if not isinstance(fields, dict):
-                raise DataError(f"{where}: holds a {type(fields).__name__}; each line must be one JSON object")
-            rows.append((where, {"id": f"{path.stem}-{number}", **fields}))
+                problem = f"{where}: not JSON ({error.msg}, column {error.colno}); one object a line"
+                rows.append((where, DataError(problem)))
+                continue
+            if isinstance(fields, dict):
+                rows.append((where, {"id": f"{path.stem}-{number}", **fields}))
+            else:
+                problem = f"{where}: holds a {type(fields).__name__}; each line must be one JSON object"
+                rows.append((where, DataError(problem)))
         return rows
 
-    def _table(self, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    def _table(self, path: Path) -> list[tuple[str, dict[str, Any] | DataError]]:
         import pandas
 
         try:

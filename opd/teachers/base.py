@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -11,12 +12,13 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.policies.base import Student
+from opd.prompts import Prompt
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 
 class LiveTeacher(ABC):
-    """A built teacher."""
+    """A built teacher. One that moves has `state_dict` and `load_state_dict` besides."""
 
     answers: type[Distribution]
     context: Context
@@ -30,6 +32,13 @@ class LiveTeacher(ABC):
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
         """Detached distributions at the N positions of `trajectories`, under the teacher's own view of the prompt."""
+
+    def fingerprint(self) -> str:
+        """Of the weights that do not move, so that a run goes on under the same teacher; empty where there are none."""
+        return ""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Raise `DataError` for a prompt of which this teacher has no view."""
 
     def follow(self, student: Student) -> None:  # noqa: B027
         """Called after every optimiser step; a teacher that is made of the student moves here."""

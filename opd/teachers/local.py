@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
+from opd.checkpoints.weights import fingerprint
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.language.model import LanguageModel, ModelSettings
+from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.trajectories import Trajectories
 
@@ -37,6 +40,13 @@ class LanguageTeacher(LiveTeacher):
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language, settings, device, context
         self.offload = getattr(settings, "offload", False)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.language.named_parameters())
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts if self.settings.sees is not None else ():
+            self.language.encode(prompt, self.settings.sees)
 
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories) -> Categorical:

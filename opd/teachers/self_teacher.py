@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
 from opd.policies.base import Student
 from opd.teachers.base import Teacher
@@ -34,14 +35,24 @@ class SelfLanguageTeacher(LanguageTeacher):
     settings: SelfTeacher
 
     def __init__(self, language: Any, settings: SelfTeacher, device: torch.device, context: Context):
+        self.moving = [name for name, p in language.named_parameters() if p.requires_grad and settings.mode == "ema"]
         language.requires_grad_(False).eval()
         super().__init__(language, settings, device, context)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that follow the student; none where the teacher is frozen."""
+        own = dict(self.language.named_parameters())
+        return {name: own[name].detach() for name in self.moving}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        copy_into(self.state_dict(), state, "teacher")
+
+    def fingerprint(self) -> str:
+        moving = set(self.moving)
+        return fingerprint((name, p) for name, p in self.language.named_parameters() if name not in moving)
+
     @torch.no_grad()
     def follow(self, student: Student) -> None:
-        if self.settings.mode == "frozen":
-            return
         live = dict(student.language.named_parameters())  # type: ignore[attr-defined]
-        for name, mine in self.language.named_parameters():
-            if live[name].requires_grad:
-                mine.lerp_(live[name].detach().to(mine.dtype), self.settings.rate)
+        for name, mine in self.state_dict().items():
+            mine.lerp_(live[name].detach().to(mine.dtype), self.settings.rate)

@@ -22,8 +22,16 @@ class Optimiser(ABC):
         synchronised then."""
 
     @abstractmethod
-    def apply(self) -> dict[str, float]:
-        """Take the step and clear the gradients; returns `gradient_norm`, `learning_rate` and the like."""
+    def discard(self) -> None:
+        """Forget what was accumulated since the last step."""
+
+    @abstractmethod
+    def apply(self, finite: bool = True) -> dict[str, float]:
+        """Take the step and clear the gradients; returns `gradient_norm`, `learning_rate` and the like.
+
+        When the loss was not `finite`, or the gradient is not, the weights and all that belongs to them stay as they
+        are, and `skipped` is 1.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -53,19 +54,27 @@ class AdamW(Optimiser):
             with self.accelerator.no_sync(self.student.module):
                 self.accelerator.backward(total)
 
-    def apply(self) -> dict[str, float]:
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def apply(self, finite: bool = True) -> dict[str, float]:
         trained = [p for p in self.student.module.parameters() if p.requires_grad]
         limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
-        norm = self.accelerator.clip_grad_norm_(trained, limit)
-        signals = {"gradient_norm": float(norm), "learning_rate": self.settings.learning_rate}
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate
-        self.optimizer.step()
+        norm = float(self.accelerator.clip_grad_norm_(trained, limit))
+        signals = {"gradient_norm": norm, "learning_rate": float(self.settings.learning_rate)}
+        if finite and math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate
+            self.optimizer.step()
+        else:
+            signals["skipped"] = 1.0
         self.optimizer.zero_grad()
         return signals
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.optimizer.state_dict())
+        """Adam's moments; rates and the like are the recipe's."""
+        return {"moments": self.optimizer.state_dict()["state"]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["moments"], "param_groups": own})

@@ -1,0 +1,119 @@
+"""When a run's state is written, and which of its checkpoints are kept."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from opd.checkpoints.store import UnusableError, facts_of, folder_of, steps_stored, write
+from opd.choice import Settings
+from opd.errors import RunError
+
+if TYPE_CHECKING:
+    from opd.run import Run
+
+REPLICATED = ("NO", "MULTI_")
+"""Beginnings of the kinds of process group in which every process holds the whole state."""
+
+
+class Checkpoint(Settings):
+    """What makes a run survive being killed: `opd train RECIPE --resume` goes on from the newest checkpoint."""
+
+    every: int = Field(50, ge=0, description="Steps between checkpoints; one more at the end. 0 = none at all")
+    keep_last: int = Field(2, ge=1, description="How many of the newest stay on the disk")
+    keep_best: Literal["reverse_kl", "forward_kl", "top1_agreement", "accuracy"] | None = Field(
+        None, description="A held-out metric: its best evaluation is written too and stays"
+    )
+
+
+class Checkpoints:
+    """Writes what `run.state()` says; only the main process does."""
+
+    def __init__(self, settings: Checkpoint, identity: Mapping[str, Any], accelerator: Any):
+        if settings.every and not accelerator.distributed_type.value.startswith(REPLICATED):
+            raise RunError(
+                f"checkpoints of sharded training ({accelerator.distributed_type.value}) are not supported: each "
+                "process holds a part of the state only. Use plain data parallelism, or set checkpoint.every=0"
+            )
+        self.settings, self.identity = settings, identity
+        self.written: int | None = None
+        self._weights: dict[str, str] | None = None
+
+    def facts(self, run: Run) -> dict[str, Any]:
+        """What a later process compares itself with before it goes on from a checkpoint of this run."""
+        if self._weights is None:
+            # They do not move, so one look is enough.
+            self._weights = {name: part.fingerprint() for name, part in run.parts("fingerprint")}
+        return {**self.identity, "processes": run.accelerator.num_processes, "weights": self._weights}
+
+    def after_step(self, run: Run) -> None:
+        """Write when the recipe says so, or when this step's held-out measurement is the best so far."""
+        if (self.settings.every and run.step % self.settings.every == 0) or self._is_best(run):
+            self.write(run)
+
+    def write(self, run: Run) -> None:
+        """Write the state between two steps, unless it is written already or the recipe wants none.
+
+        Raises:
+            RunError: it cannot be written; what was complete before is still there.
+        """
+        if not self.settings.every or run.step == self.written:
+            return
+        state = run.state()
+        facts = {"step": run.step, "held_out": run.monitor.held_out_at(run.step), **self.facts(run)}
+        self.written = run.step
+        if not run.accelerator.is_main_process:
+            return
+        folder = folder_of(run.recipe.directory, run.step)
+        try:
+            write(folder, facts, state)
+        except OSError as error:
+            done = [step for step in steps_stored(run.recipe.directory) if step < run.step]
+            raise RunError(
+                f"the checkpoint of step {run.step} cannot be written to {folder.parent} ({error.strerror}); "
+                + (f"that of step {done[0]} is whole. " if done else "there is none yet. ")
+                + "Free some space and go on with --resume"
+            ) from None
+        self._remove_old(run)
+
+    def _remove_old(self, run: Run) -> None:
+        # Later steps are of a history that was left, by a resume from an older checkpoint: they are not ours to remove.
+        steps = [step for step in steps_stored(run.recipe.directory) if step <= run.step]
+        best = self._best(run)
+        for step in steps[self.settings.keep_last :]:
+            if best is None or step != best[0]:
+                folder = folder_of(run.recipe.directory, step)
+                # Renamed first: what a crash leaves of it must not look like a checkpoint.
+                gone = folder.rename(folder.with_name(f".{folder.name}.old"))
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _is_best(self, run: Run) -> bool:
+        value = _number(run.monitor.held_out_at(run.step), self.settings.keep_best)
+        best = self._best(run)
+        return value is not None and (best is None or self._rank(value) > self._rank(best[1]))
+
+    def _best(self, run: Run) -> tuple[int, float] | None:
+        """Step and value of the best held-out measurement among the stored checkpoints."""
+        if self.settings.keep_best is None:
+            return None
+        found = []
+        for step in steps_stored(run.recipe.directory):
+            try:
+                value = _number(facts_of(folder_of(run.recipe.directory, step))["held_out"], self.settings.keep_best)
+            except UnusableError:
+                continue
+            if value is not None:
+                found.append((step, value))
+        return max(found, key=lambda item: self._rank(item[1]), default=None)
+
+    def _rank(self, value: float) -> float:
+        return value if self.settings.keep_best in ("top1_agreement", "accuracy") else -value
+
+
+def _number(measured: Mapping[str, float], metric: str | None) -> float | None:
+    value = measured.get(metric or "")
+    return None if value is None or math.isnan(value) else value

@@ -1,0 +1,64 @@
+"""A module's weights: those that training moves, which a checkpoint holds, and a fingerprint of the others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from opd.errors import RunError
+
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Trained parameters (a tied one once) and persistent buffers of a module, by name; detached, not copied."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in module.state_dict(keep_vars=True).items():
+        frozen = isinstance(value, torch.nn.Parameter) and not value.requires_grad
+        if isinstance(value, torch.Tensor) and not frozen and id(value) not in seen:
+            seen.add(id(value))
+            found[name] = value.detach()
+    return found
+
+
+def frozen(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The parameters that training leaves as they are."""
+    return [(name, p.detach()) for name, p in module.named_parameters() if not p.requires_grad]
+
+
+@torch.no_grad()
+def copy_into(targets: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor], whose: str) -> None:
+    """Overwrite `targets` with `stored`, all or nothing.
+
+    The values are copied: memory that a file is mapped into may be aligned otherwise, and then kernels may round
+    otherwise.
+
+    Raises:
+        RunError: names, shapes or dtypes differ; nothing was written.
+    """
+    for name in dict.fromkeys([*targets, *stored]):
+        here, there = (_describe(side.get(name)) for side in (targets, stored))
+        if here != there:
+            raise RunError(f"the checkpoint does not fit the {whose}: {name} is {there} there and {here} here")
+    for name, target in targets.items():
+        target.copy_(stored[name])
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Identity of weights that a checkpoint does not hold: names, shapes, dtypes and the sum of each one's bits.
+
+    A sum of integers is exact and the same on every device, and costs one reading of the weights.
+    """
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        words = weight.contiguous().view(-1).view(WORDS[weight.element_size()])
+        total = int(words.sum(dtype=torch.int64))
+        digest.update(f"{name} {_describe(weight)} {total}\n".encode())
+    return digest.hexdigest()
+
+
+def _describe(tensor: torch.Tensor | None) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

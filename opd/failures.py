@@ -1,0 +1,128 @@
+"""What a run does about a step that went wrong: an update that must not be taken, a batch that does not fit."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.errors import RunError
+from opd.measurement import Measurement
+from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.run import Run
+
+
+class Failures(Settings):
+    """When a run gives up."""
+
+    skips_in_a_row: int = Field(
+        3, ge=1, description="Updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
+    )
+
+
+class Skips:
+    """Counts the updates that were not taken. The weights are as they were before each of them."""
+
+    def __init__(self, settings: Failures):
+        self.settings = settings
+        self.in_a_row = self.total = 0
+
+    def after_step(self, run: Run) -> None:
+        """Count a skipped update; its batch is in rollouts.jsonl.
+
+        Raises:
+            RunError: that was one too many; the state is written before.
+        """
+        if not run.signals.get("skipped"):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.total += 1
+        what = f"step {run.step}: loss {run.signals['loss']:g}, gradient norm {run.signals['gradient_norm']:g}"
+        if self.in_a_row < self.settings.skips_in_a_row:
+            run.monitor.warn(f"{what}: the update was skipped, the weights are as before")
+            return
+        count, self.in_a_row = self.in_a_row, 0
+        run.checkpoints.write(run)
+        raise RunError(
+            f"{what}: {count} updates in a row were not finite (failures.skips_in_a_row). Their batches are in `opd "
+            f"report {run.recipe.directory}`;\nlower update.learning_rate, or go on as it is with --resume"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row, "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.in_a_row, self.total = state["in_a_row"], state["total"]
+
+
+class MicroBatches:
+    """A step's trajectories in parts that fit into memory.
+
+    Where a part does not fit, all gradients of the step are dropped and made again from parts of half the size: a
+    backward pass that broke off has added some of its gradients already, and cannot be taken back alone. The
+    denominator is the step's, so the gradient is the same. Smaller parts stay for the rest of the run.
+    """
+
+    def __init__(self, run: Run, trajectories: Trajectories, measurement: Measurement):
+        self.run, self.trajectories, self.measurement = run, trajectories, measurement
+        self.last = False
+        self._too_large: Trajectories | None = None
+
+    def __iter__(self) -> Iterator[tuple[Trajectories, slice]]:
+        """Parts and the packed positions that each owns; `last` is true with the step's final one."""
+        done = 0
+        whole_groups = self.run.whole_groups
+        while done < len(self.trajectories):
+            done = 0
+            for part, here in self.trajectories.split(self.run.micro, whole_groups):
+                done += len(part)
+                self.last = done == len(self.trajectories)
+                self._part = part
+                yield part, here
+                if self._too_large is not None:
+                    self._start_again(self._too_large, whole_groups)
+                    done, self._too_large = 0, None
+                    break
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Around the work on one part; takes note when the device's memory does not suffice for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            # The frames of the work that broke off hold its tensors.
+            traceback.clear_frames(error.__traceback__)
+            self._too_large = self._part
+
+    def _start_again(self, part: Trajectories, whole_groups: bool) -> None:
+        run = self.run
+        of_one = len(part) == 1 or (whole_groups and len(part.groups.unique()) == 1)
+        if of_one or run.accelerator.num_processes > 1:
+            # Other processes may be waiting for this one's gradients: they could not be told to start again.
+            raise RunError(
+                f"out of memory with {len(part)} trajectories of {part.positions} tokens in one micro-batch; "
+                + ("" if of_one else f"set batch.micro={max(1, len(part) // 2)}. ")
+                + "Shorten rollout.max_new_tokens, or set student.gradient_checkpointing=true"
+            )
+        run.optimiser.discard()
+        self.measurement.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        run.micro = max(1, len(part) // 2)
+        run.monitor.warn(
+            f"out of memory with {len(part)} trajectories of {part.positions} tokens: micro-batches of {run.micro} "
+            f"from step {run.step + 1} on (batch.micro; the gradient is the same)"
+        )
