@@ -13,6 +13,10 @@ from opd.objectives.base import label
 from opd.trajectories import AUTHORS, Trajectories
 
 
+SHOWN = 4
+"""Trajectories of a group that a step leaves for the report."""
+
+
 class Clock:
     """Wall seconds by phase of a step, and this process's CPU seconds for all of it."""
 
@@ -80,10 +84,11 @@ class Measurement:
 
     @property
     def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
-        """The step's first trajectory with its numbers, as `parts` are."""
+        """The step's first trajectories of one prompt with their numbers, as `parts` are; at most `SHOWN`."""
         if not self.parts:
             return []
-        first, here = self.parts[0][0].rows(0, 1)
+        groups = self.parts[0][0].groups[:SHOWN]
+        first, here = self.parts[0][0].rows(0, int((groups == groups[0]).sum()))
         return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
 
     def clear(self) -> None:

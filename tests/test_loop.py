@@ -92,7 +92,8 @@ def test_what_a_run_writes_and_that_its_student_loads_in_plain_transformers(mode
         assert len(row["alternatives"]["teacher"]) == len(row["tokens"])
         assert all(p[0][1] >= p[1][1] for p in row["alternatives"]["student"])
     trained = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in trained] == [1, 2, 3]
+    assert [r["step"] for r in trained] == [1, 1, 2, 2, 3, 3], "both trajectories of one prompt"
+    assert all(a["id"] == b["id"] for a, b in zip(trained[::2], trained[1::2], strict=True))
     assert all(len(r["values"]["divergence"]) == len(r["tokens"]) for r in trained)
     assert list(folder.glob("opd/events*")) or list(folder.rglob("events.out*"))
     model = AutoModelForCausalLM.from_pretrained(folder / "student")
