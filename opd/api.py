@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import shutil
@@ -164,7 +165,7 @@ def execute(
     data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)
     monitor.warn_of_skipped(bad)
-    with locked(recipe.directory), monitor.signals_handled(), _out_of_memory_named(monitor):
+    with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory):
         found, going_on = None, resume or (recipe.resume == "auto" and not overwrite)
         if going_on:
             found = newest(recipe, identity(recipe, itertools.chain(*data)), force_changed, monitor.warn)
@@ -188,16 +189,24 @@ def execute(
             train(run)
             return finish(run)
         except BaseException:
-            # Trackers keep their last events for minutes; an end is the time to write them.
-            run.accelerator.end_training()
+            # Trackers keep their last events for minutes; now is the time to write them.
+            for tracker in run.accelerator.trackers:
+                tracker.finish()
             raise
 
 
 @contextmanager
-def _out_of_memory_named(monitor: Monitor) -> Iterator[None]:
-    """A micro-batch that does not fit is cut in two; for anything else that does not fit, say what can be done."""
+def _shortages_named(directory: Path) -> Iterator[None]:
+    """One message for a disk or a memory that is full, wherever nobody who knows more has caught it."""
     try:
         yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RunError(
+            f"cannot write to {directory} ({error.strerror}); free some space and go on with --resume: what was "
+            "complete before is still there"
+        ) from None
     except RuntimeError as error:
         if not should_reduce_batch_size(error):
             raise
@@ -256,7 +265,7 @@ def finish(run: Run) -> Result:
         "after": monitor.after.metrics,
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
-        "stopped_early": run.step < recipe.steps,
+        "stopped_early": run.stop_requested() and run.step < recipe.steps,
         "skipped_updates": run.skips.total,
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -14,8 +14,7 @@ from opd.trajectories import Trajectories
 
 
 def train(run: Run) -> None:
-    """Train `run.student` from `run.step` until the recipe's last step, the curriculum's end, or until a stop was
-    asked for."""
+    """Train `run.student` from `run.step` to the recipe's last step, the curriculum's end, or a wish to stop."""
     recipe = run.recipe
     run.signals |= run.monitor.begin(run)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -57,6 +59,7 @@ def test_one_command_runs_a_chain(models, tmp_path, monkeypatch, capsys):  # noq
     # Nothing is overwritten, and that is said before the first link runs.
     (tmp_path / "sft" / "recipe.yaml").unlink()
     (tmp_path / "sft" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "sft" / "checkpoints")
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
