@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,8 +34,9 @@ def symbol_tokenizer(symbols: Sequence[str], *, words: bool = False, pad: str = 
     Raises:
         ModelError: symbols that are doubled, empty, or cannot be told apart from others.
     """
+    often = Counter((*symbols, *SPECIAL))
     for symbol in symbols:
-        if symbols.count(symbol) > 1 or symbol in SPECIAL:
+        if often[symbol] > 1:
             raise ModelError(f"symbol {symbol!r} stands twice in the tokenizer; each symbol needs an id of its own")
         if (symbol.split() != [symbol]) if words else (len(symbol) != 1):
             raise ModelError(f"symbol {symbol!r} is not one {'word' if words else 'character'}")

@@ -13,7 +13,7 @@ from pydantic import Field
 from opd.choice import Settings
 from opd.context import Context
 from opd.hardware import fast_in_bf16
-from opd.language.sampler import Sampler, Sampling
+from opd.language.sampler import Sampler
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource
 from opd.schedules import OverSteps
@@ -112,7 +112,7 @@ class LanguageRollout(PrefixSource):
             state = sampler.start([views[i] for i in wave], members, budget, seeds)
             while len(state.alive) and state.drawn < budget:
                 sampler.extend(state, self.settings.segment or budget)
-            actions |= dict(zip(rows, _rows(state), strict=True))
+            actions |= dict(zip(rows, state.rows(), strict=True))
         self.language.train(training)
         contexts = [self.reader.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)
@@ -122,14 +122,6 @@ def row_seed(seed: int, stream: int, prompt_id: str, member: int) -> int:
     """63-bit seed of one row, the same whatever batch it is sampled in."""
     text = f"{seed}/{stream}/{prompt_id}/{member}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-def _rows(state: Sampling) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
-    ended = state.finished.tolist()
-    return [
-        (torch.stack(tokens), torch.stack(log_probs), end)
-        for tokens, log_probs, end in zip(state.tokens, state.log_probs, ended, strict=True)
-    ]
 
 
 def pack_rows(

@@ -10,8 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from opd.distributions import Head
+from opd.language.cache import RoomyLayer, roomy_cache
 from opd.language.model import LanguageModel, pad
-from opd.language.packing import can_pack, pack, runs_of_equal
+from opd.language.packing import ATTENTION, can_pack, pack, runs_of_equal
 
 
 @dataclass
@@ -19,26 +20,36 @@ class Sampling:
     """The state of B rows between segments.
 
     Attributes:
-        tokens, log_probs: per row, what has been drawn so far (end token included).
+        actions, log_probs: int64 and float32 `[B, budget]`, what has been drawn so far (end token included).
+        lengths: int64 `[B]`, how many of a row's places are filled.
         finished: bool `[B]`, the row has drawn an end token.
         alive: int64, rows still in the batch, in cache order.
         uniforms: float32 `[B, budget]`, the randomness of every row, fixed at the start.
+        mask: int64 `[alive, width + budget]`: prompts padded on the left, then ones.
+        width: places of the prompts.
+        hidden: `[alive, D]`, the states from which the next token is drawn.
     """
 
-    tokens: list[list[torch.Tensor]]
-    log_probs: list[list[torch.Tensor]]
+    actions: torch.Tensor
+    log_probs: torch.Tensor
+    lengths: torch.Tensor
     finished: torch.Tensor
     alive: torch.Tensor
     uniforms: torch.Tensor
     cache: DynamicCache
     mask: torch.Tensor
+    width: int
     hidden: torch.Tensor
     drawn: int = 0
 
     def drop(self, rows: torch.Tensor) -> None:
         """Take rows (indices in 0..B-1) out of the batch: they get no further tokens."""
-        keep = ~torch.isin(self.alive, rows.to(self.alive.device))
-        self._keep(keep)
+        self._keep(~torch.isin(self.alive, rows.to(self.alive.device)))
+
+    def rows(self) -> list[tuple[torch.Tensor, torch.Tensor, bool]]:
+        """`(actions, log-probabilities, finished)` of each of the B rows."""
+        lengths, ended = self.lengths.tolist(), self.finished.tolist()
+        return [(self.actions[i, :n], self.log_probs[i, :n], ended[i]) for i, n in enumerate(lengths)]
 
     def _keep(self, keep: torch.Tensor) -> None:
         if bool(keep.all()):
@@ -66,43 +77,47 @@ class Sampler:
     def start(self, contexts: Sequence[torch.Tensor], group: int, budget: int, seeds: Sequence[int]) -> Sampling:
         """Prefill each prompt once and repeat its cache for `group` rows; B = len(contexts) * group."""
         rows = len(contexts) * group
+        device = self.model.device
         uniforms = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        cache = DynamicCache(config=self.model.base.config)
+        cache = roomy_cache(self.model.base.config)
         hidden, mask = self._prefill(contexts, cache)
         if group > 1:
             cache.batch_repeat_interleave(group)
             hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
         return Sampling(
-            tokens=[[] for _ in range(rows)],
-            log_probs=[[] for _ in range(rows)],
-            finished=torch.zeros(rows, dtype=torch.bool),
-            alive=torch.arange(rows, device=self.model.device),
-            uniforms=uniforms.to(self.model.device),
+            actions=torch.zeros(rows, budget, dtype=torch.int64, device=device),
+            log_probs=torch.zeros(rows, budget, device=device),
+            lengths=torch.zeros(rows, dtype=torch.int64, device=device),
+            finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            alive=torch.arange(rows, device=device),
+            uniforms=uniforms.to(device),
             cache=cache,
-            mask=mask,
+            mask=torch.cat([mask, mask.new_ones(rows, budget)], dim=1),
+            width=mask.shape[1],
             hidden=hidden,
         )
 
     @torch.no_grad()
     def extend(self, state: Sampling, tokens: int) -> Sampling:
         """Draw up to `tokens` more for every row still in the batch (never past the budget)."""
-        stop = min(state.drawn + tokens, state.uniforms.shape[1])
+        budget = state.uniforms.shape[1]
+        stop = min(state.drawn + tokens, budget)
         while state.drawn < stop and len(state.alive):
-            log_probs = self._distribution(state.hidden)
+            log_probs = self._distribution(state)
             token = inverse_cdf(log_probs, state.uniforms[state.alive, state.drawn])
-            taken = log_probs.gather(1, token[:, None]).squeeze(1)
-            for i, row in enumerate(state.alive.tolist()):
-                state.tokens[row].append(token[i])
-                state.log_probs[row].append(taken[i])
+            state.actions[state.alive, state.drawn] = token
+            state.log_probs[state.alive, state.drawn] = log_probs.gather(1, token[:, None]).squeeze(1)
             state.drawn += 1
+            state.lengths[state.alive] = state.drawn
             ended = torch.isin(token, self.end_ids)
-            state.finished[state.alive[ended].cpu()] = True
-            state._keep(~ended)
-            token = token[~ended]
-            if len(token) and state.drawn < state.uniforms.shape[1]:
-                state.mask = torch.cat([state.mask, torch.ones_like(state.mask[:, :1])], dim=1)
-                position = state.mask.sum(-1, keepdim=True) - 1
-                state.hidden = self._step(token[:, None], state.mask, position, state.cache)
+            if bool(ended.any()):
+                state.finished[state.alive[ended]] = True
+                state._keep(~ended)
+                token = token[~ended]
+            if len(token) and state.drawn < budget:
+                mask = state.mask[:, : state.width + state.drawn]
+                position = mask.sum(-1, keepdim=True) - 1
+                state.hidden = self._step(token[:, None], mask, position, state.cache)
         return state
 
     def _prefill(self, contexts: Sequence[torch.Tensor], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +147,9 @@ class Sampler:
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
         attention = None if bool(mask.all()) else mask
+        if attention is not None and ids.shape[1] == 1 and self._sees_everything(cache):
+            # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
+            attention = mask.bool()[:, None, None]
         output = self.model.body(
             input_ids=ids,
             attention_mask=attention,
@@ -141,8 +159,15 @@ class Sampler:
         )
         return output.last_hidden_state[:, -1]
 
-    def _distribution(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.head.logits(hidden)
+    def _sees_everything(self, cache: DynamicCache) -> bool:
+        """Whether every layer attends to all tokens before, through an interface that takes a boolean mask."""
+        return self.model.base.config._attn_implementation in ("sdpa", ATTENTION) and all(
+            type(layer) is RoomyLayer for layer in cache.layers
+        )
+
+    def _distribution(self, state: Sampling) -> torch.Tensor:
+        """float32 `[alive, V]`: normalised log-probabilities of the next token."""
+        logits = self.head.logits(state.hidden)
         if self.top_k:
             floor = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))

@@ -1,0 +1,47 @@
+"""A KV cache that grows in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens that a buffer has room for beyond a quarter of what it holds."""
+
+
+class RoomyLayer(DynamicLayer):
+    """`DynamicLayer` copies all keys and values for every token; here a token is written behind the last one, into
+    buffers with room. What is returned is a view of the part in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.shown: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        # Whoever selects or repeats rows puts other tensors in place of the view.
+        if self.room is None or self.keys is not self.shown or new > self.room[0].shape[-2]:
+            size = new + new // 4 + ROOM
+            self.room = tuple(x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states))
+            if old:
+                self.room[0][:, :, :old] = self.keys
+                self.room[1][:, :, :old] = self.values
+        for buffer, states in zip(self.room, (key_states, value_states), strict=True):
+            buffer[:, :, old:new] = states
+        self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
+        self.shown = self.keys
+        return self.keys, self.values
+
+
+def roomy_cache(config: Any) -> DynamicCache:
+    """An empty cache for a model with this config; layers with a sliding window or a state stay transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
