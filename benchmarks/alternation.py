@@ -26,22 +26,28 @@ QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", "TOKENIZERS_P
 
 
 class Worker:
-    """One contestant's process."""
+    """One contestant's process; of one thread, it stays on one core (`core` counts from the last that is allowed)."""
 
-    def __init__(self, job: Job, memory: bool = False):
+    def __init__(self, job: Job, memory: bool = False, core: int = 0):
         self.job = job
         # Read by the libraries when they are first imported, which is in the new process.
         os.environ.update(QUIET, OMP_NUM_THREADS=str(job.threads), MKL_NUM_THREADS=str(job.threads))
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, job, memory), daemon=True)
+        self.process = context.Process(target=_work, args=(theirs, job, memory, core), daemon=True)
         self.process.start()
         theirs.close()
 
     def ask(self, *command: Any) -> Any:
         """Send a command and wait for its answer; the first answer of all, to `ask()`, says that models are loaded."""
         if command:
-            self.connection.send(command)
+            self.send(*command)
+        return self.receive()
+
+    def send(self, *command: Any) -> None:
+        self.connection.send(command)
+
+    def receive(self) -> Any:
         try:
             answer = self.connection.recv()
         except EOFError:
@@ -57,16 +63,16 @@ class Worker:
             self.process.kill()
 
 
-def _work(connection: Connection, job: Job, memory: bool) -> None:
+def _work(connection: Connection, job: Job, memory: bool, core: int) -> None:
     try:
-        _run(connection, job, memory)
+        _run(connection, job, memory, core)
     except (EOFError, BrokenPipeError):
         pass
     except BaseException:
         connection.send(traceback.format_exc())
 
 
-def _run(connection: Connection, job: Job, memory: bool) -> None:
+def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
     import torch
 
     from benchmarks.contestants import open_session
@@ -76,7 +82,8 @@ def _run(connection: Connection, job: Job, memory: bool) -> None:
     _silence()
     torch.set_num_threads(job.threads)
     if job.threads == 1 and not memory:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        cores = sorted(os.sched_getaffinity(0), reverse=True)
+        os.sched_setaffinity(0, {cores[core % len(cores)]})
     if memory:
         _allocator("mallopt", M_MMAP_THRESHOLD, 2**18)
     session = open_session(job)

@@ -1,8 +1,8 @@
 """Libraries that train the same student on the same prompts, one step at a time, each in its own process.
 
 A contestant is a training run as its library's user would start it. Nothing of a library is edited: its methods are
-timed from outside (`Phases`), lengths of completions are forced from outside (`ForcedLengths`), and its own loop is held
-after every optimiser step until the next is asked for.
+timed from outside (`Phases`), lengths of completions are forced from outside (`ForcedLengths`), and its own loop is
+held after every optimiser step until the next is asked for.
 """
 
 from __future__ import annotations
@@ -154,14 +154,14 @@ class OpdSession(Session):
             train(self.run)
 
     def trajectories(self, completions: Sequence[Sequence[int]]) -> Any:
-        """The first step's prompts with these completions, `group` of each prompt next to each other."""
+        """This process's share of the first step's prompts, each with one of these completions."""
         from opd.language.rollout import pack_rows
 
         run = self.run
-        prompts = run.schedule.next(0, {}).prompts
-        rows = [(torch.tensor(y), torch.zeros(len(y)), True) for y in completions]
+        prompts = run.share(run.schedule.next(0, {}).prompts)
+        rows = [(torch.tensor(y), torch.zeros(len(y)), True) for y in run.share(completions)]
         contexts = [run.student.language.encode(p) for p in prompts]
-        return pack_rows(prompts, contexts, len(rows) // len(prompts), rows, "student")
+        return pack_rows(prompts, contexts, 1, rows, "student")
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
         run, trajectories = self.run, self.trajectories(completions)
@@ -338,7 +338,7 @@ class TrlSession(Session):
     def inputs(self, completions: Sequence[Sequence[int]]) -> Any:
         """The batch that the trainer makes itself of the first step's prompts, sampling replaced by `completions`."""
         trainer = self.trainer
-        with mock.patch.object(trainer, "_generate_single_turn", lambda *args: [list(y) for y in completions]):
+        with mock.patch.object(trainer, "_generate_single_turn", return_value=[list(y) for y in completions]):
             return trainer._generate_and_score_completions([{"prompt": p} for p in self.prompts[: len(completions)]])
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
