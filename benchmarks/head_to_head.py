@@ -2,8 +2,8 @@
 
 The same models, prompts, lengths of completions, batch, sampling settings, optimiser and divergence (reverse KL);
 every library through its own training loop, in a process of its own, stepping in turns. TRL's `DistillationTrainer`
-runs as it is shipped and with the tile that is fastest here; checkpointing is off on all sides. In float32 all losses on
-equal completions must agree to 1e-5.
+runs as it is shipped and with the tile that is fastest here; checkpointing is off on all sides. In float32 all losses
+on equal completions must agree to 1e-5.
 
 What counts as which phase: `rollout` is everything from prompts to completions; `teacher` and `student` are the bodies
 (TRL GKD: with the head); `loss` is both heads and the divergence, and with opd the gradients of hidden states and head

@@ -269,9 +269,9 @@ def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, s
 
 def judge(methods: dict[str, Any]) -> list[dict[str, Any]]:
     """TRL's median CPU seconds over opd's; None when a method did not get there with every seed."""
-    runs = [methods[name]["runs"] for name in (OPD, TRL)]
+    runs = [methods[name]["runs"] for name in (OPD, TRL) if name in methods]
     figure = None
-    if all(run["reached"] for of in runs for run in of):
+    if runs and all(run["reached"] for of in runs for run in of):
         own, other = (statistics.median(run["cpu_seconds_to_goal"] for run in of) for of in runs)
         figure = other / own
     met = None if figure is None else figure >= GOAL
