@@ -73,8 +73,9 @@ def two_processes(size: Size, repeats: int) -> dict[str, Any]:
     both = _together(size, 2, repeats)
     # Each process tells the norm of the gradient that all of them have; the loss is a sum over their parts.
     loss = sum(rank["score"]["loss"] for rank in both)
+    # Every process counts the tokens of all; a step has taken as long as its slowest process.
     speeds = [
-        sum(sum(step["tokens"] for step in rank["steps"]) for rank in ranks)
+        sum(step["tokens"] for step in ranks[0]["steps"])
         / sum(max(sum(rank["steps"][i]["wall"].values()) for rank in ranks) for i in range(repeats))
         for ranks in (alone, both)
     ]
