@@ -8,18 +8,26 @@ counts what is alive.
 from __future__ import annotations
 
 import gc
+import json
+import logging
 import multiprocessing
 import os
 import statistics
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contestants import Job
+import torch
+import transformers
+
+from benchmarks.contestants import Job, open_session
+from benchmarks.isolated import M_MMAP_THRESHOLD, _allocator, _status
+from benchmarks.loss_operator import describe_machine, versions
 
 MEMORY_STEPS = 2
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", "TOKENIZERS_PARALLELISM": "false"}
@@ -73,13 +81,8 @@ def _work(connection: Connection, job: Job, memory: bool, core: int) -> None:
 
 
 def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
-    import torch
-
-    from benchmarks.contestants import open_session
-    from benchmarks.isolated import M_MMAP_THRESHOLD, _allocator, _status
-
     sys.stdout = sys.stderr
-    _silence()
+    silence()
     torch.set_num_threads(job.threads)
     if job.threads == 1 and not memory:
         cores = sorted(os.sched_getaffinity(0), reverse=True)
@@ -106,12 +109,8 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
     session.train(after_step)
 
 
-def _silence() -> None:
-    import logging
-    import warnings
-
-    import transformers
-
+def silence() -> None:
+    """Keep the libraries' notices out of the output."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
@@ -181,14 +180,10 @@ def summary(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def versions_and_machine() -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    from benchmarks.loss_operator import describe_machine, versions
-
     return {"versions": versions(), "machine": describe_machine("cpu")}
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """A long run that is cut short keeps what it has."""
-    import json
-
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

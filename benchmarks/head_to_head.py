@@ -13,6 +13,7 @@ too, which the others make in `backward`; `optimizer` is clipping and AdamW; `re
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from dataclasses import asdict, replace
@@ -143,8 +144,6 @@ def progress(text: str) -> None:
 
 def main() -> int:
     """Measure, report, and answer 1 when a goal is missed."""
-    import os
-
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head_to_head", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two repeats of eight completions of up to 64 tokens")
     parser.add_argument("--size", choices=tuple(SIZES), nargs="+", help="default: tiny with --quick, else all")

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.alternation import QUIET, _silence, versions_and_machine, write
+from benchmarks.alternation import QUIET, silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.phases import Phases
 from opd.reproductions.definition import merged
@@ -230,7 +230,7 @@ def recipe_of(method: str, base: Path, teacher: Path, rate: float, seed: int, qu
 def run_one(method: str, recipe: dict[str, Any], record: Path) -> None:
     """One run in this process; its curve goes to `record`."""
     sys.stdout = sys.stderr
-    _silence()
+    silence()
     folder = record.with_suffix("")
     train = train_own if method in OWN else lambda *args: train_trl(method, *args)
     points = train(recipe, folder)
