@@ -1,7 +1,8 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md`, `docs/objectives.md` and `docs/checkpoints.md`. Nothing in those parts is typed by hand.
+`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md` and `docs/checkpoints.md`. Nothing in those parts is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import floor, head_to_head, scaling, time_to_quality
 from opd.truth_table import load_table
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +25,7 @@ def main() -> int:
     write(
         ROOT / "docs/loss_operator.md", loss_operator(sorted((ROOT / "benchmarks/results").glob("loss_operator*.json")))
     )
+    write(ROOT / "docs/benchmarks.md", benchmarks(ROOT / "benchmarks/results"))
     write(ROOT / "docs/objectives.md", objectives())
     results = ROOT / "benchmarks/results"
     write(ROOT / "docs/checkpoints.md", checkpoints(results / "kill_test.json", results / "checkpoint_cost.json"))
@@ -77,6 +81,123 @@ def _cells(cells: list[dict[str, Any]]) -> str:
             shown += f"{figures['peak_bytes'] / 2**20:.0f}"
             row.append(f"**{shown}**" if figures["median_seconds"] == best else shown)
         text += f"| {' | '.join(row)} |\n"
+    return text
+
+
+PHASES = ("rollout", "teacher", "student", "loss", "backward", "optimizer", "rest")
+
+
+def benchmarks(folder: Path) -> str:
+    """Goals of the step benchmarks, measured or not, and a table of each committed file; a quick run states no goal."""
+    sections = {
+        "head_to_head": (_head_to_head, head_to_head.judge([])),
+        "floor": (_floor, floor.judge([])),
+        "time_to_quality": (_time_to_quality, time_to_quality.judge({})),
+        "scaling": (_scaling, scaling.judge(None)),
+    }
+    goals, tables = "", ""
+    for name, (table, unmeasured) in sections.items():
+        measured: dict[str, str] = {}
+        for file in sorted(folder.glob(f"{name}*.json")):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            load = data["machine"]["load_average"][0]
+            machine = f"{data['machine']['processor']}, {data['machine']['cores']} cores, load {load:.1f} at the start"
+            tables += f"\n### {file.stem}\n\n`{data['command']}`. {machine}. {_versions(data['versions'])}\n\n"
+            tables += table(data)
+            if "--quick" not in data["command"]:
+                words = {True: "met", False: "**missed**"}
+                measured |= {
+                    g["goal"]: f"{g['figure']:.3g} | {words[g['met']]}" for g in data["goals"] if g["met"] is not None
+                }
+        for goal in unmeasured:
+            goals += f"| `{name}` | {goal['goal']} | {measured.get(goal['goal'], 'not measured yet | ')} |\n"
+    return f"## Goals\n\n| command | goal | measured | |\n|---|---|---|---|\n{goals}{tables}"
+
+
+def _rows(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    names = list(header)
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _spread(values: list[float], digits: str = ".3g") -> str:
+    return f"{statistics.median(values):{digits}} ({min(values):{digits}}–{max(values):{digits}})"
+
+
+def _steps(contestants: dict[str, Any]) -> Iterable[list[str]]:
+    for name, of in contestants.items():
+        totals = [sum(step["cpu"].values()) for step in of["steps"]]
+        walls = [sum(step["wall"].values()) for step in of["steps"]]
+        by_phase = [f"{of['cpu_by_phase'].get(phase, 0):.3g}" for phase in PHASES]
+        yield [name, _spread(totals), _spread(walls), *by_phase, f"{of['tokens_per_cpu_second']:.0f}"]
+
+
+def _head_to_head(data: dict[str, Any]) -> str:
+    text = ""
+    for cell in data["cells"]:
+        for threads, contestants in cell["threads"].items():
+            header = ("", "CPU s", "wall s", *PHASES, "tokens / CPU s", "peak MiB", "loss error")
+            rows = []
+            for row in _steps(contestants):
+                error = cell["loss_error"].get(row[0])
+                memory = f"{cell['memory'][row[0]]['peak_bytes'] / 2**20:.0f}"
+                rows.append([*row, memory, "" if error is None else f"{error:.0e}"])
+            text += f"\n**{cell['size']['name']}, {cell['precision']}, threads: {threads}** (a step; TRL's best tile: "
+            text += f"{cell['tile']} rows)\n\n{_rows(header, rows)}"
+    return text
+
+
+def _floor(data: dict[str, Any]) -> str:
+    text = ""
+    for cell in data["cells"]:
+        text += (
+            f"\n**{cell['size']['name']}, {cell['precision']}**: opd takes {cell['over_floor']:.2f} times the floor\n\n"
+        )
+        text += _rows(("", "CPU s", "wall s", *PHASES, "tokens / CPU s"), _steps(cell["contestants"]))
+        busy = [
+            [name, *(f"{of['utilisation'][p]:.0%}" if p in of["utilisation"] else "" for p in PHASES[:5])]
+            for name, of in cell["contestants"].items()
+        ]
+        peak = cell["peak_operations_per_second"] / 1e9
+        text += f"\nUtilisation of {peak:.0f} GFLOP/s:\n\n{_rows(('', *PHASES[:5]), busy)}"
+    return text
+
+
+def _time_to_quality(data: dict[str, Any]) -> str:
+    rows = []
+    for name, of in data["methods"].items():
+        runs = of["runs"]
+        rows.append(
+            [
+                name,
+                f"{of['rate']:g}",
+                f"{sum(int(run['reached']) for run in runs)} of {len(runs)}",
+                _spread([run["cpu_seconds_to_goal"] for run in runs]),
+                _spread([run["sampled_tokens_to_goal"] for run in runs], ".0f"),
+                _spread([run["final_accuracy"] for run in runs], ".3f"),
+            ]
+        )
+    header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "accuracy at the end")
+    about = f"Teacher {data['teacher_accuracy']:.3f}, goal {data['goal_accuracy']:.3f}."
+    return f"{about} Where the goal was not reached, the whole run's cost stands.\n\n{_rows(header, rows)}"
+
+
+def _scaling(data: dict[str, Any]) -> str:
+    rows = [
+        [
+            point["along"],
+            str(point["value"]),
+            f"{1e6 * point['cpu_per_token']:.0f}",
+            *(f"{1e6 * point['cpu_per_token_by_phase'].get(phase, 0):.0f}" for phase in PHASES),
+            f"{point['peak_bytes'] / 2**20:.0f}",
+        ]
+        for point in data["points"]
+    ]
+    text = _rows(("along", "", "CPU µs a token", *PHASES, "peak MiB"), rows)
+    if data["processes"]:
+        two = data["processes"]
+        text += f"\nTwo processes: {two['speed_up']:.2f} times the sampled tokens a second, relative error of the loss "
+        text += f"{two['loss_error']:.0e}, of the gradient's norm {two['gradient_norm_error']:.0e}.\n"
     return text
 
 

@@ -26,13 +26,15 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        # Whoever selects or repeats rows puts other tensors in place of the view.
-        if self.room is None or self.keys is not self.shown or new > self.room[0].shape[-2]:
+        if self.keys is not self.shown:  # whoever selects or repeats rows puts other tensors in place of the view
+            self.room = None
+        if self.room is None or new > self.room[0].shape[-2]:
             size = new + new // 4 + ROOM
-            self.room = tuple(x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states))
+            roomy = [x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states)]
             if old:
-                self.room[0][:, :, :old] = self.keys
-                self.room[1][:, :, :old] = self.values
+                roomy[0][:, :, :old] = self.keys
+                roomy[1][:, :, :old] = self.values
+            self.room = (roomy[0], roomy[1])
         for buffer, states in zip(self.room, (key_states, value_states), strict=True):
             buffer[:, :, old:new] = states
         self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]

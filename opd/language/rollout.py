@@ -95,8 +95,8 @@ class LanguageRollout(PrefixSource):
     ) -> Trajectories:
         training = self.language.training
         self.language.eval()
-        sampler, views = self.sampler(), [self.language.encode(p, self.sees) for p in prompts]
-        members = group
+        sampler, own = self.sampler(), [self.language.encode(p, self.sees) for p in prompts]
+        views, members = own, group
         if begun is not None:
             # Every trajectory continues its own beginning, so nothing but the prompt is common to a group.
             views = [torch.cat([views[i // group], start.cpu()]) for i, start in enumerate(begun)]
@@ -114,7 +114,8 @@ class LanguageRollout(PrefixSource):
                 sampler.extend(state, self.settings.segment or budget)
             actions |= dict(zip(rows, state.rows(), strict=True))
         self.language.train(training)
-        contexts = [self.reader.encode(p) for p in prompts]
+        same = self.reader is self.language and self.sees is None
+        contexts = own if same else [self.reader.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)
 
 

@@ -61,6 +61,8 @@ class CausalLMStudent(Student):
             language.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
+        self.texts: dict[int, str] = {}
+        """What each id reads as, alone, as far as anyone has asked: measuring asks for every token and alternative."""
 
     def __call__(
         self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto"
@@ -114,7 +116,10 @@ class CausalLMStudent(Student):
         return self.language.decode(actions)
 
     def tokens(self, actions: torch.Tensor) -> list[str]:
-        return [str(self.language.tokenizer.decode([i])) for i in actions.tolist()]
+        ids = actions.tolist()
+        for i in set(ids) - self.texts.keys():
+            self.texts[i] = str(self.language.tokenizer.decode([i]))
+        return [self.texts[i] for i in ids]
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""

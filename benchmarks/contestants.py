@@ -1,0 +1,410 @@
+"""Libraries that train the same student on the same prompts, one step at a time, each in its own process.
+
+A contestant is a training run as its library's user would start it. Nothing of a library is edited: its methods are
+timed from outside (`Phases`), lengths of completions are forced from outside (`ForcedLengths`), and its own loop is
+held after every optimiser step until the next is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
+
+from benchmarks.phases import WHOLE, Phases
+from benchmarks.sizes import ForcedLengths, Size, end_ids
+
+LEARNING_RATE = 1e-5
+STEPS = 64
+"""Steps that there are prompts for; longer runs see them again."""
+
+OPD, TRL, TRL_TILED, GKD, FLOOR = "opd", "TRL", "TRL, best tile", "TRL GKD", "floor"
+TILES = (128, 512, 2048, 4096)
+
+AfterStep = Callable[[], bool]
+"""Called when a step is done; answers whether to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a contestant is asked to run.
+
+    Attributes:
+        precision: `fp32`, or `bf16`: weights in float32, computing under autocast, as both libraries do by default.
+        threads: torch's.
+        tile: rows of TRL's chunks; None is as shipped.
+    """
+
+    contestant: str
+    size: Size
+    precision: str = "fp32"
+    threads: int = 1
+    tile: int | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A loss on given completions: its value and the norm of its gradient."""
+
+    loss: float
+    gradient_norm: float
+
+
+class Session(ABC):
+    """A library with models loaded, ready to step.
+
+    Attributes:
+        sampled: tokens that the steps since the last look have sampled.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.phases, self.sampled = job, Phases(), 0
+        self.folder = job.size.folder
+        self.ends = end_ids(self.folder / "student")
+        self.prompts = job.size.prompts(STEPS)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student")
+        encoded = [tokenizer(text)["input_ids"] for text in self.prompts]
+        self.forced = ForcedLengths.of(encoded, job.size.lengths(STEPS), self.ends)
+
+    @abstractmethod
+    def train(self, after_step: AfterStep) -> None:
+        """Train until `after_step` says no."""
+
+    @abstractmethod
+    def score(self, completions: Sequence[Sequence[int]]) -> Score:
+        """The loss of one completion of each of the first step's prompts; gradients are gone afterwards."""
+
+    def examples(self) -> list[list[int]]:
+        """Completions of the first step's prompts to score: random ids of the scheduled lengths."""
+        generator = torch.Generator().manual_seed(2)
+        lengths = self.job.size.lengths(1)
+        # The first ids of a vocabulary are special ones; random ids need not be likely ones.
+        return [
+            [*torch.randint(16, self.job.size.vocabulary, (n - 1,), generator=generator).tolist(), self.ends[0]]
+            for n in lengths
+        ]
+
+
+class OpdSession(Session):
+    """`opd` through its own loop, logging as it does by default; held-out measurements are left out."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        from opd.language.sampler import Sampler
+        from opd.recipe import parse_recipe
+        from opd.run import assemble
+
+        size, forced = job.size, self.forced
+
+        class ForcedSampler(Sampler):
+            def start(self, contexts, group, budget, seeds):  # type: ignore[no-untyped-def]
+                self.wanted = forced.wanted(contexts).repeat_interleave(group)
+                return super().start(contexts, group, budget, seeds)
+
+            def _distribution(self, state):  # type: ignore[no-untyped-def]
+                return forced.apply(super()._distribution(state), self.wanted[state.alive], state.drawn)
+
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch("opd.language.rollout.Sampler", ForcedSampler))
+        self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
+        self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
+        model = {"template": "plain", "dtype": "float32"}
+        recipe = parse_recipe(
+            {
+                "steps": 10**6,
+                "student": {"model": str(self.folder / "student"), **model},
+                "teacher": {"model": str(self.folder / "teacher"), **model},
+                "prompts": {"kind": "inline", "prompts": self.prompts},
+                "max_prompt_tokens": 4096,
+                "end_tokens": self.ends,
+                "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
+                "update": {"learning_rate": LEARNING_RATE},
+                "batch": {"prompts": size.batch, "group": size.group, "micro": size.batch * size.group},
+                "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
+                "tracking": {"trackers": []},
+                "hardware": {"device": "cpu", "precision": job.precision, "threads": job.threads},
+                "self_test": False,
+                "output": str(self.directory),
+            },
+            "the benchmark's recipe",
+        )
+        self.run = assemble(recipe, _held_monitor(self.directory, self._count))
+        self.run.schedule = _in_order(recipe, self.run)
+
+    def _count(self, signals: Mapping[str, float]) -> bool:
+        self.sampled += int(signals["sampled_tokens"])
+        return self.after_step()
+
+    def train(self, after_step: AfterStep) -> None:
+        from opd.loop import train
+
+        self.after_step = after_step
+        with self.patches:
+            self.phases.restart()
+            train(self.run)
+
+    def trajectories(self, completions: Sequence[Sequence[int]]) -> Any:
+        """This process's share of the first step's prompts, each with one of these completions."""
+        from opd.language.rollout import pack_rows
+
+        run = self.run
+        prompts = run.share(run.schedule.next(0, {}).prompts)
+        rows = [(torch.tensor(y), torch.zeros(len(y)), True) for y in run.share(completions)]
+        contexts = [run.student.language.encode(p) for p in prompts]
+        return pack_rows(prompts, contexts, 1, rows, "student")
+
+    def score(self, completions: Sequence[Sequence[int]]) -> Score:
+        run, trajectories = self.run, self.trajectories(completions)
+        objective = run.objectives[0]
+        weights = objective.position_weights(trajectories, run.recipe.reduction, run.sum_over_processes)
+        with run.accelerator.autocast():
+            loss = objective(run.student(trajectories), run.ask(trajectories), weights, trajectories)
+        run.optimiser.accumulate([loss], last=True)
+        norm = float(run.accelerator.clip_grad_norm_(run.student.module.parameters(), float("inf")))
+        run.optimiser.optimizer.zero_grad()
+        return Score(float(loss.total.detach()), norm)
+
+
+def _held_monitor(directory: Path, count: Callable[[Mapping[str, float]], bool]) -> Any:
+    from opd.monitor import Monitor
+
+    class HeldMonitor(Monitor):
+        def begin(self, run):  # type: ignore[no-untyped-def]
+            self._progress, self._task = mock.MagicMock(), 0
+            return {}
+
+        def after_step(self, run, signals, example):  # type: ignore[no-untyped-def]
+            found = super().after_step(run, signals, example)
+            self.stop_requested = not count(signals)
+            return found
+
+        def end(self, run):  # type: ignore[no-untyped-def]
+            pass
+
+    return HeldMonitor(directory, quiet=True)
+
+
+def _in_order(recipe: Any, run: Any) -> Any:
+    """The prompts in the order that they are written, as the other contestants are told to take them."""
+    from opd.curricula.base import Draw, Schedule
+    from opd.prompts import load_prompts
+
+    prompts, per_step = load_prompts(recipe.prompts), recipe.batch.prompts
+
+    class InOrder(Schedule):
+        def next(self, step, signals):  # type: ignore[no-untyped-def]
+            first = step * per_step
+            return Draw([prompts[i % len(prompts)] for i in range(first, first + per_step)])
+
+    return InOrder()
+
+
+def _clock(phases: Phases) -> Any:
+    from opd.measurement import Clock
+
+    names = {"update": "optimizer"}
+
+    class TimedClock(Clock):
+        @contextlib.contextmanager
+        def __call__(self, phase: str) -> Iterator[None]:
+            with super().__call__(phase), phases(names.get(phase, phase)):
+                yield
+
+    return TimedClock()
+
+
+class TrlSession(Session):
+    """TRL's `DistillationTrainer`."""
+
+    def __init__(self, job: Job):
+        super().__init__(job)
+        torch.set_num_threads(job.threads)
+        self.directory = tempfile.TemporaryDirectory()
+        student, teacher = (
+            AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+            for name in ("student", "teacher")
+        )
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
+        for model in (student, teacher):
+            model.generation_config.eos_token_id = self.ends
+        self._force(student)
+        self.trainer = self.make_trainer(student, teacher, tokenizer)
+        self._time(student, teacher)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Settings that both trainers share. What is not as shipped: checkpointing off, no saving, prompts in order."""
+        return {
+            "output_dir": self.directory.name,
+            "max_steps": 10**6,
+            "per_device_train_batch_size": self.job.size.batch,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "gradient_checkpointing": False,
+            "bf16": self.job.precision == "bf16",
+            "use_cpu": True,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+
+    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
+        from datasets import Dataset
+        from trl import DistillationConfig, DistillationTrainer
+        from trl.kernels import chunked_divergence
+
+        if self.job.tile is not None:
+            chunked_divergence.TOKEN_CHUNK_SIZE = self.job.tile
+        return DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=DistillationConfig(
+                **self.arguments,
+                max_completion_length=self.job.size.longest,
+                beta=1.0,
+                temperature=1.0,
+                shuffle_dataset=False,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": text} for text in self.prompts]),
+            processing_class=tokenizer,
+        )
+
+    def _force(self, student: Any) -> None:
+        """Give `student.generate` the schedule of lengths."""
+        generate, forced = student.generate, self.forced
+
+        class Lengths(LogitsProcessor):
+            def __init__(self, wanted: torch.Tensor, width: int):
+                self.wanted, self.width = wanted, width
+
+            def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                return forced.apply(scores, self.wanted, input_ids.shape[1] - self.width)
+
+        @functools.wraps(generate)
+        def scheduled(*args: Any, **kwargs: Any) -> Any:
+            ids, mask = (kwargs[name] for name in self.prompt_names)
+            wanted = forced.wanted([row[kept.bool()] for row, kept in zip(ids, mask, strict=True)])
+            self.sampled += int(wanted.sum())
+            processor = LogitsProcessorList([Lengths(wanted, ids.shape[1])])
+            return generate(*args, **kwargs, logits_processor=processor)
+
+        student.generate = scheduled
+
+    prompt_names = ("input_ids", "attention_mask")
+
+    def _time(self, student: Any, teacher: Any) -> None:
+        trainer, phases = self.trainer, self.phases
+        hidden_states = trainer._get_last_hidden_state
+
+        def timed(model: Any, *args: Any, **kwargs: Any) -> Any:
+            with phases("student" if model is student else "teacher"):
+                return hidden_states(model, *args, **kwargs)
+
+        trainer._get_last_hidden_state = timed
+        phases.wrap(trainer, "_generate_and_score_completions", WHOLE)
+        self._time_rest()
+
+    def _time_rest(self) -> None:
+        self.phases.wrap(self.trainer, "compute_loss", "loss")
+        self.phases.wrap(self.trainer.accelerator, "backward", "backward")
+        self.phases.wrap(self.trainer.accelerator, "clip_grad_norm_", "optimizer")
+
+    def train(self, after_step: AfterStep) -> None:
+        phases = self.phases
+
+        class Hold(TrainerCallback):
+            def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # type: ignore[no-untyped-def]
+                phases.wrap(optimizer, "step", "optimizer")
+                phases.restart()
+
+            def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+                control.should_training_stop = not after_step()
+
+        self.trainer.add_callback(Hold())
+        self.trainer.train()
+
+    def inputs(self, completions: Sequence[Sequence[int]]) -> Any:
+        """The batch that the trainer makes itself of the first step's prompts, sampling replaced by `completions`."""
+        trainer = self.trainer
+        with mock.patch.object(trainer, "_generate_single_turn", return_value=[list(y) for y in completions]):
+            return trainer._generate_and_score_completions([{"prompt": p} for p in self.prompts[: len(completions)]])
+
+    def score(self, completions: Sequence[Sequence[int]]) -> Score:
+        trainer = self.trainer
+        model = trainer.model.train()
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, self.inputs(completions))
+        trainer.accelerator.backward(loss)
+        norm = float(trainer.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+        model.zero_grad()
+        return Score(float(loss.detach()), norm)
+
+
+class GkdSession(TrlSession):
+    """TRL's older `GKDTrainer`, always on the student's own samples."""
+
+    prompt_names = ("input_ids", "attention_mask")
+
+    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
+        from datasets import Dataset
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        # On-policy it takes nothing but the prompt from a row.
+        rows = [
+            {"prompt": text, "input_ids": [*prompt, self.ends[0]], "completion_mask": [0] * len(prompt) + [1]}
+            for text, prompt in zip(self.prompts, self.forced.by_prompt, strict=True)
+        ]
+        trainer = GKDTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=GKDConfig(
+                **self.arguments,
+                max_new_tokens=self.job.size.longest,
+                lmbda=1.0,
+                beta=1.0,
+                temperature=1.0,
+                max_length=8192,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+        trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        return trainer
+
+    def _time(self, student: Any, teacher: Any) -> None:
+        self.phases.wrap(self.trainer, "generate_on_policy_outputs", WHOLE)
+        self.phases.wrap(student, "forward", "student")
+        self.phases.wrap(teacher, "forward", "teacher")
+        self._time_rest()
+
+    def inputs(self, completions: Sequence[Sequence[int]]) -> Any:
+        trainer = self.trainer
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(completions))])
+        width = max(map(len, completions))
+        # As `generate` returns them: prompts padded on the left, completions on the right.
+        padded = torch.tensor([[*y, *[self.ends[0]] * (width - len(y))] for y in completions])
+        sequences = torch.cat([batch["prompts"], padded], dim=1)
+        generator = SimpleNamespace(generate=lambda **kwargs: SimpleNamespace(sequences=sequences))
+        made = trainer.generate_on_policy_outputs(generator, batch, trainer.generation_config)
+        return dict(zip(("input_ids", "attention_mask", "labels"), made, strict=True))
+
+
+def open_session(job: Job) -> Session:
+    """Load what the job names."""
+    if job.contestant == FLOOR:
+        from benchmarks.bare import FloorSession
+
+        return FloorSession(job)
+    return {OPD: OpdSession, TRL: TrlSession, TRL_TILED: TrlSession, GKD: GkdSession}[job.contestant](job)

@@ -1,0 +1,165 @@
+"""`opd`'s step over the floor, and how busy the arithmetic is: `python -m benchmarks.floor --json PATH`.
+
+The floor (`benchmarks/bare.py`) does only what cannot be left out, in plain torch. Both step in turns on the same
+prompts and lengths. Utilisation of a phase is the operations of its matrix products (multiplications and additions)
+over what the machine was measured to do in the same CPU seconds with the same dtype and thread count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from benchmarks.alternation import compete, versions_and_machine, write
+from benchmarks.contestants import FLOOR, OPD, Job
+from benchmarks.head_to_head import QUICK, last_line, progress
+from benchmarks.sizes import SIZES, Size, materialise
+
+GOAL = 1.15
+"""CPU of opd's step over the floor's at SmolLM2 size, float32: at most."""
+
+
+def products(size: Size, step: int) -> dict[str, float]:
+    """Operations of the matrix products in each phase of one step without padding, attention included."""
+    tokenizer = AutoTokenizer.from_pretrained(size.folder / "student")
+    here = slice(step * size.batch, (step + 1) * size.batch)
+    prompts = [len(tokenizer(text)["input_ids"]) for text in size.prompts(step + 1)[here] for _ in range(size.group)]
+    lengths = [n for n in size.lengths(step + 1)[here] for _ in range(size.group)]
+    fed = [p + n - 1 for p, n in zip(prompts, lengths, strict=True)]
+    student, teacher = (json.loads((size.folder / n / "config.json").read_text()) for n in ("student", "teacher"))
+    body, answers = sum(_body(student, n) for n in fed), sum(_body(teacher, n) for n in fed)
+    heads = [2.0 * size.vocabulary * model["hidden_size"] * sum(lengths) for model in (student, teacher)]
+    return {
+        "rollout": body + heads[0],
+        "teacher": answers,
+        "student": body,
+        # The gradients of hidden states and head are two more products of the head's size.
+        "loss": 3 * heads[0] + heads[1],
+        "backward": 2 * body,
+    }
+
+
+def _body(config: dict[str, Any], tokens: int) -> float:
+    """Operations of one causal pass over a sequence."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or width // heads
+    attention = width * size * (2 * heads + 2 * config["num_key_value_heads"])
+    weights = attention + 3 * width * config["intermediate_size"]
+    seen = tokens * (tokens + 1) / 2
+    return config["num_hidden_layers"] * (2.0 * weights * tokens + 4.0 * heads * size * seen)
+
+
+def peak_throughput(dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations of a large matrix product in one CPU second of one thread: the best of many."""
+    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+    best, end = 0.0, time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end:
+        start = time.process_time()
+        a @ b
+        best = max(best, 2.0 * 1024**3 / (time.process_time() - start))
+    return best
+
+
+def measure(size: Size, precision: str, repeats: int) -> dict[str, Any]:
+    """One cell: both sides' steps, the ratio, and utilisation by phase."""
+    materialise(size)
+    where = f"{size.name} {precision}"
+    jobs = [Job(name, size, precision) for name in (OPD, FLOOR)]
+    found = compete(jobs, repeats, lambda text: progress(f"{where}: {text}"))
+    torch.set_num_threads(1)
+    peak = peak_throughput(torch.bfloat16 if precision == "bf16" else torch.float32)
+    work = [products(size, step) for step in range(1, repeats + 1)]  # step 0 warms up
+    for figures in found.values():
+        figures["utilisation"] = {
+            phase: sum(w[phase] for w in work) / sum(s["cpu"][phase] for s in figures["steps"]) / peak
+            for phase in work[0]
+        }
+    scores = [found[name]["score"]["loss"] for name in (OPD, FLOOR)]
+    return {
+        "size": asdict(size),
+        "precision": precision,
+        "contestants": found,
+        "over_floor": found[OPD]["cpu_seconds"] / found[FLOOR]["cpu_seconds"],
+        "peak_operations_per_second": peak,
+        "loss_error": abs(scores[1] / scores[0] - 1),
+    }
+
+
+def judge(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goal at SmolLM2 size, and equal losses everywhere."""
+    exact = {c["size"]["name"]: c for c in cells if c["precision"] == "fp32"}
+    figure = exact["smollm2"]["over_floor"] if "smollm2" in exact else None
+    errors = [c["loss_error"] for c in exact.values()]
+    return [
+        {
+            "goal": f"smollm2: CPU of opd / floor <= {GOAL:g}",
+            "figure": figure,
+            "met": None if figure is None else figure <= GOAL,
+        },
+        {
+            "goal": "losses on equal completions equal to 1e-05",
+            "figure": max(errors, default=None),
+            "met": max(errors) <= 1e-5 if errors else None,
+        },
+    ]
+
+
+def show(cells: list[dict[str, Any]]) -> None:
+    """CPU seconds and utilisation of each phase."""
+    table = Table(title="CPU seconds a step (utilisation of the measured peak), one thread")
+    phases = ("rollout", "teacher", "student", "loss", "backward", "optimizer", "rest")
+    for column in ("size", "", "step", *phases, "over floor"):
+        table.add_column(column, justify="right")
+    for cell in cells:
+        for name, of in cell["contestants"].items():
+            shown = [
+                f"{of['cpu_by_phase'].get(phase, 0):.3g}"
+                + (f" ({of['utilisation'][phase]:.0%})" if phase in of["utilisation"] else "")
+                for phase in phases
+            ]
+            over = f"{cell['over_floor']:.2f}" if name == OPD else ""
+            table.add_row(f"{cell['size']['name']} {cell['precision']}", name, f"{of['cpu_seconds']:.3g}", *shown, over)
+    Console(width=max(160, Console().width)).print(table)
+
+
+def main() -> int:
+    """Measure, report, and answer 1 when a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.floor", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two repeats of eight completions of up to 64 tokens")
+    parser.add_argument("--size", choices=tuple(SIZES), nargs="+", help="default: tiny with --quick, else all")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", help="default: fp32, at smollm2 both")
+    parser.add_argument("--repeats", type=int, help="timed steps of each side; default 5, or 2 with --quick")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    options = parser.parse_args()
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.floor", *sys.argv[1:]]),
+        **versions_and_machine(),
+        "repeats": options.repeats or (2 if options.quick else 5),
+        "cells": [],
+    }
+    for name in options.size or (["tiny"] if options.quick else list(SIZES)):
+        size = replace(SIZES[name], **QUICK) if options.quick else SIZES[name]
+        for precision in options.precision or (("fp32", "bf16") if name == "smollm2" else ("fp32",)):
+            report["cells"].append(measure(size, precision, report["repeats"]))
+            report["goals"] = judge(report["cells"])
+            write(options.json, report)
+    show(report["cells"])
+    sys.stdout.flush()
+    print(last_line("floor", report["goals"]), flush=True)
+    return int(any(goal["met"] is False for goal in report["goals"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

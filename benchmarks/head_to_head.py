@@ -1,0 +1,178 @@
+"""One distillation step of `opd` against TRL's trainers: `python -m benchmarks.head_to_head --json PATH`.
+
+The same models, prompts, lengths of completions, batch, sampling settings, optimiser and divergence (reverse KL);
+every library through its own training loop, in a process of its own, stepping in turns. TRL's `DistillationTrainer`
+runs as it is shipped and with the tile that is fastest here; checkpointing is off on all sides. In float32 all losses
+on equal completions must agree to 1e-5.
+
+What counts as which phase: `rollout` is everything from prompts to completions; `teacher` and `student` are the bodies
+(TRL GKD: with the head); `loss` is both heads and the divergence, and with opd the gradients of hidden states and head
+too, which the others make in `backward`; `optimizer` is clipping and AdamW; `rest` is what a loop does besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import peers
+from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
+from benchmarks.contestants import GKD, OPD, TILES, TRL, TRL_TILED, Job
+from benchmarks.sizes import SIZES, Size, materialise
+
+LOSS_TOLERANCE = 1e-5
+GOALS = {"tiny": 1.0, "medium": 2.0, "smollm2": 3.0}
+"""CPU of TRL as shipped over opd's, one thread, float32: at least."""
+MEMORY_GOAL = 2.0
+"""Peak memory of TRL as shipped over opd's at SmolLM2 size: at least."""
+QUICK = {"batch": 8, "longest": 64}
+
+
+def best_tile(size: Size, precision: str) -> tuple[int, dict[int, float]]:
+    """TRL's fastest tile for this size: CPU seconds of its loss and backward in the second of two steps each."""
+    seconds = {}
+    for tile in TILES:
+        progress(f"{size.name} {precision}: TRL at {tile} rows")
+        worker = Worker(Job(TRL_TILED, size, precision, tile=tile))
+        try:
+            worker.ask()
+            worker.ask("step")
+            step = worker.ask("step")["cpu"]
+        finally:
+            worker.close()
+        seconds[tile] = step["loss"] + step["backward"]
+    return min(seconds, key=seconds.__getitem__), seconds
+
+
+def measure(size: Size, precision: str, repeats: int, cores: int) -> dict[str, Any]:
+    """One cell of the table: tiles, scores, steps with one thread and with all cores, and memory."""
+    materialise(size)
+    tile, tiles = best_tile(size, precision)
+    cell: dict[str, Any] = {"size": asdict(size), "precision": precision, "tiles": tiles, "tile": tile, "threads": {}}
+
+    def job(name: str, threads: int) -> Job:
+        return Job(name, size, precision, threads, tile if name == TRL_TILED else None)
+
+    names = (OPD, TRL, TRL_TILED, GKD)
+    for threads in sorted({1, cores}):
+        jobs = [job(name, threads) for name in names]
+        where = f"{size.name} {precision}, {threads} threads"
+        cell["threads"][str(threads)] = compete(jobs, repeats, lambda text, where=where: progress(f"{where}: {text}"))
+    cell["memory"] = {}
+    for name in names:
+        progress(f"{size.name} {precision}: memory of {name}")
+        cell["memory"][name] = peak_memory(job(name, 1))
+    scores = {name: figures["score"] for name, figures in cell["threads"]["1"].items()}
+    cell["loss_error"] = {
+        name: abs(score["loss"] / scores[OPD]["loss"] - 1) for name, score in scores.items() if name != OPD
+    }
+    return cell
+
+
+def judge(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals; `met` is None where one was not measured."""
+    goals = []
+    exact = {c["size"]["name"]: c for c in cells if c["precision"] == "fp32"}
+    for name, target in GOALS.items():
+        figure = None
+        if name in exact:
+            of = exact[name]["threads"]["1"]
+            figure = of[TRL]["cpu_seconds"] / of[OPD]["cpu_seconds"]
+        goals.append(_goal(f"{name}: CPU of TRL as shipped / opd >= {target:g}", figure, target))
+    figure = None
+    if "smollm2" in exact:
+        memory = exact["smollm2"]["memory"]
+        figure = memory[TRL]["peak_bytes"] / memory[OPD]["peak_bytes"]
+    goals.append(_goal(f"smollm2: peak memory of TRL as shipped / opd >= {MEMORY_GOAL:g}", figure, MEMORY_GOAL))
+    errors = [error for cell in exact.values() for error in cell["loss_error"].values()]
+    worst = max(errors, default=None)
+    met = None if worst is None else worst <= LOSS_TOLERANCE
+    goals.append({"goal": f"losses on equal completions equal to {LOSS_TOLERANCE:g}", "figure": worst, "met": met})
+    return goals
+
+
+def _goal(text: str, figure: float | None, target: float) -> dict[str, Any]:
+    return {"goal": text, "figure": figure, "met": None if figure is None else figure >= target}
+
+
+def last_line(name: str, goals: list[dict[str, Any]]) -> str:
+    """Figures and goals on one line."""
+    words = {True: "met", False: "MISSED"}
+    parts = [
+        f"{g['goal']}: " + ("not measured" if g["met"] is None else f"{g['figure']:.3g}, {words[g['met']]}")
+        for g in goals
+    ]
+    return f"{name}: " + "; ".join(parts)
+
+
+def show(cells: list[dict[str, Any]]) -> None:
+    """One table a cell and thread count."""
+    console = Console(width=max(170, Console().width))
+    for cell in cells:
+        for threads, contestants in cell["threads"].items():
+            phases = ("rollout", "teacher", "student", "loss", "backward", "optimizer", "rest")
+            table = Table(title=f"{cell['size']['name']} {cell['precision']}, threads: {threads}; seconds a step")
+            for column in ("", "CPU (range)", "wall", *phases, "tokens/CPU s", "tokens/s", "peak MB", "loss error"):
+                table.add_column(column, justify="right")
+            for name, of in contestants.items():
+                low, high = of["cpu_range"]
+                error = cell["loss_error"].get(name)
+                table.add_row(
+                    name,
+                    f"{of['cpu_seconds']:.3g} ({low:.3g}-{high:.3g})",
+                    f"{of['wall_seconds']:.3g}",
+                    *(f"{of['cpu_by_phase'].get(phase, 0):.3g}" for phase in phases),
+                    f"{of['tokens_per_cpu_second']:.0f}",
+                    f"{of['tokens_per_wall_second']:.0f}",
+                    f"{cell['memory'][name]['peak_bytes'] / 1e6:.0f}",
+                    "" if error is None else f"{error:.0e}",
+                )
+            console.print(table)
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Measure, report, and answer 1 when a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.head_to_head", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two repeats of eight completions of up to 64 tokens")
+    parser.add_argument("--size", choices=tuple(SIZES), nargs="+", help="default: tiny with --quick, else all")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", help="default: fp32, at smollm2 both")
+    parser.add_argument("--repeats", type=int, help="timed steps of each contestant; default 5, or 2 with --quick")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    options = parser.parse_args()
+    names = options.size or (["tiny"] if options.quick else list(SIZES))
+    sizes = [replace(SIZES[name], **QUICK) if options.quick else SIZES[name] for name in names]
+    for size in sizes:
+        materialise(size)  # SmolLM2 is read by opd's environment, before the peers' takes over
+    if not peers.present():
+        peers.reexecute("benchmarks.head_to_head", sys.argv[1:])
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.head_to_head", *sys.argv[1:]]),
+        **versions_and_machine(),
+        "repeats": options.repeats or (2 if options.quick else 5),
+        "cells": [],
+    }
+    for size in sizes:
+        for precision in options.precision or (("fp32", "bf16") if size.name == "smollm2" else ("fp32",)):
+            report["cells"].append(measure(size, precision, report["repeats"], len(os.sched_getaffinity(0))))
+            report["goals"] = judge(report["cells"])
+            write(options.json, report)
+    show(report["cells"])
+    sys.stdout.flush()
+    print(last_line("head_to_head", report["goals"]), flush=True)
+    return int(any(goal["met"] is False for goal in report["goals"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

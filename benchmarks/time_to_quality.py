@@ -1,0 +1,332 @@
+"""How soon the student is good: `python -m benchmarks.time_to_quality --json PATH`.
+
+Running sums modulo 10, where an answer is right or wrong. One teacher and one student's beginning, both made by
+supervised training; then every method trains the same student with the same batch, optimiser and number of steps, over
+seeds. Counted is what training has cost when the accuracy on validation prompts first reaches 90 % of the teacher's:
+CPU seconds of the process without measuring, and sampled tokens, the teacher's included. Every method takes the better
+of two learning rates under a seed of its own. Each run is a process and leaves a file; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import peers
+from benchmarks.alternation import QUIET, silence, versions_and_machine, write
+from benchmarks.head_to_head import last_line, progress
+from benchmarks.phases import Phases
+from opd.reproductions.definition import merged
+from reproductions.on_policy import BUDGET, FEW, RATES, STEPS, TERMS, at_rate, distilled, supervised
+from reproductions.running_sum import reached
+
+ROOT = Path(__file__).parent.parent
+OPD, TRL, GKD, SFT = "opd", "TRL on-policy", "TRL GKD, lambda 0.5", "SFT on teacher samples"
+OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
+METHODS = (OPD, TRL, GKD, SFT)
+EVERY = 20
+TUNING_SEED = 100
+SHARE = 0.9
+GOAL = 3.0
+"""CPU seconds to the goal of TRL on-policy over opd's: at least."""
+
+
+class Curve:
+    """Points of accuracy against what training has cost so far; measuring is not counted."""
+
+    def __init__(self) -> None:
+        self.phases, self.points = Phases(), []
+        self.sampled = 0
+
+    @contextlib.contextmanager
+    def measuring(self, step: int) -> Any:
+        """Measure inside; the point is made of what is put into the mapping."""
+        if not self.points:
+            self.phases.restart()
+        cost = {"step": step, "cpu_seconds": self.cpu_seconds, "sampled_tokens": float(self.sampled)}
+        found: dict[str, float] = {}
+        with self.phases("measuring"):
+            yield found
+        self.points.append({**cost, **found})
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(s for phase, s in self.phases.take()["cpu"].items() if phase != "measuring")
+
+
+def train_own(recipe: dict[str, Any], folder: Path) -> list[dict[str, float]]:
+    """A recipe through opd's own loop."""
+    from opd.evaluation import evaluate
+    from opd.loop import train
+    from opd.monitor import Monitor
+    from opd.recipe import parse_recipe
+    from opd.run import assemble
+
+    curve = Curve()
+
+    def measured(run: Any) -> Any:
+        history = run.monitor.history
+        curve.sampled = int(sum(record.get("train/sampled_tokens", 0.0) for record in history))
+        with curve.measuring(run.step) as point:
+            result = evaluate(run)
+            point["accuracy"] = result.metrics["accuracy"]
+        return result
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with mock.patch("opd.monitor.evaluate", measured):
+        train(
+            assemble(parse_recipe({**recipe, "output": str(folder)}, "recipe of this run"), Monitor(folder, quiet=True))
+        )
+    return curve.points
+
+
+def train_trl(method: str, recipe: dict[str, Any], folder: Path) -> list[dict[str, float]]:
+    """The same run through one of TRL's trainers: prompts, models, optimiser and schedule are read from the recipe."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    from opd.api import assembled
+    from opd.evaluation import evaluate
+    from opd.prompts import load_prompts
+    from opd.recipe import parse_recipe
+
+    torch.set_num_threads(1)
+    # Measured by opd's own evaluation, on the model that TRL trains.
+    run = assembled(parse_recipe({**recipe, "output": str(folder)}, "recipe of this run"), quiet=True)
+    parsed, curve = run.recipe, Curve()
+    source, teacher_source = parsed.student.model, parsed.teacher[0].model
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_source, dtype=torch.float32)
+    student = run.student.language.model
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    rows = [{k: p.fields[k] for k in ("prompt", "response")} for p in load_prompts(parsed.prompts)]
+    update, steps = parsed.update, parsed.steps
+    rates = [float(parsed.at(step, steps).update.learning_rate) for step in range(steps + 1)]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1.0, betas=update.betas, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rates[min(step, steps)])
+    shared = {
+        "output_dir": str(folder / "trl"),
+        "max_steps": steps,
+        "per_device_train_batch_size": parsed.batch.prompts,
+        "gradient_accumulation_steps": 1,
+        "max_grad_norm": update.clip_norm,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": parsed.seed,
+        "beta": 1.0,
+        "temperature": 1.0,
+    }
+    given = {"model": student, "teacher_model": teacher, "processing_class": tokenizer}
+    given["optimizers"] = (optimizer, schedule)
+    budget = parsed.rollout.budget
+    if method == TRL:
+        from trl import DistillationConfig, DistillationTrainer
+
+        trainer: Any = DistillationTrainer(
+            **given,
+            args=DistillationConfig(**shared, max_completion_length=budget),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+        )
+        _count(curve, trainer, "_generate_single_turn", lambda made: sum(map(len, made)))
+    else:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        # Half of the batches are the student's samples and half the teacher's, both drawn as they are needed. A row's
+        # own response is never learnt from; its length sets the loss's denominator.
+        trainer = GKDTrainer(
+            **given,
+            args=GKDConfig(**shared, max_new_tokens=budget, lmbda=0.5, seq_kd=True, max_length=512),
+            train_dataset=Dataset.from_list([_tokenised(tokenizer, row) for row in rows]),
+        )
+        _count(curve, trainer, "generate_on_policy_outputs", lambda made: int((made[2] != -100).sum()))
+
+    class Measure(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            self._measure(0)
+
+        def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+            if state.global_step % EVERY == 0 or state.global_step == steps:
+                self._measure(state.global_step)
+
+        def _measure(self, step: int) -> None:
+            with curve.measuring(step) as point:
+                point["accuracy"] = evaluate(run).metrics["accuracy"]
+
+    trainer.add_callback(Measure())
+    trainer.train()
+    return curve.points
+
+
+def _tokenised(tokenizer: Any, row: Mapping[str, str]) -> dict[str, Any]:
+    prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["response"])["input_ids"]
+    return {
+        "prompt": row["prompt"],
+        "input_ids": [*prompt, *answer, tokenizer.eos_token_id],
+        "completion_mask": [0] * len(prompt) + [1] * (len(answer) + 1),
+    }
+
+
+def _count(curve: Curve, trainer: Any, name: str, tokens: Any) -> None:
+    function = getattr(trainer, name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made = function(*args, **kwargs)
+        curve.sampled += tokens(made)
+        return made
+
+    setattr(trainer, name, counted)
+
+
+def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
+    """Base and teacher, and the teacher's accuracy; made once."""
+    from opd.language.creation import create_model, task_tokenizer
+    from opd.reproductions import train
+
+    folder.mkdir(parents=True, exist_ok=True)
+    few = {"evaluation": FEW} if quick else {}
+    if not (folder / "new" / "config.json").exists():
+        create_model(folder / "new", task_tokenizer("running_sum"), width=64, layers=2, heads=4)
+    accuracy = 0.0
+    before = folder / "new"
+    for seed, (name, steps) in enumerate((("base", 8 if quick else 1200), ("teacher", 12 if quick else 2000))):
+        place, record = folder / name, folder / f"{name}.json"
+        if not record.exists():
+            progress(f"training {name}")
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            figures = train(place, {}, recipe=merged(supervised(str(before), steps), few), seed=seed)
+            write(record, {"accuracy": figures["accuracy"]})
+        accuracy = json.loads(record.read_text())["accuracy"]
+        before = place / "run" / "student"
+    return folder / "base" / "run" / "student", folder / "teacher" / "run" / "student", accuracy
+
+
+def recipe_of(method: str, base: Path, teacher: Path, rate: float, seed: int, quick: bool) -> dict[str, Any]:
+    """What a method trains with; `TERMS` and `BUDGET` of the reproduction on the same task."""
+    block = at_rate(distilled(OWN.get(method, {})), rate)
+    block["student"]["model"], block["teacher"][0]["model"] = str(base), str(teacher)
+    block = merged(block, {"seed": seed, "tracking": {"trackers": []}, "evaluation": {"every": EVERY}})
+    return merged(block, {"steps": 4, "evaluation": {"every": 2, **FEW}}) if quick else block
+
+
+def run_one(method: str, recipe: dict[str, Any], record: Path) -> None:
+    """One run in this process; its curve goes to `record`."""
+    sys.stdout = sys.stderr
+    silence()
+    folder = record.with_suffix("")
+    train = train_own if method in OWN else lambda *args: train_trl(method, *args)
+    points = train(recipe, folder)
+    write(record, {"method": method, "seed": recipe["seed"], "points": points})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, seeds: int) -> dict[str, Any]:
+    """Every method, first at each rate, then over seeds at its best; figures by method."""
+    goal = SHARE * best
+    os.environ.update(QUIET, OMP_NUM_THREADS="1")
+
+    def points(method: str, rate: float, seed: int) -> list[dict[str, float]]:
+        slug = "".join(c if c.isalnum() else "-" for c in method)
+        record = folder / f"{slug}-{rate:g}-{seed}.json"
+        if not record.exists():
+            progress(f"{method}, learning rate {rate:g}, seed {seed}")
+            recipe = recipe_of(method, base, teacher, rate, seed, quick)
+            process = multiprocessing.get_context("spawn").Process(target=run_one, args=(method, recipe, record))
+            process.start()
+            process.join()
+            if not record.exists():
+                raise SystemExit(f"{method}, seed {seed}: the run ended without figures; its error stands above")
+        return json.loads(record.read_text())["points"]
+
+    rates = RATES[:1] if quick else RATES
+    tuned = {m: max(rates, key=lambda r, m=m: points(m, r, TUNING_SEED)[-1]["accuracy"]) for m in METHODS}
+    found: dict[str, Any] = {m: {"rate": tuned[m], "runs": []} for m in METHODS}
+    for seed in range(seeds):
+        for method in METHODS:
+            curve = points(method, tuned[method], seed)
+            whole = {"final_accuracy": curve[-1]["accuracy"], "cpu_seconds": curve[-1]["cpu_seconds"]}
+            found[method]["runs"].append({"seed": seed, **reached(curve, "accuracy", goal), **whole, "points": curve})
+    return {"teacher_accuracy": best, "goal_accuracy": goal, "methods": found}
+
+
+def judge(methods: dict[str, Any]) -> list[dict[str, Any]]:
+    """TRL's median CPU seconds over opd's; None when a method did not get there with every seed."""
+    runs = [methods[name]["runs"] for name in (OPD, TRL) if name in methods]
+    figure = None
+    if runs and all(run["reached"] for of in runs for run in of):
+        own, other = (statistics.median(run["cpu_seconds_to_goal"] for run in of) for of in runs)
+        figure = other / own
+    met = None if figure is None else figure >= GOAL
+    return [{"goal": f"CPU seconds to the goal, TRL on-policy / opd >= {GOAL:g}", "figure": figure, "met": met}]
+
+
+def show(report: dict[str, Any]) -> None:
+    """Medians and ranges over seeds."""
+    table = Table(title=f"to accuracy {report['goal_accuracy']:.3f} (teacher {report['teacher_accuracy']:.3f})")
+    for column in ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "accuracy at the end"):
+        table.add_column(column, justify="right")
+    for name, of in report["methods"].items():
+        runs = of["runs"]
+
+        def spread(key: str, digits: str, runs: Any = runs) -> str:
+            values = [run[key] for run in runs]
+            return f"{statistics.median(values):{digits}} ({min(values):{digits}}-{max(values):{digits}})"
+
+        table.add_row(
+            name,
+            f"{of['rate']:g}",
+            f"{sum(int(run['reached']) for run in runs)} of {len(runs)}",
+            spread("cpu_seconds_to_goal", ".0f"),
+            spread("sampled_tokens_to_goal", ".0f"),
+            spread("final_accuracy", ".3f"),
+        )
+    Console(width=max(130, Console().width)).print(table)
+
+
+def main() -> int:
+    """Measure, report, and answer 1 when a goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_quality", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, one seed")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where runs are kept; default under runs/benchmarks")
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    options = parser.parse_args()
+    name = "time_to_quality_quick" if options.quick else "time_to_quality"
+    folder = options.folder or ROOT / "runs" / "benchmarks" / name
+    models = prepare(folder, options.quick)  # in opd's own environment, before the peers' takes over
+    if not peers.present():
+        peers.reexecute("benchmarks.time_to_quality", sys.argv[1:])
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "benchmarks.time_to_quality", *sys.argv[1:]]),
+        **versions_and_machine(),
+        "task": {"kind": "running_sum", "terms": TERMS, "budget": BUDGET, "steps": STEPS},
+        **run_all(folder, *models, options.quick, 1 if options.quick else options.seeds),
+    }
+    report["goals"] = judge(report["methods"])
+    write(options.json, report)
+    show(report)
+    sys.stdout.flush()
+    print(last_line("time_to_quality", report["goals"]), flush=True)
+    return int(any(goal["met"] is False for goal in report["goals"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The step benchmarks: that sides are given the same work, and that the clocks count what they say."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import pages, phases, sizes
+from benchmarks.bare import FloorSession
+from benchmarks.contestants import Job, OpdSession
+from benchmarks.floor import _body
+from benchmarks.phases import Phases
+from benchmarks.sizes import ForcedLengths, Shape, Size, materialise
+from benchmarks.time_to_quality import Curve
+
+SIZE = Size("test", 48, Shape(32, 2, 2), Shape(48, 1, 4), batch=4, shortest=2, longest=12, prompt=(6, 10))
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that advances by one second of CPU and two of wall each time that it is read."""
+    counter = itertools.count()
+    monkeypatch.setattr(phases, "_now", lambda: (float(tick := next(counter)), 2.0 * tick))
+
+
+def test_a_phase_inside_another_stops_it(ticks):
+    clock = Phases()
+    with clock("loss"), clock("teacher"):
+        pass
+    assert clock.take() == {
+        "cpu": {"rest": 2.0, "loss": 2.0, "teacher": 1.0},
+        "wall": {"rest": 4.0, "loss": 4.0, "teacher": 2.0},
+    }
+
+
+def test_nothing_interrupts_a_rollout(ticks):
+    clock = Phases()
+    with clock("rollout"), clock("student"):
+        pass
+    assert clock.take()["cpu"] == {"rest": 2.0, "rollout": 1.0}
+
+
+def test_measuring_costs_nothing(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(phases, "_now", lambda: (now, now))
+    curve = Curve()
+    for step in range(3):
+        with curve.measuring(step) as point:
+            point["accuracy"] = 0.5
+            now += 100
+        now += 1
+    assert [(p["step"], p["cpu_seconds"], p["accuracy"]) for p in curve.points] == [
+        (0, 0, 0.5),
+        (1, 1, 0.5),
+        (2, 2, 0.5),
+    ]
+
+
+def test_every_step_has_short_and_long_completions():
+    lengths = SIZE.lengths(10)
+    for start in range(0, 40, 4):
+        step = lengths[start : start + 4]
+        assert min(step) <= 2 * 6 ** (1 / 4) + 0.5
+        assert max(step) >= 2 * 6 ** (3 / 4) - 0.5
+    assert lengths == SIZE.lengths(11)[:40]
+
+
+def test_an_end_is_forbidden_before_its_time_and_certain_then():
+    forced = ForcedLengths.of([[5], [6, 7]], [3, 1], ends=[0, 2])
+    wanted = forced.wanted([torch.tensor([6, 7]), torch.tensor([5])])
+    assert wanted.tolist() == [1, 3]
+    first = torch.softmax(forced.apply(torch.zeros(2, 4), wanted, 0), -1)
+    assert first.tolist() == [[1, 0, 0, 0], [0, 0.5, 0, 0.5]]
+
+
+def test_opd_and_the_floor_do_the_same_step(monkeypatch, tmp_path):
+    """Equal loss and gradient on equal completions, and steps that sample what the schedule says."""
+    monkeypatch.setattr(sizes, "MODELS", tmp_path)
+    materialise(SIZE)
+    ours, bare = (session(Job(name, SIZE)) for name, session in (("opd", OpdSession), ("floor", FloorSession)))
+    completions = ours.examples()
+    mine, theirs = ours.score(completions), bare.score(completions)
+    assert theirs.loss == pytest.approx(mine.loss, rel=1e-5)
+    assert theirs.gradient_norm == pytest.approx(mine.gradient_norm, rel=1e-5)
+    for session in (ours, bare):
+        steps = itertools.count(1)
+        session.train(lambda steps=steps: next(steps) < 2)
+        assert session.sampled == sum(SIZE.lengths(2))
+        assert {"rollout", "teacher", "student", "loss", "backward", "optimizer"} <= session.phases.take()["cpu"].keys()
+
+
+def test_products_are_counted_as_torch_counts_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(sizes, "MODELS", tmp_path)
+    materialise(SIZE)
+    bare = FloorSession(Job("floor", SIZE))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bare.student.prefill([torch.tensor([7])])
+    assert _body(bare.student.config.to_dict(), 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
+    text = pages.benchmarks(tmp_path)
+    goals = [line for line in text.splitlines() if line.startswith("| `")]
+    assert len(goals) == 10
+    assert all("not measured yet" in line for line in goals)
