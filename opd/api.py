@@ -21,7 +21,7 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.prompts.inline import InlinePrompts
-from opd.provenance import environment, peak_memory_bytes
+from opd.provenance import ORIGIN, environment, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.run import Run, assemble, load_data
@@ -194,6 +194,7 @@ def finish(run: Run) -> Result:
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         run.student.save(recipe.directory / "student", model_card(recipe, summary))
+        _write_json(recipe.directory / "student" / ORIGIN, origin(run))
         _write_json(recipe.directory / "summary.json", summary)
         write_report([recipe.directory], recipe.directory / "report.html")
     run.accelerator.end_training()
@@ -210,6 +211,15 @@ def finish(run: Run) -> Result:
         items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What a saved student says of where it comes from: the hashes of the teachers that it learnt from, or, when this
+    run had none, those of the run before."""
+    teachers = [t.identity() for t in run.teachers]
+    found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
+    before = getattr(run.student, "origin", {})
+    return {"format": 1, "teachers": found or before.get("teachers", [])}
 
 
 def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:

@@ -134,6 +134,23 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def build_models(
+    recipe: Recipe, device: torch.device, *, student: Any = None, teachers: Sequence[Any] | None = None
+) -> tuple[Any, list[Any], Context]:
+    """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
+    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
+    student = student or recipe.student.build(context)
+    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
+    context = student.agree(context, built, recipe.end_tokens)
+    for part in (student, *built):
+        part.context = context
+    return student, built, context
+
+
+def compute_device(recipe: Recipe, accelerator: Accelerator) -> torch.device:
+    return accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
+
+
 def held_out_sampler(recipe: Recipe, rollout: PrefixSource, context: Context, student: Any) -> LanguageRollout:
     """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
     settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
@@ -162,15 +179,12 @@ def assemble(
     """
     training, held_out = data or load_data(recipe)
     accelerator = make_accelerator(recipe)
-    device = accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
-    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
-
-    student = student or recipe.student.build(context)
-    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
-    context = student.agree(context, built, recipe.end_tokens)
-    for part in (student, *built):
-        part.context = context
+    student, built, context = build_models(
+        recipe, compute_device(recipe, accelerator), student=student, teachers=teachers
+    )
     student.check_prompts([*training, *held_out], recipe.max_prompt_tokens)
+    for teacher in built:
+        teacher.check_student(student, context)
     rollout = recipe.rollout.build(context, student, built)
     rollout.check_prompts(training)
     for objective in recipe.objective:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from opd.context import Context
 from opd.distributions import Categorical
+from opd.language.identity import weights_hash
 from opd.language.model import LanguageModel, ModelSettings
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.trajectories import Trajectories
@@ -37,6 +38,9 @@ class LanguageTeacher(LiveTeacher):
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language, settings, device, context
         self.offload = getattr(settings, "offload", False)
+
+    def identity(self) -> str | None:
+        return weights_hash(self.language.model)
 
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories) -> Categorical:

@@ -37,6 +37,9 @@ class SelfLanguageTeacher(LanguageTeacher):
         language.requires_grad_(False).eval()
         super().__init__(language, settings, device, context)
 
+    def identity(self) -> str | None:
+        return None
+
     @torch.no_grad()
     def follow(self, student: Student) -> None:
         if self.settings.mode == "frozen":
