@@ -207,6 +207,45 @@ def command(*words, cwd):
 
 
 @pytest.mark.slow
+def test_a_ray_data_job_writes_the_same_targets(recipe, store, monkeypatch):
+    pytest.importorskip("ray")
+    from opd.store.ray_job import score_with_ray
+
+    # Workers import opd from where this test does.
+    monkeypatch.setenv("PYTHONPATH", str(Path(opd.__file__).parent.parent))
+    with_ray = score_with_ray(recipe, store.path, "exact", 2, name="ray").content()
+    assert with_ray == score(recipe, store.path, "exact", name="one", quiet=True).content()
+
+
+def test_without_ray_the_extra_is_named(recipe, store, monkeypatch):
+    from opd.store.ray_job import score_with_ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(opd.RunError, match=r"pip install 'opd\[ray\]'"):
+        score_with_ray(recipe, store.path, "sampled", 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["score", "nowhere", "--recipe", "quickstart"], "no store at nowhere"),
+        (["score", "nowhere"], "needs --recipe"),
+        (["score", "nowhere", "--recipe", "quickstart", "--kind", "all"], "accepted: sampled, top_k, exact"),
+        (["store", "nowhere"], "opd rollout RECIPE --out nowhere makes one"),
+    ],
+)
+def test_mistakes_on_the_command_line(words, message, monkeypatch, capsys, tmp_path):
+    from opd.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["opd", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_killed_and_shared_jobs_of_the_command_line(recipe, tmp_path):
     """SIGKILL in the middle, then two workers side by side: the store of one undisturbed process."""
     file = tmp_path / "recipe.yaml"

@@ -107,6 +107,9 @@ def score(
     teacher: Annotated[
         str | None, typer.Option(help="Which of the recipe's teachers, by name.", show_default=False)
     ] = None,
+    ray: Annotated[
+        int | None, typer.Option(min=1, help="Score as a Ray Data job of this many workers.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Write what a recipe's teacher says about a store's trajectories; goes on where it stopped, several may work."""
@@ -124,7 +127,13 @@ def score(
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     options = {"top_k": top_k, "dtype": dtype, "name": name, "teacher": teacher}
-    show_store(run(resolved, store, kind, quiet=quiet, **options).store)  # type: ignore[arg-type]  # checked above
+    if ray is None:
+        targets = run(resolved, store, kind, quiet=quiet, **options)  # type: ignore[arg-type]  # checked above
+    else:
+        from opd.store.ray_job import score_with_ray
+
+        targets = score_with_ray(resolved, store, kind, ray, **options)  # type: ignore[arg-type]
+    show_store(targets.store)
 
 
 @app.command("store")
