@@ -29,7 +29,7 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.prompts.inline import InlinePrompts
-from opd.provenance import environment, peak_memory_bytes
+from opd.provenance import ORIGIN, environment, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json, read_yaml
@@ -274,6 +274,7 @@ def finish(run: Run) -> Result:
         try:
             with whole_folder(recipe.directory / "student") as folder:
                 run.student.save(folder, model_card(recipe, summary))
+                (folder / ORIGIN).write_text(json.dumps(origin(run), indent=2) + "\n", encoding="utf-8")
             write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise RunError(
@@ -295,6 +296,15 @@ def finish(run: Run) -> Result:
         items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
+
+
+def origin(run: Run) -> dict[str, Any]:
+    """What a saved student says of where it comes from: the hashes of the teachers that it learnt from, or, when this
+    run had none, those of the run before."""
+    teachers = [t.identity() for t in run.teachers]
+    found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
+    before = getattr(run.student, "origin", {})
+    return {"format": 1, "teachers": found or before.get("teachers", [])}
 
 
 def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:

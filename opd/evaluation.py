@@ -13,6 +13,7 @@ from opd.divergences.statistics import MEANS
 from opd.policies import Student
 from opd.prompts import Prompt
 from opd.rollouts import PrefixSource
+from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -37,10 +38,13 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
-    """Roll out every held-out prompt and compare the student with its (first) teacher at every position.
+    """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
+    position.
 
     Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
-    over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where a
+    over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where
+    training reads a store that holds an earlier student's completions of these prompts, `drift` and `drift_std` of
+    `q(a) / q_then(a)` over their tokens; where a
     verifier gave verdicts `accuracy` (Avg@k: the mean over prompts and samples) and with k > 1 `pass_at_k` (share of
     prompts with a right answer among k); with `greedy` also `greedy_accuracy` and `greedy_length`.
     """
@@ -55,15 +59,19 @@ def evaluate(run: Run) -> HeldOut:
         trajectories = roll_out(run, run.sampler, prompts, settings.k)
         sums |= _outcomes(trajectories, settings.k)
         items["accuracy"] = _by_prompt(trajectories, settings.k)
+        judge = _judge(run)
         for micro, _ in trajectories.split(run.micro):
             student = run.student(micro)
-            teacher = run.teachers[0](micro) if run.teachers else None
+            teacher = judge(micro) if judge is not None else None
             assert isinstance(student, Categorical)
             assert teacher is None or isinstance(teacher, Categorical)
             comparison = compare(student, teacher, micro.actions)
             for name, value in comparison.sums().items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, micro, comparison)
+        before = run.rollout.written_before(prompts, run.recipe.rollout.budget)
+        if before is not None:
+            sums |= _moved(run, before)
         if settings.greedy:
             greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)
             sums |= {f"greedy_{name}": value for name, value in _outcomes(greedy, 1).items()}
@@ -77,6 +85,23 @@ def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> 
     """`k` completions of each held-out prompt, with verdicts."""
     budget = run.recipe.evaluation.max_new_tokens or run.recipe.rollout.budget
     return run.verify(sampler(prompts, k, budget, stream=STREAM))
+
+
+def _judge(run: Run) -> LiveTeacher | None:
+    """The first teacher that can be asked at new states."""
+    return next((teacher for teacher in run.teachers if teacher.everywhere), None)
+
+
+def _moved(run: Run, before: Trajectories) -> dict[str, float]:
+    """Sums over the tokens that an earlier student wrote of `q(a) / q_then(a)` and its square."""
+    sums = dict.fromkeys(MOVED, 0.0)
+    for micro, _ in before.split(run.recipe.batch.micro):
+        student = run.student(micro)
+        assert isinstance(student, Categorical)
+        ratio = (compare(student, None, micro.actions).values["log_q"] - micro.behaviour_log_probs).exp().double()
+        for name, value in zip(MOVED, (ratio, ratio**2, torch.ones_like(ratio)), strict=True):
+            sums[name] += float(value.sum())
+    return sums
 
 
 def _by_prompt(trajectories: Trajectories, k: int) -> dict[str, float]:
@@ -107,14 +132,15 @@ def _outcomes(trajectories: Trajectories, k: int) -> dict[str, float]:
     return sums
 
 
+MOVED = ("moved", "moved_squared", "moved_positions")
 COUNTS = ("positions", "trajectories", "truncated", "accuracy", "verified", "passed", "prompts")
 
 
 def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
-    names = [*MEANS, *COUNTS, *(f"greedy_{name}" for name in COUNTS)]
+    names = [*MEANS, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)]
     totals = run.sum_over_processes(torch.tensor([float(sums.get(n, 0.0)) for n in names], dtype=torch.float64))
     total = dict(zip(names, totals.tolist(), strict=True))
-    known = MEANS if run.teachers else ("student_entropy",)
+    known = MEANS if _judge(run) is not None else ("student_entropy",)
     metrics = {name: total[name] / total["positions"] for name in known}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
@@ -122,6 +148,10 @@ def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
         metrics["accuracy"] = total["accuracy"] / total["verified"]
         if run.recipe.evaluation.k > 1:
             metrics["pass_at_k"] = total["passed"] / total["prompts"]
+    if total["moved_positions"]:
+        metrics["drift"] = total["moved"] / total["moved_positions"]
+        square = total["moved_squared"] / total["moved_positions"]
+        metrics["drift_std"] = max(0.0, square - metrics["drift"] ** 2) ** 0.5
     if total["greedy_trajectories"]:
         metrics["greedy_length"] = total["greedy_positions"] / total["greedy_trajectories"]
         if total["greedy_verified"]:

@@ -33,7 +33,7 @@ def train(run: Run) -> None:
 
         with clock("teacher"), run.accelerator.autocast():
             targets = run.ask(trajectories)
-        measurement.asked(len(targets), trajectories)
+        measurement.asked(run.teachers, trajectories)
 
         counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
         batch = MicroBatches(run, trajectories, measurement)

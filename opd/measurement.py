@@ -10,8 +10,8 @@ import torch
 
 from opd.objectives import Loss, Objective
 from opd.objectives.base import label
+from opd.teachers import LiveTeacher
 from opd.trajectories import AUTHORS, Trajectories
-
 
 SHOWN = 4
 """Trajectories of a group that a step leaves for the report."""
@@ -44,13 +44,17 @@ class Measurement:
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
         self.names = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
-        self.teacher_tokens = 0.0
+        self.answered = {"teacher_tokens": 0.0}
         self.sums: dict[str, float] = {}
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
 
-    def asked(self, teachers: int, trajectories: Trajectories) -> None:
-        """Count the positions that the step's teachers scored."""
-        self.teacher_tokens = float(teachers * trajectories.positions)
+    def asked(self, teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
+        """Count the positions that the step's teachers scored, and those whose answers they had already."""
+        wanted = len(teachers) * trajectories.positions
+        scored = sum(t.asked for t in teachers) * trajectories.positions
+        self.answered = {"teacher_tokens": float(scored)}
+        if any(t.remembers for t in teachers):
+            self.answered |= {"remembered": float(wanted - scored), "wanted": float(wanted)}
 
     def add(self, losses: Sequence[Loss], micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
         """Take in one micro-batch; its numbers by position stay until the step is over.
@@ -62,7 +66,7 @@ class Measurement:
         added = {
             "positions": float(learnt.sum()),
             "trajectories": float(len(micro)),
-            "sampled_tokens": float((micro.authors != AUTHORS.index("data")).sum()),
+            "sampled_tokens": float((micro.authors != AUTHORS.index("data")).sum()) if micro.stored is None else 0.0,
             "loss": sum(float(each.total.detach()) for each in losses),
             "divergence": float(loss.values[learnt].sum()),
             "length": float(micro.lengths.sum()),
@@ -76,6 +80,17 @@ class Measurement:
         if exact_behaviour:
             gap = (loss.log_probs - micro.behaviour_log_probs)[learnt & (loss.log_probs != 0)]
             added["rollout_gap"] = float(gap.abs().sum())
+        if micro.stored is not None:
+            mine = learnt & (loss.log_probs != 0) & (micro.authors == AUTHORS.index("student"))
+            ratio = (loss.log_probs - micro.behaviour_log_probs)[mine].exp().double()
+            added |= {
+                "moved": float(ratio.sum()),
+                "moved_squared": float((ratio**2).sum()),
+                "moved_positions": float(len(ratio)),
+            }
+        for each in losses:
+            for name, found in each.measured.items():
+                added[f"measured/{name}"] = added.get(f"measured/{name}", 0.0) + float(found[learnt].sum())
         if micro.rewards is not None:
             known = ~torch.isnan(micro.rewards)
             added |= {"reward": float(micro.rewards[known].sum()), "rewarded": float(known.sum())}
@@ -101,7 +116,7 @@ class Measurement:
         return bool(loss.isfinite().all())
 
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        self.sums["teacher_tokens"] = self.teacher_tokens
+        self.sums |= self.answered
         names = list(self.sums)
         totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
         total = dict(zip(names, totals.tolist(), strict=True))
@@ -114,7 +129,14 @@ class Measurement:
             "truncated": total["truncated"] / trajectories,
         }
         signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
+        signals |= {name.split("/")[1]: total[name] / positions for name in names if name.startswith("measured/")}
         signals["teacher_tokens"] = total["teacher_tokens"]
+        if "wanted" in total:
+            signals["teacher_hit_rate"] = total["remembered"] / max(total["wanted"], 1.0)
+        if total.get("moved_positions"):
+            mean = total["moved"] / total["moved_positions"]
+            signals["drift"] = mean
+            signals["drift_std"] = max(0.0, total["moved_squared"] / total["moved_positions"] - mean**2) ** 0.5
         if "rollout_gap" in total:
             signals["rollout_gap"] = total["rollout_gap"] / positions
         if total.get("rewarded"):

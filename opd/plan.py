@@ -20,9 +20,13 @@ from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.prompts.dataset import DatasetPrompts
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.rollouts.stored import StoredRollout
 from opd.run import load_data
+from opd.store import Store, Targets
+from opd.store.targets import ANSWERS
 from opd.teachers.local import LocalTeacher
 from opd.teachers.self_teacher import SelfTeacher
+from opd.teachers.stored import StoredTeacher
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -116,6 +120,9 @@ def make_plan(recipe: Recipe) -> Plan:
     student = _shape(recipe.student, notes, trainable=True)
     teachers = []
     for teacher in recipe.teacher:
+        if isinstance(teacher, StoredTeacher):
+            notes.append(f"{teacher.path}: its answers are read from the disk, {_store_note(teacher, recipe)}")
+            continue
         for objective in recipe.objective:
             objective.check_accepts(_answers(), "the teacher")
         if isinstance(teacher, LocalTeacher):
@@ -133,7 +140,9 @@ def make_plan(recipe: Recipe) -> Plan:
         completion_tokens=completion,
         trajectories=trajectories,
         memory=_memory(recipe, student, teachers, prompt, common, completion, notes),
-        teraflops=_operations(student, teachers, trajectories, prompt, completion),
+        teraflops=_operations(
+            student, teachers, trajectories, prompt, completion, isinstance(recipe.rollout, StoredRollout)
+        ),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -143,6 +152,16 @@ def _answers() -> Any:
     from opd.distributions import Categorical
 
     return Categorical
+
+
+def _store_note(teacher: StoredTeacher, recipe: Recipe) -> str:
+    """What is known of stored targets before a run; raises when an objective cannot be computed from them."""
+    if not (Path(teacher.path) / "store.json").is_file():
+        return "and it is not on this machine"
+    targets = Targets.open(Store.open(teacher.path), teacher.targets)
+    for objective in recipe.objective:
+        objective.check_accepts(ANSWERS[targets.header.kind], "the store")
+    return f"kind {targets.header.kind}"
 
 
 def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
@@ -217,7 +236,8 @@ def _memory(
     sampler = getattr(recipe.rollout, "dtype", "own")
     if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
         parts["bfloat16 copy for rollouts"] = 2 * student.parameters
-    for i, (settings, shape) in enumerate(zip(recipe.teacher, teachers, strict=True)):
+    live = [t for t in recipe.teacher if not isinstance(t, StoredTeacher)]
+    for i, (settings, shape) in enumerate(zip(live, teachers, strict=True)):
         if not getattr(settings, "offload", False) or on_cpu:
             parts[f"teacher {i} weights"] = shape.weight_bytes
         parts[f"teacher {i} answers (hidden states)"] = (
@@ -275,7 +295,7 @@ def _activations(recipe: Recipe, student: Shape, tokens: int) -> int:
 
 
 def _operations(
-    student: Shape, teachers: list[Shape], trajectories: int, prompt: int, completion: int
+    student: Shape, teachers: list[Shape], trajectories: int, prompt: int, completion: int, stored: bool
 ) -> dict[str, float]:
     """Matrix-product operations of a step, attention left out: 2 per parameter and token forward, 4 backward."""
 
@@ -286,7 +306,7 @@ def _operations(
     head = student.vocabulary * student.width
     heads = sum(2 * t.vocabulary * t.width for t in teachers) * scored
     return {
-        "rollout": 2 * (body(student) * tokens + head * scored) / 1e12,
+        "rollout": 0.0 if stored else 2 * (body(student) * tokens + head * scored) / 1e12,
         "teachers": sum(2 * body(t) * tokens for t in teachers) / 1e12,
         "student forward and backward": 6 * body(student) * tokens / 1e12,
         "loss operator": (6 * head * scored + heads) / 1e12,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+from opd.errors import ModelError
 
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 
@@ -51,6 +55,26 @@ def environment(seed: int) -> dict[str, Any]:
         "git": git_state(),
         "command": sys.argv,
     }
+
+
+ORIGIN = "opd.json"
+"""Beside a saved student's weights: where it comes from."""
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """What the run that saved a student says of it; empty for a model from elsewhere.
+
+    `teachers`: hashes of the teachers that the last run which had any learnt from.
+    """
+    path = folder / ORIGIN
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(found["teachers"], list)
+        return dict(found)
+    except (ValueError, TypeError, KeyError, AssertionError):
+        raise ModelError(f"{path} does not list a student's teachers as opd writes it; mend or remove it") from None
 
 
 def peak_memory_bytes() -> int:

@@ -208,6 +208,23 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def build_models(
+    recipe: Recipe, device: torch.device, *, student: Any = None, teachers: Sequence[Any] | None = None
+) -> tuple[Any, list[Any], Context]:
+    """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
+    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
+    student = student or recipe.student.build(context)
+    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
+    context = student.agree(context, built, recipe.end_tokens)
+    for part in (student, *built):
+        part.context = context
+    return student, built, context
+
+
+def compute_device(recipe: Recipe, accelerator: Accelerator) -> torch.device:
+    return accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
+
+
 def held_out_sampler(recipe: Recipe, rollout: PrefixSource, context: Context, student: Any) -> LanguageRollout:
     """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
     settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
@@ -237,14 +254,11 @@ def assemble(
     bad: list[DataError] = []
     loaded = training, held_out = data or load_data(recipe, bad)
     accelerator = make_accelerator(recipe)
-    device = accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
-    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
-
-    student = student or recipe.student.build(context)
-    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
-    context = student.agree(context, built, recipe.end_tokens)
-    for part in (student, *built):
-        part.context = context
+    student, built, context = build_models(
+        recipe, compute_device(recipe, accelerator), student=student, teachers=teachers
+    )
+    for teacher in built:
+        teacher.check_student(student, context)
     rollout = recipe.rollout.build(context, student, built)
     training = _readable(recipe, training, bad, student, *built, rollout)
     held_out = _readable(recipe, held_out, bad, student, *built)

@@ -36,6 +36,7 @@ class Trajectories:
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier, or None.
+        stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
     """
 
     prompts: Sequence[Prompt]
@@ -48,6 +49,7 @@ class Trajectories:
     authors: torch.Tensor
     groups: torch.Tensor
     rewards: torch.Tensor | None = None
+    stored: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,6 +79,7 @@ class Trajectories:
             authors=self.authors[here],
             groups=self.groups[start:stop],
             rewards=None if self.rewards is None else self.rewards[start:stop],
+            stored=None if self.stored is None else self.stored[start:stop],
         )
         return part, here
 
@@ -103,6 +106,7 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
         groups.append(part.groups + offset)
         offset += int(part.groups.max()) + 1
     group = torch.cat(groups)[inverse]
+    stored = [torch.full_like(p.lengths, -1) if p.stored is None else p.stored for p in parts]
     packed = {}
     for name in PACKED:
         rows = torch.split(torch.cat([getattr(p, name) for p in parts]), lengths.tolist())
@@ -116,6 +120,7 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
         finished=torch.cat([p.finished for p in parts])[inverse],
         groups=torch.unique_consecutive(group, return_inverse=True)[1],
         rewards=None if any(r is None for r in rewards) else torch.cat([r for r in rewards if r is not None])[inverse],
+        stored=None if all(p.stored is None for p in parts) else torch.cat(stored)[inverse],
         **packed,
     )
 

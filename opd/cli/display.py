@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from opd.plan import Plan
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
+    from opd.store import Store
     from opd.truth_table import Row
 
 
@@ -107,6 +108,32 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         out.print(table)
     for note in plan.notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def show_store(store: Store, verify: bool = False) -> None:
+    """What a store and each of its targets hold and lack; with `verify` every file is read and checked."""
+    from opd.store import Targets
+
+    head = store.header
+    if verify:
+        list(store.check())
+    missing = len(store.missing())
+    out = console()
+    out.print(f"store:   {store.path}", highlight=False, soft_wrap=True)
+    drawn = f"{head.draws} draws of {head.prompts} prompts, {head.group} each" if head.draws > 1 else "one draw"
+    state = f"{missing} of {head.shards} shards missing" if missing else f"content {store.content()}"
+    out.print(f"rows:    {head.rows} ({drawn}), written by {', '.join(head.authors)}; {state}", soft_wrap=True)
+    out.print(f"student: {head.student['model']} {head.student['weights']}", highlight=False, soft_wrap=True)
+    for path in sorted(store.path.glob("targets/*/targets.json")):
+        targets = Targets.open(store, path.parent.name)
+        if verify:
+            list(targets.check())
+        missing = len(targets.missing())
+        state = f"{missing} of {head.shards} shards missing" if missing else f"content {targets.content()}"
+        teacher = f"{targets.header.teacher['model']} {targets.header.teacher['weights']}"
+        out.print(f"targets: {targets.path.name}: {targets.header.kind} of {teacher}; {state}", soft_wrap=True)
+    if verify:
+        out.print("every written file matches its checksum")
 
 
 def show_reproductions(entries: Mapping[str, Entry]) -> None:

@@ -75,6 +75,80 @@ def chain(
 
 
 @app.command()
+def rollout(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The store's folder; default stores/NAME.", show_default=False)
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Of all prompts; a store that has fewer gets the rest.")] = 1,
+    prompts_per_shard: Annotated[int, typer.Option(min=1, help="What a worker loses at most when killed.")] = 64,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Sample a recipe's trajectories into a store, to train on later; goes on where it stopped, several may work."""
+    from opd.cli.display import show_store
+    from opd.recipe import load_recipe
+    from opd.store.sampling import sample
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    path = out or Path("stores") / resolved.name
+    show_store(sample(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
+
+
+@app.command()
+def score(
+    store: Annotated[Path, typer.Argument(help="A store that opd rollout made.")],
+    overrides: Overrides = None,
+    recipe: Annotated[str, typer.Option(help="Names the teacher, the student's tokenizer and the prompts.")] = "",
+    kind: Annotated[str, typer.Option(help="sampled, top_k or exact.")] = "sampled",
+    top_k: Annotated[int, typer.Option(min=1, help="K, with --kind top_k.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32, with --kind exact.")] = "bfloat16",
+    name: Annotated[
+        str | None, typer.Option(help="Of these targets; default kind and teacher.", show_default=False)
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Which of the recipe's teachers, by name.", show_default=False)
+    ] = None,
+    ray: Annotated[
+        int | None, typer.Option(min=1, help="Score as a Ray Data job of this many workers.", show_default=False)
+    ] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Write what a recipe's teacher says about a store's trajectories; goes on where it stopped, several may work."""
+    from opd.cli.display import show_store
+    from opd.errors import RecipeError
+    from opd.recipe import load_recipe
+    from opd.store.scoring import score as run
+    from opd.store.targets import KINDS
+
+    if not recipe:
+        raise RecipeError("opd score needs --recipe RECIPE, which names the teacher")
+    for option, value, accepted in (("--kind", kind, KINDS), ("--dtype", dtype, ("bfloat16", "float32"))):
+        if value not in accepted:
+            raise RecipeError(f"{option} is {value!r}; accepted: {', '.join(accepted)}")
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    options = {"top_k": top_k, "dtype": dtype, "name": name, "teacher": teacher}
+    if ray is None:
+        targets = run(resolved, store, kind, quiet=quiet, **options)  # type: ignore[arg-type]  # checked above
+    else:
+        from opd.store.ray_job import score_with_ray
+
+        targets = score_with_ray(resolved, store, kind, ray, **options)  # type: ignore[arg-type]
+    show_store(targets.store)
+
+
+@app.command("store")
+def show(store: Annotated[Path, typer.Argument(help="A store's folder.")]) -> None:
+    """Show what a store holds, and check every byte of it."""
+    from opd.cli.display import show_store
+    from opd.store import Store
+
+    show_store(Store.open(store), verify=True)
+
+
+@app.command()
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from opd.distributions.base import Distribution
+from opd.distributions.categorical import Categorical
 
 
 @dataclass(frozen=True)
@@ -25,3 +26,15 @@ class Sampled(Distribution):
 
     def detach(self) -> Self:
         return type(self)(self.log_probs.detach())
+
+    @staticmethod
+    def of(full: Categorical, actions: torch.Tensor, rows: int = 128) -> Sampled:
+        """What a full distribution says about `actions` `[N]`, `rows` positions at a time."""
+        parts = [
+            full.select(slice(start, start + rows))
+            .log_probs()
+            .gather(1, actions[start : start + rows, None])
+            .squeeze(1)
+            for start in range(0, len(full), rows)
+        ]
+        return Sampled(torch.cat(parts))

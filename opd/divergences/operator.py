@@ -74,7 +74,11 @@ class OnAction(Divergence):
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
     alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
-    discount: float = Field(0.0, ge=0.0, le=1.0)
+
+    @property
+    def sees_whole_trajectories(self) -> bool:
+        """Whether a position is credited with what follows it, so that `lengths` are needed and not just one chunk."""
+        return False
 
     @abstractmethod
     def value_and_coefficient(
@@ -97,11 +101,11 @@ class OnAction(Divergence):
         return _on_categorical(self, student, targets, weights, trajectories)
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors != {"student"}:
+        if rollout.authors != {"student"} or not rollout.current:
             kind = self.model_dump()["kind"]
             raise IncompatibleError(
                 f"objective {kind!r} needs the student's own samples: on others its expectation is not what it says. "
-                "Take rollout: student, or reverse_kl, which compares whole distributions"
+                "Take rollout: student, or reverse_kl, which compares whole distributions, or on stored ones lightning"
             )
 
 
@@ -309,7 +313,7 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
     live = plan.weights.nonzero().squeeze(1)
     buffers = _Buffers(min(plan.rows, max(1, len(live))), size, device)
     known = None
-    if isinstance(divergence, OnAction) and divergence.discount:
+    if isinstance(divergence, OnAction) and divergence.sees_whole_trajectories:
         known = _returns(hidden, plan, buffers)
 
     for index in torch.split(live, plan.rows):

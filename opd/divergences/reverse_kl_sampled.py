@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from opd.divergences.operator import OnAction
 from opd.schedules import OverSteps
@@ -20,7 +21,12 @@ class ReverseKLSampled(OnAction):
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"clamp": 1.0}, {"discount": 0.5}, {"discount": 1.0})
+    discount: float = Field(0.0, ge=0.0, le=1.0)
     clamp: Annotated[float, OverSteps(gt=0)] | None = None
+
+    @property
+    def sees_whole_trajectories(self) -> bool:
+        return self.discount > 0
 
     @property
     def descends(self) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from opd.errors import IncompatibleError
 from opd.language.model import LanguageModel
 
+PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
+"""Two tokenizers of one vocabulary are the same when they split this alike."""
+
 
 def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str) -> None:
     """Refuse a teacher whose tokenizer gives other ids; extra ids on one side only are allowed."""
@@ -20,8 +23,7 @@ def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str)
             f"{which} has another tokenizer than the student: {len(different)} of {common} ids differ (id {i} is "
             f"{mine!r} here and {other!r} there). Use a teacher of the student's family"
         )
-    probe = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
-    if student.tokenizer(probe)["input_ids"] != teacher.tokenizer(probe)["input_ids"]:
+    if student.tokenizer(PROBE)["input_ids"] != teacher.tokenizer(PROBE)["input_ids"]:
         raise IncompatibleError(
             f"{which} has the student's vocabulary but splits text differently; use the student's tokenizer for both "
             "(teacher.tokenizer)"

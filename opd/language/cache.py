@@ -32,8 +32,9 @@ class RoomyLayer(DynamicLayer):
             size = new + new // 4 + ROOM
             roomy = [x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states)]
             if old:
-                roomy[0][:, :, :old] = self.keys
-                roomy[1][:, :, :old] = self.values
+                for buffer, held in zip(roomy, (self.keys, self.values), strict=True):
+                    assert held is not None
+                    buffer[:, :, :old] = held
             self.room = (roomy[0], roomy[1])
         for buffer, states in zip(self.room, (key_states, value_states), strict=True):
             buffer[:, :, old:new] = states

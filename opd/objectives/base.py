@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -43,12 +43,14 @@ class Loss:
             zero where the weight is zero, since those positions are never computed.
         log_probs: float32 `[N]`, detached: the student's log-probability of each action taken; zero likewise.
         per_example: float32 `[B]` with a graph, each trajectory's part of `total`, when it was asked for.
+        measured: float32 `[N]` by name, detached; their means over the step's learnt positions are logged.
     """
 
     total: torch.Tensor
     values: torch.Tensor
     log_probs: torch.Tensor
     per_example: torch.Tensor | None = None
+    measured: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Choice):

@@ -68,7 +68,7 @@ class GRPO(Objective):
         return action_loss(rule, student, weights * (advantage != 0), trajectories.actions, trajectories.lengths)
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors != {"student"}:
+        if rollout.authors != {"student"} or not rollout.current:
             raise IncompatibleError(
                 "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student"
             )

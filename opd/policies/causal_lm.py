@@ -18,6 +18,7 @@ from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabu
 from opd.language.model import LanguageModel, ModelSettings
 from opd.policies.base import Policy, Student
 from opd.prompts import Prompt
+from opd.provenance import read_origin
 from opd.trajectories import Trajectories
 
 
@@ -44,15 +45,22 @@ class CausalLM(ModelSettings, Policy):
 
     def build(self, context: Context) -> CausalLMStudent:
         language = LanguageModel.load(self, context.device)
-        return CausalLMStudent(language, self, context)
+        return CausalLMStudent(language, self, context, read_origin(Path(self.model)))
 
 
 class CausalLMStudent(Student):
-    """The built policy."""
+    """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
-    def __init__(self, language: LanguageModel, settings: CausalLM | None, context: Context):
+    def __init__(
+        self,
+        language: LanguageModel,
+        settings: CausalLM | None,
+        context: Context,
+        origin: dict[str, Any] | None = None,
+    ):
         self.language = language
         self.context = context
+        self.origin = origin or {}
         if settings is not None and settings.lora is not None:
             language.model = _with_lora(language.model, settings.lora)
         if settings is not None:
@@ -79,8 +87,10 @@ class CausalLMStudent(Student):
         for which, other in others:
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]
+        fixed = [t.vocabulary for t in teachers if t.vocabulary is not None]
         return context.with_(
-            vocabulary=common_vocabulary(models), end_ids=agree_on_end(self.language, others, end_tokens)
+            vocabulary=min([common_vocabulary(models), *fixed]),
+            end_ids=agree_on_end(self.language, others, end_tokens),
         )
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:

@@ -57,6 +57,16 @@ MEANINGS = {
         "nats a token",
         "mean absolute difference of the sampler's and the trainer's log-probabilities; should be near zero",
     ),
+    "held_out/drift": Meaning(
+        "drift", "ratio", "mean of q(token) now over then, on held-out completions of the student that wrote the store"
+    ),
+    "held_out/drift_std": Meaning("drift, spread", "ratio", "standard deviation of the same"),
+    "train/drift": Meaning("drift", "ratio", "mean of q(token) now over when the store was written, on this step's"),
+    "train/drift_std": Meaning("drift, spread", "ratio", "standard deviation of the same"),
+    "train/advantage": Meaning("advantage", "nats a token", "log p(token) - log q(token), mean over the step"),
+    "train/advantage_size": Meaning("size of advantage", "nats a token", "mean of its absolute value"),
+    "train/clamped": Meaning("clamped", "share of tokens", "whose advantage was cut at the bound"),
+    "train/teacher_hit_rate": Meaning("hit rate", "share", "of positions whose answers the teacher had already"),
     "train/gradient_norm": Meaning("gradient norm", "", "before clipping"),
     "train/learning_rate": Meaning("learning rate"),
     "train/cpu_seconds": Meaning("CPU time", "seconds a step", "of the main process, evaluations not counted"),

@@ -20,6 +20,7 @@ class PrefixSource(ABC):
     Attributes:
         settings: those of the current step; the loop puts the numbers of schedules in.
         authors: who may have chosen an action.
+        current: what the student writes, it writes now; False where an earlier student did.
         exact: actions are drawn from the student's whole distribution, up to the rounding of `dtype`.
         dtype: what the sampler computes in.
     """
@@ -27,6 +28,7 @@ class PrefixSource(ABC):
     settings: Any
     context: Context
     authors: frozenset[Author] = frozenset({"student"})
+    current: bool = True
     exact: bool = True
     dtype: torch.dtype = torch.float32
 
@@ -50,6 +52,14 @@ class PrefixSource(ABC):
             begun: P * G sequences of actions that another source has written already; they stand before the actions
                 drawn here and are not part of what is returned.
         """
+
+    def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
+        """What an earlier student wrote for those of `prompts` that are known, to measure how far this one moved."""
+        return None
+
+    def teachers(self) -> list[str]:
+        """Hashes of the teachers that wrote trajectories before this run."""
+        return []
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt that this source cannot extend."""

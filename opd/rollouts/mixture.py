@@ -46,6 +46,7 @@ class Mixed(PrefixSource):
     def __init__(self, settings: MixtureRollout, context: Context, first: PrefixSource, second: PrefixSource):
         self.settings, self.context, self.first, self.second = settings, context, first, second
         self.authors = first.authors | second.authors
+        self.current = first.current and second.current
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         self.first.check_prompts(prompts)

@@ -47,6 +47,7 @@ class Switched(PrefixSource):
     def __init__(self, settings: SwitchRollout, context: Context, first: PrefixSource, then: PrefixSource):
         self.settings, self.context, self.first, self.then = settings, context, first, then
         self.authors = first.authors | then.authors
+        self.current = first.current and then.current
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         self.first.check_prompts(prompts)

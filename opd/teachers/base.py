@@ -25,6 +25,18 @@ class LiveTeacher(ABC):
     settings: Any
     """Those of the current step; the loop puts the numbers of schedules in."""
 
+    everywhere: bool = True
+    """Whether it answers at any state, or only at those that it scored before."""
+
+    vocabulary: int | None = None
+    """Leading ids that its answers give probability to, where that is fixed and it has no language model to ask."""
+
+    asked: float = 1.0
+    """Share of the last call's positions for which the teacher's model was run."""
+
+    remembers: bool = False
+    """Whether it keeps answers, so that `asked` is worth logging as a hit rate."""
+
     @property
     def weight(self) -> float:
         return float(self.settings.weight)
@@ -37,8 +49,15 @@ class LiveTeacher(ABC):
         """Of the weights that do not move, so that a run goes on under the same teacher; empty where there are none."""
         return ""
 
+    def identity(self) -> str | None:
+        """Hash of the weights that its answers come from; None for a teacher that is made of the student."""
+        return None
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt of which this teacher has no view."""
+
+    def check_student(self, student: Student, context: Context) -> None:  # noqa: B027
+        """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
 
     def follow(self, student: Student) -> None:  # noqa: B027
         """Called after every optimiser step; a teacher that is made of the student moves here."""

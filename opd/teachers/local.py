@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from opd.checkpoints.weights import fingerprint
 from opd.context import Context
 from opd.distributions import Categorical
+from opd.language.identity import weights_hash
 from opd.language.model import LanguageModel, ModelSettings
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
+from opd.teachers.memory import Memory, MemorySettings
 from opd.trajectories import Trajectories
 
 
@@ -24,6 +26,15 @@ class LocalTeacher(ModelSettings, Teacher):
     kind: Literal["local"] = "local"
     device: str | None = Field(None, description="Where it computes; default the student's device")
     offload: bool = Field(False, description="Keep the weights on the CPU and move them over for each batch")
+
+    cache: MemorySettings | None = Field(
+        None, description="Keep answers on disk and never ask twice at the same ids; true takes the defaults"
+    )
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return {} if value is True else None if value is False else value
 
     def build(self, context: Context, student: Any) -> LanguageTeacher:
         device = torch.device(self.device) if self.device else context.device
@@ -40,6 +51,12 @@ class LanguageTeacher(LiveTeacher):
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language, settings, device, context
         self.offload = getattr(settings, "offload", False)
+        self.cache: MemorySettings | None = getattr(settings, "cache", None)
+        self.remembers = self.cache is not None
+        self._memories: dict[torch.dtype, Memory] = {}
+
+    def identity(self) -> str | None:
+        return weights_hash(self.language.model)
 
     def fingerprint(self) -> str:
         return fingerprint(self.language.named_parameters())
@@ -50,15 +67,52 @@ class LanguageTeacher(LiveTeacher):
 
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories) -> Categorical:
+        home = self.context.device
+        contexts = [self.language.encode(prompt, self.settings.sees) for prompt in trajectories.prompts]
+        completions = trajectories.completions()
+        if self.cache is None:
+            rows = self._compute(contexts, completions)
+        else:
+            rows = self._recall_or_compute(self.cache, contexts, completions)
+        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
+        return Categorical(torch.cat(rows).to(home), replace(head, weight=head.weight.to(home)))
+
+    def _compute(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Hidden states of each trajectory, `batch` of them in one forward pass."""
         if self.offload:
             self.language.to(self.device)
-        hidden = []
-        for part, _ in trajectories.split(self.settings.batch):
-            contexts = [self.language.encode(prompt, self.settings.sees) for prompt in part.prompts]
-            hidden.append(self.language(contexts, part.completions()))
-        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
-        home = self.context.device
-        answer = Categorical(torch.cat(hidden).to(home), replace(head, weight=head.weight.to(home)))
+        rows: list[torch.Tensor] = []
+        size = self.settings.batch
+        for start in range(0, len(contexts), size):
+            part = completions[start : start + size]
+            hidden = self.language(contexts[start : start + size], part)
+            rows += torch.split(hidden, [len(actions) for actions in part])
         if self.offload:
             self.language.to("cpu")
-        return answer
+        return rows
+
+    def _recall_or_compute(
+        self, settings: MemorySettings, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        memory = self._memory(settings)
+        paths = [memory.path(context, actions) for context, actions in zip(contexts, completions, strict=True)]
+        rows = memory.recall(paths)
+        new = [i for i, hidden in enumerate(rows) if hidden is None]
+        if new:
+            computed = self._compute([contexts[i] for i in new], [completions[i] for i in new])
+            for i, hidden in zip(new, computed, strict=True):
+                memory.keep(paths[i], hidden)
+                rows[i] = hidden
+        asked = sum(len(completions[i]) for i in new)
+        self.asked = asked / max(1, sum(len(actions) for actions in completions))
+        home = self.context.device
+        return [hidden.to(home) for hidden in rows if hidden is not None]
+
+    def _memory(self, settings: MemorySettings) -> Memory:
+        """That of the dtype in which the teacher computes now: other rounding is another answer."""
+        own = next(self.language.parameters())
+        kind = own.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own.dtype
+        if dtype not in self._memories:
+            self._memories[dtype] = Memory(settings, f"{self.identity()} {own.dtype} {dtype}")
+        return self._memories[dtype]

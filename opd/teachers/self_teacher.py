@@ -51,6 +51,9 @@ class SelfLanguageTeacher(LanguageTeacher):
         moving = set(self.moving)
         return fingerprint((name, p) for name, p in self.language.named_parameters() if name not in moving)
 
+    def identity(self) -> str | None:
+        return None
+
     @torch.no_grad()
     def follow(self, student: Student) -> None:
         live = dict(student.language.named_parameters())  # type: ignore[attr-defined]

@@ -1,0 +1,41 @@
+"""Who a model is: hashes of weights, tokenizer and template that do not depend on files, dtype on disk or machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from opd.language.agreement import PROBE
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """`sha256:...` over names, shapes and float32 values of all weights: bfloat16 weights loaded as float32 are the
+    same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)} {value.is_floating_point()}\n".encode())
+        rows = value.detach().reshape(-1)
+        for part in torch.split(rows, 2**24):
+            plain = part.cpu().float() if part.is_floating_point() else part.cpu()
+            digest.update(plain.contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """`sha256:...` over every token's id and how a probe text is split."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return _of_json([vocabulary, tokenizer(PROBE)["input_ids"]])
+
+
+def template_hash(language: Any) -> str:
+    """`sha256:...` over how a prompt becomes ids: the kind of template, its options and its text."""
+    text = language.tokenizer.chat_template if language.template == "chat" else None
+    return _of_json([language.template, language.template_options, text])
+
+
+def _of_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -1,0 +1,111 @@
+"""Off-policy: trajectories that `opd rollout` wrote to a store, an earlier student's or a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.errors import DataError, IncompatibleError
+from opd.language.identity import template_hash, tokenizer_hash
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, Rollout
+from opd.schedules import OverSteps
+from opd.store.store import Store
+from opd.trajectories import Trajectories
+
+
+class StoredRollout(Rollout):
+    """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns, a prompt comes as often as
+    the curriculum draws it: `shuffled` passes over the store in a new order each epoch."""
+
+    kind: Literal["stored"] = "stored"
+    path: str = Field(description="The store's folder")
+    max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
+        4096, description="Longest beginning of a stored trajectory that is learnt from"
+    )
+
+    @property
+    def budget(self) -> int:
+        return self.max_new_tokens
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredTrajectories:
+        return StoredTrajectories(self, student.language, context)
+
+
+class StoredTrajectories(PrefixSource):
+    """The built source."""
+
+    current = False
+    exact = False
+
+    def __init__(self, settings: StoredRollout, language: Any, context: Context):
+        self.settings, self.language, self.context = settings, language, context
+        self.store = Store.open(settings.path)
+        header = self.store.header
+        self.authors = frozenset(header.authors)
+        self.prompts = 0
+        missing = self.store.missing()
+        if missing:
+            raise DataError(
+                f"{settings.path} is not complete, {len(missing)} of {header.shards} shards are "
+                "missing; run opd rollout again, it goes on where it stopped"
+            )
+        refuse = f"the store {settings.path} was made with another"
+        if tokenizer_hash(language.tokenizer) != header.tokenizer:
+            raise IncompatibleError(f"{refuse} tokenizer than the student has; take the student that sampled it")
+        if template_hash(language) != header.template:
+            raise IncompatibleError(
+                f"{refuse} template; set student.template and student.template_options as when it was sampled"
+            )
+        if set(context.end_ids) != set(header.end_ids):
+            raise IncompatibleError(
+                f"{refuse} end token, {header.end_ids} and now {list(context.end_ids)}; set end_tokens={header.end_ids}"
+            )
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = len(prompts)
+        for prompt in prompts:
+            if prompt.id not in self.store.index:
+                raise DataError(
+                    f"{prompt.where}: prompt {prompt.id!r} has no trajectory in {self.settings.path}; take the prompts "
+                    "that it was sampled from"
+                )
+            row = self.store.rows_of(prompt.id)[0]
+            if not torch.equal(self.store.row(row).context, self.language.encode(prompt)):
+                raise DataError(
+                    f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.settings.path}; its text or "
+                    "the template changed since"
+                )
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        if begun is not None:
+            raise IncompatibleError("a stored trajectory cannot go on what another source began; put it first")
+        rows = []
+        for i, prompt in enumerate(prompts):
+            mine = self.store.rows_of(prompt.id)
+            # Over epochs of the shuffled curriculum a prompt's trajectories take turns.
+            turn = (max(stream, 0) * len(prompts) + i) // max(1, self.prompts)
+            rows += [mine[(turn * group + member) % len(mine)] for member in range(group)]
+        members = [prompt for prompt in prompts for _ in range(group)]
+        return self.store.trajectories(rows, members, self.context.device, min(budget, self.settings.max_new_tokens))
+
+    def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
+        known = [prompt for prompt in prompts if prompt.id in self.store.index]
+        if not known or self.authors != {"student"}:
+            return None
+        rows = [self.store.rows_of(prompt.id)[0] for prompt in known]
+        return self.store.trajectories(rows, known, self.context.device, budget)
+
+    def teachers(self) -> list[str]:
+        return [writer["weights"] for writer in self.store.header.writers]

@@ -1,0 +1,91 @@
+"""`opd rollout`: sample a recipe's trajectories into a store, shard by shard; a killed job goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from opd.errors import RecipeError
+from opd.language.identity import template_hash, tokenizer_hash, weights_hash
+from opd.prompts import load_prompts
+from opd.provenance import versions
+from opd.recipe import Recipe
+from opd.rollouts import Rollout
+from opd.rollouts.stored import StoredRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.run import build_models, compute_device, make_accelerator
+from opd.store.shards import claim
+from opd.store.store import Store, StoreHeader
+from opd.store.work import work_through
+
+
+def sample(
+    recipe: Recipe,
+    path: Path,
+    *,
+    draws: int = 1,
+    prompts_per_shard: int = 64,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> Store:
+    """Roll out every prompt of a recipe, those that it would hold out too, `batch.group` times a draw.
+
+    Draw d uses the random stream that training uses in step d: the first draw of a prompt is what the untrained student
+    would write in step 0. Several processes may work on one store; a shard is written by one of them.
+
+    Args:
+        draws: of all prompts; a store that has fewer gets the rest.
+        prompts_per_shard: what a worker loses at most when it is killed.
+
+    Raises:
+        OpdError: when the store was begun with other settings, or the recipe samples nothing.
+    """
+    if isinstance(recipe.rollout, StoredRollout):
+        raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
+    recipe = recipe.at(0, recipe.steps)
+    prompts = load_prompts(recipe.prompts)
+    accelerator = make_accelerator(recipe)
+    asked = recipe.teacher if _asks_teacher(recipe.rollout) else []
+    student, teachers, context = build_models(
+        recipe.model_copy(update={"teacher": asked}), compute_device(recipe, accelerator)
+    )
+    student.check_prompts(prompts, recipe.max_prompt_tokens)
+    source = recipe.rollout.build(context, student, teachers)
+    header = StoreHeader(
+        prompts=len(prompts),
+        group=recipe.batch.group,
+        draws=draws,
+        prompts_per_shard=min(prompts_per_shard, len(prompts)),
+        prompts_hash="",
+        rollout=recipe.dump()["rollout"],
+        temperature=float(recipe.temperature),
+        seed=recipe.seed,
+        budget=source.settings.budget,
+        authors=sorted(source.authors),
+        student={"model": recipe.student.model_dump()["model"], "weights": weights_hash(student.language.model)},
+        writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in teachers],
+        tokenizer=tokenizer_hash(student.language.tokenizer),
+        template=template_hash(student.language),
+        end_ids=list(context.end_ids),
+        vocabulary=context.vocabulary,
+        versions=versions(),
+    )
+    store = Store.create_or_continue(path, header, [p.id for p in prompts])
+    by_id = {p.id: p for p in prompts}
+
+    def write(shard: int) -> None:
+        with claim(store.shard_path(shard)) as mine:
+            if mine:
+                draw, ids = store.part(shard)
+                here = [by_id[name] for name in ids]
+                store.write(shard, source(here, store.header.group, store.header.budget, stream=draw))
+
+    work_through(store.missing(), store.header.shards, write, "sampling", console, quiet)
+    return store
+
+
+def _asks_teacher(rollout: Rollout) -> bool:
+    """Whether a teacher writes some of the trajectories."""
+    parts = [value for _, value in rollout if isinstance(value, Rollout)]
+    return isinstance(rollout, TeacherRollout) or any(_asks_teacher(part) for part in parts)

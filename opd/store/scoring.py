@@ -1,0 +1,148 @@
+"""`opd score`: what a frozen teacher says about every row of a store, shard by shard; a killed job goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from opd.context import Context
+from opd.errors import DataError, IncompatibleError, RecipeError, nearest
+from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
+from opd.language.identity import template_hash, tokenizer_hash, weights_hash
+from opd.language.model import LanguageModel, load_tokenizer
+from opd.policies.causal_lm import CausalLM
+from opd.prompts import load_prompts
+from opd.provenance import versions
+from opd.recipe import Recipe
+from opd.run import compute_device, make_accelerator
+from opd.store.shards import claim
+from opd.store.store import Store
+from opd.store.targets import Kind, Targets, TargetsHeader
+from opd.store.work import work_through
+from opd.teachers.local import LocalTeacher
+
+
+class Scorer:
+    """A loaded teacher that scores shards of one store. Several, in any processes, may share the work: `score` is safe
+    to call for a shard that another one has scored or is scoring.
+
+    Args:
+        recipe: names the teacher, the student's tokenizer and the prompts.
+        path: of the store.
+        kind: what is kept.
+        top_k: K, with kind top_k.
+        dtype: of the hidden states, with kind exact; bfloat16 takes `2 * D` bytes a token.
+        name: of these targets; default the kind and the teacher's hash.
+        teacher: name of the teacher in the recipe; default its only one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        path: Path,
+        kind: Kind = "sampled",
+        *,
+        top_k: int = 64,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        name: str | None = None,
+        teacher: str | None = None,
+    ):
+        recipe = recipe.at(0, recipe.steps)
+        self.store = Store.open(path)
+        self.prompts = {p.id: p for p in load_prompts(recipe.prompts)}
+        unknown = next((i for i in self.store.prompt_ids if i not in self.prompts), None)
+        if unknown is not None:
+            raise DataError(f"the store has a prompt {unknown!r} that the recipe's prompts have not; take its recipe")
+        settings = chosen_teacher(recipe, teacher)
+        self.accelerator = make_accelerator(recipe)
+        context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
+        self.teacher = settings.build(context, None)
+        language = self.teacher.language
+        self._check_agreement(recipe, language)
+        vocabulary = min(self.store.header.vocabulary, common_vocabulary([language]))
+        self.teacher.context = context.with_(vocabulary=vocabulary)
+        head = language.head(context.temperature, vocabulary)
+        identity = weights_hash(language.model)
+        header = TargetsHeader(
+            kind=kind,
+            top_k=min(top_k, vocabulary - 1) if kind == "top_k" else None,
+            dtype=dtype if kind == "exact" else None,
+            teacher={"model": settings.model, "weights": identity},
+            sees=settings.sees,
+            template=template_hash(language),
+            temperature=context.temperature,
+            vocabulary=vocabulary,
+            scale=head.scale,
+            softcap=head.softcap,
+            versions=versions(),
+        )
+        name = name or f"{kind}-{identity.removeprefix('sha256:')[:12]}"
+        self.targets = Targets.create_or_continue(self.store, name, header)
+        if kind == "exact":
+            with claim(self.targets.head_path) as mine:
+                if mine:
+                    self.targets.write_head(head)
+
+    def _check_agreement(self, recipe: Recipe, language: LanguageModel) -> None:
+        assert isinstance(recipe.student, CausalLM)
+        reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
+        if tokenizer_hash(reader.tokenizer) != self.store.header.tokenizer:
+            raise IncompatibleError(f"{self.store.path} was made with another tokenizer than the recipe's student has")
+        check_tokenizers(reader, language, "the teacher")
+        theirs = end_ids(language)
+        if recipe.end_tokens is None and theirs and not theirs & set(self.store.header.end_ids):
+            raise IncompatibleError(
+                f"the store's trajectories end with id {self.store.header.end_ids} and the teacher's with "
+                f"{sorted(theirs)}; sample them with end_tokens={sorted(theirs)}"
+            )
+
+    @torch.no_grad()
+    def score(self, shard: int) -> None:
+        """Write the targets of one shard, unless they are there or another worker is at it."""
+        with claim(self.targets.shard_path(shard)) as mine:
+            if not mine:
+                return
+            rows = self.store.rows_of_shard(shard)
+            ids = self.store.part(shard)[1]
+            prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
+            trajectories = self.store.trajectories(rows, prompts, self.teacher.context.device)
+            outside = (trajectories.actions >= self.targets.header.vocabulary).nonzero()
+            if len(outside):
+                row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
+                raise DataError(
+                    f"{self.store.name(rows[row])} holds a token that the teacher's vocabulary does not have"
+                )
+            with self.accelerator.autocast():
+                answer = self.teacher(trajectories)
+            self.targets.write(shard, answer, trajectories)
+
+
+def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher:
+    """The one teacher of a recipe that scores."""
+    found = [t for t in recipe.teacher if name is None or t.name == name]
+    if len(found) != 1:
+        names = [t.name for t in recipe.teacher if t.name]
+        close = nearest(name, names) if name else ""
+        raise RecipeError(f"the recipe has {len(recipe.teacher)} teachers; say which one scores: --teacher NAME{close}")
+    if not isinstance(found[0], LocalTeacher):
+        raise RecipeError(f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kind local")
+    return found[0]
+
+
+def score(
+    recipe: Recipe,
+    path: Path,
+    kind: Kind = "sampled",
+    *,
+    quiet: bool = False,
+    console: Console | None = None,
+    **options: Any,
+) -> Targets:
+    """Score a store with a recipe's teacher in this process; `options` are those of `Scorer`."""
+    scorer = Scorer(recipe, path, kind, **options)
+    targets = scorer.targets
+    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", console, quiet)
+    return targets

@@ -1,0 +1,230 @@
+"""What one teacher said about the trajectories of a store: sampled tokens, the top K and the tail, or everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+
+from opd.choice import Settings
+from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
+from opd.errors import DataError, RunError, nearest
+from opd.store.shards import (
+    Shard,
+    check_of,
+    check_shard,
+    digest,
+    is_written,
+    recorded_checksum,
+    write_json,
+    write_shard,
+)
+from opd.store.store import Store, damaged, shortened
+from opd.trajectories import Trajectories
+
+Kind = Literal["sampled", "top_k", "exact"]
+
+KINDS: tuple[Kind, ...] = ("sampled", "top_k", "exact")
+
+ANSWERS: dict[str, type[Distribution]] = {"sampled": Sampled, "top_k": TopK, "exact": Categorical}
+"""The distribution that a stored teacher answers with."""
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "sampled": ("log_probs",),
+    "top_k": ("ids", "log_probs", "tail"),
+    "exact": ("hidden",),
+}
+"""Tensors of a shard with an entry a position."""
+
+
+class TargetsHeader(Settings):
+    """`targets.json`.
+
+    Attributes:
+        kind: `sampled`, `top_k` or `exact`.
+        top_k: K, with kind top_k.
+        dtype: of the hidden states, with kind exact.
+        teacher: name of the teacher's model and hash of its weights.
+        sees: column with the teacher's view of a prompt; None is the student's.
+        template: hash of the teacher's template.
+        temperature: of the stored log-probabilities; with kind exact of nothing, the head has it.
+        vocabulary: leading ids over which they are normalised.
+        scale, softcap: of the head, with kind exact.
+        versions: of the software that scored.
+    """
+
+    format: Literal[1] = 1
+    kind: Kind
+    top_k: int | None = None
+    dtype: Literal["bfloat16", "float32"] | None = None
+    teacher: dict[str, str]
+    sees: str | None = None
+    template: str
+    temperature: float
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float | None = None
+    versions: dict[str, str]
+
+
+class Targets:
+    """The opened targets of one teacher in a store."""
+
+    def __init__(self, store: Store, path: Path, header: TargetsHeader):
+        self.store, self.path, self.header = store, path, header
+        self._open: dict[int, Shard] = {}
+        self._head: Head | None = None
+
+    @classmethod
+    def open(cls, store: Store, name: str | None) -> Targets:
+        """Those called `name`; without a name the only ones."""
+        folder = store.path / "targets"
+        names = sorted(p.parent.name for p in folder.glob("*/targets.json"))
+        if not names:
+            raise DataError(f"{store.path} holds no targets; opd score {store.path} --recipe RECIPE writes them")
+        if name is None and len(names) > 1:
+            raise DataError(f"{store.path} holds several targets ({', '.join(names)}); say which: teacher.targets")
+        if name is not None and name not in names:
+            raise DataError(f"{store.path} has no targets {name!r}{nearest(name, names)}; it has {', '.join(names)}")
+        path = folder / (name or names[0])
+        try:
+            header = TargetsHeader.model_validate_json((path / "targets.json").read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise DataError(f"{path / 'targets.json'}: {error.errors()[0]['msg']}") from None
+        return cls(store, path, header)
+
+    @classmethod
+    def create_or_continue(cls, store: Store, name: str, header: TargetsHeader) -> Targets:
+        path = store.path / "targets" / name
+        if not (path / "targets.json").is_file():
+            write_json(path / "targets.json", header.model_dump())
+        found = cls.open(store, name)
+        here, wanted = found.header.model_dump(exclude={"versions"}), header.model_dump(exclude={"versions"})
+        for key, value in wanted.items():
+            if value != here[key]:
+                raise RunError(
+                    f"{path} was made with another {key} ({shortened(here[key])}, now {shortened(value)}); "
+                    "give these targets a name of their own with --name"
+                )
+        return found
+
+    def shard_path(self, shard: int) -> Path:
+        return self.path / f"{shard:06d}.safetensors"
+
+    @property
+    def head_path(self) -> Path:
+        return self.path / "head.safetensors"
+
+    def missing(self) -> list[int]:
+        return [s for s in range(self.store.header.shards) if not is_written(self.shard_path(s))]
+
+    def write(self, shard: int, answer: Distribution, trajectories: Trajectories) -> None:
+        """Write a shard from the teacher's answer at the positions of the shard's trajectories."""
+        fields = self._fields(answer, trajectories)
+        lengths = trajectories.lengths.tolist()
+        parts = [torch.split(fields[name], lengths) for name in FIELDS[self.header.kind]]
+        # A target belongs to the exact row that was scored.
+        bound = self.store.shard(shard).tensor("checks").tolist()
+        checks = [check_of(*row, before=before) for row, before in zip(zip(*parts, strict=True), bound, strict=True)]
+        tensors = {
+            **fields,
+            "lengths": trajectories.lengths.int(),
+            "checks": torch.tensor(checks, dtype=torch.int64),
+        }
+        write_shard(self.shard_path(shard), tensors)
+
+    def _fields(self, answer: Distribution, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        assert isinstance(answer, Categorical)
+        if self.header.kind == "sampled":
+            return {"log_probs": Sampled.of(answer, trajectories.actions).log_probs.cpu()}
+        if self.header.kind == "top_k":
+            assert self.header.top_k is not None
+            top = TopK.of(answer, self.header.top_k)
+            log_probs = top.log_probs.float().cpu()
+            return {
+                "ids": top.ids.int().cpu(),
+                "log_probs": log_probs,
+                "tail": append_tail(log_probs)[:, -1].clone(memory_format=torch.contiguous_format),
+            }
+        assert self.header.dtype is not None
+        return {"hidden": answer.hidden.to(getattr(torch, self.header.dtype)).cpu()}
+
+    def write_head(self, head: Head) -> None:
+        """The one copy of the teacher's output head, with kind exact."""
+        tensors = {"weight": head.weight}
+        if head.bias is not None:
+            tensors["bias"] = head.bias
+        write_shard(self.head_path, tensors)
+
+    def head(self) -> Head:
+        """The stored head on the CPU, at temperature 1 and over the targets' vocabulary."""
+        if self._head is None:
+            if not is_written(self.head_path):
+                raise DataError(f"{self.head_path} is missing; run opd score again")
+            check_shard(self.head_path)
+            from safetensors.torch import load_file
+
+            found = load_file(self.head_path)
+            self._head = Head(
+                found["weight"],
+                found.get("bias"),
+                scale=self.header.scale,
+                softcap=self.header.softcap,
+                vocabulary=self.header.vocabulary,
+            )
+        return self._head
+
+    def answer(self, rows: Sequence[int], lengths: Sequence[int], head: Head | None = None) -> Distribution:
+        """The stored distributions at the first `lengths[i]` positions of each row, packed, on the CPU.
+
+        Args:
+            rows: the store's row numbers.
+            lengths: how many positions of each are wanted.
+            head: with kind exact, the head to answer with.
+
+        Raises:
+            DataError: for a shard that is missing and for a damaged row, which it names.
+        """
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in FIELDS[self.header.kind]}
+        for row, length in zip(rows, lengths, strict=True):
+            for name, value in self._row(row).items():
+                found[name].append(value[:length])
+        packed = {name: torch.cat(parts) for name, parts in found.items()}
+        if self.header.kind == "sampled":
+            return Sampled(packed["log_probs"])
+        if self.header.kind == "top_k":
+            return TopK(packed["log_probs"], packed["ids"].long())
+        return Categorical(packed["hidden"], head or self.head())
+
+    def _row(self, row: int) -> dict[str, torch.Tensor]:
+        index, place = self.store.locate(row)
+        if index not in self._open:
+            path = self.shard_path(index)
+            if not is_written(path):
+                raise DataError(f"{path} is not written yet; run opd score again, it goes on where it stopped")
+            self._open[index] = Shard(path)
+        shard = self._open[index]
+        values = {name: shard.positions(name, place) for name in FIELDS[self.header.kind]}
+        check = int(shard.slice("checks", place, place + 1))
+        bound = int(self.store.shard(index).slice("checks", place, place + 1))
+        if check_of(*values.values(), before=bound) != check:
+            raise damaged(self.store, row, shard.path, "score")
+        return values
+
+    def check(self) -> Iterator[Path]:
+        """Every written file after its bytes were checked against its checksum."""
+        paths = [self.shard_path(s) for s in range(self.store.header.shards)]
+        for path in [*paths, self.head_path]:
+            if is_written(path):
+                check_shard(path)
+                yield path
+
+    def content(self) -> str:
+        """`sha256:...` over the checksums of all shards and the head."""
+        paths = [self.shard_path(s) for s in range(self.store.header.shards)]
+        if self.header.kind == "exact":
+            paths.append(self.head_path)
+        return digest("\n".join(recorded_checksum(p) for p in paths).encode())

@@ -1,0 +1,120 @@
+"""A teacher that was asked before: its answers at the trajectories of a store, and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.distributions import Categorical, Distribution, Head
+from opd.errors import IncompatibleError
+from opd.policies.base import Student
+from opd.store.store import Store
+from opd.store.targets import ANSWERS, Targets
+from opd.teachers.base import LiveTeacher, Teacher
+from opd.trajectories import Trajectories
+
+
+class StoredTeacher(Teacher):
+    """What `opd score` wrote. By default it must be the teacher that the student was fine-tuned by (Lightning OPD): the
+    saved student says so in its `opd.json`, or `sft_teacher` does."""
+
+    kind: Literal["stored"] = "stored"
+    path: str = Field(description="The store's folder")
+    targets: str | None = Field(None, description="Name of the targets; default the store's only ones")
+    consistency: Literal["required", "ignored"] = Field(
+        "required", description="ignored trains with a teacher other than the fine-tuning's, for ablations"
+    )
+    sft_teacher: str | None = Field(
+        None, description="Hash of the teacher that wrote the fine-tuning data; default what the student's folder says"
+    )
+
+    def build(self, context: Context, student: Any) -> StoredAnswers:
+        return StoredAnswers(self, context)
+
+
+class StoredAnswers(LiveTeacher):
+    """The built teacher."""
+
+    everywhere = False
+    asked = 0.0
+
+    def __init__(self, settings: StoredTeacher, context: Context):
+        self.settings, self.context = settings, context
+        self.store = Store.open(settings.path)
+        self.targets = Targets.open(self.store, settings.targets)
+        self.answers = ANSWERS[self.targets.header.kind]
+        self.vocabulary = self.targets.header.vocabulary
+        self._head: Head | None = None
+
+    def identity(self) -> str | None:
+        return self.targets.header.teacher["weights"]
+
+    def check_student(self, student: Student, context: Context) -> None:
+        header, path = self.targets.header, self.targets.path
+        missing = self.targets.missing()
+        if missing:
+            raise IncompatibleError(
+                f"{path} is not complete, {len(missing)} of {self.store.header.shards} shards of targets are missing; "
+                "run opd score again, it goes on where it stopped"
+            )
+        if header.kind != "exact" and context.temperature != header.temperature:
+            raise IncompatibleError(
+                f"{path} was scored at temperature {header.temperature:g} and the recipe has {context.temperature:g}; "
+                "only targets of kind exact can be read at another one"
+            )
+        if header.kind != "exact" and context.vocabulary != header.vocabulary:
+            raise IncompatibleError(
+                f"{path} is normalised over {header.vocabulary} ids and this run compares {context.vocabulary}; only "
+                "targets of kind exact can be read so"
+            )
+        if self.settings.consistency == "required":
+            self._check_consistency(student)
+
+    def _check_consistency(self, student: Student) -> None:
+        mine = self.identity()
+        origin = getattr(student, "origin", {})
+        known = [self.settings.sft_teacher] if self.settings.sft_teacher else origin.get("teachers", [])
+        if mine in known:
+            return
+        if not known:
+            raise IncompatibleError(
+                f"the student does not say which teacher its fine-tuning data came from, and {self.targets.path} was "
+                f"scored by {mine}: set teacher.sft_teacher to that hash if it is the same, or teacher.consistency: "
+                "ignored"
+            )
+        raise IncompatibleError(
+            f"{self.targets.path} was scored by {mine} and the student was fine-tuned by {', '.join(known)}: score it "
+            "with that teacher, or set teacher.consistency: ignored for an ablation"
+        )
+
+    @torch.no_grad()
+    def __call__(self, trajectories: Trajectories) -> Distribution:
+        self._check_rows(trajectories)
+        assert trajectories.stored is not None
+        answer = self.targets.answer(trajectories.stored.tolist(), trajectories.lengths.tolist())
+        home = self.context.device
+        if isinstance(answer, Categorical):
+            return Categorical(answer.hidden.to(home), self._head_on(home))
+        return type(answer)(**{name: value.to(home) for name, value in vars(answer).items()})
+
+    def _head_on(self, home: torch.device) -> Head:
+        if self._head is None or self._head.weight.device != home:
+            head = self.targets.head()
+            bias = None if head.bias is None else head.bias.to(home)
+            self._head = replace(head, weight=head.weight.to(home), bias=bias)
+        return replace(self._head, temperature=self.context.temperature, vocabulary=self.context.vocabulary)
+
+    def _check_rows(self, trajectories: Trajectories) -> None:
+        """The trajectories must be beginnings of the store's rows, id by id."""
+        advice = f"teacher 'stored' answers only at trajectories of {self.settings.path}: take rollout: stored with "
+        if trajectories.stored is None or bool((trajectories.stored < 0).any()):
+            raise IncompatibleError(f"{advice}that path")
+        for row, actions in zip(trajectories.stored.tolist(), trajectories.completions(), strict=True):
+            if row >= self.store.header.rows or not torch.equal(
+                self.store.row(row).actions[: len(actions)], actions.cpu()
+            ):
+                raise IncompatibleError(f"{advice}that path; row {row} has other tokens there")

@@ -1,0 +1,370 @@
+"""Lightning OPD: its identities and bounds by enumeration, its gate, and training without the teacher."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import opd
+from opd.api import execute
+from opd.distributions import Categorical, Head, Sampled
+from opd.divergences import Target, divergence_loss
+from opd.divergences.lightning import Lightning
+from opd.language.identity import weights_hash
+from opd.objectives.sft import SFT
+from opd.recipe import parse_recipe
+from opd.reduction import position_weights
+from opd.run import build_models
+from opd.store import Targets
+from opd.store.sampling import sample
+from opd.store.scoring import score
+from tests.conftest import save_tiny, trajectories_of
+from tests.test_loop import models, recipe_for  # noqa: F401
+
+# -- by enumeration: V = 4 ids, sequences of L = 4 tokens, one row of logits for each of the 85 prefixes ---------------
+
+V, L = 4, 4
+PREFIXES = [p for n in range(L) for p in itertools.product(range(V), repeat=n)]
+INDEX = {prefix: i for i, prefix in enumerate(PREFIXES)}
+SEQUENCES = list(itertools.product(range(V), repeat=L))
+ACTIONS = torch.tensor(SEQUENCES)
+STATES = torch.tensor([[INDEX[y[:t]] for t in range(L)] for y in SEQUENCES])
+
+
+def table(seed, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(len(PREFIXES), V, generator=g, dtype=torch.float64)
+
+
+def taken(logits):
+    """float64 `[Y, L]` log-probability of every token of every sequence."""
+    return torch.log_softmax(logits, -1)[STATES, ACTIONS]
+
+
+def scores(logits):
+    """`[Y, L, P * V]`: the gradient of every token's log-probability in the logits."""
+    q = torch.softmax(logits, -1)
+    found = torch.zeros(len(SEQUENCES), L, len(PREFIXES), V, dtype=torch.float64)
+    y, t = torch.meshgrid(torch.arange(len(SEQUENCES)), torch.arange(L), indexing="ij")
+    found[y, t, STATES] = torch.nn.functional.one_hot(ACTIONS, V).double() - q[STATES]
+    return found.flatten(2)
+
+
+def updates(theta, teacher):
+    """f: `[Y, P * V]`, the sum over a sequence of `A_t grad log q(a_t)`."""
+    return ((taken(teacher) - taken(theta))[..., None] * scores(theta)).sum(1)
+
+
+def scene(distance):
+    """A student that started from `ref` and moved by `distance`, and the teacher."""
+    ref, teacher = table(0), table(1)
+    theta = ref + distance * table(2)
+    law, law_ref = taken(theta).sum(1).exp(), taken(ref).sum(1).exp()
+    return theta, teacher, law, law_ref
+
+
+def gaps(distance, other=None):
+    """`(on - off, w, f, G, sigma_A, sigma_Delta, chi2)` where the trajectories are scored by `teacher` or `other`."""
+    theta, teacher, law, law_ref = scene(distance)
+    w = law / law_ref
+    f = updates(theta, teacher if other is None else other)
+    advantage = (taken(teacher) - taken(theta)).abs().sum(1)
+    delta = torch.zeros_like(advantage) if other is None else (taken(teacher) - taken(other)).abs().sum(1)
+    on, off = (law[:, None] * updates(theta, teacher)).sum(0), (law_ref[:, None] * f).sum(0)
+    return {
+        "on": on,
+        "off": off,
+        "f": f,
+        "w": w,
+        "law_ref": law_ref,
+        "g": scores(theta).norm(dim=-1).max(),
+        "sigma_a": (law_ref * advantage**2).sum().sqrt(),
+        "sigma_delta": (law_ref * delta**2).sum().sqrt(),
+        "chi2": (law_ref * w**2).sum() - 1,
+    }
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.01, 0.1, 1.0])
+def test_offline_gradient_is_the_online_one_less_a_covariance(distance):
+    """T3.7: `off = on - Cov_ref[w, f]`, and T3.5: `|on - off| <= G sigma_A sqrt(chi2)`; both vanish at the start."""
+    found = gaps(distance)
+    p = found["law_ref"][:, None]
+    mean_w, mean_f = (p * found["w"][:, None]).sum(), (p * found["f"]).sum(0)
+    covariance = (p * (found["w"][:, None] - mean_w) * (found["f"] - mean_f)).sum(0)
+    torch.testing.assert_close(found["off"], found["on"] - covariance, atol=1e-9, rtol=1e-9)
+    gap = (found["on"] - found["off"]).norm()
+    bound = found["g"] * found["sigma_a"] * found["chi2"].clamp(min=0).sqrt()
+    assert gap <= bound + 1e-6
+    assert (gap < 1e-9) == (distance == 0.0)
+
+
+def test_the_gap_grows_in_proportion_at_first():
+    one, two = ((gaps(d)["on"] - gaps(d)["off"]).norm() for d in (1e-3, 2e-3))
+    assert float(two / one) == pytest.approx(2.0, rel=0.02)
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.3])
+def test_another_teacher_costs_at_most_its_distance(distance):
+    """T3.8: the offline gradient of another teacher is off by at most `G sigma_Delta`, at the start too, and from the
+    online one of the right teacher by at most `G (sigma_A + sigma_Delta) sqrt(chi2)` and that."""
+    other = table(1) + 0.5 * table(5)
+    right, wrong = gaps(distance), gaps(distance, other)
+    bias = (wrong["off"] - right["off"]).norm()
+    assert 1e-3 < bias <= wrong["g"] * wrong["sigma_delta"] + 1e-6
+    online_wrong = ((right["w"] * right["law_ref"])[:, None] * wrong["f"]).sum(0)
+    gap = (online_wrong - wrong["off"]).norm()
+    bound = wrong["g"] * (wrong["sigma_a"] + wrong["sigma_delta"]) * wrong["chi2"].clamp(min=0).sqrt()
+    assert gap <= bound + 1e-6
+
+
+def test_the_operator_makes_that_update():
+    """Through the loss operator that training uses, sequence by sequence, from stored log-probabilities."""
+    theta, teacher, _, _ = scene(0.3)
+    states, n = STATES.flatten(), STATES.numel()
+    weights = theta.float().T.contiguous().requires_grad_()
+    loss = divergence_loss(
+        Lightning(clamp=None),
+        Categorical(torch.eye(len(theta))[states], Head(weights)),
+        [Target(Sampled(taken(teacher).flatten().float()))],
+        torch.ones(n),
+        ACTIONS.flatten(),
+        torch.full((len(ACTIONS),), L),
+        per_example=True,
+    )
+    for y in (0, 77, 255):
+        (grad,) = torch.autograd.grad(loss.per_example[y], weights, retain_graph=True)
+        expected = -updates(theta, teacher)[y].view(len(PREFIXES), V)
+        torch.testing.assert_close(grad.T.double(), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_k2_identity_and_the_clamp():
+    """`-sg(clamp(A)) grad log q` is the gradient of half the square, and of its tangent beyond the bound."""
+    log_q = torch.tensor([-0.5, -3.0, -14.0, -1.0], requires_grad=True)
+    log_p = torch.tensor([-0.7, -1.0, -1.0, -13.5])
+    lengths = torch.tensor([4])
+    for clamp in (None, 10.0, 1.0):
+        value, coefficient = Lightning(clamp=clamp).value_and_coefficient(log_p, log_q.detach(), lengths)
+        advantage = log_p - log_q.detach()
+        torch.testing.assert_close(coefficient, -(advantage if clamp is None else advantage.clamp(-clamp, clamp)))
+        bound = clamp or 1e6
+        expected = torch.nn.functional.huber_loss(log_q, log_p, reduction="none", delta=bound)
+        torch.testing.assert_close(value, expected.detach())
+        (grad,) = torch.autograd.grad(expected.sum(), log_q)
+        torch.testing.assert_close(coefficient, grad)
+
+
+def test_sum_and_means_over_sequences():
+    trajectories = trajectories_of([2, 6])
+    summed = position_weights(trajectories, "sequence_sum")
+    assert summed.tolist() == [0.5] * 8
+    assert position_weights(trajectories, "sequence_mean").tolist() == pytest.approx([1 / 4] * 2 + [1 / 12] * 6)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(models, tmp_path):  # noqa: F811
+    """A recipe that samples and scores, and its store, complete."""
+    recipe = recipe_for(models, tmp_path, rollout={"max_new_tokens": 10}, batch={"prompts": 8, "group": 1})
+    store = sample(recipe, tmp_path / "store", quiet=True)
+    for kind in ("sampled", "top_k", "exact"):
+        score(recipe, store.path, kind, top_k=20, dtype="float32", name=kind, quiet=True)
+    return recipe, store
+
+
+def offline(recipe, store, objective="lightning", targets="sampled", **changes):
+    """The recipe that trains on the store, with a teacher that was declared."""
+    scored = Targets.open(store, targets).header.teacher["weights"]
+    data = recipe.dump()
+    data |= {
+        "rollout": {"kind": "stored", "path": str(store.path), "max_new_tokens": 10},
+        "teacher": {"kind": "stored", "path": str(store.path), "targets": targets, "sft_teacher": scored},
+        "objective": objective,
+        "output": str(store.path.parent / f"run-{targets}"),
+        **changes,
+    }
+    return parse_recipe(data)
+
+
+@pytest.mark.parametrize(
+    ("objective", "targets"),
+    [
+        ("lightning", "sampled"),
+        ("lightning", "exact"),
+        ("reverse_kl", "exact"),
+        ("reverse_kl", "top_k"),
+        ("forward_kl", "top_k"),
+        ({"kind": "jensen_shannon", "top_k": 8}, "exact"),
+    ],
+)
+def test_training_on_a_store_teaches_without_the_teacher(made, models, objective, targets):  # noqa: F811
+    recipe, store = made
+    shutil.rmtree(models[1])  # nobody can ask it any more
+    result = execute(offline(recipe, store, objective, targets, steps=40), quiet=True)
+    steps = [r for r in result.history if "train/divergence" in r]
+    assert steps[-1]["train/divergence"] < 0.5 * steps[0]["train/divergence"]
+    assert steps[0]["train/teacher_tokens"] == 0.0
+    assert steps[0]["train/sampled_tokens"] == 0.0
+    assert steps[0]["train/drift"] == pytest.approx(1.0, abs=1e-3)
+    assert result.before["drift"] == pytest.approx(1.0, abs=1e-3)
+    assert result.after["drift_std"] > result.before["drift_std"]
+    assert "reverse_kl" not in result.after
+    if objective == "lightning":
+        assert steps[-1]["train/advantage_size"] < steps[0]["train/advantage_size"]
+        assert steps[0]["train/clamped"] == 0.0
+
+
+def test_first_step_is_the_live_one(made):
+    """Same tokens, same teacher: offline and online make the same first step."""
+    recipe, store = made
+    live = recipe.model_copy(update={"objective": [Lightning()], "steps": 1, "output": str(store.path.parent / "live")})
+    stored = execute(offline(recipe, store, steps=1), quiet=True)
+    online = execute(live, quiet=True)
+    for (name, a), b in zip(stored.student.state_dict().items(), online.student.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_each_epoch_takes_every_prompt_once_and_draws_take_turns(made):
+    recipe, store = made
+    store = sample(recipe, store.path, draws=2, quiet=True)
+    student, _, context = build_models(recipe.model_copy(update={"teacher": []}), torch.device("cpu"))
+    settings = parse_recipe({**recipe.dump(), "rollout": {"kind": "stored", "path": str(store.path)}}).rollout
+    source = settings.build(context, student, [])
+    from opd.prompts import load_prompts
+
+    prompts = load_prompts(recipe.prompts)
+    source.check_prompts(prompts)
+    schedule = recipe.curriculum.build(prompts, 8, context, student)
+    rows = [r for step in range(5) for r in source(schedule.next(step, {}).prompts, 1, 99, step).stored.tolist()]
+    assert sorted(rows) == list(range(40)), "two epochs of 20 prompts see both draws of each"
+
+
+def test_a_teacher_that_is_its_own_student_moves_nothing(made, models, tmp_path):  # noqa: F811
+    recipe, store = made
+    own = recipe.model_copy(update={"teacher": [recipe.teacher[0].model_copy(update={"model": models[0]})]})
+    targets = score(own, store.path, "sampled", name="own", quiet=True)
+    stored = [store.row(r) for r in range(store.header.rows)]
+    behaviour = torch.cat([row.behaviour for row in stored])
+    said = targets.answer(range(len(stored)), [len(row.actions) for row in stored]).log_probs
+    torch.testing.assert_close(said, behaviour, atol=1e-5, rtol=1e-4)
+
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def fine_tuned(recipe, teacher, output):
+    """A student that was fine-tuned on what `teacher` wrote."""
+    data = recipe.dump() | {"output": str(output), "steps": 2, "objective": "sft"}
+    data["teacher"] = [{**data["teacher"][0], "model": teacher}]
+    data["rollout"] = {"kind": "teacher", "max_new_tokens": 6}
+    return execute(parse_recipe(data), quiet=True)
+
+
+def test_the_gate_knows_the_teacher_of_the_fine_tuning(models, tmp_path):  # noqa: F811
+    recipe = recipe_for(models, tmp_path, rollout={"max_new_tokens": 6}, steps=1)
+    sft = fine_tuned(recipe, models[1], tmp_path / "sft")
+    origin = json.loads((sft.directory / "student" / "opd.json").read_text())
+    data = recipe.dump()
+    data["student"]["model"] = str(sft.directory / "student")
+    recipe = parse_recipe(data)
+    other = save_tiny(tmp_path / "other", seed=9, vocabulary=72)
+    store = sample(recipe, tmp_path / "store", quiet=True)
+    right = score(recipe, store.path, name="right", quiet=True)
+    assert origin["teachers"] == [right.header.teacher["weights"]]
+    data["teacher"][0]["model"] = other
+    score(parse_recipe(data), store.path, name="wrong", quiet=True)
+
+    runs = itertools.count()
+
+    def train(targets, **teacher):
+        block = {"kind": "stored", "path": str(store.path), "targets": targets, **teacher}
+        rollout = {"kind": "stored", "path": str(store.path)}
+        output = str(tmp_path / f"run-{next(runs)}")
+        changes = {"teacher": block, "rollout": rollout, "objective": "lightning", "output": output}
+        return execute(parse_recipe({**data, **changes}), quiet=True)
+
+    done = train("right")
+    # The gate goes on to whoever starts from this student, and through a run that has no teacher.
+    assert json.loads((done.directory / "student" / "opd.json").read_text())["teachers"] == origin["teachers"]
+    with pytest.raises(opd.IncompatibleError, match=r"fine-tuned by sha256:.*consistency: ignored"):
+        train("wrong")
+    assert train("wrong", consistency="ignored").summary["steps"] == 1
+    (sft.directory / "student" / "opd.json").unlink()
+    with pytest.raises(opd.IncompatibleError, match="does not say which teacher"):
+        train("right")
+    assert train("right", sft_teacher=origin["teachers"][0]).summary["steps"] == 1
+
+
+def test_what_does_not_fit_the_store_is_refused_at_start(made, tmp_path):
+    recipe, store = made
+
+    def refused(match, **changes):
+        with pytest.raises(opd.OpdError, match=match):
+            execute(offline(recipe, store, **changes), quiet=True, overwrite=True)
+
+    refused("scored at temperature 1", temperature=0.5)
+    refused("another end token", end_tokens=[0, 5])
+    refused("own samples", objective="reverse_kl_sampled")
+    refused("answers sampled or categorical|needs a teacher that answers", objective="reverse_kl")
+    refused("answers categorical or sampled", targets="top_k")
+    refused("no targets 'nobody'", teacher={"kind": "stored", "path": str(store.path), "targets": "nobody"})
+    refused("say which: teacher.targets", teacher={"kind": "stored", "path": str(store.path)})
+    refused("no store at", rollout={"kind": "stored", "path": str(tmp_path / "nowhere")})
+    refused("take rollout: stored", rollout={"kind": "student", "max_new_tokens": 4})
+    refused("has other tokens than in", prompts={"kind": "inline", "prompts": list("abcdefgh")})
+    rows = [{"id": f"n{i}", "prompt": "1+1="} for i in range(8)]
+    refused("has no trajectory", prompts={"kind": "inline", "prompts": rows})
+    student = {**recipe.dump()["student"]}
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(student["model"], tokenizer)
+    text = (tokenizer / "tokenizer.json").read_text()
+    (tokenizer / "tokenizer.json").write_text(text.replace('"7": 10', '"!": 10'))
+    refused("another tokenizer", student={**student, "tokenizer": str(tokenizer)})
+    store.shard_path(0).with_name("000000.safetensors.sha256").unlink()
+    refused("opd rollout again")
+
+
+def test_the_hash_of_weights_is_theirs_not_their_files(models, tmp_path):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models[0])
+    same = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.bfloat16)
+    same.save_pretrained(tmp_path / "halved", max_shard_size="20KB")
+    halved = AutoModelForCausalLM.from_pretrained(tmp_path / "halved", dtype=torch.bfloat16)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "halved", dtype=torch.float32)
+    assert weights_hash(halved) == weights_hash(again)
+    assert weights_hash(model) != weights_hash(again)
+
+
+def test_stored_texts_of_a_teacher_are_a_store_too(models, tmp_path):  # noqa: F811
+    """`opd rollout` with the teacher as the writer makes fine-tuning data; the student remembers whose they were."""
+    recipe = recipe_for(models, tmp_path, steps=2)
+    data = {**recipe.dump(), "rollout": {"kind": "teacher", "max_new_tokens": 6}}
+    store = sample(parse_recipe(data), tmp_path / "texts", quiet=True)
+    assert store.header.authors == ["teacher"]
+    data |= {"teacher": [], "objective": "sft", "rollout": {"kind": "stored", "path": str(store.path)}}
+    result = execute(parse_recipe(data), quiet=True)
+    origin = json.loads((result.directory / "student" / "opd.json").read_text())
+    assert origin["teachers"] == [store.header.writers[0]["weights"]]
+    assert "drift" not in result.after
+
+
+def test_advantages_are_logged_for_every_kind_of_answer(student, prompts):
+    trajectories = trajectories_of([3, 4])
+    mine = student(trajectories)
+    weights = position_weights(trajectories, "token_mean")
+    target = replace(mine.detach(), hidden=mine.hidden.detach() + 0.1)
+    full = Lightning(clamp=0.01)(mine, [Target(target)], weights, trajectories)
+    small = Lightning(clamp=0.01)(mine, [Target(Sampled.of(target, trajectories.actions))], weights, trajectories)
+    own = SFT()(mine, [], weights, trajectories)
+    expected = Sampled.of(target, trajectories.actions).log_probs - own.log_probs
+    for loss in (full, small):
+        torch.testing.assert_close(loss.measured["advantage"], expected, atol=1e-5, rtol=1e-4)
+        assert loss.measured["clamped"].tolist() == (expected.abs() > 0.01).float().tolist()
+    torch.testing.assert_close(full.total, small.total)
