@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.api import execute
 from opd.context import Context
-from opd.divergences import ReverseKL, Target
+from opd.divergences import Loss, ReverseKL, Target
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import IncompatibleError, RunError, SelfTestError
 from opd.loop import train
@@ -384,12 +384,7 @@ def test_measurement_weighs_positions_not_micro_batches():
     for lengths, value in [([1], 1.0), ([3, 3], 2.0)]:
         part = trajectories_of(lengths)
         n = sum(lengths)
-        loss = type("L", (), {})()
-        loss.total, loss.values, loss.log_probs = (
-            torch.tensor(0.5),
-            torch.full((n,), value),
-            torch.full((n,), -0.1),
-        )
+        loss = Loss(torch.tensor(0.5), torch.full((n,), value), torch.full((n,), -0.1))
         measurement.add([loss], part, torch.ones(n), exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)
