@@ -104,9 +104,10 @@ states leaves undone on one's own.
 **Direction beats prefix here.** Both students of reverse KL are far ahead of both students of forward KL and of
 supervised fine-tuning, whoever wrote the prefix: sampled at temperature 1, an answer is right only when no step goes
 wrong, and reverse KL takes away the improbable steps first. Who wrote the prefix changes accuracy by less than the
-seeds and the 500 test prompts can tell, and so does exposure. A likely reason: a wrong step of a running sum leads to a state that the
-teacher's texts hold too (its next steps add to another digit), so that teacher and student states are much alike. A
-task whose errors lead out of the teacher's states would test the claim harder; this one does not confirm it.
+seeds and the 500 test prompts can tell, and so does exposure. A likely reason: a wrong step of a running sum leads to
+a state that the teacher's texts hold too (its next steps add to another digit), so that teacher and student states
+are much alike. A task whose errors lead out of the teacher's states would test the claim harder; this one does not
+confirm it.
 
 **Greedy answers differ by prefix.** That claim was written after the figures had been seen, and stands here to be
 tested again, not as confirmed.
