@@ -17,6 +17,7 @@ from opd.divergences import Target, divergence_loss
 from opd.divergences.lightning import Lightning
 from opd.language.identity import weights_hash
 from opd.objectives.sft import SFT
+from opd.plan import make_plan
 from opd.recipe import parse_recipe
 from opd.reduction import position_weights
 from opd.run import build_models
@@ -328,6 +329,25 @@ def test_what_does_not_fit_the_store_is_refused_at_start(made, tmp_path):
     refused("another tokenizer", student={**student, "tokenizer": str(tokenizer)})
     store.shard_path(0).with_name("000000.safetensors.sha256").unlink()
     refused("opd rollout again")
+
+
+def test_the_plan_holds_no_teacher(made):
+    recipe, store = made
+    plan = make_plan(offline(recipe, store))
+    assert not [part for part in plan.memory if "teacher" in part]
+    assert plan.teraflops["teachers"] == plan.teraflops["rollout"] == 0.0
+    assert any("read from the disk, kind sampled" in note for note in plan.notes)
+    with pytest.raises(opd.IncompatibleError, match="the store answers 'sampled'"):
+        make_plan(offline(recipe, store, objective="reverse_kl"))
+    shutil.rmtree(store.path)
+    notes = make_plan(offline_without(recipe, store)).notes
+    assert any("not on this machine" in note for note in notes)
+
+
+def offline_without(recipe, store):
+    """The recipe of `offline` before there is a store."""
+    block = {"kind": "stored", "path": str(store.path)}
+    return parse_recipe(recipe.dump() | {"rollout": block, "teacher": block, "objective": "lightning"})
 
 
 def test_the_hash_of_weights_is_theirs_not_their_files(models, tmp_path):  # noqa: F811

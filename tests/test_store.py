@@ -124,6 +124,7 @@ def test_an_interrupted_job_ends_in_the_same_store(recipe, store, tmp_path):
     # A worker died between writing a shard and its checksum, and left a part of another one.
     other.shard_path(1).with_name("000001.safetensors.sha256").unlink()
     (other.path / "rollouts" / ".000001.safetensors.99999").write_bytes(b"half a")
+    (other.path / "rollouts" / ".000002.safetensors.lock").touch()
     assert other.missing() == [1]
     again = sample(recipe, tmp_path / "other", prompts_per_shard=8, quiet=True)
     assert again.content() == store.content()

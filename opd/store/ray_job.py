@@ -10,6 +10,7 @@ import torch
 from opd.errors import RunError
 from opd.recipe import Recipe
 from opd.store.scoring import Scorer
+from opd.store.shards import tidy
 from opd.store.store import Store
 from opd.store.targets import Kind, Targets
 
@@ -56,4 +57,6 @@ def score_with_ray(recipe: Recipe, path: Path, kind: Kind, workers: int, **optio
     finally:
         if started:
             ray.shutdown()
-    return Targets.open(store, name)
+    targets = Targets.open(store, name)
+    tidy(targets.path)
+    return targets

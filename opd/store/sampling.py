@@ -15,7 +15,7 @@ from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.run import build_models, compute_device, make_accelerator
-from opd.store.shards import claim
+from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
 from opd.store.work import work_through
 
@@ -82,6 +82,7 @@ def sample(
                 store.write(shard, source(here, store.header.group, store.header.budget, stream=draw))
 
     work_through(store.missing(), store.header.shards, write, "sampling", console, quiet)
+    tidy(store.shard_path(0).parent)
     return store
 
 

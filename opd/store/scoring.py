@@ -18,7 +18,7 @@ from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.run import compute_device, make_accelerator
-from opd.store.shards import claim
+from opd.store.shards import claim, tidy
 from opd.store.store import Store
 from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.store.work import work_through
@@ -145,4 +145,5 @@ def score(
     scorer = Scorer(recipe, path, kind, **options)
     targets = scorer.targets
     work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", console, quiet)
+    tidy(targets.path)
     return targets

@@ -100,6 +100,13 @@ def claim(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def tidy(folder: Path) -> None:
+    """Take away the locks of workers that were killed after their shard was complete."""
+    for lock in folder.glob(".*.lock"):
+        with claim(folder / lock.name.removeprefix(".").removesuffix(".lock")):
+            pass
+
+
 class Shard:
     """One written shard, open and memory-mapped. `lengths` int64 `[B]` says how many positions each row owns."""
 
