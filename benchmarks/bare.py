@@ -6,7 +6,6 @@ one backward pass, AdamW. No framework, no modules, no logging; nothing here is 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,6 +215,6 @@ class FloorSession(Session):
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
         loss = self.descend(self.encoded[: len(completions)], [torch.tensor(y) for y in completions])
-        norm = float(torch.nn.utils.clip_grad_norm_(self.trained, math.inf))
+        score = Score.of(loss, self.trained)
         self.optimizer.zero_grad()
-        return Score(loss, norm)
+        return score

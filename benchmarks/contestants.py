@@ -11,7 +11,7 @@ import contextlib
 import functools
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,10 +54,22 @@ class Job:
 
 @dataclass(frozen=True)
 class Score:
-    """A loss on given completions: its value and the norm of its gradient."""
+    """A loss on given completions: its value, the norm of its gradient, and the gradient's component along one random
+    direction, which two different gradients of the same norm do not share."""
 
     loss: float
     gradient_norm: float
+    gradient_component: float
+
+    @staticmethod
+    def of(loss: torch.Tensor | float, parameters: Iterable[torch.nn.Parameter]) -> Score:
+        """What the parameters' gradients are now; a library's parameters come in the order of the model's file."""
+        generator = torch.Generator().manual_seed(3)
+        square, component = 0.0, 0.0
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            square += float(gradient.double().square().sum())
+            component += float((gradient * torch.randn(gradient.shape, generator=generator)).double().sum())
+        return Score(float(loss), square**0.5, component)
 
 
 class Session(ABC):
@@ -170,9 +182,9 @@ class OpdSession(Session):
         with run.accelerator.autocast():
             loss = objective(run.student(trajectories), run.ask(trajectories), weights, trajectories)
         run.optimiser.accumulate([loss], last=True)
-        norm = float(run.accelerator.clip_grad_norm_(run.student.module.parameters(), float("inf")))
+        score = Score.of(loss.total.detach(), run.student.module.parameters())
         run.optimiser.optimizer.zero_grad()
-        return Score(float(loss.total.detach()), norm)
+        return score
 
 
 def _held_monitor(directory: Path, count: Callable[[Mapping[str, float]], bool]) -> Any:
@@ -347,9 +359,9 @@ class TrlSession(Session):
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, self.inputs(completions))
         trainer.accelerator.backward(loss)
-        norm = float(trainer.accelerator.clip_grad_norm_(model.parameters(), float("inf")))
+        score = Score.of(loss.detach(), model.parameters())
         model.zero_grad()
-        return Score(float(loss.detach()), norm)
+        return score
 
 
 class GkdSession(TrlSession):

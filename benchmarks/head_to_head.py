@@ -71,8 +71,11 @@ def measure(size: Size, precision: str, repeats: int, cores: int) -> dict[str, A
         progress(f"{size.name} {precision}: memory of {name}")
         cell["memory"][name] = peak_memory(job(name, 1))
     scores = {name: figures["score"] for name, figures in cell["threads"]["1"].items()}
-    cell["loss_error"] = {
-        name: abs(score["loss"] / scores[OPD]["loss"] - 1) for name, score in scores.items() if name != OPD
+    own = scores.pop(OPD)
+    cell["loss_error"] = {name: abs(score["loss"] / own["loss"] - 1) for name, score in scores.items()}
+    cell["gradient_error"] = {
+        name: abs(score["gradient_component"] - own["gradient_component"]) / own["gradient_norm"]
+        for name, score in scores.items()
     }
     return cell
 

@@ -197,7 +197,7 @@ def _scaling(data: dict[str, Any]) -> str:
     if data["processes"]:
         two = data["processes"]
         text += f"\nTwo processes: {two['speed_up']:.2f} times the sampled tokens a second, relative error of the loss "
-        text += f"{two['loss_error']:.0e}, of the gradient's norm {two['gradient_norm_error']:.0e}.\n"
+        text += f"{two['loss_error']:.0e}, of the gradient {two['gradient_error']:.0e}.\n"
     return text
 
 

@@ -85,6 +85,7 @@ def test_opd_and_the_floor_do_the_same_step(monkeypatch, tmp_path):
     mine, theirs = ours.score(completions), bare.score(completions)
     assert theirs.loss == pytest.approx(mine.loss, rel=1e-5)
     assert theirs.gradient_norm == pytest.approx(mine.gradient_norm, rel=1e-5)
+    assert theirs.gradient_component == pytest.approx(mine.gradient_component, abs=1e-5 * mine.gradient_norm)
     for session in (ours, bare):
         steps = itertools.count(1)
         session.train(lambda steps=steps: next(steps) < 2)
