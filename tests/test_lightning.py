@@ -25,6 +25,7 @@ from opd.store import Targets
 from opd.store.sampling import sample
 from opd.store.scoring import score
 from tests.conftest import save_tiny, trajectories_of
+from tests.test_checkpoints import assert_same_run, killed_at
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 # -- by enumeration: V = 4 ids, sequences of L = 4 tokens, one row of logits for each of the 85 prefixes ---------------
@@ -229,6 +230,18 @@ def test_first_step_is_the_live_one(made):
     online = execute(live, quiet=True)
     for (name, a), b in zip(stored.student.state_dict().items(), online.student.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_a_killed_run_on_a_store_goes_on_bit_for_bit(made, monkeypatch):
+    recipe, store = made
+    shared = {"steps": 6, "checkpoint": {"every": 2}}
+    one, other = (
+        offline(recipe, store, **shared, output=str(store.path.parent / name)) for name in ("undisturbed", "broken")
+    )
+    execute(one, quiet=True)
+    killed_at(monkeypatch, other, 3)
+    execute(other, resume=True, quiet=True)
+    assert_same_run(one, other)
 
 
 def test_each_epoch_takes_every_prompt_once_and_draws_take_turns(made):

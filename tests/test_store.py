@@ -153,6 +153,27 @@ def test_a_store_of_other_settings_is_refused(recipe, store):
         score(recipe, store.path, "top_k", top_k=4, name="t", quiet=True)
 
 
+def test_a_full_disk_is_named_and_what_was_written_stays(recipe, store, monkeypatch):
+    from opd.store import shards
+
+    before, whole = store.content(), Path.write_bytes
+
+    def full(path, data):
+        if "targets" in str(path) and "000001" in path.name:
+            whole(path, data[:10])
+            raise OSError(28, "No space left on device")
+        return whole(path, data)
+
+    monkeypatch.setattr(shards.Path, "write_bytes", full)
+    with pytest.raises(opd.RunError, match=r"cannot write .*000001.*No space left"):
+        score(recipe, store.path, "sampled", name="t", quiet=True)
+    monkeypatch.undo()
+    left = sorted(p.name for p in (store.path / "targets" / "t").iterdir())
+    assert left == ["000000.safetensors", "000000.safetensors.sha256", "targets.json"]
+    assert score(recipe, store.path, "sampled", name="t", quiet=True).missing() == []
+    assert store.content() == before
+
+
 def test_two_claims_on_one_shard(tmp_path):
     path = tmp_path / "000000.safetensors"
     with claim(path) as mine, claim(path) as other:

@@ -16,23 +16,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from opd.errors import DataError
+from opd.checkpoints.files import flush
+from opd.errors import DataError, RunError
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside, flush to the disk, then rename: a reader sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # The name holds the process, since workers may write one header at the same time.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        flush(partial)
+        partial.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path} ({error.strerror}); free some space or choose another place") from None
 
 
 def checksum_file(path: Path) -> Path:
