@@ -108,7 +108,7 @@ class Session(ABC):
 
 
 class OpdSession(Session):
-    """`opd` through its own loop, logging as it does by default; held-out measurements are left out."""
+    """`opd` through its own loop, logging as it does by default; no held-out measurements and no checkpoints."""
 
     def __init__(self, job: Job):
         super().__init__(job)
@@ -144,6 +144,7 @@ class OpdSession(Session):
                 "batch": {"prompts": size.batch, "group": size.group, "micro": size.batch * size.group},
                 "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
                 "tracking": {"trackers": []},
+                "checkpoint": {"every": 0},
                 "hardware": {"device": "cpu", "precision": job.precision, "threads": job.threads},
                 "self_test": False,
                 "output": str(self.directory),
@@ -195,8 +196,8 @@ def _held_monitor(directory: Path, count: Callable[[Mapping[str, float]], bool])
             self._progress, self._task = mock.MagicMock(), 0
             return {}
 
-        def after_step(self, run, signals, example):  # type: ignore[no-untyped-def]
-            found = super().after_step(run, signals, example)
+        def after_step(self, run, signals, measurement):  # type: ignore[no-untyped-def]
+            found = super().after_step(run, signals, measurement)
             self.stop_requested = not count(signals)
             return found
 

@@ -223,7 +223,8 @@ def recipe_of(method: str, base: Path, teacher: Path, rate: float, seed: int, qu
     """What a method trains with; `TERMS` and `BUDGET` of the reproduction on the same task."""
     block = at_rate(distilled(OWN.get(method, {})), rate)
     block["student"]["model"], block["teacher"][0]["model"] = str(base), str(teacher)
-    block = merged(block, {"seed": seed, "tracking": {"trackers": []}, "evaluation": {"every": EVERY}})
+    quiet = {"tracking": {"trackers": []}, "checkpoint": {"every": 0}}
+    block = merged(block, {"seed": seed, "evaluation": {"every": EVERY}, **quiet})
     return merged(block, {"steps": 4, "evaluation": {"every": 2, **FEW}}) if quick else block
 
 
