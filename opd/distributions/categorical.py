@@ -44,10 +44,12 @@ class Head:
         raw = (hidden.to(self.weight.dtype) @ self.masked_weight().T).float()
         if self.bias is not None:
             raw = raw + self.bias[: self.size].float()
-        raw = raw * self.scale
+        # Nothing is changed by a factor of one, and a copy of [C, V'] at every token is not free.
+        if self.scale != 1.0:
+            raw = raw * self.scale
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw / self.softcap)
-        return raw / self.temperature
+        return raw if self.temperature == 1.0 else raw / self.temperature
 
     def detach(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
