@@ -282,6 +282,10 @@ def finish(run: Run) -> Result:
                 "with --resume"
             ) from None
         write_report([recipe.directory], recipe.directory / "report.html")
+    # The wrapper of several processes goes before their group does: whoever frees the group last waits for its threads,
+    # and the wrapper would do so while it holds Python's lock, which they need.
+    run.student.module = run.accelerator.unwrap_model(run.student.module)
+    run.accelerator.free_memory()
     run.accelerator.end_training()
     language = getattr(run.student, "language", None)
     return Result(
