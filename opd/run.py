@@ -273,6 +273,8 @@ def assemble(
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
         with accelerator.autocast():
             self_test(student, built, rollout, recipe.objective, probe)
+    # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
+    student.module.train()
 
     return Run(
         recipe=recipe,

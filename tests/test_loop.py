@@ -20,6 +20,7 @@ from opd.context import Context
 from opd.divergences import Loss, ReverseKL, Target
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import IncompatibleError, RunError, SelfTestError
+from opd.evaluation import evaluate
 from opd.loop import train
 from opd.measurement import Measurement
 from opd.monitor import Monitor
@@ -64,6 +65,23 @@ def recipe_for(models, tmp_path, **changes):
 def build(recipe, tmp_path):
     (tmp_path / "run").mkdir(exist_ok=True)
     return assemble(recipe, Monitor(tmp_path / "run", quiet=True))
+
+
+@pytest.mark.parametrize("self_test", [True, False])
+def test_the_student_trains_in_training_mode(models, tmp_path, self_test):
+    """Dropout and gradient checkpointing would do nothing otherwise; rollouts and evaluations give the mode back."""
+    recipe = recipe_for(models, tmp_path, self_test=self_test, student={"lora": {"rank": 2, "dropout": 0.5}})
+    run = build(recipe, tmp_path)
+    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    evaluate(run)
+    assert run.student.module.training
+    with torch.no_grad():
+        for name, parameter in run.student.module.named_parameters():
+            if "lora_B" in name:  # which begins at zero, where dropout before it changes nothing
+                parameter.normal_()
+    first, second = (run.student(trajectories).hidden for _ in range(2))
+    assert not torch.equal(first, second), "dropout draws anew each time"
+    assert not any(teacher.language.training for teacher in run.teachers)
 
 
 def test_training_moves_the_student_to_the_teacher(models, tmp_path):
