@@ -49,7 +49,7 @@ class LanguageTeacher(LiveTeacher):
     answers = Categorical
 
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
-        self.language, self.settings, self.device, self.context = language, settings, device, context
+        self.language, self.settings, self.device, self.context = language.eval(), settings, device, context
         self.offload = getattr(settings, "offload", False)
         self.cache: MemorySettings | None = getattr(settings, "cache", None)
         self.remembers = self.cache is not None
