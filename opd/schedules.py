@@ -13,6 +13,7 @@ A scheduled value is a number too (its value at step 0), so that whatever reads 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -83,9 +84,9 @@ class Scheduled:
 
     shape: Named | Points
 
+    @abstractmethod
     def at(self, step: int, steps: int) -> float | int:
         """The number at `step` (from 0) of a run of `steps` steps."""
-        raise NotImplementedError
 
     @property
     def counts_on_steps(self) -> bool:
