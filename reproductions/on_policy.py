@@ -118,7 +118,8 @@ teacher's, hence the token counts. A longer run is needed to decide them.
 
 **What was chosen after looking.** A first grid of learning rates (1e-3 and 3e-3) was ended when 3e-3 was seen to undo
 the base; the grid above replaced it for all arms, and all of them took its upper end. The runs were made before
-rollouts became faster, so CPU seconds compare arms with each other and not with later versions; other work shared the cores.
+rollouts became faster, so CPU seconds compare arms with each other and not with later versions; other work shared the
+cores.
 """,
     stages={
         "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
