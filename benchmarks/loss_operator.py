@@ -556,6 +556,17 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def finished_cells(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells of an earlier report at `path`, when it was made with the settings and versions of this one."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    for name in ("settings", "versions"):
+        if before[name] != json.loads(json.dumps(report[name])):
+            sys.exit(f"--resume: {path} was measured with other {name}; give another --json or remove the file")
+    return list(before["cells"])
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss_operator", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two vocabularies, two masked shares, two objectives")
@@ -565,6 +576,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scaling", type=Path, help="measure memory against V and T, and draw it to this PNG")
     parser.add_argument("--vocabulary", type=int, nargs="+", help="only these sizes of vocabulary")
     parser.add_argument("--no-peers", action="store_true", help="opd and full logits alone")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that a run cut short left in --json")
     return parser.parse_args()
 
 
@@ -598,10 +610,16 @@ def main() -> int:
         "scaling": [],
         "goals": [],
     }
+    if options.resume:
+        report["cells"] = finished_cells(options.json, report)
+    done = {(c["vocabulary"], c["masked"], c["objective"]) for c in report["cells"]}
     for vocabulary in vocabularies:
+        todo = [(s, k) for s, k in itertools.product(shares, kinds) if (vocabulary, s, k) not in done]
+        if not todo:
+            continue
         base = Inputs.make(POSITIONS, vocabulary, options.device)
         exact = exact_values(base, kinds)
-        for share, kind in itertools.product(shares, kinds):
+        for share, kind in todo:
             _progress(f"V={vocabulary}, {share:.0%} masked, {kind}")
             inputs = base.masked(share)
             mean = float(exact[kind][inputs.counts].mean())
