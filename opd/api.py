@@ -29,7 +29,7 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.prompts.inline import InlinePrompts
-from opd.provenance import ORIGIN, environment, peak_memory_bytes
+from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json, read_yaml
@@ -305,7 +305,7 @@ def finish(run: Run) -> Result:
 def origin(run: Run) -> dict[str, Any]:
     """What a saved student says of where it comes from: the hashes of the teachers that it learnt from, or, when this
     run had none, those of the run before."""
-    teachers = [t.identity() for t in run.teachers]
+    teachers = [member.identity() for teacher in run.teachers for member in teacher.members().values()]
     found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
     before = getattr(run.student, "origin", {})
     return {"format": 1, "teachers": found or before.get("teachers", [])}
@@ -408,7 +408,7 @@ def _meant_to_write_checkpoints(directory: Path) -> bool:
 def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
     """README.md of a saved student."""
     block = recipe.dump()
-    teachers = ", ".join(f"`{t.get('model', t['kind'])}`" for t in block["teacher"])
+    teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
     objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
     rows = "\n".join(
         f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()

@@ -39,6 +39,8 @@ def _found(value: Any, key: str) -> list[tuple[str, Scheduled]]:
         return list(value.scheduled(f"{key}.").items())
     if isinstance(value, list | tuple):
         return [found for i, item in enumerate(value) for found in _found(item, f"{key}.{i}")]
+    if isinstance(value, dict):
+        return [found for name, item in value.items() for found in _found(item, f"{key}.{name}")]
     return []
 
 
@@ -49,6 +51,8 @@ def _at(value: Any, step: int, steps: int) -> Any:
         return value.at(step, steps)
     if isinstance(value, list | tuple):
         return [_at(item, step, steps) for item in value]
+    if isinstance(value, dict):
+        return {name: _at(item, step, steps) for name, item in value.items()}
     return value
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Routed
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import MEANS
 from opd.policies import Student
@@ -39,7 +40,7 @@ class HeldOut:
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
-    position.
+    position; where that one is routed, with each prompt's own.
 
     Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
     over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where
@@ -64,7 +65,7 @@ def evaluate(run: Run) -> HeldOut:
             student = run.student(micro)
             teacher = judge(micro) if judge is not None else None
             assert isinstance(student, Categorical)
-            assert teacher is None or isinstance(teacher, Categorical)
+            assert teacher is None or isinstance(teacher, Categorical | Routed)
             comparison = compare(student, teacher, micro.actions)
             for name, value in comparison.sums().items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -161,7 +162,7 @@ def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
 
 def _rows(run: Run, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = token_rows(run.student, micro, values)
+    rows = token_rows(run.student, run.teachers, micro, values)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))
@@ -172,11 +173,14 @@ def _rows(run: Run, micro: Trajectories, comparison: Comparison) -> list[dict[st
     return rows
 
 
-def token_rows(student: Student, micro: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+def token_rows(
+    student: Student, teachers: Sequence[LiveTeacher], micro: Trajectories, values: dict[str, torch.Tensor]
+) -> list[dict[str, Any]]:
     """One row a trajectory, as samples.jsonl and rollouts.jsonl hold them: its text, its tokens, and `values` by token.
 
     A row has `id`, `prompt`, `completion`, `finished`, `reward` (or None), `tokens` (T texts), `values` (name to T
-    numbers). Held-out rows add `alternatives` (`student` and `teacher`: for each token `[text, probability]` pairs).
+    numbers), and where a teacher is routed `teacher`, the route that answered. Held-out rows add `alternatives`
+    (`student` and `teacher`: for each token `[text, probability]` pairs).
     """
     rows = []
     start = 0
@@ -195,6 +199,9 @@ def token_rows(student: Student, micro: Trajectories, values: dict[str, torch.Te
                 "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
         )
+        routes = [route for teacher in teachers if (route := teacher.route(micro.prompts[i])) is not None]
+        if routes:
+            rows[-1]["teacher"] = ", ".join(routes)
     return rows
 
 

@@ -86,7 +86,7 @@ class Monitor:
         self.log(run, "train", signals)
         skipped = "skipped" in signals
         for part in measurement.parts if skipped else measurement.example:
-            rows = token_rows(run.student, *part)
+            rows = token_rows(run.student, run.teachers, *part)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         assert self._progress is not None

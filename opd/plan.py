@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from opd.rollouts.stored import StoredRollout
 from opd.run import load_data
 from opd.store import Store, Targets
 from opd.store.targets import ANSWERS
+from opd.teachers import Teacher
 from opd.teachers.local import LocalTeacher
+from opd.teachers.routed import RoutedTeacher
 from opd.teachers.self_teacher import SelfTeacher
 from opd.teachers.stored import StoredTeacher
 
@@ -118,24 +120,14 @@ def make_plan(recipe: Recipe) -> Plan:
         raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
     notes: list[str] = []
     student = _shape(recipe.student, notes, trainable=True)
-    teachers = []
-    for teacher in recipe.teacher:
-        if isinstance(teacher, StoredTeacher):
-            notes.append(f"{teacher.path}: its answers are read from the disk, {_store_note(teacher, recipe)}")
-            continue
-        for objective in recipe.objective:
-            objective.check_accepts(_answers(), "the teacher")
-        if isinstance(teacher, LocalTeacher):
-            teachers.append(_shape(teacher, notes, trainable=False))
-        elif isinstance(teacher, SelfTeacher):
-            teachers.append(Shape(**{**vars(student), "name": f"{student.name} ({teacher.mode} copy)", "trainable": 0}))
+    teachers = [found for teacher in recipe.teacher if (found := _members(teacher, recipe, student, notes))]
     prompt, common = _prompt_tokens(recipe, notes)
     completion = recipe.rollout.budget
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
         recipe=recipe.name,
         student=student,
-        teachers=tuple(teachers),
+        teachers=tuple(shape for members in teachers for _, shape in members),
         prompt_tokens=prompt,
         completion_tokens=completion,
         trajectories=trajectories,
@@ -146,6 +138,29 @@ def make_plan(recipe: Recipe) -> Plan:
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+Members = list[tuple[Teacher, Shape]]
+"""Those of whom one answers at each position: the models of one teacher of the recipe."""
+
+
+def _members(teacher: Teacher, recipe: Recipe, student: Shape, notes: list[str]) -> Members:
+    if isinstance(teacher, RoutedTeacher):
+        return [
+            (settings, replace(shape, name=f"{shape.name} for {tag}"))
+            for tag, route in teacher.routes.items()
+            for settings, shape in _members(route, recipe, student, notes)
+        ]
+    if isinstance(teacher, StoredTeacher):
+        notes.append(f"{teacher.path}: its answers are read from the disk, {_store_note(teacher, recipe)}")
+        return []
+    for objective in recipe.objective:
+        objective.check_accepts(_answers(), "the teacher")
+    if isinstance(teacher, LocalTeacher):
+        return [(teacher, _shape(teacher, notes, trainable=False))]
+    if isinstance(teacher, SelfTeacher):
+        return [(teacher, replace(student, name=f"{student.name} ({teacher.mode} copy)", trainable=0))]
+    return []
 
 
 def _answers() -> Any:
@@ -213,7 +228,7 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
 
 
 def _memory(
-    recipe: Recipe, student: Shape, teachers: list[Shape], prompt: int, common: int, completion: int, notes: list[str]
+    recipe: Recipe, student: Shape, teachers: list[Members], prompt: int, common: int, completion: int, notes: list[str]
 ) -> dict[str, int]:
     assert isinstance(recipe.student, CausalLM)
     size = student.weight_bytes // student.parameters
@@ -236,13 +251,17 @@ def _memory(
     sampler = getattr(recipe.rollout, "dtype", "own")
     if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
         parts["bfloat16 copy for rollouts"] = 2 * student.parameters
-    live = [t for t in recipe.teacher if not isinstance(t, StoredTeacher)]
-    for i, (settings, shape) in enumerate(zip(live, teachers, strict=True)):
-        if not getattr(settings, "offload", False) or on_cpu:
-            parts[f"teacher {i} weights"] = shape.weight_bytes
-        parts[f"teacher {i} answers (hidden states)"] = (
-            positions * shape.width * (shape.weight_bytes // shape.parameters)
-        )
+    first = 0
+    for members in teachers:
+        for i, (settings, shape) in enumerate(members, start=first):
+            if not getattr(settings, "offload", False) or on_cpu:
+                parts[f"teacher {i} weights"] = shape.weight_bytes
+        # Of several routes one answers at a position: at most all of them the widest.
+        widest = max(shape.width * (shape.weight_bytes // shape.parameters) for _, shape in members)
+        last = first + len(members) - 1
+        who = f"teacher {first}" if first == last else f"teachers {first}-{last}"
+        parts[f"{who} answers (hidden states)"] = positions * widest
+        first = last + 1
     parts["activations of a micro-batch"] = _activations(recipe, student, tokens)
     parts["loss operator: chunks"] = (3 + len(teachers)) * min(CHUNK_BYTES, rows * student.vocabulary * 4)
     layer = student.model.get_output_embeddings()
@@ -295,7 +314,7 @@ def _activations(recipe: Recipe, student: Shape, tokens: int) -> int:
 
 
 def _operations(
-    student: Shape, teachers: list[Shape], trajectories: int, prompt: int, completion: int, stored: bool
+    student: Shape, teachers: list[Members], trajectories: int, prompt: int, completion: int, stored: bool
 ) -> dict[str, float]:
     """Matrix-product operations of a step, attention left out: 2 per parameter and token forward, 4 backward."""
 
@@ -304,10 +323,12 @@ def _operations(
 
     tokens, scored = trajectories * (prompt + completion), trajectories * completion
     head = student.vocabulary * student.width
-    heads = sum(2 * t.vocabulary * t.width for t in teachers) * scored
+    # Of several routes one answers; at most it is always the largest.
+    heads = sum(max(2 * shape.vocabulary * shape.width for _, shape in members) for members in teachers) * scored
+    bodies = sum(max(2 * body(shape) for _, shape in members) for members in teachers) * tokens
     return {
         "rollout": 0.0 if stored else 2 * (body(student) * tokens + head * scored) / 1e12,
-        "teachers": sum(2 * body(t) * tokens for t in teachers) / 1e12,
+        "teachers": bodies / 1e12,
         "student forward and backward": 6 * body(student) * tokens / 1e12,
         "loss operator": (6 * head * scored + heads) / 1e12,
     }

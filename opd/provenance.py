@@ -77,6 +77,16 @@ def read_origin(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} does not list a student's teachers as opd writes it; mend or remove it") from None
 
 
+def models_of(teacher: Any) -> str:
+    """What a teacher's block of a recipe names, for people: its model, those of its routes, or its kind."""
+    if not isinstance(teacher, dict):
+        return str(teacher or "")
+    routes = teacher.get("routes")
+    if isinstance(routes, dict):
+        return ", ".join(f"{models_of(route)} for {tag}" for tag, route in routes.items())
+    return str(teacher.get("model") or teacher.get("kind") or "")
+
+
 def peak_memory_bytes() -> int:
     """Peak allocated bytes on the CUDA device, or the peak resident set of this process without one."""
     import torch

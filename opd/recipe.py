@@ -168,11 +168,11 @@ class Recipe(Settings):
         """The whole resolved recipe as plain data."""
         data = self.model_dump(mode="json", serialize_as_any=True)
         for key, schedule in self.scheduled().items():
-            *parents, leaf = [int(part) if part.isdigit() else part for part in key.split(".")]
+            *parents, leaf = key.split(".")
             place: Any = data
             for part in parents:
-                place = place[part]
-            place[leaf] = schedule.plain()
+                place = place[int(part) if isinstance(place, list) else part]
+            place[int(leaf) if isinstance(place, list) else leaf] = schedule.plain()
         return data
 
     def to_yaml(self) -> str:

@@ -117,7 +117,7 @@ class Run:
 
     def ask(self, trajectories: Trajectories) -> list[Target]:
         """Every teacher's answer."""
-        return [Target(t(trajectories), t.weight, t.settings.name) for t in self.teachers]
+        return [Target(t(trajectories), t.weights(trajectories), t.settings.name) for t in self.teachers]
 
     @property
     def whole_groups(self) -> bool:

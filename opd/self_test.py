@@ -91,7 +91,7 @@ def _check_answer(answer: Distribution, trajectories: Trajectories, index: int) 
         raise SelfTestError(
             f"teacher {index} answered {len(answer)} positions for {trajectories.positions} actions of the student"
         )
-    for name in ("hidden", "log_probs"):
-        values = getattr(answer, name, None)
-        if isinstance(values, torch.Tensor) and not bool(torch.isfinite(values).all()):
+    for _, piece in answer.pieces():
+        values = [v for name in ("hidden", "log_probs") if isinstance(v := getattr(piece, name, None), torch.Tensor)]
+        if not all(bool(torch.isfinite(each).all()) for each in values):
             raise SelfTestError(f"teacher {index} answered with NaN or infinity; try another dtype (teacher.dtype)")

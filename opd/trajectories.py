@@ -83,6 +83,26 @@ class Trajectories:
         )
         return part, here
 
+    def pick(self, which: Sequence[int]) -> tuple[Trajectories, torch.Tensor]:
+        """Trajectories `which`, in that order and with their group's number, and the int64 packed positions that they
+        own here."""
+        chosen = list(which)
+        starts = (self.lengths.cumsum(0) - self.lengths).tolist()
+        here = torch.cat([torch.arange(starts[i], starts[i] + int(self.lengths[i])) for i in chosen])
+        here = here.to(self.actions.device)
+        part = replace(
+            self,
+            prompts=[self.prompts[i] for i in chosen],
+            contexts=[self.contexts[i] for i in chosen],
+            lengths=self.lengths[chosen],
+            finished=self.finished[chosen],
+            groups=self.groups[chosen],
+            rewards=None if self.rewards is None else self.rewards[chosen],
+            stored=None if self.stored is None else self.stored[chosen],
+            **{name: getattr(self, name)[here.to(getattr(self, name).device)] for name in PACKED},
+        )
+        return part, here
+
     def split(self, size: int, whole_groups: bool = False) -> Iterator[tuple[Trajectories, slice]]:
         """Parts of at most `size` trajectories in order; `whole_groups` never cuts a group (a part may then exceed)."""
         start = 0

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from opd.provenance import models_of
+
 if TYPE_CHECKING:
     from opd.api import Result
     from opd.plan import Plan
@@ -77,7 +79,7 @@ def show_recipes(found: Mapping[str, Path]) -> None:
     for name, path in found.items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         teachers = data["teacher"] if isinstance(data["teacher"], list) else [data["teacher"]]
-        shown = ", ".join(t.get("model", t.get("kind", "")) for t in teachers)
+        shown = ", ".join(models_of(t) for t in teachers)
         table.add_row(name, data["student"]["model"], shown, data.get("description", ""))
     console().print(table)
 

@@ -2,7 +2,8 @@
 
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
+from opd.distributions.routed import Routed, joined
 from opd.distributions.sampled import Sampled
 from opd.distributions.top_k import TopK, append_tail
 
-__all__ = ["Categorical", "Distribution", "Head", "Sampled", "TopK", "append_tail"]
+__all__ = ["Categorical", "Distribution", "Head", "Routed", "Sampled", "TopK", "append_tail", "joined"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 import torch
@@ -27,3 +28,7 @@ class Distribution(ABC):
     @abstractmethod
     def detach(self) -> Self:
         """The same distributions without a graph."""
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, Distribution]]:
+        """`(positions, their distributions)`, int64 positions ascending: one piece, unless several sources answered."""
+        yield torch.arange(len(self)), self

@@ -9,6 +9,7 @@ import torch
 
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical
+from opd.distributions.routed import Routed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sampled(Distribution):
         return type(self)(self.log_probs.detach())
 
     @staticmethod
-    def of(full: Categorical, actions: torch.Tensor, rows: int = 128) -> Sampled:
+    def of(full: Categorical | Routed, actions: torch.Tensor, rows: int = 128) -> Sampled:
         """What a full distribution says about `actions` `[N]`, `rows` positions at a time."""
         parts = [
             full.select(slice(start, start + rows))

@@ -8,14 +8,14 @@ fresh pages for every intermediate cost more than the arithmetic on them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
+from opd.distributions import Categorical, Distribution, Head, Routed, Sampled, TopK, append_tail
 from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
@@ -213,13 +213,22 @@ class _Plan:
         def cast(head: Head) -> Head:
             return replace(head, weight=head.weight.detach().to(dtype))
 
-        targets = tuple(
-            Target(replace(t.distribution, head=cast(t.distribution.head)), t.weight)
-            if isinstance(t.distribution, Categorical)
-            else t
-            for t in self.targets
-        )
+        def answer(given: Distribution) -> Distribution:
+            if isinstance(given, Routed):
+                return replace(given, parts=tuple(answer(part) for part in given.parts))
+            return replace(given, head=cast(given.head)) if isinstance(given, Categorical) else given
+
+        targets = tuple(replace(t, distribution=answer(t.distribution)) for t in self.targets)
         return replace(self, targets=targets, head=cast(self.head))
+
+    def chunks(self, positions: torch.Tensor) -> Iterator[torch.Tensor]:
+        """`positions` in parts of at most `rows`; where answers are routed, each part has one teacher of each target,
+        so that no row is projected by another one's head."""
+        parts = [positions]
+        for owners in (t.distribution.owners for t in self.targets if isinstance(t.distribution, Routed)):
+            parts = [part[owners[part] == owner] for part in parts for owner in owners[part].unique()]
+        for part in parts:
+            yield from torch.split(part, self.rows)
 
 
 class _Total(torch.autograd.Function):
@@ -316,7 +325,7 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
     if isinstance(divergence, OnAction) and divergence.sees_whole_trajectories:
         known = _returns(hidden, plan, buffers)
 
-    for index in torch.split(live, plan.rows):
+    for index in plan.chunks(live):
         rows = hidden[index].detach().to(dtype)
         log_q, slope = _log_probs(rows, head, buffers, STUDENT)
         log_probs[index] = log_q.gather(1, plan.actions[index, None]).squeeze(1)
@@ -404,7 +413,7 @@ def _on_support(
 def _weighted(
     divergence: OnSupport, log_q: torch.Tensor, target: Target, buffers: _Buffers, scratch: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    answer = target.distribution
+    ((_, answer),) = target.distribution.pieces()
     if isinstance(answer, Categorical) and divergence.top_k is None:
         value, grad = divergence.value_and_grad(_answer_log_probs(answer, buffers), log_q, scratch)
     else:
@@ -485,9 +494,13 @@ def _sum_targets(
 
 
 def _by_chunks(answer: Distribution, actions: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
-    starts = range(0, len(actions), buffers.rows)
-    chunks = [slice(start, start + buffers.rows) for start in starts]
-    return torch.cat([_action_log_probs(answer.select(c), actions[c], buffers) for c in chunks])
+    found = torch.empty(len(actions), device=actions.device)
+    for mine, piece in answer.pieces():
+        for start in range(0, len(piece), buffers.rows):
+            here = slice(start, start + buffers.rows)
+            positions = mine[here].to(actions.device)
+            found[positions] = _action_log_probs(piece.select(here), actions[positions], buffers)
+    return found
 
 
 def _returns(hidden: torch.Tensor, plan: _Plan, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor]:

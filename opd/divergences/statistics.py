@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Routed
 from opd.divergences.operator import chunk_rows
 
 MEANS = ("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy")
@@ -33,7 +33,7 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(student: Categorical, teacher: Categorical | None, actions: torch.Tensor) -> Comparison:
+def compare(student: Categorical, teacher: Categorical | Routed | None, actions: torch.Tensor) -> Comparison:
     """Compare two full distributions at N positions, a chunk at a time; without a teacher look at the student alone."""
     rows = chunk_rows(student.head.size)
     values: dict[str, list[torch.Tensor]] = {}
@@ -61,7 +61,7 @@ def compare(student: Categorical, teacher: Categorical | None, actions: torch.Te
 def _look(
     side: str,
     log_name: str,
-    one: Categorical,
+    one: Categorical | Routed,
     actions: torch.Tensor,
     values: dict[str, list[torch.Tensor]],
     tops: dict[str, list[tuple[torch.Tensor, torch.Tensor]]],

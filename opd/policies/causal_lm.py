@@ -79,15 +79,19 @@ class CausalLMStudent(Student):
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
-        others = [
-            (f"teacher {i}" if len(teachers) > 1 else "the teacher", t.language)
+        members = [
+            (
+                (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else ""),
+                member,
+            )
             for i, t in enumerate(teachers)
-            if hasattr(t, "language")
+            for route, member in t.members().items()
         ]
+        others = [(which, member.language) for which, member in members if hasattr(member, "language")]
         for which, other in others:
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]
-        fixed = [t.vocabulary for t in teachers if t.vocabulary is not None]
+        fixed = [member.vocabulary for _, member in members if member.vocabulary is not None]
         return context.with_(
             vocabulary=min([common_vocabulary(models), *fixed]),
             end_ids=agree_on_end(self.language, others, end_tokens),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import RunError
+from opd.provenance import models_of
 from opd.report.curves import curves, number
 from opd.report.glossary import glossary
 from opd.report.layers import ASSETS, registered, scripts
@@ -181,7 +182,7 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
         "name": of(recipe, "name"),
         "about": of(recipe, "description"),
         "student": of(recipe.get("student"), "model", "kind"),
-        "teacher": ", ".join(of(t, "model", "kind") for t in (teachers if isinstance(teachers, list) else [teachers])),
+        "teacher": ", ".join(models_of(t) for t in (teachers if isinstance(teachers, list) else [teachers])),
         "objective": " + ".join(of(o, "kind") for o in (objectives if isinstance(objectives, list) else [objectives])),
         "rollout": of(recipe.get("rollout"), "kind"),
         "seed": of(recipe, "seed"),

@@ -11,7 +11,7 @@ import torch
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.trajectories import Author, Trajectories
+from opd.trajectories import Author, Trajectories, join
 
 
 class PrefixSource(ABC):
@@ -63,6 +63,26 @@ class PrefixSource(ABC):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt that this source cannot extend."""
+
+
+def divided(
+    shares: Sequence[tuple[PrefixSource, Sequence[int]]],
+    prompts: Sequence[Prompt],
+    group: int,
+    budget: int,
+    stream: int,
+    begun: Sequence[torch.Tensor] | None,
+) -> Trajectories:
+    """One batch from several sources: each extends the prompts of its own indices, all of which are shared out, and the
+    trajectories come in the order of `prompts`; the other arguments are those of a source."""
+    parts, order = [], []
+    for source, mine in shares:
+        if mine:
+            starts = None if begun is None else [begun[i * group + g] for i in mine for g in range(group)]
+            least = min(budget, source.settings.budget)
+            parts.append(source([prompts[i] for i in mine], group, least, stream, starts))
+            order += [i * group + g for i in mine for g in range(group)]
+    return join(parts, order)
 
 
 class Rollout(Choice):

@@ -12,11 +12,11 @@ from pydantic import Field
 from opd.choice import OneOf
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout
+from opd.rollouts.base import PrefixSource, Rollout, divided
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps
-from opd.trajectories import Trajectories, join
+from opd.trajectories import Trajectories
 
 
 class MixtureRollout(Rollout):
@@ -63,12 +63,8 @@ class Mixed(PrefixSource):
         self.first.settings, self.second.settings = self.settings.first, self.settings.second
         names = [p.id if self.settings.by == "prompt" else "" for p in prompts]
         draws = [random.Random(f"{self.context.seed}/{stream}/{name}").random() for name in names]
-        parts, order = [], []
-        for source, wanted in ((self.first, True), (self.second, False)):
-            mine = [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted]
-            if mine:
-                starts = None if begun is None else [begun[i * group + g] for i in mine for g in range(group)]
-                least = min(budget, source.settings.budget)
-                parts.append(source([prompts[i] for i in mine], group, least, stream, starts))
-                order += [i * group + g for i in mine for g in range(group)]
-        return join(parts, order)
+        shares = [
+            (source, [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted])
+            for source, wanted in ((self.first, True), (self.second, False))
+        ]
+        return divided(shares, prompts, group, budget, stream, begun)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.rollouts.base import Rollout
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, Rollout, divided
+from opd.teachers import LiveTeacher
+from opd.trajectories import Trajectories
 
 
 class TeacherRollout(SamplingSettings, Rollout):
-    """A live teacher samples at the run's temperature, under its own view of the prompt. Responses that were stored
-    before are `rollout: data`."""
+    """A live teacher samples at the run's temperature, under its own view of the prompt; of a routed one each prompt's
+    own. Responses that were stored before are `rollout: data`."""
 
     kind: Literal["teacher"] = "teacher"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
@@ -24,7 +28,7 @@ class TeacherRollout(SamplingSettings, Rollout):
     def budget(self) -> int:
         return self.max_new_tokens
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         names = [t.settings.name for t in teachers]
         if self.teacher is not None and self.teacher not in names:
             known = [n for n in names if n]
@@ -35,8 +39,40 @@ class TeacherRollout(SamplingSettings, Rollout):
         if not teachers:
             raise IncompatibleError("rollout 'teacher' needs a teacher, and the recipe has none; add the key teacher")
         writer = teachers[names.index(self.teacher) if self.teacher is not None else 0]
-        if not hasattr(writer, "language"):
+        members = writer.members()
+        if not all(hasattr(member, "language") for member in members.values()):
             raise IncompatibleError("rollout 'teacher' needs a teacher in this process: kind local or self")
-        return LanguageRollout(
-            writer.language, self, context, reader=student.language, author="teacher", sees=writer.settings.sees
-        )
+        sources = {
+            route: LanguageRollout(
+                member.language, self, context, reader=student.language, author="teacher", sees=member.settings.sees
+            )
+            for route, member in members.items()
+        }
+        return RoutedWriters(self, context, writer, sources) if writer is not members.get("") else sources[""]
+
+
+class RoutedWriters(PrefixSource):
+    """The built rollout of a routed teacher."""
+
+    authors = frozenset({"teacher"})
+    exact = False
+
+    def __init__(
+        self, settings: TeacherRollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, LanguageRollout]
+    ):
+        self.settings, self.context, self.teacher, self.sources = settings, context, teacher, sources
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        routes = [self.teacher.route(prompt) for prompt in prompts]
+        shares = []
+        for name, source in self.sources.items():
+            source.settings, source.context = self.settings, self.context
+            shares.append((source, [i for i, route in enumerate(routes) if route == name]))
+        return divided(shares, prompts, group, budget, stream, begun)

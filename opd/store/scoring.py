@@ -23,6 +23,7 @@ from opd.store.store import Store
 from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.store.work import work_through
 from opd.teachers.local import LocalTeacher
+from opd.teachers.routed import RoutedTeacher
 
 
 class Scorer:
@@ -121,12 +122,14 @@ class Scorer:
 
 
 def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher:
-    """The one teacher of a recipe that scores."""
-    found = [t for t in recipe.teacher if name is None or t.name == name]
+    """The one teacher of a recipe that scores; those of routes go by their tags."""
+    teachers = [(t.name, t) for t in recipe.teacher if not isinstance(t, RoutedTeacher)]
+    teachers += [pair for t in recipe.teacher if isinstance(t, RoutedTeacher) for pair in t.routes.items()]
+    found = [t for known, t in teachers if name is None or known == name]
     if len(found) != 1:
-        names = [t.name for t in recipe.teacher if t.name]
+        names = [known for known, _ in teachers if known]
         close = nearest(name, names) if name else ""
-        raise RecipeError(f"the recipe has {len(recipe.teacher)} teachers; say which one scores: --teacher NAME{close}")
+        raise RecipeError(f"the recipe has {len(teachers)} teachers; say which one scores: --teacher NAME{close}")
     if not isinstance(found[0], LocalTeacher):
         raise RecipeError(f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kind local")
     return found[0]

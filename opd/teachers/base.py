@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from opd.choice import Choice
@@ -44,6 +45,18 @@ class LiveTeacher(ABC):
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
         """Detached distributions at the N positions of `trajectories`, under the teacher's own view of the prompt."""
+
+    def weights(self, trajectories: Trajectories) -> float | torch.Tensor:
+        """Of its answer at these trajectories: a number, or float32 `[N]` where it is not the same at all positions."""
+        return self.weight
+
+    def members(self) -> dict[str, LiveTeacher]:
+        """Those who answer, by route; a teacher that answers every prompt itself is its only member."""
+        return {"": self}
+
+    def route(self, prompt: Prompt) -> str | None:
+        """Which member answers a prompt, where there is a choice."""
+        return None
 
     def fingerprint(self) -> str:
         """Of the weights that do not move, so that a run goes on under the same teacher; empty where there are none."""

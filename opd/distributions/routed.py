@@ -1,0 +1,79 @@
+"""`Routed`: each of N distributions comes from one of several sources, whose heads and widths may differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+
+from opd.distributions.base import Distribution
+
+
+@dataclass(frozen=True)
+class Routed(Distribution):
+    """What several sources say, each at its own positions alone. Selecting moves indices, not distributions.
+
+    Attributes:
+        parts: one distribution a source, all of one kind.
+        owners: int64 `[N]`, the part that holds each position's distribution.
+        places: int64 `[N]`, where in that part.
+    """
+
+    kind: ClassVar[str] = "routed"
+    parts: tuple[Distribution, ...]
+    owners: torch.Tensor
+    places: torch.Tensor
+
+    def __len__(self) -> int:
+        return self.owners.shape[0]
+
+    def select(self, index: slice | torch.Tensor) -> Self:
+        return replace(self, owners=self.owners[index], places=self.places[index])
+
+    def detach(self) -> Self:
+        return replace(self, parts=tuple(part.detach() for part in self.parts))
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, Distribution]]:
+        for owner in self.owners.unique().tolist():
+            mine = (self.owners == owner).nonzero().squeeze(1)
+            yield mine, self.parts[owner].select(self.places[mine])
+
+    def log_probs(self) -> torch.Tensor:
+        """float32 `[N, V']` of parts that are `Categorical`: for small N only (reports, tests), as theirs."""
+        found = [(mine, piece.log_probs()) for mine, piece in self.pieces()]  # type: ignore[attr-defined]
+        whole = found[0][1].new_empty(len(self), found[0][1].shape[1])
+        for mine, values in found:
+            whole[mine] = values
+        return whole
+
+
+def joined(parts: Sequence[Distribution], positions: Sequence[torch.Tensor]) -> Distribution:
+    """One answer of several for N positions: the rows of part k, in order, belong at `positions[k]`.
+
+    Answers that are tensors of one shape a position (`Sampled`, `TopK` of one K, ...) become one such answer; others,
+    as hidden states of different widths and heads, stay apart in a `Routed`.
+
+    Args:
+        parts: of one kind.
+        positions: int64, ascending; all together each of N positions once.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    places = torch.cat([torch.arange(len(mine), device=mine.device) for mine in positions])
+    owners = torch.repeat_interleave(torch.tensor([len(mine) for mine in positions])).to(places.device)
+    order = torch.cat(list(positions)).argsort()
+    fields = [vars(part) for part in parts]
+    rows = {_rows_of(part) for part in parts}
+    if len(rows) == 1 and None not in rows:
+        return type(parts[0])(**{name: torch.cat([each[name] for each in fields])[order] for name in fields[0]})
+    return Routed(tuple(parts), owners[order], places[order])
+
+
+def _rows_of(part: Distribution) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...] | None:
+    """dtype and shape of a position's row of each field; None when a field has no rows."""
+    fields = list(vars(part).values())
+    if not all(isinstance(f, torch.Tensor) and f.ndim and len(f) == len(part) for f in fields):
+        return None
+    return tuple((f.dtype, tuple(f.shape[1:])) for f in fields)

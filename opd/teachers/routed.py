@@ -1,0 +1,143 @@
+"""Several teachers of whom exactly one answers for a prompt: the one that a column of the prompt names."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from opd.choice import OneOf
+from opd.context import Context
+from opd.distributions import Distribution, joined
+from opd.errors import DataError, IncompatibleError, nearest
+from opd.policies.base import Student
+from opd.prompts import Prompt
+from opd.teachers.base import LiveTeacher, Teacher
+from opd.trajectories import Trajectories
+
+
+class RoutedTeacher(Teacher):
+    """Hard routing, teacher `k(c)` of each prompt `c` (Flow-OPD's multi-teacher stage, Uni-OPD): every trajectory is
+    answered by its own teacher and by no other.
+
+    A route's `weight` counts at its own positions, times this teacher's.
+    """
+
+    kind: Literal["routed"] = "routed"
+    by: str = Field(description="Column of the prompts that names the route")
+    routes: dict[str, Annotated[Teacher, OneOf(Teacher, "local")]] = Field(
+        min_length=1, description="Teachers by the column's value; they may differ in size"
+    )
+    default: str | None = Field(None, description="Route of the prompts whose value has none; without it, an error")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RoutedTeacher:
+        for tag, route in self.routes.items():
+            if not tag or "." in tag:
+                raise ValueError(f"route {tag!r}: a tag is not empty and has no dot, which separates keys; rename it")
+            if isinstance(route, RoutedTeacher):
+                raise ValueError(f"route {tag!r} is routed itself; list its routes here")
+            if route.name is not None:
+                raise ValueError(f"route {tag!r} has a name, {route.name!r}; its tag is its name, remove it")
+        if self.default is not None and self.default not in self.routes:
+            raise ValueError(
+                f"default is {self.default!r}{nearest(self.default, self.routes)}; routes: {', '.join(self.routes)}"
+            )
+        if self.sees is not None or self.batch != Teacher.model_fields["batch"].default:
+            raise ValueError("'sees' and 'batch' are settings of each route; move them there")
+        return self
+
+    def build(self, context: Context, student: Any) -> RoutedTeachers:
+        return RoutedTeachers(self, context, {tag: r.build(context, student) for tag, r in self.routes.items()})
+
+
+class RoutedTeachers(LiveTeacher):
+    """The built routes.
+
+    Raises:
+        IncompatibleError: routes that answer different kinds of distribution.
+    """
+
+    settings: RoutedTeacher
+
+    def __init__(self, settings: RoutedTeacher, context: Context, routes: Mapping[str, LiveTeacher]):
+        self.settings, self.context, self.routes = settings, context, dict(routes)
+        kinds = {tag: route.answers.kind for tag, route in self.routes.items()}
+        if len(set(kinds.values())) > 1:
+            told = ", ".join(f"{tag} {kind}" for tag, kind in kinds.items())
+            raise IncompatibleError(
+                f"the routes of a teacher must answer alike, and these do not: {told}; score stored ones anew"
+            )
+        self.answers = next(iter(self.routes.values())).answers
+        self.everywhere = all(route.everywhere for route in self.routes.values())
+        self.remembers = any(route.remembers for route in self.routes.values())
+
+    def members(self) -> dict[str, LiveTeacher]:
+        return self.routes
+
+    def route(self, prompt: Prompt) -> str:
+        by, default = self.settings.by, self.settings.default
+        if by not in prompt.fields:
+            raise DataError(
+                f"{prompt.where}: prompt {prompt.id!r} has no column {by!r}{nearest(by, prompt.fields)}, by which "
+                f"teacher.by chooses a route; it has {sorted(prompt.fields)}"
+            )
+        value = prompt.fields[by]
+        tag = str(value)
+        if tag not in self.routes and default is None:
+            raise DataError(
+                f"{prompt.where}: prompt {prompt.id!r} has {by} {value!r}{nearest(tag, self.routes)}, and "
+                f"teacher.routes has {', '.join(self.routes)}; add a route, or name the one for all others in teacher.default"
+            )
+        return tag if tag in self.routes else str(default)
+
+    def weights(self, trajectories: Trajectories) -> float | torch.Tensor:
+        each = {tag: float(route.weight) for tag, route in self.settings.routes.items()}
+        if set(each.values()) == {1.0}:
+            return self.weight
+        mine = torch.tensor([self.weight * each[self.route(prompt)] for prompt in trajectories.prompts])
+        return mine.repeat_interleave(trajectories.lengths).to(self.context.device)
+
+    @torch.no_grad()
+    def __call__(self, trajectories: Trajectories) -> Distribution:
+        rows: dict[str, list[int]] = {}
+        for i, prompt in enumerate(trajectories.prompts):
+            rows.setdefault(self.route(prompt), []).append(i)
+        parts, positions, scored = [], [], 0.0
+        for tag, mine in rows.items():
+            route = self.routes[tag]
+            route.settings, route.context = self.settings.routes[tag], self.context
+            part, here = trajectories.pick(mine)
+            parts.append(route(part))
+            positions.append(here.to(self.context.device))
+            scored += route.asked * part.positions
+        self.asked = scored / max(1, trajectories.positions)
+        return joined(parts, positions)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self.routes[self.route(prompt)].check_prompts([prompt])
+
+    def check_student(self, student: Student, context: Context) -> None:
+        for route in self.routes.values():
+            route.check_student(student, context)
+
+    def follow(self, student: Student) -> None:
+        for route in self.routes.values():
+            route.follow(student)
+
+    def fingerprint(self) -> str:
+        told = "".join(f"{tag} {route.fingerprint()}\n" for tag, route in self.routes.items())
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the routes that move."""
+        return {tag: route.state_dict() for tag, route in self.routes.items() if hasattr(route, "state_dict")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for tag, route in self.routes.items():
+            if hasattr(route, "load_state_dict"):
+                route.load_state_dict(state[tag])
