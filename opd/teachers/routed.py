@@ -90,7 +90,8 @@ class RoutedTeachers(LiveTeacher):
         if tag not in self.routes and default is None:
             raise DataError(
                 f"{prompt.where}: prompt {prompt.id!r} has {by} {value!r}{nearest(tag, self.routes)}, and "
-                f"teacher.routes has {', '.join(self.routes)}; add a route, or name the one for all others in teacher.default"
+                f"teacher.routes has {', '.join(self.routes)}; add a route, or name one for all others in "
+                "teacher.default"
             )
         return tag if tag in self.routes else str(default)
 
