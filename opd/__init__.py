@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from opd.api import Result, chain, distill, execute
     from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError, SelfTestError
+    from opd.merging import merge
     from opd.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -25,6 +26,7 @@ _HOMES = {
         "RunError",
         "SelfTestError",
     ),
+    "opd.merging": ("merge",),
     "opd.recipe": ("Recipe", "load_recipe"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -43,6 +45,7 @@ __all__ = [
     "distill",
     "execute",
     "load_recipe",
+    "merge",
 ]
 
 

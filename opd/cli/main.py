@@ -304,6 +304,35 @@ def export(
 
 
 @app.command()
+def merge(
+    experts: Annotated[list[str], typer.Argument(help="Folders of runs, of models, or of LoRA adapters.")],
+    into: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W,W,...", help="Of the experts; default equal.", show_default=False)
+    ] = None,
+    average: Annotated[str, typer.Option(help="weights, or LoRA's A and B apart: factors.")] = "weights",
+    form: Annotated[
+        str | None, typer.Option("--as", help="dense or adapter; default what the experts are.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder of the adapters' model; default what they say.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+) -> None:
+    """Average several experts of one architecture into one model, to start a student from."""
+    from opd.errors import RecipeError
+    from opd.merging import merge as write_merged
+
+    try:
+        shares = None if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError:
+        raise RecipeError(f"--weights is {weights!r}; give a number for each expert, e.g. 0.5,0.25,0.25") from None
+    _quiet_libraries()
+    options = {"weights": shares, "average": average, "form": form, "base": base}
+    print(write_merged(experts, into, **options, overwrite=overwrite))  # type: ignore[arg-type]  # checked there
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; several are laid over each other.")],
     out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first run.")] = None,
