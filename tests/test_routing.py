@@ -109,6 +109,20 @@ def test_each_trajectory_is_answered_by_its_own_teacher_after_shuffling(seed):
         torch.testing.assert_close(answer.select(here).log_probs(), found[here])
 
 
+def test_a_source_of_prompts_says_what_its_rows_are_for(models, tmp_path):
+    data = routed_recipe(models, tmp_path).dump()
+    texts = [[f"{a}+{b}=" for b in range(1, 5)] for a in range(1, 4)]
+    data["prompts"] = [
+        {"kind": "file", "path": str(tmp_path / f"{tag}.jsonl"), "add": {"task": tag}} for tag in ("math", "code")
+    ]
+    for tag, rows in zip(("math", "code"), texts, strict=False):
+        (tmp_path / f"{tag}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows))
+    run = build(parse_recipe(data), tmp_path)
+    routes = {p.view(): run.teachers[0].route(p) for p in [*run.held_out, *run.schedule.next(0, {}).prompts]}
+    assert set(routes.values()) == {"math", "code"}
+    assert all(route == ("math" if text in texts[0] else "code") for text, route in routes.items())
+
+
 @pytest.mark.parametrize("objective", [ReverseKL(), ForwardKL(), ReverseKL(top_k=5), ReverseKLSampled()])
 def test_the_gradient_is_that_of_the_halves_apart_with_one_denominator(student, objective):
     teacher, trajectories = experts(), mixed()

@@ -50,6 +50,7 @@ class Prompts(Choice):
     column: str = Field("prompt", description="Column that holds the prompt: a string or a list of messages")
     answer: str | None = Field(None, description="Column that holds the reference answer for the verifier")
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
+    add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
 
     @abstractmethod
     def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
@@ -70,6 +71,7 @@ class Prompts(Choice):
     def _prompt(self, where: str, fields: dict[str, Any] | DataError) -> Prompt:
         if isinstance(fields, DataError):
             raise fields
+        fields = {**fields, **self.add}
         for column in (self.column, self.answer):
             if column is not None and column not in fields:
                 raise DataError(
