@@ -55,7 +55,7 @@ class Weights:
         return prod(shape) * BYTES.get(dtype, 8)
 
     def __call__(self, name: str) -> torch.Tensor:
-        return self._open[name].get_tensor(name)  # type: ignore[no-any-return]
+        return self._open[name].get_tensor(name)
 
 
 def components(folder: Path) -> dict[str, Weights]:
