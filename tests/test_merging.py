@@ -309,7 +309,9 @@ def test_mistakes_on_the_command_line(dense, tmp_path, monkeypatch, capsys, word
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_not_overwritten_unasked(dense, tmp_path):
+def test_what_is_there_is_not_overwritten_unasked(dense, base, adapters, tmp_path):
+    with pytest.raises(RunError, match="is the model that the adapters change"):
+        opd.merge(adapters, base, form="dense", overwrite=True)
     kept = tmp_path / "out" / "mine.txt"
     kept.parent.mkdir()
     kept.write_text("x")

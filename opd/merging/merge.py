@@ -90,9 +90,11 @@ def merge(
     else:
         _check_files(folders)
         _check_shapes(folders, dense)
+    root = _base(base, used) if through_adapters and form == "dense" else None
+    if root is not None and target.resolve() == root.resolve():
+        raise RunError(f"{target} is the model that the adapters change; choose another folder")
     rule = of_factors if average == "factors" else of_products
     factors = partial(rule, used, shares)
-    root = _base(base, used) if through_adapters and form == "dense" else None
 
     try:
         with whole_folder(target) as folder:
