@@ -131,6 +131,11 @@ class CausalLMStudent(Student):
             self.texts[i] = str(self.language.tokenizer.decode([i]))
         return [self.texts[i] for i in ids]
 
+    def unwrap(self, accelerator: Any) -> None:
+        super().unwrap(accelerator)
+        assert isinstance(self.module, LanguageModel)
+        self.language = self.module
+
     def save(self, folder: Path, card: str) -> None:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""
         model: Any = self.language.model
