@@ -11,10 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import pages, phases, sizes
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import Job, OpdSession
-from benchmarks.floor import _body
 from benchmarks.phases import Phases
 from benchmarks.sizes import ForcedLengths, Shape, Size, materialise
 from benchmarks.time_to_quality import Curve
+from benchmarks.utilisation import body
 
 SIZE = Size("test", 48, Shape(32, 2, 2), Shape(48, 1, 4), batch=4, shortest=2, longest=12, prompt=(6, 10))
 
@@ -99,7 +99,7 @@ def test_products_are_counted_as_torch_counts_them(monkeypatch, tmp_path):
     bare = FloorSession(Job("floor", SIZE))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare.student.prefill([torch.tensor([7])])
-    assert _body(bare.student.config.to_dict(), 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert body(bare.student.config.to_dict(), 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
