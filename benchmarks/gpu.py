@@ -27,6 +27,8 @@ from benchmarks.head_to_head import progress
 SHAPES = {"qwen3": ["--size", "qwen3"], "tiny": ["--size", "qwen3-tiny", "--repeats", "1"]}
 OPERATOR = {"qwen3": [], "tiny": ["--quick", "--vocabulary", "1024", "--repeats", "1"]}
 
+TESTS = ("tests/test_gpu.py", "tests/test_benchmarks.py")
+
 
 def run(module: str, arguments: list[str], where: Path) -> dict[str, Any]:
     """A benchmark's report and exit status; a run that left no report says so."""
@@ -41,7 +43,7 @@ def run(module: str, arguments: list[str], where: Path) -> dict[str, Any]:
 def tests() -> dict[str, Any]:
     """Counts of the tests marked `gpu`."""
     progress("tests marked gpu")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=peers.ROOT, check=False)
     print(done.stdout, file=sys.stderr)
     return {"exit_status": done.returncode, "summary": done.stdout.strip().splitlines()[-1] if done.stdout else ""}
