@@ -292,7 +292,7 @@ class TrlSession(Session):
         return {
             "output_dir": self.directory.name,
             "max_steps": 10**6,
-            "per_device_train_batch_size": self.job.size.batch,
+            "per_device_train_batch_size": self.job.size.batch * self.job.size.group,
             "gradient_accumulation_steps": 1,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant",
@@ -322,7 +322,9 @@ class TrlSession(Session):
                 temperature=1.0,
                 shuffle_dataset=False,
             ),
-            train_dataset=Dataset.from_list([{"prompt": text} for text in self.prompts]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": text} for text in self.prompts for _ in range(self.job.size.group)]
+            ),
             processing_class=tokenizer,
         )
 
