@@ -110,7 +110,26 @@ def benchmarks(folder: Path) -> str:
                 }
         for goal in unmeasured:
             goals += f"| `{name}` | {goal['goal']} | {measured.get(goal['goal'], 'not measured yet | ')} |\n"
-    return f"## Goals\n\n| command | goal | measured | |\n|---|---|---|---|\n{goals}{tables}"
+    measured_there = "".join(_gpu(json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("gpu*.json"))
+    there = f"\n## GPU figures\n\n{measured_there or 'Not measured yet: no GPU was at hand.'}\n"
+    return f"## Goals\n\n| command | goal | measured | |\n|---|---|---|---|\n{goals}{there}{tables}"
+
+
+def _gpu(data: dict[str, Any]) -> str:
+    """Steps at the size that people train: seconds and utilisation by phase, and peak memory."""
+    text = (
+        f"**{data['device']}**: `{data['command']}`. {_versions(data['versions'])} Tests: {data['tests']['summary']}.\n"
+    )
+    for cell in data["head_to_head"]["cells"]:
+        of, busy = next(iter(cell["threads"].values()))["opd"], cell["utilisation"]
+        phases = [f"{of['wall_by_phase'].get(phase, 0):.3g}" for phase in PHASES]
+        shares = [f"{busy['by_phase'][phase]:.0%}" if phase in busy["by_phase"] else "" for phase in PHASES]
+        totals = _spread([sum(step["wall"].values()) for step in of["steps"]])
+        peak = f"{busy['peak_operations_per_second'] / 1e12:.0f} TFLOP/s"
+        memory = f"{cell['memory']['opd']['peak_bytes'] / 1e9:.1f}"
+        rows = [["wall s", totals, *phases, memory], [f"of {peak}", f"{busy['step']:.0%}", *shares, ""]]
+        text += f"\n{cell['size']['name']}, {cell['precision']}:\n\n{_rows(('', 'step', *PHASES, 'peak GB'), rows)}"
+    return text
 
 
 def _rows(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
