@@ -107,6 +107,8 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
         session.phases.restart()
         return True
 
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # scoring takes all completions at once
     session.train(after_step)
 
 

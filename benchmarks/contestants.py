@@ -446,7 +446,8 @@ class GkdSession(TrlSession):
         sequences = torch.cat([batch["prompts"], padded], dim=1)
         generator = SimpleNamespace(generate=lambda **kwargs: SimpleNamespace(sequences=sequences))
         made = trainer.generate_on_policy_outputs(generator, batch, trainer.generation_config)
-        return dict(zip(("input_ids", "attention_mask", "labels"), made, strict=True))
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: value.to(self.job.device) for name, value in zip(names, made, strict=True)}
 
 
 def open_session(job: Job) -> Session:
