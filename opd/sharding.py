@@ -82,7 +82,7 @@ def skeleton(module: torch.nn.Module) -> torch.nn.Module:
 
 def settle_root(module: torch.nn.Module) -> None:
     """Make `module` the root of its groups. The first one that runs forward would be it, and a rollout starts below."""
-    module._get_fsdp_state()._lazy_init()  # type: ignore[operator, union-attr]
+    module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
 
 def fill(bones: torch.nn.Module, sharded: torch.nn.Module, here: bool) -> torch.nn.Module | None:

@@ -178,8 +178,8 @@ def _attend(
     if value.dtype == torch.float32 or key.shape[2] > SHORT:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     with torch.autocast(value.device.type, enabled=False):
-        exact = (x.float() for x in (query, key, value))
-        return sdpa_attention_forward(module, *exact, mask, **kwargs)[0].to(value.dtype)
+        exact = sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **kwargs)[0]
+        return exact.to(value.dtype)
 
 
 def _mask(layout: Layout, before: int, length: int, window: int | None, device: torch.device) -> torch.Tensor:
