@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 100000
 
-.PHONY: quickstart test lint types docs unit clean
+.PHONY: quickstart test lint types docs unit gpu clean
 
 # What a run needs; what development needs comes on top.
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +39,10 @@ docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint types docs unit
+
+# On a machine with a CUDA device; nothing is loaded from a network once the environment stands.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 clean:
 	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

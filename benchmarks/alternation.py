@@ -2,7 +2,8 @@
 
 A busy machine then slows all of them alike, none sees another's patches or allocator, and while one computes the others
 sleep. Peak memory is measured in further processes, whose allocator gives large buffers back at once, so that a peak
-counts what is alive.
+counts what is alive. A GPU is nobody else's and holds one large pair of models: there a contestant runs alone, and the
+device counts its memory itself.
 """
 
 from __future__ import annotations
@@ -84,14 +85,14 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
     sys.stdout = sys.stderr
     silence()
     torch.set_num_threads(job.threads)
-    if job.threads == 1 and not memory:
+    if job.threads == 1 and not memory and job.device == "cpu":
         cores = sorted(os.sched_getaffinity(0), reverse=True)
         os.sched_setaffinity(0, {cores[core % len(cores)]})
     if memory:
         _allocator("mallopt", M_MMAP_THRESHOLD, 2**18)
     session = open_session(job)
     gc.collect()
-    connection.send({"loaded_bytes": _status("VmRSS")})
+    connection.send({"loaded_bytes": _bytes(job.device, "VmRSS")})
     command, *arguments = connection.recv()
     while command == "score":
         score = session.score(arguments[0] if arguments else session.examples())
@@ -99,14 +100,23 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
         command, *arguments = connection.recv()
 
     def after_step() -> bool:
-        figures = {**session.phases.take(), "tokens": session.sampled, "peak_bytes": _status("VmHWM")}
+        figures = {**session.phases.take(), "tokens": session.sampled, "peak_bytes": _bytes(job.device, "VmHWM")}
         connection.send(figures)
         connection.recv()
         session.sampled = 0
         session.phases.restart()
         return True
 
+    if job.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # scoring takes all completions at once
     session.train(after_step)
+
+
+def _bytes(device: str, field: str) -> int:
+    """Of the process: what is alive (`VmRSS`) or was at most (`VmHWM`), on the device that computes."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() if field == "VmRSS" else torch.cuda.max_memory_allocated()
+    return _status(field)
 
 
 def silence() -> None:
@@ -123,6 +133,8 @@ def compete(jobs: Sequence[Job], repeats: int, progress: Any = None) -> dict[str
 
     Returns, by contestant: `score`, `steps` (figures of each), and the medians that `summary` makes of them.
     """
+    if len(jobs) > 1 and jobs[0].device == "cuda":
+        return {name: of for job in jobs for name, of in compete([job], repeats, progress).items()}
     workers = {job.contestant: Worker(job) for job in jobs}
     try:
         found: dict[str, dict[str, Any]] = {}
@@ -178,9 +190,9 @@ def summary(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return text
 
 
-def versions_and_machine() -> dict[str, Any]:
+def versions_and_machine(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to judge the figures."""
-    return {"versions": versions(), "machine": describe_machine("cpu")}
+    return {"versions": versions(), "machine": describe_machine(device)}
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

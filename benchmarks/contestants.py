@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
 from benchmarks.phases import WHOLE, Phases
-from benchmarks.sizes import ForcedLengths, Size, end_ids
+from benchmarks.sizes import ForcedLengths, Size, end_ids, load
+from opd.sharding import full
 
 LEARNING_RATE = 1e-5
 STEPS = 64
@@ -42,6 +43,7 @@ class Job:
     Attributes:
         precision: `fp32`, or `bf16`: weights in float32, computing under autocast, as both libraries do by default.
         threads: torch's.
+        device: where all computes: `cpu` or `cuda`.
         tile: rows of TRL's chunks; None is as shipped.
     """
 
@@ -50,6 +52,7 @@ class Job:
     precision: str = "fp32"
     threads: int = 1
     tile: int | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ class Score:
         """What the parameters' gradients are now; a library's parameters come in the order of the model's file."""
         generator = torch.Generator().manual_seed(3)
         square, component = 0.0, 0.0
-        for gradient in (p.grad for p in parameters if p.grad is not None):
+        for gradient in (full(p.grad) for p in parameters if p.grad is not None):
             square += float(gradient.double().square().sum())
-            component += float((gradient * torch.randn(gradient.shape, generator=generator)).double().sum())
+            direction = torch.randn(gradient.shape, generator=generator).to(gradient.device)
+            component += float((gradient * direction).double().sum())
         return Score(float(loss), square**0.5, component)
 
 
@@ -80,7 +84,7 @@ class Session(ABC):
     """
 
     def __init__(self, job: Job):
-        self.job, self.phases, self.sampled = job, Phases(), 0
+        self.job, self.phases, self.sampled = job, Phases(job.device), 0
         self.folder = job.size.folder
         self.ends = end_ids(self.folder / "student")
         self.prompts = job.size.prompts(STEPS)
@@ -120,7 +124,7 @@ class OpdSession(Session):
 
         class ForcedSampler(Sampler):
             def start(self, contexts, group, budget, seeds):  # type: ignore[no-untyped-def]
-                self.wanted = forced.wanted(contexts).repeat_interleave(group)
+                self.wanted = forced.wanted(contexts).repeat_interleave(group).to(self.model.device)
                 return super().start(contexts, group, budget, seeds)
 
             def _distribution(self, state):  # type: ignore[no-untyped-def]
@@ -131,27 +135,29 @@ class OpdSession(Session):
         self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
         self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
         model = {"template": "plain", "dtype": "float32"}
+        passes = size.micro or size.batch * size.group
         recipe = parse_recipe(
             {
                 "steps": 10**6,
-                "student": {"model": str(self.folder / "student"), **model},
-                "teacher": {"model": str(self.folder / "teacher"), **model},
+                "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
+                "teacher": {"model": str(self.folder / "teacher"), **model, "batch": passes},
                 "prompts": {"kind": "inline", "prompts": self.prompts},
                 "max_prompt_tokens": 4096,
                 "end_tokens": self.ends,
                 "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
                 "update": {"learning_rate": LEARNING_RATE},
-                "batch": {"prompts": size.batch, "group": size.group, "micro": size.batch * size.group},
+                "batch": {"prompts": size.batch, "group": size.group, "micro": passes},
                 "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
                 "tracking": {"trackers": []},
                 "checkpoint": {"every": 0},
-                "hardware": {"device": "cpu", "precision": job.precision, "threads": job.threads},
+                "hardware": {"device": job.device, "precision": job.precision, "threads": job.threads},
                 "self_test": False,
                 "output": str(self.directory),
             },
             "the benchmark's recipe",
         )
-        self.run = assemble(recipe, _held_monitor(self.directory, self._count))
+        made = _made_on_device(recipe, job) if size.made else {}
+        self.run = assemble(recipe, _held_monitor(self.directory, self._count), **made)
         self.run.schedule = _in_order(recipe, self.run)
 
     def _count(self, signals: Mapping[str, float]) -> bool:
@@ -172,7 +178,10 @@ class OpdSession(Session):
 
         run = self.run
         prompts = run.share(run.schedule.next(0, {}).prompts)
-        rows = [(torch.tensor(y), torch.zeros(len(y)), True) for y in run.share(completions)]
+        device = run.context.device
+        rows = [
+            (torch.tensor(y, device=device), torch.zeros(len(y), device=device), True) for y in run.share(completions)
+        ]
         contexts = [run.student.language.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, 1, rows, "student")
 
@@ -186,6 +195,29 @@ class OpdSession(Session):
         score = Score.of(loss.total.detach(), run.student.module.parameters())
         run.optimiser.optimizer.zero_grad()
         return score
+
+
+def _made_on_device(recipe: Any, job: Job) -> dict[str, Any]:
+    """Student and teacher with random weights that never were on a disk."""
+    from opd.context import Context
+    from opd.language.model import LanguageModel
+    from opd.policies.causal_lm import CausalLMStudent
+    from opd.teachers.local import LanguageTeacher
+
+    device = torch.device(job.device)
+    context = Context(device, seed=recipe.seed)
+    dtypes = {"student": torch.float32, "teacher": torch.bfloat16}
+    student, teacher = (
+        LanguageModel(
+            load(job.size, name, dtype, job.device), AutoTokenizer.from_pretrained(job.size.folder / name), "plain"
+        )
+        for name, dtype in dtypes.items()
+    )
+    teacher.requires_grad_(False)
+    return {
+        "student": CausalLMStudent(student.eval(), recipe.student, context),
+        "teachers": [LanguageTeacher(teacher, recipe.teacher[0], device, context)],
+    }
 
 
 def _held_monitor(directory: Path, count: Callable[[Mapping[str, float]], bool]) -> Any:
@@ -244,7 +276,7 @@ class TrlSession(Session):
         torch.set_num_threads(job.threads)
         self.directory = tempfile.TemporaryDirectory()
         student, teacher = (
-            AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+            AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).to(job.device)
             for name in ("student", "teacher")
         )
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
@@ -260,13 +292,13 @@ class TrlSession(Session):
         return {
             "output_dir": self.directory.name,
             "max_steps": 10**6,
-            "per_device_train_batch_size": self.job.size.batch,
+            "per_device_train_batch_size": self.job.size.batch * self.job.size.group,
             "gradient_accumulation_steps": 1,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant",
             "gradient_checkpointing": False,
             "bf16": self.job.precision == "bf16",
-            "use_cpu": True,
+            "use_cpu": self.job.device == "cpu",
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
@@ -290,7 +322,9 @@ class TrlSession(Session):
                 temperature=1.0,
                 shuffle_dataset=False,
             ),
-            train_dataset=Dataset.from_list([{"prompt": text} for text in self.prompts]),
+            train_dataset=Dataset.from_list(
+                [{"prompt": text} for text in self.prompts for _ in range(self.job.size.group)]
+            ),
             processing_class=tokenizer,
         )
 
@@ -310,6 +344,7 @@ class TrlSession(Session):
             ids, mask = (kwargs[name] for name in self.prompt_names)
             wanted = forced.wanted([row[kept.bool()] for row, kept in zip(ids, mask, strict=True)])
             self.sampled += int(wanted.sum())
+            wanted = wanted.to(ids.device)
             processor = LogitsProcessorList([Lengths(wanted, ids.shape[1])])
             return generate(*args, **kwargs, logits_processor=processor)
 
@@ -411,7 +446,8 @@ class GkdSession(TrlSession):
         sequences = torch.cat([batch["prompts"], padded], dim=1)
         generator = SimpleNamespace(generate=lambda **kwargs: SimpleNamespace(sequences=sequences))
         made = trainer.generate_on_policy_outputs(generator, batch, trainer.generation_config)
-        return dict(zip(("input_ids", "attention_mask", "labels"), made, strict=True))
+        names = ("input_ids", "attention_mask", "labels")
+        return {name: value.to(self.job.device) for name, value in zip(names, made, strict=True)}
 
 
 def open_session(job: Job) -> Session:

@@ -8,10 +8,8 @@ over what the machine was measured to do in the same CPU seconds with the same d
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,57 +17,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from benchmarks.alternation import compete, versions_and_machine, write
 from benchmarks.contestants import FLOOR, OPD, Job
 from benchmarks.head_to_head import QUICK, last_line, progress
 from benchmarks.sizes import SIZES, Size, materialise
+from benchmarks.utilisation import peak_throughput, products
 
 GOAL = 1.15
 """CPU of opd's step over the floor's at SmolLM2 size, float32: at most."""
-
-
-def products(size: Size, step: int) -> dict[str, float]:
-    """Operations of the matrix products in each phase of one step without padding, attention included."""
-    tokenizer = AutoTokenizer.from_pretrained(size.folder / "student")
-    here = slice(step * size.batch, (step + 1) * size.batch)
-    prompts = [len(tokenizer(text)["input_ids"]) for text in size.prompts(step + 1)[here] for _ in range(size.group)]
-    lengths = [n for n in size.lengths(step + 1)[here] for _ in range(size.group)]
-    fed = [p + n - 1 for p, n in zip(prompts, lengths, strict=True)]
-    student, teacher = (json.loads((size.folder / n / "config.json").read_text()) for n in ("student", "teacher"))
-    body, answers = sum(_body(student, n) for n in fed), sum(_body(teacher, n) for n in fed)
-    heads = [2.0 * size.vocabulary * model["hidden_size"] * sum(lengths) for model in (student, teacher)]
-    return {
-        "rollout": body + heads[0],
-        "teacher": answers,
-        "student": body,
-        # The gradients of hidden states and head are two more products of the head's size.
-        "loss": 3 * heads[0] + heads[1],
-        "backward": 2 * body,
-    }
-
-
-def _body(config: dict[str, Any], tokens: int) -> float:
-    """Operations of one causal pass over a sequence."""
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    size = config.get("head_dim") or width // heads
-    attention = width * size * (2 * heads + 2 * config["num_key_value_heads"])
-    weights = attention + 3 * width * config["intermediate_size"]
-    seen = tokens * (tokens + 1) / 2
-    return config["num_hidden_layers"] * (2.0 * weights * tokens + 4.0 * heads * size * seen)
-
-
-def peak_throughput(dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Operations of a large matrix product in one CPU second of one thread: the best of many."""
-    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
-    a @ b
-    while time.perf_counter() < end:
-        start = time.process_time()
-        a @ b
-        best = max(best, 2.0 * 1024**3 / (time.process_time() - start))
-    return best
 
 
 def measure(size: Size, precision: str, repeats: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import isolated, peers
+from benchmarks.phases import synchronise
 from opd.distributions import Categorical, Head
 from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target, divergence_loss
 from opd.divergences.operator import OnSupport, memory_bound
@@ -294,20 +295,15 @@ def time_cell(
         for name in names:
             gc.collect()
             inputs.hidden.grad = inputs.weight.grad = None
-            _synchronise(device)
+            synchronise(device)
             start = clock()
             CONTESTANTS[name](inputs, objective)
-            _synchronise(device)
+            synchronise(device)
             figures[name]["seconds"].append(clock() - start)
     inputs.hidden.grad = inputs.weight.grad = None
     for figure in figures.values():
         figure["median_seconds"] = statistics.median(figure["seconds"])
     return figures
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def prepare(

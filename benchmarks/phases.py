@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 REST = "rest"
 """What lies in no phase: data loading, callbacks, logging."""
 
@@ -15,16 +17,23 @@ WHOLE = "rollout"
 """A phase that nothing interrupts: a model called while sampling is still sampling."""
 
 
+def synchronise(device: str) -> None:
+    """Wait until a GPU has done what it was given: its work goes on behind the calls that ask for it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 class Phases:
     """Stop watches, of which one runs at a time: a phase inside another stops that one meanwhile."""
 
-    def __init__(self) -> None:
-        self.stack = [REST]
+    def __init__(self, device: str = "cpu") -> None:
+        self.device, self.stack = device, [REST]
         self.restart()
 
     def restart(self) -> None:
         """Forget everything; from now on time counts."""
         self.seconds: dict[str, list[float]] = {}
+        synchronise(self.device)
         self.since = _now()
 
     def take(self) -> dict[str, dict[str, float]]:
@@ -57,6 +66,7 @@ class Phases:
         setattr(owner, name, timed)
 
     def _charge(self) -> None:
+        synchronise(self.device)
         now = _now()
         spent = self.seconds.setdefault(self.stack[-1], [0.0, 0.0])
         for i in (0, 1):

@@ -1,9 +1,10 @@
-"""What `opd` costs per token as things grow, and two processes: `python -m benchmarks.scaling --json PATH`.
+"""What `opd` and TRL cost per token as things grow, and two processes: `python -m benchmarks.scaling --json PATH`.
 
 Three curves on small models with random weights: completion length (the same for all rows, and the sampled tokens of a
-step nearly so), completions of one prompt, vocabulary; each with the peak memory of a fresh process. Then two processes
-of one thread each share a step's prompts over gloo: their gradient on given completions against one process's, and
-sampled tokens a second of wall clock.
+step nearly so), completions of one prompt, vocabulary; each with the peak memory of a fresh process. TRL runs as
+shipped; a group is to it a prompt that stands in the batch several times. Then two processes of one thread each share a
+step's prompts over gloo, each with a copy of the weights (DDP) or with half of them (FSDP2): their gradient on given
+completions against one process's, and sampled tokens a second of wall clock.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,8 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import peers
 from benchmarks.alternation import Worker, compete, peak_memory, summary, versions_and_machine, write
-from benchmarks.contestants import OPD, Job
+from benchmarks.contestants import OPD, TRL, Job
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.sizes import Shape, Size, materialise
 
@@ -33,7 +35,9 @@ VOCABULARIES = (1024, 8192, 32768, 131072)
 BASE = Size("scaling", 4096, Shape(128, 4, 4), Shape(256, 6, 4), batch=16, shortest=8, longest=256)
 TOKENS = 4096
 """About so many sampled tokens in a step of the curve over lengths."""
-SPEED_GOAL, GRADIENT_GOAL = 1.7, 1e-5
+SPEED_GOAL, GRADIENT_GOAL, MEMORY_GOAL = 1.7, 1e-5, 1.0
+ENGINES: dict[str, dict[str, str]] = {"DDP": {}, "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
+"""How two processes hold the student, and the environment that asks for it."""
 
 
 def points(quick: bool) -> dict[str, list[tuple[int, Size]]]:
@@ -50,27 +54,46 @@ def points(quick: bool) -> dict[str, list[tuple[int, Size]]]:
     }
 
 
-def curve(along: str, sizes: Sequence[tuple[int, Size]], repeats: int) -> list[dict[str, Any]]:
-    """Cost per sampled token and peak memory of each size."""
-    found = []
+def curve(
+    along: str, sizes: Sequence[tuple[int, Size]], repeats: int, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Cost per sampled token and peak memory of each contestant at each size."""
     for value, size in sizes:
         progress(f"{along} {value}")
         materialise(size)
-        job = Job(OPD, size)
-        of = compete([job], repeats)[OPD]
-        tokens = sum(step["tokens"] for step in of["steps"]) / len(of["steps"])
-        by_phase = {phase: s / tokens for phase, s in of["cpu_by_phase"].items()}
-        memory = peak_memory(job)
-        kept = {"along": along, "value": value, "size": asdict(size), "tokens": tokens}
-        found.append({**kept, "cpu_per_token": of["cpu_per_token"], "cpu_per_token_by_phase": by_phase, **memory})
-    return found
+        jobs = {name: Job(name, size) for name in names}
+        weights = (size.folder / "student" / "model.safetensors").stat().st_size
+        for name, of in compete(list(jobs.values()), repeats).items():
+            tokens = sum(step["tokens"] for step in of["steps"]) / len(of["steps"])
+            memory = peak_memory(jobs[name])
+            # Gradients and both moments take as much as the weights each.
+            beyond = memory["peak_bytes"] - memory["loaded_bytes"] - 3 * weights
+            yield {
+                "along": along,
+                "value": value,
+                "contestant": name,
+                "size": asdict(size),
+                "tokens": tokens,
+                "cpu_per_token": of["cpu_per_token"],
+                "cpu_per_token_by_phase": {phase: s / tokens for phase, s in of["cpu_by_phase"].items()},
+                **memory,
+                "beyond_state_over_logits": beyond / (4 * tokens * size.vocabulary),
+            }
 
 
 def two_processes(size: Size, repeats: int) -> dict[str, Any]:
-    """One process against two that share the same step: gradient, throughput."""
+    """One process against two that share the same step, by engine."""
     materialise(size)
-    alone = _together(size, 1, repeats)
-    both = _together(size, 2, repeats)
+    alone = _together(size, 1, repeats, {})
+    return {
+        engine: _against_one(alone, _together(size, 2, repeats, environment), repeats)
+        for engine, environment in ENGINES.items()
+    }
+
+
+def _against_one(alone: list[dict[str, Any]], both: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
+    """Gradient and throughput; `alone` and `both` hold the figures of each process."""
+    one, shared = (ranks[0]["score"] for ranks in (alone, both))
     # Every process has the whole gradient; the loss is a sum over their parts.
     loss = sum(rank["score"]["loss"] for rank in both)
     # Every process counts the tokens of all; a step has taken as long as its slowest process.
@@ -79,10 +102,8 @@ def two_processes(size: Size, repeats: int) -> dict[str, Any]:
         / sum(max(sum(rank["steps"][i]["wall"].values()) for rank in ranks) for i in range(repeats))
         for ranks in (alone, both)
     ]
-    one, shared = (ranks[0]["score"] for ranks in (alone, both))
     apart = max(abs(shared[key] - one[key]) for key in ("gradient_norm", "gradient_component"))
     return {
-        "size": asdict(size),
         "tokens_per_second": speeds,
         "speed_up": speeds[1] / speeds[0],
         "loss_error": abs(loss / one["loss"] - 1),
@@ -90,7 +111,7 @@ def two_processes(size: Size, repeats: int) -> dict[str, Any]:
     }
 
 
-def _together(size: Size, processes: int, repeats: int) -> list[dict[str, Any]]:
+def _together(size: Size, processes: int, repeats: int, environment: dict[str, str]) -> list[dict[str, Any]]:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -99,7 +120,7 @@ def _together(size: Size, processes: int, repeats: int) -> list[dict[str, Any]]:
     try:
         for rank in range(processes):
             if processes > 1:
-                own = {**shared, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
+                own = {**shared, **environment, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
                 os.environ.update({key: str(value) for key, value in own.items()})
             workers.append(Worker(Job(OPD, size), core=rank))
         found: list[dict[str, Any]] = [{**worker.ask(), "steps": []} for worker in workers]
@@ -116,18 +137,31 @@ def _together(size: Size, processes: int, repeats: int) -> list[dict[str, Any]]:
                 for of, step in zip(found, steps, strict=True):
                     of["steps"].append(step)
     finally:
-        for key in (*shared, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        for key in (*shared, *environment, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(key, None)
         for worker in workers:
             worker.close()
     return [{**of, **summary(of["steps"])} for of in found]
 
 
-def judge(processes: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Goals of the two processes."""
-    speed = None if processes is None else processes["speed_up"]
-    error = None if processes is None else max(processes["gradient_error"], processes["loss_error"])
+def judge(points: Sequence[dict[str, Any]], processes: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Goals of the curves and of the two processes."""
+    speed = None if processes is None else processes["DDP"]["speed_up"]
+    errors = [of[key] for of in (processes or {}).values() for key in ("gradient_error", "loss_error")]
+    error = max(errors, default=None)
+    largest = [
+        p["beyond_state_over_logits"]
+        for p in points
+        if p["contestant"] == OPD and (p["along"], p["value"]) == ("vocabulary", VOCABULARIES[-1])
+    ]
+    memory = max(largest, default=None)
     return [
+        {
+            "goal": f"V = {VOCABULARIES[-1]}: memory beyond weights, gradients and moments, over one float32 tensor "
+            f"[N, V] < {MEMORY_GOAL:g}",
+            "figure": memory,
+            "met": None if memory is None else memory < MEMORY_GOAL,
+        },
         {
             "goal": f"throughput of two processes / one >= {SPEED_GOAL:g}",
             "figure": speed,
@@ -145,13 +179,43 @@ def show(report: dict[str, Any]) -> None:
     """The curves as one table."""
     phases = ("rollout", "teacher", "student", "loss", "backward", "optimizer", "rest")
     table = Table(title="CPU microseconds a sampled token, one thread")
-    for column in ("along", "", "all", *phases, "peak MB"):
+    for column in ("along", "", "contestant", "all", *phases, "peak MB"):
         table.add_column(column, justify="right")
     for point in report["points"]:
         shown = [f"{1e6 * point['cpu_per_token_by_phase'].get(phase, 0):.0f}" for phase in phases]
         memory = f"{point['peak_bytes'] / 1e6:.0f}"
-        table.add_row(point["along"], str(point["value"]), f"{1e6 * point['cpu_per_token']:.0f}", *shown, memory)
-    Console(width=max(130, Console().width)).print(table)
+        place = point["along"], str(point["value"]), point["contestant"]
+        table.add_row(*place, f"{1e6 * point['cpu_per_token']:.0f}", *shown, memory)
+    Console(width=max(140, Console().width)).print(table)
+
+
+def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Cost per token above, peak memory below, one column a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {OPD: ("#2f5fa8", "o"), TRL: ("#b3443c", "s")}
+    figures = (("CPU microseconds a token", "cpu_per_token", 1e6), ("peak memory, MB", "peak_bytes", 1e-6))
+    axes = list(dict.fromkeys(point["along"] for point in points))
+    figure, panels = pyplot.subplots(2, len(axes), figsize=(11, 6), layout="constrained", sharey="row", squeeze=False)
+    for row, (label, key, unit) in zip(panels, figures, strict=True):
+        row[0].set_ylabel(label)
+        for panel, along in zip(row, axes, strict=True):
+            here = [point for point in points if point["along"] == along]
+            for name, (colour, marker) in styles.items():
+                mine = [(p["value"], unit * p[key]) for p in here if p["contestant"] == name]
+                if mine:
+                    panel.plot(*zip(*mine, strict=True), color=colour, marker=marker, label=name)
+            ticks = sorted({point["value"] for point in here})
+            panel.set(xscale="log", yscale="log", xlabel=along)
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xticks([], minor=True)
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.grid(alpha=0.3)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> int:
@@ -160,8 +224,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two short points a curve, one repeat")
     parser.add_argument("--repeats", type=int, help="timed steps of each point; default 3, or 1 with --quick")
     parser.add_argument("--no-processes", action="store_true", help="leave out the two processes")
+    parser.add_argument("--no-peers", action="store_true", help="opd alone")
+    parser.add_argument("--plot", type=Path, help="draw the curves to this PNG")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     options = parser.parse_args()
+    if not options.no_peers and not peers.present():
+        peers.reexecute("benchmarks.scaling", sys.argv[1:])
     repeats = options.repeats or (1 if options.quick else 3)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]]),
@@ -171,12 +239,15 @@ def main() -> int:
         "processes": None,
     }
     for along, sizes in points(options.quick).items():
-        report["points"] += curve(along, sizes, repeats)
-        write(options.json, report)
+        for point in curve(along, sizes, repeats, (OPD,) if options.no_peers else (OPD, TRL)):
+            report["points"].append(point)
+            write(options.json, report)
+    if options.plot:
+        draw(report["points"], options.plot)
     if not options.no_processes:
         progress("two processes")
         report["processes"] = two_processes(replace(BASE, batch=4, longest=32) if options.quick else BASE, repeats)
-    report["goals"] = judge(report["processes"])
+    report["goals"] = judge(report["points"], report["processes"])
     write(options.json, report)
     show(report)
     sys.stdout.flush()

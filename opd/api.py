@@ -44,7 +44,8 @@ class Result:
     """What a run leaves behind.
 
     Attributes:
-        student: the trained model (a transformers model, or a peft model with LoRA), in eval mode.
+        student: the trained model (a transformers model, or a peft model with LoRA), in eval mode; after sharded
+            training (FSDP2) whole in the main process and a shard in the others.
         tokenizer: its tokenizer.
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
         before, after: held-out metrics.
@@ -269,6 +270,9 @@ def finish(run: Run) -> Result:
         "skipped_updates": run.skips.total,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    # The wrapper of several processes goes before their group does: whoever frees the group last waits for its threads,
+    # and the wrapper would do so while it holds Python's lock, which they need.
+    run.student.unwrap(run.accelerator)
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         try:
@@ -282,9 +286,6 @@ def finish(run: Run) -> Result:
                 "with --resume"
             ) from None
         write_report([recipe.directory], recipe.directory / "report.html")
-    # The wrapper of several processes goes before their group does: whoever frees the group last waits for its threads,
-    # and the wrapper would do so while it holds Python's lock, which they need.
-    run.student.module = run.accelerator.unwrap_model(run.student.module)
     run.accelerator.free_memory()
     run.accelerator.end_training()
     language = getattr(run.student, "language", None)

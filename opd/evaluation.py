@@ -14,6 +14,7 @@ from opd.divergences.statistics import MEANS
 from opd.policies import Student
 from opd.prompts import Prompt
 from opd.rollouts import PrefixSource
+from opd.sharding import whole
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
@@ -49,6 +50,11 @@ def evaluate(run: Run) -> HeldOut:
     verifier gave verdicts `accuracy` (Avg@k: the mean over prompts and samples) and with k > 1 `pass_at_k` (share of
     prompts with a right answer among k); with `greedy` also `greedy_accuracy` and `greedy_length`.
     """
+    with whole(run.student.module):
+        return _evaluate(run)
+
+
+def _evaluate(run: Run) -> HeldOut:
     settings = run.recipe.evaluation
     training = run.student.module.training
     run.student.module.eval()

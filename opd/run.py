@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 
+from opd import sharding
 from opd.checkpoints import Checkpoints
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
@@ -71,13 +72,17 @@ class Run:
                     yield name, part
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on: a part that has `state_dict` is in it. Every process must ask."""
+        """All that the next step depends on: a part that has `state_dict` is in it. Every process must ask; of weights
+        that are sharded, the main process alone gets the whole."""
         return {
             "step": self.step,
             "signals": self.signals,
             "micro": self.micro,
             "random": gather_object([random_state(self.accelerator.device)]),
-            "parts": {name: part.state_dict() for name, part in self.parts("state_dict")},
+            "parts": {
+                name: sharding.gathered(part.state_dict(), self.accelerator.is_main_process)
+                for name, part in self.parts("state_dict")
+            },
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -195,12 +200,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     # A second run in one process may ask for another precision.
     AcceleratorState._reset_state()
     set_seed(recipe.seed)
+    sharded = sharding.plugin()
     accelerator = Accelerator(
         cpu=hardware.device == "cpu",
         mixed_precision="bf16" if in_bf16 else "no",
         log_with=list(recipe.tracking.trackers) or None,
         project_dir=str(recipe.directory),
+        fsdp_plugin=sharded,
     )
+    sharding.settle(accelerator, sharded)
     if recipe.batch.prompts % accelerator.num_processes:
         raise RecipeError(
             f"batch.prompts is {recipe.batch.prompts}; make it a multiple of the {accelerator.num_processes} processes"
@@ -291,7 +299,7 @@ def assemble(
         optimiser=recipe.update.build(student, accelerator),
         held_out=held_out,
         monitor=monitor,
-        checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded)), accelerator),
+        checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),
         skips=Skips(recipe.failures),
         micro=recipe.batch.micro,
     )

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import pages, phases, sizes
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import Job, OpdSession
-from benchmarks.floor import _body
+from benchmarks.head_to_head import utilisation
 from benchmarks.phases import Phases
-from benchmarks.sizes import ForcedLengths, Shape, Size, materialise
+from benchmarks.sizes import ON_DEVICE, ForcedLengths, Shape, Size, materialise
 from benchmarks.time_to_quality import Curve
+from benchmarks.utilisation import body
+from tests.test_gpu import cuda
 
 SIZE = Size("test", 48, Shape(32, 2, 2), Shape(48, 1, 4), batch=4, shortest=2, longest=12, prompt=(6, 10))
 
@@ -99,11 +103,39 @@ def test_products_are_counted_as_torch_counts_them(monkeypatch, tmp_path):
     bare = FloorSession(Job("floor", SIZE))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare.student.prefill([torch.tensor([7])])
-    assert _body(bare.student.config.to_dict(), 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert body(bare.student.config.to_dict(), 1) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_a_step_of_models_made_on_the_device(device, monkeypatch, tmp_path):
+    """What `make gpu` runs at the size of Qwen3, small."""
+    monkeypatch.setattr(sizes, "MODELS", tmp_path)
+    size = ON_DEVICE["qwen3-tiny"]
+    materialise(size)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    session = OpdSession(Job("opd", size, "bf16", device=device))
+    assert {p.dtype for p in session.run.student.module.parameters()} == {torch.float32}
+    assert {p.dtype for p in session.run.teachers[0].language.parameters()} == {torch.bfloat16}
+    assert session.score(session.examples()).gradient_norm > 0
+    steps = itertools.count(1)
+    session.train(lambda: next(steps) < 2)
+    assert session.sampled == sum(size.lengths(2))
+    found = utilisation(size, "bf16", device, [session.phases.take()])
+    assert 0 < found["step"] < 1
+    assert set(found["by_phase"]) == {"rollout", "teacher", "student", "loss", "backward"}
+
+
+def test_a_public_models_shape_is_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sizes, "MODELS", tmp_path)
+    small = replace(ON_DEVICE["qwen3"], vocabulary=64)
+    materialise(small)
+    config = AutoConfig.from_pretrained(small.folder / "student")
+    assert (config.hidden_size, config.num_hidden_layers, config.tie_word_embeddings) == (2048, 28, True)
+    assert config.vocab_size == len(AutoTokenizer.from_pretrained(small.folder / "student")) == 64
 
 
 def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
     text = pages.benchmarks(tmp_path)
     goals = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(goals) == 10
+    assert len(goals) == 11
     assert all("not measured yet" in line for line in goals)

@@ -11,20 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy
 import psutil
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import opd
 from opd.api import execute
 from opd.checkpoints.files import locked, whole_folder, write_whole
-from opd.checkpoints.keeper import Checkpoint, Checkpoints
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
@@ -478,14 +475,6 @@ def test_the_newest_and_the_best_are_kept(make, monkeypatch):
     assert steps_stored(recipe.directory) == [6, 2]
     with pytest.raises(opd.RecipeError, match="keep_best needs evaluations"):
         make("run", checkpoint=keep, evaluation={"every": 0})
-
-
-def test_sharded_state_is_refused_before_training():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    with pytest.raises(RunError, match=r"sharded training \(FSDP\).*checkpoint.every=0"):
-        Checkpoints(Checkpoint(), {}, accelerator)
-    Checkpoints(Checkpoint(every=0), {}, accelerator)
-    Checkpoints(Checkpoint(), {}, SimpleNamespace(distributed_type=DistributedType.MULTI_GPU))
 
 
 def test_differences_name_the_item_of_a_list():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from opd.context import Context
 from opd.errors import IncompatibleError, ModelError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings, load_model
+from opd.language.packing import SHORT, pack, packed_attention
 from opd.language.sampler import Sampler, inverse_cdf
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.rollouts.student import StudentRollout
@@ -92,6 +95,24 @@ def test_gradients_do_not_depend_on_the_layout(student):
         grads.append(torch.cat([p.grad.flatten() for p in student.module.parameters()]))
     for other in grads[1:]:
         assert (other - grads[0]).norm() / grads[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_short_segments_attend_in_float32(autocast):
+    """Under autocast the rotated queries and keys are float32 and the values are not."""
+    lengths, generator = [5, SHORT + 7], torch.Generator().manual_seed(0)
+    row = pack([torch.tensor([i]) for i in range(2)], [torch.arange(n) for n in lengths])
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8, generator=generator) for _ in range(3))
+    module = SimpleNamespace(is_causal=True, training=False)
+    value = value.bfloat16()
+    given = (query, key, value) if autocast else (query.bfloat16(), key.bfloat16(), value)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found, _ = packed_attention(module, *given, None, opd_layout=row)
+    exact, _ = packed_attention(module, *(x.float() for x in given), None, opd_layout=row)
+    short, long = (slice(0, 5), slice(5, None))
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found[:, short], exact[:, short].bfloat16())
+    assert torch.allclose(found[:, long].float(), exact[:, long], atol=3e-2)
 
 
 def test_removed_layers_leave_a_model_that_saves_caches_and_reloads(tmp_path):

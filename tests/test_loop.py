@@ -455,10 +455,3 @@ def test_interrupt_finishes_the_step_saves_and_exits_130(models, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stopped_early"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_training_on_a_gpu(models, tmp_path):
-    result = execute(recipe_for(models, tmp_path, hardware={"device": "cuda", "precision": "bf16"}), quiet=True)
-    assert result.summary["steps"] == 3

@@ -16,9 +16,6 @@ from opd.errors import RunError
 if TYPE_CHECKING:
     from opd.run import Run
 
-REPLICATED = ("NO", "MULTI_")
-"""Beginnings of the kinds of process group in which every process holds the whole state."""
-
 
 class Checkpoint(Settings):
     """What makes a run survive being killed: `opd train RECIPE --resume` goes on from the newest checkpoint."""
@@ -33,12 +30,7 @@ class Checkpoint(Settings):
 class Checkpoints:
     """Writes what `run.state()` says; only the main process does."""
 
-    def __init__(self, settings: Checkpoint, identity: Mapping[str, Any], accelerator: Any):
-        if settings.every and not accelerator.distributed_type.value.startswith(REPLICATED):
-            raise RunError(
-                f"checkpoints of sharded training ({accelerator.distributed_type.value}) are not supported: each "
-                "process holds a part of the state only. Use plain data parallelism, or set checkpoint.every=0"
-            )
+    def __init__(self, settings: Checkpoint, identity: Mapping[str, Any]):
         self.settings, self.identity = settings, identity
         self.written: int | None = None
         self._weights: dict[str, str] | None = None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from opd.errors import RunError
+from opd.sharding import full, like
 
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -26,7 +27,7 @@ def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def frozen(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The parameters that training leaves as they are."""
-    return [(name, p.detach()) for name, p in module.named_parameters() if not p.requires_grad]
+    return [(name, full(p.detach())) for name, p in module.named_parameters() if not p.requires_grad]
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def copy_into(targets: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Te
         if here != there:
             raise RunError(f"the checkpoint does not fit the {whose}: {name} is {there} there and {here} here")
     for name, target in targets.items():
-        target.copy_(stored[name])
+        target.copy_(like(stored[name], target))
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -13,6 +13,7 @@ from opd.curricula.base import Curriculum, Draw, Schedule
 from opd.curricula.shuffled import ShuffledSchedule
 from opd.errors import RunError
 from opd.prompts import Prompt
+from opd.sharding import like
 
 ENTROPY = "held_out/student_entropy"
 
@@ -107,7 +108,7 @@ class LadderSchedule(Schedule):
     @torch.no_grad()
     def _restore(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rung": self.rung, "before": self.before, "ended": self.ended, "stable": self.stable}

@@ -172,6 +172,12 @@ class LanguageModel(torch.nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of decoder layers, by which `accelerate` cuts a model into groups."""
+        present = {type(part).__name__ for part in self.base.modules()}
+        return sorted(present & set(self.base._no_split_modules or ()))
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 

@@ -17,6 +17,7 @@ from opd.language.sampler import Sampler
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource
 from opd.schedules import OverSteps
+from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
 
 
@@ -92,6 +93,17 @@ class LanguageRollout(PrefixSource):
         budget: int,
         stream: int,
         begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        with whole(self.language):
+            return self._sampled(prompts, group, budget, stream, begun)
+
+    def _sampled(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None,
     ) -> Trajectories:
         training = self.language.training
         self.language.eval()

@@ -24,9 +24,11 @@ class Sampling:
         lengths: int64 `[B]`, how many of a row's places are filled.
         finished: bool `[B]`, the row has drawn an end token.
         alive: int64, rows still in the batch, in cache order.
-        uniforms: float32 `[B, budget]`, the randomness of every row, fixed at the start.
-        mask: int64 `[alive, width + budget]`: prompts padded on the left, then ones.
+        uniforms: float32 `[budget, alive]`, the randomness of every row, fixed at the start.
+        mask: bool `[alive, width + budget]`: prompts padded on the left, then ones.
+        padded: some row in the batch has padding.
         width: places of the prompts.
+        prompt_lengths: int64 `[alive, 1]`.
         hidden: `[alive, D]`, the states from which the next token is drawn.
     """
 
@@ -38,9 +40,15 @@ class Sampling:
     uniforms: torch.Tensor
     cache: DynamicCache
     mask: torch.Tensor
+    padded: bool
     width: int
+    prompt_lengths: torch.Tensor
     hidden: torch.Tensor
     drawn: int = 0
+
+    @property
+    def budget(self) -> int:
+        return self.actions.shape[1]
 
     def drop(self, rows: torch.Tensor) -> None:
         """Take rows (indices in 0..B-1) out of the batch: they get no further tokens."""
@@ -51,12 +59,25 @@ class Sampling:
         lengths, ended = self.lengths.tolist(), self.finished.tolist()
         return [(self.actions[i, :n], self.log_probs[i, :n], ended[i]) for i, n in enumerate(lengths)]
 
+    def record(self, latest: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write down the `latest` draws of the rows in the batch: ids `[alive]` and log-probabilities `[alive, 1]` of
+        each place. Once for many tokens, because each write to some rows of a table costs as much as drawing one."""
+        if latest:
+            here = slice(self.drawn - len(latest), self.drawn)
+            self.actions[self.alive, here] = torch.stack([token for token, _ in latest], 1)
+            self.log_probs[self.alive, here] = torch.cat([log_prob for _, log_prob in latest], 1)
+            self.lengths[self.alive] = self.drawn
+            latest.clear()
+
     def _keep(self, keep: torch.Tensor) -> None:
         if bool(keep.all()):
             return
         self.alive = self.alive[keep]
         self.hidden = self.hidden[keep]
+        self.uniforms = self.uniforms[:, keep]
+        self.prompt_lengths = self.prompt_lengths[keep]
         self.mask = self.mask[keep]
+        self.padded = self.padded and not bool(self.mask[:, : self.width].all())
         self.cache.batch_select_indices(keep.nonzero().squeeze(1))
 
 
@@ -70,7 +91,8 @@ class Sampler:
 
     def __init__(self, model: LanguageModel, head: Head, end_ids: Sequence[int], top_p: float = 1.0, top_k: int = 0):
         self.model, self.head = model, head
-        self.end_ids = torch.tensor(sorted(end_ids), device=model.device)
+        self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
+        self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
 
     @torch.no_grad()
@@ -90,34 +112,41 @@ class Sampler:
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
             alive=torch.arange(rows, device=device),
-            uniforms=uniforms.to(device),
+            uniforms=uniforms.T.contiguous().to(device),
             cache=cache,
-            mask=torch.cat([mask, mask.new_ones(rows, budget)], dim=1),
+            mask=torch.cat([mask, mask.new_ones(rows, budget)], dim=1).bool(),
+            padded=not bool(mask.all()),
             width=mask.shape[1],
+            prompt_lengths=mask.sum(-1, keepdim=True),
             hidden=hidden,
         )
 
     @torch.no_grad()
     def extend(self, state: Sampling, tokens: int) -> Sampling:
         """Draw up to `tokens` more for every row still in the batch (never past the budget)."""
-        budget = state.uniforms.shape[1]
-        stop = min(state.drawn + tokens, budget)
+        stop = min(state.drawn + tokens, state.budget)
+        as_it_is = self._sees_everything(state.cache)
+        latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         while state.drawn < stop and len(state.alive):
             log_probs = self._distribution(state)
-            token = inverse_cdf(log_probs, state.uniforms[state.alive, state.drawn])
-            state.actions[state.alive, state.drawn] = token
-            state.log_probs[state.alive, state.drawn] = log_probs.gather(1, token[:, None]).squeeze(1)
+            token = inverse_cdf(log_probs, state.uniforms[state.drawn])
+            latest.append((token, log_probs.gather(1, token[:, None])))
             state.drawn += 1
-            state.lengths[state.alive] = state.drawn
-            ended = torch.isin(token, self.end_ids)
+            ended = self.ends[token]
             if bool(ended.any()):
+                state.record(latest)
                 state.finished[state.alive[ended]] = True
                 state._keep(~ended)
                 token = token[~ended]
-            if len(token) and state.drawn < budget:
-                mask = state.mask[:, : state.width + state.drawn]
-                position = mask.sum(-1, keepdim=True) - 1
+            if len(token) and state.drawn < state.budget:
+                mask = None
+                if state.padded:
+                    mask = state.mask[:, : state.width + state.drawn]
+                    # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
+                    mask = mask[:, None, None] if as_it_is else mask.long()
+                position = state.prompt_lengths + (state.drawn - 1)
                 state.hidden = self._step(token[:, None], mask, position, state.cache)
+        state.record(latest)
         return state
 
     def _prefill(self, contexts: Sequence[torch.Tensor], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,7 +154,8 @@ class Sampler:
         ids, mask = pad(list(contexts), "left")
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         if not can_pack(self.model.base) or bool(mask.all()):
-            return self._step(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
+            attention = None if bool(mask.all()) else mask
+            return self._step(ids, attention, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
         # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
         row = pack(contexts, [c[:1] for c in contexts]).to(self.model.device)
         hidden = self.model.packed_body(row, past_key_values=cache, use_cache=True)
@@ -144,15 +174,11 @@ class Sampler:
         return hidden[0, row.scored], mask
 
     def _step(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        attention = None if bool(mask.all()) else mask
-        if attention is not None and ids.shape[1] == 1 and self._sees_everything(cache):
-            # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
-            attention = mask.bool()[:, None, None]
         output = self.model.body(
             input_ids=ids,
-            attention_mask=attention,
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -180,7 +206,8 @@ class Sampler:
 
 def inverse_cdf(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """int64 `[B]` draws from `[B, V]` log-probabilities by one uniform each; never an id of probability zero."""
-    cdf = log_probs.exp().cumsum(-1)
+    cdf = log_probs.exp()
+    cdf = torch.cumsum(cdf, -1, out=cdf)
     total = cdf[:, -1:].contiguous()
     token = torch.searchsorted(cdf, (uniforms[:, None] * total).contiguous(), right=True)
     # Rounding may put the draw at the very end: the first id that reaches the total is the last one with mass.

@@ -15,6 +15,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.prompts import Prompt
+from opd.sharding import fill
 from opd.trajectories import Trajectories
 
 
@@ -23,6 +24,8 @@ class Student(ABC):
 
     module: torch.nn.Module
     context: Context
+    skeleton: torch.nn.Module | None = None
+    """The module's structure without weights, where the update shards them over processes."""
 
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
@@ -58,6 +61,13 @@ class Student(ABC):
     def fingerprint(self) -> str:
         """Of the weights that `state_dict` leaves out."""
         return fingerprint(frozen(extract_model_from_parallel(self.module)))
+
+    def unwrap(self, accelerator: Any) -> None:
+        """After training: `module` without what `accelerate` put around it. Of sharded weights the main process gets
+        the whole, on the CPU; all must call."""
+        self.module = accelerator.unwrap_model(self.module)
+        if self.skeleton is not None:
+            self.module = fill(self.skeleton, self.module, accelerator.is_main_process) or self.module
 
     @abstractmethod
     def save(self, folder: Path, card: str) -> None:

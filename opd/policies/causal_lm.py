@@ -75,7 +75,10 @@ class CausalLMStudent(Student):
     def __call__(
         self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto"
     ) -> Categorical:
-        hidden = self.module(trajectories.contexts, trajectories.completions(), layout)
+        # The wrapper of several processes talks to the others in every pass, and without a gradient they make
+        # different numbers of them.
+        module = self.module if torch.is_grad_enabled() else self.language
+        hidden = module(trajectories.contexts, trajectories.completions(), layout)
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
@@ -134,6 +137,11 @@ class CausalLMStudent(Student):
         for i in set(ids) - self.texts.keys():
             self.texts[i] = str(self.language.tokenizer.decode([i]))
         return [self.texts[i] for i in ids]
+
+    def unwrap(self, accelerator: Any) -> None:
+        super().unwrap(accelerator)
+        assert isinstance(self.module, LanguageModel)
+        self.language = self.module
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
 from opd.policies.base import Student
+from opd.sharding import full
 from opd.teachers.base import Teacher
 from opd.teachers.local import LanguageTeacher
 
@@ -58,4 +59,4 @@ class SelfLanguageTeacher(LanguageTeacher):
     def follow(self, student: Student) -> None:
         live = dict(student.language.named_parameters())  # type: ignore[attr-defined]
         for name, mine in self.state_dict().items():
-            mine.lerp_(live[name].detach().to(mine.dtype), self.settings.rate)
+            mine.lerp_(full(live[name].detach()).to(mine.dtype), self.settings.rate)

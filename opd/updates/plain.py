@@ -12,6 +12,7 @@ from pydantic import Field
 from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.schedules import OverSteps
+from opd.sharding import full, like, settle_root, skeleton
 from opd.updates.base import Optimiser, Update
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -43,10 +44,14 @@ class AdamW(Optimiser):
             weight_decay=settings.weight_decay,
             fused=True,
         )
+        if accelerator.is_fsdp2:
+            student.skeleton = skeleton(student.module)
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
+        if accelerator.is_fsdp2:
+            settle_root(student.module)
 
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
-        # DDP averages over processes while the denominator is already global.
+        # Data parallelism averages over processes while the denominator is already global.
         total = torch.stack([loss.total for loss in losses]).sum() * self.accelerator.num_processes
         if last:
             self.accelerator.backward(total)
@@ -60,7 +65,7 @@ class AdamW(Optimiser):
     def apply(self, finite: bool = True) -> dict[str, float]:
         trained = [p for p in self.student.module.parameters() if p.requires_grad]
         limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
-        norm = float(self.accelerator.clip_grad_norm_(trained, limit))
+        norm = float(full(self.accelerator.clip_grad_norm_(trained, limit)))
         signals = {"gradient_norm": norm, "learning_rate": float(self.settings.learning_rate)}
         if finite and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -77,4 +82,9 @@ class AdamW(Optimiser):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         own = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["moments"], "param_groups": own})
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            i: {name: like(value, trained[i]) if value.ndim else value for name, value in of.items()}
+            for i, of in state["moments"].items()
+        }
+        self.optimizer.load_state_dict({"state": moments, "param_groups": own})

@@ -1,0 +1,165 @@
+"""Training by two processes over gloo, plain (DDP) and sharded (FSDP2), against the same training by one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from opd import sharding
+from opd.api import execute
+from opd.checkpoints.store import folder_of, steps_stored
+from opd.errors import RunError
+from tests.conftest import save_tiny
+from tests.test_loop import recipe_for
+
+pytestmark = pytest.mark.timeout(900)  # four processes may share a machine with others
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def together(recipe, environment, **options):
+    """Run a recipe by two processes; returns what each of them says of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opd.api", "tests.test_loop"])
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        own |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **environment}
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_member, args=(theirs, own, recipe, options), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    try:
+        answers = [pipe.recv() if pipe.poll(400) else "no answer in time" for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+    return answers
+
+
+def _member(pipe, environment, recipe, options):
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        result = execute(recipe, quiet=True, **options)
+        pipe.send({"history": result.history, "kind": type(result.student).__name__})
+    except BaseException as error:
+        pipe.send(error if isinstance(error, RunError) else traceback.format_exc())
+
+
+def states(recipe):
+    folder = folder_of(recipe.directory, steps_stored(recipe.directory)[0])
+    tensors = load_file(folder / "tensors.safetensors")
+    return {name: value for name, value in tensors.items() if not name.startswith("/random")}
+
+
+def assert_close(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.allclose(value, other[name], rtol=1e-5, atol=1e-5), (name, (value - other[name]).abs().max())
+
+
+# One held-out prompt, so that one of two processes has none, and several micro-batches a step.
+WAYS = {
+    "full": ({}, {}),
+    "tied, EMA": (
+        {"kind": "qwen3", "tie_word_embeddings": True},
+        {"teacher": {"kind": "self", "mode": "ema", "rate": 0.1}, "objective": "forward_kl", "rollout": {"top_k": 9}},
+    ),
+    "LoRA": ({}, {"student": {"lora": {"rank": 2}}}),
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def of(name, way, **changes):
+        model, settings = WAYS[way]
+        folder = tmp_path / way
+        models = save_tiny(folder / "student", seed=1, **model), save_tiny(folder / "teacher", seed=2)
+        own = dict(settings)
+        teacher = own.pop("teacher", None)
+        recipe = recipe_for(
+            models,
+            tmp_path,
+            output=str(tmp_path / name),
+            batch={"prompts": 8, "group": 2, "micro": 4},
+            update={"learning_rate": 1e-3},
+            evaluation={"held_out": 1},
+            checkpoint={"every": 1},
+            **own,
+            **changes,
+        )
+        return recipe if teacher is None else type(recipe).model_validate({**recipe.dump(), "teacher": [teacher]})
+
+    return of
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_sharded_training_is_training_by_one_process(way, make):
+    alone, sharded = make("alone", way), make("sharded", way)
+    history = execute(alone, quiet=True).history
+    answers = together(sharded, FSDP2)
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert_close(states(alone), states(sharded))
+    for mine, theirs in zip(history, answers[0]["history"], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() & {"train/gradient_norm", "train/loss", "held_out/student_entropy", "held_out/length"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    students = [AutoModelForCausalLM.from_pretrained(r.directory / "student").state_dict() for r in (alone, sharded)]
+    assert_close(*students)
+
+
+def test_sharded_training_goes_on_from_its_checkpoint(make):
+    alone = make("alone", "full", steps=4)
+    execute(alone, quiet=True)
+    together(make("sharded", "full", steps=2), FSDP2)
+    sharded = make("sharded", "full", steps=4)
+    answers = together(sharded, FSDP2, resume=True)
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert_close(states(alone), states(sharded))
+
+
+def test_two_processes_with_a_copy_each_train_as_one(make):
+    alone, both = make("alone", "full"), make("both", "full")
+    execute(alone, quiet=True)
+    answers = together(both, {})
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert_close(states(alone), states(both))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, "needs FSDP2"),
+        ({**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "student.gradient_checkpointing"),
+        ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "FSDP_OFFLOAD_PARAMS"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(environment, message, monkeypatch):
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match=message):
+        sharding.plugin()
+
+
+def test_other_engines_are_refused():
+    engine = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
+    with pytest.raises(RunError, match="DEEPSPEED is not supported"):
+        sharding.settle(engine, None)
+    sharding.settle(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, is_fsdp2=False), None)
