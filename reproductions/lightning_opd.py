@@ -1,4 +1,4 @@
-"""Lightning OPD (arXiv 2604.13010): score the fine-tuned student's own responses once, then train without the teacher."""
+"""Lightning OPD (arXiv 2604.13010): score the fine-tuned student's responses once, then train without the teacher."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def written(
     draws: int = 1,
     seed: int,
 ) -> Figures:
-    """`opd rollout`, then `opd score` for each of `scored_by` (name of the targets to `teacher`, `kind` and options), in
-    `folder/store`; the CPU seconds of each, loading included, and each teacher's distance to the first."""
+    """`opd rollout`, then `opd score` for each of `scored_by` (name of the targets to `teacher`, `kind` and options),
+    in `folder/store`; the CPU seconds of each, loading included, and each teacher's distance to the first."""
     settings = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
     start = time.process_time()
     store = sample(parse_recipe(settings, "recipe of this store"), folder / "store", draws=draws, quiet=True)
@@ -388,13 +388,13 @@ The student was fine-tuned on what a teacher wrote. Does it matter, then, whethe
 (live), or once about trajectories that the student wrote before (Lightning)? Same objective, learning rate, steps and
 number of trajectories.
 
-**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. **Teachers** speak dialects of
-equal skill: a step is written `b+a=c` rather than `a+b=c` with probability 0.1 (A), 0.9 (B), or between; all are one
+**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. **Teachers** speak dialects
+of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability 0.1 (A), 0.9 (B), or between; all are one
 teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect under another seed. **Students** begin from
 the base of the [on-policy experiment](on-policy.md), with {SFT_STEPS} batches of 64 of what A (or B) wrote for
 {SFT_PROMPTS} problems. All models are Llamas of 2 layers and width 64. **Training** takes {STEPS} steps of {BATCH}
 trajectories of {SIZE} other problems, two passes; `sequence_mean`, clamp 10, temperature 1. The learning rate is the
-better of {" and ".join(f"{rate:g}" for rate in RATES)} by validation accuracy of the *live* arm under a seed of its own.
+better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live* arm under a seed of its own.
 **Figures** are from 500 test problems, four samples each. The main row has five seeds, everything else three.
 
 **Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included;
@@ -404,16 +404,16 @@ the whole store. **Drift** is the ratio of the student's probability of a stored
 written: on held-out problems, and in sample over the last quarter of training. **sigma delta** is the distance of the
 scoring teacher to the one of fine-tuning.
 
-**Theory.** By enumeration of all sequences of four tokens from four ids: the gap between both gradients is the covariance
-of theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step. Those are
-gates: nothing runs where they do not hold.
+**Theory.** By enumeration of all sequences of four tokens from four ids: the gap between both gradients is the
+covariance of theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step.
+Those are gates: no arm runs where they do not hold.
 """,
     discussion="""
 ## Where it differs from the paper
 
-The learning rate falls along a cosine, where the paper's is constant; teacher and student are of one size, so the live
-arm's teacher is as cheap as can be and the saving is smaller than with a large one. One student is a sample of one task:
-the verdicts say nothing of mathematics at four billion parameters.
+The learning rate falls along a cosine, where the paper's is constant. Teacher and student are of one size, so that the
+live arm's teacher is cheap and the saving smaller than with a large one; what a large one saves is
+[measured by itself](../store.md#what-it-saves).
 """,
     stages={**SHARED, **TRAINED},
     gates=[
@@ -472,9 +472,13 @@ the verdicts say nothing of mathematics at four billion parameters.
             "lost",
         ),
         equal(
-            "law", "The same law is enough: the sibling of A serves as well, within 2 points.", "Lightning, sibling of A"
+            "law",
+            "The same law is enough: the sibling of A serves as well, within 2 points.",
+            "Lightning, sibling of A",
         ),
-        more("dose-low", "The nearer the teacher the better: A before half of B ...", LIGHTNING, "Lightning, 50 % of B"),
+        more(
+            "dose-low", "The nearer the teacher the better: A before half of B ...", LIGHTNING, "Lightning, 50 % of B"
+        ),
         more("dose-high", "... and half of B before B.", "Lightning, 50 % of B", "Lightning, SFT A, OPD B"),
         Claim(
             "drift",
@@ -515,13 +519,13 @@ the verdicts say nothing of mathematics at four billion parameters.
     ],
     smoke=Smoke(
         stages={
-            **dict.fromkeys(("base", "teacher", *TEACHERS), {"recipe": SMALL_SFT}),
+            **{key: {"recipe": SMALL_SFT} for key in ("base", "teacher", *TEACHERS)},
             "teachers": {"test": FEW},
-            **dict.fromkeys(("written by A", "written by B"), {"recipe": SMALL_SFT}),
-            **dict.fromkeys(("SFT A", "SFT B", "SFT for the rate"), {"recipe": SMALL_SFT}),
+            **{key: {"recipe": SMALL_SFT} for key in ("written by A", "written by B")},
+            **{key: {"recipe": SMALL_SFT} for key in ("SFT A", "SFT B", "SFT for the rate")},
             "rate": {"recipe": SMALL_OPD, "rates": [1e-3]},
-            **dict.fromkeys(("store A", "store B", TWO_DRAWS), {"recipe": SMALL_OPD}),
-            **dict.fromkeys(TRAINED, {"recipe": SMALL_OPD}),
+            **{key: {"recipe": SMALL_OPD} for key in ("store A", "store B", TWO_DRAWS)},
+            **{key: {"recipe": SMALL_OPD} for key in TRAINED},
             student("more SFT"): {"recipe": SMALL_SFT},
         },
         arms={"test": FEW},

@@ -36,9 +36,7 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
         }
 
     # A metric that no arm returns is a slip of the pen, which `_number` names.
-    measured = values(
-        reproduction.metrics, lambda arm, n: n in returned[arm] or (arm, n) in compared or n not in known
-    )
+    measured = values(reproduction.metrics, lambda arm, n: n in returned[arm] or (arm, n) in compared or n not in known)
     items = {
         metric: {arm: [one.get("items", {}).get(metric, {}) for one in seeds] for arm, seeds in figures.items()}
         for metric in dict.fromkeys(claim.metric for claim in reproduction.claims if claim.testable)
