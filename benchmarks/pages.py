@@ -1,8 +1,8 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md` and `docs/store.md`. Nothing in
-those parts is typed by hand.
+`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md` and `docs/store.md`. Nothing
+in those parts is typed by hand.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def store(folder: Path) -> str:
     rates = ", ".join(f"{name} {rate / 1e6:.2g}" for name, rate in formats["tokens_per_second"].items())
     equal = "some files DIFFER from" if kills["differences"] else "every file equals"
     return (
-        f"{kinds}`{formats['command']}`: millions of tokens a second, rows of hidden states in random order: {rates}.\n\n"
+        f"{kinds}`{formats['command']}`: millions of tokens a second, rows of hidden states at random: {rates}.\n\n"
         f"`{kills['command']}`: {kills['kills']} SIGKILLs of two workers on one store, and {equal} the undisturbed "
         f"store's.\n\n## What it saves\n\n{saved}"
     )
@@ -284,8 +284,8 @@ def _saved(cost: dict[str, Any]) -> str:
     ]
     return (
         f"A teacher of {cost['compute']:.1f} times the student's multiplications a token, every trajectory used "
-        f"{cost['passes']} times, {len(cost['rounds'])} rounds; the store waits {cost['waiting']:.1%} of a step. Whoever "
-        "was fine-tuned first has paid for that besides, live or not.\n\n"
+        f"{cost['passes']} times, {len(cost['rounds'])} rounds; {cost['waiting']:.1%} of a step waits for the store. "
+        "The fine-tuning that comes before both is not in these ratios.\n\n"
         + _rows(("live training over ...", "CPU", "wall"), table)
     )
 

@@ -10,19 +10,15 @@ from pydantic import Field
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.rollouts.base import Rollout
+from opd.rollouts.base import OneSource
 
 
-class TeacherRollout(SamplingSettings, Rollout):
+class TeacherRollout(SamplingSettings, OneSource):
     """A live teacher samples at the run's temperature, under its own view of the prompt. Responses that were stored
     before are `rollout: data`."""
 
     kind: Literal["teacher"] = "teacher"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
-
-    @property
-    def budget(self) -> int:
-        return self.max_new_tokens
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
         names = [t.settings.name for t in teachers]
