@@ -162,7 +162,7 @@ def spent(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def costs(quick: bool, folder: Path) -> dict[str, Any]:
     """Seconds of live training, of rollouts, scoring and training on a store, and of a second training on it."""
     base = recipe_of(quick, folder)
-    width, layers, tokens, batch, steps = (64, 2, 16, 4, 4) if quick else (192, 6, 64, 8, 8)
+    width, layers, tokens, batch, steps = (96, 4, 32, 8, 4) if quick else (192, 6, 64, 8, 8)
     model = create_model(folder / "student", named_tokenizer(TEACHER), width=width, layers=layers, heads=width // 32)
     prompts = [f"Write a sentence about the number {i}." for i in range(steps * batch // PASSES + 1)]
     recipe = parse_recipe(
