@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from opd.distributions import Sampled
 from opd.recipe import Recipe, parse_recipe
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
 from opd.reproductions.definition import COSTS, Figures, merged
@@ -149,8 +150,9 @@ def distance(store: Store, one: str, other: str) -> float:
     """sigma_Delta: root of the mean over trajectories of the squared sum of `|log p(a_t) - log p'(a_t)|`."""
     rows = range(store.header.rows)
     lengths = [len(store.row(row).actions) for row in rows]
-    log_p, log_other = (Targets.open(store, name).answer(rows, lengths) for name in (one, other))
-    sums = [part.abs().sum() for part in torch.split(log_p.log_probs - log_other.log_probs, lengths)]  # type: ignore[attr-defined]
+    answers = [Targets.open(store, name).answer(rows, lengths) for name in (one, other)]
+    log_p, log_other = (answer.log_probs for answer in answers if isinstance(answer, Sampled))
+    sums = [part.abs().sum() for part in torch.split(log_p - log_other, lengths)]
     return float(torch.stack(sums).square().mean().sqrt())
 
 
