@@ -427,7 +427,7 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
         Gate("theory", "growth", at_most=2.02),
         Gate("teachers", "lowest", at_least=0.85),
         Gate("teachers", "spread", at_most=0.03),
-        Gate("SFT A", "accuracy", at_least=0.4),
+        Gate("SFT A", "accuracy", at_least=0.35),
         Gate("SFT A", "accuracy", at_most=0.75),
     ],
     arms={
