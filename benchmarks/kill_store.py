@@ -18,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+from benchmarks.kill_test import fork
 from opd.recipe import Recipe, parse_recipe
 from opd.store import Store, Targets
 from opd.store.sampling import sample
@@ -61,21 +61,21 @@ def main() -> int:
         lifetimes = []
         for job in (roll_out, score_all):
             started = time.perf_counter()
-            wait([fork(job, recipe, whole)])
+            wait([start(job, recipe, whole)], whole)
             lifetimes.append(time.perf_counter() - started)
         while kills < arguments.kills:
             path = Path(scratch) / f"killed-{kills}"
             for job, lifetime in zip((roll_out, score_all), lifetimes, strict=True):
                 for _ in range(5):
-                    workers = [fork(job, recipe, path) for _ in range(WORKERS)]
+                    workers = [start(job, recipe, path) for _ in range(WORKERS)]
                     time.sleep(chance.uniform(0.1, 0.7) * lifetime)
                     for worker in workers:
                         os.kill(worker, signal.SIGKILL)
                         os.waitpid(worker, 0)
                         kills += 1
                     claimed += len(list(path.rglob("*.lock"))) > 0
-                wait([fork(job, recipe, path) for _ in range(WORKERS)])
-                wait([fork(job, recipe, path)])
+                wait([start(job, recipe, path) for _ in range(WORKERS)], path)
+                wait([start(job, recipe, path)], path)
             wrong += differences(whole, path)
     met = not wrong and claimed > 0
     if arguments.json:
@@ -103,25 +103,15 @@ def recipe_for(model: str) -> Recipe:
     return parse_recipe(data)
 
 
-def fork(job: Job, recipe: Recipe, path: Path) -> int:
-    """Start a worker in a process of its own."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        job(recipe, path)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+def start(job: Job, recipe: Recipe, path: Path) -> int:
+    """A worker in a process of its own; its messages go beside the store."""
+    return fork(lambda: job(recipe, path), path.with_suffix(".messages"))
 
 
-def wait(workers: list[int]) -> None:
+def wait(workers: list[int], path: Path) -> None:
     statuses = [os.waitpid(worker, 0)[1] for worker in workers]
     if any(statuses):
-        raise SystemExit("kill_store: MISSED: a job could not go on")
+        raise SystemExit(f"kill_store: MISSED: a job could not go on\n{path.with_suffix('.messages').read_text()}")
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,16 +104,16 @@ def recipe_for(model: str, directory: Path) -> Recipe:
     )
 
 
-def fork(recipe: Recipe) -> int:
-    """Start a process that runs, or goes on with, the recipe; its messages go beside the run's directory."""
+def fork(work: Callable[[], object], messages: Path) -> int:
+    """Start a process that does `work` and ends; what it prints is added to `messages`."""
     if pid := os.fork():
         return pid
     code = 1
     try:
-        messages = os.open(recipe.directory.with_suffix(".messages"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(messages, 1)
-        os.dup2(messages, 2)
-        execute(recipe, quiet=True)
+        output = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        work()
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -120,15 +121,20 @@ def fork(recipe: Recipe) -> int:
         os._exit(code)
 
 
+def start(recipe: Recipe) -> int:
+    """A process that runs, or goes on with, the recipe; its messages go beside the run's directory."""
+    return fork(lambda: execute(recipe, quiet=True), recipe.directory.with_suffix(".messages"))
+
+
 def run_to_end(recipe: Recipe) -> None:
-    _, status = os.waitpid(fork(recipe), 0)
+    _, status = os.waitpid(start(recipe), 0)
     if status:
         raise SystemExit(f"kill_test: MISSED: a run could not go on\n{messages_of(recipe)}")
 
 
 def run_and_kill(recipe: Recipe, kills: list[dict[str, Any]], chance: random.Random, lifetime: float) -> bool:
     """Go on for a while and kill; False, and no kill counted, when the run came to its end before."""
-    folder, pid = recipe.directory / "checkpoints", fork(recipe)
+    folder, pid = recipe.directory / "checkpoints", start(recipe)
     started, write = time.perf_counter(), len(kills) % 2
     before, seen, wanted = False, 0, chance.randint(1, WRITES)
     moment = chance.uniform(0, lifetime / 3)

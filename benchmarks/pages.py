@@ -1,8 +1,8 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md` and `docs/checkpoints.md`. Nothing in those parts is
-typed by hand.
+`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md` and `docs/store.md`. Nothing
+in those parts is typed by hand.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def main() -> int:
     write(ROOT / "docs/benchmarks.md", benchmarks(results))
     write(ROOT / "docs/objectives.md", objectives())
     write(ROOT / "docs/checkpoints.md", checkpoints(results / "kill_test.json", results / "checkpoint_cost.json"))
+    write(ROOT / "docs/store.md", store(results))
     return 0
 
 
@@ -259,6 +260,58 @@ def checkpoints(kills: Path, cost: Path) -> str:
 
 def _spans(cell: dict[str, Any]) -> tuple[list[float], ...]:
     return cell["write"], cell["disk_alone"], cell["read"]
+
+
+def store(folder: Path) -> str:
+    """What each kind of target costs and loses, what reuse saves, how fast formats are read, what kills left."""
+    kinds, saved = "", ""
+    for file in sorted({*folder.glob("store.json"), *folder.glob("store_quick.json")}):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        load = data["machine"]["load_average"][0]
+        about = f"`{data['command']}`, threads: {data['threads']}, load {load:.1f} at the start. "
+        kinds += f"{about}{_versions(data['versions'])}\n{_goals(data['goals'])}\n{_kinds(data['kinds'])}\n"
+        saved += f"{about}{_saved(data['cost'])}\n"
+    formats, kills = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("store_formats", "kill_store"))
+    rates = ", ".join(f"{name} {rate / 1e6:.2g}" for name, rate in formats["tokens_per_second"].items())
+    equal = "some files DIFFER from" if kills["differences"] else "every file equals"
+    return (
+        f"{kinds}`{formats['command']}`: millions of tokens a second, rows of hidden states at random: {rates}.\n\n"
+        f"`{kills['command']}`: {kills['kills']} SIGKILLs of two workers on one store, and {equal} the undisturbed "
+        f"store's.\n\n## What it saves\n\n{saved}"
+    )
+
+
+def _kinds(rows: list[dict[str, Any]]) -> str:
+    header = ("kind", "bytes a token", "head", "scored, tokens/s", "written", "read", "gradient error", "waits")
+    table = [
+        [
+            f"`{row['kind']}`",
+            f"{row['bytes a token']:.1f}",
+            f"{row['head bytes'] / 2**20:.0f} MiB" if row["head bytes"] else "-",
+            *(f"{row[f'{what} tokens/s']:,.0f}" for what in ("scored", "written", "read")),
+            f"{row['gradient error']:.1e}",
+            f"{row['waiting']:.1%}",
+        ]
+        for row in rows
+    ]
+    noise = next(row["distance to reverse KL"] for row in rows if "distance to reverse KL" in row)
+    return f"{_rows(header, table)}\nDistance of `sampled` to the gradient of reverse KL: {noise:.2f}.\n"
+
+
+def _saved(cost: dict[str, Any]) -> str:
+    ratios = [name for name, value in cost["cpu"].items() if isinstance(value, float)]
+    seconds = cost["cpu"]["seconds a step"]
+    table = [[name, *(f"{cost[clock][name]:.2f}" for clock in ("cpu", "wall"))] for name in ratios]
+    table += [
+        [f"seconds a step, {arm}", *(f"{cost[clock]['seconds a step'][arm]:.3g}" for clock in ("cpu", "wall"))]
+        for arm in seconds
+    ]
+    return (
+        f"A teacher of {cost['compute']:.1f} times the student's multiplications a token, every trajectory used "
+        f"{cost['passes']} times, {len(cost['rounds'])} rounds; {cost['waiting']:.1%} of a step waits for the store. "
+        "The fine-tuning that comes before both is not in these ratios.\n\n"
+        + _rows(("live training over ...", "CPU", "wall"), table)
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import pages, phases, sizes
+from benchmarks import pages, phases, sizes, store
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import Job, OpdSession
 from benchmarks.head_to_head import utilisation
@@ -139,3 +139,20 @@ def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
     goals = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(goals) == 11
     assert all("not measured yet" in line for line in goals)
+
+
+def test_the_stores_goals_are_judged_by_its_figures():
+    rows = [
+        {"kind": "exact bfloat16", "gradient error": 2e-3, "waiting": 0.001},
+        {"kind": "exact float32", "gradient error": 0.0, "waiting": 0.003},
+    ]
+    cost = {"waiting": 0.01, "compute": 8.0, "cpu": {"live over stored, a step": 4.5}}
+    assert [goal["met"] for goal in store.judge(rows, cost)] == [False, True, True, True, True]
+    cost |= {"waiting": 0.03, "compute": 4.0}
+    assert [goal["met"] for goal in store.judge(rows, cost)] == [False, True, False, False, True]
+
+
+def test_the_stores_page_shows_the_committed_figures():
+    text = pages.store(pages.ROOT / "benchmarks/results")
+    assert text.strip() in (pages.ROOT / "docs/store.md").read_text(encoding="utf-8")
+    assert "| live over stored, a step |" in text

@@ -24,109 +24,48 @@ from opd.run import build_models
 from opd.store import Targets
 from opd.store.sampling import sample
 from opd.store.scoring import score
+from reproductions.enumeration import ACTIONS, PREFIXES, STATES, Gap, L, V, gradient_gap, table, taken, updates
 from tests.conftest import save_tiny, trajectories_of
 from tests.test_checkpoints import assert_same_run, killed_at
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 # -- by enumeration: V = 4 ids, sequences of L = 4 tokens, one row of logits for each of the 85 prefixes ---------------
 
-V, L = 4, 4
-PREFIXES = [p for n in range(L) for p in itertools.product(range(V), repeat=n)]
-INDEX = {prefix: i for i, prefix in enumerate(PREFIXES)}
-SEQUENCES = list(itertools.product(range(V), repeat=L))
-ACTIONS = torch.tensor(SEQUENCES)
-STATES = torch.tensor([[INDEX[y[:t]] for t in range(L)] for y in SEQUENCES])
 
-
-def table(seed, scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(len(PREFIXES), V, generator=g, dtype=torch.float64)
-
-
-def taken(logits):
-    """float64 `[Y, L]` log-probability of every token of every sequence."""
-    return torch.log_softmax(logits, -1)[STATES, ACTIONS]
-
-
-def scores(logits):
-    """`[Y, L, P * V]`: the gradient of every token's log-probability in the logits."""
-    q = torch.softmax(logits, -1)
-    found = torch.zeros(len(SEQUENCES), L, len(PREFIXES), V, dtype=torch.float64)
-    y, t = torch.meshgrid(torch.arange(len(SEQUENCES)), torch.arange(L), indexing="ij")
-    found[y, t, STATES] = torch.nn.functional.one_hot(ACTIONS, V).double() - q[STATES]
-    return found.flatten(2)
-
-
-def updates(theta, teacher):
-    """f: `[Y, P * V]`, the sum over a sequence of `A_t grad log q(a_t)`."""
-    return ((taken(teacher) - taken(theta))[..., None] * scores(theta)).sum(1)
-
-
-def scene(distance):
-    """A student that started from `ref` and moved by `distance`, and the teacher."""
+def gap_at(distance, other=0.5):
+    """A student that started from `ref` and moved by `distance`, the teacher, and another one."""
     ref, teacher = table(0), table(1)
-    theta = ref + distance * table(2)
-    law, law_ref = taken(theta).sum(1).exp(), taken(ref).sum(1).exp()
-    return theta, teacher, law, law_ref
-
-
-def gaps(distance, other=None):
-    """`(on - off, w, f, G, sigma_A, sigma_Delta, chi2)` where the trajectories are scored by `teacher` or `other`."""
-    theta, teacher, law, law_ref = scene(distance)
-    w = law / law_ref
-    f = updates(theta, teacher if other is None else other)
-    advantage = (taken(teacher) - taken(theta)).abs().sum(1)
-    delta = torch.zeros_like(advantage) if other is None else (taken(teacher) - taken(other)).abs().sum(1)
-    on, off = (law[:, None] * updates(theta, teacher)).sum(0), (law_ref[:, None] * f).sum(0)
-    return {
-        "on": on,
-        "off": off,
-        "f": f,
-        "w": w,
-        "law_ref": law_ref,
-        "g": scores(theta).norm(dim=-1).max(),
-        "sigma_a": (law_ref * advantage**2).sum().sqrt(),
-        "sigma_delta": (law_ref * delta**2).sum().sqrt(),
-        "chi2": (law_ref * w**2).sum() - 1,
-    }
+    return Gap(ref + distance * table(2), ref, teacher, teacher + other * table(5))
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.01, 0.1, 1.0])
 def test_offline_gradient_is_the_online_one_less_a_covariance(distance):
     """T3.7: `off = on - Cov_ref[w, f]`, and T3.5: `|on - off| <= G sigma_A sqrt(chi2)`; both vanish at the start."""
-    found = gaps(distance)
-    p = found["law_ref"][:, None]
-    mean_w, mean_f = (p * found["w"][:, None]).sum(), (p * found["f"]).sum(0)
-    covariance = (p * (found["w"][:, None] - mean_w) * (found["f"] - mean_f)).sum(0)
-    torch.testing.assert_close(found["off"], found["on"] - covariance, atol=1e-9, rtol=1e-9)
-    gap = (found["on"] - found["off"]).norm()
-    bound = found["g"] * found["sigma_a"] * found["chi2"].clamp(min=0).sqrt()
-    assert gap <= bound + 1e-6
-    assert (gap < 1e-9) == (distance == 0.0)
-
-
-def test_the_gap_grows_in_proportion_at_first():
-    one, two = ((gaps(d)["on"] - gaps(d)["off"]).norm() for d in (1e-3, 2e-3))
-    assert float(two / one) == pytest.approx(2.0, rel=0.02)
+    gap = gap_at(distance)
+    torch.testing.assert_close(gap.off, gap.on - gap.covariance, atol=1e-9, rtol=1e-9)
+    assert gap.size <= gap.bound + 1e-6
+    assert (gap.size < 1e-9) == (distance == 0.0)
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.3])
 def test_another_teacher_costs_at_most_its_distance(distance):
-    """T3.8: the offline gradient of another teacher is off by at most `G sigma_Delta`, at the start too, and from the
-    online one of the right teacher by at most `G (sigma_A + sigma_Delta) sqrt(chi2)` and that."""
-    other = table(1) + 0.5 * table(5)
-    right, wrong = gaps(distance), gaps(distance, other)
-    bias = (wrong["off"] - right["off"]).norm()
-    assert 1e-3 < bias <= wrong["g"] * wrong["sigma_delta"] + 1e-6
-    online_wrong = ((right["w"] * right["law_ref"])[:, None] * wrong["f"]).sum(0)
-    gap = (online_wrong - wrong["off"]).norm()
-    bound = wrong["g"] * (wrong["sigma_a"] + wrong["sigma_delta"]) * wrong["chi2"].clamp(min=0).sqrt()
-    assert gap <= bound + 1e-6
+    """T3.8: the offline gradient of another teacher is off by at most `G sigma_Delta`, at the start too; where both
+    sides hear it, online and offline differ by at most `G (sigma_A + sigma_Delta) sqrt(chi2)`."""
+    gap = gap_at(distance)
+    assert 1e-3 < gap.wrong <= gap.wrong_bound + 1e-6
+    assert gap.mixed <= gap.mixed_bound + 1e-6
+    assert gap_at(distance, other=0.0).wrong == 0.0
+
+
+def test_the_experiments_gates_hold(tmp_path):
+    found = gradient_gap(tmp_path, {}, distances=[0.01, 1.0], other=0.5)
+    assert max(found[name] for name in ("t35_excess", "t37_error", "t38_excess", "gap_at_start")) <= 1e-6
+    assert found["growth"] == pytest.approx(2.0, rel=0.01)
 
 
 def test_the_operator_makes_that_update():
     """Through the loss operator that training uses, sequence by sequence, from stored log-probabilities."""
-    theta, teacher, _, _ = scene(0.3)
+    theta, teacher = table(0) + 0.3 * table(2), table(1)
     states, n = STATES.flatten(), STATES.numel()
     weights = theta.float().T.contiguous().requires_grad_()
     loss = divergence_loss(

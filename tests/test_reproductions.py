@@ -174,6 +174,27 @@ def test_stages_per_seed_are_taken_by_the_arm_of_the_same_seed():
     assert len(made.jobs()) == 5
 
 
+def test_an_arm_of_fewer_seeds_is_compared_on_those(toy, tmp_path):
+    toy.write_text(
+        TOY.replace('"less": Stage(arm, {"gain": 0}, ["data"])', '"less": Stage(arm, {"gain": 0}, ["data"], seeds=2)')
+        .replace('return {"score": score, **costs', 'return {"score": score, **({"extra": 7} if gain else {}), **costs')
+        .replace('metrics=["score"]', 'metrics=["extra", "score"]')
+    )
+    done = run(toy)
+    assert len(finished(toy)) == 6
+    assert done.results["arms"] == {"more": {"extra": [7, 7, 7], "score": [7, 8, 9]}, "less": {"score": [5, 6]}}
+    # Of the first two seeds alone the difference is 2; of the means it would be 2.5.
+    assert done.results["claims"][0]["difference"] == 2
+    entry = find(str(toy))
+    page = pages(entry.reproduction, done.results)["toy-one.md"]
+    assert "more ran with all 3 seeds, the other arms with the first 2" in page
+    assert "| less |  | 5.5 (5–6) |" in page
+    # A claim about what an arm does not return is still an error.
+    toy.write_text(toy.read_text().replace('"More is the same.", "score"', '"More is the same.", "extra"'))
+    with pytest.raises(RunError, match="less has no figure 'extra'"):
+        run_anew(toy)
+
+
 def test_a_killed_worker_leaves_nothing_that_counts_and_a_rerun_goes_on(toy, tmp_path):
     (tmp_path / "die").touch()
     done = run(toy)
@@ -447,6 +468,11 @@ def test_items_are_resampled_where_all_seeds_share_them():
                 stages={"data": Stage(os.path.join, per_seed=True), "x": Stage(os.path.join, {}, ["data"])}
             ),
             "make it per_seed too",
+        ),
+        (lambda: Stage(os.path.join, seeds=0), "seeds of posixpath:join is 0"),
+        (
+            lambda: toy_with(stages={"data": Stage(os.path.join, per_seed=True, seeds=2)}),
+            "arm a takes 'data', which runs with 2 seeds only; set seeds=2",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_several_responses_take_turns(student):
 def test_a_mixture_keeps_the_order_of_prompts_and_its_share(student, teacher, prompts, by):
     settings = MixtureRollout(first=StudentRollout(max_new_tokens=6), second=TeacherRollout(max_new_tokens=6), by=by)
     source = settings.build(student.context, student, [teacher])
-    alone = source.first(prompts, 2, 6, stream=4), source.second(prompts, 2, 6, stream=4)
+    alone = [part(prompts, 2, 6, stream=4) for part in source.sources]
     mixed = source(prompts, 2, 6, stream=4)
     assert [p.id for p in mixed.prompts] == [p.id for p in alone[0].prompts]
     assert mixed.groups.tolist() == alone[0].groups.tolist()
@@ -123,10 +123,20 @@ def test_a_mixtures_share_is_what_it_says(student, teacher, rows):
     assert float((authors == STUDENT).float().mean()) == pytest.approx(0.25, abs=0.07)
 
 
+def test_a_schedule_of_the_temperature_reaches_the_sources_of_a_mixture(student, teacher, prompts):
+    parts = {"first": StudentRollout(max_new_tokens=6), "second": TeacherRollout(max_new_tokens=6)}
+    source = MixtureRollout(**parts).build(student.context, student, [teacher])
+    before = source(prompts, 1, 6, stream=0)
+    source.context = student.context.with_(temperature=1e-3)
+    assert (
+        source(prompts, 1, 6, stream=0).behaviour_log_probs.exp().min() > 0.99 > before.behaviour_log_probs.exp().min()
+    )
+
+
 def test_the_switch_continues_what_the_first_source_began(student, teacher, prompts):
     first, then = TeacherRollout(max_new_tokens=12), StudentRollout(max_new_tokens=12)
     source = SwitchRollout(first=first, then=then, position=4).build(student.context, student, [teacher])
-    begun = source.first(prompts, 2, 4, stream=1)
+    begun = source.sources[0](prompts, 2, 4, stream=1)
     whole = source(prompts, 2, 12, stream=1)
     start = 0
     for head, n, done in zip(begun.completions(), whole.lengths.tolist(), begun.finished.tolist(), strict=True):
@@ -143,7 +153,7 @@ def test_the_switch_continues_what_the_first_source_began(student, teacher, prom
 
 def test_a_switch_at_zero_is_the_second_source(student, teacher, prompts):
     source = SwitchRollout(then=StudentRollout(max_new_tokens=5), position=0).build(student.context, student, [teacher])
-    assert torch.equal(source(prompts, 1, 5, stream=2).actions, source.then(prompts, 1, 5, stream=2).actions)
+    assert torch.equal(source(prompts, 1, 5, stream=2).actions, source.sources[1](prompts, 1, 5, stream=2).actions)
     with pytest.raises(opd.OpdError, match="stored response"):
         SwitchRollout(then=DataRollout()).build(student.context, student, [teacher])
 

@@ -24,7 +24,6 @@ from opd.trajectories import AUTHORS, Author, Trajectories
 class SamplingSettings(Settings):
     """How completions are drawn."""
 
-    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
     top_p: Annotated[float, OverSteps(gt=0, le=1)] = 1.0
     top_k: Annotated[int, OverSteps(ge=0)] = 0
     batch: int = Field(64, ge=1, description="Rows sampled side by side")

@@ -29,6 +29,7 @@ class Stage:
         per_seed: run once per seed, with the keyword argument `seed`. Arms always do.
         version: raise it when the function's meaning changes: finished jobs are found again by name, version, params
             and inputs, not by source code.
+        seeds: run with so many of the reproduction's seeds, the first ones; None is all of them.
     """
 
     function: Callable[..., Figures]
@@ -36,8 +37,11 @@ class Stage:
     inputs: Sequence[str] = ()
     per_seed: bool = False
     version: int = 1
+    seeds: int | None = None
 
     def __post_init__(self) -> None:
+        if self.seeds is not None and self.seeds < 1:
+            raise RecipeError(f"seeds of {self.address} is {self.seeds}; it is a number of seeds, 1 or more, or None")
         if "<" in self.address:
             raise RecipeError(f"stage function {self.address} is local or a lambda; move it to the top of its module")
         try:
@@ -126,8 +130,10 @@ class Reproduction:
         title, introduction, discussion: Markdown of its page: its heading, what is tested and how, why it came out so.
         stages: by name, each after those that it takes as inputs.
         arms: by name, the controls too; each returns the metrics, and what it cost under the names in `COSTS`.
-        seeds: each arm runs once for each; values of two arms with the same seed form a pair.
-        metrics: figures of the arms to show, the claims' metrics among them.
+        seeds: each arm runs once for each, or for the first few (`Stage.seeds`); values of two arms with the same seed
+            form a pair.
+        metrics: figures of the arms to show, the claims' metrics among them. An arm must return those that a claim
+            compares it on; what it does not return of the others stays empty.
     """
 
     title: str
@@ -148,6 +154,9 @@ class Reproduction:
                 _check(wanted, known, f"{name} takes the input", "an earlier stage")
                 if self.stages[wanted].per_seed and name in self.stages and not stage.per_seed:
                     raise RecipeError(f"stage {name!r} takes {wanted!r}, which is per seed; make it per_seed too")
+                few = self.stages[wanted].seeds if self.stages[wanted].per_seed else None
+                if few is not None and (stage.seeds is None or stage.seeds > few):
+                    raise RecipeError(f"{name} takes {wanted!r}, which runs with {few} seeds only; set seeds={few}")
             if name in self.stages:
                 known.append(name)
         for gate in self.gates:

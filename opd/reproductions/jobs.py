@@ -55,7 +55,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Graph:
-    """The jobs of a reproduction: of each stage one, or one per seed; of each arm one per seed, in order of seeds."""
+    """The jobs of a reproduction: of each stage one, or one per seed; of each arm one per seed, in order of seeds. A
+    stage or arm with fewer seeds has those of the first."""
 
     stages: dict[str, list[Job]]
     arms: dict[str, list[Job]]
@@ -76,17 +77,16 @@ def graph(reproduction: Reproduction) -> Graph:
 
     def of_seed(stage: Stage, name: str, index: int) -> Job:
         seed = reproduction.seeds[index]
-        inputs = {n: stages[n][index] if len(stages[n]) > 1 else stages[n][0] for n in stage.inputs}
+        inputs = {n: stages[n][index if reproduction.stages[n].per_seed else 0] for n in stage.inputs}
         return Job(f"{name} (seed {seed})", stage.address, stage.version, {**stage.params, "seed": seed}, inputs)
+
+    def of_seeds(stage: Stage, name: str) -> list[Job]:
+        return [of_seed(stage, name, i) for i in range(len(reproduction.seeds[: stage.seeds]))]
 
     for name, stage in reproduction.stages.items():
         if stage.per_seed:
-            stages[name] = [of_seed(stage, name, i) for i in range(len(reproduction.seeds))]
+            stages[name] = of_seeds(stage, name)
         else:
             inputs = {n: stages[n][0] for n in stage.inputs}
             stages[name] = [Job(name, stage.address, stage.version, dict(stage.params), inputs)]
-    arms = {
-        name: [of_seed(stage, name, i) for i in range(len(reproduction.seeds))]
-        for name, stage in reproduction.arms.items()
-    }
-    return Graph(stages, arms)
+    return Graph(stages, {name: of_seeds(stage, name) for name, stage in reproduction.arms.items()})

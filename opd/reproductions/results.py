@@ -25,10 +25,18 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
     finished = {arm: [_record(job, entry.cache) for job in jobs] for arm, jobs in graph.arms.items()}
     figures = {arm: [record["figures"] for record in records] for arm, records in finished.items()}
 
-    def values(names: Any) -> dict[str, dict[str, list[float]]]:
-        return {arm: {n: [_number(arm, one, n) for one in seeds] for n in names} for arm, seeds in figures.items()}
+    compared = {(arm, c.metric) for c in reproduction.claims if c.testable for arm in (c.method, c.baseline)}
+    returned = {arm: {name for one in seeds for name in one} for arm, seeds in figures.items()}
+    known = set().union(*returned.values())
 
-    measured = values(reproduction.metrics)
+    def values(names: Any, needed: Any) -> dict[str, dict[str, list[float]]]:
+        return {
+            arm: {n: [_number(arm, one, n) for one in seeds] for n in names if needed(arm, n)}
+            for arm, seeds in figures.items()
+        }
+
+    # A metric that no arm returns is a slip of the pen, which `_number` names.
+    measured = values(reproduction.metrics, lambda arm, n: n in returned[arm] or (arm, n) in compared or n not in known)
     items = {
         metric: {arm: [one.get("items", {}).get(metric, {}) for one in seeds] for arm, seeds in figures.items()}
         for metric in dict.fromkeys(claim.metric for claim in reproduction.claims if claim.testable)
@@ -59,7 +67,7 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
         ],
         "claims": judged(reproduction, measured, items),
         "arms": measured,
-        "cost": values(COSTS),
+        "cost": values(COSTS, lambda arm, n: True),
         "curves": {arm: [_columns(one, reproduction) for one in seeds] for arm, seeds in figures.items()},
         "items": {metric: by_arm for metric, by_arm in items.items() if any(map(any, by_arm.values()))},
     }
@@ -77,7 +85,7 @@ def judged(
     return [
         judge(
             claim,
-            {arm: metrics[claim.metric] for arm, metrics in arms.items()} if claim.testable else {},
+            {arm: metrics[claim.metric] for arm, metrics in arms.items() if claim.metric in metrics},
             items.get(claim.metric),
         )
         for claim in reproduction.claims

@@ -24,7 +24,8 @@ def judge(
 
     Args:
         claim: what to decide.
-        arms: the claim's metric for each arm, one value per seed, seeds in the same order for all.
+        arms: the claim's metric for each arm, one value per seed, seeds in the same order for all. Where an arm has
+            fewer, the difference is of the first seeds, which both have.
         items: the same by test item, where it is known.
     """
     stated = {
@@ -48,8 +49,9 @@ def judge(
             "note": claim.note,
         }
     sign = 1.0 if claim.better == "higher" else -1.0
-    differences = sign * (np.array(arms[claim.method], float) - np.array(arms[claim.baseline], float))
-    by_item = _item_differences(claim, items or {}, sign)
+    both = range(min(len(arms[claim.method]), len(arms[claim.baseline])))
+    differences = np.array([sign * (arms[claim.method][i] - arms[claim.baseline][i]) for i in both], float)
+    by_item = _item_differences(claim, {arm: seeds[: len(both)] for arm, seeds in (items or {}).items()}, sign)
     interval = paired_interval(differences if by_item is None else by_item)
     verdict, note = NOT_TESTABLE, "; ".join(filter(None, [claim.note, "one seed"]))
     if interval is not None:

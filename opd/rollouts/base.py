@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
+from opd.schedules import OverSteps
 from opd.trajectories import Author, Trajectories, join
 
 
@@ -85,10 +86,38 @@ def divided(
     return join(parts, order)
 
 
+class Combination(PrefixSource):
+    """Base of built sources that are made of others, in the order of their settings."""
+
+    exact = False
+
+    def __init__(self, settings: Any, context: Context, sources: Sequence[PrefixSource]):
+        self.settings, self.context, self.sources = settings, context, sources
+        self.authors = frozenset[Author]().union(*(source.authors for source in sources))
+        self.current = all(source.current for source in sources)
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for source in self.sources:
+            source.check_prompts(prompts)
+
+    def teachers(self) -> list[str]:
+        return [name for source in self.sources for name in source.teachers()]
+
+    def pass_on(self) -> None:
+        """Hand the current step's settings and context to the sources."""
+        for source, settings in zip(self.sources, self.settings.parts, strict=True):
+            source.settings, source.context = settings, self.context
+
+
 class Rollout(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "rollout"
+
+    @property
+    def parts(self) -> list[Rollout]:
+        """The rollouts that this one is made of."""
+        return [value for _, value in self if isinstance(value, Rollout)]
 
     @property
     @abstractmethod
@@ -98,3 +127,21 @@ class Rollout(Choice):
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         """Make the rollout of a built student and built teachers."""
+
+
+class OneSource(Rollout):
+    """Base of rollouts that extend prompts themselves."""
+
+    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
+
+    @property
+    def budget(self) -> int:
+        return self.max_new_tokens
+
+
+class SeveralSources(Rollout):
+    """Base of rollouts that are made of others."""
+
+    @property
+    def budget(self) -> int:
+        return max(part.budget for part in self.parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -12,23 +12,17 @@ from opd.context import Context
 from opd.errors import DataError
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout
-from opd.schedules import OverSteps
+from opd.rollouts.base import OneSource, PrefixSource
 from opd.trajectories import Author, Trajectories
 
 
-class DataRollout(Rollout):
+class DataRollout(OneSource):
     """The response in a column of the prompt's row: text, or a list of texts for a group. The end token is appended,
     unless the budget cuts the response before."""
 
     kind: Literal["data"] = "data"
     column: str = Field("response", description="Column with the response, or a list of responses")
-    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
     author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
-
-    @property
-    def budget(self) -> int:
-        return self.max_new_tokens
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredResponses:
         return StoredResponses(self, student.language, context)

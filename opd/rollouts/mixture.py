@@ -12,14 +12,14 @@ from pydantic import Field
 from opd.choice import OneOf
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout, divided
+from opd.rollouts.base import Combination, Rollout, SeveralSources, divided
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 
-class MixtureRollout(Rollout):
+class MixtureRollout(SeveralSources):
     """Each prompt (or the whole batch) goes to `first` with probability `share`, else to `second`; a schedule of
     `share` from 0 to 1 moves from the teacher's states to the student's."""
 
@@ -29,28 +29,12 @@ class MixtureRollout(Rollout):
     share: Annotated[float, OverSteps(ge=0, le=1)] = Field(0.5, description="Probability of the first source")
     by: Literal["prompt", "batch"] = "prompt"
 
-    @property
-    def budget(self) -> int:
-        return max(self.first.budget, self.second.budget)
-
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Mixed:
-        sources = self.first.build(context, student, teachers), self.second.build(context, student, teachers)
-        return Mixed(self, context, *sources)
+        return Mixed(self, context, [part.build(context, student, teachers) for part in self.parts])
 
 
-class Mixed(PrefixSource):
+class Mixed(Combination):
     """The built mixture."""
-
-    exact = False
-
-    def __init__(self, settings: MixtureRollout, context: Context, first: PrefixSource, second: PrefixSource):
-        self.settings, self.context, self.first, self.second = settings, context, first, second
-        self.authors = first.authors | second.authors
-        self.current = first.current and second.current
-
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        self.first.check_prompts(prompts)
-        self.second.check_prompts(prompts)
 
     def __call__(
         self,
@@ -60,11 +44,11 @@ class Mixed(PrefixSource):
         stream: int,
         begun: Sequence[torch.Tensor] | None = None,
     ) -> Trajectories:
-        self.first.settings, self.second.settings = self.settings.first, self.settings.second
+        self.pass_on()
         names = [p.id if self.settings.by == "prompt" else "" for p in prompts]
         draws = [random.Random(f"{self.context.seed}/{stream}/{name}").random() for name in names]
         shares = [
             (source, [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted])
-            for source, wanted in ((self.first, True), (self.second, False))
+            for source, wanted in zip(self.sources, (True, False), strict=True)
         ]
         return divided(shares, prompts, group, budget, stream, begun)

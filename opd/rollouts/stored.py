@@ -12,13 +12,13 @@ from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout
+from opd.rollouts.base import OneSource, PrefixSource
 from opd.schedules import OverSteps
 from opd.store.store import Store
 from opd.trajectories import Trajectories
 
 
-class StoredRollout(Rollout):
+class StoredRollout(OneSource):
     """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns, a prompt comes as often as
     the curriculum draws it: `shuffled` passes over the store in a new order each epoch."""
 
@@ -27,10 +27,6 @@ class StoredRollout(Rollout):
     max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
         4096, description="Longest beginning of a stored trajectory that is learnt from"
     )
-
-    @property
-    def budget(self) -> int:
-        return self.max_new_tokens
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredTrajectories:
         return StoredTrajectories(self, student.language, context)

@@ -7,18 +7,14 @@ from typing import Any, Literal
 
 from opd.context import Context
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.rollouts.base import Rollout
+from opd.rollouts.base import OneSource
 
 
-class StudentRollout(SamplingSettings, Rollout):
+class StudentRollout(SamplingSettings, OneSource):
     """Ancestral sampling at the run's temperature. `top_p` and `top_k` cut the distribution that is drawn from; then
     the states are no longer exactly the student's own, while the loss still compares whole distributions."""
 
     kind: Literal["student"] = "student"
-
-    @property
-    def budget(self) -> int:
-        return self.max_new_tokens
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
         return LanguageRollout(student.language, self, context)

@@ -12,21 +12,17 @@ from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout, divided
+from opd.rollouts.base import OneSource, PrefixSource, divided
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
 
-class TeacherRollout(SamplingSettings, Rollout):
+class TeacherRollout(SamplingSettings, OneSource):
     """A live teacher samples at the run's temperature, under its own view of the prompt; of a routed one each prompt's
     own. Responses that were stored before are `rollout: data`."""
 
     kind: Literal["teacher"] = "teacher"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
-
-    @property
-    def budget(self) -> int:
-        return self.max_new_tokens
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         names = [t.settings.name for t in teachers]

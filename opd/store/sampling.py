@@ -88,5 +88,4 @@ def sample(
 
 def _asks_teacher(rollout: Rollout) -> bool:
     """Whether a teacher writes some of the trajectories."""
-    parts = [value for _, value in rollout if isinstance(value, Rollout)]
-    return isinstance(rollout, TeacherRollout) or any(_asks_teacher(part) for part in parts)
+    return isinstance(rollout, TeacherRollout) or any(_asks_teacher(part) for part in rollout.parts)

@@ -118,9 +118,16 @@ class Shard:
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path} is damaged: {str(error).splitlines()[0][:160]}") from None
         self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
+        self._of_rows: dict[str, torch.Tensor] = {}
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
+
+    def of_rows(self, name: str) -> torch.Tensor:
+        """A tensor with an entry a row, read once."""
+        if name not in self._of_rows:
+            self._of_rows[name] = self.tensor(name)
+        return self._of_rows[name]
 
     def slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Entries `start:stop` of a tensor; nothing else is read."""

@@ -238,15 +238,19 @@ class Store:
         """Read and check one row; raises `DataError` that names it when its checksum does not match."""
         index, place = self.locate(row)
         shard = self.shard(index)
-        lengths = shard.tensor("context_lengths").long()
-        start = int(lengths[:place].sum())
-        context = shard.slice("contexts", start, start + int(lengths[place]))
+        stop = int(shard.of_rows("context_lengths")[: place + 1].sum())
+        context = shard.slice("contexts", stop - int(shard.of_rows("context_lengths")[place]), stop)
         packed = [shard.positions(name, place) for name in ("actions", "behaviour_log_probs", "authors")]
-        finished = shard.slice("finished", place, place + 1)
-        check = int(shard.slice("checks", place, place + 1))
+        finished = shard.of_rows("finished")[place : place + 1]
+        check = int(shard.of_rows("checks")[place])
         if check_of(context, *packed, finished) != check:
             raise damaged(self, row, shard.path, "rollout")
         return Row(context.long(), packed[0].long(), packed[1], packed[2], bool(finished), check)
+
+    def actions(self, row: int) -> torch.Tensor:
+        """int64 `[T]` actions of one row, which are not checked."""
+        index, place = self.locate(row)
+        return self.shard(index).positions("actions", place).long()
 
     def trajectories(
         self, rows: Sequence[int], prompts: Sequence[Prompt], device: torch.device, budget: int | None = None

@@ -208,8 +208,8 @@ class Targets:
             self._open[index] = Shard(path)
         shard = self._open[index]
         values = {name: shard.positions(name, place) for name in FIELDS[self.header.kind]}
-        check = int(shard.slice("checks", place, place + 1))
-        bound = int(self.store.shard(index).slice("checks", place, place + 1))
+        check = int(shard.of_rows("checks")[place])
+        bound = int(self.store.shard(index).of_rows("checks")[place])
         if check_of(*values.values(), before=bound) != check:
             raise damaged(self.store, row, shard.path, "score")
         return values

@@ -58,13 +58,14 @@ class LiveTeacher(ABC):
         """Which member answers a prompt, where there is a choice."""
         return None
 
-    def fingerprint(self) -> str:
-        """Of the weights that do not move, so that a run goes on under the same teacher; empty where there are none."""
-        return ""
-
     def identity(self) -> str | None:
         """Hash of the weights that its answers come from; None for a teacher that is made of the student."""
         return None
+
+    def fingerprint(self) -> str:
+        """Of what does not move, so that a run goes on under the same teacher: its identity; empty where there is
+        none."""
+        return self.identity() or ""
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt of which this teacher has no view."""

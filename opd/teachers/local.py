@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator
 
-from opd.checkpoints.weights import fingerprint
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.language.identity import weights_hash
@@ -54,12 +53,13 @@ class LanguageTeacher(LiveTeacher):
         self.cache: MemorySettings | None = getattr(settings, "cache", None)
         self.remembers = self.cache is not None
         self._memories: dict[torch.dtype, Memory] = {}
+        self._identity: str | None = None
 
     def identity(self) -> str | None:
-        return weights_hash(self.language.model)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.language.named_parameters())
+        # It is frozen: one look at all of its weights is enough.
+        if self._identity is None:
+            self._identity = weights_hash(self.language.model)
+        return self._identity
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts if self.settings.sees is not None else ():

@@ -114,7 +114,5 @@ class StoredAnswers(LiveTeacher):
         if trajectories.stored is None or bool((trajectories.stored < 0).any()):
             raise IncompatibleError(f"{advice}that path")
         for row, actions in zip(trajectories.stored.tolist(), trajectories.completions(), strict=True):
-            if row >= self.store.header.rows or not torch.equal(
-                self.store.row(row).actions[: len(actions)], actions.cpu()
-            ):
+            if row >= self.store.header.rows or not torch.equal(self.store.actions(row)[: len(actions)], actions.cpu()):
                 raise IncompatibleError(f"{advice}that path; row {row} has other tokens there")

@@ -1,0 +1,536 @@
+"""Lightning OPD (arXiv 2604.13010): score the fine-tuned student's responses once, then train without the teacher."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.distributions import Sampled
+from opd.recipe import Recipe, parse_recipe
+from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
+from opd.reproductions.definition import COSTS, Figures, merged
+from opd.reproductions.training import filled
+from opd.store import Store, Targets
+from opd.store.sampling import sample
+from opd.store.scoring import score
+from reproductions.enumeration import gradient_gap
+from reproductions.on_policy import at_rate, best_rate, supervised
+from reproductions.running_sum import figures_of, new_model, prompts, recipe, tested
+
+TERMS, BUDGET = (5, 8), 96
+STEPS, BATCH, RATES = 200, 32, (3e-4, 1e-3)
+SIZE, HELD_OUT = 3200, 128
+"""Prompts that are trained on: two passes, as in the paper; and prompts that are only measured."""
+SFT_PROMPTS, SFT_STEPS = 6400, 300
+TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "samples": 0, "k": 4, "greedy": True}
+FEW_SEEDS = 3
+MARGIN = 0.02
+SHARES = {"A": 0.1, "A2": 0.1, "30": 0.3, "50": 0.5, "70": 0.7, "B": 0.9}
+"""Share of the swapped writing of a step in each teacher's dialect, `b+a=c` in place of `a+b=c`."""
+
+
+def dialect(share: float) -> dict[str, Any]:
+    return {"task": {"formats": {"sum": 0.9 * (1 - share), "swapped": 0.9 * share, "result": 0.1}}}
+
+
+def teacher(name: str) -> str:
+    return f"teacher {name}"
+
+
+def student(name: str) -> str:
+    return f"student: {name}"
+
+
+# -- the recipes -------------------------------------------------------------------------------------------------------
+
+
+def of_dialect(name: str) -> dict[str, Any]:
+    """A teacher: the common one, fine-tuned on solutions in one dialect."""
+    rate = {"learning_rate": {"start": 1e-3, "end": 1e-4}}
+    return merged(supervised("{teacher}/run/student", 250), {"prompts": dialect(SHARES[name]), "update": rate})
+
+
+def writing(teacher_name: str) -> dict[str, Any]:
+    """What `opd rollout` needs to have a teacher write the fine-tuning data."""
+    rollout = {"kind": "teacher"}
+    block = recipe("{base}/run/student", TERMS, BUDGET, 1, 1e-3, f"{{{teacher(teacher_name)}}}/run/student")
+    return merged(block, {"rollout": rollout, "prompts": {"size": SFT_PROMPTS}, "objective": ["sft"]})
+
+
+def fine_tuning(of: str, data: str, steps: int, rate: float, batch: int) -> dict[str, Any]:
+    """Supervised fine-tuning on what a teacher wrote; its saved student says which teacher that was."""
+    own = {"rollout": stored(data), "prompts": {"size": SFT_PROMPTS}, "objective": ["sft"]}
+    block = recipe(of, TERMS, BUDGET, steps, rate, batch={"prompts": batch, "micro": batch})
+    return merged(block, {**own, "evaluation": {"every": 50}})
+
+
+def stored(stage: str) -> dict[str, Any]:
+    return {"kind": "stored", "path": f"{{{stage}}}/store"}
+
+
+def live(sft: str, asked: str) -> dict[str, Any]:
+    """The online arm: the student writes now and the teacher is asked now."""
+    block = recipe(f"{{SFT {sft}}}/run/student", TERMS, BUDGET, STEPS, 0.0, f"{{{teacher(asked)}}}/run/student")
+    own = {
+        "prompts": prompts(TERMS, SIZE + HELD_OUT, "train", seed=1),
+        "objective": [{"kind": "lightning"}],
+        "reduction": "sequence_mean",
+        "batch": {"prompts": BATCH, "micro": BATCH},
+        "evaluation": {"prompts": [], "held_out": HELD_OUT, "every": 50},
+    }
+    return merged(block, own)
+
+
+def offline(sft: str, targets: str, store: str = "", **changes: Any) -> dict[str, Any]:
+    """The same objective on a store: no teacher is loaded."""
+    place = stored(store or f"store {sft}")
+    answers = {**place, "targets": targets, "consistency": "required" if sft == targets else "ignored"}
+    return merged(live(sft, sft), {"rollout": place, "teacher": [answers], **changes})
+
+
+def matched(**changes: Any) -> dict[str, Any]:
+    return offline("A", "A", **changes)
+
+
+def passes(number: int) -> dict[str, Any]:
+    return matched(prompts={"size": STEPS * BATCH // number + HELD_OUT})
+
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def compared(folder: Path, inputs: Mapping[str, Path], *, test: Mapping[str, Any], seed: int) -> Figures:
+    """Accuracy of every teacher, and how far those of the two dialects and the sibling lie apart."""
+    found = {}
+    for name, place in inputs.items():
+        (folder / name).mkdir()
+        figures = tested(folder / name, {"of": place}, student="{of}/run/student", test=test, seed=seed)
+        found[name] = figures["test_accuracy"]
+    main = [found[teacher(name)] for name in ("A", "A2", "B")]
+    return {**found, "spread": max(main) - min(main), "lowest": min(found.values())}
+
+
+def written(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    scored_by: Mapping[str, Mapping[str, Any]] | None = None,
+    draws: int = 1,
+    seed: int,
+) -> Figures:
+    """`opd rollout`, then `opd score` for each of `scored_by` (name of the targets to `teacher`, `kind` and options),
+    in `folder/store`; the CPU seconds of each, loading included, and each teacher's distance to the first."""
+    settings = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
+    start = time.process_time()
+    store = sample(parse_recipe(settings, "recipe of this store"), folder / "store", draws=draws, quiet=True)
+    figures = {"cpu_seconds": time.process_time() - start}
+    tokens = sum(int(store.shard(shard).lengths.sum()) for shard in range(store.header.shards))
+    figures |= {"sampled_tokens": float(tokens)}
+    for name, options in (scored_by or {}).items():
+        own = dict(options)
+        place = str(inputs[teacher(own.pop("teacher"))] / "run" / "student")
+        start = time.process_time()
+        score(with_teacher(settings, place), store.path, name=name, quiet=True, **own)
+        figures[f"score_cpu_seconds {name}"] = time.process_time() - start
+    sampled = [name for name, options in (scored_by or {}).items() if options.get("kind", "sampled") == "sampled"]
+    return figures | {f"distance {name}": distance(store, sampled[0], name) for name in sampled}
+
+
+def with_teacher(settings: Mapping[str, Any], model: str) -> Recipe:
+    return parse_recipe({**settings, "teacher": [{"model": model, "template": "plain"}]}, "recipe of these targets")
+
+
+def distance(store: Store, one: str, other: str) -> float:
+    """sigma_Delta: root of the mean over trajectories of the squared sum of `|log p(a_t) - log p'(a_t)|`."""
+    rows = range(store.header.rows)
+    lengths = [len(store.row(row).actions) for row in rows]
+    answers = [Targets.open(store, name).answer(rows, lengths) for name in (one, other)]
+    log_p, log_other = (answer.log_probs for answer in answers if isinstance(answer, Sampled))
+    sums = [part.abs().sum() for part in torch.split(log_p - log_other, lengths)]
+    return float(torch.stack(sums).square().mean().sqrt())
+
+
+def distilled(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], store: str | None = None, seed: int
+) -> Figures:
+    """Train a student at the chosen rate. On a store, the cost holds what its rollouts and these targets took, and the
+    curve begins there; `drift_in_sample` and others are means over the last quarter of the steps."""
+    block = at_rate(recipe, figures_of(inputs["rate"])["rate"])
+    figures = train(folder, {name: place for name, place in inputs.items() if name != "rate"}, recipe=block, seed=seed)
+    if store is not None:
+        made, targets = figures_of(inputs[store]), recipe["teacher"][0]["targets"]
+        tokens = made["sampled_tokens"]
+        spent = {
+            "cpu_seconds": made["cpu_seconds"] + made[f"score_cpu_seconds {targets}"],
+            "sampled_tokens": tokens,
+            "teacher_tokens": tokens,
+        }
+        for record in (figures, *figures["curve"]):
+            record |= {name: record[name] + spent[name] for name in COSTS}
+        figures |= {"sigma_delta": made.get(f"distance {targets}", 0.0), **late(folder / "run")}
+    return figures
+
+
+LATE = {
+    "drift": "drift_in_sample",
+    "drift_std": "drift_std_in_sample",
+    "advantage_size": "advantage_size",
+    "clamped": "clamped",
+}
+
+
+def late(run: Path) -> dict[str, float]:
+    """Means over the last quarter of a run's steps."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if "train/loss" in record]
+    steps = steps[-max(1, len(steps) // 4) :]
+    found = {}
+    for name, called in LATE.items():
+        values = [record[f"train/{name}"] for record in steps if f"train/{name}" in record]
+        found |= {called: sum(values) / len(values)} if values else {}
+    return found
+
+
+def measured(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    of: str,
+    sft: Sequence[str],
+    test: Mapping[str, Any],
+    against: str | None = None,
+    seed: int,
+) -> Figures:
+    """A student of this seed on the test prompts; costs and curve are its training's. `sft` are the stages that made
+    the student that it began from, whose cost stands beside each ratio; `lost` is what it is behind `against`."""
+    trained = figures_of(inputs[of])
+    before = sum(figures_of(inputs[stage])["cpu_seconds"] for stage in sft)
+    found = tested(folder, {"of": inputs[of]}, student="{of}/run/student", test=test, seed=seed)
+    kept = ("drift", "drift_std", "sigma_delta", *LATE.values())
+    figures = {
+        **{name: trained[name] for name in kept if name in trained},
+        **{name: trained[name] for name in COSTS},
+        **found,
+        "curve": trained["curve"],
+        "sft_cpu_seconds": before,
+    }
+    if student("live") in inputs:
+        own, online = trained["cpu_seconds"], figures_of(inputs[student("live")])["cpu_seconds"]
+        figures |= {"speed_up": online / own, "speed_up_with_sft": (online + before) / (own + before)}
+    if of in sft:
+        # It is the student that the others moved from.
+        figures |= {"drift": 1.0, "drift_std": 0.0, "drift_in_sample": 1.0, **dict.fromkeys(COSTS, 0.0)}
+    if against is not None:
+        (folder / "against").mkdir()
+        place = {"of": inputs[against]}
+        other = tested(folder / "against", place, student="{of}/run/student", test=test, seed=seed)
+        figures["lost"] = other["test_accuracy"] - found["test_accuracy"]
+    return figures
+
+
+# -- the arms ----------------------------------------------------------------------------------------------------------
+
+LIVE, LIGHTNING = "live", "Lightning"
+MAIN: dict[str, dict[str, Any]] = {
+    "more SFT": fine_tuning("{SFT A}/run/student", "written by A", 2 * STEPS, 0.0, BATCH),
+    LIVE: live("A", "A"),
+    LIGHTNING: matched(),
+}
+MISMATCHED = {
+    f"{way}, SFT {sft}, OPD {asked}": make(sft, asked)
+    for way, make in ((LIVE, live), (LIGHTNING, offline))
+    for sft, asked in (("A", "B"), ("B", "A"), ("B", "B"))
+}
+TWO_DRAWS = "store A, two draws"
+ABLATIONS = {
+    **MISMATCHED,
+    "Lightning, sibling of A": offline("A", "A2"),
+    **{f"Lightning, {share} % of B": offline("A", share) for share in ("30", "50", "70")},
+    "Lightning, a third of the steps": matched(steps=STEPS // 3),
+    "Lightning, 1 pass": matched(store=TWO_DRAWS),
+    "Lightning, 8 passes": passes(8),
+    "Lightning, 32 passes": passes(32),
+    "Lightning, no clamp": matched(objective=[{"kind": "lightning", "clamp": None}]),
+    "Lightning, clamp at 1": matched(objective=[{"kind": "lightning", "clamp": 1.0}]),
+    "Lightning, whole vocabulary": offline(
+        "A", "exact", objective=["reverse_kl"], teacher=[{**stored("store A"), "targets": "exact"}]
+    ),
+}
+
+
+def stages_of(block: Mapping[str, Any]) -> list[str]:
+    """The stages that a recipe's texts name."""
+    text = json.dumps(block)
+    return [name for name in SHARED if f"{{{name}}}" in text]
+
+
+def store_of(block: Mapping[str, Any]) -> str | None:
+    """The store that a recipe takes targets from."""
+    on_store = bool(block["teacher"]) and block["teacher"][0].get("kind") == "stored"
+    return next(name for name in stages_of(block) if name.startswith("store")) if on_store else None
+
+
+def store(sft: str, targets: Sequence[str], exact: bool = False, draws: int = 1, seeds: int | None = None) -> Stage:
+    """The rollouts of a fine-tuned student with the answers of several teachers."""
+    scored_by: dict[str, Any] = {name: {"teacher": name} for name in targets}
+    if exact:
+        scored_by["exact"] = {"teacher": sft, "kind": "exact"}
+    params = {"recipe": live(sft, sft), "scored_by": scored_by, "draws": draws}
+    return Stage(written, params, [f"SFT {sft}", *map(teacher, targets)], per_seed=True, seeds=seeds)
+
+
+def trained_stage(block: Mapping[str, Any], seeds: int | None = None) -> Stage:
+    params = {"recipe": block, "store": store_of(block)}
+    return Stage(distilled, params, ["rate", *stages_of(block)], per_seed=True, seeds=seeds)
+
+
+def arm(name: str, sft: str, seeds: int | None = None) -> Stage:
+    made = [f"written by {sft}", f"SFT {sft}"]
+    of = student(name) if name in MAIN or name in ABLATIONS else made[1]
+    against = student(name.partition(",")[0]) if name in MISMATCHED and sft == "A" else None
+    inputs = [*made, *([student(LIVE)] if sft == "A" and of != made[1] else []), of, *([against] if against else [])]
+    params: dict[str, Any] = {"of": of, "sft": made, "test": TEST}
+    params |= {"against": against} if against else {}
+    return Stage(measured, params, list(dict.fromkeys(inputs)), seeds=seeds)
+
+
+def sft_of(name: str) -> str:
+    return "B" if "SFT B" in name else "A"
+
+
+TEACHERS = [teacher(name) for name in SHARES]
+SHARED: dict[str, Stage] = {
+    "theory": Stage(gradient_gap, {"distances": [0.01, 0.1, 0.3, 1.0], "other": 0.5}),
+    "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
+    "base": Stage(train, {"recipe": supervised("{new}/model", 1200), "seed": 0}, ["new"]),
+    "teacher": Stage(train, {"recipe": supervised("{base}/run/student", 2000), "seed": 1}, ["base"]),
+    **{
+        teacher(name): Stage(train, {"recipe": of_dialect(name), "seed": 2 + i}, ["teacher"])
+        for i, name in enumerate(SHARES)
+    },
+    "teachers": Stage(compared, {"test": {**TEST, "k": 2, "greedy": False}, "seed": 0}, TEACHERS),
+    **{
+        f"written by {name}": Stage(written, {"recipe": writing(name), "seed": 0}, ["base", teacher(name)])
+        for name in ("A", "B")
+    },
+    **{
+        f"SFT {name}": Stage(
+            train,
+            {"recipe": fine_tuning("{base}/run/student", f"written by {name}", SFT_STEPS, 3e-3, 64)},
+            ["base", f"written by {name}"],
+            per_seed=True,
+            seeds=seeds,
+        )
+        for name, seeds in (("A", None), ("B", FEW_SEEDS))
+    },
+    "SFT for the rate": Stage(
+        train,
+        {"recipe": fine_tuning("{base}/run/student", "written by A", SFT_STEPS, 3e-3, 64), "seed": 100},
+        ["base", "written by A"],
+    ),
+    "rate": Stage(
+        best_rate,
+        {
+            "recipe": merged(live("A", "A"), {"student": {"model": "{SFT for the rate}/run/student"}}),
+            "rates": list(RATES),
+            "seed": 100,
+        },
+        ["SFT for the rate", teacher("A")],
+    ),
+    "store A": store("A", list(SHARES), exact=True),
+    "store B": store("B", ["B", "A"], seeds=FEW_SEEDS),
+    TWO_DRAWS: store("A", ["A"], draws=2, seeds=FEW_SEEDS),
+}
+TRAINED = {
+    **{student(name): trained_stage(block) for name, block in MAIN.items()},
+    **{student(name): trained_stage(block, FEW_SEEDS) for name, block in ABLATIONS.items()},
+}
+
+
+def equal(id: str, statement: str, method: str, baseline: str = LIGHTNING, margin: float = MARGIN) -> Claim:
+    return Claim(id, statement, "test_accuracy", "higher", method, baseline, test="equivalent", margin=margin)
+
+
+def more(id: str, statement: str, method: str, baseline: str, metric: str = "test_accuracy") -> Claim:
+    return Claim(id, statement, metric, "higher", method, baseline)
+
+
+CONSISTENCY = [
+    more(
+        f"consistency-{way}-{side}-{row}".lower(),
+        f"{way}: {statement}",
+        way if row == "A" else f"{way}, SFT B, OPD B",
+        f"{way}, SFT {other[0]}, OPD {other[1]}",
+    )
+    for way in (LIVE, LIGHTNING)
+    for row, side, statement, other in (
+        ("A", "row", "a student of teacher A learns more from A than from B.", "AB"),
+        ("B", "row", "a student of teacher B learns more from B than from A.", "BA"),
+        ("A", "column", "teacher A teaches its own student better than B's.", "BA"),
+        ("B", "column", "teacher B teaches its own student better than A's.", "AB"),
+    )
+]
+
+FEW = {"prompts": {"size": 8}, "max_new_tokens": 16, "k": 2}
+SMALL_PROMPTS = {"size": 24}
+SMALL = {"steps": 2, "prompts": SMALL_PROMPTS, "rollout": {"max_new_tokens": 16}, "batch": {"prompts": 4}}
+SMALL_SFT = {**SMALL, "evaluation": {"prompts": {"size": 8}, "every": 0, "max_new_tokens": 16}}
+SMALL_OPD = {**SMALL, "evaluation": {"held_out": 8, "every": 0, "max_new_tokens": 16}}
+
+reproduction = Reproduction(
+    title="Lightning OPD",
+    introduction=f"""
+The student was fine-tuned on what a teacher wrote. Does it matter, then, whether the teacher is asked during training
+(live), or once about trajectories that the student wrote before (Lightning)? Same objective, learning rate, steps and
+number of trajectories.
+
+**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. **Teachers** speak dialects
+of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability 0.1 (A), 0.9 (B), or between; all are one
+teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect under another seed. **Students** begin from
+the base of the [on-policy experiment](on-policy.md), with {SFT_STEPS} batches of 64 of what A (or B) wrote for
+{SFT_PROMPTS} problems. All models are Llamas of 2 layers and width 64. **Training** takes {STEPS} steps of {BATCH}
+trajectories of {SIZE} other problems, two passes; `sequence_mean`, clamp 10, temperature 1. The learning rate is the
+better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live* arm under a seed of its own.
+**Figures** are from 500 test problems, four samples each. The main row has five seeds, everything else three.
+
+**Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included;
+`speed up` is the live arm's cost over an arm's own, and `speed up with sft` the same after the cost of fine-tuning
+(`sft cpu seconds`: the teacher's writing and the training) was added to both. An arm with fewer prompts still pays for
+the whole store. **Drift** is the ratio of the student's probability of a stored token to what it was when it was
+written: on held-out problems, and in sample over the last quarter of training. **sigma delta** is the distance of the
+scoring teacher to the one of fine-tuning.
+
+**Theory.** By enumeration of all sequences of four tokens from four ids: the gap between both gradients is the
+covariance of theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step.
+Those are gates: no arm runs where they do not hold.
+""",
+    discussion="""
+## Where it differs from the paper
+
+The learning rate falls along a cosine, where the paper's is constant. Teacher and student are of one size, so that the
+live arm's teacher is cheap and the saving smaller than with a large one; what a large one saves is
+[measured by itself](../store.md#what-it-saves).
+""",
+    stages={**SHARED, **TRAINED},
+    gates=[
+        Gate("theory", "t35_excess", at_most=1e-6),
+        Gate("theory", "t37_error", at_most=1e-6),
+        Gate("theory", "t38_excess", at_most=1e-6),
+        Gate("theory", "gap_at_start", at_most=1e-6),
+        Gate("theory", "growth", at_least=1.98),
+        Gate("theory", "growth", at_most=2.02),
+        Gate("teachers", "lowest", at_least=0.85),
+        Gate("teachers", "spread", at_most=0.03),
+        Gate("SFT A", "accuracy", at_least=0.35),
+        Gate("SFT A", "accuracy", at_most=0.75),
+    ],
+    arms={
+        "SFT": arm("SFT", "A"),
+        **{name: arm(name, "A") for name in MAIN},
+        "SFT B": arm("SFT B", "B", FEW_SEEDS),
+        **{name: arm(name, sft_of(name), FEW_SEEDS) for name in ABLATIONS},
+    },
+    seeds=(0, 1, 2, 3, 4),
+    metrics=[
+        "test_accuracy",
+        "test_greedy_accuracy",
+        "sft_cpu_seconds",
+        "speed_up",
+        "speed_up_with_sft",
+        "drift",
+        "drift_std",
+        "drift_in_sample",
+        "drift_std_in_sample",
+        "advantage_size",
+        "clamped",
+        "sigma_delta",
+        "lost",
+    ],
+    claims=[
+        equal("main", "Lightning is as accurate as live distillation, within 2 points.", LIGHTNING, LIVE),
+        equal("near", "... within 5 points, which five seeds can tell more easily.", LIGHTNING, LIVE, 0.05),
+        more("gain", "Lightning gets more right than the fine-tuned student that it began from.", LIGHTNING, "SFT"),
+        more("live-gain", "So does live distillation.", LIVE, "SFT"),
+        more("more-sft", "Lightning beats fine-tuning the student further instead.", LIGHTNING, "more SFT"),
+        more("cost", "Rollouts, scoring and training together cost less than live.", LIGHTNING, LIVE, "speed_up"),
+        more(
+            "cost-with-sft",
+            "... also when both sides' cost holds that of the fine-tuning.",
+            LIGHTNING,
+            LIVE,
+            "speed_up_with_sft",
+        ),
+        *CONSISTENCY,
+        more(
+            "consistency-worse-offline",
+            "Another teacher costs more accuracy offline than live.",
+            "Lightning, SFT A, OPD B",
+            "live, SFT A, OPD B",
+            "lost",
+        ),
+        equal(
+            "law",
+            "The same law is enough: the sibling of A serves as well, within 2 points.",
+            "Lightning, sibling of A",
+        ),
+        more(
+            "dose-low", "The nearer the teacher the better: A before half of B ...", LIGHTNING, "Lightning, 50 % of B"
+        ),
+        more("dose-high", "... and half of B before B.", "Lightning, 50 % of B", "Lightning, SFT A, OPD B"),
+        Claim(
+            "drift",
+            "On held-out problems the mean ratio of probabilities stays at 1 (within 0.05).",
+            "drift",
+            "higher",
+            LIGHTNING,
+            "SFT",
+            test="equivalent",
+            margin=0.05,
+        ),
+        Claim(
+            "drift-in-sample",
+            "On the trajectories that are trained on it falls below 1.",
+            "drift_in_sample",
+            "lower",
+            LIGHTNING,
+            "SFT",
+        ),
+        equal("steps", "A third of the steps is enough, within 2 points.", "Lightning, a third of the steps"),
+        equal("passes-1", "Two passes over one set are as good as one over two, within 2 points.", "Lightning, 1 pass"),
+        equal("passes-8", "So are eight.", "Lightning, 8 passes"),
+        more("passes-32", "After thirty-two it is behind.", LIGHTNING, "Lightning, 32 passes"),
+        equal("clamp", "Without the clamp it is the same, within 2 points.", "Lightning, no clamp"),
+        more("vocabulary", "The whole vocabulary teaches more.", "Lightning, whole vocabulary", LIGHTNING),
+        Claim(
+            "sft-budget",
+            "The order of Lightning, live and fine-tuned holds at every budget of fine-tuning.",
+            testable=False,
+            note="One budget of fine-tuning is run here.",
+        ),
+        Claim(
+            "scale",
+            "It is 3.6 to 4 times cheaper and a point better at four and eight billion parameters.",
+            testable=False,
+            note="That needs the paper's models and prompts: `recipes/lightning_qwen3_4b.yaml`.",
+        ),
+    ],
+    smoke=Smoke(
+        stages={
+            **{key: {"recipe": SMALL_SFT} for key in ("base", "teacher", *TEACHERS)},
+            "teachers": {"test": FEW},
+            **{key: {"recipe": SMALL_SFT} for key in ("written by A", "written by B")},
+            **{key: {"recipe": SMALL_SFT} for key in ("SFT A", "SFT B", "SFT for the rate")},
+            "rate": {"recipe": SMALL_OPD, "rates": [1e-3]},
+            **{key: {"recipe": SMALL_OPD} for key in ("store A", "store B", TWO_DRAWS)},
+            **{key: {"recipe": SMALL_OPD} for key in TRAINED},
+            student("more SFT"): {"recipe": SMALL_SFT},
+        },
+        arms={"test": FEW},
+    ),
+)
