@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from opd.drawings.palette import COLOURS, nearest_colour
+from opd.drawings.palette import COLOURS, nearest_colour, palette
 from opd.drawings.shapes import Shape, classify
 
 SMALLEST = 0.01
@@ -23,10 +23,12 @@ class Cartoon:
     """A picture in colours of the palette.
 
     Attributes:
-        labels: int `[H, W]`, 0 behind objects, otherwise the object's colour (`opd.drawings.palette`).
+        places: int `[H, W]`, places in the palette (`opd.drawings.palette.palette`).
+        labels: int `[H, W]`, 0 behind objects, otherwise the object's colour.
         colours: float32 `[H, W, 3]`.
     """
 
+    places: np.ndarray
     labels: np.ndarray
     colours: np.ndarray
 
@@ -49,7 +51,8 @@ class Found:
 
 def cartoon(picture: np.ndarray) -> Cartoon:
     """Of float32 `[H, W, 3]` in 0..1; specks take the colour of the nearest pixel that is in none."""
-    labels, colours = nearest_colour(picture)
+    places, colours = nearest_colour(picture)
+    labels = palette()[2][places]
     speck = np.zeros_like(labels, dtype=bool)
     for label in np.unique(labels):
         components, _ = ndimage.label(labels == label, structure=_EIGHT)
@@ -58,8 +61,8 @@ def cartoon(picture: np.ndarray) -> Cartoon:
         speck |= small[components]
     if speck.any() and not speck.all():
         y, x = ndimage.distance_transform_edt(speck, return_distances=False, return_indices=True)
-        labels, colours = labels[y, x], colours[y, x]
-    return Cartoon(labels, colours)
+        places, labels, colours = places[y, x], labels[y, x], colours[y, x]
+    return Cartoon(places, labels, colours)
 
 
 def objects(seen: Cartoon) -> list[Found]:

@@ -49,8 +49,8 @@ def palette() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def nearest_colour(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The label `[H, W]` and the colour, float32 `[H, W, 3]`, of the palette that is nearest to each pixel."""
-    start, change, classes = palette()
+    """The palette's nearest to each pixel of float32 `[H, W, 3]`: its place `[H, W]` and its colour `[H, W, 3]`."""
+    start, change, _ = palette()
     flat = picture.reshape(-1, 3)
     along = flat @ change.T - (start * change).sum(1)
     length = (change**2).sum(1)
@@ -59,4 +59,4 @@ def nearest_colour(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     away = (start**2).sum(1) - 2 * flat @ start.T - 2 * t * along + t**2 * length
     best = away.argmin(1)
     colour = start[best] + t[np.arange(len(flat)), best, None] * change[best]
-    return classes[best].reshape(picture.shape[:2]), colour.reshape(picture.shape)
+    return best.reshape(picture.shape[:2]), colour.reshape(picture.shape)
