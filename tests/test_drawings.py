@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+import re
+import shlex
+import sys
 import time
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import ndimage
 
 from opd.choice import choices_of
+from opd.cli import main
 from opd.drawings import SPLITS, Drawing, checked
 from opd.drawings.cartoon import cartoon, objects
 from opd.drawings.count import NUMBERS, Count
@@ -390,6 +396,47 @@ def test_unknown_rewards_are_named():
     for reward, message in (({"qualty": 1}, "did you mean 'quality'"), ({"task": 0}, "greater than 0"), ({}, "reward")):
         with pytest.raises(RecipeError, match=message):
             parse_recipe(data | {"verifier": {"kind": "drawing", "reward": reward}})
+
+
+# ---- the command and the page ----
+
+PAGE = Path(__file__).parent.parent / "docs" / "images.md"
+
+
+def run_cli(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+@each_task
+def test_the_page_shows_what_its_commands_draw(kind, tmp_path, monkeypatch, capsys):
+    command, shown = re.search(
+        rf"\$ (opd drawings {kind} .*)\n((?:.+\n)*?)```", PAGE.read_text(encoding="utf-8")
+    ).groups()
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(monkeypatch, capsys, shlex.split(command)) == (0, shown, "")
+    drawn, there = (np.asarray(Image.open(folder / f"{kind}.png")) for folder in (tmp_path, PAGE.parent / "images"))
+    assert np.array_equal(drawn, there)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["counts", "x.png"], "did you mean 'count'"),
+        (["count", "x.png", "pixels=7"], "greater than or equal to 16"),
+        (["glyph", "x.png", "--split", "unseen"], "no drawings in the split 'unseen'"),
+        (["count", "folder"], "cannot write the pictures to folder (Is a directory)"),
+    ],
+)
+def test_the_command_tells_mistakes_in_a_line_or_two(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    code, out, err = run_cli(monkeypatch, capsys, ["opd", "drawings", *words])
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.strip().splitlines()) <= 2
 
 
 def test_greys_and_colours_are_far_apart():
