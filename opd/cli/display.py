@@ -74,6 +74,22 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> None:
         print(json.dumps(row, ensure_ascii=False))
 
 
+def show_drawings(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, scale: int) -> None:
+    """Write the rows' pictures to `out` and print their prompts, a line for each line of pictures."""
+    import numpy as np
+
+    from opd.errors import DataError
+    from opd.report.pictures import png, sheet
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(png(sheet(np.stack([row["image"] for row in rows]), columns, scale)))
+    except OSError as error:
+        raise DataError(f"cannot write the pictures to {out} ({error.strerror}); choose another file") from None
+    for start in range(0, len(rows), columns):
+        print(" | ".join(row["prompt"] for row in rows[start : start + columns]))
+
+
 def show_recipes(found: Mapping[str, Path]) -> None:
     table = Table("recipe", "student", "teacher", "what it does")
     for name, path in found.items():

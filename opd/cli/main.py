@@ -257,6 +257,30 @@ def procedural(
 
 
 @app.command()
+def drawings(
+    task: Annotated[str, typer.Argument(help="count, glyph, scene, ...")],
+    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value of the task's settings, e.g. pixels=16.", show_default=False)
+    ] = None,
+    size: Annotated[int, typer.Option(help="Pictures to draw.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    split: Annotated[str, typer.Option(help="train, validation, test or unseen.")] = "train",
+    columns: Annotated[int, typer.Option(min=1, help="Pictures side by side.")] = 8,
+    scale: Annotated[int, typer.Option(min=1, help="Pixels of the file for each of a picture.")] = 3,
+) -> None:
+    """Write pictures of a drawing task as one PNG, and print their prompts in the same order."""
+    from opd.cli.display import show_drawings
+    from opd.recipe import apply_override, parse_recipe
+
+    block = {"kind": "drawings", "task": {"kind": task}, "size": size, "seed": seed, "split": split}
+    for override in overrides or []:
+        apply_override(block, f"task.{override}")
+    recipe = parse_recipe({"student": {"model": "-"}, "teacher": {"model": "-"}, "prompts": block}, "opd drawings")
+    show_drawings([prompt.fields for source in recipe.prompts for prompt in source.load()], out, columns, scale)
+
+
+@app.command()
 def create_model(
     folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help="task:NAME[,NAME...], or a model whose tokenizer to take.")],

@@ -141,5 +141,6 @@ for _layer in (
         "green",
     ),
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
+    Layer("image", "picture", "row", "picture"),
 ):
     register(_layer)

@@ -22,7 +22,7 @@ from opd.report.run_directory import check_run, lines, read_json, read_yaml
 LARGEST = 9_500_000
 """Bytes of a page; rollouts are left out, evenly and with a note, where they would not fit."""
 
-SCRIPTS = ("page.js", "curves.js", "scales.js", "rows.js", "rollouts.js", "live.js")
+SCRIPTS = ("page.js", "curves.js", "scales.js", "rows.js", "rollouts.js", "pictures.js", "live.js")
 
 COMPRESSED = 0.25
 """A first, low guess of a row's bytes in the page by its bytes in the file; what is made is measured."""

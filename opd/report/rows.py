@@ -28,6 +28,8 @@ from opd.report.run_directory import lines
 
 CHUNK_ROWS = 64
 CHUNK_TOKENS = 4096
+IMAGE_LETTERS = 64
+"""Letters of a picture's address that weigh as much as a token in a chunk's size."""
 MISSING = -(2**31)
 PLAIN = ("step", "id", "prompt", "completion", "finished", "reward", "tokens", "values")
 """Keys of a row that the page shows by itself; every other key is for layers."""
@@ -76,7 +78,16 @@ def scan(path: Path) -> RowFile:
 
 
 def is_row(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("step"), int) and isinstance(record.get("tokens"), list)
+    shown = isinstance(record.get("tokens"), list) or isinstance(record.get("image"), str)
+    return isinstance(record.get("step"), int) and shown
+
+
+def with_tokens(record: dict[str, Any]) -> dict[str, Any]:
+    """The row of a picture with its sampler's steps, from 1, in the place of tokens."""
+    if isinstance(record.get("tokens"), list):
+        return record
+    steps = max((len(column) for column in _values(record).values() if isinstance(column, list)), default=0)
+    return record | {"tokens": [str(i + 1) for i in range(steps)]}
 
 
 def evenly(items: Sequence[Any], count: int) -> list[Any]:
@@ -118,8 +129,9 @@ def encode(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         if not is_row(record):
             continue
+        record = with_tokens(record)
         held.append(record)
-        tokens += len(record["tokens"])
+        tokens += len(record["tokens"]) + len(str(record.get("image", ""))) // IMAGE_LETTERS
         if len(held) >= CHUNK_ROWS or tokens >= CHUNK_TOKENS:
             chunks.append(_Chunk(held).encoded())
             held, tokens = [], 0
@@ -143,6 +155,8 @@ class _Chunk:
             "length": self.lengths,
             "finished": [bool(row.get("finished", True)) for row in self.rows],
             "reward": [number(row.get("reward")) for row in self.rows],
+            "task": [str(row["task"]) if "task" in row else None for row in self.rows],
+            "image": ["image" in row for row in self.rows],
             "means": {},
         }
         self._texts("tokens", [str(token) for row in self.rows for token in row["tokens"]])

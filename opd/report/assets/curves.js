@@ -121,5 +121,17 @@ opd.curves = (() => {
     refresh();
   }
 
-  return { start, refresh, redraw };
+  /** A chart of another section: `add` gives its figure, `change` says what it shows from now on. */
+  function add(name, title, unit, about) {
+    return figure(name, title, unit, about, () => [[], layout(190)], false);
+  }
+
+  function change(name, words, build) {
+    const chart = charts.get(name);
+    Object.assign(chart, { build, drawn: false });
+    chart.label.textContent = words;
+    if (chart.visible) draw(chart);
+  }
+
+  return { start, refresh, redraw, add, change, layout, runColour, plain };
 })();

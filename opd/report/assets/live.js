@@ -45,7 +45,10 @@ opd.live = (() => {
         opd.drawSummary();
         opd.curves.refresh();
       }
-      if (rows) opd.rollouts.refresh();
+      if (rows) {
+        opd.rollouts.refresh();
+        opd.pictures.refresh();
+      }
       status.className = "live";
       status.textContent = run.finished ? "finished" : "live";
     } catch (error) {

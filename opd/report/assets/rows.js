@@ -6,15 +6,15 @@ opd.rows = (() => {
   const decoded = new Map(); // chunk -> promise of its rows, the latest used last
   const KEPT = 48;
 
-  /** Entries of `source` ("held_out" or "training") of run `i`: {step, id, length, finished, reward, means, chunk, at}. */
+  /** Entries of `source` ("held_out" or "training") of run `i`: {step, id, length, finished, reward, task, image, ...}. */
   function entries(i, source) {
     const rows = data.runs[i].rows[source];
     rows.entries = rows.entries || [];
     for (rows.indexed = rows.indexed || 0; rows.indexed < rows.chunks.length; rows.indexed++) {
       const chunk = rows.chunks[rows.indexed];
-      const { step, id, length, finished, reward, means } = chunk.index;
+      const { step, id, length, finished, reward, task, image, means } = chunk.index;
       step.forEach((_, at) => rows.entries.push({
-        run: i, step: step[at], id: id[at], length: length[at], finished: finished[at], reward: reward[at], chunk, at,
+        run: i, step: step[at], id: id[at], length: length[at], finished: finished[at], reward: reward[at], task: task[at], image: image[at], chunk, at,
         mean: (name) => (means[name] ? means[name][at] : null),
       }));
     }
