@@ -207,6 +207,15 @@ def test_shipped_recipes_are_valid(name):
     assert load_recipe(name).description
 
 
+def test_shipped_recipes_are_listed_also_those_without_a_teacher(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["opd", "recipes"])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in shipped_recipes())
+
+
 def bad_file(tmp_path, content, name="p.jsonl"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

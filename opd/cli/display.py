@@ -94,7 +94,8 @@ def show_recipes(found: Mapping[str, Path]) -> None:
     table = Table("recipe", "student", "teacher", "what it does")
     for name, path in found.items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        teachers = data["teacher"] if isinstance(data["teacher"], list) else [data["teacher"]]
+        named = data.get("teacher") or []
+        teachers = named if isinstance(named, list) else [named]
         shown = ", ".join(models_of(t) for t in teachers)
         table.add_row(name, data["student"]["model"], shown, data.get("description", ""))
     console().print(table)
