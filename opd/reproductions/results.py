@@ -27,7 +27,7 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
 
     compared = {(arm, c.metric) for c in reproduction.claims if c.testable for arm in (c.method, c.baseline)}
     returned = {arm: {name for one in seeds for name in one} for arm, seeds in figures.items()}
-    known = set().union(*returned.values())
+    known = {name for names in returned.values() for name in names}
 
     def values(names: Any, needed: Any) -> dict[str, dict[str, list[float]]]:
         return {
