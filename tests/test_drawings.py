@@ -425,7 +425,7 @@ def test_the_page_shows_what_its_commands_draw(kind, tmp_path, monkeypatch, caps
     ("words", "message"),
     [
         (["counts", "x.png"], "did you mean 'count'"),
-        (["count", "x.png", "pixels=7"], "greater than or equal to 16"),
+        (["count", "x.png", "pixels=7"], "prompts.task.pixels is 7: input should be a multiple of 16"),
         (["glyph", "x.png", "--split", "unseen"], "no drawings in the split 'unseen'"),
         (["count", "folder"], "cannot write the pictures to folder (Is a directory)"),
     ],
