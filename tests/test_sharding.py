@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from opd import sharding
@@ -57,7 +58,8 @@ def _member(pipe, environment, recipe, options):
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
         result = execute(recipe, quiet=True, **options)
-        pipe.send({"history": result.history, "kind": type(result.student).__name__})
+        sharded = any(isinstance(parameter, DTensor) for parameter in result.student.parameters())
+        pipe.send({"history": result.history, "sharded": sharded})
     except BaseException as error:
         pipe.send(error if isinstance(error, RunError) else traceback.format_exc())
 
@@ -115,6 +117,7 @@ def test_sharded_training_is_training_by_one_process(way, make):
     history = execute(alone, quiet=True).history
     answers = together(sharded, FSDP2)
     assert all(isinstance(answer, dict) for answer in answers), answers
+    assert [answer["sharded"] for answer in answers] == [False, True]
     assert_close(states(alone), states(sharded))
     for mine, theirs in zip(history, answers[0]["history"], strict=True):
         assert mine.keys() == theirs.keys()
@@ -122,6 +125,19 @@ def test_sharded_training_is_training_by_one_process(way, make):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
     students = [AutoModelForCausalLM.from_pretrained(r.directory / "student").state_dict() for r in (alone, sharded)]
     assert_close(*students)
+
+
+def test_sharded_training_computes_in_bf16(make):
+    """Weights that the optimiser sees stay in float32; other roundings, so the numbers agree as far as those go."""
+    alone, sharded = (make(name, "full", hardware={"precision": "bf16"}) for name in ("alone", "sharded"))
+    history = execute(alone, quiet=True).history
+    answers = together(sharded, FSDP2)
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    first, theirs = (next(row for row in rows if "train/loss" in row) for rows in (history, answers[0]["history"]))
+    assert theirs["train/loss"] == pytest.approx(first["train/loss"], rel=0.1)
+    assert theirs["train/gradient_norm"] == pytest.approx(first["train/gradient_norm"], rel=0.1)
+    student = load_file(sharded.directory / "student" / "model.safetensors")
+    assert {value.dtype for value in student.values()} == {torch.float32}
 
 
 def test_sharded_training_goes_on_from_its_checkpoint(make):
