@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ class DataRollout(Rollout):
     unless the budget cuts the response before."""
 
     kind: Literal["data"] = "data"
+    modality: ClassVar[str | None] = "language"
     column: str = Field("response", description="Column with the response, or a list of responses")
     max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
     author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
