@@ -35,10 +35,12 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
-    """What the student's policy measures on the held-out prompts; in eval mode, without gradients."""
+    """What the student's policy measures on the held-out prompts; in eval mode, without gradients, and with averaged
+    weights where the update keeps any."""
     training = run.student.module.training
     run.student.module.eval()
-    found = run.student.measure(run)
+    with run.optimiser.averaged():
+        found = run.student.measure(run)
     run.student.module.train(training)
     return found
 
