@@ -26,9 +26,10 @@ class Trajectories:
 
     Attributes:
         prompts: B prompts (a prompt of a group of G stands G times, next to each other).
-        contexts: B entries of whatever the policy needs to build its states; for language the prompt's token ids.
-        actions: int64 `[N]` (or `[N, ...]`), what was done at each position; for language the completion's token ids,
-            end token included when it was reached.
+        contexts: B entries of whatever the policy needs to build its states; for language the prompt's token ids, for
+            flow models a `Denoising`.
+        actions: what was done at each position: for language int64 `[N]`, the completion's token ids, end token
+            included when it was reached; for flow models float32 `[N, C, H, W]`, the next latent.
         lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
         behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
         finished: bool `[B]`, the trajectory ended by itself; False where it was cut by the budget.
@@ -36,6 +37,7 @@ class Trajectories:
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier, or None.
+        reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
     """
 
@@ -49,6 +51,7 @@ class Trajectories:
     authors: torch.Tensor
     groups: torch.Tensor
     rewards: torch.Tensor | None = None
+    reward_spread: float | None = None
     stored: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -58,6 +61,12 @@ class Trajectories:
     def positions(self) -> int:
         """N."""
         return self.actions.shape[0]
+
+    def reward(self, index: int) -> float | None:
+        """The verdict on one trajectory, None where there is none."""
+        if self.rewards is None or bool(self.rewards[index].isnan()):
+            return None
+        return float(self.rewards[index])
 
     def completions(self) -> list[torch.Tensor]:
         """B views of `actions`."""
@@ -127,7 +136,7 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
         offset += int(part.groups.max()) + 1
     group = torch.cat(groups)[inverse]
     stored = [torch.full_like(p.lengths, -1) if p.stored is None else p.stored for p in parts]
-    packed = {}
+    packed: dict[str, Any] = {}
     for name in PACKED:
         rows = torch.split(torch.cat([getattr(p, name) for p in parts]), lengths.tolist())
         packed[name] = torch.cat([rows[i] for i in inverse])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.prompts import Prompt
-from opd.rollouts.base import OneSource, PrefixSource, divided
+from opd.rollouts.base import OneSource, PrefixSource, Rollout, divided
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
@@ -22,6 +22,7 @@ class TeacherRollout(SamplingSettings, OneSource):
     own. Responses that were stored before are `rollout: data`."""
 
     kind: Literal["teacher"] = "teacher"
+    modality: ClassVar[str | None] = "language"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
@@ -53,9 +54,7 @@ class RoutedWriters(PrefixSource):
     authors = frozenset({"teacher"})
     exact = False
 
-    def __init__(
-        self, settings: TeacherRollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, LanguageRollout]
-    ):
+    def __init__(self, settings: Rollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, PrefixSource]):
         self.settings, self.context, self.teacher, self.sources = settings, context, teacher, sources
 
     def __call__(
