@@ -6,37 +6,33 @@ import errno
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.checkpoints.files import locked, main_process, whole_folder, write_whole
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
+from opd.choice import choices_of
 from opd.context import Context
 from opd.errors import DataError, RunError
 from opd.evaluation import HeldOut, evaluate
-from opd.language.model import LanguageModel
 from opd.loop import train
 from opd.monitor import Monitor
-from opd.policies.causal_lm import CausalLM, CausalLMStudent
+from opd.policies import LIVE, Policy
 from opd.prompts.inline import InlinePrompts
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json, read_yaml
 from opd.run import Run, assemble, load_data
-from opd.teachers.local import LanguageTeacher, LocalTeacher
-
-LIVE = "(passed from Python)"
 
 
 @dataclass(frozen=True)
@@ -44,9 +40,10 @@ class Result:
     """What a run leaves behind.
 
     Attributes:
-        student: the trained model (a transformers model, or a peft model with LoRA), in eval mode; after sharded
-            training (FSDP2) whole in the main process and a shard in the others.
-        tokenizer: its tokenizer.
+        student: the trained model (a transformers model, or a peft model with LoRA), in eval mode; of a flow model the
+            diffusers pipeline, or its parts; after sharded training (FSDP2) whole in the main process and a shard in
+            the others.
+        tokenizer: its tokenizer, where it has one.
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
         before, after: held-out metrics.
         history: every logged record, in order.
@@ -69,11 +66,11 @@ class Result:
 
 
 def distill(
-    student: str | PreTrainedModel | dict[str, Any] | CausalLM,
+    student: Any,
     teacher: Any,
     prompts: Any,
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     overwrite: bool = False,
     quiet: bool = False,
     **settings: Any,
@@ -81,12 +78,12 @@ def distill(
     """Distil `teacher` into `student` on the student's own trajectories.
 
     Args:
-        student: hub name or folder, a mapping of the recipe's `student` block, or a live transformers model, which is
-            then trained in place.
+        student: hub name or folder, a mapping of the recipe's `student` block, or a live model (of transformers, or a
+            pipeline of diffusers), which is then trained in place.
         teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several.
         prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
             recipe's `prompts` block.
-        tokenizer: needed with a live student; live teachers share it.
+        tokenizer: needed with a live language model; live teachers share it.
         overwrite: replace an earlier run in the same directory.
         quiet: no progress bar.
         **settings: any other key of a recipe: `objective="reverse_kl"`, `steps=100`,
@@ -101,36 +98,25 @@ def distill(
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     recipe = parse_recipe(
         {
-            "student": _model_block(student),
-            "teacher": [_model_block(t) for t in teachers],
+            "student": _block(student, lambda policy: policy.model_fields["kind"].default),
+            "teacher": [_block(t, lambda policy: policy.teacher) for t in teachers],
             "prompts": _prompt_block(prompts),
             **settings,
         },
         "distill()",
     )
-    template: Literal["chat", "plain"] = "chat" if tokenizer is not None and tokenizer.chat_template else "plain"
     device = torch.device("cpu" if recipe.hardware.device == "auto" else recipe.hardware.device)
     if recipe.hardware.device == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
-    live_student: CausalLMStudent | None = None
-    if isinstance(student, PreTrainedModel):
-        if tokenizer is None:
-            raise RunError("distill() got a live student without its tokenizer; pass tokenizer=...")
-        live_student = CausalLMStudent(LanguageModel(_moved(student, device), tokenizer, template), None, context)
+    policy = _policy_of(student)
+    live_student = None if policy is None else policy.live_student(student, tokenizer, context)
     live_teachers = None
-    if any(isinstance(t, PreTrainedModel) for t in teachers):
-        if not all(isinstance(t, PreTrainedModel) for t in teachers) or tokenizer is None:
-            raise RunError("distill() takes live teachers all together and with tokenizer=...; or pass names for all")
-        live_teachers = [
-            LanguageTeacher(
-                LanguageModel(_moved(t, device).eval().requires_grad_(False), tokenizer, template),
-                LocalTeacher(model=LIVE, template=template),
-                device,
-                context,
-            )
-            for t in teachers
-        ]
+    policies = [_policy_of(t) for t in teachers]
+    if any(policies):
+        live_teachers = [p.live_teacher(t, tokenizer, context) for p, t in zip(policies, teachers, strict=True) if p]
+        if len(live_teachers) < len(teachers):
+            raise RunError("distill() takes live teachers all together; pass all as objects, or names for all")
     return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
 
 
@@ -277,7 +263,7 @@ def finish(run: Run) -> Result:
     if run.accelerator.is_main_process:
         try:
             with whole_folder(recipe.directory / "student") as folder:
-                run.student.save(folder, model_card(recipe, summary))
+                run.student.save(folder, model_card(recipe, summary, run.student.library))
                 (folder / ORIGIN).write_text(json.dumps(origin(run), indent=2) + "\n", encoding="utf-8")
             write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
@@ -288,10 +274,10 @@ def finish(run: Run) -> Result:
         write_report([recipe.directory], recipe.directory / "report.html")
     run.accelerator.free_memory()
     run.accelerator.end_training()
-    language = getattr(run.student, "language", None)
+    student, tokenizer = run.student.live()
     return Result(
-        student=language.model.eval() if language is not None else run.student.module,
-        tokenizer=language.tokenizer if language is not None else None,
+        student=student,
+        tokenizer=tokenizer,
         directory=recipe.directory,
         before=monitor.before.metrics,
         after=monitor.after.metrics,
@@ -330,7 +316,7 @@ def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = No
 
 
 def export(directory: Path, out: Path, step: int | None = None) -> Path:
-    """Write the student of a checkpoint (default: the newest) to `out`, as plain transformers loads it.
+    """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
 
     Raises:
         RunError: no checkpoint of that step, or a damaged one.
@@ -346,7 +332,7 @@ def export(directory: Path, out: Path, step: int | None = None) -> Path:
     if facts["weights"]["student"] != student.fingerprint():
         raise RunError(f"{folder} belongs to other weights than {facts['recipe']['student'].get('model')!r} has now")
     student.load_state_dict(read(folder)["parts"]["student"])
-    card = f"---\nlibrary_name: transformers\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+    card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
         student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")
     return out
@@ -406,8 +392,8 @@ def _meant_to_write_checkpoints(directory: Path) -> bool:
     return bool(block.get("every")) if isinstance(block, dict) else False
 
 
-def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """README.md of a saved student."""
+def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
+    """README.md of a saved student, which `library` loads."""
     block = recipe.dump()
     teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
     objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
@@ -415,7 +401,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
         f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()
     )
     return (
-        f"---\nlibrary_name: transformers\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+        f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
         f"{recipe.description}\n\nStudent `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
         f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
@@ -423,13 +409,16 @@ def model_card(recipe: Recipe, summary: dict[str, Any]) -> str:
     )
 
 
-def _moved(model: Any, device: torch.device) -> Any:
-    return model.to(device)
+def _policy_of(model: Any) -> type[Policy] | None:
+    """The policy that a live model is of, or None for what is no model."""
+    found = (cls for cls in choices_of(Policy).values() if issubclass(cls, Policy) and cls.takes(model))
+    return next(found, None)
 
 
-def _model_block(model: Any) -> Any:
-    if isinstance(model, PreTrainedModel):
-        return {"model": LIVE}
+def _block(model: Any, kind_of: Callable[[type[Policy]], str]) -> Any:
+    policy = _policy_of(model)
+    if policy is not None:
+        return {"kind": kind_of(policy), "model": LIVE}
     if isinstance(model, str) and model != "self":
         return {"model": model}
     return model

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
@@ -60,6 +61,8 @@ class Choice(Settings):
     """Base of every axis. A subclass with a `kind` is one choice of that axis and is final."""
 
     axis: ClassVar[str] = ""
+    modality: ClassVar[str | None] = None
+    """What kind of student this is for, `language` or `flow`; None fits any."""
 
 
 def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
@@ -73,6 +76,21 @@ def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
             _import_folder(part)
     found = {c.model_fields["kind"].default: c for c in _descendants(axis) if "kind" in c.model_fields}
     return dict(sorted(found.items()))
+
+
+def nested(value: Any) -> Iterator[Choice]:
+    """Every choice in a value: itself, and those that its fields hold."""
+    if isinstance(value, Choice):
+        yield value
+    parts: Iterable[Any] = ()
+    if isinstance(value, Settings):
+        parts = (getattr(value, name) for name in type(value).model_fields)
+    elif isinstance(value, dict):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    for part in parts:
+        yield from nested(part)
 
 
 def _import_folder(axis: type[Choice]) -> None:

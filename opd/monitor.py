@@ -25,7 +25,7 @@ from rich.progress import (
 
 from opd.checkpoints.files import flush, main_process
 from opd.errors import RunError
-from opd.evaluation import HeldOut, evaluate, token_rows
+from opd.evaluation import HeldOut, evaluate, rows_of
 from opd.report.run_directory import lines
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ class Monitor:
         self.log(run, "train", signals)
         skipped = "skipped" in signals
         for part in measurement.parts if skipped else measurement.example:
-            rows = token_rows(run.student, run.teachers, *part)
+            rows = rows_of(run, *part)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         assert self._progress is not None
         numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
-        numbers += f"  {signals['tokens_per_second']:.0f} tok/s"
+        numbers += f"  {signals['tokens_per_second']:.0f} {run.student.unit}/s"
         self._progress.update(self._task, completed=run.step, numbers=numbers)
         every = run.recipe.evaluation.every
         due = every and run.step % every == 0 and run.step < run.recipe.steps

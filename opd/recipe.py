@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from opd.checkpoints.keeper import Checkpoint
-from opd.choice import Choice, OneOf, Settings, choices_of
+from opd.choice import Choice, OneOf, Settings, choices_of, nested
 from opd.curricula import Curriculum
 from opd.curricula.shuffled import Shuffled
 from opd.divergences import ReverseKL
@@ -143,6 +143,20 @@ class Recipe(Settings):
         return value
 
     @model_validator(mode="after")
+    def _one_modality(self) -> Recipe:
+        student = self.student
+        for key in type(self).model_fields:
+            for part in nested(getattr(self, key)):
+                if part.modality not in (None, student.modality):
+                    axis = next(c for c in type(part).__mro__ if "axis" in vars(c))
+                    fitting = [k for k, c in choices_of(axis).items() if c.modality in (None, student.modality)]
+                    raise ValueError(
+                        f"{key} {_kind(part)!r} is for {part.modality} models and student {_kind(student)!r} is of "
+                        f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _fits(self) -> Recipe:
         names = [t.name for t in self.teacher if t.name is not None]
         if len(set(names)) < len(names):
@@ -177,6 +191,10 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def _kind(choice: Choice) -> str:
+    return str(type(choice).model_fields["kind"].default)
 
 
 def recipe_folder() -> Path:

@@ -22,14 +22,12 @@ from opd.curricula import Schedule
 from opd.errors import DataError, RecipeError, RunError
 from opd.failures import Skips
 from opd.hardware import fast_in_bf16
-from opd.language.rollout import LanguageRollout
 from opd.monitor import Monitor
 from opd.objectives import Objective, Target
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
 from opd.rollouts import PrefixSource
-from opd.rollouts.student import StudentRollout
 from opd.self_test import self_test
 from opd.shaping import Shaping
 from opd.teachers import LiveTeacher
@@ -49,7 +47,7 @@ class Run:
     teachers: list[LiveTeacher]
     schedule: Schedule
     rollout: PrefixSource
-    sampler: LanguageRollout
+    sampler: PrefixSource
     verifier: Verifier | None
     shaping: Shaping
     objectives: list[Objective]
@@ -147,8 +145,8 @@ class Run:
         if self.verifier is None:
             return trajectories
         scores = [
-            self.verifier.score(prompt, self.student.decode(actions))
-            for prompt, actions in zip(trajectories.prompts, trajectories.completions(), strict=True)
+            self.verifier.score(prompt, outcome)
+            for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
         ]
         rewards = torch.tensor([float("nan") if s is None else s for s in scores])
         return replace(trajectories, rewards=rewards)
@@ -233,20 +231,6 @@ def compute_device(recipe: Recipe, accelerator: Accelerator) -> torch.device:
     return accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
 
 
-def held_out_sampler(recipe: Recipe, rollout: PrefixSource, context: Context, student: Any) -> LanguageRollout:
-    """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
-    settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
-    if not isinstance(recipe.rollout, StudentRollout):
-        rollout = settings.build(context, student, ())
-    assert isinstance(rollout, LanguageRollout)
-    wanted = recipe.evaluation
-    return rollout.drawing(
-        wanted.temperature,
-        settings.top_p if wanted.top_p is None else wanted.top_p,
-        settings.top_k if wanted.top_k is None else wanted.top_k,
-    )
-
-
 def assemble(
     recipe: Recipe,
     monitor: Monitor,
@@ -292,7 +276,7 @@ def assemble(
         teachers=built,
         schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
-        sampler=held_out_sampler(recipe, rollout, context, student),
+        sampler=student.held_out_sampler(recipe, rollout, context),
         verifier=recipe.verifier,
         shaping=recipe.shaping,
         objectives=recipe.objective,

@@ -20,7 +20,7 @@ from opd.trajectories import Trajectories
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest mean difference, in nats, between rollout and training log-probabilities, by compute dtype."""
 
-PROBE_TOKENS = 16
+PROBE_POSITIONS = 16
 
 
 def self_test(
@@ -32,21 +32,16 @@ def self_test(
 ) -> None:
     """Raise `SelfTestError` with the reason when a tiny rollout shows a wrong pipeline. Costs one small step.
 
-    1. The head that the loss uses gives the model's own logits.
-    2. Rollout and training log-probabilities of the same tokens agree (when the student samples, without a cut).
+    1. The loss is computed from the model's own outputs (`Student.check_outputs`).
+    2. Rollout and training log-probabilities of the same actions agree (when the student samples, without a cut).
     3. With the student as its own teacher, loss and gradient of every divergence are zero.
     4. Every teacher answers one finite distribution for every position.
     """
     student.module.eval()
-    trajectories = rollout(prompts, 1, PROBE_TOKENS, stream=-2)
+    trajectories = rollout(prompts, 1, PROBE_POSITIONS, stream=-2)
     tolerance = TOLERANCE[_compute_dtype(student)]
 
-    off = student.check_head(trajectories)
-    if off > max(tolerance, 1e-3):
-        raise SelfTestError(
-            f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture "
-            "changes its logits in a way that opd does not know. If you are sure it is right, set self_test: false"
-        )
+    student.check_outputs(trajectories, tolerance)
 
     mine = student(trajectories)
     ones = torch.full((trajectories.positions,), 1.0 / trajectories.positions, device=trajectories.actions.device)
@@ -56,7 +51,7 @@ def self_test(
         allowed = max(tolerance, TOLERANCE[rollout.dtype])
         if not gap <= allowed:
             raise SelfTestError(
-                f"rollout and training log-probabilities of the same tokens differ by {gap:.2g} nats on average "
+                f"rollout and training log-probabilities of the same actions differ by {gap:.2g} nats on average "
                 f"(tolerance {allowed:g}): the sampler and the trainer do not run the same model"
             )
     for objective in objectives:
@@ -92,6 +87,7 @@ def _check_answer(answer: Distribution, trajectories: Trajectories, index: int) 
             f"teacher {index} answered {len(answer)} positions for {trajectories.positions} actions of the student"
         )
     for _, piece in answer.pieces():
-        values = [v for name in ("hidden", "log_probs") if isinstance(v := getattr(piece, name, None), torch.Tensor)]
+        found = (getattr(piece, name, None) for name in ("hidden", "log_probs", "mean"))
+        values = [each for each in found if isinstance(each, torch.Tensor)]
         if not all(bool(torch.isfinite(each).all()) for each in values):
             raise SelfTestError(f"teacher {index} answered with NaN or infinity; try another dtype (teacher.dtype)")

@@ -26,9 +26,10 @@ class Trajectories:
 
     Attributes:
         prompts: B prompts (a prompt of a group of G stands G times, next to each other).
-        contexts: B entries of whatever the policy needs to build its states; for language the prompt's token ids.
-        actions: int64 `[N]` (or `[N, ...]`), what was done at each position; for language the completion's token ids,
-            end token included when it was reached.
+        contexts: B entries of whatever the policy needs to build its states; for language the prompt's token ids, for
+            flow models a `Denoising`.
+        actions: what was done at each position: for language int64 `[N]`, the completion's token ids, end token
+            included when it was reached; for flow models float32 `[N, C, H, W]`, the next latent.
         lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
         behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
         finished: bool `[B]`, the trajectory ended by itself; False where it was cut by the budget.
@@ -58,6 +59,12 @@ class Trajectories:
     def positions(self) -> int:
         """N."""
         return self.actions.shape[0]
+
+    def reward(self, index: int) -> float | None:
+        """The verdict on one trajectory, None where there is none."""
+        if self.rewards is None or bool(self.rewards[index].isnan()):
+            return None
+        return float(self.rewards[index])
 
     def completions(self) -> list[torch.Tensor]:
         """B views of `actions`."""

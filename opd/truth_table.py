@@ -18,7 +18,7 @@ import torch
 
 from opd.choice import choices_of
 from opd.distributions import Categorical, Head
-from opd.divergences import Divergence, Target, divergence_loss
+from opd.divergences import CategoricalDivergence, Divergence, Target, divergence_loss
 from opd.objectives.base import label
 
 VOCABULARY, LENGTH, SCENES = 10, 2, 5
@@ -87,16 +87,16 @@ class Row:
     to_reverse_kl: float
 
 
-def selectable() -> list[Divergence]:
+def selectable() -> list[CategoricalDivergence]:
     """Every choice of the axis, under each of the settings that it asks to be measured with."""
-    found = []
+    found: list[CategoricalDivergence] = []
     for cls in choices_of(Divergence).values():
-        assert issubclass(cls, Divergence)
-        found += [cls(**settings) for settings in cls.variants]
+        if issubclass(cls, CategoricalDivergence):
+            found += [cls(**settings) for settings in cls.variants]
     return found
 
 
-def gradients_of(divergence: Divergence) -> Gradients:
+def gradients_of(divergence: CategoricalDivergence) -> Gradients:
     """What training with `divergence` computes for every sequence, through the loss operator itself."""
 
     def measure(scene: Scene) -> torch.Tensor:
@@ -120,7 +120,7 @@ def gradients_of(divergence: Divergence) -> Gradients:
     return measure
 
 
-def promised_gradient(scene: Scene, divergence: Divergence) -> torch.Tensor:
+def promised_gradient(scene: Scene, divergence: CategoricalDivergence) -> torch.Tensor:
     """float64 `[P, V]` gradient of the exact divergence on the student's own states."""
     z = scene.student.clone().requires_grad_()
     log_q, log_p = torch.log_softmax(z, -1), torch.log_softmax(scene.teacher, -1)
@@ -138,7 +138,11 @@ def promised_gradient(scene: Scene, divergence: Divergence) -> torch.Tensor:
 
 
 def measure(
-    name: str, gradients: Gradients, promise: Divergence, unbiased: bool, scenes: Sequence[Scene] | None = None
+    name: str,
+    gradients: Gradients,
+    promise: CategoricalDivergence,
+    unbiased: bool,
+    scenes: Sequence[Scene] | None = None,
 ) -> Row:
     """Measure one objective against the divergence that `promise` stands for."""
     from opd.divergences import ForwardKL, ReverseKL

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from opd.cli import main
 from opd.errors import RecipeError, RunError
-from opd.evaluation import _by_prompt
+from opd.evaluation import by_prompt
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
 from opd.reproductions.catalogue import find, shipped
 from opd.reproductions.chart import ticks
@@ -579,8 +579,8 @@ def test_inputs_fill_a_recipes_texts():
 def test_verdicts_of_a_prompt_are_averaged():
     rewards = torch.tensor([1.0, 0.0, float("nan"), float("nan"), 1.0, 1.0])
     measured = replace(trajectories_of([1, 2, 1, 1, 3, 1]), rewards=rewards)
-    assert _by_prompt(measured, 2) == {"t0": 0.5, "t4": 1.0}
-    assert _by_prompt(trajectories_of([1]), 1) == {}
+    assert by_prompt(measured, 2) == {"t0": 0.5, "t4": 1.0}
+    assert by_prompt(trajectories_of([1]), 1) == {}
 
 
 DISTILLED = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,6 +28,7 @@ class LengthLadder(Curriculum):
     """
 
     kind: Literal["length_ladder"] = "length_ladder"
+    modality: ClassVar[str | None] = "language"
     lengths: list[int] = Field(min_length=1, description="Budget of actions on each rung, growing")
     steps_per_rung: int = Field(ge=1)
     minimum_entropy: float | None = Field(None, gt=0, description="The gate, in nats a token; default no gate")

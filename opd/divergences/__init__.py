@@ -1,6 +1,6 @@
 """Which way the student moves: comparisons of two distributions at one state, and the operator that computes them."""
 
-from opd.divergences.base import Divergence
+from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.jensen_shannon import JensenShannon
 from opd.divergences.mixture import Mixture
@@ -11,6 +11,7 @@ from opd.divergences.statistics import Comparison, compare
 from opd.objectives.base import Loss, Target
 
 __all__ = [
+    "CategoricalDivergence",
     "Comparison",
     "Divergence",
     "ForwardKL",

@@ -37,6 +37,20 @@ class Divergence(Objective):
         """Whether that expectation holds exactly with these settings."""
         return True
 
+    def check_accepts(self, target: type[Distribution], source: str) -> None:
+        """Raise `IncompatibleError` at start-up when this divergence cannot be computed from what `source` answers."""
+        if target.kind not in self.accepts:
+            raise IncompatibleError(
+                f"objective {self.model_dump()['kind']!r} needs a teacher that answers {' or '.join(self.accepts)}, "
+                f"and {source} answers {target.kind!r}: {self.alternative}"
+            )
+
+
+class CategoricalDivergence(Divergence):
+    """Of distributions over ids."""
+
+    modality: ClassVar[str | None] = "language"
+
     @property
     def sequence_level(self) -> bool:
         """Whether the promise is about whole sequences, `sum_y q(y) exact(y)`, instead of each state visited."""
@@ -48,11 +62,3 @@ class Divergence(Objective):
 
         Differentiable in `log_q` by autograd and indifferent to memory: for tests and for the table of objectives.
         """
-
-    def check_accepts(self, target: type[Distribution], source: str) -> None:
-        """Raise `IncompatibleError` at start-up when this divergence cannot be computed from what `source` answers."""
-        if target.kind not in self.accepts:
-            raise IncompatibleError(
-                f"objective {self.model_dump()['kind']!r} needs a teacher that answers {' or '.join(self.accepts)}, "
-                f"and {source} answers {target.kind!r}: {self.alternative}"
-            )

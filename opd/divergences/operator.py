@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from opd.distributions import Categorical, Distribution, Head, Routed, Sampled, TopK, append_tail
-from opd.divergences.base import Divergence
+from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
 from opd.schedules import OverSteps
@@ -29,7 +29,7 @@ SMALLEST_CHUNK = 64
 """Rows below which the matrix products become inefficient; a very large vocabulary then exceeds `CHUNK_BYTES`."""
 
 
-class OnSupport(Divergence):
+class OnSupport(CategoricalDivergence):
     """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
@@ -69,7 +69,7 @@ class OnSupport(Divergence):
         return _on_categorical(self, student, targets, weights, trajectories)
 
 
-class OnAction(Divergence):
+class OnAction(CategoricalDivergence):
     """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")

@@ -1,5 +1,5 @@
 """The student."""
 
-from opd.policies.base import Policy, Student
+from opd.policies.base import LIVE, Policy, Student
 
-__all__ = ["Policy", "Student"]
+__all__ = ["LIVE", "Policy", "Student"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -18,14 +18,32 @@ from opd.prompts import Prompt
 from opd.sharding import fill
 from opd.trajectories import Trajectories
 
+if TYPE_CHECKING:
+    from opd.evaluation import HeldOut
+    from opd.recipe import Recipe
+    from opd.rollouts import PrefixSource
+    from opd.run import Run
+    from opd.teachers import LiveTeacher, Teacher
+
+
+LIVE = "(passed from Python)"
+"""What stands for the name of a model that was passed as an object."""
+
 
 class Student(ABC):
-    """A built policy. `module` is what the update trains and `accelerate` wraps."""
+    """A built policy: all that a run has to know of the student's modality. `module` is what the update trains and
+    `accelerate` wraps."""
 
     module: torch.nn.Module
     context: Context
     skeleton: torch.nn.Module | None = None
     """The module's structure without weights, where the update shards them over processes."""
+
+    unit: ClassVar[str] = "tok"
+    """What a person calls a position, for the progress bar."""
+
+    library: ClassVar[str]
+    """Which library loads what `save` writes, for the model card."""
 
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
@@ -40,16 +58,37 @@ class Student(ABC):
         """Raise `DataError` for a prompt that cannot be encoded or is longer than `limit`."""
 
     @abstractmethod
-    def check_head(self, trajectories: Trajectories) -> float:
-        """Largest relative difference between the model's own outputs and those that the loss will be computed from."""
+    def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
+        """Raise `SelfTestError` when the model's own outputs and those that the loss will be computed from differ by
+        more than `tolerance`."""
 
     @abstractmethod
-    def decode(self, actions: torch.Tensor) -> str:
-        """A trajectory's actions as a person reads them."""
+    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+        """What each of the B trajectories came to, as verifiers read it: a text, an image."""
 
     @abstractmethod
-    def tokens(self, actions: torch.Tensor) -> list[str]:
-        """Each action as a person reads it."""
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """One row a trajectory, as samples.jsonl and rollouts.jsonl hold them, with `values` (`[N]` each) by position.
+
+        A row has `id`, `prompt`, `completion`, `finished`, `reward` (or None), `tokens` (a text for each of T
+        positions), `values` (name to T numbers).
+        """
+
+    @abstractmethod
+    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> PrefixSource:
+        """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
+
+    @abstractmethod
+    def measure(self, run: Run) -> HeldOut:
+        """Held-out metrics and rows, from `run.sampler` and `run.teachers`."""
+
+    @abstractmethod
+    def as_teacher(self, settings: Teacher, context: Context) -> LiveTeacher:
+        """A frozen copy of the student as it is now, in the form of a teacher."""
+
+    @abstractmethod
+    def live(self) -> tuple[Any, Any]:
+        """`(model, tokenizer)` as its library knows them, for Python; None for what there is not."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What training moves: all weights, or with frozen parts and LoRA the others only."""
@@ -78,7 +117,24 @@ class Policy(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "policy"
+    teacher: ClassVar[str]
+    """Kind of the teacher that is a model like this one."""
 
     @abstractmethod
     def build(self, context: Context) -> Any:
         """Load the student on to `context.device`."""
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, model: Any) -> bool:
+        """Whether a live object, passed from Python, is a model of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> Student:
+        """The student that a live model is; trained in place."""
+
+    @classmethod
+    @abstractmethod
+    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveTeacher:
+        """The teacher that a live model is."""

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, ModelError
+from opd.errors import DataError, ModelError, RunError, SelfTestError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings
-from opd.policies.base import Policy, Student
+from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
 from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.evaluation import HeldOut
+    from opd.language.rollout import LanguageRollout
+    from opd.recipe import Recipe
+    from opd.rollouts import PrefixSource
+    from opd.run import Run
+    from opd.teachers import Teacher
+    from opd.teachers.local import LanguageTeacher
+    from opd.teachers.self_teacher import SelfLanguageTeacher
 
 
 class LoRA(Settings):
@@ -35,6 +47,8 @@ class CausalLM(ModelSettings, Policy):
     """Any `AutoModelForCausalLM`."""
 
     kind: Literal["causal_lm"] = "causal_lm"
+    modality: ClassVar[str | None] = "language"
+    teacher: ClassVar[str] = "local"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
@@ -47,9 +61,33 @@ class CausalLM(ModelSettings, Policy):
         language = LanguageModel.load(self, context.device)
         return CausalLMStudent(language, self, context, read_origin(Path(self.model)))
 
+    @classmethod
+    def takes(cls, model: Any) -> bool:
+        return isinstance(model, PreTrainedModel)
+
+    @classmethod
+    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
+        return CausalLMStudent(_live(model, tokenizer, context), None, context)
+
+    @classmethod
+    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LanguageTeacher:
+        from opd.teachers.local import LanguageTeacher, LocalTeacher
+
+        language = _live(model.eval().requires_grad_(False), tokenizer, context)
+        template: Literal["chat", "plain"] = "chat" if tokenizer.chat_template else "plain"
+        return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device, context)
+
+
+def _live(model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageModel:
+    if tokenizer is None:
+        raise RunError("distill() got a live language model without its tokenizer; pass tokenizer=...")
+    return LanguageModel(model.to(context.device), tokenizer, "chat" if tokenizer.chat_template else "plain")
+
 
 class CausalLMStudent(Student):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
+
+    library = "transformers"
 
     def __init__(
         self,
@@ -119,7 +157,7 @@ class CausalLMStudent(Student):
                 )
 
     @torch.no_grad()
-    def check_head(self, trajectories: Trajectories) -> float:
+    def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
         part, _ = trajectories.rows(0, 1)
         distribution = self(part)
         ids = torch.cat([part.contexts[0].to(self.language.device), part.actions])[None, :-1]
@@ -127,12 +165,70 @@ class CausalLMStudent(Student):
         head = replace(distribution.head, temperature=1.0)
         ours = head.logits(distribution.hidden)
         own = own[:, : ours.shape[1]]
-        return float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+        off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
+        if off > max(tolerance, 1e-3):
+            raise SelfTestError(
+                f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture "
+                "changes its logits in a way that opd does not know. If you are sure it is right, set self_test: false"
+            )
 
     def decode(self, actions: torch.Tensor) -> str:
+        """A completion as a person reads it."""
         return self.language.decode(actions)
 
+    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+        return [self.decode(actions) for actions in trajectories.completions()]
+
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """`tokens` are the completion's; held-out rows add `alternatives` (`student` and `teacher`: for each token
+        `[text, probability]` pairs)."""
+        rows = []
+        start = 0
+        for i, actions in enumerate(trajectories.completions()):
+            here = slice(start, start + len(actions))
+            start = here.stop
+            row = {
+                "id": trajectories.prompts[i].id,
+                "prompt": trajectories.prompts[i].view(),
+                "completion": self.decode(actions),
+                "finished": bool(trajectories.finished[i]),
+                "reward": trajectories.reward(i),
+                "tokens": self.tokens(actions),
+                "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
+            }
+            rows.append(row)
+        return rows
+
+    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> LanguageRollout:
+        from opd.language.rollout import LanguageRollout
+        from opd.rollouts.student import StudentRollout
+
+        settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
+        if not isinstance(recipe.rollout, StudentRollout):
+            rollout = settings.build(context, self, ())
+        assert isinstance(rollout, LanguageRollout)
+        wanted = recipe.evaluation
+        return rollout.drawing(
+            wanted.temperature,
+            settings.top_p if wanted.top_p is None else wanted.top_p,
+            settings.top_k if wanted.top_k is None else wanted.top_k,
+        )
+
+    def measure(self, run: Run) -> HeldOut:
+        from opd.language.evaluation import measure
+
+        return measure(run, self)
+
+    def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
+        from opd.teachers.self_teacher import SelfLanguageTeacher
+
+        return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device, context)
+
+    def live(self) -> tuple[Any, Any]:
+        return self.language.model.eval(), self.language.tokenizer
+
     def tokens(self, actions: torch.Tensor) -> list[str]:
+        """Each token as a person reads it, alone."""
         ids = actions.tolist()
         for i in set(ids) - self.texts.keys():
             self.texts[i] = str(self.language.tokenizer.decode([i]))
@@ -189,6 +285,4 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
 
 def _merged_copy(model: Any) -> Any:
     """The base model with the adapters folded in; the training copy is left as it is."""
-    import copy
-
     return copy.deepcopy(model).merge_and_unload()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ class DataRollout(OneSource):
     unless the budget cuts the response before."""
 
     kind: Literal["data"] = "data"
+    modality: ClassVar[str | None] = "language"
     column: str = Field("response", description="Column with the response, or a list of responses")
     author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
 

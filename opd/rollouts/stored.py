@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ class StoredRollout(OneSource):
     the curriculum draws it: `shuffled` passes over the store in a new order each epoch."""
 
     kind: Literal["stored"] = "stored"
+    modality: ClassVar[str | None] = "language"
     path: str = Field(description="The store's folder")
     max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
         4096, description="Longest beginning of a stored trajectory that is learnt from"

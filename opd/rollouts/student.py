@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from opd.context import Context
 from opd.language.rollout import LanguageRollout, SamplingSettings
@@ -15,6 +15,7 @@ class StudentRollout(SamplingSettings, OneSource):
     the states are no longer exactly the student's own, while the loss still compares whole distributions."""
 
     kind: Literal["student"] = "student"
+    modality: ClassVar[str | None] = "language"
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
         return LanguageRollout(student.language, self, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ class SwitchRollout(SeveralSources):
     takes over earlier and earlier."""
 
     kind: Literal["switch"] = "switch"
+    modality: ClassVar[str | None] = "language"
     first: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
     then: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
     position: Annotated[int, OverSteps(ge=0)] = Field(16, description="Actions that the first source writes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ class TeacherRollout(SamplingSettings, OneSource):
     own. Responses that were stored before are `rollout: data`."""
 
     kind: Literal["teacher"] = "teacher"
+    modality: ClassVar[str | None] = "language"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:

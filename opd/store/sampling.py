@@ -43,6 +43,10 @@ def sample(
     """
     if isinstance(recipe.rollout, StoredRollout):
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
+    if recipe.student.modality != "language":
+        raise RecipeError(
+            f"a store holds texts, and the student is a {recipe.student.modality} model: sample in training"
+        )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
     accelerator = make_accelerator(recipe)

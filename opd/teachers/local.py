@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -23,6 +23,7 @@ class LocalTeacher(ModelSettings, Teacher):
     """Scores the student's completions with one forward pass; answers with hidden states and its own head."""
 
     kind: Literal["local"] = "local"
+    modality: ClassVar[str | None] = "language"
     device: str | None = Field(None, description="Where it computes; default the student's device")
     offload: bool = Field(False, description="Keep the weights on the CPU and move them over for each batch")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from pydantic import Field
 
 from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
 from opd.policies.base import Student
 from opd.sharding import full
-from opd.teachers.base import Teacher
+from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.local import LanguageTeacher
 
 
@@ -26,23 +26,25 @@ class SelfTeacher(Teacher):
     mode: Literal["ema", "frozen"] = "ema"
     rate: float = Field(0.05, gt=0.0, le=1.0)
 
-    def build(self, context: Context, student: Any) -> SelfLanguageTeacher:
-        return SelfLanguageTeacher(copy.deepcopy(student.language), self, context.device, context)
+    def build(self, context: Context, student: Any) -> LiveTeacher:
+        return student.as_teacher(self, context)
 
 
-class SelfLanguageTeacher(LanguageTeacher):
-    """A copy of the student's language model, in eval mode and without gradients."""
+class OwnCopy(LiveTeacher):
+    """What teachers that are made of the student add to scoring: `module`, the student's as it was, may follow it."""
 
     settings: SelfTeacher
+    module: torch.nn.Module
+    moving: list[str]
 
-    def __init__(self, language: Any, settings: SelfTeacher, device: torch.device, context: Context):
-        self.moving = [name for name, p in language.named_parameters() if p.requires_grad and settings.mode == "ema"]
-        language.requires_grad_(False).eval()
-        super().__init__(language, settings, device, context)
+    def take(self, module: torch.nn.Module, settings: SelfTeacher) -> None:
+        """Make `module` this teacher's: in eval mode and without gradients."""
+        self.moving = [name for name, p in module.named_parameters() if p.requires_grad and settings.mode == "ema"]
+        self.module = module.requires_grad_(False).eval()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights that follow the student; none where the teacher is frozen."""
-        own = dict(self.language.named_parameters())
+        own = dict(self.module.named_parameters())
         return {name: own[name].detach() for name in self.moving}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -50,13 +52,21 @@ class SelfLanguageTeacher(LanguageTeacher):
 
     def fingerprint(self) -> str:
         moving = set(self.moving)
-        return fingerprint((name, p) for name, p in self.language.named_parameters() if name not in moving)
+        return fingerprint((name, p) for name, p in self.module.named_parameters() if name not in moving)
 
     def identity(self) -> str | None:
         return None
 
     @torch.no_grad()
     def follow(self, student: Student) -> None:
-        live = dict(student.language.named_parameters())  # type: ignore[attr-defined]
+        live = dict(extract_model_from_parallel(student.module).named_parameters())
         for name, mine in self.state_dict().items():
             mine.lerp_(full(live[name].detach()).to(mine.dtype), self.settings.rate)
+
+
+class SelfLanguageTeacher(OwnCopy, LanguageTeacher):
+    """A copy of the student's language model."""
+
+    def __init__(self, language: Any, settings: Any, device: torch.device, context: Context):
+        self.take(language, settings)
+        LanguageTeacher.__init__(self, language, settings, device, context)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ class StoredTeacher(Teacher):
     saved student says so in its `opd.json`, or `sft_teacher` does."""
 
     kind: Literal["stored"] = "stored"
+    modality: ClassVar[str | None] = "language"
     path: str = Field(description="The store's folder")
     targets: str | None = Field(None, description="Name of the targets; default the store's only ones")
     consistency: Literal["required", "ignored"] = Field(

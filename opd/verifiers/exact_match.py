@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
@@ -15,6 +15,7 @@ class ExactMatch(Verifier):
     """1 when the completion, stripped, equals the row's `answer`; `pattern` takes its last first group instead."""
 
     kind: Literal["exact_match"] = "exact_match"
+    modality: ClassVar[str | None] = "language"
     pattern: str | None = None
 
     @field_validator("pattern")

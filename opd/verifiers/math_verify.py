@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,6 +37,7 @@ class MathVerify(Verifier):
     """
 
     kind: Literal["math_verify"] = "math_verify"
+    modality: ClassVar[str | None] = "language"
     boxed: bool = Field(False, description=r"Only an answer in \boxed{} counts")
     seconds: int = Field(5, ge=1, description="Longest time for reading a completion, and for comparing it")
 

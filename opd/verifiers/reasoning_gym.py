@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from opd.prompts import Prompt
 from opd.verifiers.base import Verifier
@@ -12,6 +12,7 @@ class ReasoningGym(Verifier):
     """Scores rows that `prompts.kind: reasoning_gym` made; other rows have no verdict."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
+    modality: ClassVar[str | None] = "language"
 
     def score(self, prompt: Prompt, completion: str) -> float | None:
         origin = prompt.fields.get("reasoning_gym")

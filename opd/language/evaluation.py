@@ -1,0 +1,111 @@
+"""Held-out measurement of a language model: its own completions, scored by its teacher token by token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opd.distributions import Categorical, Routed
+from opd.divergences import Comparison, compare
+from opd.divergences.statistics import MEANS
+from opd.evaluation import COUNTS, HeldOut, accuracies, by_prompt, judge, outcomes, roll_out, rows_of, totals
+from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies.causal_lm import CausalLMStudent
+    from opd.run import Run
+
+ROW_VALUES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "log_q", "log_p")
+"""What a held-out row keeps of each token."""
+
+MOVED = ("moved", "moved_squared", "moved_positions")
+
+
+def measure(run: Run, student: CausalLMStudent) -> HeldOut:
+    """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
+    position; where that one is routed, with each prompt's own.
+
+    Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
+    over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where
+    training reads a store that holds an earlier student's completions of these prompts, `drift` and `drift_std` of
+    `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
+    `greedy_accuracy` and `greedy_length`.
+    """
+    settings = run.recipe.evaluation
+    prompts = run.share(run.held_out)
+    sums: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    items: dict[str, dict[str, float]] = {}
+    if prompts:
+        trajectories = roll_out(run, run.sampler, prompts, settings.k)
+        sums |= outcomes(trajectories, settings.k)
+        items["accuracy"] = by_prompt(trajectories, settings.k)
+        teacher = judge(run)
+        for micro, _ in trajectories.split(run.micro):
+            own = student(micro)
+            answer = teacher(micro) if teacher is not None else None
+            assert answer is None or isinstance(answer, Categorical | Routed)
+            comparison = compare(own, answer, micro.actions)
+            for name, value in comparison.sums().items():
+                sums[name] = sums.get(name, 0.0) + value
+            rows += _rows(run, student, micro, comparison)
+        before = run.rollout.written_before(prompts, run.recipe.rollout.budget)
+        if before is not None:
+            sums |= _moved(run, student, before)
+        if settings.greedy:
+            greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)  # type: ignore[attr-defined]
+            sums |= {f"greedy_{name}": value for name, value in outcomes(greedy, 1).items()}
+            items["greedy_accuracy"] = by_prompt(greedy, 1)
+    # The rows of a group share an id; the first sample of a prompt stands for it in reports.
+    return HeldOut(_means(run, sums), rows[:: settings.k], {name: values for name, values in items.items() if values})
+
+
+def _moved(run: Run, student: CausalLMStudent, before: Trajectories) -> dict[str, float]:
+    """Sums over the tokens that an earlier student wrote of `q(a) / q_then(a)` and its square."""
+    sums = dict.fromkeys(MOVED, 0.0)
+    for micro, _ in before.split(run.recipe.batch.micro):
+        log_q = compare(student(micro), None, micro.actions).values["log_q"]
+        ratio = (log_q - micro.behaviour_log_probs).exp().double()
+        for name, value in zip(MOVED, (ratio, ratio**2, torch.ones_like(ratio)), strict=True):
+            sums[name] += float(value.sum())
+    return sums
+
+
+def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
+    total = totals(run, sums, [*MEANS, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
+    known = MEANS if judge(run) is not None else ("student_entropy",)
+    metrics = {name: total[name] / total["positions"] for name in known}
+    metrics["length"] = total["positions"] / total["trajectories"]
+    metrics["truncated"] = total["truncated"] / total["trajectories"]
+    metrics |= accuracies(total, run.recipe.evaluation.k)
+    if total["moved_positions"]:
+        metrics["drift"] = total["moved"] / total["moved_positions"]
+        square = total["moved_squared"] / total["moved_positions"]
+        metrics["drift_std"] = max(0.0, square - metrics["drift"] ** 2) ** 0.5
+    if total["greedy_trajectories"]:
+        metrics["greedy_length"] = total["greedy_positions"] / total["greedy_trajectories"]
+        if total["greedy_verified"]:
+            metrics["greedy_accuracy"] = total["greedy_accuracy"] / total["greedy_verified"]
+    return metrics
+
+
+def _rows(run: Run, student: CausalLMStudent, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+    values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
+    rows = rows_of(run, micro, values)
+    start = 0
+    for row in rows:
+        here = slice(start, start + len(row["tokens"]))
+        start = here.stop
+        row["alternatives"] = {
+            side: _alternatives(student, top[0][here], top[1][here]) for side, top in comparison.tops.items()
+        }
+    return rows
+
+
+def _alternatives(
+    student: CausalLMStudent, ids: torch.Tensor, probabilities: torch.Tensor
+) -> list[list[tuple[str, float]]]:
+    """For each position its K most likely tokens and their probabilities."""
+    texts = iter(student.tokens(ids.flatten()))
+    return [[(next(texts), round(p, 4)) for p in row] for row in probabilities.tolist()]
