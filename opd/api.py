@@ -233,8 +233,10 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
                 "tokenizer": None,
                 "revision": None,
                 "drop_layers": [],
+                "adapter": None,
             }
-            recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update=changes)})
+            known = {key: value for key, value in changes.items() if key in type(recipe.student).model_fields}
+            recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update=known)})
         result = execute(recipe, overwrite=overwrite, quiet=quiet)
         yield result
         if result.stopped_by is not None:

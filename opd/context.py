@@ -18,6 +18,7 @@ class Context:
         seed: the recipe's seed.
         vocabulary: number of leading ids common to student and teachers, or None for all.
         end_ids: ids that end a completion.
+        guidance: of flow models: the scale of classifier-free guidance, for student and teachers alike; 1 = without.
         steps: optimiser steps of the run.
     """
 
@@ -26,6 +27,7 @@ class Context:
     seed: int = 0
     vocabulary: int | None = None
     end_ids: tuple[int, ...] = ()
+    guidance: float = 1.0
     steps: int = 1
 
     def with_(self, **changes: Any) -> Context:

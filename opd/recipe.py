@@ -69,6 +69,7 @@ class Evaluation(Settings):
         default=[], description="A held-out set of its own, instead of a share of the prompt set"
     )
     max_new_tokens: int | None = Field(None, ge=1, description="Default: the rollout's")
+    steps: int = Field(40, ge=1, description="Of a flow model's deterministic sampler")
     samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
 
 

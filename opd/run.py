@@ -149,7 +149,13 @@ class Run:
             for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
         ]
         rewards = torch.tensor([float("nan") if s is None else s for s in scores])
-        return replace(trajectories, rewards=rewards)
+        return replace(trajectories, rewards=rewards, reward_spread=self._spread(rewards))
+
+    def _spread(self, rewards: torch.Tensor) -> float:
+        known = rewards[~rewards.isnan()].double()
+        sums = torch.stack([known.sum(), known.square().sum(), torch.tensor(len(known)).double()])
+        total, squares, count = self.sum_over_processes(sums).tolist()
+        return max(0.0, squares / count - (total / count) ** 2) ** 0.5 if count else 0.0
 
 
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:

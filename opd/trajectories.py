@@ -37,6 +37,7 @@ class Trajectories:
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier, or None.
+        reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
     """
 
@@ -50,6 +51,7 @@ class Trajectories:
     authors: torch.Tensor
     groups: torch.Tensor
     rewards: torch.Tensor | None = None
+    reward_spread: float | None = None
     stored: torch.Tensor | None = None
 
     def __len__(self) -> int:

@@ -12,10 +12,10 @@ import torch
 
 import opd
 from opd.api import execute
+from opd.checkpoints.weights import weights_hash
 from opd.distributions import Categorical, Head, Sampled
 from opd.divergences import Target, divergence_loss
 from opd.divergences.lightning import Lightning
-from opd.language.identity import weights_hash
 from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.recipe import parse_recipe

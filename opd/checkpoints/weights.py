@@ -61,5 +61,18 @@ def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(model: torch.nn.Module) -> str:
+    """`sha256:...` over names, shapes and float32 values of all weights: bfloat16 weights loaded as float32 are the
+    same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(value.shape)} {value.is_floating_point()}\n".encode())
+        rows = value.detach().reshape(-1)
+        for part in torch.split(rows, 2**24):
+            plain = part.cpu().float() if part.is_floating_point() else part.cpu()
+            digest.update(plain.contiguous().numpy().data)
+    return f"sha256:{digest.hexdigest()}"
+
+
 def _describe(tensor: torch.Tensor | None) -> str:
     return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

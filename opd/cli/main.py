@@ -221,7 +221,9 @@ def evaluate(
         source = str(folder / "recipe.yaml")
         student = student or str(folder / "student")
     if student is not None:
-        changes += [f"student.model={student}", "student.drop_layers=[]", "student.lora=null", "student.freeze=[]"]
+        known = type(load_recipe(source, changes).student).model_fields
+        own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null"}
+        changes += [f"student.model={student}", *(f"student.{key}={v}" for key, v in own.items() if key in known)]
     resolved = load_recipe(source, changes)
     _quiet_libraries()
     if lm_eval is None:

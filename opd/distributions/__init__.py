@@ -2,8 +2,9 @@
 
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
+from opd.distributions.gaussian import Gaussian
 from opd.distributions.routed import Routed, joined
 from opd.distributions.sampled import Sampled
 from opd.distributions.top_k import TopK, append_tail
 
-__all__ = ["Categorical", "Distribution", "Head", "Routed", "Sampled", "TopK", "append_tail", "joined"]
+__all__ = ["Categorical", "Distribution", "Gaussian", "Head", "Routed", "Sampled", "TopK", "append_tail", "joined"]

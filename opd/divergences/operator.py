@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Categorical, Distribution, Head, Routed, Sampled, TopK, append_tail
+from opd.distributions import Categorical, Distribution, Gaussian, Head, Routed, Sampled, TopK, append_tail
 from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
@@ -181,14 +181,26 @@ def divergence_loss(
 
 def action_loss(
     rule: ActionRule,
-    student: Categorical,
+    student: Distribution,
     weights: torch.Tensor,
     actions: torch.Tensor,
     lengths: torch.Tensor,
     rows: int | None = None,
     per_example: bool = False,
 ) -> Loss:
-    """The same operator for objectives that see the action taken and no teacher; arguments as in `divergence_loss`."""
+    """The same operator for objectives that see the action taken and no teacher; arguments as in `divergence_loss`.
+
+    A student of `Gaussian`s has its log-probabilities at hand, and nothing is cut into chunks.
+    """
+    if isinstance(student, Gaussian):
+        moving = student.log_prob(actions)
+        log_q, live = moving.detach(), weights != 0
+        values, coefficients = (
+            each.where(live, 0.0) for each in rule(log_q, torch.arange(len(log_q), device=log_q.device))
+        )
+        total = (weights * values).sum() + (weights * coefficients * (moving - log_q)).sum()
+        return Loss(total, values, log_q.where(live, 0.0))
+    assert isinstance(student, Categorical)
     return divergence_loss(rule, student, (), weights, actions, lengths, rows, per_example)
 
 

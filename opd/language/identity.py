@@ -1,4 +1,4 @@
-"""Who a model is: hashes of weights, tokenizer and template that do not depend on files, dtype on disk or machine."""
+"""Who a model is beside its weights: hashes of tokenizer and template that do not depend on files, dtype on disk or machine."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-import torch
-
 from opd.language.agreement import PROBE
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """`sha256:...` over names, shapes and float32 values of all weights: bfloat16 weights loaded as float32 are the
-    same weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {list(value.shape)} {value.is_floating_point()}\n".encode())
-        rows = value.detach().reshape(-1)
-        for part in torch.split(rows, 2**24):
-            plain = part.cpu().float() if part.is_floating_point() else part.cpu()
-            digest.update(plain.contiguous().numpy().data)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

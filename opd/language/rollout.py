@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from opd.context import Context
 from opd.hardware import fast_in_bf16
 from opd.language.sampler import Sampler
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource
+from opd.rollouts.base import PrefixSource, row_seed
 from opd.schedules import OverSteps
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
@@ -128,12 +127,6 @@ class LanguageRollout(PrefixSource):
         same = self.reader is self.language and self.sees is None
         contexts = own if same else [self.reader.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)
-
-
-def row_seed(seed: int, stream: int, prompt_id: str, member: int) -> int:
-    """63-bit seed of one row, the same whatever batch it is sampled in."""
-    text = f"{seed}/{stream}/{prompt_id}/{member}".encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def pack_rows(

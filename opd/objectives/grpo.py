@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from opd.distributions import Categorical, Distribution
+from opd.distributions import Distribution
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Objective, Target
+from opd.objectives.surrogate import clipped
+from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 
 class GRPO(Objective):
     """`-min(r A, clip(r, 1 - clip, 1 + clip_high) A)` with `r = q(a) / behaviour(a)` and a group's advantage
-    `A = (R - mean R) / (std R + 1e-6)` (Shao et al. 2024); `normalise: false` keeps `R - mean R` (Liu et al. 2025).
+    `A = (R - mean R) / (std R + 1e-6)` (Shao et al. 2024); `normalise: false` keeps `R - mean R` (Liu et al. 2025);
+    `spread: batch` divides by `std + 1e-4` of all rewards of the step (Flow-GRPO, Liu et al. 2025). For images `q(a)` is
+    the geometric mean over the numbers of a latent, hence a clip of 1e-4 there. One update is taken on a batch.
 
     Groups whose rewards are all equal, and prompts without a verdict, carry no signal. A KL to a reference is a second
     objective: `{kind: reverse_kl, weight: 0.01, teacher: reference}` with a teacher `{kind: self, mode: frozen, name:
@@ -28,7 +32,11 @@ class GRPO(Objective):
     scope: ClassVar[Literal["trajectory", "group"]] = "group"
     clip: float = Field(0.2, gt=0.0, lt=1.0)
     clip_high: float | None = Field(None, gt=0.0, description="Upper clip; default the same as clip")
-    normalise: bool = Field(True, description="Divide a group's advantages by their standard deviation")
+    normalise: bool = Field(True, description="Divide advantages by a standard deviation of rewards")
+    spread: Literal["group", "batch"] = Field(
+        "group", description="Whose, with normalise: each group's own, or that of all rewards of the step"
+    )
+    bound: Annotated[float, OverSteps(gt=0)] | None = Field(None, description="Largest size of an advantage")
 
     def advantages(self, trajectories: Trajectories) -> torch.Tensor:
         """float32 `[B]`; 0 where a prompt has no verdict."""
@@ -41,18 +49,23 @@ class GRPO(Objective):
         mean = torch.zeros_like(count).index_add_(0, place, filled) / count
         centred = torch.where(known, filled - mean[place], torch.zeros_like(filled))
         if not self.normalise:
-            return centred
+            return self._bounded(centred)
+        if self.spread == "batch":
+            assert trajectories.reward_spread is not None
+            return self._bounded(centred / (trajectories.reward_spread + 1e-4))
         # The sample's standard deviation, as in the paper's code; a group of one has none and no signal.
         squares = torch.zeros_like(count).index_add_(0, place, centred**2)
         std = (squares / (count - 1).clamp(min=1)).sqrt()
-        return centred / (std[place] + 1e-6)
+        return self._bounded(centred / (std[place] + 1e-6))
+
+    def _bounded(self, advantages: torch.Tensor) -> torch.Tensor:
+        return advantages if self.bound is None else advantages.clamp(-self.bound, self.bound)
 
     def __call__(
         self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
     ) -> Loss:
         from opd.divergences.operator import action_loss
 
-        assert isinstance(student, Categorical)
         device = trajectories.actions.device
         lengths = trajectories.lengths.to(device)
         advantage = self.advantages(trajectories).to(device).repeat_interleave(lengths)
@@ -60,9 +73,7 @@ class GRPO(Objective):
         behaviour = trajectories.behaviour_log_probs
 
         def rule(log_q: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            ratio, a = (log_q - behaviour[index]).exp(), advantage[index]
-            free, bounded = ratio * a, ratio.clamp(low, high) * a
-            return -torch.minimum(free, bounded), torch.where(free <= bounded, -free, torch.zeros_like(free))
+            return clipped(log_q, behaviour[index], advantage[index], low, high)
 
         # Positions without an advantage have no gradient and need no logits.
         return action_loss(rule, student, weights * (advantage != 0), trajectories.actions, trajectories.lengths)

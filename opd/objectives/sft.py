@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from opd.distributions import Categorical, Distribution
+from opd.distributions import Distribution, Gaussian
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Objective, Target
 from opd.trajectories import Trajectories
@@ -16,7 +17,10 @@ from opd.trajectories import Trajectories
 class SFT(Objective):
     """`-log q(a_t)`: hard labels. On `rollout: data` it is supervised fine-tuning, on `rollout: teacher`
     sequence-level distillation (Kim and Rush 2016). Soft labels are `forward_kl` on the same trajectories: its
-    gradient is that of the cross-entropy with the teacher's distribution."""
+    gradient is that of the cross-entropy with the teacher's distribution.
+
+    Of a flow model on `rollout: noised` it is flow matching: half the squared error of the velocity, up to a constant
+    at each time; `squared_error` in the log is the error itself, the mean over a latent's numbers."""
 
     kind: Literal["sft"] = "sft"
 
@@ -25,18 +29,20 @@ class SFT(Objective):
     ) -> Loss:
         from opd.divergences.operator import action_loss
 
-        assert isinstance(student, Categorical)
-        return action_loss(
+        loss = action_loss(
             lambda log_q, index: (-log_q, -torch.ones_like(log_q)),
             student,
             weights,
             trajectories.actions,
             trajectories.lengths,
         )
+        if isinstance(student, Gaussian):
+            return replace(loss, measured={"squared_error": student.detach().square(trajectories.actions)})
+        return loss
 
     def check_trajectories(self, rollout: Any) -> None:
         if rollout.authors == {"student"}:
             raise IncompatibleError(
                 "objective 'sft' on the student's own samples has no expected gradient: take rollout: data, "
-                "rollout: teacher or a mixture"
+                "rollout: teacher or a mixture (of a flow model: noised, or sde with a teacher)"
             )

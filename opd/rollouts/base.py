@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
@@ -145,3 +146,9 @@ class SeveralSources(Rollout):
     @property
     def budget(self) -> int:
         return max(part.budget for part in self.parts)
+
+
+def row_seed(seed: int, stream: int, prompt_id: str, member: int) -> int:
+    """63-bit seed of one row, the same whatever batch it is sampled in."""
+    text = f"{seed}/{stream}/{prompt_id}/{member}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

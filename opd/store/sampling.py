@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from opd.checkpoints.weights import weights_hash
 from opd.errors import RecipeError
-from opd.language.identity import template_hash, tokenizer_hash, weights_hash
+from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -45,7 +46,8 @@ def sample(
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
         raise RecipeError(
-            f"a store holds texts, and the student is a {recipe.student.modality} model: sample in training"
+            f"opd rollout samples texts and the student is a {recipe.student.modality} model; it needs none: take the "
+            "recipe to opd train"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, nearest
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
-from opd.language.identity import template_hash, tokenizer_hash, weights_hash
+from opd.language.identity import template_hash, tokenizer_hash
 from opd.language.model import LanguageModel, load_tokenizer
 from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
+from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.language.identity import weights_hash
 from opd.language.model import LanguageModel, ModelSettings
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher

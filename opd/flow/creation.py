@@ -1,0 +1,70 @@
+"""New flow models: a small transformer on pixels with a prompt table, for experiments from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opd.errors import ModelError
+from opd.flow.encoder import PromptTable
+from opd.flow.model import FlowModel, _diffusers
+
+
+def create_flow_model(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    size: int = 32,
+    patch: int = 4,
+    layers: int = 3,
+    heads: int = 3,
+    head_width: int = 24,
+    prompt_width: int = 64,
+    places: int = 8,
+    shift: float = 1.0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write a randomly initialised `SD3Transformer2DModel` that draws RGB images of `size` pixels, its scheduler and its
+    prompt table; diffusers loads the first two from `transformer/` and `scheduler/`.
+
+    Args:
+        folder: where to; refused when it holds a model already, unless `overwrite`.
+        tokenizer: of the prompts; it needs a padding token.
+        patch: pixels on the side of one of the transformer's patches.
+        places: L, tokens of the longest prompt.
+        shift: of the scheduler's times towards noise.
+        seed: of the weights; the global generator is left as it was.
+
+    Raises:
+        ModelError: sizes that fit no model, or a folder that is taken.
+    """
+    folder = Path(folder)
+    diffusers = _diffusers()
+    if size % patch:
+        raise ModelError(f"size is {size} with patches of {patch}; give a multiple of {patch}")
+    if tokenizer.pad_token_id is None:
+        raise ModelError("the tokenizer has no padding token; prompts of a table are padded to one length")
+    if (folder / "transformer").exists() and not overwrite:
+        raise ModelError(f"{folder} holds a model already; choose another folder, or pass overwrite")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = diffusers.SD3Transformer2DModel(
+            sample_size=size,
+            patch_size=patch,
+            in_channels=3,
+            out_channels=3,
+            num_layers=layers,
+            num_attention_heads=heads,
+            attention_head_dim=head_width,
+            caption_projection_dim=heads * head_width,
+            joint_attention_dim=prompt_width,
+            pooled_projection_dim=prompt_width,
+            pos_embed_max_size=size // patch,
+        )
+        table = PromptTable(tokenizer, prompt_width, prompt_width, places)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    FlowModel(transformer, scheduler, table).save(folder)
+    return folder

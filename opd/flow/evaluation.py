@@ -1,0 +1,90 @@
+"""Held-out measurement of a flow model: the images of its deterministic sampler, and its divergence by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from opd.distributions import Gaussian
+from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, totals
+from opd.flow.rollout import FlowRollout
+from opd.policies.flow_transformer import digits, labels
+from opd.rollouts.sde import SDERollout
+from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies.flow_transformer import FlowStudent
+    from opd.run import Run
+
+TASK = "task"
+"""Column by which accuracies are told apart."""
+
+
+def measure(run: Run, student: FlowStudent) -> HeldOut:
+    """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is the
+    same at each evaluation; and one trajectory of the training SDE, to compare the student with the first teacher that
+    can be asked there.
+
+    Metrics: `reverse_kl`, the mean over steps of the divergence of the next latent (mean over its numbers; with equal
+    standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores
+    those of `accuracies`, and `accuracy/TASK` by the prompts' column `task` where it has several values.
+    """
+    settings = run.recipe.evaluation
+    prompts = run.share(run.held_out)
+    grid = run.recipe.rollout if isinstance(run.recipe.rollout, SDERollout) else SDERollout()
+    steps = grid.trained_steps
+    tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
+    tasks = tasks if len(tasks) > 1 else []
+    sums: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    items: dict[str, dict[str, float]] = {}
+    teacher = judge(run)
+    if prompts:
+        sampler = run.sampler
+        assert isinstance(sampler, FlowRollout)
+        drawn = run.verify(sampler(prompts, settings.k, 1, stream=STREAM))
+        sums |= outcomes(drawn, settings.k)
+        items["accuracy"] = by_prompt(drawn, settings.k)
+        for task in tasks:
+            sums |= _of_task(drawn, task)
+        for i in range(0, len(drawn), settings.k):
+            rows += student.rows(drawn.rows(i, i + 1)[0], {})
+        if teacher is not None:
+            walked = sampler.drawing(grid.steps, grid.noise)(prompts, 1, steps, stream=STREAM)
+            start = 0
+            for micro, _ in walked.split(run.micro):
+                answer = teacher(micro)
+                assert isinstance(answer, Gaussian)
+                kl = student(micro).kl(answer)
+                for k, value in enumerate(kl.view(-1, steps).double().sum(0).tolist()):
+                    sums[f"step_{k}"] = sums.get(f"step_{k}", 0.0) + value
+                sums["walked"] = sums.get("walked", 0.0) + len(micro)
+                for context, value in zip(micro.contexts, kl.split(steps), strict=True):
+                    rows[start] |= {"tokens": labels(context), "values": {"reverse_kl": digits(value)}}
+                    start += 1
+    metrics = _metrics(run, sums, tasks, steps if teacher is not None else 0)
+    return HeldOut(metrics, rows, {name: values for name, values in items.items() if values})
+
+
+def _of_task(trajectories: Trajectories, task: str) -> dict[str, float]:
+    """Sum and number of the scores of one task's trajectories."""
+    if trajectories.rewards is None:
+        return {}
+    mine = torch.tensor([str(p.fields.get(TASK)) == task for p in trajectories.prompts])
+    known = trajectories.rewards[mine & ~trajectories.rewards.isnan()]
+    return {f"accuracy/{task}": float(known.sum()), f"verified/{task}": float(len(known))}
+
+
+def _metrics(run: Run, sums: dict[str, float], tasks: list[str], steps: int) -> dict[str, float]:
+    by_step = [f"step_{k}" for k in range(steps)]
+    by_task = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
+    total = totals(run, sums, [*COUNTS, *by_step, "walked", *by_task])
+    metrics: dict[str, float] = {}
+    if steps:
+        metrics["reverse_kl"] = sum(total[name] for name in by_step) / (steps * total["walked"])
+    metrics |= accuracies(total, run.recipe.evaluation.k)
+    for task in tasks:
+        if total[f"verified/{task}"]:
+            metrics[f"accuracy/{task}"] = total[f"accuracy/{task}"] / total[f"verified/{task}"]
+    return metrics | {f"reverse_kl/{name}": total[name] / total["walked"] for name in by_step}

@@ -1,0 +1,239 @@
+"""A transformer that predicts a velocity, with its time grid, its prompt encoder and its image coder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.errors import ModelError
+from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
+
+TABLE = "prompt_table"
+"""Folder of the prompt table of a model that works on pixels."""
+
+
+class FlowSettings(Settings):
+    """How a model is loaded; shared by students and teachers."""
+
+    model: str = Field(
+        description="A folder or hub name of a diffusers pipeline (StableDiffusion3Pipeline), or a folder with a "
+        "transformer, a scheduler and a prompt_table"
+    )
+    adapter: str | None = Field(None, description="A LoRA adapter of peft to merge into the transformer's weights")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class FlowModel(torch.nn.Module):
+    """`forward` gives the guided velocity. Times run from 1 (noise) to 0 (image).
+
+    Args:
+        transformer: takes `hidden_states`, `timestep`, `encoder_hidden_states`, `pooled_projections`, as diffusers'
+            `SD3Transformer2DModel` does, and predicts `noise - data`.
+        scheduler: a `FlowMatchEulerDiscreteScheduler`, for its grid of times.
+        encoder: of prompts.
+        pipeline: the diffusers pipeline that the parts come from, with its VAE; None for a model of pixels.
+        resolution: of images, in pixels; default what the transformer was made for.
+    """
+
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        scheduler: Any,
+        encoder: PromptEncoder,
+        pipeline: Any = None,
+        resolution: int | None = None,
+    ):
+        super().__init__()
+        self.transformer, self.encoder = transformer, encoder
+        # Parts that no training moves; not submodules, so that copies share them.
+        self.parts: dict[str, Any] = {"scheduler": scheduler, "pipeline": pipeline}
+        factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
+        size = self.base.config.sample_size if resolution is None else resolution // factor
+        patch = self.base.config.patch_size
+        if resolution is not None and (
+            resolution % (factor * patch) or size > self.base.config.pos_embed_max_size * patch
+        ):
+            raise ModelError(
+                f"resolution is {resolution}; give a multiple of {factor * patch}, at most "
+                f"{self.base.config.pos_embed_max_size * patch * factor}"
+            )
+        self.shape = (int(self.base.config.in_channels), int(size), int(size))
+        self.resolution = int(size) * factor
+        self._grids: dict[int, torch.Tensor] = {}
+
+    @property
+    def base(self) -> Any:
+        """The diffusers model, without a peft wrapper."""
+        model: Any = self.transformer
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def scheduler(self) -> Any:
+        return self.parts["scheduler"]
+
+    @property
+    def pipeline(self) -> Any:
+        return self.parts["pipeline"]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def copy(self) -> FlowModel:
+        """Weights of its own, the same scheduler, VAE and text encoders."""
+        encoder = copy.deepcopy(self.encoder) if isinstance(self.encoder, PromptTable) else self.encoder
+        return FlowModel(copy.deepcopy(self.transformer), self.scheduler, encoder, self.pipeline, self.resolution)
+
+    def grid(self, steps: int) -> torch.Tensor:
+        """float32 `[steps + 1]`: the scheduler's times from 1 to 0, its shift included."""
+        if steps not in self._grids:
+            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler.set_timesteps(steps)
+            self._grids[steps] = scheduler.sigmas.float()
+        return self._grids[steps].to(self.device)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Sequence[Any],
+        counts: Sequence[int],
+        guidance: Sequence[float],
+    ) -> torch.Tensor:
+        """`[N, C, H, W]` velocity `v_0 + g (v_c - v_0)` at latents `[N, C, H, W]` and times `[N]`.
+
+        Args:
+            conditions: B of the encoder's; condition b belongs to `counts[b]` neighbouring latents.
+            guidance: B scales g; where all are 1 the unconditional velocity v_0 is not computed.
+        """
+        repeats = torch.tensor(counts, device=x.device)
+        hidden, pooled = (part.repeat_interleave(repeats, 0) for part in self.encoder(conditions))
+        if all(g == 1.0 for g in guidance):
+            return self._velocity(x, t, hidden, pooled)
+        nothing = self.encoder(self.encoder.encode([""]))
+        both = (
+            torch.cat([part.expand_as(whole), whole]) for part, whole in zip(nothing, (hidden, pooled), strict=True)
+        )
+        free, bound = self._velocity(x.repeat(2, 1, 1, 1), t.repeat(2), *both).chunk(2)
+        scale = torch.tensor(guidance, device=x.device).repeat_interleave(repeats).view(-1, 1, 1, 1)
+        return free + scale * (bound - free)
+
+    def _velocity(self, x: torch.Tensor, t: torch.Tensor, hidden: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        dtype = self.base.dtype
+        return self.transformer(
+            hidden_states=x.to(dtype),
+            timestep=t * self.scheduler.config.num_train_timesteps,
+            encoder_hidden_states=hidden.to(dtype),
+            pooled_projections=pooled.to(dtype),
+            return_dict=False,
+        )[0].float()
+
+    @torch.no_grad()
+    def images(self, latents: torch.Tensor) -> np.ndarray:
+        """float32 `[B, H, W, 3]` in 0..1 of latents `[B, C, H, W]`."""
+        if self.pipeline is not None:
+            vae = self.pipeline.vae
+            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+            latents = vae.decode(latents, return_dict=False)[0]
+        pixels = (latents.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return np.ascontiguousarray(pixels.cpu().numpy())
+
+    @torch.no_grad()
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """float32 `[B, C, h, w]` of images `[B, 3, H, W]` in -1..1; with a VAE the mode of its posterior."""
+        if self.pipeline is None:
+            return images.to(self.device)
+        vae = self.pipeline.vae
+        found = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
+        return ((found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
+
+    def save(self, folder: Path) -> None:
+        """`folder` in diffusers' own format; adapters are merged into the transformer's weights, this copy is not."""
+        adapted: Any = self.transformer
+        transformer: Any = copy.deepcopy(adapted).merge_and_unload() if adapted is not self.base else adapted
+        if adapted is not self.base:
+            adapted.save_pretrained(folder / "adapter")
+        if self.pipeline is None:
+            transformer.save_pretrained(folder / "transformer")
+            self.scheduler.save_pretrained(folder / "scheduler")
+            assert isinstance(self.encoder, PromptTable)
+            self.encoder.save(folder / TABLE)
+            return
+        own = self.pipeline.transformer
+        self.pipeline.register_modules(transformer=transformer)
+        self.pipeline.save_pretrained(folder)
+        self.pipeline.register_modules(transformer=own)
+
+
+def load_flow_model(
+    settings: FlowSettings, device: torch.device | str, resolution: int | None = None, like: FlowModel | None = None
+) -> FlowModel:
+    """A model in eval mode on `device`. `like` another one, it shares that one's text encoders and VAE."""
+    diffusers = _diffusers()
+    path = Path(settings.model).expanduser()
+    if (path.exists() or settings.model.startswith((".", "/", "~"))) and not (path / "transformer").is_dir():
+        raise ModelError(
+            f"model {settings.model!r}: no folder with a transformer/ in it; give a diffusers pipeline's folder or name"
+        )
+    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else None
+    options = {"revision": settings.revision, **({} if dtype is None else {"torch_dtype": dtype})}
+    pipeline = None
+    encoder: PromptEncoder
+    try:
+        if (path / TABLE).is_dir():
+            encoder = PromptTable.load(path / TABLE)
+        elif like is not None and like.pipeline is not None:
+            encoder, pipeline = like.encoder, like.pipeline
+        else:
+            pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(settings.model, **options).to(device)
+            pipeline.set_progress_bar_config(disable=True)
+            encoder = TextEncoders(pipeline)
+        if pipeline is not None and like is None:
+            transformer, scheduler = pipeline.transformer, pipeline.scheduler
+        else:
+            transformer = diffusers.AutoModel.from_pretrained(settings.model, subfolder="transformer", **options)
+            scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+                settings.model, subfolder="scheduler", revision=settings.revision
+            )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"model {settings.model!r} cannot be loaded ({reason.strip()[:180]}); give a folder with the files, or a "
+            "hub name that this machine can reach"
+        ) from None
+    if scheduler.config.use_dynamic_shifting:
+        raise ModelError(f"model {settings.model!r}: its scheduler shifts times by image size, which is not supported")
+    if settings.adapter is not None:
+        transformer = merge_adapter(transformer, settings.adapter)
+        if pipeline is not None and like is None:
+            pipeline.register_modules(transformer=transformer)
+    return FlowModel(transformer, scheduler, encoder, pipeline, resolution).to(device).eval()
+
+
+def merge_adapter(transformer: Any, adapter: str) -> Any:
+    """The transformer with a peft adapter's product added to its weights."""
+    try:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(transformer, adapter).merge_and_unload()
+    except ImportError:
+        raise ModelError("a model's adapter needs peft: pip install 'opd[flow]'") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"adapter {adapter!r} cannot be loaded ({str(error).splitlines()[0][:180]})") from None
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError:
+        raise ModelError("flow models need diffusers: pip install 'opd[flow]'") from None
+    return diffusers

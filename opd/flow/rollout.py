@@ -1,0 +1,139 @@
+"""Trajectories sampled from a flow model in this process: the SDE that training learns on, and the ODE for images."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.context import Context
+from opd.errors import IncompatibleError
+from opd.flow.denoising import Denoising, pack
+from opd.flow.model import FlowModel
+from opd.flow.transition import transition
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, row_seed
+from opd.trajectories import Author, Trajectories
+
+
+class GridSettings(Settings):
+    """The steps of a sampler, and which of them are trained on."""
+
+    steps: int = Field(10, ge=2, description="T, of the scheduler's grid of times")
+    noise: float = Field(0.7, gt=0.0, description="Level of the SDE")
+    trained: float = Field(0.99, gt=0.0, le=1.0, description="The first int(trained * steps) are trained on")
+
+    @property
+    def trained_steps(self) -> int:
+        """K, how many of the T steps a trajectory holds."""
+        return max(1, int(self.trained * self.steps))
+
+
+class SamplerSettings(GridSettings):
+    """How images are drawn."""
+
+    batch: int = Field(64, ge=1, description="Trajectories sampled side by side")
+    dtype: Literal["own", "bfloat16"] = Field(
+        "own", description="Compute in the weights' dtype or in bfloat16; take what hardware.precision says"
+    )
+
+
+class FlowRollout(PrefixSource):
+    """Rollouts of one flow model.
+
+    Args:
+        model: the one that writes.
+        reader: the student's, whose encoding of a prompt the trajectories carry.
+        author: who the writer is to the student.
+    """
+
+    settings: SamplerSettings
+
+    def __init__(
+        self,
+        model: FlowModel,
+        settings: SamplerSettings,
+        context: Context,
+        *,
+        reader: FlowModel | None = None,
+        author: Author = "student",
+    ):
+        self.model, self.settings, self.context = model, settings, context
+        self.reader, self.author = reader or model, author
+        self.authors = frozenset({author})
+        self.exact = author == "student"
+        self.dtype = torch.bfloat16 if settings.dtype == "bfloat16" else next(model.parameters()).dtype
+
+    def drawing(self, steps: int, noise: float) -> FlowRollout:
+        """The same writer on another grid; with noise 0 it follows the ODE."""
+        other = copy.copy(self)
+        other.settings = self.settings.model_copy(update={"steps": steps, "noise": noise})
+        return other
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        if begun is not None:
+            raise IncompatibleError("rollout 'sde' begins with noise and cannot go on what another source began")
+        training = self.model.training
+        self.model.eval()
+        texts = [str(prompt.view()) for prompt in prompts]
+        conditions = [c for c in self.reader.encoder.encode(texts) for _ in range(group)]
+        seeds = [row_seed(self.context.seed, stream, p.id, g) for p in prompts for g in range(group)]
+        rows: list[Denoising] = []
+        actions, log_probs = [], []
+        for first in range(0, len(seeds), self.settings.batch):
+            part = slice(first, first + self.settings.batch)
+            drawn, taken, density = self._sample(conditions[part], seeds[part], budget)
+            rows += drawn
+            actions.append(taken)
+            log_probs.append(density)
+        self.model.train(training)
+        return pack(prompts, group, rows, torch.cat(actions), torch.cat(log_probs), self.author)
+
+    def _sample(
+        self, conditions: Sequence[Any], seeds: Sequence[int], budget: int
+    ) -> tuple[list[Denoising], torch.Tensor, torch.Tensor]:
+        """Trajectories of B rows, their first `budget` actions `[B, K, C, H, W]` and log-densities `[B, K]`."""
+        device, count, steps = self.model.device, len(seeds), self.settings.steps
+        times, noise = self.model.grid(steps), self.settings.noise
+        # A row's noise depends on its own seed alone, and is drawn where every machine draws the same.
+        shape = (steps + 1 if noise else 1, *self.model.shape)
+        draws = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+        level = torch.full((count,), noise, device=device)
+        guidance = [self.context.guidance] * count
+        x = start = draws[:, 0]
+        actions, log_probs = [], []
+        for k in range(steps):
+            t, following = times[k].expand(count), times[k + 1].expand(count)
+            with self._autocast():
+                velocity = self.model(x, t, conditions, [1] * count, guidance)
+            belief = transition(x, velocity, t, following, level)
+            x = belief.mean
+            if noise:
+                x = x + belief.std.view(-1, 1, 1, 1) * draws[:, k + 1]
+            if k < budget:
+                actions.append(x)
+                log_probs.append(belief.log_prob(x))
+        kept = times[: len(actions) + 1]
+        rows = [
+            Denoising(condition, start[i], kept, noise, self.context.guidance, x[i])
+            for i, condition in enumerate(conditions)
+        ]
+        return rows, torch.stack(actions, 1), torch.stack(log_probs, 1)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.dtype == "bfloat16":
+            return torch.autocast(self.model.device.type, torch.bfloat16)
+        return contextlib.nullcontext()

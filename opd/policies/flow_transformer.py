@@ -1,0 +1,245 @@
+"""A flow transformer as the student: full fine-tuning or LoRA of the velocity model of a diffusers pipeline."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from opd.choice import Settings
+from opd.context import Context
+from opd.distributions import Gaussian
+from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
+from opd.flow.denoising import Denoising, believe
+from opd.flow.encoder import PromptTable, TextEncoders
+from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.transition import transition
+from opd.policies.base import LIVE, Policy, Student
+from opd.prompts import Prompt
+from opd.provenance import read_origin
+from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.evaluation import HeldOut
+    from opd.flow.rollout import FlowRollout
+    from opd.recipe import Recipe
+    from opd.rollouts import PrefixSource
+    from opd.run import Run
+    from opd.teachers import Teacher
+    from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
+
+SHOWN_PIXELS = 128
+"""Side of the images that logs keep, at most."""
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+class FlowLoRA(Settings):
+    """Low-rank adapters of the transformer, by `peft`."""
+
+    rank: int = Field(32, ge=1)
+    alpha: int = Field(64, ge=1)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    targets: list[str] = Field(
+        [f"attn.{name}" for name in ATTENTION], description="Default the eight attention projections"
+    )
+    initial: Literal["gaussian", "uniform"] = Field("gaussian", description="Of the first factor; the second is zero")
+
+
+class FlowTransformer(FlowSettings, Policy):
+    """A transformer of diffusers that predicts a velocity (`SD3Transformer2DModel`)."""
+
+    kind: Literal["flow_transformer"] = "flow_transformer"
+    modality: ClassVar[str | None] = "flow"
+    teacher: ClassVar[str] = "flow"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the weights; adapters are float32 in any case"
+    )
+    resolution: int | None = Field(None, ge=8, description="Side of the images in pixels; default the model's own")
+    guidance: float = Field(
+        1.0, ge=1.0, description="Scale of classifier-free guidance, for student and teachers; 1 = without"
+    )
+    lora: FlowLoRA | None = None
+    train_prompts: bool = Field(False, description="Train the prompt table too; only while a base model is made")
+    gradient_checkpointing: bool = False
+
+    def build(self, context: Context) -> FlowStudent:
+        model = load_flow_model(self, context.device, self.resolution)
+        return FlowStudent(model, self, context, read_origin(Path(self.model)))
+
+    @classmethod
+    def takes(cls, model: Any) -> bool:
+        return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
+
+    @classmethod
+    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
+        return FlowStudent(_live(model, context), None, context)
+
+    @classmethod
+    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
+        from opd.teachers.flow import FlowTeacher, LiveFlowTeacher
+
+        return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE), context)
+
+
+def _live(model: Any, context: Context) -> FlowModel:
+    if isinstance(model, FlowModel):
+        return model.to(context.device)
+    model.to(context.device)
+    return FlowModel(model.transformer, model.scheduler, TextEncoders(model), model).to(context.device)
+
+
+class FlowStudent(Student):
+    """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
+
+    unit = "steps"
+    library = "diffusers"
+
+    def __init__(
+        self, model: FlowModel, settings: FlowTransformer | None, context: Context, origin: dict[str, Any] | None = None
+    ):
+        self.model, self.context, self.origin = model, context, origin or {}
+        self.guidance = 1.0 if settings is None else settings.guidance
+        model.requires_grad_(False)
+        model.transformer.requires_grad_(True)
+        if settings is not None:
+            if settings.lora is not None:
+                model.transformer = with_lora(model.transformer, settings.lora)
+            if settings.train_prompts and not isinstance(model.encoder, PromptTable):
+                raise ModelError("student.train_prompts is for models with a prompt table, and this one has none")
+            model.encoder.requires_grad_(settings.train_prompts)
+            if settings.gradient_checkpointing:
+                model.base.enable_gradient_checkpointing()
+        self.module: torch.nn.Module = model
+
+    def __call__(self, trajectories: Trajectories) -> Gaussian:
+        return believe(self.module, trajectories, [context.condition for context in trajectories.contexts])
+
+    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+        if end_tokens is not None:
+            raise IncompatibleError("end_tokens are for language; a flow model has none: remove the key")
+        return context.with_(guidance=self.guidance)
+
+    def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
+        for prompt in prompts:
+            text = prompt.view()
+            if not isinstance(text, str):
+                raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
+            try:
+                self.model.encoder.check(text, limit)
+            except DataError as error:
+                raise DataError(f"{prompt.where}: {error}") from None
+
+    @torch.no_grad()
+    def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
+        """The scheduler of the pipeline must take the same step as the ODE here."""
+        first, _ = trajectories.rows(0, 1)
+        start, condition = first.contexts[0].start[None], first.contexts[0].condition
+        times = self.model.grid(4)
+        velocity = self.model(start, times[:1], [condition], [1], [1.0])
+        ours = transition(start, velocity, times[:1], times[1:2], torch.zeros_like(times[:1])).mean
+        scheduler = type(self.model.scheduler).from_config(self.model.scheduler.config)
+        scheduler.set_timesteps(4)
+        theirs = scheduler.step(velocity.cpu(), scheduler.timesteps[0], start.cpu(), return_dict=False)[0]
+        off = float((ours.cpu() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+        if not off <= max(tolerance, 1e-3):
+            raise SelfTestError(
+                f"the pipeline's scheduler and the sampler here take steps that differ by {off:.1%}: this scheduler "
+                "does not follow the plain flow-matching ODE. Take a FlowMatchEulerDiscreteScheduler"
+            )
+
+    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+        latents = torch.stack([context.outcome for context in trajectories.contexts])
+        return [image for part in latents.split(32) for image in self.model.images(part)]
+
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """`tokens` are the times of the steps; `image` is a small PNG as a data URI."""
+        rows = []
+        ends = [0, *trajectories.lengths.cumsum(0).tolist()]
+        images = self.outcomes(trajectories)
+        for i, context in enumerate(trajectories.contexts):
+            prompt, here = trajectories.prompts[i], slice(ends[i], ends[i + 1])
+            row = {
+                "id": prompt.id,
+                "prompt": prompt.view(),
+                "completion": "",
+                "finished": True,
+                "reward": trajectories.reward(i),
+                "tokens": labels(context),
+                "values": {name: digits(value[here]) for name, value in values.items()},
+                "image": data_uri(images[i]),
+            }
+            rows.append(row | ({"task": prompt.fields["task"]} if "task" in prompt.fields else {}))
+        return rows
+
+    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> FlowRollout:
+        from opd.flow.rollout import FlowRollout
+        from opd.rollouts.sde import SDERollout
+
+        settings = recipe.rollout if isinstance(recipe.rollout, SDERollout) else SDERollout()
+        return FlowRollout(self.model, settings, context).drawing(recipe.evaluation.steps, 0.0)
+
+    def measure(self, run: Run) -> HeldOut:
+        from opd.flow.evaluation import measure
+
+        return measure(run, self)
+
+    def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
+        from opd.teachers.flow import SelfFlowTeacher
+
+        return SelfFlowTeacher(self.model.copy(), settings, context, self.model)
+
+    def live(self) -> tuple[Any, Any]:
+        return (self.model.eval() if self.model.pipeline is None else self.model.pipeline), None
+
+    def save(self, folder: Path, card: str) -> None:
+        """`folder` is a diffusers pipeline, or for a model of pixels its parts; with LoRA the merged weights, and the
+        adapter in `folder/adapter`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def with_lora(transformer: Any, lora: FlowLoRA) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ModelError("student.lora needs peft: pip install 'opd[flow]'") from None
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+        init_lora_weights="gaussian" if lora.initial == "gaussian" else True,
+    )
+    try:
+        return get_peft_model(transformer, config)
+    except ValueError as error:
+        raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
+
+
+def labels(context: Denoising) -> list[str]:
+    """What a person calls each step of a trajectory: its time."""
+    return [f"t={t:.3f}" for t in context.times[:-1].tolist()]
+
+
+def digits(values: torch.Tensor) -> list[float]:
+    """Numbers for a log: a step's divergence, averaged over pixels, is small, so digits count and not decimals."""
+    return [float(f"{value:.5g}") for value in values.tolist()]
+
+
+def data_uri(image: np.ndarray) -> str:
+    """A PNG of float32 `[H, W, 3]` in 0..1, of `SHOWN_PIXELS` a side at most."""
+    from PIL import Image
+
+    picture = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+    picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

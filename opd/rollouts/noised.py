@@ -1,0 +1,116 @@
+"""Off-policy for flow models: images that exist already, with noise added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.errors import DataError, IncompatibleError
+from opd.flow.denoising import Denoising, pack
+from opd.flow.model import FlowModel
+from opd.flow.rollout import GridSettings
+from opd.prompts import Prompt
+from opd.rollouts.base import PrefixSource, Rollout, row_seed
+from opd.trajectories import Author, Trajectories
+
+
+class NoisedRollout(GridSettings, Rollout):
+    """The image in a column of the prompt's row, on the straight line to fresh noise.
+
+    With `times: logit_normal` a trajectory is one latent at a random time and its action is the image itself: with
+    `objective: sft` that is flow matching, without guidance. With `times: grid` it is the latents at the sampler's own
+    times, for divergences on states that nobody sampled.
+    """
+
+    kind: Literal["noised"] = "noised"
+    modality: ClassVar[str | None] = "flow"
+    column: str = Field("image", description="Column with uint8 [H, W, 3], the path of an image, or a list of those")
+    times: Literal["logit_normal", "grid"] = "logit_normal"
+    drop_prompt: float = Field(0.0, ge=0.0, lt=1.0, description="Share that learns without its prompt, for guidance")
+    author: Literal["data", "teacher"] = Field("data", description="Who made the images, for objectives that ask")
+
+    @property
+    def budget(self) -> int:
+        return 1 if self.times == "logit_normal" else self.trained_steps
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
+        return NoisedImages(self, student.model, context)
+
+
+class NoisedImages(PrefixSource):
+    """The built source. Nothing is drawn from a model: log-probabilities are not known and stand as 0."""
+
+    exact = False
+
+    def __init__(self, settings: NoisedRollout, model: FlowModel, context: Context):
+        self.settings, self.model, self.context = settings, model, context
+        author: Author = settings.author
+        self.authors = frozenset({author})
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            prompt.view(self.settings.column)
+
+    def image(self, prompt: Prompt, turn: int) -> torch.Tensor:
+        """float32 `[3, H, W]` in -1..1; of several images of a row that whose turn it is."""
+        found: Any = prompt.view(self.settings.column)
+        if isinstance(found, list) and found and isinstance(found[0], str | np.ndarray):
+            found = found[turn % len(found)]
+        pixels = _read(Path(found), self.model.resolution, prompt) if isinstance(found, str) else np.asarray(found)
+        size = self.model.resolution
+        if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
+            raise DataError(
+                f"{prompt.where}: column {self.settings.column!r} holds {pixels.dtype} {list(pixels.shape)}; the "
+                f"student draws uint8 [{size}, {size}, 3]"
+            )
+        return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        group: int,
+        budget: int,
+        stream: int,
+        begun: Sequence[torch.Tensor] | None = None,
+    ) -> Trajectories:
+        if begun is not None:
+            raise IncompatibleError("rollout 'noised' cannot go on what another source began")
+        settings, device = self.settings, self.model.device
+        members = [(p, g) for p in prompts for g in range(group)]
+        streams = [torch.Generator().manual_seed(row_seed(self.context.seed, stream, p.id, g)) for p, g in members]
+        images = self.model.latents(torch.stack([self.image(p, max(stream, 0) + g) for p, g in members]))
+        noise = torch.stack([torch.randn(self.model.shape, generator=s) for s in streams]).to(device)
+        dropped = [float(torch.rand(1, generator=s)) < settings.drop_prompt for s in streams]
+        texts = ["" if gone else str(p.view()) for gone, (p, _) in zip(dropped, members, strict=True)]
+        if settings.times == "logit_normal":
+            at = torch.cat([torch.randn(1, generator=s) for s in streams]).sigmoid().clamp(1e-3, 1 - 1e-3)
+            times = torch.stack([at, torch.zeros_like(at)], 1).to(device)
+            level, guidance = 0.0, 1.0
+        else:
+            times = self.model.grid(settings.steps)[: budget + 1].repeat(len(members), 1)
+            level, guidance = settings.noise, self.context.guidance
+        t = times.view(*times.shape, 1, 1, 1)
+        line = (1 - t) * images[:, None] + t * noise[:, None]
+        rows = [
+            Denoising(condition, line[i, 0], times[i], level, guidance, images[i])
+            for i, condition in enumerate(self.model.encoder.encode(texts))
+        ]
+        nothing = torch.zeros(times.shape[0], times.shape[1] - 1, device=device)
+        return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
+
+
+def _read(path: Path, size: int, prompt: Prompt) -> np.ndarray:
+    """An image file, scaled and cut to a square."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+    except (OSError, UnidentifiedImageError) as error:
+        raise DataError(f"{prompt.where}: image {str(path)!r} cannot be read ({error})") from None

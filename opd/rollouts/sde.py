@@ -1,0 +1,41 @@
+"""On-policy for flow models: the student denoises by its own SDE; or a teacher does, for the off-policy control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from opd.context import Context
+from opd.errors import IncompatibleError, nearest
+from opd.flow.rollout import FlowRollout, SamplerSettings
+from opd.rollouts.base import Rollout
+
+
+class SDERollout(SamplerSettings, Rollout):
+    """`steps` steps of the stochastic sampler from noise to an image; the student learns on the latents of the first of
+    them, and a verifier reads the image."""
+
+    kind: Literal["sde"] = "sde"
+    modality: ClassVar[str | None] = "flow"
+    teacher: str | None = Field(None, description="Name of the teacher that denoises; default the student")
+
+    @property
+    def budget(self) -> int:
+        return self.trained_steps
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> FlowRollout:
+        if self.teacher is None:
+            return FlowRollout(student.model, self, context)
+        names = [t.settings.name for t in teachers]
+        known = [n for n in names if n]
+        if self.teacher not in names:
+            raise IncompatibleError(
+                f"rollout.teacher is {self.teacher!r}{nearest(self.teacher, known)}; the recipe names "
+                f"{known or 'none'}: give that teacher a name"
+            )
+        writer = teachers[names.index(self.teacher)]
+        if not hasattr(writer, "model"):
+            raise IncompatibleError(f"rollout.teacher {self.teacher!r} is no single model; name a teacher of kind flow")
+        return FlowRollout(writer.model, self, context, reader=student.model, author="teacher")

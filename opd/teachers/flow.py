@@ -1,0 +1,90 @@
+"""A teacher in this process that predicts a velocity, as the student does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from opd.checkpoints.weights import fingerprint, weights_hash
+from opd.context import Context
+from opd.distributions import Gaussian
+from opd.errors import IncompatibleError
+from opd.flow.denoising import believe
+from opd.flow.encoder import same_vocabulary
+from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.policies.base import Student
+from opd.prompts import Prompt
+from opd.teachers.base import LiveTeacher, Teacher
+from opd.teachers.self_teacher import OwnCopy
+from opd.trajectories import Trajectories
+
+
+class FlowTeacher(FlowSettings, Teacher):
+    """Answers with the Gaussian that its own velocity gives at the student's states, with the student's times, noise
+    level and guidance. Text encoders and VAE are the student's and are not loaded again; a prompt table is its own."""
+
+    kind: Literal["flow"] = "flow"
+    modality: ClassVar[str | None] = "flow"
+
+    def build(self, context: Context, student: Any) -> LiveFlowTeacher:
+        model = load_flow_model(self, context.device, student.model.resolution, like=student.model)
+        return LiveFlowTeacher(model.requires_grad_(False), self, context, student.model)
+
+
+class LiveFlowTeacher(LiveTeacher):
+    """A built flow teacher.
+
+    Args:
+        reader: the student's model, which reads prompts of another view; default its own.
+    """
+
+    answers = Gaussian
+
+    def __init__(self, model: FlowModel, settings: Teacher, context: Context, reader: FlowModel | None = None):
+        self.model, self.settings, self.context, self.reader = model.eval(), settings, context, reader or model
+
+    def identity(self) -> str | None:
+        return weights_hash(self.model)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model.named_parameters())
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts if self.settings.sees is not None else ():
+            prompt.view(self.settings.sees)
+
+    def check_student(self, student: Student, context: Context) -> None:
+        other: FlowModel = student.model  # type: ignore[attr-defined]
+        if self.model.shape != other.shape:
+            raise IncompatibleError(
+                f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; use a teacher "
+                "of the student's architecture"
+            )
+        if not same_vocabulary(self.model.encoder, other.encoder):
+            raise IncompatibleError(
+                "student and teacher read prompts differently; use a teacher with the student's kind of encoder and "
+                "its vocabulary"
+            )
+
+    @torch.no_grad()
+    def __call__(self, trajectories: Trajectories) -> Gaussian:
+        if self.settings.sees is None:
+            conditions = [context.condition for context in trajectories.contexts]
+        else:
+            views = [str(prompt.view(self.settings.sees)) for prompt in trajectories.prompts]
+            conditions = self.reader.encoder.encode(views)
+        parts, done = [], 0
+        for part, _ in trajectories.split(self.settings.batch):
+            parts.append(believe(self.model, part, conditions[done : done + len(part)]))
+            done += len(part)
+        return Gaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])))
+
+
+class SelfFlowTeacher(OwnCopy, LiveFlowTeacher):
+    """A copy of the student's model."""
+
+    def __init__(self, model: FlowModel, settings: Any, context: Context, reader: FlowModel):
+        self.take(model, settings)
+        LiveFlowTeacher.__init__(self, model, settings, context, reader)

@@ -1,0 +1,583 @@
+"""Flow-matching models: the sampler's equations on numbers, and tiny real transformers in the same loop."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from opd.api import distill, execute
+from opd.cli.main import main
+from opd.context import Context
+from opd.distributions import Gaussian
+from opd.divergences import Target
+from opd.divergences.gaussian_kl import GaussianKL
+from opd.errors import DataError, IncompatibleError, ModelError, RecipeError
+from opd.flow.creation import create_flow_model
+from opd.flow.denoising import Denoising, pack
+from opd.flow.transition import diffusion, transition
+from opd.language.creation import symbol_tokenizer
+from opd.loop import train
+from opd.monitor import Monitor
+from opd.objectives.grpo import GRPO
+from opd.objectives.sft import SFT
+from opd.policies.flow_transformer import FlowTransformer
+from opd.prompts import Prompt
+from opd.recipe import parse_recipe
+from opd.run import assemble
+from opd.verifiers import Verifier
+
+WORDS = ("red", "green", "blue", "square", "circle")
+PROMPTS = [f"{colour} {shape}" for colour in WORDS[:3] for shape in WORDS[3:]]
+PIXELS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 230)}
+TIMES = torch.tensor([1.0, 0.960, 0.913, 0.858, 0.790, 0.707, 0.602, 0.465, 0.278, 0.009, 0.0])
+
+
+def step_of(velocity, x, t=0.6, following=0.4, noise=0.7):
+    each = torch.full((len(x),), 1.0)
+    return transition(x, velocity, t * each, following * each, noise * each)
+
+
+# The sampler's equations
+
+
+def test_divergence_of_two_steps_is_the_weighted_square_of_their_velocities_difference():
+    g = torch.Generator().manual_seed(0)
+    x, v, w = (torch.randn(10, 3, 4, 4, generator=g) for _ in range(3))
+    t, following = TIMES[:-1], TIMES[1:]
+    noise = torch.full((10,), 0.7)
+    s = diffusion(t, following, noise)
+    expected = [3.51, 3.44, 2.27, 1.72, 1.36, 1.09, 0.86, 0.65, 0.43, 0.07]
+    torch.testing.assert_close(s, torch.tensor(expected), atol=0.03, rtol=0.02)
+    step = t - following
+    weight = step / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2
+    kl = transition(x, v, t, following, noise).kl(transition(x, w, t, following, noise))
+    torch.testing.assert_close(kl, weight * (v - w).square().flatten(1).mean(1), rtol=1e-4, atol=1e-6)
+    assert weight[-2] == pytest.approx(1.1, rel=0.1)
+
+
+def test_without_noise_the_mean_is_the_euler_step_and_density_that_of_the_velocity():
+    x, v, target = (torch.randn(5, 2, 2) for _ in range(3))
+    step = step_of(v, x, noise=0.0)
+    torch.testing.assert_close(step.mean, x - 0.2 * v)
+    # An action that the velocity `target` would have led to.
+    error = (v - target).square().flatten(1).mean(1)
+    torch.testing.assert_close(step.square(x - 0.2 * target), error)
+    constant = -math.log(0.2) - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(step.log_prob(x - 0.2 * target), constant - 0.5 * error)
+
+
+def test_log_probability_is_the_mean_over_the_numbers_of_a_latent():
+    step = step_of(torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4))
+    x = torch.randn(3, 2, 4, 4)
+    expected = torch.distributions.Normal(step.mean, step.std.view(-1, 1, 1, 1)).log_prob(x).flatten(1).mean(1)
+    torch.testing.assert_close(step.log_prob(x), expected)
+
+
+def test_sde_and_ode_have_the_same_marginals_on_gaussian_data():
+    """Data ~ N(1.5, 0.4^2): the velocity is known, and both samplers must end there."""
+    centre, spread, count = 1.5, 0.4, 20_000
+    g = torch.Generator().manual_seed(0)
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 * spread**2 + t**2
+        centred = x - (1 - t) * centre
+        data = centre + (1 - t) * spread**2 / variance * centred
+        return t / variance * centred - data
+
+    grid = torch.linspace(1, 0, 201)
+    for noise in (0.0, 0.7):
+        x = torch.randn(count, 1, generator=g)
+        for t, following in zip(grid[:-1], grid[1:], strict=True):
+            step = step_of(velocity(x, float(t)), x, float(t), float(following), noise)
+            x = step.mean + (step.std[:, None] * torch.randn(x.shape, generator=g) if noise else 0)
+        assert float(x.mean()) == pytest.approx(centre, abs=0.02)
+        assert float(x.std()) == pytest.approx(spread, abs=0.03)
+
+
+# Objectives on Gaussians
+
+
+def walk(count, steps, shape=(1, 2, 2), seed=0, rewards=None, group=1):
+    """Trajectories of random latents at the grid's times."""
+    g = torch.Generator().manual_seed(seed)
+    actions = torch.randn(count, steps, *shape, generator=g)
+    rows = [Denoising(None, torch.zeros(shape), TIMES[: steps + 1], 0.7, 1.0, actions[i, -1]) for i in range(count)]
+    prompts = [Prompt(f"p{i}", {"prompt": "x"}) for i in range(count // group)]
+    made = pack(prompts, group, rows, actions, torch.zeros(count, steps), "student")
+    if rewards is None:
+        return made
+    from dataclasses import replace
+
+    known = torch.tensor(rewards)
+    return replace(made, rewards=known, reward_spread=float(known.std(correction=0)))
+
+
+@pytest.mark.parametrize("estimator", ["kl_direct", "pg_sample", "pg_detached"])
+@pytest.mark.parametrize("scale", ["kl", "release", "uniform"])
+def test_a_student_that_is_its_teacher_has_neither_loss_nor_gradient(estimator, scale):
+    v = torch.randn(6, 1, 2, 2, requires_grad=True)
+    made = walk(2, 3)
+    own = step_of(v, torch.randn(6, 1, 2, 2))
+    loss = GaussianKL(estimator=estimator, scale=scale)(own, [Target(own.detach())], torch.ones(6), made)
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert v.grad.abs().max() == 0
+
+
+def test_scales_are_the_step_in_time_and_the_plain_square_of_velocities():
+    x, v, w = (torch.randn(6, 1, 2, 2) for _ in range(3))
+    mine, theirs = step_of(v, x), step_of(w, x)
+    values = {
+        scale: GaussianKL(scale=scale)(mine, [Target(theirs)], torch.ones(6), walk(2, 3)).values
+        for scale in ("kl", "release", "uniform")
+    }
+    torch.testing.assert_close(values["release"], 0.2 * values["kl"])
+    torch.testing.assert_close(values["uniform"], (v - w).square().flatten(1).mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_divergence_by_step_is_logged_with_the_name_of_a_teacher():
+    mine, theirs = (step_of(torch.randn(6, 1, 2, 2), torch.zeros(6, 1, 2, 2)) for _ in range(2))
+    loss = GaussianKL(teacher="anchor")(mine, [Target(theirs)], torch.ones(6), walk(2, 3))
+    assert list(loss.measured) == ["kl_step_0@anchor", "kl_step_1@anchor", "kl_step_2@anchor"]
+    second = loss.measured["kl_step_1@anchor"].mean()
+    torch.testing.assert_close(second, loss.values[1::3].mean())
+
+
+def test_with_an_anchor_the_optimum_lies_between_the_two_teachers():
+    x, taught, anchored = (torch.randn(6, 1, 2, 2) for _ in range(3))
+    share = 0.25
+    best = ((taught + share * anchored) / (1 + share)).requires_grad_()
+    own, made = step_of(best, x), walk(2, 3)
+    targets = [Target(step_of(taught, x), teacher="expert"), Target(step_of(anchored, x), teacher="anchor")]
+    total = torch.zeros(())
+    for name, weight in (("expert", 1.0), ("anchor", share)):
+        objective = GaussianKL(teacher=name)
+        total = total + objective(own, objective.heard(targets), weight * torch.ones(6), made).total
+    total.backward()
+    assert total.item() > 0.1
+    assert best.grad.abs().max() < 1e-5
+
+
+def test_grpo_of_images_divides_by_the_spread_of_all_rewards_and_bounds():
+    made = walk(4, 2, rewards=[1.0, 0.0, 0.5, 0.5], group=2)
+    spread = float(torch.tensor([1.0, 0.0, 0.5, 0.5]).std(correction=0)) + 1e-4
+    found = GRPO(spread="batch").advantages(made)
+    torch.testing.assert_close(found, torch.tensor([0.5, -0.5, 0.0, 0.0]) / spread)
+    assert GRPO(spread="batch", bound=1.0).advantages(made).tolist() == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_grpo_of_images_is_the_policy_gradient_of_the_latents_drawn():
+    from dataclasses import replace
+
+    v = torch.randn(8, 1, 2, 2, requires_grad=True)
+    made = walk(4, 2, rewards=[1.0, 0.0, 0.5, 0.5], group=2)
+    own = step_of(v, torch.randn(8, 1, 2, 2))
+    made = replace(made, behaviour_log_probs=own.log_prob(made.actions).detach())
+    GRPO(spread="batch", clip=1e-4)(own, [], torch.ones(8), made).total.backward()
+    other = v.detach().clone().requires_grad_()
+    x = own.mean.detach() + v.detach() * own.gain.view(-1, 1, 1, 1)  # undo the step
+    again = Gaussian(x - other * own.gain.view(-1, 1, 1, 1), own.std, own.step, own.gain)
+    advantage = GRPO(spread="batch").advantages(made).repeat_interleave(2)
+    (-advantage * again.log_prob(made.actions)).sum().backward()
+    torch.testing.assert_close(v.grad, other.grad, atol=1e-5, rtol=1e-3)
+
+
+# Tiny transformers
+
+
+def images():
+    """8 x 8 drawings: a colour, full or with a dark corner."""
+    rows = []
+    for text in PROMPTS:
+        colour, shape = text.split()
+        picture = np.full((8, 8, 3), PIXELS[colour], np.uint8)
+        if shape == "circle":
+            picture[:2] = 20
+        rows.append({"id": text, "prompt": text, "task": shape, "image": picture})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of two tiny models that read the same words."""
+    folder = tmp_path_factory.mktemp("flow")
+    tokenizer = symbol_tokenizer(WORDS, words=True)
+    options = {"size": 8, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4, "shift": 3.0}
+    return [
+        str(create_flow_model(folder / name, tokenizer, seed=seed, **options))
+        for seed, name in enumerate(("student", "teacher"))
+    ]
+
+
+def block_for(models, output, **changes):
+    data = {
+        "name": "t",
+        "output": str(output),
+        "steps": 3,
+        "student": {"kind": "flow_transformer", "model": models[0]},
+        "teacher": {"kind": "flow", "model": models[1]},
+        "prompts": {"kind": "inline", "prompts": [{"prompt": text, "id": text} for text in PROMPTS]},
+        "rollout": {"kind": "sde", "steps": 4},
+        "objective": "gaussian_kl",
+        "batch": {"prompts": 4, "group": 2, "micro": 8},
+        "update": {"learning_rate": 1e-2},
+        "evaluation": {"held_out": 2, "samples": 1, "steps": 3},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+    }
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+    return data
+
+
+def recipe_for(models, output, **changes):
+    return parse_recipe(block_for(models, output, **changes))
+
+
+def built(recipe):
+    recipe.directory.mkdir(parents=True, exist_ok=True)
+    return assemble(recipe, Monitor(recipe.directory, quiet=True))
+
+
+def test_training_moves_the_student_to_the_teacher_and_plain_diffusers_draws_its_images(models, tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    result = execute(recipe_for(models, tmp_path / "run", steps=40), quiet=True)
+    assert result.after["reverse_kl"] < 0.7 * result.before["reverse_kl"]
+    logged = [r for r in result.history if "train/loss" in r]
+    assert max(r["train/rollout_gap"] for r in logged) < 1e-4
+    parts = [logged[0][f"train/kl_step_{k}"] for k in range(3)]
+    assert sum(parts) / 3 == pytest.approx(logged[0]["train/divergence"], rel=1e-4)
+    row = json.loads((result.directory / "samples.jsonl").read_text().splitlines()[-1])
+    assert row["image"].startswith("data:image/png;base64,")
+    assert len(row["tokens"]) == len(row["values"]["reverse_kl"]) == 3
+
+    # What the documentation says loads it: no opd.
+    folder = result.directory / "student"
+    transformer = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    table = load_file(folder / "prompt_table" / "table.safetensors")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "prompt_table")
+    ids = tokenizer("red square", padding="max_length", max_length=4, return_tensors="pt")["input_ids"]
+    hidden = table["tokens.weight"][ids] + table["places.weight"]
+    present = (ids != tokenizer.pad_token_id)[..., None]
+    pooled = (table["means.weight"][ids] * present).sum(1) / present.sum(1)
+    start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = start
+    scheduler.set_timesteps(5)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(transformer(x, hidden, pooled, t[None], return_dict=False)[0], t, x).prev_sample
+    model = result.student
+    ours, times = start, model.grid(5)
+    with torch.no_grad():
+        for k in range(5):
+            velocity = model(ours, times[k][None], model.encoder.encode(["red square"]), [1], [1.0])
+            ours = step_of(velocity, ours, float(times[k]), float(times[k + 1]), 0.0).mean
+    torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+
+
+def test_teachers_stay_as_they_are_and_the_anchor_weighs_in(models, tmp_path):
+    teachers = [
+        {"kind": "flow", "model": models[1], "name": "expert"},
+        {"kind": "self", "mode": "frozen", "name": "anchor"},
+    ]
+    objective = [
+        {"kind": "gaussian_kl", "teacher": "expert"},
+        {"kind": "gaussian_kl", "teacher": "anchor", "weight": 0.5},
+    ]
+    run = built(recipe_for(models, tmp_path / "run", teacher=teachers, objective=objective))
+    before = [{n: p.clone() for n, p in t.model.named_parameters()} for t in run.teachers]
+    train(run)
+    for teacher, weights in zip(run.teachers, before, strict=True):
+        for name, p in teacher.model.named_parameters():
+            assert torch.equal(p, weights[name])
+            assert p.grad is None
+    assert {"train/kl_step_0@expert", "train/kl_step_0@anchor"} <= run.monitor.history[1].keys()
+    assert run.monitor.history[1]["train/objective/gaussian_kl@anchor"] == 0, "the student is its own anchor at first"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"kind": "sde", "steps": 4, "teacher": "expert"}},
+        {"rollout": {"kind": "noised", "times": "grid", "steps": 4}},
+        {"objective": {"kind": "gaussian_kl", "estimator": "pg_sample"}, "student": {"guidance": 2.0}},
+        {"teacher": {"kind": "self", "mode": "ema", "name": "expert"}},
+    ],
+    ids=lambda c: "-".join(c),
+)
+def test_every_choice_trains_through_the_same_loop(changes, models, tmp_path):
+    teacher = changes.get("teacher", {"kind": "flow", "model": models[1], "name": "expert"})
+    prompts = {"kind": "inline", "prompts": images()}
+    result = execute(
+        recipe_for(models, tmp_path / "run", prompts=prompts, **{**changes, "teacher": teacher}), quiet=True
+    )
+    assert all(math.isfinite(v) for v in result.after.values())
+    assert result.summary["steps"] == 3
+    if "rollout" in changes:
+        learnt = [r["train/divergence"] for r in result.history if "train/divergence" in r]
+        assert learnt[-1] < learnt[0]
+
+
+def test_flow_matching_on_images_learns_them_and_then_guidance_shows(models, tmp_path):
+    recipe = recipe_for(
+        models,
+        tmp_path / "run",
+        steps=60,
+        teacher=[],
+        student={"train_prompts": True},
+        prompts={"kind": "inline", "prompts": images()},
+        rollout={"kind": "noised", "drop_prompt": 0.1},
+        objective="sft",
+        batch={"prompts": 4, "group": 4, "micro": 16},
+    )
+    recipe = parse_recipe({**recipe.dump(), "prompts": {"kind": "inline", "prompts": images()}})
+    table = built(recipe).student.model.encoder.tokens.weight.detach().clone()
+    result = execute(recipe, quiet=True)
+    errors = [r["train/squared_error"] for r in result.history if "train/squared_error" in r]
+    assert np.mean(errors[-10:]) < 0.7 * np.mean(errors[:3])
+    assert not torch.equal(result.student.encoder.tokens.weight, table)
+
+
+class Brightness(Verifier):
+    """Mean of an image, for prompts that have a colour."""
+
+    def score(self, prompt, completion):
+        assert completion.shape == (8, 8, 3)
+        assert completion.dtype == np.float32
+        return float(completion.mean()) if prompt.view() != "blue circle" else None
+
+
+def test_grpo_raises_the_reward_and_scores_are_told_by_task(models, tmp_path):
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    recipe = recipe_for(
+        models,
+        tmp_path / "run",
+        steps=25,
+        prompts={"kind": "inline", "prompts": rows},
+        batch={"prompts": 2, "group": 8, "micro": 16},
+        update={"learning_rate": 3e-3},
+        evaluation={"held_out": 4},
+    )
+    run = built(recipe)
+    run.verifier, run.objectives = Brightness(), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
+    train(run)
+    before, after = run.monitor.before.metrics, run.monitor.after.metrics
+    assert after["accuracy"] > before["accuracy"] + 0.02
+    assert {"accuracy/square", "accuracy/circle"} <= after.keys()
+
+
+def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    lora = {"rank": 2, "alpha": 4}
+    result = execute(recipe_for(models, tmp_path / "run", student={"lora": lora}), quiet=True)
+    trained = [n for n, p in result.student.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    folder = result.directory / "student"
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2
+    merged = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    inputs = (torch.randn(1, 3, 8, 8), torch.randn(1, 4, 16), torch.randn(1, 16), torch.tensor([500.0]))
+    torch.testing.assert_close(merged(*inputs).sample, result.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
+    other = FlowTransformer(model=models[0], adapter=str(folder / "adapter")).build(Context(torch.device("cpu")))
+    torch.testing.assert_close(other.model.transformer(*inputs).sample, merged(*inputs).sample, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_goes_on_bit_for_bit(models, tmp_path):
+    lora = {"rank": 2, "alpha": 4}
+    changes = {"student": {"lora": lora}, "checkpoint": {"every": 2}}
+    whole = execute(recipe_for(models, tmp_path / "whole", steps=4, **changes), quiet=True)
+    execute(recipe_for(models, tmp_path / "cut", steps=2, **changes), quiet=True)
+    rest = execute(recipe_for(models, tmp_path / "cut", steps=4, **changes), resume=True, quiet=True)
+    for (name, a), (_, b) in zip(whole.student.named_parameters(), rest.student.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert whole.after == rest.after
+
+
+def test_the_command_line_end_to_end(models, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(block_for(models, tmp_path / "run")))
+    for words in (["train", str(path), "--quiet"], ["eval", str(tmp_path / "run")]):
+        monkeypatch.setattr("sys.argv", ["opd", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code == 0
+    assert "reverse_kl/step_2" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+MISTAKES = [
+    ({"objective": "reverse_kl"}, RecipeError, "objective 'reverse_kl' is for language models.*gaussian_kl"),
+    ({"rollout": {"kind": "student"}}, RecipeError, "rollout 'student' is for language.*sde"),
+    ({"teacher": {"kind": "local", "model": "x"}}, RecipeError, "teacher 'local' is for language"),
+    ({"rollout": {"kind": "mixture"}}, RecipeError, "'student' is for language"),
+    ({"verifier": "exact_match"}, RecipeError, "verifier 'exact_match' is for language"),
+    ({"objective": "sft"}, IncompatibleError, "noised"),
+    ({"end_tokens": [1]}, IncompatibleError, "remove the key"),
+    ({"rollout": {"kind": "sde", "teacher": "x"}}, IncompatibleError, "give that teacher a name"),
+    ({"student": {"model": "/nowhere"}}, ModelError, "no folder with a transformer/"),
+    ({"student": {"resolution": 12}}, ModelError, "at most 8"),
+    ({"student": {"lora": {"targets": ["nothing"]}}}, ModelError, "student.lora.targets"),
+    ({"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}}, DataError, "no token.*red pig"),
+    ({"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}}, DataError, "at most 4"),
+    ({"rollout": {"kind": "noised"}, "objective": "sft", "teacher": []}, DataError, "no column 'image'"),
+    (
+        {
+            "rollout": {"kind": "noised", "times": "grid"},
+            "objective": {"kind": "gaussian_kl", "estimator": "pg_sample"},
+            "prompts": {"prompts": images()},
+        },
+        IncompatibleError,
+        "student's own samples",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_mistakes_are_named(changes, error, message, models, tmp_path):
+    data = block_for(models, tmp_path / "run", **changes)
+    if "rollout" in changes:
+        data["rollout"] = changes["rollout"]
+    with pytest.raises(error, match=message):
+        built(parse_recipe(data))
+
+
+def test_a_language_recipe_with_a_flow_objective_is_named():
+    data = {"student": {"model": "x"}, "teacher": {"model": "y"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
+    with pytest.raises(RecipeError, match=r"objective 'gaussian_kl' is for flow models.*reverse_kl"):
+        parse_recipe({**data, "objective": "gaussian_kl"})
+
+
+def test_models_that_draw_other_sizes_do_not_fit(models, tmp_path):
+    other = create_flow_model(
+        tmp_path / "other",
+        symbol_tokenizer(WORDS, words=True),
+        size=16,
+        layers=1,
+        heads=2,
+        head_width=8,
+        prompt_width=16,
+    )
+    with pytest.raises(IncompatibleError, match="student's architecture"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
+    with pytest.raises(ModelError, match="holds a model already"):
+        create_flow_model(other, symbol_tokenizer(WORDS, words=True))
+
+
+def test_images_of_another_size_are_named(models, tmp_path):
+    rows = [{**row, "image": np.zeros((4, 8, 3), np.uint8)} for row in images()]
+    recipe = recipe_for(
+        models, tmp_path / "run", prompts={"prompts": rows}, rollout={"kind": "noised"}, objective="sft", teacher=[]
+    )
+    with pytest.raises(DataError, match=r"\[4, 8, 3\]; the student draws"):
+        built(recipe)
+
+
+def tiny_pipeline(seed=0):
+    """A StableDiffusion3Pipeline of a few thousand numbers, with a VAE that halves nothing and two CLIP encoders."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 8,
+        "max_position_embeddings": 77,
+        "eos_token_id": 1,
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    encoders = [CLIPTextModelWithProjection(CLIPTextConfig(**text)) for _ in range(2)]
+    tokenizer = symbol_tokenizer(WORDS, words=True)
+    tokenizer.model_max_length = 77
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        caption_projection_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        pos_embed_max_size=4,
+    )
+    vae = AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=1.5,
+        shift_factor=0.1,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    models = [str(tmp_path / "pipeline"), str(tmp_path / "other")]
+    changes = {"steps": 2, "batch": {"prompts": 2, "group": 1}, "evaluation": {"steps": 2}}
+    recipe = recipe_for(models, tmp_path / "run", student={"guidance": 2.0, "lora": {"rank": 2}}, **changes)
+    result = execute(recipe, quiet=True)
+    loaded = StableDiffusion3Pipeline.from_pretrained(result.directory / "student")
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(1, 4, 8, 8, generator=g)
+    options = {"prompt": "red circle", "num_inference_steps": 2, "guidance_scale": 2.0, "latents": start}
+    theirs = loaded(**options, height=8, width=8, output_type="np").images
+    student = FlowTransformer(model=str(result.directory / "student"), guidance=2.0).build(Context(torch.device("cpu")))
+    model = student.model
+    assert model.resolution == 8
+    x, times = start, model.grid(2)
+    for k in range(2):
+        with torch.no_grad():
+            velocity = model(x, times[k][None], model.encoder.encode(["red circle"]), [1], [2.0])
+        x = step_of(velocity, x, float(times[k]), float(times[k + 1]), 0.0).mean
+    np.testing.assert_allclose(model.images(x), theirs, atol=2e-3)
+
+
+def test_distill_takes_live_models(models, tmp_path):
+    own, other = (FlowTransformer(model=m).build(Context(torch.device("cpu"))).model for m in models)
+    before = own.transformer.proj_out.weight.detach().clone()
+    result = distill(
+        own,
+        other,
+        PROMPTS,
+        quiet=True,
+        **{k: v for k, v in block_for(models, tmp_path / "run").items() if k not in ("student", "teacher", "prompts")},
+    )
+    assert result.student is own
+    assert not torch.equal(own.transformer.proj_out.weight, before)
+    assert SFT().model_dump()["kind"] == "sft"
