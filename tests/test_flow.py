@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from opd.api import distill, execute
 from opd.cli.main import main
@@ -28,6 +30,7 @@ from opd.objectives.sft import SFT
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
+from opd.rollouts.noised import NoisedRollout
 from opd.run import assemble
 from opd.verifiers import Verifier
 
@@ -92,7 +95,7 @@ def test_sde_and_ode_have_the_same_marginals_on_gaussian_data():
     grid = torch.linspace(1, 0, 201)
     for noise in (0.0, 0.7):
         x = torch.randn(count, 1, generator=g)
-        for t, following in zip(grid[:-1], grid[1:], strict=True):
+        for t, following in itertools.pairwise(grid):
             step = step_of(velocity(x, float(t)), x, float(t), float(following), noise)
             x = step.mean + (step.std[:, None] * torch.randn(x.shape, generator=g) if noise else 0)
         assert float(x.mean()) == pytest.approx(centre, abs=0.02)
@@ -190,15 +193,17 @@ def test_grpo_of_images_is_the_policy_gradient_of_the_latents_drawn():
 # Tiny transformers
 
 
-def images():
-    """8 x 8 drawings: a colour, full or with a dark corner."""
-    rows = []
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory):
+    """Rows with the path of an 8 x 8 drawing: a colour, or the colour under a dark bar."""
+    folder, rows = tmp_path_factory.mktemp("drawings"), []
     for text in PROMPTS:
         colour, shape = text.split()
         picture = np.full((8, 8, 3), PIXELS[colour], np.uint8)
         if shape == "circle":
             picture[:2] = 20
-        rows.append({"id": text, "prompt": text, "task": shape, "image": picture})
+        Image.fromarray(picture).save(folder / f"{text}.png")
+        rows.append({"id": text, "prompt": text, "task": shape, "image": str(folder / f"{text}.png")})
     return rows
 
 
@@ -231,7 +236,8 @@ def block_for(models, output, **changes):
         "hardware": {"device": "cpu", "threads": 1},
     }
     for key, value in changes.items():
-        data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+        extends = isinstance(value, dict) and isinstance(data.get(key), dict) and "kind" not in value
+        data[key] = {**data[key], **value} if extends else value
     return data
 
 
@@ -314,12 +320,10 @@ def test_teachers_stay_as_they_are_and_the_anchor_weighs_in(models, tmp_path):
     ],
     ids=lambda c: "-".join(c),
 )
-def test_every_choice_trains_through_the_same_loop(changes, models, tmp_path):
-    teacher = changes.get("teacher", {"kind": "flow", "model": models[1], "name": "expert"})
-    prompts = {"kind": "inline", "prompts": images()}
-    result = execute(
-        recipe_for(models, tmp_path / "run", prompts=prompts, **{**changes, "teacher": teacher}), quiet=True
-    )
+def test_every_choice_trains_through_the_same_loop(changes, models, drawings, tmp_path):
+    teacher = {"teacher": {"kind": "flow", "model": models[1], "name": "expert"}}
+    recipe = recipe_for(models, tmp_path / "run", prompts={"prompts": drawings}, **(teacher | changes))
+    result = execute(recipe, quiet=True)
     assert all(math.isfinite(v) for v in result.after.values())
     assert result.summary["steps"] == 3
     if "rollout" in changes:
@@ -327,19 +331,18 @@ def test_every_choice_trains_through_the_same_loop(changes, models, tmp_path):
         assert learnt[-1] < learnt[0]
 
 
-def test_flow_matching_on_images_learns_them_and_then_guidance_shows(models, tmp_path):
+def test_flow_matching_learns_images_and_the_prompt_table_where_asked(models, drawings, tmp_path):
     recipe = recipe_for(
         models,
         tmp_path / "run",
         steps=60,
         teacher=[],
         student={"train_prompts": True},
-        prompts={"kind": "inline", "prompts": images()},
+        prompts={"prompts": drawings},
         rollout={"kind": "noised", "drop_prompt": 0.1},
         objective="sft",
         batch={"prompts": 4, "group": 4, "micro": 16},
     )
-    recipe = parse_recipe({**recipe.dump(), "prompts": {"kind": "inline", "prompts": images()}})
     table = built(recipe).student.model.encoder.tokens.weight.detach().clone()
     result = execute(recipe, quiet=True)
     errors = [r["train/squared_error"] for r in result.history if "train/squared_error" in r]
@@ -435,7 +438,7 @@ MISTAKES = [
         {
             "rollout": {"kind": "noised", "times": "grid"},
             "objective": {"kind": "gaussian_kl", "estimator": "pg_sample"},
-            "prompts": {"prompts": images()},
+            "prompts": {"prompts": [{"prompt": text, "image": "x.png"} for text in PROMPTS]},
         },
         IncompatibleError,
         "student's own samples",
@@ -446,8 +449,6 @@ MISTAKES = [
 @pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
 def test_mistakes_are_named(changes, error, message, models, tmp_path):
     data = block_for(models, tmp_path / "run", **changes)
-    if "rollout" in changes:
-        data["rollout"] = changes["rollout"]
     with pytest.raises(error, match=message):
         built(parse_recipe(data))
 
@@ -459,28 +460,29 @@ def test_a_language_recipe_with_a_flow_objective_is_named():
 
 
 def test_models_that_draw_other_sizes_do_not_fit(models, tmp_path):
-    other = create_flow_model(
-        tmp_path / "other",
-        symbol_tokenizer(WORDS, words=True),
-        size=16,
-        layers=1,
-        heads=2,
-        head_width=8,
-        prompt_width=16,
-    )
+    sizes = {"size": 16, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
+    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS, words=True), **sizes)
     with pytest.raises(IncompatibleError, match="student's architecture"):
         built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
     with pytest.raises(ModelError, match="holds a model already"):
         create_flow_model(other, symbol_tokenizer(WORDS, words=True))
 
 
-def test_images_of_another_size_are_named(models, tmp_path):
-    rows = [{**row, "image": np.zeros((4, 8, 3), np.uint8)} for row in images()]
-    recipe = recipe_for(
-        models, tmp_path / "run", prompts={"prompts": rows}, rollout={"kind": "noised"}, objective="sft", teacher=[]
-    )
+def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models, drawings, tmp_path):
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    source = NoisedRollout().build(student.context, student, [])
+    dark, light = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
+    turns = Prompt("p", {"prompt": "red circle", "image": [dark, light]})
+    assert [float(source([turns], 1, 1, stream=s).actions.mean()) for s in (0, 1, 2)] == [-1, 1, -1]
+    made = source([Prompt("q", {"prompt": "red circle", "image": light})], 2, 1, stream=0)
+    assert torch.equal(made.contexts[0].outcome, torch.ones(3, 8, 8))
+    assert not torch.allclose(made.contexts[0].start, made.contexts[1].start)
+    assert 0 < made.contexts[0].times[0] < 1
     with pytest.raises(DataError, match=r"\[4, 8, 3\]; the student draws"):
-        built(recipe)
+        source([Prompt("r", {"prompt": "red circle", "image": dark[:4]}, where="row 3")], 1, 1, stream=0)
+    rows = [{**drawings[0], "image": dark}]
+    with pytest.raises(RecipeError, match="path of its file"):
+        recipe_for(models, tmp_path / "run", prompts={"prompts": rows})
 
 
 def tiny_pipeline(seed=0):
@@ -552,7 +554,9 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
     changes = {"steps": 2, "batch": {"prompts": 2, "group": 1}, "evaluation": {"steps": 2}}
     recipe = recipe_for(models, tmp_path / "run", student={"guidance": 2.0, "lora": {"rank": 2}}, **changes)
     result = execute(recipe, quiet=True)
-    loaded = StableDiffusion3Pipeline.from_pretrained(result.directory / "student")
+    loaded = StableDiffusion3Pipeline.from_pretrained(
+        result.directory / "student", text_encoder_3=None, tokenizer_3=None
+    )
     g = torch.Generator().manual_seed(0)
     start = torch.randn(1, 4, 8, 8, generator=g)
     options = {"prompt": "red circle", "num_inference_steps": 2, "guidance_scale": 2.0, "latents": start}

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.errors import ModelError
 from opd.flow.encoder import PromptTable
-from opd.flow.model import FlowModel, _diffusers
+from opd.flow.model import FlowModel, import_diffusers
 
 
 def create_flow_model(
@@ -27,8 +27,8 @@ def create_flow_model(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write a randomly initialised `SD3Transformer2DModel` that draws RGB images of `size` pixels, its scheduler and its
-    prompt table; diffusers loads the first two from `transformer/` and `scheduler/`.
+    """Write a randomly initialised `SD3Transformer2DModel` that draws RGB images of `size` pixels, its scheduler and
+    its prompt table; diffusers loads the first two from `transformer/` and `scheduler/`.
 
     Args:
         folder: where to; refused when it holds a model already, unless `overwrite`.
@@ -42,7 +42,7 @@ def create_flow_model(
         ModelError: sizes that fit no model, or a folder that is taken.
     """
     folder = Path(folder)
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     if size % patch:
         raise ModelError(f"size is {size} with patches of {patch}; give a multiple of {patch}")
     if tokenizer.pad_token_id is None:

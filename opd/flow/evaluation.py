@@ -22,9 +22,9 @@ TASK = "task"
 
 
 def measure(run: Run, student: FlowStudent) -> HeldOut:
-    """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is the
-    same at each evaluation; and one trajectory of the training SDE, to compare the student with the first teacher that
-    can be asked there.
+    """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is
+    the same at each evaluation; and one trajectory of the training SDE, to compare the student with the first teacher
+    that can be asked there.
 
     Metrics: `reverse_kl`, the mean over steps of the divergence of the next latent (mean over its numbers; with equal
     standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores

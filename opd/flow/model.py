@@ -178,7 +178,7 @@ def load_flow_model(
     settings: FlowSettings, device: torch.device | str, resolution: int | None = None, like: FlowModel | None = None
 ) -> FlowModel:
     """A model in eval mode on `device`. `like` another one, it shares that one's text encoders and VAE."""
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     path = Path(settings.model).expanduser()
     if (path.exists() or settings.model.startswith((".", "/", "~"))) and not (path / "transformer").is_dir():
         raise ModelError(
@@ -194,7 +194,11 @@ def load_flow_model(
         elif like is not None and like.pipeline is not None:
             encoder, pipeline = like.encoder, like.pipeline
         else:
-            pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(settings.model, **options).to(device)
+            kind = diffusers.StableDiffusion3Pipeline
+            # A pipeline that was saved without its third text encoder must be loaded without it.
+            listed = kind.load_config(settings.model, revision=settings.revision).items()
+            absent = {name: None for name, source in listed if source == [None, None]}
+            pipeline = kind.from_pretrained(settings.model, **options, **absent).to(device)
             pipeline.set_progress_bar_config(disable=True)
             encoder = TextEncoders(pipeline)
         if pipeline is not None and like is None:
@@ -231,9 +235,16 @@ def merge_adapter(transformer: Any, adapter: str) -> Any:
         raise ModelError(f"adapter {adapter!r} cannot be loaded ({str(error).splitlines()[0][:180]})") from None
 
 
-def _diffusers() -> Any:
+def import_diffusers() -> Any:
+    """The library, quiet about the parts that it reads and writes.
+
+    Raises:
+        ModelError: it is not installed.
+    """
     try:
         import diffusers
     except ImportError:
         raise ModelError("flow models need diffusers: pip install 'opd[flow]'") from None
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     return diffusers

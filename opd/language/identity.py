@@ -1,4 +1,4 @@
-"""Who a model is beside its weights: hashes of tokenizer and template that do not depend on files, dtype on disk or machine."""
+"""What a model reads with: hashes of tokenizer and template that do not depend on files or machine."""
 
 from __future__ import annotations
 

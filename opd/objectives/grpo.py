@@ -19,8 +19,8 @@ from opd.trajectories import Trajectories
 class GRPO(Objective):
     """`-min(r A, clip(r, 1 - clip, 1 + clip_high) A)` with `r = q(a) / behaviour(a)` and a group's advantage
     `A = (R - mean R) / (std R + 1e-6)` (Shao et al. 2024); `normalise: false` keeps `R - mean R` (Liu et al. 2025);
-    `spread: batch` divides by `std + 1e-4` of all rewards of the step (Flow-GRPO, Liu et al. 2025). For images `q(a)` is
-    the geometric mean over the numbers of a latent, hence a clip of 1e-4 there. One update is taken on a batch.
+    `spread: batch` divides by `std + 1e-4` of all rewards of the step (Flow-GRPO, Liu et al. 2025). For images `q(a)`
+    is the geometric mean over the numbers of a latent, hence a clip of 1e-4 there. One update is taken on a batch.
 
     Groups whose rewards are all equal, and prompts without a verdict, carry no signal. A KL to a reference is a second
     objective: `{kind: reverse_kl, weight: 0.01, teacher: reference}` with a teacher `{kind: self, mode: frozen, name:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
+
+from pydantic import field_validator
 
 from opd.prompts.base import Prompts
 
@@ -13,6 +16,19 @@ class InlinePrompts(Prompts):
 
     kind: Literal["inline"] = "inline"
     prompts: list[str | dict[str, Any]]
+
+    @field_validator("prompts")
+    @classmethod
+    def _plain(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for i, row in enumerate(value):
+            try:
+                json.dumps(row)
+            except TypeError as error:
+                raise ValueError(
+                    f"prompts[{i}] holds what a recipe cannot ({error}); give texts, numbers and lists, of an image "
+                    "the path of its file"
+                ) from None
+        return value
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         rows = []

@@ -59,8 +59,8 @@ class LiveFlowTeacher(LiveTeacher):
         other: FlowModel = student.model  # type: ignore[attr-defined]
         if self.model.shape != other.shape:
             raise IncompatibleError(
-                f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; use a teacher "
-                "of the student's architecture"
+                f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; "
+                "use a teacher of the student's architecture"
             )
         if not same_vocabulary(self.model.encoder, other.encoder):
             raise IncompatibleError(
