@@ -262,6 +262,8 @@ def finish(run: Run) -> Result:
     # and the wrapper would do so while it holds Python's lock, which they need.
     run.student.unwrap(run.accelerator)
     run.accelerator.wait_for_everyone()
+    # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
+    run.optimiser.settle()
     if run.accelerator.is_main_process:
         try:
             with whole_folder(recipe.directory / "student") as folder:
@@ -333,7 +335,8 @@ def export(directory: Path, out: Path, step: int | None = None) -> Path:
     student = recipe.student.build(Context(torch.device("cpu")))
     if facts["weights"]["student"] != student.fingerprint():
         raise RunError(f"{folder} belongs to other weights than {facts['recipe']['student'].get('model')!r} has now")
-    student.load_state_dict(read(folder)["parts"]["student"])
+    parts = read(folder)["parts"]
+    student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
     card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
         student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")

@@ -36,10 +36,11 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
-    """What the student's policy measures on the held-out prompts; in eval mode, without gradients."""
+    """What the student's policy measures on the held-out prompts; in eval mode, without gradients, and with averaged
+    weights where the update keeps any."""
     training = run.student.module.training
     run.student.module.eval()
-    with whole(run.student.module):
+    with run.optimiser.averaged(), whole(run.student.module):
         found = run.student.measure(run)
     run.student.module.train(training)
     return found

@@ -136,7 +136,7 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
         offset += int(part.groups.max()) + 1
     group = torch.cat(groups)[inverse]
     stored = [torch.full_like(p.lengths, -1) if p.stored is None else p.stored for p in parts]
-    packed = {}
+    packed: dict[str, Any] = {}
     for name in PACKED:
         rows = torch.split(torch.cat([getattr(p, name) for p in parts]), lengths.tolist())
         packed[name] = torch.cat([rows[i] for i in inverse])

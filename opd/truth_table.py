@@ -3,23 +3,32 @@
 A scene is a student and a teacher over all sequences of `LENGTH` tokens from `VOCABULARY` ids, both tabular: one row of
 logits for every prefix. The student's sequences are enumerated with their exact probabilities, so an expectation over
 rollouts is a finite sum. The objective is measured through the operator that training uses.
+
+For Gaussians a scene is a student's and a teacher's velocity at a few states of a sampler, and the expectation over the
+latents drawn is a quadrature that is exact for the polynomials that the gradients are.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 
 from opd.choice import choices_of
 from opd.distributions import Categorical, Head
 from opd.divergences import CategoricalDivergence, Divergence, Target, divergence_loss
+from opd.divergences.gaussian_kl import GaussianKL
+from opd.flow.transition import transition
 from opd.objectives.base import label
+from opd.prompts import Prompt
+from opd.trajectories import Trajectories
 
 VOCABULARY, LENGTH, SCENES = 10, 2, 5
 TABLE = Path(__file__).with_name("truth_table.json")
@@ -150,24 +159,87 @@ def measure(
     found: list[dict[str, float]] = []
     for scene in scenes or [Scene.random(seed) for seed in range(SCENES)]:
         each = gradients(scene)
-        q = scene.probabilities(scene.student)
-        expected = (q[:, None, None] * each).sum(0)
-        target = promised_gradient(scene, promise)
-        spread = (q[:, None, None] * (each - expected) ** 2).sum()
-        norm = target.norm()
-        found.append(
-            {
-                "cosine": _cosine(expected, target),
-                "norm_ratio": float(expected.norm() / norm),
-                "bias": float((expected - target).norm() / norm),
-                "variance": float(spread / norm**2),
-                "to_forward_kl": _cosine(expected, promised_gradient(scene, ForwardKL())),
-                "to_reverse_kl": _cosine(expected, promised_gradient(scene, ReverseKL())),
-            }
-        )
+        kls = (promised_gradient(scene, kl) for kl in (ForwardKL(), ReverseKL()))
+        found.append(_compare(each, scene.probabilities(scene.student), promised_gradient(scene, promise), *kls))
+    return _row(name, promise, unbiased, found)
+
+
+def _compare(
+    each: torch.Tensor, q: torch.Tensor, target: torch.Tensor, forward: torch.Tensor, reverse: torch.Tensor
+) -> dict[str, float]:
+    """Numbers of a `Row` for one scene: gradients `[Y, ...]` with probabilities `[Y]`, and what they should be."""
+    shape = (-1, *(1,) * (each.dim() - 1))
+    expected = (q.view(shape) * each).sum(0)
+    spread = (q.view(shape) * (each - expected) ** 2).sum()
+    norm = target.norm()
+    # What is left of a zero in float32 has a direction, and no meaning.
+    expected = expected * (expected.norm() > 1e-5 * norm)
+    return {
+        "cosine": _cosine(expected, target),
+        "norm_ratio": float(expected.norm() / norm),
+        "bias": float((expected - target).norm() / norm),
+        "variance": float(spread / norm**2),
+        "to_forward_kl": _cosine(expected, forward),
+        "to_reverse_kl": _cosine(expected, reverse),
+    }
+
+
+def _row(name: str, promise: Divergence, unbiased: bool, found: Sequence[dict[str, float]]) -> Row:
     middle = {key: float(torch.tensor([f[key] for f in found]).median()) for key in found[0]}
     middle["cosine"] = min(f["cosine"] for f in found)
     return Row(name, promise.descends, unbiased, **middle)
+
+
+QUADRATURE, NUMBERS = 4, 2
+"""Nodes along each number of a latent, and numbers of a latent."""
+
+
+def measure_gaussian(name: str, divergence: GaussianKL) -> Row:
+    """Measure an estimator of the Gaussian divergence against the gradient of the divergence itself."""
+    t, following = torch.tensor([1.0, 0.9, 0.6, 0.3]), torch.tensor([0.9, 0.6, 0.3, 0.1])
+    nodes, weights = hermegauss(QUADRATURE)
+    grid = torch.tensor(list(itertools.product(nodes, repeat=NUMBERS)), dtype=torch.float32)
+    q = torch.tensor([math.prod(each) for each in itertools.product(weights, repeat=NUMBERS)], dtype=torch.float64)
+    q = q / q.sum()
+    found = []
+    for seed in range(SCENES):
+        g = torch.Generator().manual_seed(seed)
+        x, own, other = (torch.randn(len(t), NUMBERS, generator=g) for _ in range(3))
+        noise = torch.full_like(t, 0.7)
+        teacher = transition(x, other, t, following, noise)
+        each = []
+        for node in grid:
+            velocity = own.clone().requires_grad_()
+            student = transition(x, velocity, t, following, noise)
+            actions = student.mean.detach() + student.std[:, None] * node
+            drawn = _drawn(actions, student.log_prob(actions).detach())
+            divergence(student, [Target(teacher)], torch.ones(len(t)), drawn).total.backward()
+            assert velocity.grad is not None
+            each.append(velocity.grad.double())
+        velocity = own.double().requires_grad_()
+        student = transition(x, own, t, following, noise)
+        factor = (0.5 * (student.gain / student.std).square()).double()
+        exact = (factor * (velocity - other.double()).square().mean(1)).sum()
+        target = torch.autograd.grad(exact, velocity)[0]
+        # With one standard deviation for both, the two KLs are one.
+        found.append(_compare(torch.stack(each), q, target, target, target))
+    return _row(name, divergence, divergence.unbiased, found)
+
+
+def _drawn(actions: torch.Tensor, log_probs: torch.Tensor) -> Trajectories:
+    """One trajectory of these actions."""
+    count = len(actions)
+    return Trajectories(
+        prompts=[Prompt("scene", {})],
+        contexts=[None],
+        actions=actions,
+        lengths=torch.tensor([count]),
+        behaviour_log_probs=log_probs,
+        finished=torch.ones(1, dtype=torch.bool),
+        learn=torch.ones(count, dtype=torch.bool),
+        authors=torch.zeros(count, dtype=torch.uint8),
+        groups=torch.zeros(1, dtype=torch.int64),
+    )
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -178,7 +250,11 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def measure_all() -> list[Row]:
     """The table of everything that can be selected."""
-    return [measure(label(d), gradients_of(d), d, d.unbiased) for d in selectable()]
+    gaussian = [GaussianKL(**settings) for settings in GaussianKL.variants]
+    return [
+        *(measure(label(d), gradients_of(d), d, d.unbiased) for d in selectable()),
+        *(measure_gaussian(label(d), d) for d in gaussian),
+    ]
 
 
 def save_table(rows: Sequence[Row], path: Path = TABLE) -> None:

@@ -11,7 +11,8 @@ import torch
 from benchmarks import peer_objectives
 from benchmarks.objectives import detached_kl_as_reward, from_loss, k1_direct, k2_direct, k3_direct
 from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled
-from opd.truth_table import Scene, gradients_of, label, load_table, measure, selectable
+from opd.divergences.gaussian_kl import GaussianKL
+from opd.truth_table import Scene, gradients_of, label, load_table, measure, measure_gaussian, selectable
 
 SCENE = [Scene.random(0)]
 
@@ -24,6 +25,21 @@ def test_expected_gradient_is_the_promised_one(divergence):
         assert row.bias <= 1e-3
     else:
         assert row.bias > 1e-3, "no bias was found: say so in the class"
+
+
+@pytest.mark.parametrize("settings", GaussianKL.variants, ids=str)
+def test_expected_gradient_of_gaussians(settings):
+    divergence = GaussianKL(**settings)
+    row = measure_gaussian(label(divergence), divergence)
+    shipped = {row.objective: row for row in load_table()}[row.objective]
+    assert row.variance == pytest.approx(shipped.variance, rel=1e-3, abs=1e-6)
+    if divergence.estimator == "pg_detached":
+        assert row.norm_ratio < 1e-4
+        assert not row.unbiased
+    else:
+        assert row.cosine >= 0.999
+        assert row.bias <= 1e-3
+    assert (row.variance > 0.1) == (divergence.estimator != "kl_direct")
 
 
 def test_the_shipped_table_lists_every_selectable_objective_with_the_figures_of_this_code():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from opd.choice import Choice
@@ -32,6 +33,14 @@ class Optimiser(ABC):
         When the loss was not `finite`, or the gradient is not, the weights and all that belongs to them stay as they
         are, and `skipped` is 1.
         """
+
+    def averaged(self) -> AbstractContextManager[Any]:
+        """Around whatever wants the student as it is measured and saved: with averaged weights, where the update keeps
+        any."""
+        return nullcontext()
+
+    def settle(self) -> None:  # noqa: B027
+        """Leave those weights in the student, for good."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from pydantic import Field
 
+from opd.checkpoints.weights import copy_into
+from opd.choice import Settings
 from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.schedules import OverSteps
@@ -16,6 +20,13 @@ from opd.sharding import full, like, settle_root, skeleton
 from opd.updates.base import Optimiser, Update
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Average(Settings):
+    """A running mean of the student's weights: `mean <- decay * mean + (1 - decay) * weights`."""
+
+    decay: float = Field(0.9, gt=0, lt=1)
+    every: int = Field(8, ge=1, description="Updates between two looks at the weights")
 
 
 class PlainUpdate(Update):
@@ -26,6 +37,9 @@ class PlainUpdate(Update):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip_norm: float | None = Field(1.0, gt=0)
+    average: Average | None = Field(
+        None, description="Measure and save a running mean of the weights; training goes on with the weights themselves"
+    )
 
     def build(self, student: Student, accelerator: Any) -> AdamW:
         return AdamW(self, student, accelerator)
@@ -49,6 +63,12 @@ class AdamW(Optimiser):
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
         if accelerator.is_fsdp2:
             settle_root(student.module)
+        self.mean = {} if settings.average is None else {name: p.detach().clone() for name, p in self._trained()}
+        self.taken = 0
+
+    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
+        module = extract_model_from_parallel(self.student.module)
+        return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
         # Data parallelism averages over processes while the denominator is already global.
@@ -71,16 +91,48 @@ class AdamW(Optimiser):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate
             self.optimizer.step()
+            self._look()
         else:
             signals["skipped"] = 1.0
         self.optimizer.zero_grad()
         return signals
 
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Take the weights into their mean, where it is time to."""
+        average = self.settings.average
+        self.taken += 1
+        if average is not None and self.taken % average.every == 0:
+            for name, weight in self._trained():
+                self.mean[name].lerp_(weight, 1 - average.decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def settle(self) -> None:
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, weight in self._trained() if self.mean else ():
+            live = weight.clone()
+            weight.copy_(self.mean[name])
+            self.mean[name].copy_(live)
+
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments; rates and the like are the recipe's."""
-        return {"moments": self.optimizer.state_dict()["state"]}
+        """Adam's moments, and the mean of the weights where there is one; rates and the like are the recipe's."""
+        averages = {"average": self.mean, "taken": self.taken} if self.mean else {}
+        return {"moments": self.optimizer.state_dict()["state"], **averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.mean:
+            copy_into(self.mean, state["average"], "average")
+            self.taken = state["taken"]
         own = self.optimizer.state_dict()["param_groups"]
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {
