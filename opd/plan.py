@@ -12,11 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from opd.divergences.operator import CHUNK_BYTES, chunk_rows
 from opd.errors import ModelError, OpdError
+from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
+from opd.planning import bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import CausalLM, _with_lora, freeze
+from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts.dataset import DatasetPrompts
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
@@ -91,7 +94,7 @@ class Plan:
         yield (
             "models",
             [
-                (f"{role}: {s.name}", f"{_count(s.parameters)} parameters, {_count(s.trainable)} trained")
+                (f"{role}: {s.name}", f"{count_text(s.parameters)} parameters, {count_text(s.trainable)} trained")
                 for role, s in models
             ],
         )
@@ -104,18 +107,20 @@ class Plan:
                 *((f"{part}, TFLOP", f"{value:.3g}") for part, value in self.teraflops.items()),
                 (
                     "whole run, sampled tokens",
-                    _count(self.steps * self.trajectories * self.completion_tokens),
+                    count_text(self.steps * self.trajectories * self.completion_tokens),
                 ),
             ],
         )
         yield (
             "memory at the peak of a step",
-            [*((part, _bytes(value)) for part, value in self.memory.items()), ("sum", _bytes(self.peak))],
+            [*((part, bytes_text(value)) for part, value in self.memory.items()), ("sum", bytes_text(self.peak))],
         )
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     """The plan of `recipe`; reads configurations, and prompts and tokenizer where they are at hand."""
+    if isinstance(recipe.student, FlowTransformer):
+        return make_flow_plan(recipe)
     if not isinstance(recipe.student, CausalLM):
         raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
     notes: list[str] = []
@@ -292,22 +297,10 @@ def _activations(recipe: Recipe, student: Shape, tokens: int) -> int:
     assert isinstance(recipe.student, CausalLM)
     base = student.model.get_base_model() if hasattr(student.model, "get_base_model") else student.model
     base.config._attn_implementation = PLAN_ATTENTION
-    own = {p.untyped_storage()._cdata for p in student.model.parameters()}
-    seen: dict[int, int] = {}
-    kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage.nbytes()
-            kept.append(tensor)  # so that no address is used twice
-        return tensor
-
     probe = min(tokens, 512)
     ids = torch.zeros(1, probe, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
-    total = sum(seen.values()) * tokens // probe
+    kept = saved_bytes(student.model, lambda: base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False))
+    total = kept * tokens // probe
     if recipe.student.gradient_checkpointing:
         return total // student.layers + student.layers * tokens * student.width * 4
     return total
@@ -332,14 +325,3 @@ def _operations(
         "student forward and backward": 6 * body(student) * tokens / 1e12,
         "loss operator": (6 * head * scored + heads) / 1e12,
     }
-
-
-def _count(value: float) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return str(int(value))
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**28 else f"{value / 2**20:.1f} MiB"

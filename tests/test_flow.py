@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
-from opd.api import distill, execute
+from opd.api import distill, execute, export
 from opd.cli.main import main
 from opd.context import Context
 from opd.distributions import Gaussian
@@ -27,9 +28,11 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
+from opd.plan import make_plan
+from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
-from opd.recipe import parse_recipe
+from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.run import assemble
 from opd.verifiers import Verifier
@@ -252,7 +255,6 @@ def built(recipe):
 
 def test_training_moves_the_student_to_the_teacher_and_plain_diffusers_draws_its_images(models, tmp_path):
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
     result = execute(recipe_for(models, tmp_path / "run", steps=40), quiet=True)
@@ -396,6 +398,63 @@ def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
     torch.testing.assert_close(other.model.transformer(*inputs).sample, merged(*inputs).sample, atol=1e-5, rtol=1e-4)
 
 
+def test_averaged_weights_are_measured_saved_and_resumed(models, tmp_path):
+    average = {"decay": 0.75, "every": 2}
+    run = built(recipe_for(models, tmp_path / "a", update={"average": average}, steps=4))
+    weights = [dict(run.student.module.named_parameters())["transformer.proj_out.bias"]]
+    expected = weights[0].detach().clone()
+    apply = run.optimiser.apply
+
+    def taken(finite):
+        signals = apply(finite)
+        if run.step % 2 == 1:
+            expected.lerp_(weights[0].detach(), 0.25)
+        return signals
+
+    run.optimiser.apply = taken
+    train(run)
+    live = weights[0].detach().clone()
+    assert not torch.allclose(live, expected)
+    with run.optimiser.averaged():
+        torch.testing.assert_close(weights[0].detach(), expected)
+    assert torch.equal(weights[0].detach(), live)
+    changes = {"update": {"average": average}, "checkpoint": {"every": 2}}
+    whole = execute(recipe_for(models, tmp_path / "whole", steps=4, **changes), quiet=True)
+    torch.testing.assert_close(whole.student.transformer.proj_out.bias.detach(), expected)
+    execute(recipe_for(models, tmp_path / "cut", steps=2, **changes), quiet=True)
+    rest = execute(recipe_for(models, tmp_path / "cut", steps=4, **changes), resume=True, quiet=True)
+    assert torch.equal(rest.student.transformer.proj_out.bias, whole.student.transformer.proj_out.bias)
+    assert rest.after == whole.after
+    exported = load_file(export(tmp_path / "cut", tmp_path / "out") / "transformer/diffusion_pytorch_model.safetensors")
+    assert torch.equal(exported["proj_out.bias"], whole.student.transformer.proj_out.bias)
+
+
+def test_the_plan_counts_what_the_models_are(models, tmp_path):
+    teachers = [{"kind": "flow", "model": models[1], "name": "expert"}, {"kind": "self", "name": "anchor"}]
+    recipe = recipe_for(models, tmp_path / "run", teacher=teachers)
+    plan = make_plan(recipe)
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    count = sum(p.numel() for p in student.model.transformer.parameters())
+    assert plan.models["student"]["trainable"] == plan.models["teacher 0"]["parameters"] == count
+    assert plan.as_dict()["denoising_steps_per_step"] == {"sampled": 32, "trained": 24}
+    assert plan.memory["student weights"] == plan.memory["teacher 1 weights"] == 4 * count
+    kept = saved_bytes(
+        student.model.transformer,
+        lambda: student.model(
+            torch.zeros(3, 3, 8, 8), torch.ones(3), student.model.encoder.encode(["red"]), [3], [1.0]
+        ),
+    )
+    assert plan.memory["activations of a micro-batch"] == pytest.approx(8 * kept, rel=0.15)
+
+
+def test_the_recipe_for_the_real_model_is_planned_without_it():
+    plan = make_plan(load_recipe("flow_opd_sd3_5_medium"))
+    assert plan.models["student"]["parameters"] == pytest.approx(2.25e9, rel=0.05)
+    assert plan.models["student"]["trainable"] == pytest.approx(2e7, rel=0.3)
+    assert len(plan.models) == 5
+    assert any("comes with opd" in note for note in plan.notes)
+
+
 def test_a_run_goes_on_bit_for_bit(models, tmp_path):
     lora = {"rank": 2, "alpha": 4}
     changes = {"student": {"lora": lora}, "checkpoint": {"every": 2}}
@@ -459,10 +518,13 @@ def test_a_language_recipe_with_a_flow_objective_is_named():
         parse_recipe({**data, "objective": "gaussian_kl"})
 
 
-def test_models_that_draw_other_sizes_do_not_fit(models, tmp_path):
-    sizes = {"size": 16, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
-    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS, words=True), **sizes)
-    with pytest.raises(IncompatibleError, match="student's architecture"):
+def test_teachers_that_do_not_fit_are_named(models, tmp_path):
+    sizes = {"layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
+    small = create_flow_model(tmp_path / "small", symbol_tokenizer(WORDS, words=True), size=4, **sizes)
+    with pytest.raises(ModelError, match="at most 4"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(small)}))
+    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS[::-1], words=True), size=8, **sizes)
+    with pytest.raises(IncompatibleError, match="read prompts differently"):
         built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
     with pytest.raises(ModelError, match="holds a model already"):
         create_flow_model(other, symbol_tokenizer(WORDS, words=True))

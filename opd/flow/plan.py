@@ -1,0 +1,174 @@
+"""What a recipe for a flow model will take, from configurations on the meta device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from opd.choice import nested
+from opd.errors import ModelError
+from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
+from opd.flow.model import TABLE, FlowSettings, import_diffusers
+from opd.planning import bytes_text, count_text, saved_bytes
+from opd.policies.flow_transformer import FlowTransformer, with_lora
+from opd.recipe import Recipe
+from opd.rollouts.sde import SDERollout
+from opd.teachers.flow import FlowTeacher
+from opd.teachers.self_teacher import SelfTeacher
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """The plan of a recipe; `memory` in bytes by part, without VAE and text encoders."""
+
+    recipe: str
+    models: dict[str, dict[str, Any]]
+    trajectories: int
+    sampled: int
+    trained: int
+    steps: int
+    memory: dict[str, int]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "steps": self.steps,
+            "models": self.models,
+            "denoising_steps_per_step": {"sampled": self.sampled, "trained": self.trained},
+            "memory_bytes": self.memory,
+            "peak_memory_bytes": sum(self.memory.values()),
+            "notes": list(self.notes),
+        }
+
+    def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        yield (
+            "models",
+            [
+                (
+                    f"{role}: {shape['name']}",
+                    f"{count_text(shape['parameters'])} parameters, {count_text(shape['trainable'])} trained",
+                )
+                for role, shape in self.models.items()
+            ],
+        )
+        yield (
+            "a step, at most",
+            [
+                ("trajectories", str(self.trajectories)),
+                ("denoising steps sampled", str(self.sampled)),
+                ("denoising steps trained on", str(self.trained)),
+                ("whole run, denoising steps sampled", count_text(self.steps * self.sampled)),
+            ],
+        )
+        rows = [(part, bytes_text(value)) for part, value in self.memory.items()]
+        yield ("memory at the peak of a step", [*rows, ("sum", bytes_text(sum(self.memory.values())))])
+
+
+def make_flow_plan(recipe: Recipe) -> FlowPlan:
+    """The plan of a recipe whose student is a flow transformer; no weights are read."""
+    student = recipe.student
+    assert isinstance(student, FlowTransformer)
+    notes = ["VAE, text encoders and what they compute are not counted"]
+    config, places = _config(student, notes)
+    model = _on_meta(config, student)
+    size = BYTES.get(student.dtype, 4)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own: dict[str, Any] = {
+        "name": student.model,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in trained),
+    }
+    factor = 1 if (Path(student.model).expanduser() / TABLE).is_dir() else FACTOR
+    latent = student.resolution // factor if student.resolution else config["sample_size"]
+    numbers = config["in_channels"] * latent**2
+    trajectories = recipe.batch.prompts * recipe.batch.group
+    learnt = trajectories * recipe.rollout.budget
+    # Adapters are float32 whatever the weights are.
+    moving = own["trainable"] * (size if student.lora is None else 4)
+    averaged = getattr(recipe.update, "average", None) is not None
+    memory = {
+        "student weights": size * own["parameters"],
+        "gradients": moving,
+        "optimiser state": (3 if averaged else 2) * moving,
+        "trajectories": 4 * numbers * learnt,
+    }
+    models = {"student": own}
+    teachers = [t for t in nested(recipe.teacher) if isinstance(t, FlowTeacher | SelfTeacher)]
+    for i, teacher in enumerate(teachers):
+        shape = {**own, "name": f"{student.model} (a copy)", "trainable": 0}
+        if isinstance(teacher, FlowTeacher):
+            found = _on_meta(_config(teacher, notes)[0], None)
+            shape = {**shape, "name": teacher.model, "parameters": sum(p.numel() for p in found.parameters())}
+        models[f"teacher {i}"] = shape
+        kept = BYTES.get(teacher.dtype, size) if isinstance(teacher, FlowTeacher) else size
+        memory[f"teacher {i} weights"] = kept * shape["parameters"]
+    # Of a routed teacher's routes one answers for each trajectory.
+    memory["teachers' answers"] = 4 * numbers * learnt * len(recipe.teacher)
+    passes = min(recipe.batch.micro, trajectories) * recipe.rollout.budget * (2 if student.guidance != 1 else 1)
+    activations = passes * _activations(model, config, latent, places)
+    if student.gradient_checkpointing:
+        tokens = (latent // config["patch_size"]) ** 2 + places
+        layers = config["num_layers"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        activations = activations // layers + passes * layers * tokens * width * 4
+    memory["activations of a micro-batch"] = activations
+    if recipe.hardware.precision != "fp32":
+        notes.append("activations are estimated in float32; bf16 computing holds somewhat less")
+    sampled = trajectories * recipe.rollout.steps if isinstance(recipe.rollout, SDERollout) else 0
+    return FlowPlan(
+        recipe.name, models, trajectories, sampled, learnt, recipe.steps, memory, tuple(dict.fromkeys(notes))
+    )
+
+
+def _config(settings: FlowSettings, notes: list[str]) -> tuple[dict[str, Any], int]:
+    """The transformer's configuration and the places of a prompt."""
+    path = Path(settings.model).expanduser()
+    file = path / "transformer" / "config.json"
+    if file.is_file():
+        places = PROMPT_TOKENS
+        if (path / TABLE / "table.safetensors").is_file():
+            with safe_open(path / TABLE / "table.safetensors", "pt") as table:
+                places = table.get_slice("places.weight").get_shape()[0]
+        return json.loads(file.read_text(encoding="utf-8")), places
+    if settings.model in KNOWN:
+        notes.append(f"{settings.model}: not read; its configuration is the one that comes with opd")
+        return dict(KNOWN[settings.model]), PROMPT_TOKENS
+    raise ModelError(
+        f"model {settings.model!r}: no folder with a transformer/, and opd check knows the configurations of "
+        f"{', '.join(KNOWN)} alone; give a folder"
+    )
+
+
+def _on_meta(config: dict[str, Any], student: FlowTransformer | None) -> Any:
+    """The transformer without weights; a student's with its adapters."""
+    kind = getattr(import_diffusers(), config.get("_class_name", "SD3Transformer2DModel"))
+    with torch.device("meta"):
+        model = kind(**{key: value for key, value in config.items() if not key.startswith("_")})
+        return with_lora(model, student.lora) if student is not None and student.lora is not None else model
+
+
+def _activations(model: Any, config: dict[str, Any], latent: int, places: int) -> int:
+    """Bytes that autograd keeps of one latent's pass."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device="meta")
+
+    return saved_bytes(
+        model,
+        lambda: model(
+            hidden_states=meta(1, config["in_channels"], latent, latent),
+            encoder_hidden_states=meta(1, places, config["joint_attention_dim"]),
+            pooled_projections=meta(1, config["pooled_projection_dim"]),
+            timestep=meta(1),
+            return_dict=False,
+        ),
+    )
