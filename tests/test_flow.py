@@ -398,6 +398,42 @@ def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
     torch.testing.assert_close(other.model.transformer(*inputs).sample, merged(*inputs).sample, atol=1e-5, rtol=1e-4)
 
 
+def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, tmp_path):
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    routed = {
+        "kind": "routed",
+        "by": "task",
+        "name": "experts",
+        "routes": {"square": {"kind": "flow", "model": models[1]}, "circle": {"kind": "flow", "model": models[0]}},
+    }
+    recipe = recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, teacher=routed, steps=2)
+    run = built(recipe)
+    prompts = run.schedule.next(0, {}).prompts
+    trajectories = run.rollout(prompts, 2, 3, stream=0)
+    (target,) = run.ask(trajectories)
+    own = run.student(trajectories).kl(target.distribution).view(-1, 3).sum(1)
+    tasks = [p.fields["task"] for p in trajectories.prompts]
+    assert len(set(tasks)) == 2
+    for task, divergence in zip(tasks, own.tolist(), strict=True):
+        assert (divergence < 1e-10) == (task == "circle"), "the circles' teacher is the student"
+    train(run)
+    row = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
+    assert row["teacher"] == row["task"]
+    writer = built(
+        recipe_for(
+            models,
+            tmp_path / "w",
+            prompts={"prompts": rows},
+            teacher=routed,
+            rollout={"kind": "sde", "steps": 4, "teacher": "experts"},
+        )
+    )
+    walked = writer.rollout(prompts, 1, 3, stream=0)
+    alone = writer.rollout.sources["square"]([p for p in prompts if p.fields["task"] == "square"], 1, 3, stream=0)
+    mine = [i for i, p in enumerate(walked.prompts) if p.fields["task"] == "square"]
+    torch.testing.assert_close(torch.cat([walked.completions()[i] for i in mine]), alone.actions)
+
+
 def test_averaged_weights_are_measured_saved_and_resumed(models, tmp_path):
     average = {"decay": 0.75, "every": 2}
     run = built(recipe_for(models, tmp_path / "a", update={"average": average}, steps=4))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd.distributions import Gaussian
-from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, totals
+from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, rows_of, totals
 from opd.flow.rollout import FlowRollout
 from opd.policies.flow_transformer import digits, labels
 from opd.rollouts.sde import SDERollout
@@ -49,7 +49,7 @@ def measure(run: Run, student: FlowStudent) -> HeldOut:
         for task in tasks:
             sums |= _of_task(drawn, task)
         for i in range(0, len(drawn), settings.k):
-            rows += student.rows(drawn.rows(i, i + 1)[0], {})
+            rows += rows_of(run, drawn.rows(i, i + 1)[0], {})
         if teacher is not None:
             walked = sampler.drawing(grid.steps, grid.noise)(prompts, 1, steps, stream=STREAM)
             start = 0

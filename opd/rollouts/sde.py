@@ -10,12 +10,13 @@ from pydantic import Field
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.flow.rollout import FlowRollout, SamplerSettings
-from opd.rollouts.base import Rollout
+from opd.rollouts.base import PrefixSource, Rollout
+from opd.rollouts.teacher import RoutedWriters
 
 
 class SDERollout(SamplerSettings, Rollout):
     """`steps` steps of the stochastic sampler from noise to an image; the student learns on the latents of the first of
-    them, and a verifier reads the image."""
+    them, and a verifier reads the image. Of a routed teacher each prompt's own denoises."""
 
     kind: Literal["sde"] = "sde"
     modality: ClassVar[str | None] = "flow"
@@ -25,7 +26,7 @@ class SDERollout(SamplerSettings, Rollout):
     def budget(self) -> int:
         return self.trained_steps
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> FlowRollout:
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         if self.teacher is None:
             return FlowRollout(student.model, self, context)
         names = [t.settings.name for t in teachers]
@@ -36,6 +37,9 @@ class SDERollout(SamplerSettings, Rollout):
                 f"{known or 'none'}: give that teacher a name"
             )
         writer = teachers[names.index(self.teacher)]
-        if not hasattr(writer, "model"):
-            raise IncompatibleError(f"rollout.teacher {self.teacher!r} is no single model; name a teacher of kind flow")
-        return FlowRollout(writer.model, self, context, reader=student.model, author="teacher")
+        members = writer.members()
+        sources = {
+            route: FlowRollout(member.model, self, context, reader=student.model, author="teacher")
+            for route, member in members.items()
+        }
+        return RoutedWriters(self, context, writer, sources) if writer is not members.get("") else sources[""]

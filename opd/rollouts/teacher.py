@@ -54,9 +54,7 @@ class RoutedWriters(PrefixSource):
     authors = frozenset({"teacher"})
     exact = False
 
-    def __init__(
-        self, settings: TeacherRollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, LanguageRollout]
-    ):
+    def __init__(self, settings: Rollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, PrefixSource]):
         self.settings, self.context, self.teacher, self.sources = settings, context, teacher, sources
 
     def __call__(
