@@ -41,7 +41,7 @@ class Result:
 
     Attributes:
         student: the trained model (a transformers model, or a peft model with LoRA), in eval mode; of a flow model the
-            diffusers pipeline, or its parts. After sharded training (FSDP2) whole in the main process and a shard in
+            diffusers pipeline, or its parts; after sharded training (FSDP2) whole in the main process and a shard in
             the others.
         tokenizer: its tokenizer, where it has one.
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.

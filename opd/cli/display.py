@@ -17,6 +17,7 @@ from opd.provenance import models_of
 
 if TYPE_CHECKING:
     from opd.api import Result
+    from opd.flow.plan import FlowPlan
     from opd.plan import Plan
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
@@ -113,7 +114,7 @@ def show_objectives(rows: Sequence[Row]) -> None:
     console().print(table)
 
 
-def show_plan(plan: Plan, as_json: bool) -> None:
+def show_plan(plan: Plan | FlowPlan, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.as_dict(), indent=2))
         return

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
-from opd.errors import RecipeError
 from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.schedules import OverSteps
@@ -60,17 +59,12 @@ class AdamW(Optimiser):
             fused=True,
         )
         if accelerator.is_fsdp2:
-            if settings.average is not None:
-                raise RecipeError(
-                    "update.average keeps a mean of whole weights, and FSDP2 shards them; drop update.average, or take "
-                    "plain data parallelism"
-                )
             student.skeleton = skeleton(student.module)
-        self.mean = {} if settings.average is None else {name: p.detach().clone() for name, p in self._trained()}
-        self.taken = 0
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
         if accelerator.is_fsdp2:
             settle_root(student.module)
+        self.mean = {} if settings.average is None else {name: p.detach().clone() for name, p in self._trained()}
+        self.taken = 0
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         module = extract_model_from_parallel(self.student.module)

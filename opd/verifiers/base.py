@@ -18,5 +18,5 @@ class Verifier(Choice):
     def score(self, prompt: Prompt, completion: Any) -> float | None:
         """Reward in [0, 1], or None when this prompt has no verifiable answer (it then counts in no average).
 
-        A completion is a text, or of a policy that makes pictures float32 `[H, W, 3]` in 0..1.
+        `completion` is what the student's policy makes of a trajectory: a text, or float32 `[H, W, 3]` in 0..1.
         """
