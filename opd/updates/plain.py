@@ -13,6 +13,7 @@ from pydantic import Field
 
 from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
+from opd.errors import RecipeError
 from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.schedules import OverSteps
@@ -59,6 +60,11 @@ class AdamW(Optimiser):
             fused=True,
         )
         if accelerator.is_fsdp2:
+            if settings.average is not None:
+                raise RecipeError(
+                    "update.average keeps a mean of whole weights, and FSDP2 shards them; leave update.average out, or "
+                    "take plain data parallelism"
+                )
             student.skeleton = skeleton(student.module)
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
         if accelerator.is_fsdp2:
