@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from opd import sharding
 from opd.api import execute
 from opd.checkpoints.store import folder_of, steps_stored
-from opd.errors import RunError
+from opd.errors import RecipeError, RunError
+from opd.updates.plain import PlainUpdate
 from tests.conftest import save_tiny
 from tests.test_loop import recipe_for
 
@@ -179,3 +180,10 @@ def test_other_engines_are_refused():
     with pytest.raises(RunError, match="DEEPSPEED is not supported"):
         sharding.settle(engine, None)
     sharding.settle(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, is_fsdp2=False), None)
+
+
+def test_a_student_whose_rollouts_do_not_gather_is_refused():
+    accelerator = SimpleNamespace(is_fsdp2=True)
+    student = SimpleNamespace(module=torch.nn.Linear(2, 2), shards=False)
+    with pytest.raises(RecipeError, match="plain data parallelism"):
+        PlainUpdate().build(student, accelerator)

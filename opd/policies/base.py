@@ -39,6 +39,9 @@ class Student(ABC):
     skeleton: torch.nn.Module | None = None
     """The module's structure without weights, where the update shards them over processes."""
 
+    shards: ClassVar[bool] = False
+    """Whether its rollouts and passes work on weights that processes hold together (`opd.sharding.whole`)."""
+
     unit: ClassVar[str] = "tok"
     """What a person calls a position, for the progress bar."""
 

@@ -88,6 +88,7 @@ class CausalLMStudent(Student):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
     library = "transformers"
+    shards = True
 
     def __init__(
         self,

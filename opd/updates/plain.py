@@ -60,6 +60,10 @@ class AdamW(Optimiser):
             fused=True,
         )
         if accelerator.is_fsdp2:
+            if not student.shards:
+                raise RecipeError(
+                    f"FSDP2 shards language models only, not {type(student).__name__}; take plain data parallelism"
+                )
             if settings.average is not None:
                 raise RecipeError(
                     "update.average keeps a mean of whole weights, and FSDP2 shards them; leave update.average out, or "
