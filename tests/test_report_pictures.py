@@ -84,6 +84,7 @@ def test_rows_of_pictures_come_back_with_steps_for_tokens(run):
     assert back[0]["tokens"] == ["1", "2", "3", "4", "5", "6"]
     assert back[0]["values"] == rows[0]["values"]
     assert [t for chunk in chunks for t in chunk["index"]["task"]] == [row["task"] for row in rows]
+    assert "task" not in back[0]["extra"]
     assert all(all(chunk["index"]["image"]) for chunk in chunks)
     found = scan(run / "samples.jsonl")
     assert (len(found.entries), found.broken) == (84, 0)
@@ -136,6 +137,9 @@ def test_in_a_browser_pictures_before_and_after(browser, run, tmp_path):  # noqa
     assert browser.run("[...document.querySelectorAll('.drawn p')].every((p) => p.innerText.startsWith('text '))")
     choose(browser, "after", "3")
     browser.until(f"{WORDS} === 'glyph: mean reward 0 before, 0.3333 after'")
+
+    assert browser.run("document.querySelector('.card .meta').innerText.includes('count')")
+    assert browser.run("document.querySelectorAll('.card details[open] img').length") == 10
 
     browser.run("document.querySelector('#pictures .grid').scrollIntoView()")
     browser.until("document.querySelectorAll('#pictures .grid .main-svg').length > 0")

@@ -31,7 +31,7 @@ CHUNK_TOKENS = 4096
 IMAGE_LETTERS = 64
 """Letters of a picture's address that weigh as much as a token in a chunk's size."""
 MISSING = -(2**31)
-PLAIN = ("step", "id", "prompt", "completion", "finished", "reward", "tokens", "values")
+PLAIN = ("step", "id", "prompt", "completion", "finished", "reward", "task", "tokens", "values")
 """Keys of a row that the page shows by itself; every other key is for layers."""
 
 

@@ -219,7 +219,7 @@ opd.rollouts = (() => {
   function meta(entry, paint, name = null) {
     const mean = paint.name ? entry.mean(paint.name) : null;
     return make("p", { class: "meta" },
-      opd.several() ? opd.runName(entry.run) : null, make("span", {}, `step ${entry.step}`), name && make("span", {}, name),
+      opd.several() ? opd.runName(entry.run) : null, make("span", {}, `step ${entry.step}`), name && make("span", {}, name), entry.task && make("span", {}, entry.task),
       make("span", {}, `${entry.length} token${entry.length === 1 ? "" : "s"}`), entry.finished ? null : make("span", {}, "cut off"),
       entry.reward === null ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${number(mean)}`));
   }
@@ -255,7 +255,8 @@ opd.rollouts = (() => {
   function block(key, value, row) {
     const found = data.layers.find((one) => one.place === "row" && one.reads === key);
     const draw = (found && opd.rowRenderers[found.renderer]) || opd.rowRenderers.fields;
-    return make("details", { class: "block" }, make("summary", {}, found ? found.title : key.replaceAll("_", " ")), draw(value, row));
+    const drawn = draw(value, row);
+    return make("details", { class: "block", open: drawn.tagName === "IMG" }, make("summary", {}, found ? found.title : key.replaceAll("_", " ")), drawn);
   }
 
   function token(box, row, i, paint) {
