@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.divergences.operator import CHUNK_BYTES, chunk_rows
+from opd.divergences.operator import chunk_rows
 from opd.errors import ModelError, OpdError
 from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
@@ -268,7 +268,7 @@ def _memory(
         parts[f"{who} answers (hidden states)"] = positions * widest
         first = last + 1
     parts["activations of a micro-batch"] = _activations(recipe, student, tokens)
-    parts["loss operator: chunks"] = (3 + len(teachers)) * min(CHUNK_BYTES, rows * student.vocabulary * 4)
+    parts["loss operator: chunks"] = (3 + len(teachers)) * 4 * rows * student.vocabulary
     layer = student.model.get_output_embeddings()
     head_trained = bool(layer is not None and layer.weight.requires_grad)
     parts["loss operator: gradients"] = (student.vocabulary * student.width * 4 if head_trained else 0) + (

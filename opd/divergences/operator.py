@@ -25,7 +25,7 @@ from opd.trajectories import Trajectories
 CHUNK_BYTES = 16 * 2**20
 """Target size of one float32 chunk buffer `[R, V]`."""
 
-SMALLEST_CHUNK = 64
+SMALLEST_CHUNK = 128
 """Rows below which the matrix products become inefficient; a very large vocabulary then exceeds `CHUNK_BYTES`."""
 
 
