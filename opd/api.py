@@ -258,12 +258,12 @@ def finish(run: Run) -> Result:
         "skipped_updates": run.skips.total,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
+    run.optimiser.settle()
     # The wrapper of several processes goes before their group does: whoever frees the group last waits for its threads,
     # and the wrapper would do so while it holds Python's lock, which they need.
     run.student.unwrap(run.accelerator)
     run.accelerator.wait_for_everyone()
-    # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
-    run.optimiser.settle()
     if run.accelerator.is_main_process:
         try:
             with whole_folder(recipe.directory / "student") as folder:

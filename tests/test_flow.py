@@ -319,6 +319,19 @@ def test_teachers_stay_as_they_are_and_the_anchor_weighs_in(models, tmp_path):
         {"rollout": {"kind": "noised", "times": "grid", "steps": 4}},
         {"objective": {"kind": "gaussian_kl", "estimator": "pg_sample"}, "student": {"guidance": 2.0}},
         {"teacher": {"kind": "self", "mode": "ema", "name": "expert"}},
+        {
+            "rollout": {
+                "kind": "mixture",
+                "first": {"kind": "sde", "steps": 4},
+                "second": {"kind": "noised", "times": "grid", "steps": 4},
+            }
+        },
+        {
+            "hardware": {"precision": "bf16"},
+            "objective": {"kind": "gaussian_kl", "scale": "uniform"},
+            "student": {"gradient_checkpointing": True, "lora": {"rank": 2}},
+            "update": {"average": {"every": 1}},
+        },
     ],
     ids=lambda c: "-".join(c),
 )

@@ -15,8 +15,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opd.errors import DataError
 
-REMEMBERED = 4096
-"""Prompts whose encoding by a pipeline's text encoders is kept, on the CPU."""
+REMEMBERED = 512
+"""Prompts whose encoding by a pipeline's text encoders is kept, on the CPU; one takes a few megabytes."""
+
+
+class Shared:
+    """Parts that no training moves and that copies of a model have in common."""
+
+    def __init__(self, **parts: Any):
+        vars(self).update(parts)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no part {name!r}")
 
 
 class PromptEncoder(torch.nn.Module, ABC):
@@ -102,25 +115,25 @@ class TextEncoders(PromptEncoder):
     def __init__(self, pipeline: Any):
         super().__init__()
         # Not a submodule: what is frozen and shared with teachers is no part of what is trained.
-        self.shared = [pipeline]
-        self.known: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+        self.shared = Shared(pipeline=pipeline, known=OrderedDict())
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        new = [text for text in dict.fromkeys(texts) if text not in self.known]
+        known: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = self.shared.known
+        new = [text for text in dict.fromkeys(texts) if text not in known]
         if new:
-            hidden, _, pooled, _ = self.shared[0].encode_prompt(
+            hidden, _, pooled, _ = self.shared.pipeline.encode_prompt(
                 prompt=new, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
             )
             for text, h, p in zip(new, hidden.cpu(), pooled.cpu(), strict=True):
-                self.known[text] = (h.clone(), p.clone())
-        found = [self.known[text] for text in texts]
-        while len(self.known) > REMEMBERED:
-            self.known.popitem(last=False)
+                known[text] = (h.clone(), p.clone())
+        found = [known[text] for text in texts]
+        while len(known) > REMEMBERED:
+            known.popitem(last=False)
         return found
 
     def forward(self, conditions: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.shared[0].device
+        device = self.shared.pipeline.device
         return torch.stack([h for h, _ in conditions]).to(device), torch.stack([p for _, p in conditions]).to(device)
 
     def check(self, text: str, limit: int) -> None:

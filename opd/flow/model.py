@@ -14,7 +14,7 @@ from pydantic import Field
 
 from opd.choice import Settings
 from opd.errors import ModelError
-from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
+from opd.flow.encoder import PromptEncoder, PromptTable, Shared, TextEncoders
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
@@ -33,7 +33,8 @@ class FlowSettings(Settings):
 
 
 class FlowModel(torch.nn.Module):
-    """`forward` gives the guided velocity. Times run from 1 (noise) to 0 (image).
+    """`forward` gives the guided velocity. Times run from 1 (noise) to 0 (image). A deep copy has weights of its own
+    and the same scheduler, VAE and text encoders.
 
     Args:
         transformer: takes `hidden_states`, `timestep`, `encoder_hidden_states`, `pooled_projections`, as diffusers'
@@ -54,8 +55,8 @@ class FlowModel(torch.nn.Module):
     ):
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
-        # Parts that no training moves; not submodules, so that copies share them.
-        self.parts: dict[str, Any] = {"scheduler": scheduler, "pipeline": pipeline}
+        # Not submodules, so that copies share them.
+        self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
         size = self.base.config.sample_size if resolution is None else resolution // factor
         patch = self.base.config.patch_size
@@ -78,20 +79,15 @@ class FlowModel(torch.nn.Module):
 
     @property
     def scheduler(self) -> Any:
-        return self.parts["scheduler"]
+        return self.parts.scheduler
 
     @property
     def pipeline(self) -> Any:
-        return self.parts["pipeline"]
+        return self.parts.pipeline
 
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
-
-    def copy(self) -> FlowModel:
-        """Weights of its own, the same scheduler, VAE and text encoders."""
-        encoder = copy.deepcopy(self.encoder) if isinstance(self.encoder, PromptTable) else self.encoder
-        return FlowModel(copy.deepcopy(self.transformer), self.scheduler, encoder, self.pipeline, self.resolution)
 
     def grid(self, steps: int) -> torch.Tensor:
         """float32 `[steps + 1]`: the scheduler's times from 1 to 0, its shift included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,10 @@ class FlowStudent(Student):
         self.module: torch.nn.Module = model
 
     def __call__(self, trajectories: Trajectories) -> Gaussian:
-        return believe(self.module, trajectories, [context.condition for context in trajectories.contexts])
+        # The wrapper of several processes talks to the others in every pass, and without a gradient they make
+        # different numbers of them.
+        module = self.module if torch.is_grad_enabled() else self.model
+        return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         if end_tokens is not None:
@@ -193,7 +197,12 @@ class FlowStudent(Student):
     def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
-        return SelfFlowTeacher(self.model.copy(), settings, context, self.model)
+        return SelfFlowTeacher(copy.deepcopy(self.model), settings, context, self.model)
+
+    def unwrap(self, accelerator: Any) -> None:
+        super().unwrap(accelerator)
+        assert isinstance(self.module, FlowModel)
+        self.model = self.module
 
     def live(self) -> tuple[Any, Any]:
         return (self.model.eval() if self.model.pipeline is None else self.model.pipeline), None
