@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import copy
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -24,6 +21,7 @@ from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
+from opd.report.pictures import data_address
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -177,7 +175,7 @@ class FlowStudent(Student):
                 "reward": trajectories.reward(i),
                 "tokens": labels(context),
                 "values": {name: digits(value[here]) for name, value in values.items()},
-                "image": data_uri(images[i]),
+                "image": data_address(images[i], SHOWN_PIXELS),
             }
             rows.append(row | ({"task": prompt.fields["task"]} if "task" in prompt.fields else {}))
         return rows
@@ -241,14 +239,3 @@ def labels(context: Denoising) -> list[str]:
 def digits(values: torch.Tensor) -> list[float]:
     """Numbers for a log: a step's divergence, averaged over pixels, is small, so digits count and not decimals."""
     return [float(f"{value:.5g}") for value in values.tolist()]
-
-
-def data_uri(image: np.ndarray) -> str:
-    """A PNG of float32 `[H, W, 3]` in 0..1, of `SHOWN_PIXELS` a side at most."""
-    from PIL import Image
-
-    picture = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
-    picture.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import BeforeValidator, Field, PositiveFloat, field_validator
@@ -26,6 +26,7 @@ class DrawingReward(Verifier):
     """
 
     kind: Literal["drawing"] = "drawing"
+    modality: ClassVar[str | None] = "flow"
     reward: Weights = Field({"task": 1.0}, min_length=1, description="One name, or weights of several")
     graded: bool = Field(True, description="Credit for a part of a task; false gives 1 or 0")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -22,6 +22,7 @@ class Ocr(Verifier):
     """
 
     kind: Literal["ocr"] = "ocr"
+    modality: ClassVar[str | None] = "flow"
     height: int = Field(96, ge=16, le=1024, description="Pixels of height that a picture is scaled to")
 
     @model_validator(mode="after")
