@@ -305,7 +305,6 @@ SMALL_SETS = [drawings(task, 24) for task in TASKS]
 SMALL = {
     "steps": 2,
     "prompts": SMALL_SETS,
-    "rollout": {"steps": 6},
     "batch": {"prompts": 2, "group": 2},
     "evaluation": {"prompts": [drawings("count", 2, "validation")], "steps": 2, "every": 0},
 }

@@ -55,7 +55,8 @@ def run_jobs(
     """Run what is missing of `jobs` (inputs first, keys unique), at most `workers` at a time.
 
     A job starts when its inputs are finished; a job that is not among the stages `first` or their inputs also waits
-    for those. Processes find `imports` imported. Ended from outside, it ends its workers; finished jobs stay, and unfinished folders do not count.
+    for those. Processes find the modules `imports` imported. Ended from outside, it ends its workers; finished jobs
+    stay, and unfinished folders do not count.
 
     Raises:
         RunError: another process runs jobs in this cache, or the process that starts them is killed.
