@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import floor, head_to_head, scaling, time_to_quality
+from benchmarks import floor, flow_step, head_to_head, scaling, time_to_quality
 from opd.truth_table import load_table
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +94,7 @@ def benchmarks(folder: Path) -> str:
         "floor": (_floor, floor.judge([])),
         "time_to_quality": (_time_to_quality, time_to_quality.judge({})),
         "scaling": (_scaling, scaling.judge([], None)),
+        "flow_step": (_flow_step, flow_step.judge([])),
     }
     goals, tables = "", ""
     for name, (table, unmeasured) in sections.items():
@@ -199,6 +200,18 @@ def _time_to_quality(data: dict[str, Any]) -> str:
     header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "accuracy at the end")
     about = f"Teacher {data['teacher_accuracy']:.3f}, goal {data['goal_accuracy']:.3f}."
     return f"{about} Where the goal was not reached, the whole run's cost stands.\n\n{_rows(header, rows)}"
+
+
+def _flow_step(data: dict[str, Any]) -> str:
+    header = ("", "trajectories", "T", "opd CPU s", "bare CPU s", "ratio", "opd wall s", "bare wall s", "ratio", "loss")
+    rows = []
+    for cell in data["cells"]:
+        row = [str(cell["size"][key]) for key in ("name", "batch", "steps")]
+        for clock in ("cpu", "wall"):
+            row += [_spread([step[clock] for step in cell["steps"][name]]) for name in ("opd", "bare")]
+            row.append(f"{cell['ratio'][clock]:.2f}")
+        rows.append([*row, f"{cell['loss_error']:.0e}"])
+    return f"Ratio: steps a second of opd over those of the bare loop.\n\n{_rows(header, rows)}"
 
 
 def _scaling(data: dict[str, Any]) -> str:

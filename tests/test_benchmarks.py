@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import pages, phases, sizes, store
+from benchmarks import flow_step, pages, phases, sizes, store
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import Job, OpdSession
 from benchmarks.head_to_head import utilisation
@@ -134,10 +134,20 @@ def test_a_public_models_shape_is_its_own(monkeypatch, tmp_path):
     assert config.vocab_size == len(AutoTokenizer.from_pretrained(small.folder / "student")) == 64
 
 
+def test_a_step_of_flow_opd_takes_turns_with_a_bare_loop_of_the_same_loss(tmp_path):
+    cell = flow_step.measure(flow_step.QUICK, 2, tmp_path)
+    assert {name: len(steps) for name, steps in cell["steps"].items()} == {"opd": 2, "bare": 2}
+    assert cell["loss_error"] < 1e-5
+    assert all(step["cpu"] > 0 for steps in cell["steps"].values() for step in steps)
+    slow = {**cell, "ratio": {"cpu": 0.5, "wall": 1.0}}
+    assert [goal["met"] for goal in flow_step.judge([slow])] == [False, True]
+    assert f"| {flow_step.QUICK.name} | 4 | 4 |" in pages._flow_step({"cells": [slow]})
+
+
 def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
     text = pages.benchmarks(tmp_path)
     goals = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(goals) == 11
+    assert len(goals) == 13
     assert all("not measured yet" in line for line in goals)
 
 

@@ -132,6 +132,7 @@ class Reproduction:
         arms: by name, the controls too; each returns the metrics, and what it cost under the names in `COSTS`.
         seeds: each arm runs once for each, or for the first few (`Stage.seeds`); values of two arms with the same seed
             form a pair.
+        imports: modules that jobs use besides those of `opd` itself: they are imported once instead of once a job.
         metrics: figures of the arms to show, the claims' metrics among them. An arm must return those that a claim
             compares it on; what it does not return of the others stays empty.
     """
@@ -145,6 +146,7 @@ class Reproduction:
     metrics: Sequence[str]
     claims: Sequence[Claim]
     gates: Sequence[Gate] = ()
+    imports: Sequence[str] = ()
     smoke: Smoke = field(default_factory=Smoke)
 
     def __post_init__(self) -> None:

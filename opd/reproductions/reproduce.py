@@ -64,7 +64,10 @@ def reproduce(
                 return None if smoke else said
         return None
 
-    outcome = run_jobs(jobs, entry.cache, entry.file.parent, workers, console, check, [job for _, job in gates])
+    gated = [job for _, job in gates]
+    outcome = run_jobs(
+        jobs, entry.cache, entry.file.parent, workers, console, check, gated, imports=reproduction.imports
+    )
     problems = [f"{name}: {reason}" for name, reason in outcome.failed.items()]
     problems += [outcome.closed] if outcome.closed else []
     missing = [job.name for job in found.jobs() if job.record(entry.cache) is None]

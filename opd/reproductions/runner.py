@@ -50,11 +50,13 @@ def run_jobs(
     console: Console,
     check: Check = lambda job, figures: None,
     first: Sequence[Job] = (),
+    imports: Sequence[str] = (),
 ) -> Outcome:
     """Run what is missing of `jobs` (inputs first, keys unique), at most `workers` at a time.
 
     A job starts when its inputs are finished; a job that is not among the stages `first` or their inputs also waits
-    for those. Ended from outside, it ends its workers; finished jobs stay, and unfinished folders do not count.
+    for those. Processes find the modules `imports` imported. Ended from outside, it ends its workers; finished jobs
+    stay, and unfinished folders do not count.
 
     Raises:
         RunError: another process runs jobs in this cache, or the process that starts them is killed.
@@ -83,7 +85,7 @@ def run_jobs(
         if not waiting:
             return outcome
         # A reproduction of none but its own functions may need nothing of the kind; six seconds are spared then.
-        modules = MODULES if any(job.function.startswith("opd.") for job in jobs) else ()
+        modules = (*MODULES, *imports) if any(job.function.startswith("opd.") for job in jobs) else tuple(imports)
         server = stack.enter_context(fork_server(cache / "output.txt", lock, modules))
         while True:
             for job in list(waiting):

@@ -1,0 +1,236 @@
+"""What the reproduction on drawings measures of a flow model: tasks, quality, divergence, and judges beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from scipy.stats import false_discovery_control, fisher_exact
+
+from opd.api import assembled
+from opd.choice import choices_of
+from opd.distributions import Gaussian
+from opd.drawings import Drawing
+from opd.drawings.judges import (
+    Classifier,
+    background_entropy,
+    edge_sharpness,
+    frechet_distance,
+    nearest_distance,
+    train_classifier,
+)
+from opd.evaluation import STREAM
+from opd.flow.rollout import FlowRollout
+from opd.prompts import Prompt
+from opd.recipe import parse_recipe
+from opd.reproductions.definition import Figures, merged
+from opd.reproductions.training import filled
+from opd.run import Run
+from opd.trajectories import Trajectories
+from opd.verifiers.drawing import DrawingReward
+
+TASKS = ("count", "glyph", "scene")
+PIXELS = 16
+
+
+def drawings(task: str, size: int, split: str = "train", seed: int = 0) -> dict[str, Any]:
+    """The recipe's block of prompts of one task, of `PIXELS` a side."""
+    return {
+        "kind": "drawings",
+        "task": {"kind": task, "pixels": PIXELS},
+        "size": size,
+        "split": split,
+        "seed": seed,
+    }
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures `[B, H, W, 3]` of prompts, in the prompts' order."""
+
+    run: Run
+    prompts: list[Prompt]
+    pictures: np.ndarray
+
+    def scores(self, reward: str = "task", graded: bool = False) -> np.ndarray:
+        """float64 `[B]`."""
+        verifier = DrawingReward(reward={reward: 1.0}, graded=graded)
+        pairs = zip(self.prompts, self.pictures, strict=True)
+        return np.array([verifier.score(prompt, picture) for prompt, picture in pairs], float)
+
+
+def drawn(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int, each: int = 1) -> Drawn:
+    """`each` pictures of every held-out prompt of a recipe, by the ODE of the model that lies in `model`; a prompt's
+    noise depends on `seed` and on the prompt alone."""
+    settings = merged(filled(recipe, inputs), {"student": {"model": filled(model, inputs)}, "seed": seed})
+    run = assembled(parse_recipe({**settings, "tracking": {"trackers": []}}, "recipe of this test"))
+    run.student.module.eval()
+    made = run.sampler(run.held_out, each, 1, stream=STREAM)
+    return Drawn(run, made.prompts, np.stack(run.student.outcomes(made)))
+
+
+def measured(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    model: str,
+    recipe: Mapping[str, Any],
+    trained: str | None = None,
+    experts: Sequence[str] = (),
+    draws: int = 0,
+    seed: int,
+) -> Figures:
+    """A saved model on the recipe's held-out prompts: equally many of count, glyph, scene and unseen count. The stage
+    `judges` made the judges, `experts drawn` what `wins` compares with.
+
+    Args:
+        trained: stage that trained the model, for costs and curve.
+        experts: stages whose cost stands under `expert_cpu_seconds`.
+        draws: pictures a prompt for `wins`; 0 leaves it out.
+
+    Returns:
+        `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
+        scene; `mean` of count, glyph and quality; `kl`, mean divergence from the routed experts along the model's own
+        SDE; the judges; `wins`, see there. Items of a metric are bundles of one prompt a task.
+    """
+    made = drawn(recipe, inputs, model, seed)
+    size = len(made.prompts) // (len(TASKS) + 1)
+    right = dict(zip((*TASKS, "unseen"), made.scores().reshape(-1, size), strict=True))
+    quality = made.scores("quality")[: len(TASKS) * size].reshape(-1, size).mean(0)
+    bundles = {**right, "quality": quality, "mean": (right["count"] + right["glyph"] + quality) / 3}
+    figures: Figures = {name: float(values.mean()) for name, values in bundles.items()}
+    figures["items"] = {
+        name: {f"bundle-{i}": float(value) for i, value in enumerate(values)} for name, values in bundles.items()
+    }
+    figures |= judged(made, inputs["judges"]) | divergence(made)
+    if trained is not None:
+        record = figures_of(inputs[trained])
+        figures |= {name: record[name] for name in ("cpu_seconds", "sampled_tokens", "teacher_tokens", "curve")}
+    else:
+        figures |= dict.fromkeys(("cpu_seconds", "sampled_tokens", "teacher_tokens"), 0.0)
+    figures["expert_cpu_seconds"] = sum(figures_of(inputs[name])["cpu_seconds"] for name in experts)
+    if draws:
+        own = successes(recipe, inputs, model, seed, draws)
+        figures["wins"] = wins(own, figures_of(inputs["experts drawn"])["successes"], draws)
+    return figures
+
+
+def divergence(made: Drawn) -> Figures:
+    """`kl`, its logarithm `log_kl`, and `kl_step_K` of each step: from the run's first teacher, on the model's
+    own SDE."""
+    run, grid = made.run, made.run.recipe.rollout
+    sampler = run.sampler
+    assert isinstance(sampler, FlowRollout)
+    steps = grid.budget
+    walked: Trajectories = sampler.drawing(grid.steps, grid.noise)(run.held_out, 1, steps, stream=STREAM)  # type: ignore[attr-defined]
+    parts = []
+    with torch.no_grad():
+        for micro, _ in walked.split(64):
+            own, theirs = run.student(micro), run.teachers[0](micro)
+            assert isinstance(own, Gaussian)
+            assert isinstance(theirs, Gaussian)
+            parts.append(own.kl(theirs).view(-1, steps))
+    by_step = torch.cat(parts).double().mean(0).tolist()
+    kl = sum(by_step) / steps
+    return {"kl": kl, "log_kl": math.log(max(kl, 1e-12)), **{f"kl_step_{k}": value for k, value in enumerate(by_step)}}
+
+
+def make_judges(folder: Path, inputs: Mapping[str, Path], *, size: int, steps: int, seed: int) -> Figures:
+    """The classifier whose features the Frechet distance compares, and training renders to be near to."""
+    tasks: Any = choices_of(Drawing)
+    rows = [row for task in TASKS for row in tasks[task](pixels=PIXELS).rows(size, seed)]
+    classifier = train_classifier(rows, steps=steps, seed=seed)
+    (folder / "symbols.json").write_text(json.dumps(classifier.symbols), encoding="utf-8")
+    renders = torch.from_numpy(np.stack([row["image"] for row in rows]))
+    save_file({"renders": renders, **classifier.state_dict()}, folder / "judges.safetensors")
+    return {}
+
+
+def judged(made: Drawn, judges: Path) -> Figures:
+    """`entropy` of the backgrounds of count and glyph, where no prompt names one; `sharpness`; `novelty`, the distance
+    to the nearest training render; `frechet` distance to the references of the same prompts."""
+    held = load_file(judges / "judges.safetensors")
+    renders = held.pop("renders").numpy().astype(np.float32) / 255
+    classifier = Classifier(json.loads((judges / "symbols.json").read_text(encoding="utf-8")))
+    classifier.load_state_dict(held)
+    free = [i for i, prompt in enumerate(made.prompts) if prompt.fields["task"] != "scene"]
+    references = np.stack([prompt.fields["image"] for prompt in made.prompts]).astype(np.float32) / 255
+    return {
+        "entropy": background_entropy(made.pictures[free]),
+        # Pictures without an edge have no sharpness of their own and count as blurred.
+        "sharpness": float(np.nan_to_num(edge_sharpness(made.pictures)).mean()),
+        "novelty": float(nearest_distance(made.pictures, renders).mean()),
+        "frechet": frechet_distance(classifier.features(made.pictures), classifier.features(references)),
+    }
+
+
+def experts_drawn(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    models: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    draws: int,
+    seed: int,
+) -> Figures:
+    """`successes` of every expert on every prompt."""
+    return {"successes": {name: successes(recipe, inputs, model, seed, draws) for name, model in models.items()}}
+
+
+def samples_of_experts(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    models: Mapping[str, str],
+    recipe: Mapping[str, Any],
+    size: int,
+    seed: int,
+) -> Figures:
+    """`size` pictures of each task by its own expert, in `folder/rows.jsonl`, for fine-tuning."""
+    start = time.process_time()
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for task, model in models.items():
+            asked = merged(recipe, {"evaluation": {"prompts": [drawings(task, size)]}})
+            made = drawn(asked, inputs, model, seed)
+            for i, (prompt, picture) in enumerate(zip(made.prompts, made.pictures, strict=True)):
+                place = (folder / f"{task}-{i}.png").resolve()
+                Image.fromarray((picture * 255).round().astype(np.uint8)).save(place)
+                file.write(json.dumps({**prompt.fields, "image": str(place)}) + "\n")
+    return {"cpu_seconds": time.process_time() - start}
+
+
+def successes(
+    recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int, draws: int, prompts: int = 24
+) -> dict[str, int]:
+    """How many of `draws` pictures are right, for the first `prompts` held-out prompts of count and of glyph."""
+    few = [{**block, "size": min(prompts, block["size"])} for block in recipe["evaluation"]["prompts"][:2]]
+    made = drawn(merged(recipe, {"evaluation": {"prompts": few}}), inputs, model, seed, draws)
+    right = made.scores().reshape(-1, draws).sum(1)
+    return {prompt.id: int(count) for prompt, count in zip(made.prompts[::draws], right, strict=True)}
+
+
+def wins(own: Mapping[str, int], experts: Mapping[str, Mapping[str, int]], draws: int) -> float:
+    """Prompts on which a model is right more often than *every* expert: Fisher's exact test, one-sided, the largest of
+    the p-values against each expert; false discovery rate 5 % over prompts (Benjamini and Hochberg 1995)."""
+    values = [max(_p_value(count, other[name], draws) for other in experts.values()) for name, count in own.items()]
+    return float((false_discovery_control(values) <= 0.05).sum())
+
+
+def _p_value(own: int, other: int, draws: int) -> float:
+    table = [[own, draws - own], [other, draws - other]]
+    return float(fisher_exact(table, alternative="greater").pvalue)
+
+
+def figures_of(folder: Path) -> Figures:
+    """What a finished stage measured."""
+    record: dict[str, Any] = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    return dict(record["figures"])

@@ -1,0 +1,512 @@
+"""Flow-OPD (arXiv 2605.08063): one reinforced expert a reward, and one student that learns from all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.drawings.vocabulary import drawing_tokenizer
+from opd.flow.creation import create_flow_model
+from opd.merging import merge
+from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
+from opd.reproductions.definition import Figures, merged
+from reproductions.drawn import (
+    PIXELS,
+    TASKS,
+    drawings,
+    drawn,
+    experts_drawn,
+    figures_of,
+    make_judges,
+    measured,
+    samples_of_experts,
+)
+from reproductions.on_policy import at_rate, best_rate
+
+T, NOISE, ODE_STEPS = 8, 0.7, 20
+BASE_STEPS, EXPERT_STEPS, STEPS = 2600, 400, 150
+BATCH = {"prompts": 8, "group": 8, "micro": 64}
+RATES = (1e-4, 3e-4, 1e-3)
+HELD_OUT, DRAWS = 150, 32
+"""Test prompts of each set, and pictures a prompt for the row on surpassing."""
+WINDOW = (0.4, 0.75)
+"""Shares of right pictures between which the base must draw count and glyph."""
+
+EXPERTS = {task: f"expert {task}" for task in ("count", "glyph", "quality")}
+ROUTES = {"count": EXPERTS["count"], "glyph": EXPERTS["glyph"], "scene": EXPERTS["quality"]}
+"""Expert of each prompt set; that of quality is the anchor too."""
+MIX = [drawings("count", 3000), drawings("glyph", 1000), drawings("scene", 1000)]
+MIXED_REWARD = {"count": 0.8, "glyph": 0.8, "quality": 0.2}
+"""Of count and glyph mostly the task; of scene quality alone."""
+
+
+def of(stage: str) -> str:
+    return f"{{{stage}}}/run/student"
+
+
+def student(name: str) -> str:
+    return f"student: {name}"
+
+
+# -- the recipes -------------------------------------------------------------------------------------------------------
+
+
+def recipe(
+    model: str, steps: int, sets: Sequence[Any] = MIX, reward: Mapping[str, float] = MIXED_REWARD, **changes: Any
+) -> dict[str, Any]:
+    base = {
+        "steps": steps,
+        "student": {"kind": "flow_transformer", "model": model},
+        "teacher": [],
+        "prompts": list(sets),
+        "verifier": {"kind": "drawing", "reward": dict(reward)},
+        "rollout": {"kind": "sde", "steps": T, "noise": NOISE},
+        "reduction": "sequence_sum",
+        "update": {"learning_rate": {"kind": "cosine", "start": 0.0, "end": 0.0, "warmup": 5}},
+        "batch": BATCH,
+        "evaluation": {
+            "prompts": [drawings(task, 32, "validation") for task in TASKS],
+            "steps": ODE_STEPS,
+            "every": 50,
+            "samples": 0,
+        },
+        "hardware": {"device": "cpu", "threads": 1},
+        "self_test": False,
+    }
+    return merged(base, changes)
+
+
+def matching(model: str, steps: int, rate: float, **changes: Any) -> dict[str, Any]:
+    """Flow matching: one latent of each image, at a random time."""
+    block = recipe(
+        model,
+        steps,
+        reward={"task": 1.0},
+        verifier={"graded": False},
+        rollout={"kind": "noised"},
+        objective=["sft"],
+        batch={"prompts": 64, "group": 1},
+        evaluation={"every": 400},
+    )
+    return merged(at_rate(block, rate), changes)
+
+
+def grpo(
+    start: str, steps: int = STEPS, sets: Sequence[Any] = MIX, reward: Mapping[str, float] = MIXED_REWARD
+) -> dict[str, Any]:
+    """Policy gradient of a reward, and the KL to the base."""
+    return recipe(
+        of(start),
+        steps,
+        sets,
+        reward,
+        teacher=[{"kind": "flow", "name": "base", "model": of("base"), "batch": 64}],
+        objective=[
+            {"kind": "grpo", "spread": "batch", "bound": 5.0, "clip": 1e-4},
+            {"kind": "gaussian_kl", "weight": 0.04, "teacher": "base"},
+        ],
+    )
+
+
+def distilled(
+    start: str, anchor: str | None = None, weight: float = 0.0, estimator: str = "kl_direct", **changes: Any
+) -> dict[str, Any]:
+    """The divergence from the routed experts, and beside it that from the anchor."""
+    routes = {task: {"kind": "flow", "model": of(stage), "batch": 64} for task, stage in ROUTES.items()}
+    teachers: list[dict[str, Any]] = [{"kind": "routed", "name": "experts", "by": "task", "routes": routes}]
+    objectives: list[dict[str, Any]] = [{"kind": "gaussian_kl", "teacher": "experts", "estimator": estimator}]
+    if anchor is not None:
+        teachers.append({"kind": "flow", "name": "anchor", "model": of(anchor), "batch": 64})
+        objectives.append({"kind": "gaussian_kl", "teacher": "anchor", "weight": weight})
+    return merged(recipe(of(start), STEPS, teacher=teachers, objective=objectives), changes)
+
+
+SETS = [*(drawings(task, HELD_OUT, "test") for task in TASKS), drawings("count", HELD_OUT, "unseen")]
+TEST = merged(distilled("base"), {"evaluation": {"prompts": SETS}})
+"""What every model is tested by; the test puts its own model in the student's place."""
+
+# -- the stages --------------------------------------------------------------------------------------------------------
+
+
+def new_model(folder: Path, inputs: Mapping[str, Path], *, width: int, heads: int, layers: int, seed: int) -> Figures:
+    """A transformer with random weights and a prompt table of the drawings' words, in `folder/run/student`."""
+    sizes = {"size": PIXELS, "patch": 4, "layers": layers, "heads": heads, "head_width": width // heads}
+    create_flow_model(folder / "run" / "student", drawing_tokenizer(*TASKS), places=4, seed=seed, **sizes)
+    return {}
+
+
+def merged_experts(folder: Path, inputs: Mapping[str, Path]) -> Figures:
+    """The experts' average, in `folder/run/student`."""
+    merge([place / "run" for place in inputs.values()], folder / "run" / "student")
+    return {"cpu_seconds": 0.0}
+
+
+def trained(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], rate: str, seed: int) -> Figures:
+    """Train at the rate that the stage `rate` chose."""
+    block = at_rate(recipe, figures_of(inputs[rate])["rate"])
+    return train(folder, {name: place for name, place in inputs.items() if name != rate}, recipe=block, seed=seed)
+
+
+def skills(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], seed: int) -> Figures:
+    """`count`, `glyph` and `quality` of the base on validation prompts, and by how much each expert is better at its
+    own."""
+    found = {}
+    for name in ("base", *EXPERTS.values()):
+        made = drawn(recipe, inputs, of(name), seed)
+        right = made.scores().reshape(len(TASKS), -1).mean(1)
+        found[name] = {"count": right[0], "glyph": right[1], "quality": made.scores("quality").mean()}
+    gains = {f"{task}_gain": found[stage][task] - found["base"][task] for task, stage in EXPERTS.items()}
+    return {name: float(value) for name, value in (found["base"] | gains).items()}
+
+
+# -- the arms ----------------------------------------------------------------------------------------------------------
+
+MAIN, PLAIN, MERGE, MIX_ARM = "OPD", "OPD, no anchor", "merge only", "GRPO-Mix"
+QUALITY = EXPERTS["quality"]
+REINFORCED = {
+    "GRPO, 1 reward": grpo("base", sets=MIX[:1], reward={"count": 1.0}),
+    "GRPO, 2 rewards": grpo("base", sets=MIX[:2], reward={"task": 1.0}),
+    MIX_ARM: grpo("base"),
+    "GRPO-Mix from merge": grpo("merged"),
+}
+LONG = "GRPO-Mix, the experts' samples too"
+"""As many samples as all experts and a student together."""
+DISTILLED = {
+    MAIN: distilled("merged", QUALITY, 0.02),
+    PLAIN: distilled("merged"),
+    "OPD, anchor 0.08": distilled("merged", QUALITY, 0.08),
+    "OPD, anchor is the base": distilled("merged", "base", 0.02),
+    "OPD from SFT": distilled("SFT"),
+    "OPD from base": distilled("base"),
+    "OPD, pg_sample": distilled("merged", estimator="pg_sample"),
+    "OPD, pg_detached": distilled("merged", estimator="pg_detached"),
+    "OPD on experts' rollouts": distilled("merged", rollout={"teacher": "experts"}),
+    "OPD on noised data": distilled("merged", rollout={"kind": "noised", "times": "grid"}),
+}
+
+
+def inputs_of(block: Mapping[str, Any], known: Sequence[str]) -> list[str]:
+    """The stages that a recipe's texts name."""
+    text = json.dumps(block)
+    return [name for name in known if f"{{{name}}}" in text]
+
+
+MODELS = ["base", *EXPERTS.values(), "merged", "SFT"]
+RATE = {"GRPO": "rate of GRPO", "OPD": "rate of OPD"}
+
+
+def trained_stage(block: Mapping[str, Any], rate: str, seeds: int | None = None) -> Stage:
+    inputs = [rate, *inputs_of(block, MODELS)]
+    return Stage(trained, {"recipe": block, "rate": rate}, inputs, per_seed=True, seeds=seeds)
+
+
+def arm(
+    stage: str, training: bool = True, experts: bool = True, draws: bool = False, seeds: int | None = None
+) -> Stage:
+    """A test of the student that a stage made, `training` this seed's arm or a model that was there before."""
+    params: dict[str, Any] = {"model": of(stage), "recipe": TEST}
+    params |= {"trained": stage} if training else {}
+    params |= {"experts": list(EXPERTS.values())} if experts else {}
+    params |= {"draws": DRAWS} if draws else {}
+    needed = ["judges", "base", *EXPERTS.values(), stage, *(["experts drawn"] if draws else [])]
+    return Stage(measured, params, list(dict.fromkeys(needed)), seeds=seeds)
+
+
+EXPERT_SETS = {
+    "count": {"sets": MIX[:1], "reward": {"count": 1.0}},
+    "glyph": {"sets": MIX[1:2], "reward": {"glyph": 1.0}},
+    "quality": {"reward": {"task": 0.6, "quality": 0.4}},
+}
+OF_EXPERTS = {task: of(stage) for task, stage in ROUTES.items()}
+VALIDATION = merged(TEST, {"evaluation": {"prompts": [drawings(task, 100, "validation") for task in TASKS]}})
+STAGES = {
+    "new": Stage(new_model, {"width": 72, "heads": 3, "layers": 3, "seed": 0}),
+    "base": Stage(
+        train,
+        {
+            "recipe": matching(
+                of("new"),
+                BASE_STEPS,
+                2e-3,
+                student={"train_prompts": True},
+                prompts=[drawings(task, 6000) for task in TASKS],
+                evaluation={"prompts": [drawings(task, 100, "validation") for task in TASKS]},
+            ),
+            "seed": 0,
+        },
+        ["new"],
+    ),
+    "judges": Stage(make_judges, {"size": 1000, "steps": 300, "seed": 7}),
+    "rate of GRPO": Stage(best_rate, {"recipe": grpo("base"), "rates": list(RATES), "seed": 100}, ["base"]),
+    **{
+        stage: Stage(
+            trained,
+            {"recipe": grpo("base", EXPERT_STEPS, **EXPERT_SETS[task]), "rate": RATE["GRPO"], "seed": 1 + i},
+            [RATE["GRPO"], "base"],
+        )
+        for i, (task, stage) in enumerate(EXPERTS.items())
+    },
+    "skills": Stage(skills, {"recipe": VALIDATION, "seed": 0}, ["base", *EXPERTS.values()]),
+    "merged": Stage(merged_experts, {}, list(EXPERTS.values())),
+    "rate of OPD": Stage(
+        best_rate,
+        {"recipe": distilled("merged"), "rates": list(RATES), "seed": 100},
+        ["merged", *EXPERTS.values()],
+    ),
+    "samples": Stage(
+        samples_of_experts,
+        {"models": OF_EXPERTS, "recipe": TEST, "size": 1000, "seed": 3},
+        ["base", *EXPERTS.values()],
+    ),
+    "SFT": Stage(
+        train,
+        {
+            "recipe": matching(
+                of("base"),
+                400,
+                5e-4,
+                rollout={"author": "teacher"},
+                prompts=[{"kind": "file", "path": "{samples}/rows.jsonl"}],
+            )
+        },
+        ["base", "samples"],
+        per_seed=True,
+    ),
+    "experts drawn": Stage(
+        experts_drawn,
+        {"models": {stage: of(stage) for stage in EXPERTS.values()}, "recipe": TEST, "draws": DRAWS, "seed": 0},
+        ["base", *EXPERTS.values()],
+    ),
+}
+TRAINED = {
+    **{student(name): trained_stage(block, RATE["GRPO"]) for name, block in REINFORCED.items()},
+    **{student(name): trained_stage(block, RATE["OPD"]) for name, block in DISTILLED.items()},
+    student(LONG): trained_stage(grpo("base", STEPS + len(EXPERTS) * EXPERT_STEPS), RATE["GRPO"], seeds=1),
+}
+
+
+def more(
+    id: str, statement: str, metric: str, method: str, baseline: str, margin: float = 0.0, note: str = ""
+) -> Claim:
+    return Claim(id, statement, metric, "higher", method, baseline, margin=margin, note=note)
+
+
+SHARED_SAMPLES = "samples are equal in all, so each reward has fewer of them"
+
+
+def less(id: str, statement: str, metric: str, method: str, baseline: str) -> Claim:
+    return Claim(id, statement, metric, "lower", method, baseline)
+
+
+def equal(id: str, statement: str, metric: str, method: str, baseline: str, margin: float) -> Claim:
+    return Claim(id, statement, metric, "higher", method, baseline, test="equivalent", margin=margin)
+
+
+FEW = [{**block, "size": 4} for block in SETS]
+SMALL_SETS = [drawings(task, 24) for task in TASKS]
+SMALL = {
+    "steps": 2,
+    "prompts": SMALL_SETS,
+    "batch": {"prompts": 2, "group": 2},
+    "evaluation": {"prompts": [drawings("count", 2, "validation")], "steps": 2, "every": 0},
+}
+SMALL_TEST = merged(SMALL, {"evaluation": {"prompts": FEW}})
+
+reproduction = Reproduction(
+    title="Flow-OPD",
+    introduction=f"""
+Several rewards for one image model: reinforce it on their mixture, or reinforce one expert a reward and distil all of
+them into one student, on latents that the student samples itself? Every arm sees {STEPS} steps of {BATCH["prompts"]}
+prompts with {BATCH["group"]} samples each, so that student samples are equal.
+
+**Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, two characters to write, a shape
+in front of a gradient, and a quality that says nothing of the prompt. `count`, `glyph` and `scene` are the shares of
+pictures that are right in all, of {HELD_OUT} test prompts each; `quality` is a mean over all of them; `mean` is that
+of count, glyph and quality; `unseen` is count on triples of number, colour and shape that nobody trained on. Training
+rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on pixels of
+patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow matching and
+was stopped early: it must draw count and glyph right in {WINDOW[0]:.0%} to {WINDOW[1]:.0%} of the cases. **Experts**
+are that base after {EXPERT_STEPS} steps of GRPO, one on count, one on glyph, and one on 0.4 quality and 0.6 task over
+all prompts, which owns the prompts of scene and is the anchor; all arms share them. **GRPO-Mix** draws the prompt
+sets 3:1:1 and rewards count and glyph with 0.8 task and 0.2 quality, scene with quality. **Cold starts** are the
+experts' average and flow matching on their pictures. Sampling in training: {T} steps, the last one not trained on,
+noise {NOISE}. The learning rate of GRPO and that of OPD are each the best of {", ".join(f"{r:g}" for r in RATES)} by
+their own held-out mixed reward, under a seed of its own.
+
+**Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
+of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
+of one step. **Judges** that no reward knows: `entropy` of backgrounds that no prompt names, `sharpness` of edges,
+`novelty`, the distance to the nearest training picture, and the `frechet` distance to references of the same prompts.
+**wins** counts, of 48 prompts of count and glyph with {DRAWS} pictures each, those on which a model is right more
+often than every expert (Fisher's exact test, false discovery rate 5 %).
+
+**Size.** With one thread of a shared machine a forward pass of 64 latents takes about 24 CPU milliseconds, and
+forward, backward and update 58. A step of GRPO or OPD is then 0.8 CPU seconds and an arm two minutes; 42 of them, one
+of nine times the steps, the base, the experts, the choice of rates and the tests come to about 170 minutes of one
+thread.
+""",
+    discussion="""
+## Where it differs from the paper
+
+Models are trained whole and not by LoRA, without guidance, and without a mean over weights, which 150 steps are too few
+for. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal, but an arm
+of OPD also leans on the experts' samples: one run of GRPO-Mix, with one seed, takes as many as experts and student
+together. With three seeds an interval is wide or too sure of itself ([why](index.md#intervals)).
+""",
+    stages={**STAGES, **TRAINED},
+    gates=[
+        *(
+            Gate("base", f"accuracy/{task}", **limit)
+            for task in ("count", "glyph")
+            for limit in ({"at_least": WINDOW[0]}, {"at_most": WINDOW[1]})
+        ),
+        Gate("skills", "count_gain", at_least=0.03),
+        Gate("skills", "glyph_gain", at_least=0.03),
+        Gate("skills", "quality_gain", at_least=0.01),
+    ],
+    arms={
+        "base": arm("base", training=False, experts=False),
+        **{stage: arm(stage, experts=False) for stage in EXPERTS.values()},
+        MERGE: arm("merged", training=False, draws=True),
+        "SFT only": arm("SFT"),
+        **{name: arm(student(name), experts=name == "GRPO-Mix from merge") for name in REINFORCED},
+        LONG: arm(student(LONG), experts=False, seeds=1),
+        **{name: arm(student(name), draws=name == MAIN) for name in DISTILLED},
+    },
+    seeds=(0, 1, 2),
+    imports=("diffusers.models.auto_model", "diffusers.models.transformers.transformer_sd3", "scipy.stats"),
+    metrics=[
+        "count",
+        "glyph",
+        "quality",
+        "mean",
+        "scene",
+        "unseen",
+        "kl",
+        "log_kl",
+        "expert_cpu_seconds",
+        "entropy",
+        "sharpness",
+        "novelty",
+        "frechet",
+        "wins",
+        *(f"kl_step_{k}" for k in range(int(0.99 * T))),
+        "accuracy",
+    ],
+    claims=[
+        more("main", "One student of all experts beats GRPO on the mixture.", "mean", MAIN, MIX_ARM),
+        *(
+            more(
+                f"specialist-{task}",
+                f"It is as good at {task} as that expert, within 3 points.",
+                task,
+                MAIN,
+                stage,
+                -0.03,
+            )
+            for task, stage in EXPERTS.items()
+        ),
+        more("samples", "... also when GRPO gets as many samples as experts and student together.", "mean", MAIN, LONG),
+        more("merge", "It beats the average that it began from.", "mean", MAIN, MERGE),
+        more(
+            "seesaw-count-2",
+            "Count falls when glyph is rewarded too ...",
+            "count",
+            "GRPO, 1 reward",
+            "GRPO, 2 rewards",
+            note=SHARED_SAMPLES,
+        ),
+        more("seesaw-count-3", "... and again with quality.", "count", "GRPO, 2 rewards", MIX_ARM, note=SHARED_SAMPLES),
+        more(
+            "seesaw-glyph",
+            "So does glyph when quality is added.",
+            "glyph",
+            "GRPO, 2 rewards",
+            MIX_ARM,
+            note=SHARED_SAMPLES,
+        ),
+        more(
+            "start-merge",
+            "Merging is no worse a start than SFT (within 1 point).",
+            "mean",
+            PLAIN,
+            "OPD from SFT",
+            -0.01,
+        ),
+        more("start-sft", "Both beat no cold start.", "mean", "OPD from SFT", "OPD from base"),
+        more("start-grpo", "From the same start OPD beats GRPO.", "mean", PLAIN, "GRPO-Mix from merge"),
+        less("anchor-frechet", "With the anchor pictures are nearer to their references.", "frechet", MAIN, PLAIN),
+        more("anchor-sharpness", "... and have sharper edges.", "sharpness", MAIN, PLAIN),
+        equal("anchor-count", "Count stays within 2 points.", "count", MAIN, PLAIN, 0.02),
+        equal("anchor-glyph", "Glyph stays within 2 points.", "glyph", MAIN, PLAIN, 0.02),
+        less("anchor-strong", "Four times the weight brings them nearer still.", "frechet", "OPD, anchor 0.08", MAIN),
+        less(
+            "anchor-teacher",
+            "The expert of quality is a better anchor than the base.",
+            "frechet",
+            MAIN,
+            "OPD, anchor is the base",
+        ),
+        more(
+            "unseen-start",
+            "On unseen triples OPD is no worse than its start (within 2 points).",
+            "unseen",
+            PLAIN,
+            MERGE,
+            -0.02,
+        ),
+        more(
+            "unseen-grpo",
+            "... and GRPO from that start is worse than the start.",
+            "unseen",
+            MERGE,
+            "GRPO-Mix from merge",
+        ),
+        equal(
+            "detached",
+            "The detached estimator leaves the divergence where it was (within 10 %).",
+            "log_kl",
+            "OPD, pg_detached",
+            MERGE,
+            0.1,
+        ),
+        less("direct", "kl_direct comes nearer to the experts than pg_sample.", "kl", PLAIN, "OPD, pg_sample"),
+        more(
+            "own-experts",
+            "The student's own states teach more than its experts' ...",
+            "mean",
+            PLAIN,
+            "OPD on experts' rollouts",
+        ),
+        more("own-data", "... and more than noised data.", "mean", PLAIN, "OPD on noised data"),
+        more("surpassing", "It wins against every expert on more prompts than the average does.", "wins", MAIN, MERGE),
+        Claim(
+            "scale",
+            "Ten points over GRPO-Mix with Stable Diffusion 3.5 Medium at 512 pixels.",
+            testable=False,
+            note="That needs the paper's models and rewards: `recipes/flow_opd_sd3_5_medium.yaml`.",
+        ),
+        Claim(
+            "preference",
+            "Judges of human preference rise with the anchor.",
+            testable=False,
+            note="No such judge knows these drawings.",
+        ),
+    ],
+    smoke=Smoke(
+        stages={
+            "new": {"width": 24, "heads": 2, "layers": 1},
+            "judges": {"size": 8, "steps": 2},
+            "skills": {"recipe": merged(SMALL, {"evaluation": {"prompts": FEW[:3]}})},
+            **{name: {"recipe": SMALL, "rates": [1e-3]} for name in RATE.values()},
+            "samples": {"recipe": SMALL_TEST, "size": 4},
+            "experts drawn": {"recipe": SMALL_TEST},
+            "base": {"recipe": SMALL},
+            "SFT": {"recipe": {key: value for key, value in SMALL.items() if key != "prompts"}},
+            **{stage: {"recipe": SMALL} for stage in (*EXPERTS.values(), *TRAINED)},
+        },
+        arms={"recipe": SMALL_TEST},
+    ),
+)
