@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.checkpoints.weights import fingerprint, weights_hash
+from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import IncompatibleError
@@ -44,12 +44,13 @@ class LiveFlowTeacher(LiveTeacher):
 
     def __init__(self, model: FlowModel, settings: Teacher, context: Context, reader: FlowModel | None = None):
         self.model, self.settings, self.context, self.reader = model.eval(), settings, context, reader or model
+        self._identity: str | None = None
 
     def identity(self) -> str | None:
-        return weights_hash(self.model)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.model.named_parameters())
+        # It is frozen: one look at all of its weights is enough.
+        if self._identity is None:
+            self._identity = weights_hash(self.model)
+        return self._identity
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts if self.settings.sees is not None else ():
