@@ -32,7 +32,7 @@ from opd.evaluation import STREAM
 from opd.flow.rollout import FlowRollout
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
-from opd.reproductions.definition import Figures, merged
+from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.run import Run
 from opd.trajectories import Trajectories
@@ -100,7 +100,8 @@ def measured(
     Returns:
         `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
         scene; `mean` of count, glyph and quality; `kl`, mean divergence from the routed experts along the model's own
-        SDE; the judges; `wins`, see there. Items of a metric are bundles of one prompt a task.
+        SDE; the judges; `accuracy`, what training reached of its own reward; `wins`, see there. Items of a metric are
+        bundles of one prompt a task.
     """
     made = drawn(recipe, inputs, model, seed)
     size = len(made.prompts) // (len(TASKS) + 1)
@@ -114,9 +115,9 @@ def measured(
     figures |= judged(made, inputs["judges"]) | divergence(made)
     if trained is not None:
         record = figures_of(inputs[trained])
-        figures |= {name: record[name] for name in ("cpu_seconds", "sampled_tokens", "teacher_tokens", "curve")}
+        figures |= {name: record[name] for name in (*COSTS, "accuracy", "curve")}
     else:
-        figures |= dict.fromkeys(("cpu_seconds", "sampled_tokens", "teacher_tokens"), 0.0)
+        figures |= dict.fromkeys(COSTS, 0.0)
     figures["expert_cpu_seconds"] = sum(figures_of(inputs[name])["cpu_seconds"] for name in experts)
     if draws:
         own = successes(recipe, inputs, model, seed, draws)

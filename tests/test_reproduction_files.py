@@ -13,6 +13,7 @@ import yaml
 
 from opd.recipe import parse_recipe
 from opd.reproductions.catalogue import shipped
+from reproductions.drawn import wins
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(shipped())
@@ -36,6 +37,13 @@ def test_every_recipe_of_a_reproduction_is_valid(name):
         for block in found:
             text = re.sub(r"\{[\w ,.]+\}", "folder", yaml.safe_dump(block, sort_keys=False, default_flow_style=False))
             parse_recipe({**yaml.safe_load(text), "seed": 0})
+
+
+def test_a_win_is_one_against_every_expert():
+    own = {"a": 32, "b": 32, "c": 16, "d": 32}
+    experts = {"one": {"a": 0, "b": 32, "c": 16, "d": 20}, "other": {"a": 4, "b": 0, "c": 0, "d": 0}}
+    assert wins(own, experts, 32) == 2.0
+    assert wins(experts["one"], experts, 32) == 0.0
 
 
 @pytest.mark.slow

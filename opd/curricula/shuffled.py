@@ -25,6 +25,7 @@ class ShuffledSchedule(Schedule):
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
         self.prompts, self.per_step, self.seed = prompts, per_step, seed
+        self._epoch, self._order = -1, [0]
 
     def next(self, step: int, signals: Mapping[str, float]) -> Draw:
         first = step * self.per_step
@@ -32,6 +33,8 @@ class ShuffledSchedule(Schedule):
 
     def _at(self, index: int) -> Prompt:
         epoch, place = divmod(index, len(self.prompts))
-        order = list(range(len(self.prompts)))
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        return self.prompts[order[place]]
+        if epoch != self._epoch:
+            # Kept, since shuffling thousands of prompts anew for each one costs more than a small model's step.
+            self._epoch, self._order = epoch, list(range(len(self.prompts)))
+            random.Random(f"{self.seed}/{epoch}").shuffle(self._order)
+        return self.prompts[self._order[place]]

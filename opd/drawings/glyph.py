@@ -39,7 +39,8 @@ class Glyph(Drawing):
 
     @model_validator(mode="after")
     def _fits(self) -> Glyph:
-        if self.pixels == 16 and "characters" in self.model_fields_set and 3 in self.characters:
+        # The default stays what it is, so that a recipe is valid again when it was written out whole.
+        if self.pixels == 16 and 2 not in self.characters:
             raise ValueError("three characters do not fit into 16 pixels; give characters: [2], or 32 pixels")
         return self
 
