@@ -75,7 +75,7 @@ def drawn(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, see
     run = assembled(parse_recipe({**settings, "tracking": {"trackers": []}}, "recipe of this test"))
     run.student.module.eval()
     made = run.sampler(run.held_out, each, 1, stream=STREAM)
-    return Drawn(run, made.prompts, np.stack(run.student.outcomes(made)))
+    return Drawn(run, list(made.prompts), np.stack(run.student.outcomes(made)))
 
 
 def measured(
