@@ -140,7 +140,10 @@ of the last rung that passed.
     stages={
         "new teacher": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
         "new student": Stage(new_model, {"width": 32, "layers": 2, "heads": 4, "seed": 1}),
-        "teacher": Stage(train, {"recipe": supervised("{new teacher}/model", 3000), "seed": 0}, ["new teacher"]),
+        "early teacher": Stage(train, {"recipe": supervised("{new teacher}/model", 3000), "seed": 0}, ["new teacher"]),
+        "teacher": Stage(
+            train, {"recipe": supervised("{early teacher}/run/student", 2000), "seed": 1}, ["early teacher"]
+        ),
         "early student": Stage(train, {"recipe": supervised("{new student}/model", 2500), "seed": 0}, ["new student"]),
         "student": Stage(
             train, {"recipe": supervised("{early student}/run/student", 2000), "seed": 1}, ["early student"]
@@ -319,6 +322,7 @@ of the last rung that passed.
     ],
     smoke=Smoke(
         stages={
+            "early teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
             "teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
             "early student": {"recipe": {"steps": 4, "evaluation": FEW}},
             "student": {"recipe": {"steps": 4, "evaluation": FEW}},
