@@ -64,6 +64,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
 STORED = "stored teacher prefix, reverse KL, long"
 FIXED = "fixed where the gate stopped"
 FULL, GATED, UNGATED = "student prefix, reverse KL, long", "ladder, gate at 0.5", "ladder, no gate"
+MAIN = [*CELLS, GATED, UNGATED, FIXED]
+"""The four objectives at both lengths, and the curriculum with its controls: all seeds. The others have the first few."""
+FEW_SEEDS = 3
 SMALL = {"recipe": {"steps": 2, "batch": {"prompts": 4}, "evaluation": FEW}}
 SMALL_LADDER = merged(SMALL, {"recipe": {"steps": len(LADDER), "curriculum": {"steps_per_rung": 1}}})
 
@@ -111,6 +114,10 @@ def derived(trained: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, f
     }
 
 
+def seeds_of(name: str) -> int | None:
+    return None if name in MAIN else FEW_SEEDS
+
+
 GRPO = merged(
     recipe("{start}/run/student", TERMS, LONG, 80, 3e-4),
     {
@@ -134,7 +141,8 @@ two layers: the teacher of width 64, the student of width 32, both from referenc
 arm takes {STEPS} steps of 32 trajectories at one learning rate; "short" is {SHORT} new tokens and "long" {LONG}, three
 times the natural length; held-out samples are cut at {CAP}. **Readings of the paper** where it leaves room:
 whole-vocabulary KL; one shared end token, supervised; token mean over the whole batch; when the gate fails, the weights
-of the last rung that passed.
+of the last rung that passed. **Seeds.** Five for the four objectives and for the curriculum with its controls, three
+for everything else.
 """,
     discussion="",
     stages={
@@ -149,7 +157,10 @@ of the last rung that passed.
             train, {"recipe": supervised("{early student}/run/student", 2000), "seed": 1}, ["early student"]
         ),
         "responses": Stage(responses_of_teacher, {"recipe": distilled(LONG, REVERSE), "size": 8000, "seed": 0}, BASES),
-        **{name: Stage(train, {"recipe": block}, BASES, per_seed=True) for name, block in STUDENTS.items()},
+        **{
+            name: Stage(train, {"recipe": block}, BASES, per_seed=True, seeds=seeds_of(name))
+            for name, block in STUDENTS.items()
+        },
         STORED: Stage(
             train,
             {
@@ -160,15 +171,21 @@ of the last rung that passed.
             },
             [*BASES, "responses"],
             per_seed=True,
+            seeds=FEW_SEEDS,
         ),
         FIXED: Stage(at_stop, {"recipe": distilled(LONG, REVERSE)}, [*BASES, "ladder, gate at 0.5"], per_seed=True),
     },
     gates=[Gate("teacher", "accuracy", at_least=0.9), Gate("student", "accuracy", at_least=0.2)],
     arms={
         "student before": Stage(measured, {"of": "student", "test": TEST}, ["student"]),
-        **{name: Stage(measured, {"of": name, "test": TEST}, [name]) for name in [*STUDENTS, STORED, FIXED]},
         **{
-            f"GRPO after {name}": Stage(after_grpo, {"start": name, "recipe": GRPO, "test": TEST}, [name])
+            name: Stage(measured, {"of": name, "test": TEST}, [name], seeds=seeds_of(name))
+            for name in [*STUDENTS, STORED, FIXED]
+        },
+        **{
+            f"GRPO after {name}": Stage(
+                after_grpo, {"start": name, "recipe": GRPO, "test": TEST}, [name], seeds=FEW_SEEDS
+            )
             for name in ["student", *LONG_CELLS]
         },
     },
