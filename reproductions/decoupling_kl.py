@@ -8,6 +8,7 @@ from typing import Any
 
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
 from opd.reproductions.definition import Figures, merged
+from reproductions import on_policy
 from reproductions.running_sum import figures_of, new_model, prompts, recipe, responses_of_teacher, tested
 
 TERMS = (5, 8)
@@ -65,7 +66,7 @@ STORED = "stored teacher prefix, reverse KL, long"
 FIXED = "fixed where the gate stopped"
 FULL, GATED, UNGATED = "student prefix, reverse KL, long", "ladder, gate at 0.5", "ladder, no gate"
 MAIN = [*CELLS, GATED, UNGATED, FIXED]
-"""The four objectives at both lengths, and the curriculum with its controls: all seeds. The others have the first few."""
+"""The four objectives at both lengths, and the curriculum with its controls: all seeds. The rest have the first few."""
 FEW_SEEDS = 3
 SMALL = {"recipe": {"steps": 2, "batch": {"prompts": 4}, "evaluation": FEW}}
 SMALL_LADDER = merged(SMALL, {"recipe": {"steps": len(LADDER), "curriculum": {"steps_per_rung": 1}}})
@@ -146,12 +147,10 @@ for everything else.
 """,
     discussion="",
     stages={
-        "new teacher": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
+        "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
         "new student": Stage(new_model, {"width": 32, "layers": 2, "heads": 4, "seed": 1}),
-        "early teacher": Stage(train, {"recipe": supervised("{new teacher}/model", 3000), "seed": 0}, ["new teacher"]),
-        "teacher": Stage(
-            train, {"recipe": supervised("{early teacher}/run/student", 2000), "seed": 1}, ["early teacher"]
-        ),
+        "base": Stage(train, {"recipe": on_policy.supervised("{new}/model", 1200), "seed": 0}, ["new"]),
+        "teacher": Stage(train, {"recipe": on_policy.supervised("{base}/run/student", 2000), "seed": 1}, ["base"]),
         "early student": Stage(train, {"recipe": supervised("{new student}/model", 2500), "seed": 0}, ["new student"]),
         "student": Stage(
             train, {"recipe": supervised("{early student}/run/student", 2000), "seed": 1}, ["early student"]
@@ -339,7 +338,7 @@ for everything else.
     ],
     smoke=Smoke(
         stages={
-            "early teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
+            "base": {"recipe": {"steps": 4, "evaluation": FEW}},
             "teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
             "early student": {"recipe": {"steps": 4, "evaluation": FEW}},
             "student": {"recipe": {"steps": 4, "evaluation": FEW}},
