@@ -281,12 +281,15 @@ def _memory(
     batch = getattr(recipe.rollout, "batch", micro)
     cache = min(batch, recipe.batch.prompts * recipe.batch.group) * (prompt + completion) * student.kv_bytes_per_token
     rollout = cache + 4 * min(batch, positions) * student.vocabulary * 4
+    if on_cpu:
+        # What `opd.prepacked` holds: at most the weights that are sampled from once more.
+        rollout += parts.get("bfloat16 copy for rollouts", student.weight_bytes)
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
     if rollout > training:
         for key in [k for k in parts if k.startswith(("activations", "loss operator"))]:
             del parts[key]
-        parts["rollout: keys, values and logits"] = rollout
+        parts["rollout: keys, values, logits, packed weights"] = rollout
     if recipe.hardware.precision == "bf16":
         notes.append("activations are estimated at the weights' dtype; bf16 computing holds somewhat less")
     return parts

@@ -14,6 +14,7 @@ from opd.language.model import LanguageModel, ModelSettings, load_model
 from opd.language.packing import SHORT, pack, packed_attention
 from opd.language.sampler import Sampler, inverse_cdf
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
+from opd.prepacked import prepacked, worth_packing
 from opd.rollouts.student import StudentRollout
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
 
@@ -307,3 +308,51 @@ def test_the_cache_grows_in_place_and_keeps_what_it_holds(student, prompts):
     assert trajectories.lengths.min() < 100
     again = student(trajectories).log_probs().gather(1, trajectories.actions[:, None])[:, 0]
     torch.testing.assert_close(again, trajectories.behaviour_log_probs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_layers_multiply_as_before(dtype, rows):
+    layers = torch.nn.ModuleDict({"large": torch.nn.Linear(512, 300), "small": torch.nn.Linear(512, 8)}).to(dtype)
+    x = torch.randn(rows, 2, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    large, small = layers["large"], layers["small"]
+    with torch.no_grad():
+        want = large(x)
+        with prepacked(layers):
+            assert ("forward" in vars(large)) == worth_packing(large.weight)
+            assert "forward" not in vars(small)
+            torch.testing.assert_close(large(x), want)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert large(x).dtype == torch.bfloat16
+    assert "forward" not in vars(large)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, student, prompts, monkeypatch):
+    """With every layer packed, and weights that change between two rollouts."""
+    monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
+    source = StudentRollout().build(student.context, student, [])
+    packed = []
+    keep = Sampler.start
+
+    def start(sampler, *arguments):
+        packed.append(sum("forward" in vars(m) for m in student.module.modules()))
+        if broken:
+            raise RuntimeError("no room")
+        return keep(sampler, *arguments)
+
+    monkeypatch.setattr(Sampler, "start", start)
+    for _ in range(2):
+        if broken:
+            with pytest.raises(RuntimeError, match="no room"):
+                source(prompts, 1, 12, stream=0)
+        else:
+            found = source(prompts, 1, 12, stream=0)
+            own = student(found).log_probs().gather(1, found.actions[:, None])[:, 0]
+            torch.testing.assert_close(found.behaviour_log_probs, own, atol=1e-5, rtol=1e-5)
+        assert not any("forward" in vars(m) for m in student.module.modules())
+        with torch.no_grad():
+            for p in student.module.parameters():
+                p.mul_(1.5)
+    linear = sum(type(m) is torch.nn.Linear for m in student.language.base.get_decoder().modules())
+    assert packed == [linear] * 2

@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from opd.distributions.base import Distribution
+from opd.prepacked import Prepacked, worth_packing
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Head:
         softcap: `c * tanh(logits / c)` when set.
         temperature: softmax temperature, declared once by the recipe for sampling, student and teacher.
         vocabulary: number of leading ids that count; ids beyond it have probability zero on every side.
+        product: packed copy of the weight that `logits` multiplies by, see `prepacked`.
     """
 
     weight: torch.Tensor
@@ -29,6 +31,7 @@ class Head:
     softcap: float | None = None
     temperature: float = 1.0
     vocabulary: int | None = None
+    product: Prepacked | None = None
 
     @property
     def size(self) -> int:
@@ -41,7 +44,8 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits `[C, V']` of hidden states `[C, D]`, temperature applied; differentiable by autograd."""
-        raw = (hidden.to(self.weight.dtype) @ self.masked_weight().T).float()
+        hidden = hidden.to(self.weight.dtype)
+        raw = (hidden @ self.masked_weight().T if self.product is None else self.product(hidden)).float()
         if self.bias is not None:
             raw = raw + self.bias[: self.size].float()
         # Nothing is changed by a factor of one, and a copy of [C, V'] at every token is not free.
@@ -54,6 +58,11 @@ class Head:
     def detach(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
+
+    def prepacked(self) -> Head:
+        """This head, detached, for many calls of `logits` with few rows each while the weight stays as it is."""
+        head, weight = self.detach(), self.masked_weight()
+        return replace(head, product=Prepacked(weight)) if worth_packing(weight) else head
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.hardware import fast_in_bf16
 from opd.language.sampler import Sampler
+from opd.prepacked import prepacked
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, row_seed
 from opd.schedules import OverSteps
@@ -80,7 +81,7 @@ class LanguageRollout(PrefixSource):
             for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
                 mine.copy_(live)
             language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary).detach()
+        head = language.head(self.context.temperature, self.context.vocabulary).prepacked()
         return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
 
     @torch.no_grad()
@@ -115,14 +116,15 @@ class LanguageRollout(PrefixSource):
         order = sorted(range(len(views)), key=lambda i: len(views[i]))
         per_wave = max(1, self.settings.batch // members)
         actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
-        for first in range(0, len(order), per_wave):
-            wave = order[first : first + per_wave]
-            rows = [i * members + g for i in wave for g in range(members)]
-            seeds = [row_seed(self.context.seed, stream, prompts[r // group].id, r % group) for r in rows]
-            state = sampler.start([views[i] for i in wave], members, budget, seeds)
-            while len(state.alive) and state.drawn < budget:
-                sampler.extend(state, self.settings.segment or budget)
-            actions |= dict(zip(rows, state.rows(), strict=True))
+        with prepacked(sampler.model.base.get_decoder()):
+            for first in range(0, len(order), per_wave):
+                wave = order[first : first + per_wave]
+                rows = [i * members + g for i in wave for g in range(members)]
+                seeds = [row_seed(self.context.seed, stream, prompts[r // group].id, r % group) for r in rows]
+                state = sampler.start([views[i] for i in wave], members, budget, seeds)
+                while len(state.alive) and state.drawn < budget:
+                    sampler.extend(state, self.settings.segment or budget)
+                actions |= dict(zip(rows, state.rows(), strict=True))
         self.language.train(training)
         same = self.reader is self.language and self.sees is None
         contexts = own if same else [self.reader.encode(p) for p in prompts]
