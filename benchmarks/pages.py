@@ -194,10 +194,10 @@ def _time_to_quality(data: dict[str, Any]) -> str:
                 f"{sum(int(run['reached']) for run in runs)} of {len(runs)}",
                 _spread([run["cpu_seconds_to_goal"] for run in runs]),
                 _spread([run["sampled_tokens_to_goal"] for run in runs], ".0f"),
-                _spread([run["final_accuracy"] for run in runs], ".3f"),
+                _spread([run["last_accuracy"] for run in runs], ".3f"),
             ]
         )
-    header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "accuracy at the end")
+    header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "last accuracy")
     about = f"Teacher {data['teacher_accuracy']:.3f}, goal {data['goal_accuracy']:.3f}."
     return f"{about} Where the goal was not reached, the whole run's cost stands.\n\n{_rows(header, rows)}"
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,19 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".venv-peers"
 PYTHON = HOME / "bin" / "python"
 TORCH = "torch==2.13.0"
+OWN = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
 PACKAGES = (
     "trl==1.16.0",
     "liger-kernel==0.8.5",
-    "transformers>=5.0",
-    "accelerate>=1.10",
-    "datasets>=3.0",
-    "safetensors>=0.5",
-    "pydantic>=2.8",
-    "pyyaml>=6.0",
-    "typer>=0.15",
-    "rich>=13.0",
-    "tensorboard>=2.15",
     "matplotlib>=3.8",
+    *(package for package in OWN if not package.startswith("torch>")),
 )
 LOSSES = (
     "ms-swift==4.6.0",
