@@ -19,9 +19,10 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.divergences import Target
 from opd.divergences.gaussian_kl import GaussianKL
-from opd.errors import DataError, IncompatibleError, ModelError, RecipeError
+from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
 from opd.flow.creation import create_flow_model
 from opd.flow.denoising import Denoising, pack
+from opd.flow.sampling import sample_images
 from opd.flow.transition import diffusion, transition
 from opd.language.creation import symbol_tokenizer
 from opd.loop import train
@@ -31,10 +32,11 @@ from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
-from opd.prompts import Prompt
+from opd.prompts import Prompt, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.run import assemble
+from opd.store.sampling import sample
 from opd.verifiers import Verifier
 
 WORDS = ("red", "green", "blue", "square", "circle")
@@ -594,6 +596,65 @@ def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models,
     rows = [{**drawings[0], "image": dark}]
     with pytest.raises(RecipeError, match="path of its file"):
         recipe_for(models, tmp_path / "run", prompts={"prompts": rows})
+
+
+@pytest.mark.parametrize("writer", [None, "experts"])
+def test_images_are_sampled_once_and_learnt_from(writer, models, tmp_path, monkeypatch):
+    """`opd rollout` of the student, or of two routed experts; a killed job goes on; `datasets` reads the folder."""
+    prompts = [{"prompt": text, "id": text, "task": text.split()[1], "number": i} for i, text in enumerate(PROMPTS)]
+    routes = {shape: {"kind": "flow", "model": models[i]} for i, shape in enumerate(("square", "circle"))}
+    teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes}
+    folder, path = tmp_path / "images", tmp_path / "recipe.yaml"
+    block = block_for(models, tmp_path / "run", teacher=[teacher], prompts={"prompts": prompts})
+    path.write_text(yaml.safe_dump({**block, "rollout": {"kind": "sde", "steps": 4, "teacher": writer}}))
+
+    def command(*more):
+        words = ["rollout", str(path), "--out", str(folder), "--prompts-per-shard", "4", "--quiet", *more]
+        monkeypatch.setattr("sys.argv", ["opd", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code
+
+    assert command() == 0
+    first = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    assert len([p for p in first if p.suffix == ".png"]) == 12
+    (folder / ".opd" / "000001.jsonl").unlink()
+    (folder / "images" / "000001" / "000003.png").write_bytes(b"half")
+    assert command() == 0
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == first
+    assert command("--draws", "2") == 0
+    assert all(p.read_bytes() == data for p, data in first.items() if p.suffix == ".png")
+    recipe = recipe_for(
+        models,
+        tmp_path / "sft",
+        steps=2,
+        teacher=[],
+        prompts={"kind": "dataset", "path": str(folder)},
+        rollout={"kind": "noised", "author": "teacher"},
+        objective="sft",
+    )
+    run = built(recipe)
+    prompts = load_prompts(recipe.prompts)
+    assert len(prompts) == 24
+    assert {(p.id, p.fields["task"]) for p in prompts} >= {("red circle-1-0", "circle"), ("blue square-0-1", "square")}
+    train(run)
+    assert command("seed=1") == 2
+
+
+def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
+    folder = tmp_path / "images"
+    recipe = recipe_for(models, tmp_path / "run", batch={"group": 1})
+    assert sample_images(recipe, folder, quiet=True) == 6
+    assert sample_images(recipe, folder, quiet=True) == 6
+    with pytest.raises(RunError, match=r"made with another settings .*'seed': 0.* now .*--out"):
+        sample_images(recipe.model_copy(update={"seed": 1}), folder, quiet=True)
+    other = recipe_for(models, tmp_path / "run", rollout={"kind": "noised"}, objective="sft", teacher=[])
+    with pytest.raises(RecipeError, match="whose images exist already"):
+        sample_images(other, tmp_path / "other", quiet=True)
+    with pytest.raises(RunError, match="did not write"):
+        sample_images(recipe, tmp_path, quiet=True)
+    with pytest.raises(RecipeError, match="a store holds texts"):
+        sample(recipe, tmp_path / "store")
 
 
 def tiny_pipeline(seed=0):

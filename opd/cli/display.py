@@ -130,6 +130,22 @@ def show_plan(plan: Plan | FlowPlan, as_json: bool) -> None:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
+def show_images(path: Path, count: int) -> None:
+    """What `opd rollout` of a flow model left, and how to learn from it."""
+    out = console()
+    if not count:
+        out.print(
+            f"{path}: another worker still draws some of the images; run this again for the table of all",
+            soft_wrap=True,
+        )
+        return
+    out.print(
+        f"{count} images in {path}, listed in metadata.jsonl; to learn from them:", highlight=False, soft_wrap=True
+    )
+    out.print(f"  prompts: {{kind: dataset, path: {path}}}", highlight=False, soft_wrap=True)
+    out.print("  rollout: {kind: noised}", highlight=False)
+
+
 def show_store(store: Store, verify: bool = False) -> None:
     """What a store and each of its targets hold and lack; with `verify` every file is read and checked."""
     from opd.store import Targets

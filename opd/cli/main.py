@@ -79,19 +79,26 @@ def rollout(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="The store's folder; default stores/NAME.", show_default=False)
+        Path | None, typer.Option(help="The folder; default stores/NAME, of images images/NAME.", show_default=False)
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Of all prompts; a store that has fewer gets the rest.")] = 1,
+    draws: Annotated[int, typer.Option(min=1, help="Of all prompts; a folder that has fewer gets the rest.")] = 1,
     prompts_per_shard: Annotated[int, typer.Option(min=1, help="What a worker loses at most when killed.")] = 64,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Sample a recipe's trajectories into a store, to train on later; goes on where it stopped, several may work."""
-    from opd.cli.display import show_store
+    """Sample a recipe's trajectories into a store, or its images into a folder, to train on later; goes on where it
+    stopped, several may work."""
+    from opd.cli.display import show_images, show_store
     from opd.recipe import load_recipe
     from opd.store.sampling import sample
 
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
+    if resolved.student.modality == "flow":
+        from opd.flow.sampling import sample_images
+
+        path = out or Path("images") / resolved.name
+        show_images(path, sample_images(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
+        return
     path = out or Path("stores") / resolved.name
     show_store(sample(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
 

@@ -1,4 +1,4 @@
-"""Prompts from a `datasets` dataset: a hub name or a folder saved by `save_to_disk`."""
+"""Prompts from a `datasets` dataset: a hub name, a folder of files, or one saved by `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from opd.prompts.base import Prompts
 
 
 class DatasetPrompts(Prompts):
-    """Rows of one split of a dataset."""
+    """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`."""
 
     kind: Literal["dataset"] = "dataset"
     path: str
@@ -35,4 +35,7 @@ class DatasetPrompts(Prompts):
             raise DataError(
                 f"prompts.path: cannot load the dataset {self.path!r} ({str(error).splitlines()[0][:160]})"
             ) from None
+        for name, feature in (data.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                data = data.cast_column(name, datasets.Image(decode=False))
         return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in enumerate(data)]

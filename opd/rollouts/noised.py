@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -30,7 +30,9 @@ class NoisedRollout(GridSettings, Rollout):
 
     kind: Literal["noised"] = "noised"
     modality: ClassVar[str | None] = "flow"
-    column: str = Field("image", description="Column with uint8 [H, W, 3], the path of an image, or a list of those")
+    column: str = Field(
+        "image", description="Column with uint8 [H, W, 3], an image's path, an image of a dataset, or a list"
+    )
     times: Literal["logit_normal", "grid"] = "logit_normal"
     drop_prompt: float = Field(0.0, ge=0.0, lt=1.0, description="Share that learns without its prompt, for guidance")
     author: Literal["data", "teacher"] = Field("data", description="Who made the images, for objectives that ask")
@@ -60,9 +62,12 @@ class NoisedImages(PrefixSource):
     def image(self, prompt: Prompt, turn: int) -> torch.Tensor:
         """float32 `[3, H, W]` in -1..1; of several images of a row that whose turn it is."""
         found: Any = prompt.view(self.settings.column)
-        if isinstance(found, list) and found and isinstance(found[0], str | np.ndarray):
+        if isinstance(found, list) and found and isinstance(found[0], str | np.ndarray | dict):
             found = found[turn % len(found)]
-        pixels = _read(Path(found), self.model.resolution, prompt) if isinstance(found, str) else np.asarray(found)
+        if isinstance(found, dict):  # what `datasets` calls an image
+            found = found["path"] if found.get("bytes") is None else found["bytes"]
+        encoded = isinstance(found, str | bytes)
+        pixels = _read(found, self.model.resolution, prompt) if encoded else np.asarray(found)
         size = self.model.resolution
         if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
             raise DataError(
@@ -105,12 +110,13 @@ class NoisedImages(PrefixSource):
         return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
 
 
-def _read(path: Path, size: int, prompt: Prompt) -> np.ndarray:
-    """An image file, scaled and cut to a square."""
+def _read(source: str | bytes, size: int, prompt: Prompt) -> np.ndarray:
+    """An image file or its bytes, scaled and cut to a square."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
     except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"{prompt.where}: image {str(path)!r} cannot be read ({error})") from None
+        name = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(source)
+        raise DataError(f"{prompt.where}: image {name} cannot be read ({error})") from None

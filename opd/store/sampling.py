@@ -46,8 +46,7 @@ def sample(
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
         raise RecipeError(
-            f"opd rollout samples texts and the student is a {recipe.student.modality} model; it needs none: take the "
-            "recipe to opd train"
+            f"a store holds texts and the student is a {recipe.student.modality} model; opd.flow.sampling draws its images"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[bool]:
-    """Whether this process alone may write the shard `path` now: nobody else does, and it is not there yet.
+def claim(path: Path, written: Callable[[Path], bool] = is_written) -> Iterator[bool]:
+    """Whether this process alone may write the shard `path` now: nobody else does, and it is not `written` yet.
 
     A claim is a lock that the kernel gives back when its process ends, however it ends. The workers of one store need a
     file system whose locks reach all of them.
@@ -88,7 +88,7 @@ def claim(path: Path) -> Iterator[bool]:
             yield False
             return
         try:
-            if not is_written(path):
+            if not written(path):
                 for left_over in path.parent.glob(f".{path.name}*.[0-9]*"):
                     left_over.unlink()
                 yield True
@@ -100,10 +100,10 @@ def claim(path: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def tidy(folder: Path) -> None:
+def tidy(folder: Path, written: Callable[[Path], bool] = is_written) -> None:
     """Take away the locks of workers that were killed after their shard was complete."""
     for lock in folder.glob(".*.lock"):
-        with claim(folder / lock.name.removeprefix(".").removesuffix(".lock")):
+        with claim(folder / lock.name.removeprefix(".").removesuffix(".lock"), written):
             pass
 
 
