@@ -12,8 +12,12 @@ import pytest
 import yaml
 
 from opd.recipe import parse_recipe
+from opd.reproductions import train
 from opd.reproductions.catalogue import shipped
-from reproductions.drawn import wins
+from opd.reproductions.definition import merged
+from reproductions import flow_opd
+from reproductions.drawn import drawings, wins
+from reproductions.on_policy import at_rate
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(shipped())
@@ -55,3 +59,48 @@ def test_the_smoke_run_of_a_reproduction_goes_through(name, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert (tmp_path / "runs" / "reproductions" / name / "smoke-results.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def specialists(tmp_path_factory):
+    """A base that has seen count and glyph for a few batches, and a specialist each: flow matching on clean drawings of
+    the one task, where the reproduction's experts (and the paper's) are reinforced."""
+    folder, inputs = tmp_path_factory.mktemp("specialists"), {}
+
+    def place(name):
+        inputs[name] = folder / name
+        inputs[name].mkdir()
+        return inputs[name]
+
+    few = {"evaluation": {"prompts": [drawings("count", 2, "validation")], "steps": 2, "every": 0}}
+    sets = {task: drawings(task, 400) for task in ("count", "glyph")}
+    flow_opd.new_model(place("new"), {}, width=32, heads=2, layers=2, seed=0)
+    start = {"student": {"train_prompts": True}, "prompts": list(sets.values()), **few}
+    train(place("base"), inputs, recipe=flow_opd.matching(flow_opd.of("new"), 120, 2e-3, **start), seed=0)
+    for task, of_task in sets.items():
+        block = flow_opd.matching(flow_opd.of("base"), 60, 2e-3, prompts=[of_task], **few)
+        train(place(f"expert {task}"), inputs, recipe=block, seed=1)
+    return inputs
+
+
+@pytest.mark.parametrize(("estimator", "nearer"), [("kl_direct", True), ("pg_detached", False)])
+def test_losses_of_flow_opd_point_where_they_say(estimator, nearer, specialists, tmp_path):
+    """A few steps bring the student nearer to the routed specialists on its own latents, or leave it to noise."""
+    block = flow_opd.distilled("base", estimator=estimator)
+    block["teacher"][0]["routes"] = {
+        task: {"kind": "flow", "model": flow_opd.of(f"expert {task}")} for task in ("count", "glyph")
+    }
+    own = {
+        "steps": 15,
+        "prompts": [drawings(task, 200) for task in ("count", "glyph")],
+        "rollout": {"steps": 6},
+        "batch": {"prompts": 4, "group": 4},
+        "evaluation": {
+            "prompts": [drawings(task, 12, "validation") for task in ("count", "glyph")],
+            "steps": 2,
+            "every": 0,
+        },
+    }
+    figures = train(tmp_path, specialists, recipe=at_rate(merged(block, own), 1e-3), seed=0)
+    before, after = (figures["curve"][i]["reverse_kl"] for i in (0, -1))
+    assert after < 0.8 * before if nearer else after > 0.97 * before
