@@ -59,7 +59,7 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     """
     layers = [m for m in model.modules() if type(m) is nn.Linear and worth_packing(m.weight)]
     for layer in layers:
-        layer.forward = Prepacked(layer.weight, layer.bias)  # type: ignore[method-assign]
+        layer.forward = Prepacked(layer.weight, layer.bias)  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

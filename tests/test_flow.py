@@ -649,7 +649,7 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
     with pytest.raises(RunError, match=r"made with another settings .*'seed': 0.* now .*--out"):
         sample_images(recipe.model_copy(update={"seed": 1}), folder, quiet=True)
     other = recipe_for(models, tmp_path / "run", rollout={"kind": "noised"}, objective="sft", teacher=[])
-    with pytest.raises(RecipeError, match="whose images exist already"):
+    with pytest.raises(RecipeError, match="takes images that exist already"):
         sample_images(other, tmp_path / "other", quiet=True)
     with pytest.raises(RunError, match="did not write"):
         sample_images(recipe, tmp_path, quiet=True)
