@@ -51,9 +51,7 @@ def sample_images(
         OpdError: when the folder was begun with other settings or holds something else, or the recipe samples nothing.
     """
     if not isinstance(recipe.rollout, SDERollout):
-        raise RecipeError(
-            "opd rollout draws images with rollout 'sde'; the recipe's rollout takes images that exist already"
-        )
+        raise RecipeError("opd rollout draws images with rollout 'sde'; this recipe's takes images that exist already")
     recipe = recipe.at(0, recipe.steps)
     assert isinstance(recipe.rollout, SDERollout)
     prompts = load_prompts(recipe.prompts)

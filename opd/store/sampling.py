@@ -46,7 +46,7 @@ def sample(
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
         raise RecipeError(
-            f"a store holds texts and the student is a {recipe.student.modality} model; opd.flow.sampling draws its images"
+            f"a store holds texts and the student is a {recipe.student.modality} model: see opd.flow.sampling"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
