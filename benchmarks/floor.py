@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.alternation import compete, versions_and_machine, write
 from benchmarks.contestants import FLOOR, OPD, Job
 from benchmarks.head_to_head import QUICK, last_line, progress
+from benchmarks.loss_operator import finished_cells
 from benchmarks.sizes import SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 
@@ -98,6 +99,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", help="default: fp32, at smollm2 both")
     parser.add_argument("--repeats", type=int, help="timed steps of each side; default 5, or 2 with --quick")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that a run cut short left in --json")
     options = parser.parse_args()
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.floor", *sys.argv[1:]]),
@@ -105,12 +107,18 @@ def main() -> int:
         "repeats": options.repeats or (2 if options.quick else 5),
         "cells": [],
     }
+    if options.resume:
+        report["cells"] = finished_cells(options.json, report, ("versions", "repeats"))
+    done = {(cell["size"]["name"], cell["precision"]) for cell in report["cells"]}
     for name in options.size or (["tiny"] if options.quick else list(SIZES)):
         size = replace(SIZES[name], **QUICK) if options.quick else SIZES[name]
         for precision in options.precision or (("fp32", "bf16") if name == "smollm2" else ("fp32",)):
+            if (name, precision) in done:
+                continue
             report["cells"].append(measure(size, precision, report["repeats"]))
             report["goals"] = judge(report["cells"])
             write(options.json, report)
+    report["goals"] = judge(report["cells"])
     show(report["cells"])
     sys.stdout.flush()
     print(last_line("floor", report["goals"]), flush=True)

@@ -30,6 +30,7 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
 from benchmarks.contestants import GKD, OPD, TILES, TRL, TRL_TILED, Job
+from benchmarks.loss_operator import finished_cells
 from benchmarks.sizes import ON_DEVICE, SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=("fp32", "bf16"), nargs="+", help="default: fp32, at smollm2 both")
     parser.add_argument("--repeats", type=int, help="timed steps of each contestant; default 5, or 2 with --quick")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that a run cut short left in --json")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; take --device cpu")
@@ -211,15 +213,21 @@ def main() -> int:
         "repeats": options.repeats or (2 if options.quick else 5),
         "cells": [],
     }
+    if options.resume:
+        report["cells"] = finished_cells(options.json, report, ("versions", "repeats"))
+    done = {(cell["size"]["name"], cell["precision"]) for cell in report["cells"]}
     for size in sizes:
         usual = ("bf16",) if size.made else ("fp32", "bf16") if size.name == "smollm2" else ("fp32",)
         for precision in options.precision or usual:
+            if (size.name, precision) in done:
+                continue
             cores = len(os.sched_getaffinity(0))
             report["cells"].append(
                 measure(size, precision, report["repeats"], cores, options.device, alone or size.made)
             )
             report["goals"] = judge(report["cells"])
             write(options.json, report)
+    report["goals"] = judge(report["cells"])
     show(report["cells"])
     sys.stdout.flush()
     print(last_line("head_to_head", report["goals"]), flush=True)

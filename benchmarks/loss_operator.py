@@ -552,12 +552,12 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def finished_cells(path: Path, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cells of an earlier report at `path`, when it was made with the settings and versions of this one."""
+def finished_cells(path: Path, report: dict[str, Any], same: Sequence[str]) -> list[dict[str, Any]]:
+    """The cells of an earlier report at `path`; those named `same` must be what they are in this one."""
     if not path.exists():
         return []
-    before = json.loads(path.read_text())
-    for name in ("settings", "versions"):
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in same:
         if before[name] != json.loads(json.dumps(report[name])):
             sys.exit(f"--resume: {path} was measured with other {name}; give another --json or remove the file")
     return list(before["cells"])
@@ -607,7 +607,7 @@ def main() -> int:
         "goals": [],
     }
     if options.resume:
-        report["cells"] = finished_cells(options.json, report)
+        report["cells"] = finished_cells(options.json, report, ("settings", "versions"))
     done = {(c["vocabulary"], c["masked"], c["objective"]) for c in report["cells"]}
     for vocabulary in vocabularies:
         todo = [(s, k) for s, k in itertools.product(shares, kinds) if (vocabulary, s, k) not in done]
