@@ -77,7 +77,7 @@ def _of_fewer_seeds(results: dict[str, Any]) -> str:
         return ""
     few = ", ".join(map(str, sorted(set(counts.values()) - {len(results["seeds"])})))
     return (
-        f" {', '.join(most)} ran with all {len(results['seeds'])} seeds, the other arms with the first {few}; a "
+        f" {'; '.join(most)} ran with all {len(results['seeds'])} seeds, the other arms with the first {few}; a "
         "difference is of the seeds that both arms ran."
     )
 
