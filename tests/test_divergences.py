@@ -16,7 +16,7 @@ from opd.divergences import (
     compare,
     divergence_loss,
 )
-from opd.divergences.operator import memory_bound
+from opd.divergences.operator import LARGEST_BUFFER, SMALLEST_CHUNK, chunk_rows, memory_bound
 from opd.divergences.reverse_kl_sampled import discounted_return
 
 Z = torch.tensor([[1.0, 0.0, -1.0]])
@@ -305,6 +305,15 @@ def test_per_example_gradients_are_those_of_each_example_alone(divergence):
     ]
     for got, _zero, two, one in zip(mixed, *parts, strict=True):
         torch.testing.assert_close(got, 2 * two - one, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 8192, 49152, 98304, 98305, 151936, 262144, 2**21])
+def test_a_chunk_has_many_rows_unless_its_buffer_would_be_too_large(vocabulary):
+    rows = chunk_rows(vocabulary)
+    full = 4 * vocabulary * SMALLEST_CHUNK <= LARGEST_BUFFER
+    assert (SMALLEST_CHUNK if full else 8) <= rows <= 1024
+    assert full or 4 * vocabulary * rows <= max(LARGEST_BUFFER, 32 * vocabulary)
+    assert full or 4 * vocabulary * (rows + 8) > LARGEST_BUFFER
 
 
 @pytest.mark.parametrize("divergence", [ReverseKL(), ForwardKL(), JensenShannon(), ReverseKL(top_k=8)])

@@ -26,7 +26,10 @@ CHUNK_BYTES = 16 * 2**20
 """Target size of one float32 chunk buffer `[R, V]`."""
 
 SMALLEST_CHUNK = 128
-"""Rows below which the matrix products become inefficient; a very large vocabulary then exceeds `CHUNK_BYTES`."""
+"""Rows below which the matrix products become inefficient; a large vocabulary then exceeds `CHUNK_BYTES`."""
+
+LARGEST_BUFFER = 48 * 2**20
+"""Bytes that no buffer exceeds however large the vocabulary; from V = 98,304 on a chunk has fewer rows instead."""
 
 
 class OnSupport(CategoricalDivergence):
@@ -126,8 +129,10 @@ def _on_categorical(
 
 
 def chunk_rows(vocabulary: int) -> int:
-    """Rows R of one chunk: one float32 buffer `[R, V]` takes about `CHUNK_BYTES`, within `SMALLEST_CHUNK` and 1024."""
-    return max(SMALLEST_CHUNK, min(1024, CHUNK_BYTES // (4 * vocabulary)))
+    """Rows R of one chunk: one float32 buffer `[R, V]` takes about `CHUNK_BYTES`, within `SMALLEST_CHUNK` and 1024; of
+    very large vocabularies at most `LARGEST_BUFFER`, in multiples of eight rows."""
+    rows = max(SMALLEST_CHUNK, min(1024, CHUNK_BYTES // (4 * vocabulary)))
+    return min(rows, max(8, LARGEST_BUFFER // (4 * vocabulary) // 8 * 8))
 
 
 def memory_bound(
