@@ -572,6 +572,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--scaling", type=Path, help="measure memory against V and T, and draw it to this PNG")
     parser.add_argument("--vocabulary", type=int, nargs="+", help="only these sizes of vocabulary")
     parser.add_argument("--no-peers", action="store_true", help="opd and full logits alone")
+    parser.add_argument("--contestants", choices=tuple(CONTESTANTS), nargs="+", help=f"only these and {OPD!r}")
     parser.add_argument("--resume", action="store_true", help="keep the cells that a run cut short left in --json")
     return parser.parse_args()
 
@@ -584,6 +585,8 @@ def main() -> int:
     torch.set_num_threads(1)
     isolated.preload(PRELOAD[:1] if options.no_peers else PRELOAD)
     names = list(OWN if options.no_peers else CONTESTANTS)
+    if options.contestants:
+        names = [name for name in names if name in (OPD, *options.contestants)]
     vocabularies = options.vocabulary or (VOCABULARIES[:2] if options.quick else VOCABULARIES)
     shares = MASKED[:2] if options.quick else MASKED
     kinds = list(OBJECTIVES)[1:] if options.quick else list(OBJECTIVES)
