@@ -24,6 +24,7 @@ from reproductions.running_sum import figures_of, new_model, prompts, recipe, te
 
 TERMS, BUDGET = (5, 8), 96
 STEPS, BATCH, RATES = 200, 32, (3e-4, 1e-3)
+RATES_OF_LIGHTNING = (1e-4, *RATES)
 SIZE, HELD_OUT = 3200, 128
 """Prompts that are trained on: two passes, as in the paper; and prompts that are only measured."""
 SFT_PROMPTS, SFT_STEPS = 6400, 300
@@ -157,12 +158,18 @@ def distance(store: Store, one: str, other: str) -> float:
 
 
 def distilled(
-    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], store: str | None = None, seed: int
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    store: str | None = None,
+    rate: str = "rate",
+    seed: int,
 ) -> Figures:
-    """Train a student at the chosen rate. On a store, the cost holds what its rollouts and these targets took, and the
-    curve begins there; `drift_in_sample` and others are means over the last quarter of the steps."""
-    block = at_rate(recipe, figures_of(inputs["rate"])["rate"])
-    figures = train(folder, {name: place for name, place in inputs.items() if name != "rate"}, recipe=block, seed=seed)
+    """Train a student at the rate that a stage chose. On a store, the cost holds what its rollouts and these targets
+    took, and the curve begins there; `drift_in_sample` and others are means over the last quarter of the steps."""
+    block = at_rate(recipe, figures_of(inputs[rate])["rate"])
+    figures = train(folder, {name: place for name, place in inputs.items() if name != rate}, recipe=block, seed=seed)
     if store is not None:
         made, targets = figures_of(inputs[store]), recipe["teacher"][0]["targets"]
         tokens = made["sampled_tokens"]
@@ -236,7 +243,7 @@ def measured(
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 
-LIVE, LIGHTNING = "live", "Lightning"
+LIVE, LIGHTNING, OWN_RATE = "live", "Lightning", "Lightning, own rate"
 MAIN: dict[str, dict[str, Any]] = {
     "more SFT": fine_tuning("{SFT A}/run/student", "written by A", 2 * STEPS, 0.0, BATCH),
     LIVE: live("A", "A"),
@@ -292,7 +299,7 @@ def trained_stage(block: Mapping[str, Any], seeds: int | None = None) -> Stage:
 
 def arm(name: str, sft: str, seeds: int | None = None) -> Stage:
     made = [f"written by {sft}", f"SFT {sft}"]
-    of = student(name) if name in MAIN or name in ABLATIONS else made[1]
+    of = student(name) if student(name) in TRAINED else made[1]
     against = student(name.partition(",")[0]) if name in MISMATCHED and sft == "A" else None
     inputs = [*made, *([student(LIVE)] if sft == "A" and of != made[1] else []), of, *([against] if against else [])]
     params: dict[str, Any] = {"of": of, "sft": made, "test": TEST}
@@ -300,10 +307,15 @@ def arm(name: str, sft: str, seeds: int | None = None) -> Stage:
     return Stage(measured, params, list(dict.fromkeys(inputs)), seeds=seeds)
 
 
+def for_the_rate(block: Mapping[str, Any]) -> dict[str, Any]:
+    return merged(block, {"student": {"model": "{SFT for the rate}/run/student"}})
+
+
 def sft_of(name: str) -> str:
     return "B" if "SFT B" in name else "A"
 
 
+RATE_OF_LIGHTNING = "rate of Lightning"
 TEACHERS = [teacher(name) for name in SHARES]
 SHARED: dict[str, Stage] = {
     "theory": Stage(gradient_gap, {"distances": [0.01, 0.1, 0.3, 1.0], "other": 0.5}),
@@ -337,11 +349,25 @@ SHARED: dict[str, Stage] = {
     "rate": Stage(
         best_rate,
         {
-            "recipe": merged(live("A", "A"), {"student": {"model": "{SFT for the rate}/run/student"}}),
+            "recipe": for_the_rate(live("A", "A")),
             "rates": list(RATES),
             "seed": 100,
         },
         ["SFT for the rate", teacher("A")],
+    ),
+    "store for the rate": Stage(
+        written,
+        {"recipe": for_the_rate(live("A", "A")), "scored_by": {"A": {"teacher": "A"}}, "seed": 100},
+        ["SFT for the rate", teacher("A")],
+    ),
+    RATE_OF_LIGHTNING: Stage(
+        best_rate,
+        {
+            "recipe": for_the_rate(offline("A", "A", store="store for the rate")),
+            "rates": list(RATES_OF_LIGHTNING),
+            "seed": 100,
+        },
+        ["SFT for the rate", "store for the rate"],
     ),
     "store A": store("A", list(SHARES), exact=True),
     "store B": store("B", ["B", "A"], seeds=FEW_SEEDS),
@@ -350,6 +376,12 @@ SHARED: dict[str, Stage] = {
 TRAINED = {
     **{student(name): trained_stage(block) for name, block in MAIN.items()},
     **{student(name): trained_stage(block, FEW_SEEDS) for name, block in ABLATIONS.items()},
+    student(OWN_RATE): Stage(
+        distilled,
+        {"recipe": matched(), "store": "store A", "rate": RATE_OF_LIGHTNING},
+        [RATE_OF_LIGHTNING, *stages_of(matched())],
+        per_seed=True,
+    ),
 }
 
 
@@ -396,7 +428,8 @@ teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect unde
 the base of the [on-policy experiment](on-policy.md), with {SFT_STEPS} batches of 64 of what A (or B) wrote for
 {SFT_PROMPTS} problems. All models are Llamas of 2 layers and width 64. **Training** takes {STEPS} steps of {BATCH}
 trajectories of {SIZE} other problems, two passes; `sequence_mean`, clamp 10, temperature 1. The learning rate is the
-better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live* arm under a seed of its own.
+better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live* arm under a seed of its own;
+for the arm with a rate of its own the best of {", ".join(f"{r:g}" for r in RATES_OF_LIGHTNING)} by that of Lightning.
 **Figures** are from 500 test problems, four samples each. The main row has five seeds, everything else three.
 
 **Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included;
@@ -432,7 +465,7 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
     ],
     arms={
         "SFT": arm("SFT", "A"),
-        **{name: arm(name, "A") for name in MAIN},
+        **{name: arm(name, "A") for name in (*MAIN, OWN_RATE)},
         "SFT B": arm("SFT B", "B", FEW_SEEDS),
         **{name: arm(name, sft_of(name), FEW_SEEDS) for name in ABLATIONS},
     },
@@ -456,6 +489,8 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
         equal("main", "Lightning is as accurate as live distillation, within 2 points.", LIGHTNING, LIVE),
         equal("near", "... within 5 points, which five seeds can tell more easily.", LIGHTNING, LIVE, 0.05),
         more("gain", "Lightning gets more right than the fine-tuned student that it began from.", LIGHTNING, "SFT"),
+        equal("own-rate", "At a learning rate of its own it is as accurate, within 5 points.", OWN_RATE, LIVE, 0.05),
+        more("own-rate-gain", "... and gets more right than the fine-tuned student.", OWN_RATE, "SFT"),
         more("live-gain", "So does live distillation.", LIVE, "SFT"),
         more("more-sft", "Lightning beats fine-tuning the student further instead.", LIGHTNING, "more SFT"),
         more("cost", "Rollouts, scoring and training together cost less than live.", LIGHTNING, LIVE, "speed_up"),
@@ -526,8 +561,8 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
             "teachers": {"test": FEW},
             **{key: {"recipe": SMALL_SFT} for key in ("written by A", "written by B")},
             **{key: {"recipe": SMALL_SFT} for key in ("SFT A", "SFT B", "SFT for the rate")},
-            "rate": {"recipe": SMALL_OPD, "rates": [1e-3]},
-            **{key: {"recipe": SMALL_OPD} for key in ("store A", "store B", TWO_DRAWS)},
+            **{key: {"recipe": SMALL_OPD, "rates": [1e-3]} for key in ("rate", RATE_OF_LIGHTNING)},
+            **{key: {"recipe": SMALL_OPD} for key in ("store for the rate", "store A", "store B", TWO_DRAWS)},
             **{key: {"recipe": SMALL_OPD} for key in TRAINED},
             student("more SFT"): {"recipe": SMALL_SFT},
         },
