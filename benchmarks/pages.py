@@ -277,13 +277,11 @@ def _spans(cell: dict[str, Any]) -> tuple[list[float], ...]:
 
 def store(folder: Path) -> str:
     """What each kind of target costs and loses, what reuse saves, how fast formats are read, what kills left."""
-    kinds, saved = "", ""
-    for file in sorted({*folder.glob("store.json"), *folder.glob("store_quick.json")}):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        load = data["machine"]["load_average"][0]
-        about = f"`{data['command']}`, threads: {data['threads']}, load {load:.1f} at the start. "
-        kinds += f"{about}{_versions(data['versions'])}\n{_goals(data['goals'])}\n{_kinds(data['kinds'])}\n"
-        saved += f"{about}{_saved(data['cost'])}\n"
+    data = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+    load = data["machine"]["load_average"][0]
+    about = f"`{data['command']}`, threads: {data['threads']}, load {load:.1f} at the start. "
+    kinds = f"{about}{_versions(data['versions'])}\n{_goals(data['goals'])}\n{_kinds(data['kinds'])}\n"
+    saved = f"{about}{_saved(data['cost'])}\n"
     formats, kills = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("store_formats", "kill_store"))
     rates = ", ".join(f"{name} {rate / 1e6:.2g}" for name, rate in formats["tokens_per_second"].items())
     equal = "some files DIFFER from" if kills["differences"] else "every file equals"
