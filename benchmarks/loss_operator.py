@@ -571,6 +571,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--scaling", type=Path, help="measure memory against V and T, and draw it to this PNG")
     parser.add_argument("--vocabulary", type=int, nargs="+", help="only these sizes of vocabulary")
+    parser.add_argument("--masked", type=float, choices=MASKED, nargs="+", help="only these shares of masked rows")
     parser.add_argument("--no-peers", action="store_true", help="opd and full logits alone")
     parser.add_argument("--contestants", choices=tuple(CONTESTANTS), nargs="+", help=f"only these and {OPD!r}")
     parser.add_argument("--resume", action="store_true", help="keep the cells that a run cut short left in --json")
@@ -588,7 +589,7 @@ def main() -> int:
     if options.contestants:
         names = [name for name in names if name in (OPD, *options.contestants)]
     vocabularies = options.vocabulary or (VOCABULARIES[:2] if options.quick else VOCABULARIES)
-    shares = MASKED[:2] if options.quick else MASKED
+    shares = options.masked or (MASKED[:2] if options.quick else MASKED)
     kinds = list(OBJECTIVES)[1:] if options.quick else list(OBJECTIVES)
     repeats = options.repeats or (3 if options.quick else 5)
 
