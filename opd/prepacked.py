@@ -3,7 +3,7 @@
 A product of a few rows with a weight matrix is bound by reading the matrix. The default library reads it two to five
 times slower than memory allows, or orders it anew at every call; oneDNN reads a matrix that it has ordered once at the
 speed of memory. A rollout makes hundreds of such products with the same weights, so it orders them once, at its start,
-for about what three tokens cost. Results differ from the usual product's by rounding only.
+for about what ten tokens cost. Results differ from the usual product's by rounding only.
 """
 
 from __future__ import annotations

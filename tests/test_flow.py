@@ -648,6 +648,13 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
     assert sample_images(recipe, folder, quiet=True) == 6
     with pytest.raises(RunError, match=r"made with another settings .*'seed': 0.* now .*--out"):
         sample_images(recipe.model_copy(update={"seed": 1}), folder, quiet=True)
+    texts = [{"prompt": text, "id": name} for text, name in zip(PROMPTS[::-1], PROMPTS, strict=True)]
+    swapped = recipe_for(models, tmp_path / "run", batch={"group": 1}, prompts={"prompts": texts})
+    with pytest.raises(RunError, match="made with another prompts"):
+        sample_images(swapped, folder, quiet=True)
+    (folder / ".opd" / "settings.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        sample_images(recipe, folder, quiet=True)
     other = recipe_for(models, tmp_path / "run", rollout={"kind": "noised"}, objective="sft", teacher=[])
     with pytest.raises(RecipeError, match="takes images that exist already"):
         sample_images(other, tmp_path / "other", quiet=True)

@@ -63,7 +63,7 @@ def sample_images(
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
     header = {
-        "prompts": digest("\n".join(prompt.id for prompt in prompts).encode()),
+        "prompts": digest(json.dumps([[prompt.id, prompt.view()] for prompt in prompts]).encode()),
         "writer": [teacher.identity() for teacher in teachers] or [weights_hash(student.module)],
         "settings": {"steps": steps, "guidance": context.guidance, "seed": recipe.seed, "group": group},
         "prompts_per_shard": size,
@@ -107,14 +107,18 @@ def _begin(path: Path, header: dict[str, Any]) -> int:
             raise RunError(f"{path} holds something that opd rollout did not write; choose another place with --out")
         write_json(place, header)
         return int(header["draws"])
-    here = json.loads(place.read_text(encoding="utf-8"))
-    for key in header.keys() - NO_IDENTITY:
-        if here.get(key) != header[key]:
+    try:
+        here = json.loads(place.read_text(encoding="utf-8"))
+        drawn = int(here["draws"])
+    except (ValueError, TypeError, KeyError):
+        raise RunError(f"{place} is damaged; remove {path} and begin again") from None
+    for key in header:
+        if key not in NO_IDENTITY and here.get(key) != header[key]:
             raise RunError(
                 f"{path} was made with another {key} ({shortened(here.get(key))}, now {shortened(header[key])}); give "
                 "this recipe a folder of its own with --out"
             )
-    here["draws"] = max(int(here["draws"]), int(header["draws"]))
+    here["draws"] = max(drawn, int(header["draws"]))
     write_json(place, here)
     return int(here["draws"])
 
