@@ -95,8 +95,10 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
     connection.send({"loaded_bytes": _bytes(job.device, "VmRSS")})
     command, *arguments = connection.recv()
     while command == "score":
-        score = session.score(arguments[0] if arguments else session.examples())
-        connection.send({**asdict(score), "completions": session.examples()})
+        completions = arguments[0] if arguments else session.examples()
+        session.phases.restart()
+        score = session.score(completions)
+        connection.send({**asdict(score), "seconds": session.phases.take(), "completions": completions})
         command, *arguments = connection.recv()
 
     def after_step() -> bool:

@@ -43,18 +43,18 @@ QUICK = {"batch": 8, "longest": 64}
 
 
 def best_tile(size: Size, precision: str, device: str) -> tuple[int, dict[int, float]]:
-    """TRL's fastest tile for this size: seconds of its loss and backward in the second of two steps each."""
+    """TRL's fastest tile for this size: seconds of its loss and backward on given completions, the second time."""
     seconds, clock = {}, "cpu" if device == "cpu" else "wall"
     for tile in TILES:
         progress(f"{size.name} {precision}: TRL at {tile} rows")
         worker = Worker(Job(TRL_TILED, size, precision, tile=tile, device=device))
         try:
             worker.ask()
-            worker.ask("step")
-            step = worker.ask("step")[clock]
+            worker.ask("score")
+            spent = worker.ask("score")["seconds"][clock]
         finally:
             worker.close()
-        seconds[tile] = step["loss"] + step["backward"]
+        seconds[tile] = spent["loss"] + spent["backward"]
     return min(seconds, key=seconds.__getitem__), seconds
 
 

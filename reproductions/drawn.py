@@ -40,13 +40,15 @@ from opd.verifiers.drawing import DrawingReward
 
 TASKS = ("count", "glyph", "scene")
 PIXELS = 16
+SETTINGS: dict[str, dict[str, Any]] = {"glyph": {"alphabet": "2347ACEHKLTX", "moved": False}}
+"""Of a task. All characters at all places are more than so small a base learns to write within the time."""
 
 
 def drawings(task: str, size: int, split: str = "train", seed: int = 0) -> dict[str, Any]:
     """The recipe's block of prompts of one task, of `PIXELS` a side."""
     return {
         "kind": "drawings",
-        "task": {"kind": task, "pixels": PIXELS},
+        "task": {"kind": task, "pixels": PIXELS, **SETTINGS.get(task, {})},
         "size": size,
         "split": split,
         "seed": seed,

@@ -27,7 +27,7 @@ from reproductions.drawn import (
 from reproductions.on_policy import at_rate, best_rate
 
 T, NOISE, ODE_STEPS = 8, 0.7, 20
-BASE_STEPS, BASE_ROUNDS, EXPERT_STEPS, STEPS = 1500, 10, 400, 150
+BASE_STEPS, BASE_ROUNDS, EXPERT_STEPS, STEPS = 1000, 15, 400, 150
 BATCH = {"prompts": 8, "group": 8, "micro": 64}
 RATES = (1e-4, 3e-4, 1e-3)
 HELD_OUT, DRAWS = 150, 32

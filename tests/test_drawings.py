@@ -276,6 +276,17 @@ def test_a_split_without_drawings_is_refused():
         Glyph().rows(1, split="unseen")
 
 
+def test_texts_keep_to_an_alphabet():
+    rows = [row for split in SPLITS[:3] for row in Glyph(alphabet="47AC").rows(40, split=split)]
+    assert {character for row in rows for character in row["text"]} == set("47AC")
+
+
+def test_texts_that_are_not_moved_stand_in_the_middle():
+    rows = Glyph(pixels=16, alphabet="HM", moved=False).rows(20)
+    inked = [np.argwhere((row["image"] != row["image"][0, 0]).any(-1)) for row in rows]
+    assert {(*place.min(0), *place.max(0)) for place in inked} == {(4, 2, 10, 12)}
+
+
 def test_twenty_thousand_drawings_load_quickly():
     start = time.process_time()
     rows = sum(len(task().rows(7000)) for task in TASKS.values())
@@ -324,6 +335,8 @@ def test_prompts_of_several_tasks():
         ({"task": {"kind": "count", "pixels": 20}}, "prompts.0.task.pixels.*multiple of 16"),
         ({"task": {"kind": "glyph", "pixels": 16, "characters": [3]}}, "three characters do not fit into 16 pixels"),
         ({"task": {"kind": "glyph", "characters": [5]}}, "prompts.0.task.characters"),
+        ({"task": {"kind": "glyph", "alphabet": "47O"}}, "not in the font: 'O'; take different characters of 2345"),
+        ({"task": {"kind": "glyph", "alphabet": "474"}}, "a character stands there twice"),
         ({"task": "count", "split": "held"}, "prompts.0.split"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from opd.drawings.base import Drawing, Row, Split, hashed_split
 from opd.drawings.font import CHARACTERS, HEIGHT, WIDTH, character, templates
@@ -25,7 +25,7 @@ PAIRS = tuple(
 
 
 class Glyph(Drawing):
-    """Two or three characters of a 5 x 7 font in one row, near the middle, in a colour that is legible on its grey.
+    """Two or three characters of a 5 x 7 font in one row, in or near the middle, in a colour that is legible on its grey.
 
     A hash of the text decides the split: no text is in two of them. There is no split `unseen`, since all texts of
     another split are unseen.
@@ -37,6 +37,21 @@ class Glyph(Drawing):
 
     characters: list[Literal[2, 3]] = Field([2, 3], min_length=1, description="Lengths of a text; at 16 pixels only 2")
 
+    alphabet: str = Field(
+        "".join(CHARACTERS), min_length=2, description="Characters that a text is made of; fewer are easier to learn"
+    )
+
+    moved: bool = Field(True, description="Move the text by up to two pixels of the font; else it stands in the middle")
+
+    @field_validator("alphabet")
+    @classmethod
+    def _in_the_font(cls, alphabet: str) -> str:
+        strange = "".join(sorted(set(alphabet) - set(CHARACTERS)))
+        if strange or len(set(alphabet)) < len(alphabet):
+            what = f"not in the font: {strange!r}" if strange else "a character stands there twice"
+            raise ValueError(f"{what}; take different characters of {''.join(CHARACTERS)}")
+        return alphabet
+
     @model_validator(mode="after")
     def _fits(self) -> Glyph:
         # The default stays what it is, so that a recipe is valid again when it was written out whole.
@@ -46,7 +61,7 @@ class Glyph(Drawing):
 
     def problem(self, rng: random.Random) -> Row:
         lengths = [n for n in self.characters if self.pixels > 16 or n == 2]
-        text = "".join(rng.choice(CHARACTERS) for _ in range(rng.choice(lengths)))
+        text = "".join(rng.choice(self.alphabet) for _ in range(rng.choice(lengths)))
         return {"prompt": f"text {text}", "text": text}
 
     def paint(self, row: Mapping[str, Any], rng: random.Random) -> np.ndarray:
@@ -54,7 +69,8 @@ class Glyph(Drawing):
         picture = np.empty((self.pixels, self.pixels, 3), dtype=np.uint8)
         picture[:] = paper
         lay = Layout(self.pixels, len(row["text"]))
-        top, left = lay.top + rng.choice(lay.downward), lay.left + rng.choice(lay.sideways)
+        down, right = (rng.choice(lay.downward), rng.choice(lay.sideways)) if self.moved else (0, 0)
+        top, left = lay.top + down, lay.left + right
         for i, name in enumerate(row["text"]):
             x = left + i * lay.advance
             picture[top : top + lay.height, x : x + lay.width][character(name, lay.scale)] = ink
