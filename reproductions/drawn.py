@@ -40,8 +40,8 @@ from opd.verifiers.drawing import DrawingReward
 
 TASKS = ("count", "glyph", "scene")
 PIXELS = 16
-SETTINGS: dict[str, dict[str, Any]] = {"glyph": {"alphabet": "2347ACEHKLTX", "moved": False}}
-"""Of a task. All characters at all places are more than so small a base learns to write within the time."""
+SETTINGS: dict[str, dict[str, Any]] = {"count": {"moved": False}, "glyph": {"alphabet": "2347ACEHKLTX", "moved": False}}
+"""Of a task. All places, sizes and characters are more than so small a base learns to draw within the time."""
 
 
 def drawings(task: str, size: int, split: str = "train", seed: int = 0) -> dict[str, Any]:

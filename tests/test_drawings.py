@@ -287,6 +287,17 @@ def test_texts_that_are_not_moved_stand_in_the_middle():
     assert {(*place.min(0), *place.max(0)) for place in inked} == {(4, 2, 10, 12)}
 
 
+def test_shapes_that_are_not_moved_fill_the_middle_of_a_quarter():
+    rows = [row for row in Count(pixels=16, moved=False).rows(60) if row["shape"] == "square"]
+    places = {
+        tuple(sorted(set(np.argwhere((row["image"] != row["image"][0, 0]).any(-1))[:, axis].tolist())))
+        for row in rows
+        for axis in (0, 1)
+    }
+    once, twice = tuple(range(1, 7)), tuple(range(9, 15))
+    assert places == {once, twice, once + twice}
+
+
 def test_twenty_thousand_drawings_load_quickly():
     start = time.process_time()
     rows = sum(len(task().rows(7000)) for task in TASKS.values())

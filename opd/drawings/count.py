@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
 from opd.drawings.base import Drawing, Row, Split, hashed_split
 from opd.drawings.cartoon import cartoon, object_score, objects
@@ -18,7 +19,7 @@ NUMBERS = ("one", "two", "three", "four")
 
 class Count(Drawing):
     """One to four equal shapes of one colour on plain grey: each in a quarter of its own, at a random place and of
-    a random size.
+    a random size unless it is not `moved`.
 
     A quarter of the triples (number, colour, shape) is held out: they are the split `unseen`, in which every number,
     colour and shape is as frequent as elsewhere. The other splits share their triples, not their pictures: a hash of
@@ -28,6 +29,8 @@ class Count(Drawing):
     kind: Literal["count"] = "count"
     symbols: ClassVar = (*NUMBERS, *COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES))
     longest: ClassVar = 3
+
+    moved: bool = Field(True, description="Random places and sizes; else all fill the middle of their quarter")
 
     def problem(self, rng: random.Random) -> Row:
         number, colour, shape = rng.randint(1, 4), rng.choice(list(COLOURS)), rng.choice(SHAPES)
@@ -39,9 +42,13 @@ class Count(Drawing):
         picture[:] = rng.choice(list(GREYS.values()))
         cell = self.pixels // 2
         for quarter in rng.sample(range(4), row["number"]):
-            size = rng.randint(max(5, round(0.45 * cell)), round(0.75 * cell))
+            largest = round(0.75 * cell)
+            size = rng.randint(max(5, round(0.45 * cell)), largest) if self.moved else largest
             # A pixel of each side of a quarter stays free, so that neighbours never touch.
-            y, x = (rng.randint(1, cell - 1 - size) + start * cell for start in divmod(quarter, 2))
+            free = cell - 1 - size
+            y, x = (
+                (rng.randint(1, free) if self.moved else (1 + free) // 2) + start * cell for start in divmod(quarter, 2)
+            )
             picture[y : y + size, x : x + size][shape_mask(row["shape"], size, size)] = COLOURS[row["colour"]]
         return picture
 
