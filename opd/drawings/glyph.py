@@ -25,8 +25,7 @@ PAIRS = tuple(
 
 
 class Glyph(Drawing):
-    """Two or three characters of a 5 x 7 font in one row, in or near the middle, in a colour legible on its
-    grey.
+    """Two or three characters of a 5 x 7 font in one row, in or near the middle, in a colour legible on its grey.
 
     A hash of the text decides the split: no text is in two of them. There is no split `unseen`, since all texts of
     another split are unseen.
