@@ -20,6 +20,8 @@ from opd.hardware import fast_in_bf16
 
 SMALLEST = 2**17
 """Entries of a matrix below which the call costs more than is won."""
+FEWEST = 20
+"""Products with one matrix from which on ordering it pays."""
 ROWS = 16
 """Rows that the layout is chosen for; 1 to 256 were as fast as with layouts of their own."""
 

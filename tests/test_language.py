@@ -329,8 +329,9 @@ def test_packed_layers_multiply_as_before(dtype, rows):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, student, prompts, monkeypatch):
-    """With every layer packed, and weights that change between two rollouts."""
+    """With every layer packed, and weights that change between two rollouts; a short one packs nothing."""
     monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
+    monkeypatch.setattr("opd.language.rollout.FEWEST", 12)
     source = StudentRollout().build(student.context, student, [])
     packed = []
     keep = Sampler.start
@@ -356,3 +357,6 @@ def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, st
                 p.mul_(1.5)
     linear = sum(type(m) is torch.nn.Linear for m in student.language.base.get_decoder().modules())
     assert packed == [linear] * 2
+    if not broken:
+        source(prompts, 1, 11, stream=0)
+        assert packed[2:] == [0]

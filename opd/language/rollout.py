@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.hardware import fast_in_bf16
 from opd.language.sampler import Sampler
-from opd.prepacked import prepacked
+from opd.prepacked import FEWEST, prepacked
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, row_seed
 from opd.schedules import OverSteps
@@ -74,14 +75,15 @@ class LanguageRollout(PrefixSource):
         other.exact = self.exact and (temperature, top_p, top_k) == (None, 1.0, 0)
         return other
 
-    def sampler(self) -> Sampler:
-        """A sampler of the model as it is now."""
+    def sampler(self, packed: bool = False) -> Sampler:
+        """A sampler of the model as it is now, its head `packed` as it is too."""
         language = self.language
         if self.copy is not None:
             for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
                 mine.copy_(live)
             language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary).prepacked()
+        head = language.head(self.context.temperature, self.context.vocabulary)
+        head = head.prepacked() if packed else head
         return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
 
     @torch.no_grad()
@@ -106,7 +108,7 @@ class LanguageRollout(PrefixSource):
     ) -> Trajectories:
         training = self.language.training
         self.language.eval()
-        sampler, own = self.sampler(), [self.language.encode(p, self.sees) for p in prompts]
+        own = [self.language.encode(p, self.sees) for p in prompts]
         views, members = own, group
         if begun is not None:
             # Every trajectory continues its own beginning, so nothing but the prompt is common to a group.
@@ -115,8 +117,10 @@ class LanguageRollout(PrefixSource):
         # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
         order = sorted(range(len(views)), key=lambda i: len(views[i]))
         per_wave = max(1, self.settings.batch // members)
+        pays = budget * -(-len(order) // per_wave) >= FEWEST
+        sampler = self.sampler(pays)
         actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
-        with prepacked(sampler.model.base.get_decoder()):
+        with prepacked(sampler.model.base.get_decoder()) if pays else contextlib.nullcontext():
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 rows = [i * members + g for i in wave for g in range(members)]
