@@ -97,7 +97,7 @@ class Size:
 
 SIZES = {
     "tiny": Size("tiny", 64, Shape(64, 2, 4), Shape(128, 4, 4)),
-    "medium": Size("medium", 32768, Shape(256, 4, 4), Shape(512, 6, 8)),
+    "medium": Size("medium", 32768, Shape(256, 4, 4), Shape(512, 6, 8), batch=8),
     "smollm2": Size("smollm2", 49152, None, None, batch=8),
 }
 ON_DEVICE = {
