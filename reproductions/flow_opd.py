@@ -32,7 +32,7 @@ BATCH = {"prompts": 8, "group": 8, "micro": 64}
 RATES = (1e-4, 3e-4, 1e-3)
 HELD_OUT, DRAWS = 150, 32
 """Test prompts of each set, and pictures a prompt for the row on surpassing."""
-ENOUGH, WINDOW = 0.5, (0.4, 0.8)
+ENOUGH, WINDOW = 0.3, (0.25, 0.8)
 """Share of right pictures at which the base stops learning, and between which it must draw count and glyph."""
 
 EXPERTS = {task: f"expert {task}" for task in ("count", "glyph", "quality")}
