@@ -95,6 +95,7 @@ def benchmarks(folder: Path) -> str:
         "time_to_quality": (_time_to_quality, time_to_quality.judge({})),
         "scaling": (_scaling, scaling.judge([], None)),
         "flow_step": (_flow_step, flow_step.judge([])),
+        "compiled": (_compiled, []),
     }
     goals, tables = "", ""
     for name, (table, unmeasured) in sections.items():
@@ -212,6 +213,16 @@ def _flow_step(data: dict[str, Any]) -> str:
             row.append(f"{cell['ratio'][clock]:.2f}")
         rows.append([*row, f"{cell['loss_error']:.0e}"])
     return f"Ratio: steps a second of opd over those of the bare loop.\n\n{_rows(header, rows)}"
+
+
+def _compiled(data: dict[str, Any]) -> str:
+    rows = []
+    for name, sides in data["seconds"].items():
+        ratio = statistics.median(sides["compiled"]) / statistics.median(sides["as it is"])
+        rows.append([name, *map(_spread, sides.values()), f"{ratio:.2f}"])
+    text = f"Compiling took {data['compiling_wall_seconds']:.0f} s ({data['compiling_cpu_seconds']:.0f} CPU seconds of "
+    text += f"this process). Hidden states differ by {data['apart']:.0e} at most.\n\n"
+    return text + _rows(("CPU seconds", "as it is", "compiled", "ratio"), rows)
 
 
 def _scaling(data: dict[str, Any]) -> str:

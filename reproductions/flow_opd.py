@@ -347,20 +347,20 @@ Several rewards for one image model: reinforce it on their mixture, or reinforce
 them into one student, on latents that the student samples itself? Every arm sees {STEPS} steps of {BATCH["prompts"]}
 prompts with {BATCH["group"]} samples each, so that student samples are equal.
 
-**Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, two characters to write, a shape
-in front of a gradient, and a quality that says nothing of the prompt. `count`, `glyph` and `scene` are the shares of
-pictures that are right in all, of {HELD_OUT} test prompts each; `quality` is a mean over all of them; `mean` is that
-of count, glyph and quality; `unseen` is count on triples of number, colour and shape that nobody trained on. Training
-rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on pixels of
-patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow matching in
-rounds of {BASE_STEPS} batches and stopped as soon as both are right in {ENOUGH:.0%} of the cases: it must draw count
-and glyph right in {WINDOW[0]:.0%} to {WINDOW[1]:.0%} of the cases. **Experts** are that base after {EXPERT_STEPS}
-steps of GRPO, one on count, one on glyph, and one on 0.4 quality and 0.6 task over all prompts, which owns the
-prompts of scene and is the anchor; all arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards count
-and glyph with 0.8 task and 0.2 quality, scene with quality. **Cold starts** are the experts' average and flow
-matching on their pictures. Sampling in training: {T} steps, the last one not trained on, noise {NOISE}. The learning
-rate of GRPO and that of OPD are each the best of {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed
-reward, under a seed of its own.
+**Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, each filling the middle of a
+quarter, two of twelve characters to write in the middle, a shape in front of a gradient, and a quality that says
+nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT}
+test prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count
+on triples of number, colour and shape that nobody trained on. Training rewards are graded. Test pictures come from
+{ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on pixels of patch 4, width 72 and 3 layers (0.56
+million parameters) without guidance. The **base** learnt by flow matching in rounds of {BASE_STEPS} batches and
+stopped as soon as count and glyph are both right in {ENOUGH:.0%} of the cases, and none in more than {WINDOW[1]:.0%},
+so that there is something left to learn. **Experts** are that base after {EXPERT_STEPS} steps of GRPO, one on count,
+one on glyph, and one on 0.4 quality and 0.6 task over all prompts, which owns the prompts of scene and is the anchor;
+all arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards count and glyph with 0.8 task and 0.2
+quality, scene with quality. **Cold starts** are the experts' average and flow matching on their pictures. Sampling in
+training: {T} steps, the last one not trained on, noise {NOISE}. The learning rate of GRPO and that of OPD are each
+the best of {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed reward, under a seed of its own.
 
 **Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
 of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
