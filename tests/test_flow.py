@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +21,10 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.divergences import Target
 from opd.divergences.gaussian_kl import GaussianKL
-from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
+from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError
 from opd.flow.creation import create_flow_model
 from opd.flow.denoising import Denoising, pack
+from opd.flow.model import load_flow_model
 from opd.flow.sampling import sample_images
 from opd.flow.transition import diffusion, transition
 from opd.language.creation import symbol_tokenizer
@@ -579,6 +582,40 @@ def test_teachers_that_do_not_fit_are_named(models, tmp_path):
         built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
     with pytest.raises(ModelError, match="holds a model already"):
         create_flow_model(other, symbol_tokenizer(WORDS, words=True))
+
+
+def commanded(words, monkeypatch, capsys):
+    """Exit code and both outputs of a command."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return stop.value.code or 0, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["taken"], "holds a model already"),
+        (["file"], "is a file"),
+        (["m", "--heads", "0"], "heads is 0"),
+        (["m", "--size", "30"], "multiple of 4"),
+        (["m", "--heads", "1", "--head-width", "6"], "give a multiple of 4"),
+        (["m", "--tokenizer", "drawings:cont"], "did you mean 'count'"),
+    ],
+)
+def test_a_flow_model_is_created_by_a_command(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    command = ["opd", "create-flow-model", "taken", "--tokenizer", "drawings:glyph", "--size", "16", "--layers", "1"]
+    assert commanded(command, monkeypatch, capsys)[:2] == (0, "taken\n")
+    model = load_flow_model(FlowTransformer(model="taken"), torch.device("cpu"))
+    model.encoder.check("text 4K", 8)
+    with pytest.raises(DataError, match="no token"):
+        model.encoder.check("red circle", 8)
+    code, out, err = commanded(["opd", "create-flow-model", *words], monkeypatch, capsys)
+    assert (code, out) == (OpdError.exit_code, "")
+    assert message in err
+    assert len(err.strip().splitlines()) <= 2
 
 
 def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models, drawings, tmp_path):

@@ -324,6 +324,29 @@ def create_model(
 
 
 @app.command()
+def create_flow_model(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="drawings, drawings:TASK[,TASK...], or a model whose tokenizer to take.")
+    ] = "drawings",
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 32,
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 4,
+    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 3,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 3,
+    head_width: Annotated[int, typer.Option(help="Width of a head.")] = 24,
+    places: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+) -> None:
+    """Write a randomly initialised flow transformer on pixels and its prompt table, to train from scratch."""
+    from opd.flow.creation import create_flow_model, named_tokenizer
+
+    _quiet_libraries()
+    sizes = {"size": size, "patch": patch, "layers": layers, "heads": heads, "head_width": head_width}
+    print(create_flow_model(folder, named_tokenizer(tokenizer), **sizes, places=places, seed=seed, overwrite=overwrite))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

@@ -7,9 +7,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opd.drawings.vocabulary import drawing_tokenizer
 from opd.errors import ModelError
 from opd.flow.encoder import PromptTable
 from opd.flow.model import FlowModel, import_diffusers
+from opd.language.model import ModelSettings, load_tokenizer
+
+
+def named_tokenizer(reference: str) -> PreTrainedTokenizerBase:
+    """`drawings`, `drawings:count,glyph`, or anything that has a tokenizer already."""
+    if reference == "drawings" or reference.startswith("drawings:"):
+        return drawing_tokenizer(*filter(None, reference.removeprefix("drawings").removeprefix(":").split(",")))
+    return load_tokenizer(ModelSettings(model=reference, template="plain"))
 
 
 def create_flow_model(
@@ -39,14 +48,32 @@ def create_flow_model(
         seed: of the weights; the global generator is left as it was.
 
     Raises:
-        ModelError: sizes that fit no model, or a folder that is taken.
+        ModelError: sizes that fit no model, or a folder that is taken or cannot be written.
     """
     folder = Path(folder)
     diffusers = import_diffusers()
+    numbers = {
+        "size": size,
+        "patch": patch,
+        "layers": layers,
+        "heads": heads,
+        "head_width": head_width,
+        "prompt_width": prompt_width,
+        "places": places,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise ModelError(f"{name} is {value}; give 1 or more")
+    if (heads * head_width) % 4:
+        raise ModelError(
+            f"heads x head_width is {heads * head_width}; places are written in quarters of it: give a multiple of 4"
+        )
     if size % patch:
         raise ModelError(f"size is {size} with patches of {patch}; give a multiple of {patch}")
     if tokenizer.pad_token_id is None:
         raise ModelError("the tokenizer has no padding token; prompts of a table are padded to one length")
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file; give a folder")
     if (folder / "transformer").exists() and not overwrite:
         raise ModelError(f"{folder} holds a model already; choose another folder, or pass overwrite")
     with torch.random.fork_rng(devices=[]):
@@ -66,5 +93,8 @@ def create_flow_model(
         )
         table = PromptTable(tokenizer, prompt_width, prompt_width, places)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    FlowModel(transformer, scheduler, table).save(folder)
+    try:
+        FlowModel(transformer, scheduler, table).save(folder)
+    except OSError as error:
+        raise ModelError(f"cannot write a model to {folder} ({error.strerror})") from None
     return folder
