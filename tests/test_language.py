@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from opd.context import Context
 from opd.errors import IncompatibleError, ModelError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.decoder import Decoder
 from opd.language.model import LanguageModel, ModelSettings, load_model
 from opd.language.packing import SHORT, pack, packed_attention
 from opd.language.sampler import Sampler, inverse_cdf
@@ -331,6 +335,7 @@ def test_packed_layers_multiply_as_before(dtype, rows):
 def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, student, prompts, monkeypatch):
     """With every layer packed, and weights that change between two rollouts; a short one packs nothing."""
     monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
+    monkeypatch.setattr("opd.language.sampler.Decoder.known", lambda body: False)
     monkeypatch.setattr("opd.language.rollout.FEWEST", 12)
     source = StudentRollout().build(student.context, student, [])
     packed = []
@@ -360,3 +365,75 @@ def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, st
     if not broken:
         source(prompts, 1, 11, stream=0)
         assert packed[2:] == [0]
+
+
+SCALED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+DECODERS = {
+    "llama": tiny_model,
+    "biases and scaled positions": lambda: tiny_model(
+        attention_bias=True, mlp_bias=True, rope_parameters={**SCALED, "original_max_position_embeddings": 32}
+    ),
+    "qwen2": lambda: qwen2(),
+    "qwen3": lambda: tiny_model("qwen3"),
+}
+
+
+def qwen2(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **options)).eval()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_decoder_without_modules_gives_the_modules_states(kind, dtype, packed, tokenizer, monkeypatch):
+    """Token by token over rows of unequal length, from the same caches."""
+    monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
+    model = DECODERS[kind]()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name or "bias" in name:
+                weight.add_(torch.randn(weight.shape) / 4)
+    model.to(dtype)
+    language = LanguageModel(model, tokenizer, "plain")
+    sampler = Sampler(language, language.head(1.0, None), [0], packed=packed)
+    contexts = [torch.arange(3, 3 + n) for n in (2, 9, 5)]
+    own, theirs = (sampler.start(contexts, 2, 40, range(6)) for _ in range(2))
+    with torch.no_grad():
+        for drawn in range(1, 21):
+            token = torch.randint(0, 64, (6,))
+            mask, position = own.mask[:, : own.width + drawn], own.prompt_lengths + drawn - 1
+            got = sampler.decoder(token, mask[:, None, None], position, own.cache)
+            want = sampler._step(token[:, None], mask.long(), position, theirs.cache)
+            tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
+            assert (got - want).norm() < tolerance * want.norm()
+            assert got.dtype == want.dtype
+
+
+def test_decoders_that_are_not_written_out_go_through_their_modules(tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(Decoder, "__call__", lambda *args: pytest.fail("not this one"))
+
+    def written_out(model):
+        language = LanguageModel(model, tokenizer, "plain")
+        student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+        made = rollout(student, prompts=prompts)
+        own = student(made).log_probs().gather(1, made.actions[:, None])[:, 0]
+        torch.testing.assert_close(made.behaviour_log_probs, own, atol=1e-4, rtol=1e-4)
+        return Decoder.known(language.base.get_decoder())
+
+    class Other(LlamaDecoderLayer):
+        pass
+
+    strange = tiny_model()
+    for layer in strange.model.layers:
+        layer.__class__ = Other
+    growing = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    assert not written_out(strange)
+    assert not written_out(growing)
+    assert not written_out(tiny_model(hidden_act="gelu"))
+    assert not written_out(peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    # Known, but some layers do not see everything, and less than a prompt.
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    assert written_out(tiny_model("qwen3", **window))

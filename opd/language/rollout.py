@@ -84,7 +84,7 @@ class LanguageRollout(PrefixSource):
             language = self.copy
         head = language.head(self.context.temperature, self.context.vocabulary)
         head = head.prepacked() if packed else head
-        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k)
+        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k, packed)
 
     @torch.no_grad()
     def __call__(
@@ -120,7 +120,8 @@ class LanguageRollout(PrefixSource):
         pays = budget * -(-len(order) // per_wave) >= FEWEST
         sampler = self.sampler(pays)
         actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
-        with prepacked(sampler.model.base.get_decoder()) if pays else contextlib.nullcontext():
+        unpacked = sampler.decoder is None and pays
+        with prepacked(sampler.model.base.get_decoder()) if unpacked else contextlib.nullcontext():
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 rows = [i * members + g for i in wave for g in range(members)]

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from opd.distributions import Head
 from opd.language.cache import RoomyLayer, roomy_cache
+from opd.language.decoder import Decoder
 from opd.language.model import LanguageModel, pad
 from opd.language.packing import ATTENTION, can_pack, pack, runs_of_equal
 
@@ -86,11 +87,21 @@ class Sampler:
 
     The distribution drawn from is the head's softmax at the run's temperature, cut to `top_k` ids and `top_p` mass
     when set; `log_probs` are exact under that distribution. A row's draws depend on its own seed alone, not on the
-    batch it shares or on how the budget is cut into segments.
+    batch it shares or on how the budget is cut into segments. It samples from the model as it was when it was made.
     """
 
-    def __init__(self, model: LanguageModel, head: Head, end_ids: Sequence[int], top_p: float = 1.0, top_k: int = 0):
+    def __init__(
+        self,
+        model: LanguageModel,
+        head: Head,
+        end_ids: Sequence[int],
+        top_p: float = 1.0,
+        top_k: int = 0,
+        packed: bool = False,
+    ):
         self.model, self.head = model, head
+        body = model.base.get_decoder()
+        self.decoder = Decoder(body, packed) if Decoder.known(body) else None
         self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
@@ -126,6 +137,7 @@ class Sampler:
         """Draw up to `tokens` more for every row still in the batch (never past the budget)."""
         stop = min(state.drawn + tokens, state.budget)
         as_it_is = self._sees_everything(state.cache)
+        decoder = self.decoder if as_it_is and not torch.is_autocast_enabled("cpu") else None
         latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         while state.drawn < stop and len(state.alive):
             log_probs = self._distribution(state)
@@ -145,7 +157,10 @@ class Sampler:
                     # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
                     mask = mask[:, None, None] if as_it_is else mask.long()
                 position = state.prompt_lengths + (state.drawn - 1)
-                state.hidden = self._step(token[:, None], mask, position, state.cache)
+                if decoder is not None:
+                    state.hidden = decoder(token, mask, position, state.cache)
+                else:
+                    state.hidden = self._step(token[:, None], mask, position, state.cache)
         state.record(latest)
         return state
 
@@ -153,7 +168,8 @@ class Sampler:
         """Last hidden state `[B, D]` and left-padded mask of the prompts; their keys and values go into the cache."""
         ids, mask = pad(list(contexts), "left")
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        if not can_pack(self.model.base) or bool(mask.all()):
+        # A layer with a window keeps the end of a packed row, not that of each prompt in it.
+        if not (_keeps_all(cache) and can_pack(self.model.base)) or bool(mask.all()):
             attention = None if bool(mask.all()) else mask
             return self._step(ids, attention, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
         # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
@@ -187,9 +203,7 @@ class Sampler:
 
     def _sees_everything(self, cache: DynamicCache) -> bool:
         """Whether every layer attends to all tokens before, through an interface that takes a boolean mask."""
-        return self.model.base.config._attn_implementation in ("sdpa", ATTENTION) and all(
-            type(layer) is RoomyLayer for layer in cache.layers
-        )
+        return self.model.base.config._attn_implementation in ("sdpa", ATTENTION) and _keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
         """float32 `[alive, V]`: normalised log-probabilities of the next token."""
@@ -202,6 +216,10 @@ class Sampler:
             outside = ordered.cumsum(-1) - ordered >= self.top_p
             logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
         return torch.log_softmax(logits, dim=-1)
+
+
+def _keeps_all(cache: DynamicCache) -> bool:
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
 def inverse_cdf(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
