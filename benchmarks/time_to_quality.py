@@ -1,11 +1,11 @@
 """How soon the student is good: `python -m benchmarks.time_to_quality --json PATH`.
 
-Running sums modulo 10, where an answer is right or wrong. One teacher and one student's beginning, both made by
-supervised training; then every method trains the same student with the same batch, optimiser and schedule, over seeds.
-Counted is what training has cost when the accuracy of greedy answers to validation prompts first reaches 90 % of the
-teacher's, where a run ends: CPU seconds of the process without measuring, and sampled tokens, the teacher's included.
-Every method takes the best of three learning rates, found under a seed of its own in runs of half the length. Each run
-is a process and leaves a file; what is there is not run again.
+Running sums modulo 10 of two to twelve digits, where an answer is right or wrong and as long as the problem. One
+teacher and one student's beginning, both made by supervised training; then every method trains the same student with
+the same batch, optimiser and schedule, over seeds. Counted is what training has cost when the accuracy of greedy
+answers to validation prompts first reaches 90 % of the teacher's, where a run ends: CPU seconds of the process without
+measuring, and sampled tokens, the teacher's included. Every method takes the best of three learning rates, found under
+a seed of its own in runs of half the length. Each run is a process and leaves a file; what is there is not run again.
 """
 
 from __future__ import annotations
@@ -32,24 +32,15 @@ from benchmarks.alternation import QUIET, silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.phases import Phases
 from opd.reproductions.definition import merged
-from reproductions.on_policy import (
-    BUDGET,
-    FEW,
-    RATES,
-    STEPS,
-    STEPS_OF_SELECTION,
-    TERMS,
-    VALIDATION,
-    at_rate,
-    distilled,
-    supervised,
-)
-from reproductions.running_sum import reached, tested
+from reproductions.on_policy import FEW, RATES, STEPS, STEPS_OF_SELECTION, at_rate
+from reproductions.running_sum import prompts, reached, recipe, tested
 
 ROOT = Path(__file__).parent.parent
 OPD, TRL, GKD, SFT = "opd", "TRL on-policy", "TRL GKD, lambda 0.5", "SFT on teacher samples"
 OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
 METHODS = (OPD, TRL, GKD, SFT)
+TERMS, BUDGET = (2, 12), 96
+VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 EVERY = 40
 METRIC = "greedy_accuracy"
 TUNING_SEED = 100
@@ -239,7 +230,8 @@ def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
             progress(f"training {name}")
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            train(place, {}, recipe=merged(supervised(str(before), steps), few), seed=seed)
+            taught = {"rollout": {"kind": "data"}, "objective": ["sft"], "batch": {"prompts": 64, "micro": 64}}
+            train(place, {}, recipe=merged(recipe(str(before), TERMS, BUDGET, steps, 3e-3, **taught), few), seed=seed)
             student = str(place / "run" / "student")
             validation = merged(VALIDATION, FEW if quick else {})
             write(record, tested(place / "validation", {}, student=student, test=validation, seed=0))
@@ -249,11 +241,10 @@ def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
 
 
 def recipe_of(method: str, base: Path, teacher: Path, rate: float, seed: int, quick: bool) -> dict[str, Any]:
-    """What a method trains with; `TERMS` and `BUDGET` of the reproduction on the same task."""
-    block = at_rate(distilled(OWN.get(method, {})), rate)
-    block["student"]["model"], block["teacher"][0]["model"] = str(base), str(teacher)
-    quiet = {"tracking": {"trackers": []}, "checkpoint": {"every": 0}}
-    block = merged(block, {"seed": seed, "evaluation": {"every": EVERY}, **quiet})
+    """What a method trains with."""
+    quiet = {"tracking": {"trackers": []}, "checkpoint": {"every": 0}, "seed": seed}
+    block = recipe(str(base), TERMS, BUDGET, STEPS, 0.0, str(teacher), evaluation={"every": EVERY, **VALIDATION})
+    block = at_rate(merged(block, {**OWN.get(method, {}), **quiet}), rate)
     return merged(block, {"steps": 4, "evaluation": {"every": 2, **FEW}}) if quick else block
 
 
