@@ -84,6 +84,7 @@ def curve(
 def two_processes(size: Size, repeats: int) -> dict[str, Any]:
     """One process against two that share the same step, by engine."""
     materialise(size)
+    progress("two processes")
     alone = _together(size, 1, repeats, {})
     return {
         engine: _against_one(alone, _together(size, 2, repeats, environment), repeats)

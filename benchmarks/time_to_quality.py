@@ -1,6 +1,6 @@
 """How soon the student is good: `python -m benchmarks.time_to_quality --json PATH`.
 
-Running sums modulo 10 of two to twelve digits, where an answer is right or wrong and as long as the problem. One
+Running sums modulo 10 of two to ten digits, where an answer is right or wrong and as long as the problem. One
 teacher and one student's beginning, both made by supervised training; then every method trains the same student with
 the same batch, optimiser and schedule, over seeds. Counted is what training has cost when the accuracy of greedy
 answers to validation prompts first reaches 90 % of the teacher's, where a run ends: CPU seconds of the process without
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent.parent
 OPD, TRL, GKD, SFT = "opd", "TRL on-policy", "TRL GKD, lambda 0.5", "SFT on teacher samples"
 OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
 METHODS = (OPD, TRL, GKD, SFT)
-TERMS, BUDGET = (2, 12), 96
+TERMS, BUDGET = (2, 10), 96
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 EVERY = 40
 METRIC = "greedy_accuracy"
@@ -224,7 +224,7 @@ def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
     if not (folder / "new" / "config.json").exists():
         create_model(folder / "new", task_tokenizer("running_sum"), width=64, layers=2, heads=4)
     before = folder / "new"
-    for seed, (name, steps) in enumerate((("base", 8 if quick else 1200), ("teacher", 12 if quick else 2000))):
+    for seed, (name, steps) in enumerate((("base", 8 if quick else 1600), ("teacher", 12 if quick else 3000))):
         place, record = folder / name, folder / f"{name}.json"
         if not record.exists():
             progress(f"training {name}")
