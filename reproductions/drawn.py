@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import false_discovery_control, fisher_exact
 
 from opd.api import assembled
-from opd.choice import choices_of
 from opd.distributions import Gaussian
-from opd.drawings import Drawing
 from opd.drawings.judges import (
     Classifier,
     background_entropy,
@@ -31,6 +29,7 @@ from opd.drawings.judges import (
 from opd.evaluation import STREAM
 from opd.flow.rollout import FlowRollout
 from opd.prompts import Prompt
+from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
@@ -147,20 +146,22 @@ def divergence(made: Drawn) -> Figures:
     return {"kl": kl, "log_kl": math.log(max(kl, 1e-12)), **{f"kl_step_{k}": value for k, value in enumerate(by_step)}}
 
 
-def make_judges(folder: Path, inputs: Mapping[str, Path], *, size: int, steps: int, seed: int) -> Figures:
-    """The classifier whose features the Frechet distance compares, and training renders to be near to."""
-    tasks: Any = choices_of(Drawing)
-    rows = [row for task in TASKS for row in tasks[task](pixels=PIXELS).rows(size, seed)]
+def make_judges(
+    folder: Path, inputs: Mapping[str, Path], *, prompts: Sequence[Mapping[str, Any]], steps: int, seed: int
+) -> Figures:
+    """The classifier whose features the Frechet distance compares, trained on the pictures of the blocks `prompts`; and
+    those pictures, each once, to be near to."""
+    rows = [row for block in prompts for _, row in DrawingPrompts(**block).rows()]
     classifier = train_classifier(rows, steps=steps, seed=seed)
     (folder / "symbols.json").write_text(json.dumps(classifier.symbols), encoding="utf-8")
-    renders = torch.from_numpy(np.stack([row["image"] for row in rows]))
+    renders = torch.from_numpy(np.unique(np.stack([row["image"] for row in rows]), axis=0))
     save_file({"renders": renders, **classifier.state_dict()}, folder / "judges.safetensors")
     return {}
 
 
 def judged(made: Drawn, judges: Path) -> Figures:
     """`entropy` of the backgrounds of count and glyph, where no prompt names one; `sharpness`; `novelty`, the distance
-    to the nearest training render; `frechet` distance to the references of the same prompts."""
+    to the nearest picture that the base learnt from; `frechet` distance to the references of the same prompts."""
     held = load_file(judges / "judges.safetensors")
     renders = held.pop("renders").numpy().astype(np.float32) / 255
     classifier = Classifier(json.loads((judges / "symbols.json").read_text(encoding="utf-8")))

@@ -39,6 +39,8 @@ EXPERTS = {task: f"expert {task}" for task in ("count", "glyph", "quality")}
 ROUTES = {"count": EXPERTS["count"], "glyph": EXPERTS["glyph"], "scene": EXPERTS["quality"]}
 """Expert of each prompt set; that of quality is the anchor too."""
 MIX = [drawings("count", 3000), drawings("glyph", 1000), drawings("scene", 1000)]
+LEARNT = [drawings(task, 6000) for task in TASKS]
+"""With their pictures, what the base learns from and the judges know."""
 MIXED_REWARD = {"count": 0.8, "glyph": 0.8, "quality": 0.2}
 """Of count and glyph mostly the task; of scene quality alone."""
 
@@ -255,7 +257,7 @@ STAGES = {
                 BASE_STEPS,
                 2e-3,
                 student={"train_prompts": True},
-                prompts=[drawings(task, 6000) for task in TASKS],
+                prompts=LEARNT,
                 evaluation={"prompts": [drawings(task, 100, "validation") for task in TASKS], "every": 0},
             ),
             "rounds": BASE_ROUNDS,
@@ -264,7 +266,7 @@ STAGES = {
         },
         ["new"],
     ),
-    "judges": Stage(make_judges, {"size": 1000, "steps": 300, "seed": 7}),
+    "judges": Stage(make_judges, {"prompts": LEARNT, "steps": 300, "seed": 7}),
     "rate of GRPO": Stage(best_rate, {"recipe": grpo("base"), "rates": list(RATES), "seed": 100}, ["base"]),
     **{
         stage: Stage(
@@ -526,7 +528,7 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
     smoke=Smoke(
         stages={
             "new": {"width": 24, "heads": 2, "layers": 1},
-            "judges": {"size": 8, "steps": 2},
+            "judges": {"prompts": SMALL_SETS, "steps": 2},
             "skills": {"recipe": merged(SMALL, {"evaluation": {"prompts": FEW[:3]}})},
             **{name: {"recipe": SMALL, "rates": [1e-3]} for name in RATE.values()},
             "samples": {"recipe": SMALL_TEST, "size": 4},
