@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -699,6 +700,42 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
         sample_images(recipe, tmp_path, quiet=True)
     with pytest.raises(RecipeError, match="a store holds texts"):
         sample(recipe, tmp_path / "store")
+
+
+def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
+    """Each where nothing else has changed: a routed expert, its scheduler, the resolution."""
+    shifted = Path(shutil.copytree(models[1], tmp_path / "shifted"))
+    file = shifted / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 5.0}))
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+
+    def drawn(circle):
+        routes = {"square": {"kind": "flow", "model": models[0]}, "circle": {"kind": "flow", "model": str(circle)}}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
+        return sample_images(recipe, tmp_path / "images", quiet=True)
+
+    assert drawn(models[1]) == 12
+    with pytest.raises(RunError, match="made with another writer"):
+        drawn(models[0])
+    with pytest.raises(RunError, match="made with another times"):
+        drawn(shifted)
+    tokenizer = symbol_tokenizer(WORDS, words=True)
+    wide = create_flow_model(tmp_path / "wide", tokenizer, size=16, layers=1, heads=2, head_width=8, places=4)
+    small, whole = (recipe_for([str(wide), str(wide)], tmp_path / "r", student={"resolution": n}) for n in (8, 16))
+    sample_images(small, tmp_path / "sized", quiet=True)
+    with pytest.raises(RunError, match="made with another settings"):
+        sample_images(whole, tmp_path / "sized", quiet=True)
+    pipelines = [str(tmp_path / name) for name in ("one", "other")]
+    for seed, place in enumerate(pipelines):
+        tiny_pipeline(seed).save_pretrained(place)
+    expert = {"kind": "flow", "name": "expert", "model": pipelines[0]}
+    changes = {"teacher": expert, "rollout": {"kind": "sde", "steps": 4, "teacher": "expert"}}
+    first, second = (recipe_for([place, ""], tmp_path / "r", **changes) for place in pipelines)
+    sample_images(first, tmp_path / "decoded", quiet=True)
+    with pytest.raises(RunError, match="made with another encoders"):
+        sample_images(second, tmp_path / "decoded", quiet=True)
 
 
 def tiny_pipeline(seed=0):
