@@ -30,6 +30,7 @@ from opd.flow.sampling import sample_images
 from opd.flow.transition import diffusion, transition
 from opd.language.creation import symbol_tokenizer
 from opd.loop import train
+from opd.merging import merge
 from opd.monitor import Monitor
 from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
@@ -415,6 +416,14 @@ def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
     torch.testing.assert_close(merged(*inputs).sample, result.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
     other = FlowTransformer(model=models[0], adapter=str(folder / "adapter")).build(Context(torch.device("cpu")))
     torch.testing.assert_close(other.model.transformer(*inputs).sample, merged(*inputs).sample, atol=1e-5, rtol=1e-4)
+    # On top of that adapter a second one changes weights that lie nowhere, and says nothing alone.
+    student = {"lora": lora, "adapter": str(folder / "adapter")}
+    again = execute(recipe_for(models, tmp_path / "again", student=student), quiet=True)
+    assert not (again.directory / "student" / "adapter").exists()
+    merged = SD3Transformer2DModel.from_pretrained(again.directory / "student", subfolder="transformer")
+    torch.testing.assert_close(merged(*inputs).sample, again.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="has no adapter"):
+        merge([result.directory, again.directory], tmp_path / "merged", form="adapter")
 
 
 def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, tmp_path):

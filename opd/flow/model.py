@@ -152,11 +152,15 @@ class FlowModel(torch.nn.Module):
         found = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
-    def save(self, folder: Path) -> None:
-        """`folder` in diffusers' own format; adapters are merged into the transformer's weights, this copy is not."""
+    def save(self, folder: Path, adapter: bool = True) -> None:
+        """`folder` in diffusers' own format; adapters are merged into the transformer's weights, this copy is not.
+
+        Args:
+            adapter: write the adapter too, in `folder/adapter`.
+        """
         adapted: Any = self.transformer
         transformer: Any = copy.deepcopy(adapted).merge_and_unload() if adapted is not self.base else adapted
-        if adapted is not self.base:
+        if adapter and adapted is not self.base:
             adapted.save_pretrained(folder / "adapter")
         if self.pipeline is None:
             transformer.save_pretrained(folder / "transformer")

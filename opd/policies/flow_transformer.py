@@ -105,6 +105,8 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        # One that is trained on top of another changes weights that are saved nowhere.
+        self.own_base = settings is None or settings.adapter is None
         model.requires_grad_(False)
         model.transformer.requires_grad_(True)
         if settings is not None:
@@ -207,9 +209,9 @@ class FlowStudent(Student):
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` is a diffusers pipeline, or for a model of pixels its parts; with LoRA the merged weights, and the
-        adapter in `folder/adapter`."""
+        adapter in `folder/adapter` unless the student began with another adapter."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(folder)
+        self.model.save(folder, adapter=self.own_base)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
