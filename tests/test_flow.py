@@ -37,7 +37,7 @@ from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
-from opd.prompts import Prompt, load_prompts
+from opd.prompts import Prompt, count_repeats, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.run import assemble
@@ -686,6 +686,18 @@ def test_images_are_sampled_once_and_learnt_from(writer, models, tmp_path, monke
     assert {(p.id, p.fields["task"]) for p in prompts} >= {("red circle-1-0", "circle"), ("blue square-0-1", "square")}
     train(run)
     assert command("seed=1") == 2
+
+
+@pytest.mark.parametrize("rollout", [{"kind": "sde", "steps": 4}, {"kind": "noised"}])
+def test_a_prompt_that_a_step_draws_twice_gets_other_noise(rollout, models, drawings):
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    source = parse_recipe(block_for(models, "run", rollout=rollout)).rollout.build(student.context, student, [])
+    one, other = (Prompt(row["id"], row) for row in drawings[:2])
+    made = source(count_repeats([one, other, one]), 2, 3, stream=0)
+    starts = torch.stack([context.start for context in made.contexts])
+    assert len(starts.unique(dim=0)) == 6
+    before = source([one, other], 2, 3, stream=0)
+    assert torch.equal(before.actions, made.rows(0, 4)[0].actions)
 
 
 def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):

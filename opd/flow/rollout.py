@@ -90,7 +90,7 @@ class FlowRollout(PrefixSource):
         self.model.eval()
         texts = [str(prompt.view()) for prompt in prompts]
         conditions = [c for c in self.reader.encoder.encode(texts) for _ in range(group)]
-        seeds = [row_seed(self.context.seed, stream, p.id, g) for p in prompts for g in range(group)]
+        seeds = [row_seed(self.context.seed, stream, p, group, g) for p in prompts for g in range(group)]
         rows: list[Denoising] = []
         actions, log_probs = [], []
         for first in range(0, len(seeds), self.settings.batch):
