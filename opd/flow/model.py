@@ -29,7 +29,9 @@ class FlowSettings(Settings):
     )
     adapter: str | None = Field(None, description="A LoRA adapter of peft to merge into the transformer's weights")
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the weights; auto is the student's, and of a student float32"
+    )
 
 
 class FlowModel(torch.nn.Module):
@@ -184,8 +186,9 @@ def load_flow_model(
         raise ModelError(
             f"model {settings.model!r}: no folder with a transformer/ in it; give a diffusers pipeline's folder or name"
         )
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else None
-    options = {"revision": settings.revision, **({} if dtype is None else {"torch_dtype": dtype})}
+    dtype = torch.float32 if like is None else like.base.dtype
+    dtype = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    options = {"revision": settings.revision, "torch_dtype": dtype}
     pipeline = None
     encoder: PromptEncoder
     try:
