@@ -23,6 +23,7 @@ from opd.distributions import Gaussian
 from opd.divergences import Target
 from opd.divergences.gaussian_kl import GaussianKL
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError
+from opd.evaluation import evaluate
 from opd.flow.creation import create_flow_model
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import load_flow_model
@@ -353,6 +354,23 @@ def test_every_choice_trains_through_the_same_loop(changes, models, drawings, tm
         assert learnt[-1] < learnt[0]
 
 
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"kind": "mixture", "first": {"kind": "noised"}, "second": {"kind": "sde", "steps": 3, "noise": 0.3}},
+        {"kind": "noised", "times": "grid", "steps": 3, "noise": 0.3},
+    ],
+    ids=lambda rollout: rollout["kind"],
+)
+def test_held_out_divergence_is_measured_on_the_recipes_grid(rollout, models, drawings, tmp_path):
+    prompts = {"prompts": drawings}
+    found = built(recipe_for(models, tmp_path / "a", prompts=prompts, rollout=rollout))
+    plain = built(
+        recipe_for(models, tmp_path / "b", prompts=prompts, rollout={"kind": "sde", "steps": 3, "noise": 0.3})
+    )
+    assert evaluate(found).metrics == evaluate(plain).metrics
+
+
 def test_flow_matching_learns_images_and_the_prompt_table_where_asked(models, drawings, tmp_path):
     recipe = recipe_for(
         models,
@@ -509,6 +527,18 @@ def test_the_plan_counts_what_the_models_are(models, tmp_path):
         ),
     )
     assert plan.memory["activations of a micro-batch"] == pytest.approx(8 * kept, rel=0.15)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_teachers_dtype_is_the_students_unless_it_is_said(dtype, kept, models, tmp_path):
+    teacher = {"kind": "flow", "model": models[1], "dtype": dtype}
+    student = {"dtype": "bfloat16", "lora": {"rank": 2}}
+    recipe = recipe_for(models, tmp_path / "run", teacher=teacher, student=student)
+    context = Context(torch.device("cpu"))
+    loaded = recipe.teacher[0].build(context, recipe.student.build(context)).model.transformer
+    assert {p.dtype for p in loaded.parameters()} == {kept}
+    held = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    assert make_plan(recipe).memory["teacher 0 weights"] == held
 
 
 def test_the_recipe_for_the_real_model_is_planned_without_it():

@@ -183,11 +183,9 @@ class FlowStudent(Student):
         return rows
 
     def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> FlowRollout:
-        from opd.flow.rollout import FlowRollout
-        from opd.rollouts.sde import SDERollout
+        from opd.flow.rollout import FlowRollout, measured_on
 
-        settings = recipe.rollout if isinstance(recipe.rollout, SDERollout) else SDERollout()
-        return FlowRollout(self.model, settings, context).drawing(recipe.evaluation.steps, 0.0)
+        return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(recipe.evaluation.steps, 0.0)
 
     def measure(self, run: Run) -> HeldOut:
         from opd.flow.evaluation import measure
