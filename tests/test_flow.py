@@ -879,13 +879,12 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
 def test_distill_takes_live_models(models, tmp_path):
     own, other = (FlowTransformer(model=m).build(Context(torch.device("cpu"))).model for m in models)
     before = own.transformer.proj_out.weight.detach().clone()
-    result = distill(
-        own,
-        other,
-        PROMPTS,
-        quiet=True,
-        **{k: v for k, v in block_for(models, tmp_path / "run").items() if k not in ("student", "teacher", "prompts")},
-    )
+    settings = block_for(models, tmp_path / "run")
+    settings = {k: v for k, v in settings.items() if k not in ("student", "teacher", "prompts")}
+    result = distill({"model": own, "guidance": 3.0}, other, PROMPTS, quiet=True, **settings)
     assert result.student is own
     assert not torch.equal(own.transformer.proj_out.weight, before)
+    assert yaml.safe_load((result.directory / "recipe.yaml").read_text())["student"]["guidance"] == 3.0
+    with pytest.raises(RecipeError, match=r"student\.resolution is 8 beside a live model, which takes guidance, lora"):
+        distill({"model": own, "resolution": 8}, other, PROMPTS, **settings)
     assert SFT().model_dump()["kind"] == "sft"

@@ -57,6 +57,7 @@ class FlowTransformer(FlowSettings, Policy):
     kind: Literal["flow_transformer"] = "flow_transformer"
     modality: ClassVar[str | None] = "flow"
     teacher: ClassVar[str] = "flow"
+    of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights; adapters are float32 in any case"
     )
@@ -76,9 +77,8 @@ class FlowTransformer(FlowSettings, Policy):
     def takes(cls, model: Any) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
 
-    @classmethod
-    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
-        return FlowStudent(_live(model, context), None, context)
+    def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
+        return FlowStudent(_live(model, context), self, context)
 
     @classmethod
     def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
