@@ -36,6 +36,7 @@ from opd.reproductions.training import filled
 from opd.run import Run
 from opd.trajectories import Trajectories
 from opd.verifiers.drawing import DrawingReward
+from reproductions.running_sum import reached
 
 TASKS = ("count", "glyph", "scene")
 PIXELS = 16
@@ -88,6 +89,7 @@ def measured(
     trained: str | None = None,
     experts: Sequence[str] = (),
     draws: int = 0,
+    way: Sequence[str] = (),
     seed: int,
 ) -> Figures:
     """A saved model on the recipe's held-out prompts: equally many of count, glyph, scene and unseen count. The stage
@@ -97,6 +99,8 @@ def measured(
         trained: stage that trained the model, for costs and curve.
         experts: stages whose cost stands under `expert_cpu_seconds`.
         draws: pictures a prompt for `wins`; 0 leaves it out.
+        way: two stages that trained: nine tenths from where the first began to where the second ended, in accuracy, is
+            the goal of `sampled_tokens_to_goal`; empty leaves it out.
 
     Returns:
         `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
@@ -123,6 +127,9 @@ def measured(
     if draws:
         own = successes(recipe, inputs, model, seed, draws)
         figures["wins"] = wins(own, figures_of(inputs["experts drawn"])["successes"], draws)
+    if way:
+        first, last = (figures_of(inputs[name])["curve"][i]["accuracy"] for name, i in zip(way, (0, -1), strict=True))
+        figures |= reached(figures["curve"], "accuracy", first + 0.9 * (last - first))
     return figures
 
 
