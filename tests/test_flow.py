@@ -606,6 +606,26 @@ def test_mistakes_are_named(changes, error, message, models, tmp_path):
         built(parse_recipe(data))
 
 
+REFUSED_BY_THE_PLAN = [
+    {"rollout": {"kind": "sde", "teacher": "x"}},
+    {"student": {"resolution": 12}},
+    {"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}},
+    {"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}},
+    {"prompts": {"kind": "file", "path": "nowhere.jsonl"}},
+    {"prompts": {"prompts": [{"prompt": [{"role": "user", "content": "red circle"}]}] * 4}},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED_BY_THE_PLAN, ids=lambda changes: next(iter(changes)))
+def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, tmp_path):
+    recipe = recipe_for(models, tmp_path / "run", **changes)
+    with pytest.raises(OpdError) as found:
+        built(recipe)
+    with pytest.raises(type(found.value)) as planned:
+        make_plan(recipe)
+    assert str(planned.value) == str(found.value)
+
+
 def test_a_language_recipe_with_a_flow_objective_is_named():
     data = {"student": {"model": "x"}, "teacher": {"model": "y"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
     with pytest.raises(RecipeError, match=r"objective 'gaussian_kl' is for flow models.*reverse_kl"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,17 +60,9 @@ class FlowModel(torch.nn.Module):
         # Not submodules, so that copies share them.
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
-        size = self.base.config.sample_size if resolution is None else resolution // factor
-        patch = self.base.config.patch_size
-        if resolution is not None and (
-            resolution % (factor * patch) or size > self.base.config.pos_embed_max_size * patch
-        ):
-            raise ModelError(
-                f"resolution is {resolution}; give a multiple of {factor * patch}, at most "
-                f"{self.base.config.pos_embed_max_size * patch * factor}"
-            )
-        self.shape = (int(self.base.config.in_channels), int(size), int(size))
-        self.resolution = int(size) * factor
+        size = latent_size(self.base.config, factor, resolution)
+        self.shape = (int(self.base.config.in_channels), size, size)
+        self.resolution = size * factor
         self._grids: dict[int, torch.Tensor] = {}
 
     @property
@@ -174,6 +166,19 @@ class FlowModel(torch.nn.Module):
         self.pipeline.register_modules(transformer=transformer)
         self.pipeline.save_pretrained(folder)
         self.pipeline.register_modules(transformer=own)
+
+
+def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:
+    """Side of the latents of a transformer of this configuration; `factor` pixels are one place of them.
+
+    Raises:
+        ModelError: it cannot draw images of this resolution.
+    """
+    patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
+    size = config["sample_size"] if resolution is None else resolution // factor
+    if resolution is not None and (resolution % (factor * patch) or size > most):
+        raise ModelError(f"resolution is {resolution}; give a multiple of {factor * patch}, at most {most * factor}")
+    return int(size)
 
 
 def load_flow_model(

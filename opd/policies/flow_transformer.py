@@ -15,7 +15,7 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
-from opd.flow.encoder import PromptTable, TextEncoders
+from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
@@ -131,14 +131,7 @@ class FlowStudent(Student):
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
-        for prompt in prompts:
-            text = prompt.view()
-            if not isinstance(text, str):
-                raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
-            try:
-                self.model.encoder.check(text, limit)
-            except DataError as error:
-                raise DataError(f"{prompt.where}: {error}") from None
+        check_prompts(prompts, self.model.encoder, limit)
 
     @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
@@ -229,6 +222,19 @@ def with_lora(transformer: Any, lora: FlowLoRA) -> Any:
         return get_peft_model(transformer, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
+
+
+def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:
+    """Raise `DataError` for a prompt that is no text or that the encoder, where it is at hand, cannot read whole."""
+    for prompt in prompts:
+        text = prompt.view()
+        if not isinstance(text, str):
+            raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
+        try:
+            if encoder is not None:
+                encoder.check(text, limit)
+        except DataError as error:
+            raise DataError(f"{prompt.where}: {error}") from None
 
 
 def labels(context: Denoising) -> list[str]:
