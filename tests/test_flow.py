@@ -41,6 +41,7 @@ from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt, count_repeats, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
+from opd.rollouts.sde import SDERollout
 from opd.run import assemble
 from opd.store.sampling import sample
 from opd.verifiers import Verifier
@@ -624,6 +625,53 @@ def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, 
     with pytest.raises(type(found.value)) as planned:
         make_plan(recipe)
     assert str(planned.value) == str(found.value)
+
+
+def test_a_teacher_is_asked_with_the_students_guidance(models, tmp_path):
+    run = built(recipe_for(models, tmp_path / "run", student={"guidance": 3.0}))
+    made = run.rollout(run.schedule.next(0, {}).prompts, 1, 3, stream=0)
+    (target,) = run.ask(made)
+    teacher, x = run.teachers[0].model, made.contexts[0].start[None]
+    t, conditions = made.contexts[0].times[:1], run.student.model.encoder.encode([made.prompts[0].view(), ""])
+    with torch.no_grad():
+        bound, free = (teacher(x, t, [condition], [1], [1.0]) for condition in conditions)
+    following, noise = made.contexts[0].times[1:2], torch.tensor([0.7])
+    expected = transition(x, free + 3.0 * (bound - free), t, following, noise).mean
+    torch.testing.assert_close(target.distribution.mean[:1], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, transition(x, bound, t, following, noise).mean, atol=1e-4)
+
+
+def test_a_step_is_float32_whatever_the_model_computes_in(models):
+    student = FlowTransformer(model=models[0], dtype="bfloat16").build(Context(torch.device("cpu")))
+    source = SDERollout(steps=4, dtype="bfloat16").build(student.context, student, [])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = source([Prompt("p", {"prompt": "red circle"})], 2, 3, stream=0)
+        own = student(made)
+    assert {own.mean.dtype, own.std.dtype, made.actions.dtype, made.behaviour_log_probs.dtype} == {torch.float32}
+    x, v = (torch.randn(3, 2, 4, 4) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = step_of(v.bfloat16(), x)
+    assert torch.equal(within.mean, step_of(v.bfloat16().float(), x).mean)
+
+
+def test_members_of_a_routed_teacher_stay_and_a_student_like_its_teacher_has_no_loss(models, tmp_path):
+    routes = {shape: {"kind": "flow", "model": models[0]} for shape in ("square", "circle")}
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    routed = {"kind": "routed", "by": "task", "routes": routes}
+    run = built(recipe_for(models, tmp_path / "run", teacher=routed, prompts={"prompts": rows}))
+    train(run)
+    steps = [record for record in run.monitor.history if "train/loss" in record]
+    assert steps[0]["train/loss"] == steps[0]["train/divergence"] == 0
+    assert steps[0]["train/gradient_norm"] == 0
+    run = built(recipe_for(models[::-1], tmp_path / "other", teacher=routed, prompts={"prompts": rows}))
+    members = run.teachers[0].members().values()
+    before = [{name: p.clone() for name, p in member.model.named_parameters()} for member in members]
+    train(run)
+    assert next(record["train/loss"] for record in run.monitor.history if "train/loss" in record) > 0
+    for member, weights in zip(members, before, strict=True):
+        for name, p in member.model.named_parameters():
+            assert torch.equal(p, weights[name]), name
+            assert p.grad is None
 
 
 def test_a_language_recipe_with_a_flow_objective_is_named():
