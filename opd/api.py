@@ -6,7 +6,7 @@ import errno
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import choices_of
 from opd.context import Context
-from opd.errors import DataError, RunError
+from opd.errors import DataError, RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate
 from opd.loop import train
 from opd.monitor import Monitor
@@ -79,7 +79,7 @@ def distill(
 
     Args:
         student: hub name or folder, a mapping of the recipe's `student` block, or a live model (of transformers, or a
-            pipeline of diffusers), which is then trained in place.
+            pipeline of diffusers), which is then trained in place; with settings `{"model": pipe, "guidance": 4.5}`.
         teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several.
         prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
             recipe's `prompts` block.
@@ -98,7 +98,7 @@ def distill(
     teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
     recipe = parse_recipe(
         {
-            "student": _block(student, lambda policy: policy.model_fields["kind"].default),
+            "student": _student_block(student),
             "teacher": [_block(t, lambda policy: policy.teacher) for t in teachers],
             "prompts": _prompt_block(prompts),
             **settings,
@@ -109,8 +109,8 @@ def distill(
     if recipe.hardware.device == "auto" and torch.cuda.is_available():
         device = torch.device("cuda")
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
-    policy = _policy_of(student)
-    live_student = None if policy is None else policy.live_student(student, tokenizer, context)
+    model = _model_of(student)
+    live_student = recipe.student.live_student(model, tokenizer, context) if _policy_of(model) else None
     live_teachers = None
     policies = [_policy_of(t) for t in teachers]
     if any(policies):
@@ -418,6 +418,24 @@ def _policy_of(model: Any) -> type[Policy] | None:
     """The policy that a live model is of, or None for what is no model."""
     found = (cls for cls in choices_of(Policy).values() if issubclass(cls, Policy) and cls.takes(model))
     return next(found, None)
+
+
+def _model_of(student: Any) -> Any:
+    return student.get("model") if isinstance(student, Mapping) else student
+
+
+def _student_block(student: Any) -> Any:
+    """A live model may come with settings, except for those that say how one is loaded."""
+    policy = _policy_of(_model_of(student))
+    if policy is None or not isinstance(student, Mapping):
+        return _block(student, lambda policy: policy.model_fields["kind"].default)
+    strange = [key for key in student if key not in ("model", *policy.of_live)]
+    if strange:
+        raise RecipeError(
+            f"student.{strange[0]} is {student[strange[0]]!r} beside a live model, which takes "
+            f"{', '.join(policy.of_live)}; remove the key, or give a folder as student.model"
+        )
+    return {**student, "kind": policy.model_fields["kind"].default, "model": LIVE}
 
 
 def _block(model: Any, kind_of: Callable[[type[Policy]], str]) -> Any:

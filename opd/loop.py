@@ -9,6 +9,7 @@ import torch
 from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
 from opd.objectives import Target
+from opd.prompts import count_repeats
 from opd.run import Run
 from opd.trajectories import Trajectories
 
@@ -26,7 +27,7 @@ def train(run: Run) -> None:
         scheduled = run.take_settings_of_step()
 
         with clock("rollout"):
-            prompts = run.share(draw.prompts)
+            prompts = run.share(count_repeats(draw.prompts))
             budget = run.rollout.settings.budget if draw.budget is None else draw.budget
             trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
             trajectories = run.verify(trajectories)

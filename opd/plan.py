@@ -17,14 +17,12 @@ from opd.hardware import fast_in_bf16
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
-from opd.planning import bytes_text, count_text, saved_bytes
+from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
 from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.policies.flow_transformer import FlowTransformer
-from opd.prompts.dataset import DatasetPrompts
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
 from opd.rollouts.stored import StoredRollout
-from opd.run import load_data
 from opd.store import Store, Targets
 from opd.store.targets import ANSWERS
 from opd.teachers import Teacher
@@ -213,11 +211,9 @@ def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
 
 def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     """Mean length of a prompt, and how many leading tokens all prompts have in common."""
-    remote = [p.path for p in recipe.prompts if isinstance(p, DatasetPrompts) and not Path(p.path).exists()]
-    if remote:
-        notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
+    prompts = prompts_at_hand(recipe, notes)
+    if prompts is None:
         return recipe.max_prompt_tokens, 0
-    training, held_out = load_data(recipe)
     assert isinstance(recipe.student, CausalLM)
     try:
         tokenizer = load_tokenizer(recipe.student, local_only=bool(notes))
@@ -225,8 +221,7 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
         return recipe.max_prompt_tokens, 0
     language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
-    sample = [*training, *held_out][:512]
-    encoded = [language.encode(prompt) for prompt in sample]
+    encoded = [language.encode(prompt) for prompt in prompts[:512]]
     lengths = [len(ids) for ids in encoded]
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     return round(sum(lengths) / len(lengths)), common_beginning(encoded)

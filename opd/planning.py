@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from opd.prompts import Prompt
+from opd.prompts.dataset import DatasetPrompts
+from opd.recipe import Recipe
+from opd.run import load_data
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
@@ -24,6 +30,16 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         forward()
     return sum(seen.values())
+
+
+def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
+    """Training and held-out prompts, checked as a run does; None where they would have to be downloaded."""
+    remote = [p.path for p in recipe.prompts if isinstance(p, DatasetPrompts) and not Path(p.path).exists()]
+    if remote:
+        notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
+        return None
+    training, held_out = load_data(recipe)
+    return [*training, *held_out]
 
 
 def count_text(value: float) -> str:

@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import false_discovery_control, fisher_exact
 
 from opd.api import assembled
-from opd.choice import choices_of
 from opd.distributions import Gaussian
-from opd.drawings import Drawing
 from opd.drawings.judges import (
     Classifier,
     background_entropy,
@@ -31,12 +29,14 @@ from opd.drawings.judges import (
 from opd.evaluation import STREAM
 from opd.flow.rollout import FlowRollout
 from opd.prompts import Prompt
+from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.run import Run
 from opd.trajectories import Trajectories
 from opd.verifiers.drawing import DrawingReward
+from reproductions.running_sum import reached
 
 TASKS = ("count", "glyph", "scene")
 PIXELS = 16
@@ -89,6 +89,7 @@ def measured(
     trained: str | None = None,
     experts: Sequence[str] = (),
     draws: int = 0,
+    way: Sequence[str] = (),
     seed: int,
 ) -> Figures:
     """A saved model on the recipe's held-out prompts: equally many of count, glyph, scene and unseen count. The stage
@@ -98,6 +99,8 @@ def measured(
         trained: stage that trained the model, for costs and curve.
         experts: stages whose cost stands under `expert_cpu_seconds`.
         draws: pictures a prompt for `wins`; 0 leaves it out.
+        way: two stages that trained: nine tenths from where the first began to where the second ended, in accuracy, is
+            the goal of `sampled_tokens_to_goal`; empty leaves it out.
 
     Returns:
         `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
@@ -124,6 +127,9 @@ def measured(
     if draws:
         own = successes(recipe, inputs, model, seed, draws)
         figures["wins"] = wins(own, figures_of(inputs["experts drawn"])["successes"], draws)
+    if way:
+        first, last = (figures_of(inputs[name])["curve"][i]["accuracy"] for name, i in zip(way, (0, -1), strict=True))
+        figures |= reached(figures["curve"], "accuracy", first + 0.9 * (last - first))
     return figures
 
 
@@ -147,20 +153,22 @@ def divergence(made: Drawn) -> Figures:
     return {"kl": kl, "log_kl": math.log(max(kl, 1e-12)), **{f"kl_step_{k}": value for k, value in enumerate(by_step)}}
 
 
-def make_judges(folder: Path, inputs: Mapping[str, Path], *, size: int, steps: int, seed: int) -> Figures:
-    """The classifier whose features the Frechet distance compares, and training renders to be near to."""
-    tasks: Any = choices_of(Drawing)
-    rows = [row for task in TASKS for row in tasks[task](pixels=PIXELS).rows(size, seed)]
+def make_judges(
+    folder: Path, inputs: Mapping[str, Path], *, prompts: Sequence[Mapping[str, Any]], steps: int, seed: int
+) -> Figures:
+    """The classifier whose features the Frechet distance compares, trained on the pictures of the blocks `prompts`; and
+    those pictures, each once, to be near to."""
+    rows = [row for block in prompts for _, row in DrawingPrompts(**block).rows()]
     classifier = train_classifier(rows, steps=steps, seed=seed)
     (folder / "symbols.json").write_text(json.dumps(classifier.symbols), encoding="utf-8")
-    renders = torch.from_numpy(np.stack([row["image"] for row in rows]))
+    renders = torch.from_numpy(np.unique(np.stack([row["image"] for row in rows]), axis=0))
     save_file({"renders": renders, **classifier.state_dict()}, folder / "judges.safetensors")
     return {}
 
 
 def judged(made: Drawn, judges: Path) -> Figures:
     """`entropy` of the backgrounds of count and glyph, where no prompt names one; `sharpness`; `novelty`, the distance
-    to the nearest training render; `frechet` distance to the references of the same prompts."""
+    to the nearest picture that the base learnt from; `frechet` distance to the references of the same prompts."""
     held = load_file(judges / "judges.safetensors")
     renders = held.pop("renders").numpy().astype(np.float32) / 255
     classifier = Classifier(json.loads((judges / "symbols.json").read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ from typing import Any
 from opd.drawings.vocabulary import drawing_tokenizer
 from opd.flow.creation import create_flow_model
 from opd.merging import merge
+from opd.prompts.drawings import DrawingPrompts
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
 from opd.reproductions.definition import COSTS, Figures, merged
 from reproductions.drawn import (
@@ -39,6 +40,8 @@ EXPERTS = {task: f"expert {task}" for task in ("count", "glyph", "quality")}
 ROUTES = {"count": EXPERTS["count"], "glyph": EXPERTS["glyph"], "scene": EXPERTS["quality"]}
 """Expert of each prompt set; that of quality is the anchor too."""
 MIX = [drawings("count", 3000), drawings("glyph", 1000), drawings("scene", 1000)]
+LEARNT = [drawings(task, 6000) for task in TASKS]
+"""With their pictures, what the base learns from and the judges know."""
 MIXED_REWARD = {"count": 0.8, "glyph": 0.8, "quality": 0.2}
 """Of count and glyph mostly the task; of scene quality alone."""
 
@@ -121,10 +124,17 @@ def distilled(
     if anchor is not None:
         teachers.append({"kind": "flow", "name": "anchor", "model": of(anchor), "batch": 64})
         objectives.append({"kind": "gaussian_kl", "teacher": "anchor", "weight": weight})
-    return merged(recipe(of(start), STEPS, teacher=teachers, objective=objectives), changes)
+    return merged(recipe(of(start), STEPS, teacher=teachers, objective=objectives, evaluation={"every": 25}), changes)
+
+
+def different_texts(block: Mapping[str, Any]) -> int:
+    return len({row["prompt"] for _, row in DrawingPrompts(**block).rows()})
 
 
 SETS = [*(drawings(task, HELD_OUT, "test") for task in TASKS), drawings("count", HELD_OUT, "unseen")]
+DISTINCT = ", ".join(
+    f"{different_texts(block)} of {name}" for block, name in zip(SETS, (*TASKS, "unseen"), strict=True)
+)
 TEST = merged(distilled("base"), {"evaluation": {"prompts": SETS}})
 """What every model is tested by; the test puts its own model in the student's place."""
 
@@ -195,8 +205,10 @@ REINFORCED = {
     MIX_ARM: grpo("base"),
     "GRPO-Mix from merge": grpo("merged"),
 }
+SEEDS = (0, 1, 2)
 LONG = "GRPO-Mix, the experts' samples too"
-"""As many samples as all experts and a student together."""
+"""As many samples as a student and its share of the experts, which the students of all seeds have in common."""
+LONG_STEPS = STEPS + len(EXPERTS) * EXPERT_STEPS // len(SEEDS)
 DISTILLED = {
     MAIN: distilled("merged", QUALITY, 0.02),
     PLAIN: distilled("merged"),
@@ -221,21 +233,31 @@ MODELS = ["base", *EXPERTS.values(), "merged", "SFT"]
 RATE = {"GRPO": "rate of GRPO", "OPD": "rate of OPD"}
 
 
-def trained_stage(block: Mapping[str, Any], rate: str, seeds: int | None = None) -> Stage:
-    inputs = [rate, *inputs_of(block, MODELS)]
-    return Stage(trained, {"recipe": block, "rate": rate}, inputs, per_seed=True, seeds=seeds)
+def trained_stage(block: Mapping[str, Any], rate: str) -> Stage:
+    return Stage(trained, {"recipe": block, "rate": rate}, [rate, *inputs_of(block, MODELS)], per_seed=True)
 
 
-def arm(
-    stage: str, training: bool = True, experts: bool = True, draws: bool = False, seeds: int | None = None
-) -> Stage:
+STARTS = (PLAIN, "OPD from SFT", "OPD from base")
+GOAL = [student(STARTS[-1]), student(PLAIN)]
+"""From where the one begins to where the other ends; nine tenths of that way is a goal for all starts."""
+
+
+def arm(stage: str, training: bool = True, experts: bool = True, draws: bool = False, goal: bool = False) -> Stage:
     """A test of the student that a stage made, `training` this seed's arm or a model that was there before."""
     params: dict[str, Any] = {"model": of(stage), "recipe": TEST}
     params |= {"trained": stage} if training else {}
     params |= {"experts": list(EXPERTS.values())} if experts else {}
     params |= {"draws": DRAWS} if draws else {}
-    needed = ["judges", "base", *EXPERTS.values(), stage, *(["experts drawn"] if draws else [])]
-    return Stage(measured, params, list(dict.fromkeys(needed)), seeds=seeds)
+    params |= {"way": GOAL} if goal else {}
+    needed = [
+        "judges",
+        "base",
+        *EXPERTS.values(),
+        stage,
+        *(["experts drawn"] if draws else []),
+        *(GOAL if goal else []),
+    ]
+    return Stage(measured, params, list(dict.fromkeys(needed)))
 
 
 EXPERT_SETS = {
@@ -255,7 +277,7 @@ STAGES = {
                 BASE_STEPS,
                 2e-3,
                 student={"train_prompts": True},
-                prompts=[drawings(task, 6000) for task in TASKS],
+                prompts=LEARNT,
                 evaluation={"prompts": [drawings(task, 100, "validation") for task in TASKS], "every": 0},
             ),
             "rounds": BASE_ROUNDS,
@@ -264,7 +286,7 @@ STAGES = {
         },
         ["new"],
     ),
-    "judges": Stage(make_judges, {"size": 1000, "steps": 300, "seed": 7}),
+    "judges": Stage(make_judges, {"prompts": LEARNT, "steps": 300, "seed": 7}),
     "rate of GRPO": Stage(best_rate, {"recipe": grpo("base"), "rates": list(RATES), "seed": 100}, ["base"]),
     **{
         stage: Stage(
@@ -302,14 +324,14 @@ STAGES = {
     ),
     "experts drawn": Stage(
         experts_drawn,
-        {"models": {stage: of(stage) for stage in EXPERTS.values()}, "recipe": TEST, "draws": DRAWS, "seed": 0},
+        {"models": {stage: of(stage) for stage in EXPERTS.values()}, "recipe": TEST, "draws": DRAWS, "seed": 11},
         ["base", *EXPERTS.values()],
     ),
 }
 TRAINED = {
     **{student(name): trained_stage(block, RATE["GRPO"]) for name, block in REINFORCED.items()},
     **{student(name): trained_stage(block, RATE["OPD"]) for name, block in DISTILLED.items()},
-    student(LONG): trained_stage(grpo("base", STEPS + len(EXPERTS) * EXPERT_STEPS), RATE["GRPO"], seeds=1),
+    student(LONG): trained_stage(grpo("base", LONG_STEPS), RATE["GRPO"]),
 }
 
 
@@ -319,6 +341,7 @@ def more(
     return Claim(id, statement, metric, "higher", method, baseline, margin=margin, note=note)
 
 
+SPEED = "sampled_tokens_to_goal"
 SHARED_SAMPLES = "samples are equal in all, so each reward has fewer of them"
 
 
@@ -349,18 +372,19 @@ prompts with {BATCH["group"]} samples each, so that student samples are equal.
 
 **Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, each filling the middle of a
 quarter, two of twelve characters to write in the middle, a shape in front of a gradient, and a quality that says
-nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT}
-test prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count
-on triples of number, colour and shape that nobody trained on. Training rewards are graded. Test pictures come from
-{ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on pixels of patch 4, width 72 and 3 layers (0.56
-million parameters) without guidance. The **base** learnt by flow matching in rounds of {BASE_STEPS} batches and
-stopped as soon as count and glyph are both right in {ENOUGH:.0%} of the cases, and none in more than {WINDOW[1]:.0%},
-so that there is something left to learn. **Experts** are that base after {EXPERT_STEPS} steps of GRPO, one on count,
-one on glyph, and one on 0.4 quality and 0.6 task over all prompts, which owns the prompts of scene and is the anchor;
-all arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards count and glyph with 0.8 task and 0.2
-quality, scene with quality. **Cold starts** are the experts' average and flow matching on their pictures. Sampling in
-training: {T} steps, the last one not trained on, noise {NOISE}. The learning rate of GRPO and that of OPD are each
-the best of {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed reward, under a seed of its own.
+nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT} test
+prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count on
+triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
+Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on
+pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow
+matching in rounds of {BASE_STEPS} batches and stopped as soon as count and glyph are both right in {ENOUGH:.0%} of the
+cases, and none in more than {WINDOW[1]:.0%}, so that there is something left to learn. **Experts** are that base after
+{EXPERT_STEPS} steps of GRPO, one on count, one on glyph, and one on 0.4 quality and 0.6 task over all prompts, which
+owns the prompts of scene and is the anchor; all arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards
+count and glyph with 0.8 task and 0.2 quality, scene with quality. **Cold starts** are the experts' average and flow
+matching on their pictures. Sampling in training: {T} steps, the last one not trained on, noise {NOISE}. The learning
+rate of GRPO and that of OPD are each the best of {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed
+reward, under a seed of its own.
 
 **Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
 of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
@@ -368,20 +392,29 @@ of one step. **Judges** that no reward knows: `entropy` of backgrounds that no p
 `novelty`, the distance to the nearest training picture, and the `frechet` distance to references of the same prompts.
 **wins** counts, of 48 prompts of count and glyph with {DRAWS} pictures each, those on which a model is right more
 often than every expert (Fisher's exact test, false discovery rate 5 %). **accuracy** is what training reached of its
-own reward on validation prompts.
+own reward on validation prompts. **reached** and **sampled tokens to goal** (denoising steps) are of the three starts
+of OPD without anchor: the goal is nine tenths of the way, in that accuracy, from where the one from the base begins to
+where the one from the average ends, under the same seed.
 
 **Size.** With one thread of a shared machine a forward pass of 64 latents takes about 24 CPU milliseconds, and
-forward, backward and update 58. A step of GRPO or OPD is then 0.8 CPU seconds and an arm two minutes; 42 of them, one
-of nine times the steps, the base, the experts, the choice of rates and the tests come to about 170 minutes of one
-thread, of which the base takes two a round.
+forward, backward and update 58. A step of GRPO or OPD is then 0.8 CPU seconds and an arm two minutes;
+{len(SEEDS) * (len(REINFORCED) + len(DISTILLED))} of them, {len(SEEDS)} of {LONG_STEPS / STEPS:.1f} times the steps, the
+base, the experts, the choice of rates and the tests come to about three hours of one thread, of which the base takes
+two minutes a round.
 """,
-    discussion="""
+    discussion=f"""
 ## Where it differs from the paper
 
-Models are trained whole and not by LoRA, without guidance, and without a mean over weights, which 150 steps are too few
-for. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal, but an arm
-of OPD also leans on the experts' samples: one run of GRPO-Mix, with one seed, takes as many as experts and student
-together. With three seeds an interval is wide or too sure of itself ([why](index.md#intervals)).
+Models are trained whole and not by LoRA, without guidance and without a mean over weights, on {PIXELS} pixels, with
+T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples, from a base that is right in
+{WINDOW[0]:.0%} to {WINDOW[1]:.0%} of count and of glyph. Each method has one rate for all its arms: that of GRPO is
+tuned on GRPO-Mix from the base, and that of OPD on `{PLAIN}`, from the average, so that other starts, estimators and
+prefixes may have better ones. Experts, base and judges are made once; seeds vary training and test noise. Student
+samples are equal, but an arm of OPD also leans on the experts' samples: `{LONG}` has {LONG_STEPS / STEPS:.1f} times the
+steps, since one set of experts serves {len(SEEDS)} students; for a single student it would take
+{1 + len(EXPERTS) * EXPERT_STEPS / STEPS:.0f} times. Intervals resample test prompts with their repetitions as if all
+were different, and with so few texts, of glyph above all, they are too sure of themselves; with {len(SEEDS)} seeds they
+are wide or too sure anyway ([why](index.md#intervals)).
 """,
     stages={**STAGES, **TRAINED},
     gates=[
@@ -400,10 +433,10 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
         MERGE: arm("merged", training=False, draws=True),
         "SFT only": arm("SFT"),
         **{name: arm(student(name), experts=name == "GRPO-Mix from merge") for name in REINFORCED},
-        LONG: arm(student(LONG), experts=False, seeds=1),
-        **{name: arm(student(name), draws=name == MAIN) for name in DISTILLED},
+        LONG: arm(student(LONG), experts=False),
+        **{name: arm(student(name), draws=name == MAIN, goal=name in STARTS) for name in DISTILLED},
     },
-    seeds=(0, 1, 2),
+    seeds=SEEDS,
     imports=("diffusers.models.auto_model", "diffusers.models.transformers.transformer_sd3", "scipy.stats"),
     metrics=[
         "count",
@@ -420,6 +453,8 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
         "novelty",
         "frechet",
         "wins",
+        "reached",
+        "sampled_tokens_to_goal",
         *(f"kl_step_{k}" for k in range(int(0.99 * T))),
         "accuracy",
     ],
@@ -436,7 +471,14 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
             )
             for task, stage in EXPERTS.items()
         ),
-        more("samples", "... also when GRPO gets as many samples as experts and student together.", "mean", MAIN, LONG),
+        more(
+            "samples",
+            "... also when GRPO gets as many samples as a student and its share of the experts.",
+            "mean",
+            MAIN,
+            LONG,
+            note=f"The experts' samples are divided by the {len(SEEDS)} seeds that share them",
+        ),
         more("merge", "It beats the average that it began from.", "mean", MAIN, MERGE),
         more(
             "seesaw-count-2",
@@ -463,10 +505,24 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
             "OPD from SFT",
             -0.01,
         ),
-        more("start-sft", "Both beat no cold start.", "mean", "OPD from SFT", "OPD from base"),
+        more("start-merge-none", "Merging beats no cold start ...", "mean", PLAIN, "OPD from base"),
+        more("start-sft-none", "... and so does SFT.", "mean", "OPD from SFT", "OPD from base"),
+        less(
+            "start-merge-speed", "From the average it needs fewer samples to a goal ...", SPEED, PLAIN, "OPD from base"
+        ),
+        less("start-sft-speed", "... and so it does from SFT.", SPEED, "OPD from SFT", "OPD from base"),
         more("start-grpo", "From the same start OPD beats GRPO.", "mean", PLAIN, "GRPO-Mix from merge"),
         less("anchor-frechet", "With the anchor pictures are nearer to their references.", "frechet", MAIN, PLAIN),
-        more("anchor-sharpness", "... and have sharper edges.", "sharpness", MAIN, PLAIN),
+        more("anchor-sharpness", "... and have sharper edges ...", "sharpness", MAIN, PLAIN),
+        more("anchor-entropy", "... more various backgrounds ...", "entropy", MAIN, PLAIN),
+        more(
+            "anchor-novelty",
+            "... and are farther from the training pictures.",
+            "novelty",
+            MAIN,
+            PLAIN,
+            note="a clean picture of a task with few different ones is near too",
+        ),
         equal("anchor-count", "Count stays within 2 points.", "count", MAIN, PLAIN, 0.02),
         equal("anchor-glyph", "Glyph stays within 2 points.", "glyph", MAIN, PLAIN, 0.02),
         less("anchor-strong", "Four times the weight brings them nearer still.", "frechet", "OPD, anchor 0.08", MAIN),
@@ -526,7 +582,7 @@ together. With three seeds an interval is wide or too sure of itself ([why](inde
     smoke=Smoke(
         stages={
             "new": {"width": 24, "heads": 2, "layers": 1},
-            "judges": {"size": 8, "steps": 2},
+            "judges": {"prompts": SMALL_SETS, "steps": 2},
             "skills": {"recipe": merged(SMALL, {"evaluation": {"prompts": FEW[:3]}})},
             **{name: {"recipe": SMALL, "rates": [1e-3]} for name in RATE.values()},
             "samples": {"recipe": SMALL_TEST, "size": 4},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from opd.distributions import Gaussian
 from opd.divergences import Target
 from opd.divergences.gaussian_kl import GaussianKL
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError
+from opd.evaluation import evaluate
 from opd.flow.creation import create_flow_model
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import load_flow_model
@@ -29,15 +31,17 @@ from opd.flow.sampling import sample_images
 from opd.flow.transition import diffusion, transition
 from opd.language.creation import symbol_tokenizer
 from opd.loop import train
+from opd.merging import merge
 from opd.monitor import Monitor
 from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
-from opd.prompts import Prompt, load_prompts
+from opd.prompts import Prompt, count_repeats, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
+from opd.rollouts.sde import SDERollout
 from opd.run import assemble
 from opd.store.sampling import sample
 from opd.verifiers import Verifier
@@ -351,6 +355,23 @@ def test_every_choice_trains_through_the_same_loop(changes, models, drawings, tm
         assert learnt[-1] < learnt[0]
 
 
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"kind": "mixture", "first": {"kind": "noised"}, "second": {"kind": "sde", "steps": 3, "noise": 0.3}},
+        {"kind": "noised", "times": "grid", "steps": 3, "noise": 0.3},
+    ],
+    ids=lambda rollout: rollout["kind"],
+)
+def test_held_out_divergence_is_measured_on_the_recipes_grid(rollout, models, drawings, tmp_path):
+    prompts = {"prompts": drawings}
+    found = built(recipe_for(models, tmp_path / "a", prompts=prompts, rollout=rollout))
+    plain = built(
+        recipe_for(models, tmp_path / "b", prompts=prompts, rollout={"kind": "sde", "steps": 3, "noise": 0.3})
+    )
+    assert evaluate(found).metrics == evaluate(plain).metrics
+
+
 def test_flow_matching_learns_images_and_the_prompt_table_where_asked(models, drawings, tmp_path):
     recipe = recipe_for(
         models,
@@ -414,6 +435,14 @@ def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
     torch.testing.assert_close(merged(*inputs).sample, result.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
     other = FlowTransformer(model=models[0], adapter=str(folder / "adapter")).build(Context(torch.device("cpu")))
     torch.testing.assert_close(other.model.transformer(*inputs).sample, merged(*inputs).sample, atol=1e-5, rtol=1e-4)
+    # On top of that adapter a second one changes weights that lie nowhere, and says nothing alone.
+    student = {"lora": lora, "adapter": str(folder / "adapter")}
+    again = execute(recipe_for(models, tmp_path / "again", student=student), quiet=True)
+    assert not (again.directory / "student" / "adapter").exists()
+    merged = SD3Transformer2DModel.from_pretrained(again.directory / "student", subfolder="transformer")
+    torch.testing.assert_close(merged(*inputs).sample, again.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ModelError, match="has no adapter"):
+        merge([result.directory, again.directory], tmp_path / "merged", form="adapter")
 
 
 def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, tmp_path):
@@ -501,6 +530,18 @@ def test_the_plan_counts_what_the_models_are(models, tmp_path):
     assert plan.memory["activations of a micro-batch"] == pytest.approx(8 * kept, rel=0.15)
 
 
+@pytest.mark.parametrize(("dtype", "kept"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_a_teachers_dtype_is_the_students_unless_it_is_said(dtype, kept, models, tmp_path):
+    teacher = {"kind": "flow", "model": models[1], "dtype": dtype}
+    student = {"dtype": "bfloat16", "lora": {"rank": 2}}
+    recipe = recipe_for(models, tmp_path / "run", teacher=teacher, student=student)
+    context = Context(torch.device("cpu"))
+    loaded = recipe.teacher[0].build(context, recipe.student.build(context)).model.transformer
+    assert {p.dtype for p in loaded.parameters()} == {kept}
+    held = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    assert make_plan(recipe).memory["teacher 0 weights"] == held
+
+
 def test_the_recipe_for_the_real_model_is_planned_without_it():
     plan = make_plan(load_recipe("flow_opd_sd3_5_medium"))
     assert plan.models["student"]["parameters"] == pytest.approx(2.25e9, rel=0.05)
@@ -564,6 +605,73 @@ def test_mistakes_are_named(changes, error, message, models, tmp_path):
     data = block_for(models, tmp_path / "run", **changes)
     with pytest.raises(error, match=message):
         built(parse_recipe(data))
+
+
+REFUSED_BY_THE_PLAN = [
+    {"rollout": {"kind": "sde", "teacher": "x"}},
+    {"student": {"resolution": 12}},
+    {"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}},
+    {"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}},
+    {"prompts": {"kind": "file", "path": "nowhere.jsonl"}},
+    {"prompts": {"prompts": [{"prompt": [{"role": "user", "content": "red circle"}]}] * 4}},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED_BY_THE_PLAN, ids=lambda changes: next(iter(changes)))
+def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, tmp_path):
+    recipe = recipe_for(models, tmp_path / "run", **changes)
+    with pytest.raises(OpdError) as found:
+        built(recipe)
+    with pytest.raises(type(found.value)) as planned:
+        make_plan(recipe)
+    assert str(planned.value) == str(found.value)
+
+
+def test_a_teacher_is_asked_with_the_students_guidance(models, tmp_path):
+    run = built(recipe_for(models, tmp_path / "run", student={"guidance": 3.0}))
+    made = run.rollout(run.schedule.next(0, {}).prompts, 1, 3, stream=0)
+    (target,) = run.ask(made)
+    teacher, x = run.teachers[0].model, made.contexts[0].start[None]
+    t, conditions = made.contexts[0].times[:1], run.student.model.encoder.encode([made.prompts[0].view(), ""])
+    with torch.no_grad():
+        bound, free = (teacher(x, t, [condition], [1], [1.0]) for condition in conditions)
+    following, noise = made.contexts[0].times[1:2], torch.tensor([0.7])
+    expected = transition(x, free + 3.0 * (bound - free), t, following, noise).mean
+    torch.testing.assert_close(target.distribution.mean[:1], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, transition(x, bound, t, following, noise).mean, atol=1e-4)
+
+
+def test_a_step_is_float32_whatever_the_model_computes_in(models):
+    student = FlowTransformer(model=models[0], dtype="bfloat16").build(Context(torch.device("cpu")))
+    source = SDERollout(steps=4, dtype="bfloat16").build(student.context, student, [])
+    with torch.autocast("cpu", torch.bfloat16):
+        made = source([Prompt("p", {"prompt": "red circle"})], 2, 3, stream=0)
+        own = student(made)
+    assert {own.mean.dtype, own.std.dtype, made.actions.dtype, made.behaviour_log_probs.dtype} == {torch.float32}
+    x, v = (torch.randn(3, 2, 4, 4) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = step_of(v.bfloat16(), x)
+    assert torch.equal(within.mean, step_of(v.bfloat16().float(), x).mean)
+
+
+def test_members_of_a_routed_teacher_stay_and_a_student_like_its_teacher_has_no_loss(models, tmp_path):
+    routes = {shape: {"kind": "flow", "model": models[0]} for shape in ("square", "circle")}
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    routed = {"kind": "routed", "by": "task", "routes": routes}
+    run = built(recipe_for(models, tmp_path / "run", teacher=routed, prompts={"prompts": rows}))
+    train(run)
+    steps = [record for record in run.monitor.history if "train/loss" in record]
+    assert steps[0]["train/loss"] == steps[0]["train/divergence"] == 0
+    assert steps[0]["train/gradient_norm"] == 0
+    run = built(recipe_for(models[::-1], tmp_path / "other", teacher=routed, prompts={"prompts": rows}))
+    members = run.teachers[0].members().values()
+    before = [{name: p.clone() for name, p in member.model.named_parameters()} for member in members]
+    train(run)
+    assert next(record["train/loss"] for record in run.monitor.history if "train/loss" in record) > 0
+    for member, weights in zip(members, before, strict=True):
+        for name, p in member.model.named_parameters():
+            assert torch.equal(p, weights[name]), name
+            assert p.grad is None
 
 
 def test_a_language_recipe_with_a_flow_objective_is_named():
@@ -678,6 +786,18 @@ def test_images_are_sampled_once_and_learnt_from(writer, models, tmp_path, monke
     assert command("seed=1") == 2
 
 
+@pytest.mark.parametrize("rollout", [{"kind": "sde", "steps": 4}, {"kind": "noised"}])
+def test_a_prompt_that_a_step_draws_twice_gets_other_noise(rollout, models, drawings):
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    source = parse_recipe(block_for(models, "run", rollout=rollout)).rollout.build(student.context, student, [])
+    one, other = (Prompt(row["id"], row) for row in drawings[:2])
+    made = source(count_repeats([one, other, one]), 2, 3, stream=0)
+    starts = torch.stack([context.start for context in made.contexts])
+    assert len(starts.unique(dim=0)) == 6
+    before = source([one, other], 2, 3, stream=0)
+    assert torch.equal(before.actions, made.rows(0, 4)[0].actions)
+
+
 def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
     folder = tmp_path / "images"
     recipe = recipe_for(models, tmp_path / "run", batch={"group": 1})
@@ -699,6 +819,42 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
         sample_images(recipe, tmp_path, quiet=True)
     with pytest.raises(RecipeError, match="a store holds texts"):
         sample(recipe, tmp_path / "store")
+
+
+def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
+    """Each where nothing else has changed: a routed expert, its scheduler, the resolution."""
+    shifted = Path(shutil.copytree(models[1], tmp_path / "shifted"))
+    file = shifted / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 5.0}))
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+
+    def drawn(circle):
+        routes = {"square": {"kind": "flow", "model": models[0]}, "circle": {"kind": "flow", "model": str(circle)}}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
+        return sample_images(recipe, tmp_path / "images", quiet=True)
+
+    assert drawn(models[1]) == 12
+    with pytest.raises(RunError, match="made with another writer"):
+        drawn(models[0])
+    with pytest.raises(RunError, match="made with another times"):
+        drawn(shifted)
+    tokenizer = symbol_tokenizer(WORDS, words=True)
+    wide = create_flow_model(tmp_path / "wide", tokenizer, size=16, layers=1, heads=2, head_width=8, places=4)
+    small, whole = (recipe_for([str(wide), str(wide)], tmp_path / "r", student={"resolution": n}) for n in (8, 16))
+    sample_images(small, tmp_path / "sized", quiet=True)
+    with pytest.raises(RunError, match="made with another settings"):
+        sample_images(whole, tmp_path / "sized", quiet=True)
+    pipelines = [str(tmp_path / name) for name in ("one", "other")]
+    for seed, place in enumerate(pipelines):
+        tiny_pipeline(seed).save_pretrained(place)
+    expert = {"kind": "flow", "name": "expert", "model": pipelines[0]}
+    changes = {"teacher": expert, "rollout": {"kind": "sde", "steps": 4, "teacher": "expert"}}
+    first, second = (recipe_for([place, ""], tmp_path / "r", **changes) for place in pipelines)
+    sample_images(first, tmp_path / "decoded", quiet=True)
+    with pytest.raises(RunError, match="made with another encoders"):
+        sample_images(second, tmp_path / "decoded", quiet=True)
 
 
 def tiny_pipeline(seed=0):
@@ -791,13 +947,12 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
 def test_distill_takes_live_models(models, tmp_path):
     own, other = (FlowTransformer(model=m).build(Context(torch.device("cpu"))).model for m in models)
     before = own.transformer.proj_out.weight.detach().clone()
-    result = distill(
-        own,
-        other,
-        PROMPTS,
-        quiet=True,
-        **{k: v for k, v in block_for(models, tmp_path / "run").items() if k not in ("student", "teacher", "prompts")},
-    )
+    settings = block_for(models, tmp_path / "run")
+    settings = {k: v for k, v in settings.items() if k not in ("student", "teacher", "prompts")}
+    result = distill({"model": own, "guidance": 3.0}, other, PROMPTS, quiet=True, **settings)
     assert result.student is own
     assert not torch.equal(own.transformer.proj_out.weight, before)
+    assert yaml.safe_load((result.directory / "recipe.yaml").read_text())["student"]["guidance"] == 3.0
+    with pytest.raises(RecipeError, match=r"student\.resolution is 8 beside a live model, which takes guidance, lora"):
+        distill({"model": own, "resolution": 8}, other, PROMPTS, **settings)
     assert SFT().model_dump()["kind"] == "sft"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +257,9 @@ def test_experts_that_do_not_fit_are_refused_by_name(dense, base, adapters, tmp_
     (other / "tokenizer.json").write_text(text.replace('"a"', '"A"'))
     with pytest.raises(ModelError, match=r"other.tokenizer\.json differs from .*merge experts of one tokenizer"):
         opd.merge([dense[0], other], tmp_path / "out")
+    inside = [shutil.copytree(one, tmp_path / "adapter" / Path(one).name) for one in (dense[0], other)]
+    with pytest.raises(ModelError, match="merge experts of one tokenizer"):
+        opd.merge(inside, tmp_path / "out")
     fewer = shutil.copytree(dense[1], tmp_path / "fewer")
     state = load_file(fewer / "model.safetensors")
     del state["model.norm.weight"]

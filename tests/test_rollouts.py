@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ import opd
 from opd.api import execute
 from opd.context import Context
 from opd.language.model import LanguageModel
-from opd.prompts import Prompt
+from opd.loop import train
+from opd.prompts import Prompt, count_repeats
 from opd.recipe import parse_recipe
 from opd.rollouts.data import DataRollout
 from opd.rollouts.mixture import MixtureRollout
@@ -19,7 +22,7 @@ from opd.rollouts.teacher import TeacherRollout
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.trajectories import AUTHORS
 from tests.conftest import character_tokenizer, tiny_model, trajectories_of
-from tests.test_loop import models, recipe_for  # noqa: F401
+from tests.test_loop import build, models, recipe_for  # noqa: F401
 
 STUDENT, TEACHER, DATA = (AUTHORS.index(a) for a in ("student", "teacher", "data"))
 
@@ -45,6 +48,23 @@ def test_the_teachers_trajectories_are_those_that_it_would_write_as_a_student(st
     assert set(ours.authors.tolist()) == {TEACHER}
     assert not source.exact
     assert source.authors == {"teacher"}
+
+
+def test_a_prompt_that_a_step_draws_twice_gets_other_trajectories(models, student, prompts, tmp_path):  # noqa: F811
+    recipe = recipe_for(models, tmp_path, batch={"prompts": 12, "group": 2}, steps=1)
+    run, seen = build(recipe, tmp_path), []
+    verify = run.verify
+    run.verify = lambda trajectories: seen.append(verify(trajectories)) or seen[-1]
+    run.schedule.prompts = run.schedule.prompts[:6]
+    train(run)
+    made = next(trajectories for trajectories in seen if len(trajectories) == 24)
+    drawn = Counter((p.id, *a.tolist()) for p, a in zip(made.prompts, made.completions(), strict=True))
+    assert len({p.id for p in made.prompts}) == 6
+    assert set(drawn.values()) == {1}
+    # Those of a prompt that occurs once are what they are without the others.
+    source = StudentRollout(max_new_tokens=9).build(student.context, student, [])
+    alone, both = (source(count_repeats(some), 2, 9, stream=3) for some in (prompts[:2], [*prompts[:2], prompts[0]]))
+    assert torch.equal(both.rows(0, 4)[0].actions, alone.actions)
 
 
 def test_a_teacher_that_is_not_there_is_refused(student, teacher):

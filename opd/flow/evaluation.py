@@ -8,9 +8,8 @@ import torch
 
 from opd.distributions import Gaussian
 from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, rows_of, totals
-from opd.flow.rollout import FlowRollout
+from opd.flow.rollout import FlowRollout, measured_on
 from opd.policies.flow_transformer import digits, labels
-from opd.rollouts.sde import SDERollout
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ TASK = "task"
 
 def measure(run: Run, student: FlowStudent) -> HeldOut:
     """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is
-    the same at each evaluation; and one trajectory of the training SDE, to compare the student with the first teacher
-    that can be asked there.
+    the same at each evaluation; and one trajectory of the SDE (`measured_on`), to compare the student with the first
+    teacher that can be asked there.
 
     Metrics: `reverse_kl`, the mean over steps of the divergence of the next latent (mean over its numbers; with equal
     standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores
@@ -32,7 +31,7 @@ def measure(run: Run, student: FlowStudent) -> HeldOut:
     """
     settings = run.recipe.evaluation
     prompts = run.share(run.held_out)
-    grid = run.recipe.rollout if isinstance(run.recipe.rollout, SDERollout) else SDERollout()
+    grid = measured_on(run.recipe.rollout)
     steps = grid.trained_steps
     tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
     tasks = tasks if len(tasks) > 1 else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,9 @@ class FlowSettings(Settings):
     )
     adapter: str | None = Field(None, description="A LoRA adapter of peft to merge into the transformer's weights")
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype of the weights; auto is the student's, and of a student float32"
+    )
 
 
 class FlowModel(torch.nn.Module):
@@ -58,17 +60,9 @@ class FlowModel(torch.nn.Module):
         # Not submodules, so that copies share them.
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
-        size = self.base.config.sample_size if resolution is None else resolution // factor
-        patch = self.base.config.patch_size
-        if resolution is not None and (
-            resolution % (factor * patch) or size > self.base.config.pos_embed_max_size * patch
-        ):
-            raise ModelError(
-                f"resolution is {resolution}; give a multiple of {factor * patch}, at most "
-                f"{self.base.config.pos_embed_max_size * patch * factor}"
-            )
-        self.shape = (int(self.base.config.in_channels), int(size), int(size))
-        self.resolution = int(size) * factor
+        size = latent_size(self.base.config, factor, resolution)
+        self.shape = (int(self.base.config.in_channels), size, size)
+        self.resolution = size * factor
         self._grids: dict[int, torch.Tensor] = {}
 
     @property
@@ -152,11 +146,15 @@ class FlowModel(torch.nn.Module):
         found = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.mode()
         return ((found - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).float()
 
-    def save(self, folder: Path) -> None:
-        """`folder` in diffusers' own format; adapters are merged into the transformer's weights, this copy is not."""
+    def save(self, folder: Path, adapter: bool = True) -> None:
+        """`folder` in diffusers' own format; adapters are merged into the transformer's weights, this copy is not.
+
+        Args:
+            adapter: write the adapter too, in `folder/adapter`.
+        """
         adapted: Any = self.transformer
         transformer: Any = copy.deepcopy(adapted).merge_and_unload() if adapted is not self.base else adapted
-        if adapted is not self.base:
+        if adapter and adapted is not self.base:
             adapted.save_pretrained(folder / "adapter")
         if self.pipeline is None:
             transformer.save_pretrained(folder / "transformer")
@@ -170,6 +168,19 @@ class FlowModel(torch.nn.Module):
         self.pipeline.register_modules(transformer=own)
 
 
+def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:
+    """Side of the latents of a transformer of this configuration; `factor` pixels are one place of them.
+
+    Raises:
+        ModelError: it cannot draw images of this resolution.
+    """
+    patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
+    size = config["sample_size"] if resolution is None else resolution // factor
+    if resolution is not None and (resolution % (factor * patch) or size > most):
+        raise ModelError(f"resolution is {resolution}; give a multiple of {factor * patch}, at most {most * factor}")
+    return int(size)
+
+
 def load_flow_model(
     settings: FlowSettings, device: torch.device | str, resolution: int | None = None, like: FlowModel | None = None
 ) -> FlowModel:
@@ -180,8 +191,9 @@ def load_flow_model(
         raise ModelError(
             f"model {settings.model!r}: no folder with a transformer/ in it; give a diffusers pipeline's folder or name"
         )
-    dtype = getattr(torch, settings.dtype) if settings.dtype != "auto" else None
-    options = {"revision": settings.revision, **({} if dtype is None else {"torch_dtype": dtype})}
+    dtype = torch.float32 if like is None else like.base.dtype
+    dtype = dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    options = {"revision": settings.revision, "torch_dtype": dtype}
     pipeline = None
     encoder: PromptEncoder
     try:

@@ -12,11 +12,12 @@ import torch
 from safetensors import safe_open
 
 from opd.choice import nested
-from opd.errors import ModelError
+from opd.errors import IncompatibleError, ModelError
 from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
-from opd.flow.model import TABLE, FlowSettings, import_diffusers
-from opd.planning import bytes_text, count_text, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, with_lora
+from opd.flow.encoder import PromptTable
+from opd.flow.model import TABLE, FlowSettings, import_diffusers, latent_size
+from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
+from opd.policies.flow_transformer import FlowTransformer, check_prompts, with_lora
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.teachers.flow import FlowTeacher
@@ -88,7 +89,12 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
         "trainable": sum(p.numel() for p in trained),
     }
     factor = 1 if (Path(student.model).expanduser() / TABLE).is_dir() else FACTOR
-    latent = student.resolution // factor if student.resolution else config["sample_size"]
+    latent = latent_size(config, factor, student.resolution)
+    for rollout in nested(recipe.rollout):
+        if isinstance(rollout, SDERollout):
+            rollout.check_teacher([teacher.name for teacher in recipe.teacher])
+    encoder = PromptTable.load(Path(student.model).expanduser() / TABLE) if factor == 1 else None
+    check_prompts(prompts_at_hand(recipe, notes) or [], encoder, recipe.max_prompt_tokens)
     numbers = config["in_channels"] * latent**2
     trajectories = recipe.batch.prompts * recipe.batch.group
     learnt = trajectories * recipe.rollout.budget
@@ -106,7 +112,14 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     for i, teacher in enumerate(teachers):
         shape = {**own, "name": f"{student.model} (a copy)", "trainable": 0}
         if isinstance(teacher, FlowTeacher):
-            found = _on_meta(_config(teacher, notes)[0], None)
+            theirs, _ = _config(teacher, notes)
+            latent_size(theirs, factor, latent * factor)
+            if theirs["in_channels"] != config["in_channels"]:
+                raise IncompatibleError(
+                    f"the student's latents have {config['in_channels']} channels and those of {teacher.model} "
+                    f"{theirs['in_channels']}; use a teacher of the student's architecture"
+                )
+            found = _on_meta(theirs, None)
             shape = {**shape, "name": teacher.model, "parameters": sum(p.numel() for p in found.parameters())}
         models[f"teacher {i}"] = shape
         kept = BYTES.get(teacher.dtype, size) if isinstance(teacher, FlowTeacher) else size

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from opd.choice import Settings
+from opd.choice import Settings, nested
 from opd.context import Context
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
 from opd.flow.transition import transition
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, row_seed
+from opd.rollouts.base import PrefixSource, Rollout, row_seed
 from opd.trajectories import Author, Trajectories
 
 
@@ -41,6 +41,17 @@ class SamplerSettings(GridSettings):
     dtype: Literal["own", "bfloat16"] = Field(
         "own", description="Compute in the weights' dtype or in bfloat16; take what hardware.precision says"
     )
+
+
+def measured_on(rollout: Rollout) -> SamplerSettings:
+    """The sampler that a student is measured with: the recipe's `sde`, in a mixture too, or one on the grid of its
+    `noised`."""
+    parts = list(nested(rollout))
+    for part in parts:
+        if isinstance(part, SamplerSettings):
+            return part
+    grid = next((part for part in parts if isinstance(part, GridSettings)), GridSettings())
+    return SamplerSettings(**{name: getattr(grid, name) for name in GridSettings.model_fields})
 
 
 class FlowRollout(PrefixSource):
@@ -90,7 +101,7 @@ class FlowRollout(PrefixSource):
         self.model.eval()
         texts = [str(prompt.view()) for prompt in prompts]
         conditions = [c for c in self.reader.encoder.encode(texts) for _ in range(group)]
-        seeds = [row_seed(self.context.seed, stream, p.id, g) for p in prompts for g in range(group)]
+        seeds = [row_seed(self.context.seed, stream, p, group, g) for p in prompts for g in range(group)]
         rows: list[Denoising] = []
         actions, log_probs = [], []
         for first in range(0, len(seeds), self.settings.batch):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 
-from opd.checkpoints.weights import weights_hash
+from opd.checkpoints.weights import fingerprint, weights_hash
 from opd.errors import RecipeError, RunError
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
@@ -62,10 +63,20 @@ def sample_images(
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
+    writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
+    writers = writers or {"": student.model}
     header = {
         "prompts": digest(json.dumps([[prompt.id, prompt.view()] for prompt in prompts]).encode()),
-        "writer": [teacher.identity() for teacher in teachers] or [weights_hash(student.module)],
-        "settings": {"steps": steps, "guidance": context.guidance, "seed": recipe.seed, "group": group},
+        "writer": {route: weights_hash(model) for route, model in writers.items()},
+        "times": {route: model.grid(steps).tolist() for route, model in writers.items()},
+        "encoders": _encoders(student.model.pipeline),
+        "settings": {
+            "seed": recipe.seed,
+            "steps": steps,
+            "guidance": context.guidance,
+            "group": group,
+            "resolution": student.model.resolution,
+        },
         "prompts_per_shard": size,
         "draws": draws,
     }
@@ -97,6 +108,19 @@ def sample_images(
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     write_atomically(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)
+
+
+def _encoders(pipeline: Any) -> str | None:
+    """What a pipeline's VAE and text encoders are, of which all writers make use."""
+    if pipeline is None:
+        return None
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return fingerprint(
+        (f"{name}.{key}", p.detach())
+        for name, module in sorted(modules.items())
+        if name != "transformer"
+        for key, p in module.named_parameters()
+    )
 
 
 def _begin(path: Path, header: dict[str, Any]) -> int:

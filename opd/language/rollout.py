@@ -125,7 +125,7 @@ class LanguageRollout(PrefixSource):
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 rows = [i * members + g for i in wave for g in range(members)]
-                seeds = [row_seed(self.context.seed, stream, prompts[r // group].id, r % group) for r in rows]
+                seeds = [row_seed(self.context.seed, stream, prompts[r // group], group, r % group) for r in rows]
                 state = sampler.start([views[i] for i in wave], members, budget, seeds)
                 while len(state.alive) and state.drawn < budget:
                     sampler.extend(state, self.settings.segment or budget)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
@@ -169,7 +169,7 @@ def _check_files(folders: Sequence[Path]) -> None:
     """Configurations and tokenizers must be the first expert's."""
     first = folders[0]
     for name in ("config.json", "model_index.json", *TOKENIZERS):
-        for place in sorted({p.relative_to(f) for f in folders for p in f.rglob(name) if "adapter" not in p.parts}):
+        for place in sorted({p for f in folders for p in _places(f, name)}):
             for other in folders[1:]:
                 difference = _difference(first / place, other / place)
                 if difference:
@@ -177,6 +177,12 @@ def _check_files(folders: Sequence[Path]) -> None:
                     raise ModelError(
                         f"{other / place} differs from {first / place} ({difference}); merge experts of one {kind}"
                     )
+
+
+def _places(folder: Path, name: str) -> Iterator[Path]:
+    """Of the files of a name within an expert, those of its adapter left out."""
+    found = (path.relative_to(folder) for path in folder.rglob(name))
+    return (place for place in found if "adapter" not in place.parts)
 
 
 def _difference(a: Path, b: Path) -> str:

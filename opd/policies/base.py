@@ -122,6 +122,8 @@ class Policy(Choice):
     axis: ClassVar[str] = "policy"
     teacher: ClassVar[str]
     """Kind of the teacher that is a model like this one."""
+    of_live: ClassVar[tuple[str, ...]]
+    """Settings that a live model takes too; the others say how one is loaded."""
 
     @abstractmethod
     def build(self, context: Context) -> Any:
@@ -132,10 +134,9 @@ class Policy(Choice):
     def takes(cls, model: Any) -> bool:
         """Whether a live object, passed from Python, is a model of this kind."""
 
-    @classmethod
     @abstractmethod
-    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> Student:
-        """The student that a live model is; trained in place."""
+    def live_student(self, model: Any, tokenizer: Any, context: Context) -> Student:
+        """The student that a live model is, under these settings; trained in place."""
 
     @classmethod
     @abstractmethod

@@ -49,6 +49,7 @@ class CausalLM(ModelSettings, Policy):
     kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
+    of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
@@ -65,9 +66,8 @@ class CausalLM(ModelSettings, Policy):
     def takes(cls, model: Any) -> bool:
         return isinstance(model, PreTrainedModel)
 
-    @classmethod
-    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
-        return CausalLMStudent(_live(model, tokenizer, context), None, context)
+    def live_student(self, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
+        return CausalLMStudent(_live(model, tokenizer, context), self, context)
 
     @classmethod
     def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LanguageTeacher:

@@ -15,7 +15,7 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
-from opd.flow.encoder import PromptTable, TextEncoders
+from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
@@ -57,6 +57,7 @@ class FlowTransformer(FlowSettings, Policy):
     kind: Literal["flow_transformer"] = "flow_transformer"
     modality: ClassVar[str | None] = "flow"
     teacher: ClassVar[str] = "flow"
+    of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights; adapters are float32 in any case"
     )
@@ -76,9 +77,8 @@ class FlowTransformer(FlowSettings, Policy):
     def takes(cls, model: Any) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
 
-    @classmethod
-    def live_student(cls, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
-        return FlowStudent(_live(model, context), None, context)
+    def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
+        return FlowStudent(_live(model, context), self, context)
 
     @classmethod
     def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
@@ -105,6 +105,8 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        # One that is trained on top of another changes weights that are saved nowhere.
+        self.own_base = settings is None or settings.adapter is None
         model.requires_grad_(False)
         model.transformer.requires_grad_(True)
         if settings is not None:
@@ -129,14 +131,7 @@ class FlowStudent(Student):
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
-        for prompt in prompts:
-            text = prompt.view()
-            if not isinstance(text, str):
-                raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
-            try:
-                self.model.encoder.check(text, limit)
-            except DataError as error:
-                raise DataError(f"{prompt.where}: {error}") from None
+        check_prompts(prompts, self.model.encoder, limit)
 
     @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
@@ -181,11 +176,9 @@ class FlowStudent(Student):
         return rows
 
     def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> FlowRollout:
-        from opd.flow.rollout import FlowRollout
-        from opd.rollouts.sde import SDERollout
+        from opd.flow.rollout import FlowRollout, measured_on
 
-        settings = recipe.rollout if isinstance(recipe.rollout, SDERollout) else SDERollout()
-        return FlowRollout(self.model, settings, context).drawing(recipe.evaluation.steps, 0.0)
+        return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(recipe.evaluation.steps, 0.0)
 
     def measure(self, run: Run) -> HeldOut:
         from opd.flow.evaluation import measure
@@ -207,9 +200,9 @@ class FlowStudent(Student):
 
     def save(self, folder: Path, card: str) -> None:
         """`folder` is a diffusers pipeline, or for a model of pixels its parts; with LoRA the merged weights, and the
-        adapter in `folder/adapter`."""
+        adapter in `folder/adapter` unless the student began with another adapter."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save(folder)
+        self.model.save(folder, adapter=self.own_base)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -229,6 +222,19 @@ def with_lora(transformer: Any, lora: FlowLoRA) -> Any:
         return get_peft_model(transformer, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
+
+
+def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:
+    """Raise `DataError` for a prompt that is no text or that the encoder, where it is at hand, cannot read whole."""
+    for prompt in prompts:
+        text = prompt.view()
+        if not isinstance(text, str):
+            raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
+        try:
+            if encoder is not None:
+                encoder.check(text, limit)
+        except DataError as error:
+            raise DataError(f"{prompt.where}: {error}") from None
 
 
 def labels(context: Denoising) -> list[str]:

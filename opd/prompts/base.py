@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -26,12 +27,14 @@ class Prompt:
             that holds a string or a list of chat messages.
         column: the column that the student sees.
         where: file and row, for error messages.
+        repeat: how often the same step has drawn it already.
     """
 
     id: str
     fields: dict[str, Any] = field(repr=False)
     column: str = "prompt"
     where: str = ""
+    repeat: int = 0
 
     def view(self, column: str | None = None) -> str | Messages:
         """The text or messages in `column` (default: the student's)."""
@@ -41,6 +44,16 @@ class Prompt:
                 f"{self.where}: no column {name!r}{nearest(name, self.fields)}; the row has {sorted(self.fields)}"
             )
         return self.fields[name]
+
+
+def count_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """One step's prompts, each with its `repeat`, so that trajectories of one drawn twice are not the same."""
+    seen: Counter[str] = Counter()
+    counted = []
+    for prompt in prompts:
+        counted.append(replace(prompt, repeat=seen[prompt.id]) if seen[prompt.id] else prompt)
+        seen[prompt.id] += 1
+    return counted
 
 
 class Prompts(Choice):

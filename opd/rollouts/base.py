@@ -148,7 +148,7 @@ class SeveralSources(Rollout):
         return max(part.budget for part in self.parts)
 
 
-def row_seed(seed: int, stream: int, prompt_id: str, member: int) -> int:
-    """63-bit seed of one row, the same whatever batch it is sampled in."""
-    text = f"{seed}/{stream}/{prompt_id}/{member}".encode()
+def row_seed(seed: int, stream: int, prompt: Prompt, group: int, member: int) -> int:
+    """63-bit seed of one of the `group` rows of a prompt, the same whatever batch it is sampled in."""
+    text = f"{seed}/{stream}/{prompt.id}/{prompt.repeat * group + member}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

@@ -78,6 +78,6 @@ class StoredResponses(PrefixSource):
             for g in range(group):
                 skip = len(begun[i * group + g]) if begun is not None else 0
                 # With fewer responses than members, and over epochs, they take turns.
-                rows.append(self.encode(texts[(max(stream, 0) + g) % len(texts)], budget, skip))
+                rows.append(self.encode(texts[(max(stream, 0) + prompt.repeat * group + g) % len(texts)], budget, skip))
         contexts = [self.language.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, rows, self.settings.author)

@@ -88,8 +88,10 @@ class NoisedImages(PrefixSource):
             raise IncompatibleError("rollout 'noised' cannot go on what another source began")
         settings, device = self.settings, self.model.device
         members = [(p, g) for p in prompts for g in range(group)]
-        streams = [torch.Generator().manual_seed(row_seed(self.context.seed, stream, p.id, g)) for p, g in members]
-        images = self.model.latents(torch.stack([self.image(p, max(stream, 0) + g) for p, g in members]))
+        seeds = [row_seed(self.context.seed, stream, p, group, g) for p, g in members]
+        streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        turns = [max(stream, 0) + p.repeat * group + g for p, g in members]
+        images = self.model.latents(torch.stack([self.image(p, t) for (p, _), t in zip(members, turns, strict=True)]))
         noise = torch.stack([torch.randn(self.model.shape, generator=s) for s in streams]).to(device)
         dropped = [float(torch.rand(1, generator=s)) < settings.drop_prompt for s in streams]
         texts = ["" if gone else str(p.view()) for gone, (p, _) in zip(dropped, members, strict=True)]

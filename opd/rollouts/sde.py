@@ -26,16 +26,20 @@ class SDERollout(SamplerSettings, Rollout):
     def budget(self) -> int:
         return self.trained_steps
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
-        if self.teacher is None:
-            return FlowRollout(student.model, self, context)
-        names = [t.settings.name for t in teachers]
+    def check_teacher(self, names: Sequence[str | None]) -> None:
+        """Refuse a `teacher` that is none of the recipe's."""
         known = [n for n in names if n]
-        if self.teacher not in names:
+        if self.teacher is not None and self.teacher not in known:
             raise IncompatibleError(
                 f"rollout.teacher is {self.teacher!r}{nearest(self.teacher, known)}; the recipe names "
                 f"{known or 'none'}: give that teacher a name"
             )
+
+    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
+        if self.teacher is None:
+            return FlowRollout(student.model, self, context)
+        names = [t.settings.name for t in teachers]
+        self.check_teacher(names)
         writer = teachers[names.index(self.teacher)]
         members = writer.members()
         sources = {
