@@ -40,6 +40,8 @@ OPD, TRL, GKD, SFT = "opd", "TRL on-policy", "TRL GKD, lambda 0.5", "SFT on teac
 OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
 METHODS = (OPD, TRL, GKD, SFT)
 TERMS, BUDGET = (2, 10), 96
+VOCABULARY = 2048
+"""Ids of the models; the task needs twenty, and no language model has so few."""
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 EVERY = 40
 METRIC = "greedy_accuracy"
@@ -222,7 +224,9 @@ def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
     folder.mkdir(parents=True, exist_ok=True)
     few = {"evaluation": FEW} if quick else {}
     if not (folder / "new" / "config.json").exists():
-        create_model(folder / "new", task_tokenizer("running_sum"), width=64, layers=2, heads=4)
+        tokenizer = task_tokenizer("running_sum")
+        tokenizer.add_tokens([f"<{i}>" for i in range(VOCABULARY - len(tokenizer))])
+        create_model(folder / "new", tokenizer, width=64, layers=2, heads=4)
     before = folder / "new"
     for seed, (name, steps) in enumerate((("base", 8 if quick else 1600), ("teacher", 12 if quick else 3000))):
         place, record = folder / name, folder / f"{name}.json"
@@ -342,6 +346,7 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.time_to_quality", *sys.argv[1:]]),
         **versions_and_machine(),
         "task": {"kind": "running_sum", "terms": TERMS, "budget": BUDGET, "steps": STEPS, "every": EVERY},
+        "vocabulary": VOCABULARY,
         **run_all(folder, *models, options.quick, 1 if options.quick else options.seeds),
     }
     report["goals"] = judge(report["methods"])
