@@ -92,6 +92,8 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
         _allocator("mallopt", M_MMAP_THRESHOLD, 2**18)
     session = open_session(job)
     gc.collect()
+    if memory:
+        _read_weights()
     connection.send({"loaded_bytes": _bytes(job.device, "VmRSS")})
     command, *arguments = connection.recv()
     while command == "score":
@@ -112,6 +114,13 @@ def _run(connection: Connection, job: Job, memory: bool, core: int) -> None:
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # scoring takes all completions at once
     session.train(after_step)
+
+
+def _read_weights() -> None:
+    """Weights are mapped from their files and resident only once they were read."""
+    for module in [thing for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)]:
+        for weight in module.parameters(recurse=False):
+            weight.detach().sum()
 
 
 def _bytes(device: str, field: str) -> int:
