@@ -552,15 +552,17 @@ def _progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def finished_cells(path: Path, report: dict[str, Any], same: Sequence[str]) -> list[dict[str, Any]]:
-    """The cells of an earlier report at `path`; those named `same` must be what they are in this one."""
+def finished_cells(
+    path: Path, report: dict[str, Any], same: Sequence[str], part: str = "cells"
+) -> list[dict[str, Any]]:
+    """The `part` of an earlier report at `path`; those named `same` must be what they are in this one."""
     if not path.exists():
         return []
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in same:
         if before[name] != json.loads(json.dumps(report[name])):
             sys.exit(f"--resume: {path} was measured with other {name}; give another --json or remove the file")
-    return list(before["cells"])
+    return list(before[part])
 
 
 def _arguments() -> argparse.Namespace:

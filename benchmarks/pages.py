@@ -93,7 +93,7 @@ def benchmarks(folder: Path) -> str:
         "head_to_head": (_head_to_head, head_to_head.judge([])),
         "floor": (_floor, floor.judge([])),
         "time_to_quality": (_time_to_quality, time_to_quality.judge({})),
-        "scaling": (_scaling, scaling.judge([], None)),
+        "scaling": (_scaling, scaling.judge([], [])),
         "flow_step": (_flow_step, flow_step.judge([])),
         "compiled": (_compiled, []),
     }
@@ -240,11 +240,19 @@ def _scaling(data: dict[str, Any]) -> str:
     text = _rows(("along", "", "", "CPU µs a token", *PHASES, "peak MiB"), rows)
     if (ROOT / SCALING_PLOT).exists():
         text = f"![cost per token and peak memory as things grow]({SCALING_PLOT.removeprefix('docs/')})\n\n{text}"
-    for engine, two in (data["processes"] or {}).items():
-        text += (
-            f"\nTwo processes, {engine}: {two['speed_up']:.2f} times the sampled tokens a second, relative error of "
-        )
-        text += f"the loss {two['loss_error']:.0e}, of the gradient {two['gradient_error']:.0e}.\n"
+    header = ("", "prompts a step", "/ one, same step", "/ one, half the step", "loss error", "gradient error")
+    pairs = [
+        [
+            of["engine"],
+            str(of["prompts"]),
+            _spread(of["speed_up"], ".2f"),
+            _spread(of["speed_up_per_process"], ".2f") if of["speed_up_per_process"] else "",
+            *(f"{of[key]:.0e}" for key in ("loss_error", "gradient_error")),
+        ]
+        for of in data["processes"]
+    ]
+    if pairs:
+        text += f"\nTwo processes, sampled tokens a wall second over those of one:\n\n{_rows(header, pairs)}"
     return text
 
 

@@ -4,7 +4,8 @@ Three curves on small models with random weights: completion length (the same fo
 step nearly so), completions of one prompt, vocabulary; each with the peak memory of a fresh process. TRL runs as
 shipped; a group is to it a prompt that stands in the batch several times. Then two processes of one thread each share a
 step's prompts over gloo, each with a copy of the weights (DDP) or with half of them (FSDP2): their gradient on given
-completions against one process's, and sampled tokens a second of wall clock.
+completions against one process's, and sampled tokens a second of wall clock, against one process with the same step and
+against one with as many prompts as each of the two. Two processes need two idle cores.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import argparse
 import os
 import shlex
 import socket
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.alternation import Worker, compete, peak_memory, summary, versions_and_machine, write
+from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
 from benchmarks.contestants import OPD, TRL, Job
 from benchmarks.head_to_head import last_line, progress
+from benchmarks.loss_operator import finished_cells
 from benchmarks.sizes import Shape, Size, materialise
 
 LENGTHS = (64, 256, 1024, 4096)
@@ -55,100 +59,133 @@ def points(quick: bool) -> dict[str, list[tuple[int, Size]]]:
 
 
 def curve(
-    along: str, sizes: Sequence[tuple[int, Size]], repeats: int, names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Cost per sampled token and peak memory of each contestant at each size."""
+    along: str, sizes: Sequence[tuple[int, Size]], repeats: int, names: Sequence[str], done: Collection[tuple[str, int]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Cost per sampled token and peak memory of each contestant at each size that is not `done`."""
     for value, size in sizes:
+        if (along, value) in done:
+            continue
         progress(f"{along} {value}")
         materialise(size)
         jobs = {name: Job(name, size) for name in names}
         weights = (size.folder / "student" / "model.safetensors").stat().st_size
+        points = []
         for name, of in compete(list(jobs.values()), repeats).items():
             tokens = sum(step["tokens"] for step in of["steps"]) / len(of["steps"])
             memory = peak_memory(jobs[name])
             # Gradients and both moments take as much as the weights each.
             beyond = memory["peak_bytes"] - memory["loaded_bytes"] - 3 * weights
-            yield {
-                "along": along,
-                "value": value,
-                "contestant": name,
-                "size": asdict(size),
-                "tokens": tokens,
-                "cpu_per_token": of["cpu_per_token"],
-                "cpu_per_token_by_phase": {phase: s / tokens for phase, s in of["cpu_by_phase"].items()},
-                **memory,
-                "beyond_state_over_logits": beyond / (4 * tokens * size.vocabulary),
-            }
+            points.append(
+                {
+                    "along": along,
+                    "value": value,
+                    "contestant": name,
+                    "size": asdict(size),
+                    "tokens": tokens,
+                    "cpu_per_token": of["cpu_per_token"],
+                    "cpu_per_token_by_phase": {phase: s / tokens for phase, s in of["cpu_by_phase"].items()},
+                    **memory,
+                    "beyond_state_over_logits": beyond / (4 * tokens * size.vocabulary),
+                }
+            )
+        yield points
 
 
-def two_processes(size: Size, repeats: int) -> dict[str, Any]:
-    """One process against two that share the same step, by engine."""
-    materialise(size)
-    progress("two processes")
-    alone = _together(size, 1, repeats, {})
-    return {
-        engine: _against_one(alone, _together(size, 2, repeats, environment), repeats)
-        for engine, environment in ENGINES.items()
-    }
+class Crew:
+    """Processes of one thread that share every step of `size`, each on a core of its own."""
 
-
-def _against_one(alone: list[dict[str, Any]], both: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
-    """Gradient and throughput; `alone` and `both` hold the figures of each process."""
-    one, shared = (ranks[0]["score"] for ranks in (alone, both))
-    # Every process has the whole gradient; the loss is a sum over their parts.
-    loss = sum(rank["score"]["loss"] for rank in both)
-    # Every process counts the tokens of all; a step has taken as long as its slowest process.
-    speeds = [
-        sum(step["tokens"] for step in ranks[0]["steps"])
-        / sum(max(sum(rank["steps"][i]["wall"].values()) for rank in ranks) for i in range(repeats))
-        for ranks in (alone, both)
-    ]
-    apart = max(abs(shared[key] - one[key]) for key in ("gradient_norm", "gradient_component"))
-    return {
-        "tokens_per_second": speeds,
-        "speed_up": speeds[1] / speeds[0],
-        "loss_error": abs(loss / one["loss"] - 1),
-        "gradient_error": apart / one["gradient_norm"],
-    }
-
-
-def _together(size: Size, processes: int, repeats: int, environment: dict[str, str]) -> list[dict[str, Any]]:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    workers = []
-    try:
+    def __init__(self, size: Size, processes: int, environment: dict[str, str]):
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.workers: list[Worker] = []
+        self.steps: list[dict[str, float]] = []
         for rank in range(processes):
-            if processes > 1:
-                own = {**shared, **environment, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
-                os.environ.update({key: str(value) for key, value in own.items()})
-            workers.append(Worker(Job(OPD, size), core=rank))
-        found: list[dict[str, Any]] = [{**worker.ask(), "steps": []} for worker in workers]
-        for worker in workers:
-            worker.send("score")
-        for worker, of in zip(workers, found, strict=True):
-            of["score"] = worker.receive()
-            of["score"].pop("completions")
-        for repeat in range(repeats + 1):
-            for worker in workers:
-                worker.send("step")
-            steps = [worker.receive() for worker in workers]
-            if repeat:
-                for of, step in zip(found, steps, strict=True):
-                    of["steps"].append(step)
-    finally:
-        for key in (*shared, *environment, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(key, None)
-        for worker in workers:
+            places = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true"}
+            own = {**shared, **places, **environment} if processes > 1 else {}
+            with mock.patch.dict(os.environ, {key: str(value) for key, value in own.items()}):
+                self.workers.append(Worker(Job(OPD, size), core=rank))
+
+    def ready(self) -> None:
+        for worker in self.workers:
+            worker.ask()
+
+    def score(self) -> dict[str, float]:
+        """Loss and gradient on completions that are the same for every crew of this size."""
+        scores = self._all("score")
+        # Every process has the whole gradient; the loss is a sum over their parts.
+        return {**scores[0], "loss": sum(score["loss"] for score in scores)}
+
+    def step(self) -> dict[str, float]:
+        """Sampled tokens, which every process counts for all, and the seconds of the slowest process."""
+        steps = self._all("step")
+        return {"tokens": steps[0]["tokens"], "wall_seconds": max(sum(step["wall"].values()) for step in steps)}
+
+    def close(self) -> None:
+        for worker in self.workers:
             worker.close()
-    return [{**of, **summary(of["steps"])} for of in found]
+
+    def _all(self, command: str) -> list[dict[str, Any]]:
+        for worker in self.workers:
+            worker.send(command)
+        return [worker.receive() for worker in self.workers]
 
 
-def judge(points: Sequence[dict[str, Any]], processes: dict[str, Any] | None) -> list[dict[str, Any]]:
+def two_processes(size: Size, engine: str, repeats: int) -> list[dict[str, Any]]:
+    """Two processes against one, stepping in turns: the step of one process shared, and as many prompts for each.
+
+    Returns, for both steps: `prompts` of the step, `speed_up` over one process with the same step and
+    `speed_up_per_process` over one with the same prompts for each process (ratios of sampled tokens a wall second,
+    one a repeat), errors of loss and gradient against one process with the same step.
+    """
+    materialise(size)
+    sizes = {s.batch: s for s in (size, replace(size, batch=2 * size.batch))}
+    crews: dict[tuple[int, int], Crew] = {}
+    try:
+        for processes in (1, 2):
+            for prompts, of in sizes.items():
+                crews[processes, prompts] = Crew(of, processes, ENGINES[engine])
+        for crew in crews.values():
+            crew.ready()
+        scores = {key: crew.score() for key, crew in crews.items()}
+        speeds: dict[tuple[int, int], list[float]] = {key: [] for key in crews}
+        for repeat in range(repeats + 1):
+            progress(f"two processes, {engine}: step {repeat} of {repeats}")
+            for key, crew in crews.items():
+                step = crew.step()
+                if repeat:  # the first one warms up
+                    speeds[key].append(step["tokens"] / step["wall_seconds"])
+    finally:
+        for crew in crews.values():
+            crew.close()
+
+    def ratios(prompts: int, alone: int) -> list[float]:
+        return [two / one for two, one in zip(speeds[2, prompts], speeds[1, alone], strict=True)]
+
+    found = []
+    for prompts in sizes:
+        one, two = scores[1, prompts], scores[2, prompts]
+        apart = max(abs(two[key] - one[key]) for key in ("gradient_norm", "gradient_component"))
+        found.append(
+            {
+                "engine": engine,
+                "prompts": prompts,
+                "tokens_per_second": {"one": speeds[1, prompts], "two": speeds[2, prompts]},
+                "speed_up": ratios(prompts, prompts),
+                "speed_up_per_process": ratios(prompts, size.batch) if prompts == 2 * size.batch else None,
+                "loss_error": abs(two["loss"] / one["loss"] - 1),
+                "gradient_error": apart / one["gradient_norm"],
+            }
+        )
+    return found
+
+
+def judge(points: Sequence[dict[str, Any]], processes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Goals of the curves and of the two processes."""
-    speed = None if processes is None else processes["DDP"]["speed_up"]
-    errors = [of[key] for of in (processes or {}).values() for key in ("gradient_error", "loss_error")]
+    speeds = [of["speed_up_per_process"] for of in processes if of["engine"] == "DDP" and of["speed_up_per_process"]]
+    speed = statistics.median(speeds[0]) if speeds else None
+    errors = [of[key] for of in processes for key in ("gradient_error", "loss_error")]
     error = max(errors, default=None)
     largest = [
         p["beyond_state_over_logits"]
@@ -164,7 +201,7 @@ def judge(points: Sequence[dict[str, Any]], processes: dict[str, Any] | None) ->
             "met": None if memory is None else memory < MEMORY_GOAL,
         },
         {
-            "goal": f"throughput of two processes / one >= {SPEED_GOAL:g}",
+            "goal": f"throughput of two processes / one, the same prompts for each process >= {SPEED_GOAL:g}",
             "figure": speed,
             "met": None if speed is None else speed >= SPEED_GOAL,
         },
@@ -187,7 +224,13 @@ def show(report: dict[str, Any]) -> None:
         memory = f"{point['peak_bytes'] / 1e6:.0f}"
         place = point["along"], str(point["value"]), point["contestant"]
         table.add_row(*place, f"{1e6 * point['cpu_per_token']:.0f}", *shown, memory)
-    Console(width=max(140, Console().width)).print(table)
+    console = Console(width=max(140, Console().width))
+    console.print(table)
+    for of in report["processes"]:
+        speeds = [f"{statistics.median(of['speed_up']):.2f} times one with as many"]
+        if of["speed_up_per_process"]:
+            speeds.append(f"{statistics.median(of['speed_up_per_process']):.2f} times one with half as many")
+        console.print(f"two processes, {of['engine']}, {of['prompts']} prompts: {', '.join(speeds)}")
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
@@ -223,7 +266,8 @@ def main() -> int:
     """Measure, report, and answer 1 when a goal is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two short points a curve, one repeat")
-    parser.add_argument("--repeats", type=int, help="timed steps of each point; default 3, or 1 with --quick")
+    parser.add_argument("--repeats", type=int, help="timed steps of each point; default 5, or 1 with --quick")
+    parser.add_argument("--resume", action="store_true", help="keep the points that a run cut short left in --json")
     parser.add_argument("--no-processes", action="store_true", help="leave out the two processes")
     parser.add_argument("--no-peers", action="store_true", help="opd alone")
     parser.add_argument("--plot", type=Path, help="draw the curves to this PNG")
@@ -231,23 +275,30 @@ def main() -> int:
     options = parser.parse_args()
     if not options.no_peers and not peers.present():
         peers.reexecute("benchmarks.scaling", sys.argv[1:])
-    repeats = options.repeats or (1 if options.quick else 3)
+    repeats = options.repeats or (1 if options.quick else 5)
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.scaling", *sys.argv[1:]]),
         **versions_and_machine(),
         "repeats": repeats,
         "points": [],
-        "processes": None,
+        "processes": [],
     }
+    if options.resume:
+        for part in ("points", "processes"):
+            report[part] = finished_cells(options.json, report, ("versions", "repeats"), part)
+    done = {(point["along"], point["value"]) for point in report["points"]}
     for along, sizes in points(options.quick).items():
-        for point in curve(along, sizes, repeats, (OPD,) if options.no_peers else (OPD, TRL)):
-            report["points"].append(point)
+        for found in curve(along, sizes, repeats, (OPD,) if options.no_peers else (OPD, TRL), done):
+            report["points"] += found
             write(options.json, report)
     if options.plot:
         draw(report["points"], options.plot)
-    if not options.no_processes:
-        progress("two processes")
-        report["processes"] = two_processes(replace(BASE, batch=4, longest=32) if options.quick else BASE, repeats)
+    shared = replace(BASE, batch=4, longest=32) if options.quick else BASE
+    done_engines = {of["engine"] for of in report["processes"]}
+    for engine in () if options.no_processes else ENGINES:
+        if engine not in done_engines:
+            report["processes"] += two_processes(shared, engine, repeats)
+            write(options.json, report)
     report["goals"] = judge(report["points"], report["processes"])
     write(options.json, report)
     show(report)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import flow_step, pages, phases, sizes, store
+from benchmarks import flow_step, pages, phases, scaling, sizes, store
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import Job, OpdSession
 from benchmarks.head_to_head import utilisation
@@ -142,6 +142,17 @@ def test_a_step_of_flow_opd_takes_turns_with_a_bare_loop_of_the_same_loss(tmp_pa
     slow = {**cell, "ratio": {"cpu": 0.5, "wall": 1.0}}
     assert [goal["met"] for goal in flow_step.judge([slow])] == [False, True]
     assert f"| {flow_step.QUICK.name} | 4 | 4 |" in pages._flow_step({"cells": [slow]})
+
+
+def test_two_processes_share_a_step_and_take_turns_with_one():
+    found = scaling.two_processes(replace(SIZE, batch=2), "DDP", 2)
+    assert [(of["prompts"], len(of["speed_up"])) for of in found] == [(2, 2), (4, 2)]
+    assert all(of["loss_error"] < 1e-5 and of["gradient_error"] < 1e-5 for of in found)
+    speeds = found[1]["tokens_per_second"]["two"], found[0]["tokens_per_second"]["one"]
+    assert found[1]["speed_up_per_process"] == [two / one for two, one in zip(*speeds, strict=True)]
+    fast = [*found[:1], {**found[1], "speed_up_per_process": [1.5, 1.9, 1.8]}]
+    assert [(goal["figure"], goal["met"]) for goal in scaling.judge([], fast)][:2] == [(None, None), (1.8, True)]
+    assert "| DDP | 4 |" in pages._scaling({"points": [], "processes": fast})
 
 
 def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
