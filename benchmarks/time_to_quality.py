@@ -5,7 +5,9 @@ teacher and one student's beginning, both made by supervised training; then ever
 the same batch, optimiser and schedule, over seeds. Counted is what training has cost when the accuracy of greedy
 answers to validation prompts first reaches 90 % of the teacher's, where a run ends: CPU seconds of the process without
 measuring, and sampled tokens, the teacher's included. Every method takes the best of three learning rates, found under
-a seed of its own in runs of half the length. Each run is a process and leaves a file; what is there is not run again.
+a seed of its own in runs of half the length by the mean of their last five measurements; `opd` and TRL on-policy, which
+descend the same, take one rate that is best for both. Each run is a process and leaves a file; what is there is not run
+again. Runs follow each other, the methods in turns under each seed.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks import peers
 from benchmarks.alternation import QUIET, silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.phases import Phases
+from opd.provenance import git_state
 from opd.reproductions.definition import merged
 from reproductions.on_policy import FEW, RATES, STEPS, STEPS_OF_SELECTION, at_rate
 from reproductions.running_sum import prompts, reached, recipe, tested
@@ -45,6 +48,10 @@ VOCABULARY = 2048
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 EVERY = 40
 METRIC = "greedy_accuracy"
+ONE_RATE = ((OPD, TRL), (GKD,), (SFT,))
+"""Methods that share a learning rate: those that descend the same."""
+SETTLED = 5
+"""Measurements at the end of a run that its rate is judged by."""
 TUNING_SEED = 100
 SHARE = 0.9
 GOAL = 3.0
@@ -88,26 +95,24 @@ class Curve:
 
 def train_own(recipe: dict[str, Any], folder: Path, goal: float | None) -> list[dict[str, float]]:
     """A recipe through opd's own loop."""
-    from opd.evaluation import evaluate
     from opd.loop import train
     from opd.monitor import Monitor
     from opd.recipe import parse_recipe
     from opd.run import assemble
 
-    curve = Curve(goal)
+    curve, evaluate = Curve(goal), Monitor._evaluate
 
-    def measured(run: Any) -> Any:
-        history = run.monitor.history
-        curve.sampled = int(sum(record.get("train/sampled_tokens", 0.0) for record in history))
+    def measured(monitor: Monitor, run: Any) -> Any:
+        curve.sampled = int(sum(record.get("train/sampled_tokens", 0.0) for record in monitor.history))
         with curve.measuring(run.step) as point:
-            result = evaluate(run)
+            result = evaluate(monitor, run)
             point[METRIC] = result.metrics[METRIC]
         if curve.there:
             raise GoalReached
         return result
 
     folder.mkdir(parents=True, exist_ok=True)
-    with mock.patch("opd.monitor.evaluate", measured), contextlib.suppress(GoalReached):
+    with mock.patch.object(Monitor, "_evaluate", measured), contextlib.suppress(GoalReached):
         train(
             assemble(parse_recipe({**recipe, "output": str(folder)}, "recipe of this run"), Monitor(folder, quiet=True))
         )
@@ -132,6 +137,7 @@ def train_trl(method: str, recipe: dict[str, Any], folder: Path, goal: float | N
     source, teacher_source = parsed.student.model, parsed.teacher[0].model
     teacher = AutoModelForCausalLM.from_pretrained(teacher_source, dtype=torch.float32)
     student = run.student.language.model
+    attention = student.config._attn_implementation
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     rows = [{k: p.fields[k] for k in ("prompt", "response")} for p in load_prompts(parsed.prompts)]
     update, steps = parsed.update, parsed.steps
@@ -190,6 +196,7 @@ def train_trl(method: str, recipe: dict[str, Any], folder: Path, goal: float | N
         def _measure(self, step: int) -> None:
             with curve.measuring(step) as point:
                 point[METRIC] = evaluate(run).metrics[METRIC]
+            student.config._attn_implementation = attention  # opd's measuring packs rows, TRL does not
 
     trainer.add_callback(Measure())
     trainer.train()
@@ -259,7 +266,7 @@ def run_one(method: str, recipe: dict[str, Any], record: Path, goal: float | Non
     folder = record.with_suffix("")
     train = train_own if method in OWN else lambda *args: train_trl(method, *args)
     points = train(recipe, folder, goal)
-    write(record, {"method": method, "seed": recipe["seed"], "points": points})
+    write(record, {"method": method, "recipe": recipe, "git": git_state(), "points": points})
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -272,20 +279,28 @@ def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, s
     def points(method: str, rate: float, seed: int, until: float | None = None) -> list[dict[str, float]]:
         slug = "".join(c if c.isalnum() else "-" for c in method)
         record = folder / f"{slug}-{rate:g}-{seed}.json"
+        recipe = recipe_of(method, base, teacher, rate, seed, quick)
+        recipe = merged(recipe, selection if until is None else {})
         if not record.exists():
             progress(f"{method}, learning rate {rate:g}, seed {seed}")
-            recipe = recipe_of(method, base, teacher, rate, seed, quick)
-            recipe = merged(recipe, selection if until is None else {})
             arguments = (method, recipe, record, until)
             process = multiprocessing.get_context("spawn").Process(target=run_one, args=arguments)
             process.start()
             process.join()
             if not record.exists():
                 raise SystemExit(f"{method}, seed {seed}: the run ended without figures; its error stands above")
-        return json.loads(record.read_text())["points"]
+        kept = json.loads(record.read_text())
+        if kept["recipe"] != json.loads(json.dumps(recipe)):
+            raise SystemExit(f"{record} was run with another recipe; remove it or give another --folder")
+        return kept["points"]
 
-    rates = RATES[:1] if quick else RATES
-    tuned = {m: max(rates, key=lambda r, m=m: points(m, r, TUNING_SEED)[-1][METRIC]) for m in METHODS}
+    def settled(methods: tuple[str, ...], rate: float) -> float:
+        runs = [points(method, rate, TUNING_SEED)[-SETTLED:] for method in methods]
+        return statistics.mean(point[METRIC] for run in runs for point in run)
+
+    rates, tuned = RATES[:1] if quick else RATES, {}
+    for methods in ONE_RATE:
+        tuned |= dict.fromkeys(methods, max(rates, key=lambda rate, of=methods: settled(of, rate)))
     found: dict[str, Any] = {m: {"rate": tuned[m], "runs": []} for m in METHODS}
     for seed in range(seeds):
         for method in METHODS:
