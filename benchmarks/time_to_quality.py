@@ -266,8 +266,14 @@ def run_one(method: str, recipe: dict[str, Any], record: Path, goal: float | Non
     folder = record.with_suffix("")
     train = train_own if method in OWN else lambda *args: train_trl(method, *args)
     points = train(recipe, folder, goal)
-    write(record, {"method": method, "recipe": recipe, "git": git_state(), "points": points})
+    write(record, {"method": method, "recipe": placeless(recipe, record.parent), "git": git_state(), "points": points})
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def placeless(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The recipe as it reads wherever the folder of the runs lies."""
+    text: dict[str, Any] = json.loads(json.dumps(recipe).replace(str(folder), "."))
+    return text
 
 
 def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, seeds: int) -> dict[str, Any]:
@@ -290,7 +296,7 @@ def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, s
             if not record.exists():
                 raise SystemExit(f"{method}, seed {seed}: the run ended without figures; its error stands above")
         kept = json.loads(record.read_text())
-        if kept["recipe"] != json.loads(json.dumps(recipe)):
+        if kept["recipe"] != placeless(recipe, folder):
             raise SystemExit(f"{record} was run with another recipe; remove it or give another --folder")
         return kept["points"]
 
