@@ -170,14 +170,14 @@ def compete(jobs: Sequence[Job], repeats: int, progress: Any = None) -> dict[str
 
 
 def peak_memory(job: Job) -> dict[str, int]:
-    """Bytes resident after loading, and at most during `MEMORY_STEPS` steps."""
+    """Bytes resident after loading, and at most during `MEMORY_STEPS` steps, the largest of which had `tokens`."""
     worker = Worker(job, memory=True)
     try:
         loaded = worker.ask()["loaded_bytes"]
         steps = [worker.ask("step") for _ in range(MEMORY_STEPS)]
     finally:
         worker.close()
-    return {"loaded_bytes": loaded, "peak_bytes": steps[-1]["peak_bytes"]}
+    return {"loaded_bytes": loaded, "peak_bytes": steps[-1]["peak_bytes"], "tokens": max(s["tokens"] for s in steps)}
 
 
 def summary(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def benchmarks(folder: Path) -> str:
         for goal in unmeasured:
             goals += f"| `{name}` | {goal['goal']} | {measured.get(goal['goal'], 'not measured yet | ')} |\n"
     measured_there = "".join(_gpu(json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("gpu*.json"))
-    there = f"\n## GPU figures\n\n{measured_there or 'Not measured yet: no GPU was at hand.'}\n"
+    there = f"\n## GPU figures\n\n{measured_there or 'Not measured yet.'}\n"
     return f"## Goals\n\n| command | goal | measured | |\n|---|---|---|---|\n{goals}{there}{tables}"
 
 
@@ -157,12 +157,14 @@ def _head_to_head(data: dict[str, Any]) -> str:
     text = ""
     for cell in data["cells"]:
         for threads, contestants in cell["threads"].items():
-            header = ("", "CPU s", "wall s", *PHASES, "tokens / CPU s", "peak MiB", "loss error")
+            header = ("", "CPU s", "/ opd", "wall s", *PHASES, "tokens / CPU s", "peak MiB", "loss error")
             rows = []
+            own = contestants["opd"]["cpu_seconds"]
             for row in _steps(contestants):
                 error = cell["loss_error"].get(row[0])
                 memory = f"{cell['memory'][row[0]]['peak_bytes'] / 2**20:.0f}"
-                rows.append([*row, memory, "" if error is None else f"{error:.0e}"])
+                ratio = f"{contestants[row[0]]['cpu_seconds'] / own:.2f}"
+                rows.append([*row[:2], ratio, *row[2:], memory, "" if error is None else f"{error:.0e}"])
             text += f"\n**{cell['size']['name']}, {cell['precision']}, threads: {threads}** (a step; TRL's best tile: "
             text += f"{cell['tile']} rows)\n\n{_rows(header, rows)}"
     return text
@@ -185,6 +187,8 @@ def _floor(data: dict[str, Any]) -> str:
 
 
 def _time_to_quality(data: dict[str, Any]) -> str:
+    own = data["methods"].get(time_to_quality.OPD, {"runs": []})["runs"]
+    budget = statistics.median(run["cpu_seconds_to_goal"] for run in own) if own else 0.0
     rows = []
     for name, of in data["methods"].items():
         runs = of["runs"]
@@ -195,12 +199,19 @@ def _time_to_quality(data: dict[str, Any]) -> str:
                 f"{sum(int(run['reached']) for run in runs)} of {len(runs)}",
                 _spread([run["cpu_seconds_to_goal"] for run in runs]),
                 _spread([run["sampled_tokens_to_goal"] for run in runs], ".0f"),
+                _spread([_accuracy_after(run["points"], budget) for run in runs], ".3f"),
                 _spread([run["last_accuracy"] for run in runs], ".3f"),
             ]
         )
-    header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", "last accuracy")
+    equal = f"accuracy after {budget:.0f} CPU s"
+    header = ("", "learning rate", "reached", "CPU s to goal", "sampled tokens to goal", equal, "last accuracy")
     about = f"Teacher {data['teacher_accuracy']:.3f}, goal {data['goal_accuracy']:.3f}."
     return f"{about} Where the goal was not reached, the whole run's cost stands.\n\n{_rows(header, rows)}"
+
+
+def _accuracy_after(points: list[dict[str, float]], cpu_seconds: float) -> float:
+    """The last one that was measured by then; a run that ended earlier keeps its own."""
+    return [point for point in points if point["cpu_seconds"] <= cpu_seconds][-1][time_to_quality.METRIC]
 
 
 def _flow_step(data: dict[str, Any]) -> str:
@@ -231,7 +242,7 @@ def _scaling(data: dict[str, Any]) -> str:
             point["along"],
             str(point["value"]),
             point["contestant"],
-            f"{1e6 * point['cpu_per_token']:.0f}",
+            _spread([1e6 * cost for cost in point["cpu_per_token_each"]], ".0f"),
             *(f"{1e6 * point['cpu_per_token_by_phase'].get(phase, 0):.0f}" for phase in PHASES),
             f"{point['peak_bytes'] / 2**20:.0f}",
         ]

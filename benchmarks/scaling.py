@@ -52,7 +52,7 @@ def points(quick: bool) -> dict[str, list[tuple[int, Size]]]:
     return {
         "completion length": [(n, replace(base, batch=max(1, tokens // n), shortest=n, longest=n)) for n in lengths],
         "completions of a prompt": [
-            (g, replace(base, batch=16 // g, group=g, prompt=(256, 256), longest=64)) for g in groups
+            (g, replace(base, batch=16 // g, group=g, prompt=(256, 256), shortest=64, longest=64)) for g in groups
         ],
         "vocabulary": [(v, replace(base, vocabulary=v)) for v in vocabularies],
     }
@@ -71,8 +71,9 @@ def curve(
         weights = (size.folder / "student" / "model.safetensors").stat().st_size
         points = []
         for name, of in compete(list(jobs.values()), repeats).items():
-            tokens = sum(step["tokens"] for step in of["steps"]) / len(of["steps"])
+            by_phase = [{p: s / step["tokens"] for p, s in step["cpu"].items()} for step in of["steps"]]
             memory = peak_memory(jobs[name])
+            logits = 4 * memory.pop("tokens") * size.vocabulary
             # Gradients and both moments take as much as the weights each.
             beyond = memory["peak_bytes"] - memory["loaded_bytes"] - 3 * weights
             points.append(
@@ -81,11 +82,15 @@ def curve(
                     "value": value,
                     "contestant": name,
                     "size": asdict(size),
-                    "tokens": tokens,
+                    "tokens": [step["tokens"] for step in of["steps"]],
                     "cpu_per_token": of["cpu_per_token"],
-                    "cpu_per_token_by_phase": {phase: s / tokens for phase, s in of["cpu_by_phase"].items()},
+                    "cpu_per_token_each": [sum(step.values()) for step in by_phase],
+                    "cpu_per_token_by_phase": {
+                        phase: statistics.median(step.get(phase, 0.0) for step in by_phase)
+                        for phase in sorted({phase for step in by_phase for phase in step})
+                    },
                     **memory,
-                    "beyond_state_over_logits": beyond / (4 * tokens * size.vocabulary),
+                    "beyond_state_over_logits": beyond / logits,
                 }
             )
         yield points

@@ -76,7 +76,7 @@ class Evaluation(Settings):
 class Hardware(Settings):
     """Device and precision; everything else about devices is `accelerate`'s."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$", description="As torch names it")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "fp32",
         description="Compute dtype; weights keep the student's dtype. auto: bf16 where the device is fast at it",
@@ -90,48 +90,48 @@ class Tracking(Settings):
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml"]] = Field(
         default=["tensorboard"], description="Trackers to log to"
     )
-    project: str = "opd"
+    project: str = Field("opd", description="Name under which the trackers put runs")
 
 
 class Recipe(Settings):
     """A choice per axis and the few settings that belong to none. Fields are in the order of the loop."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$")
-    description: str = ""
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="Of the run")
+    description: str = Field("", description="Shown by `opd recipes`")
     output: str | None = Field(None, description="Run directory; default runs/NAME")
-    seed: int = Field(0, ge=0)
-    steps: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0, description="Of sampling, order of prompts and new weights")
+    steps: int = Field(100, ge=1, description="Optimiser steps")
     temperature: Annotated[float, OverSteps(gt=0)] = Field(
         1.0, description="Softmax temperature of sampling, student and teacher alike"
     )
-    student: Annotated[Policy, OneOf(Policy, "causal_lm")]
+    student: Annotated[Policy, OneOf(Policy, "causal_lm")] = Field(description="The model that learns")
     teacher: Annotated[list[Annotated[Teacher, OneOf(Teacher, "local")]], BeforeValidator(_as_list)] = Field(
         default=[], description="Who supervises; may be missing when no objective and no rollout asks a teacher"
     )
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
-        min_length=1
+        min_length=1, description="What the student answers; several sets are joined"
     )
-    max_prompt_tokens: int = Field(1024, ge=1)
+    max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is an error")
     skip_bad_prompts: bool = Field(False, description="Leave out rows that cannot be used, and say which")
-    curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Shuffled()
-    rollout: Annotated[Rollout, OneOf(Rollout, "student")] = StudentRollout()
+    curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Field(Shuffled(), description="Which prompts, how long")
+    rollout: Annotated[Rollout, OneOf(Rollout, "student")] = Field(StudentRollout(), description="Who writes")
     end_tokens: list[int] | None = Field(None, description="Ids that end a completion; default from the student")
-    verifier: Annotated[Verifier, OneOf(Verifier)] | None = None
-    shaping: Annotated[Shaping, OneOf(Shaping)] = Uniform()
+    verifier: Annotated[Verifier, OneOf(Verifier)] | None = Field(None, description="What a completion is worth")
+    shaping: Annotated[Shaping, OneOf(Shaping)] = Field(Uniform(), description="What a position weighs")
     objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(_as_list)] = Field(
         default=[ReverseKL()], min_length=1, description="What a step descends; several are summed"
     )
-    reduction: Reduction = "token_mean"
-    update: Annotated[Update, OneOf(Update, "plain")] = PlainUpdate()
-    batch: Batch = Batch()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: Checkpoint = Checkpoint()
+    reduction: Reduction = Field("token_mean", description="How a step's losses become one number")
+    update: Annotated[Update, OneOf(Update, "plain")] = Field(PlainUpdate(), description="How gradients become a step")
+    batch: Batch = Field(Batch(), description="Trajectories of a step")
+    evaluation: Evaluation = Field(Evaluation(), description="Held-out measurements")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="What `--resume` goes on from")
     resume: Literal["never", "auto"] = Field(
         "never", description="auto: go on where an earlier process of this run ended, if there was one"
     )
-    failures: Failures = Failures()
-    tracking: Tracking = Tracking()
-    hardware: Hardware = Hardware()
+    failures: Failures = Field(Failures(), description="What to do about bad steps")
+    tracking: Tracking = Field(Tracking(), description="Where metrics go")
+    hardware: Hardware = Field(Hardware(), description="Device and precision")
     self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
     try_next: str | None = Field(None, description="A command to suggest when the run ends")
 
@@ -173,6 +173,11 @@ class Recipe(Settings):
                 )
             if objective.needs_reward and self.verifier is None:
                 raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
+            if objective.scope == "group" and self.batch.group == 1:
+                raise ValueError(
+                    f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
+                    "nothing; take 2 or more"
+                )
         return self
 
     @property

@@ -34,10 +34,10 @@ class Named(_Shape):
     """
 
     kind: Literal["linear", "cosine", "constant"]
-    start: float
-    end: float = 0.0
-    warmup: int = Field(0, ge=0)
-    steps: int | None = Field(None, ge=1)
+    start: float = Field(description="Value after warming up")
+    end: float = Field(0.0, description="Value at the end")
+    warmup: int = Field(0, ge=0, description="Steps of a linear rise from 0")
+    steps: int | None = Field(None, ge=1, description="Where the end is reached; default the run's steps")
 
     def at(self, step: int, steps: int) -> float:
         if step < self.warmup:
@@ -59,7 +59,7 @@ class Points(_Shape):
     """`[step, value]` pairs in order; straight lines between them (`hold`: each value until the next step)."""
 
     kind: Literal["points", "hold"] = "points"
-    points: list[Point] = Field(min_length=1)
+    points: list[Point] = Field(min_length=1, description="[step, value] pairs, steps growing")
 
     def at(self, step: int, steps: int) -> float:
         before = [p for p in self.points if p[0] <= step]

@@ -1,14 +1,18 @@
-"""What the pages show is accepted: YAML blocks are parts of a recipe, the call in the README is one of `distill`."""
+"""What the pages show is accepted, and what can be written is on a page."""
 
 from __future__ import annotations
 
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
+from docs import commands_page
+from opd.cli.main import app
 from opd.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -38,3 +42,28 @@ def test_the_call_in_the_readme_is_accepted():
     names = {key: {"model": given.pop(key)} for key in ("student", "teacher")}
     assert {"objective", "update", "steps"} <= given.keys()
     parse_recipe(given | names | {"prompts": REST["prompts"]})
+
+
+def settings(base=BaseModel):
+    for kind in base.__subclasses__():
+        yield kind
+        yield from settings(kind)
+
+
+def test_every_key_of_a_recipe_says_what_it_is():
+    silent = [
+        f"{kind.__module__}.{kind.__name__}.{name}"
+        for kind in settings()
+        if kind.__module__.startswith("opd.") and not kind.__name__.endswith("Header")
+        for name, field in kind.model_fields.items()
+        if name != "kind" and not field.description
+    ]
+    assert not silent
+
+
+def test_the_page_of_commands_has_all_of_them():
+    page = commands_page.on_page_markdown("# Command line\n", SimpleNamespace(file=SimpleNamespace(src_uri="cli.md")))
+    assert page.startswith("# Command line\n")
+    names = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
+    assert {"train", "watch", "store"} <= names
+    assert all(f"## `opd {name}`" in page for name in names)

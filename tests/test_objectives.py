@@ -159,6 +159,7 @@ def test_an_objective_may_listen_to_one_teacher(models, tmp_path):  # noqa: F811
         ({"teacher": []}, "'teacher' is required"),
         ({"objective": {"kind": "reverse_kl", "teacher": "tutor"}}, "'tutor'"),
         ({"objective": "grpo"}, "'verifier' is required"),
+        ({"objective": "grpo", "verifier": "exact_match", "batch": {"group": 1}}, "batch.group is 1"),
         ({"objective": ["sft", "forward_kll"]}, "forward_kl"),
         ({"objective": []}, "objective"),
     ],

@@ -30,12 +30,15 @@ class LengthLadder(Curriculum):
     kind: Literal["length_ladder"] = "length_ladder"
     modality: ClassVar[str | None] = "language"
     lengths: list[int] = Field(min_length=1, description="Budget of actions on each rung, growing")
-    steps_per_rung: int = Field(ge=1)
+    steps_per_rung: int = Field(ge=1, description="Steps that each length lasts")
     minimum_entropy: float | None = Field(None, gt=0, description="The gate, in nats a token; default no gate")
     minimum_share: float | None = Field(
         None, gt=0, description="The gate, as a share of the student's entropy before training"
     )
-    on_failure: Literal["restore", "keep"] = "restore"
+    on_failure: Literal["restore", "keep"] = Field(
+        "restore",
+        description="Whose weights stay when a rung fails: those of the last one that passed, or its own",
+    )
 
     @model_validator(mode="after")
     def _climbs(self) -> LengthLadder:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.operator import OnSupport
@@ -27,7 +28,9 @@ class JensenShannon(OnSupport):
         {"beta": 0.5, "top_k": 4},
         {"beta": 0.5, "top_k": 4, "support_from": "student"},
     )
-    beta: Annotated[float, OverSteps(ge=0, le=1)] = 0.5
+    beta: Annotated[float, OverSteps(ge=0, le=1)] = Field(
+        0.5, description="Weight of the teacher in the mean distribution"
+    )
 
     @property
     def descends(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from opd.divergences.operator import OnSupport
 from opd.schedules import OverSteps
@@ -17,7 +18,9 @@ class Mixture(OnSupport):
     kind: Literal["mixture"] = "mixture"
     buffers: ClassVar[int] = 2
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"reverse_weight": 0.25}, {"reverse_weight": 0.75})
-    reverse_weight: Annotated[float, OverSteps(ge=0, le=1)] = 0.5
+    reverse_weight: Annotated[float, OverSteps(ge=0, le=1)] = Field(
+        0.5, description="Share of reverse KL; the rest is forward KL"
+    )
 
     @property
     def descends(self) -> str:

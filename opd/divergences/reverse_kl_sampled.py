@@ -21,8 +21,12 @@ class ReverseKLSampled(OnAction):
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"clamp": 1.0}, {"discount": 0.5}, {"discount": 1.0})
-    discount: float = Field(0.0, ge=0.0, le=1.0)
-    clamp: Annotated[float, OverSteps(gt=0)] | None = None
+    discount: float = Field(
+        0.0, ge=0.0, le=1.0, description="Of the log-ratios of later tokens; 0 counts each token's own alone"
+    )
+    clamp: Annotated[float, OverSteps(gt=0)] | None = Field(
+        None, description="Largest log-ratio of a token, either way; default no bound"
+    )
 
     @property
     def sees_whole_trajectories(self) -> bool:

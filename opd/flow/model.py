@@ -28,7 +28,7 @@ class FlowSettings(Settings):
         "transformer, a scheduler and a prompt_table"
     )
     adapter: str | None = Field(None, description="A LoRA adapter of peft to merge into the transformer's weights")
-    revision: str | None = None
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the weights; auto is the student's, and of a student float32"
     )

@@ -31,10 +31,10 @@ class ModelSettings(Settings):
 
     model: str = Field(description="Hub name, folder, .gguf file, or package:NAME of a Python package with one")
     tokenizer: str | None = Field(None, description="Where the tokenizer is, when not beside the model")
-    revision: str | None = None
-    dtype: Dtype = "auto"
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+    dtype: Dtype = Field("auto", description="Of the weights; auto: as they are stored")
     attention: str | None = Field(None, description="attn_implementation of transformers: sdpa, eager, ...")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model")
     drop_layers: list[int] = Field(default=[], description="Layers to remove after loading, e.g. '10-17' or [3, 5]")
     template: Literal["chat", "plain"] = Field("chat", description="Apply the chat template, or encode text as it is")
     template_options: dict[str, Any] = Field(default={}, description="Passed to the chat template (enable_thinking)")

@@ -25,8 +25,8 @@ from opd.trajectories import AUTHORS, Author, Trajectories
 class SamplingSettings(Settings):
     """How completions are drawn."""
 
-    top_p: Annotated[float, OverSteps(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, OverSteps(ge=0)] = 0
+    top_p: Annotated[float, OverSteps(gt=0, le=1)] = Field(1.0, description="Keep the most likely tokens of this mass")
+    top_k: Annotated[int, OverSteps(ge=0)] = Field(0, description="Keep so many of the most likely tokens; 0 keeps all")
     batch: int = Field(64, ge=1, description="Rows sampled side by side")
     dtype: Literal["own", "bfloat16", "auto"] = Field(
         "own",

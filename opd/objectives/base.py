@@ -65,7 +65,7 @@ class Objective(Choice):
     scope: ClassVar[Literal["trajectory", "group"]] = "trajectory"
     """What must be seen together: the loop never cuts a group in two when this is 'group'."""
 
-    weight: Annotated[float, OverSteps(ge=0)] = 1.0
+    weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Author] | None = Field(
         None, description="Only positions whose action one of these wrote: student, teacher, data; default all"

@@ -30,7 +30,7 @@ class GRPO(Objective):
     kind: Literal["grpo"] = "grpo"
     needs_reward: ClassVar[bool] = True
     scope: ClassVar[Literal["trajectory", "group"]] = "group"
-    clip: float = Field(0.2, gt=0.0, lt=1.0)
+    clip: float = Field(0.2, gt=0.0, lt=1.0, description="How far the ratio may leave 1")
     clip_high: float | None = Field(None, gt=0.0, description="Upper clip; default the same as clip")
     normalise: bool = Field(True, description="Divide advantages by a standard deviation of rewards")
     spread: Literal["group", "batch"] = Field(

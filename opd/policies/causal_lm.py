@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 class LoRA(Settings):
     """Low-rank adapters, by `peft`."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    targets: list[str] | str = "all-linear"
+    rank: int = Field(16, ge=1, description="Of the added matrices")
+    alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
+    targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
 
 
 class CausalLM(ModelSettings, Policy):
@@ -54,9 +54,11 @@ class CausalLM(ModelSettings, Policy):
         "float32",
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
     )
-    lora: LoRA | None = None
+    lora: LoRA | None = Field(None, description="Train adapters alone; default all weights")
     freeze: list[str] = Field([], description="Parts of parameter names that stay as they are, e.g. [embed_tokens]")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, for less memory"
+    )
 
     def build(self, context: Context) -> CausalLMStudent:
         language = LanguageModel.load(self, context.device)

@@ -42,9 +42,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 class FlowLoRA(Settings):
     """Low-rank adapters of the transformer, by `peft`."""
 
-    rank: int = Field(32, ge=1)
-    alpha: int = Field(64, ge=1)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    rank: int = Field(32, ge=1, description="Of the added matrices")
+    alpha: int = Field(64, ge=1, description="Their product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] = Field(
         [f"attn.{name}" for name in ATTENTION], description="Default the eight attention projections"
     )
@@ -65,9 +65,11 @@ class FlowTransformer(FlowSettings, Policy):
     guidance: float = Field(
         1.0, ge=1.0, description="Scale of classifier-free guidance, for student and teachers; 1 = without"
     )
-    lora: FlowLoRA | None = None
+    lora: FlowLoRA | None = Field(None, description="Train adapters alone; default all weights")
     train_prompts: bool = Field(False, description="Train the prompt table too; only while a base model is made")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, for less memory"
+    )
 
     def build(self, context: Context) -> FlowStudent:
         model = load_flow_model(self, context.device, self.resolution)

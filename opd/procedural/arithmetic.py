@@ -25,7 +25,7 @@ class Arithmetic(Task):
 
     formats: Formats = Field({"column": 1.0})
     digits: Range = Field((2, 4), description="Digits of each number; the difficulty")
-    operations: list[Literal["+", "-"]] = Field(["+", "-"], min_length=1)
+    operations: list[Literal["+", "-"]] = Field(["+", "-"], min_length=1, description="That expressions are made of")
 
     def draw(self, rng: random.Random) -> str:
         digits = rng.randint(*self.digits)

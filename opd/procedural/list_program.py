@@ -39,7 +39,7 @@ class ListProgram(Task):
     formats: Formats = Field({"named": 1.0})
     length: Range = Field((3, 5), description="Digits of the list at the start")
     operations: Range = Field((2, 4), description="Operations of a program; the difficulty")
-    allowed: list[Operation] = Field(list(get_args(Operation)))
+    allowed: list[Operation] = Field(list(get_args(Operation)), description="Operations that programs are made of")
 
     @field_validator("allowed")
     @classmethod

@@ -34,9 +34,11 @@ class RegisterMachine(Task):
     writings: ClassVar = ("written", "state")
 
     formats: Formats = Field({"written": 1.0})
-    registers: int = Field(3, ge=2, le=len(REGISTERS))
+    registers: int = Field(3, ge=2, le=len(REGISTERS), description="Of the machine")
     instructions: Range = Field((2, 5), description="Instructions of a program; the difficulty")
-    allowed: list[Instruction] = Field(list(get_args(Instruction)), min_length=1)
+    allowed: list[Instruction] = Field(
+        list(get_args(Instruction)), min_length=1, description="Instructions that programs are made of"
+    )
 
     def draw(self, rng: random.Random) -> str:
         names = REGISTERS[: self.registers]

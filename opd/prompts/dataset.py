@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from opd.errors import DataError
 from opd.prompts.base import Prompts
 
@@ -14,10 +16,10 @@ class DatasetPrompts(Prompts):
     """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`."""
 
     kind: Literal["dataset"] = "dataset"
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
+    path: str = Field(description="Name on the hub, or a folder, as datasets.load_dataset takes it")
+    name: str | None = Field(None, description="Of the dataset's configuration")
+    split: str = Field("train", description="Of the dataset")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         import datasets

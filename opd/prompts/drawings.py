@@ -20,10 +20,10 @@ class DrawingPrompts(Prompts):
     """
 
     kind: Literal["drawings"] = "drawings"
-    task: Annotated[Drawing, OneOf(Drawing)]
-    size: int = Field(100, ge=1)
-    seed: int = 0
-    split: Split = "train"
+    task: Annotated[Drawing, OneOf(Drawing)] = Field(description="What is drawn")
+    size: int = Field(100, ge=1, description="Rows to draw")
+    seed: int = Field(0, description="Of the draw")
+    split: Split = Field("train", description="Rows of one split occur in no other")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         kind = self.task.model_dump()["kind"]

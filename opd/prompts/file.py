@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.errors import DataError
 from opd.prompts.base import Prompts
@@ -17,7 +17,7 @@ class FilePrompts(Prompts):
     """`.jsonl`, `.txt`, `.csv` and `.parquet`, read as UTF-8; errors name the line."""
 
     kind: Literal["file"] = "file"
-    path: str
+    path: str = Field(description="Of a .jsonl, .txt, .csv or .parquet file")
 
     @field_validator("path")
     @classmethod

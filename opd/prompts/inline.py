@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from opd.prompts.base import Prompts
 
@@ -15,7 +15,7 @@ class InlinePrompts(Prompts):
     """A list of strings or of rows."""
 
     kind: Literal["inline"] = "inline"
-    prompts: list[str | dict[str, Any]]
+    prompts: list[str | dict[str, Any]] = Field(description="Texts, or rows as a file has them")
 
     @field_validator("prompts")
     @classmethod

@@ -21,10 +21,10 @@ class ProceduralPrompts(Prompts):
     """
 
     kind: Literal["procedural"] = "procedural"
-    task: Annotated[Task, OneOf(Task)]
-    size: int = Field(100, ge=1)
-    seed: int = 0
-    split: Split = "train"
+    task: Annotated[Task, OneOf(Task)] = Field(description="What is asked")
+    size: int = Field(100, ge=1, description="Rows to draw")
+    seed: int = Field(0, description="Of the draw")
+    split: Split = Field("train", description="Rows of one split occur in no other")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         kind = self.task.model_dump()["kind"]

@@ -15,9 +15,9 @@ class ReasoningGymPrompts(Prompts):
     """`size` entries of each task, drawn by `seed`. Use with `verifier: reasoning_gym`."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
-    tasks: list[str] = Field(min_length=1)
-    size: int = Field(100, ge=1)
-    seed: int = 0
+    tasks: list[str] = Field(min_length=1, description="By their names in reasoning_gym")
+    size: int = Field(100, ge=1, description="Rows of each task")
+    seed: int = Field(0, description="Of the draw")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from opd.choice import Choice
 from opd.context import Context
@@ -133,7 +134,9 @@ class Rollout(Choice):
 class OneSource(Rollout):
     """Base of rollouts that extend prompts themselves."""
 
-    max_new_tokens: Annotated[int, OverSteps(ge=1)] = 256
+    max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
+        256, description="Longest completion, the end token included"
+    )
 
     @property
     def budget(self) -> int:

@@ -24,10 +24,12 @@ class MixtureRollout(SeveralSources):
     `share` from 0 to 1 moves from the teacher's states to the student's."""
 
     kind: Literal["mixture"] = "mixture"
-    first: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
-    second: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
+    first: Annotated[Rollout, OneOf(Rollout)] = Field(
+        StudentRollout(), description="Writes `share` of the trajectories"
+    )
+    second: Annotated[Rollout, OneOf(Rollout)] = Field(TeacherRollout(), description="Writes the others")
     share: Annotated[float, OverSteps(ge=0, le=1)] = Field(0.5, description="Probability of the first source")
-    by: Literal["prompt", "batch"] = "prompt"
+    by: Literal["prompt", "batch"] = Field("prompt", description="Whether each prompt or each batch draws its source")
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Mixed:
         return Mixed(self, context, [part.build(context, student, teachers) for part in self.parts])

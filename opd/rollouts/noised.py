@@ -33,7 +33,9 @@ class NoisedRollout(GridSettings, Rollout):
     column: str = Field(
         "image", description="Column with uint8 [H, W, 3], an image's path, an image of a dataset, or a list"
     )
-    times: Literal["logit_normal", "grid"] = "logit_normal"
+    times: Literal["logit_normal", "grid"] = Field(
+        "logit_normal", description="Where between image and noise: drawn, or the student's own grid"
+    )
     drop_prompt: float = Field(0.0, ge=0.0, lt=1.0, description="Share that learns without its prompt, for guidance")
     author: Literal["data", "teacher"] = Field("data", description="Who made the images, for objectives that ask")
 

@@ -25,8 +25,8 @@ class SwitchRollout(SeveralSources):
 
     kind: Literal["switch"] = "switch"
     modality: ClassVar[str | None] = "language"
-    first: Annotated[Rollout, OneOf(Rollout)] = TeacherRollout()
-    then: Annotated[Rollout, OneOf(Rollout)] = StudentRollout()
+    first: Annotated[Rollout, OneOf(Rollout)] = Field(TeacherRollout(), description="Writes the first tokens")
+    then: Annotated[Rollout, OneOf(Rollout)] = Field(StudentRollout(), description="Goes on from there")
     position: Annotated[int, OverSteps(ge=0)] = Field(16, description="Actions that the first source writes")
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Switched:

@@ -82,7 +82,7 @@ class Teacher(Choice):
 
     axis: ClassVar[str] = "teacher"
     name: str | None = Field(None, description="What an objective or a rollout calls this teacher")
-    weight: Annotated[float, OverSteps(ge=0)] = 1.0
+    weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this teacher's divergence")
     sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
     batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
 

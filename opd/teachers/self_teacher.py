@@ -23,8 +23,10 @@ class SelfTeacher(Teacher):
     """
 
     kind: Literal["self"] = "self"
-    mode: Literal["ema", "frozen"] = "ema"
-    rate: float = Field(0.05, gt=0.0, le=1.0)
+    mode: Literal["ema", "frozen"] = Field(
+        "ema", description="A running mean of the student's weights, or its weights before training"
+    )
+    rate: float = Field(0.05, gt=0.0, le=1.0, description="Share of the student in the running mean, each step")
 
     def build(self, context: Context, student: Any) -> LiveTeacher:
         return student.as_teacher(self, context)

@@ -26,7 +26,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Average(Settings):
     """A running mean of the student's weights: `mean <- decay * mean + (1 - decay) * weights`."""
 
-    decay: float = Field(0.9, gt=0, lt=1)
+    decay: float = Field(0.9, gt=0, lt=1, description="Share of the mean that a step keeps")
     every: int = Field(8, ge=1, description="Updates between two looks at the weights")
 
 
@@ -34,10 +34,10 @@ class PlainUpdate(Update):
     """One optimiser step per batch."""
 
     kind: Literal["plain"] = "plain"
-    learning_rate: Annotated[float, OverSteps(ge=0)] = 1e-5
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    clip_norm: float | None = Field(1.0, gt=0)
+    learning_rate: Annotated[float, OverSteps(ge=0)] = Field(1e-5, description="Of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
+    clip_norm: float | None = Field(1.0, gt=0, description="Largest norm of the gradient; null never clips")
     average: Average | None = Field(
         None, description="Measure and save a running mean of the weights; training goes on with the weights themselves"
     )

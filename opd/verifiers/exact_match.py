@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from opd.prompts import Prompt
 from opd.verifiers.base import Verifier
@@ -16,7 +16,10 @@ class ExactMatch(Verifier):
 
     kind: Literal["exact_match"] = "exact_match"
     modality: ClassVar[str | None] = "language"
-    pattern: str | None = None
+    pattern: str | None = Field(
+        None,
+        description="Regular expression with one group, whose last match is the answer; default the whole completion",
+    )
 
     @field_validator("pattern")
     @classmethod
