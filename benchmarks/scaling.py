@@ -291,6 +291,12 @@ def main() -> int:
     if options.resume:
         for part in ("points", "processes"):
             report[part] = finished_cells(options.json, report, ("versions", "repeats"), part)
+    shared = replace(BASE, batch=4, longest=32) if options.quick else BASE
+    done_engines = {of["engine"] for of in report["processes"]}
+    for engine in () if options.no_processes else ENGINES:
+        if engine not in done_engines:
+            report["processes"] += two_processes(shared, engine, repeats)
+            write(options.json, report)
     done = {(point["along"], point["value"]) for point in report["points"]}
     for along, sizes in points(options.quick).items():
         for found in curve(along, sizes, repeats, (OPD,) if options.no_peers else (OPD, TRL), done):
@@ -298,12 +304,6 @@ def main() -> int:
             write(options.json, report)
     if options.plot:
         draw(report["points"], options.plot)
-    shared = replace(BASE, batch=4, longest=32) if options.quick else BASE
-    done_engines = {of["engine"] for of in report["processes"]}
-    for engine in () if options.no_processes else ENGINES:
-        if engine not in done_engines:
-            report["processes"] += two_processes(shared, engine, repeats)
-            write(options.json, report)
     report["goals"] = judge(report["points"], report["processes"])
     write(options.json, report)
     show(report)
