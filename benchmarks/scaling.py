@@ -39,6 +39,8 @@ VOCABULARIES = (1024, 8192, 32768, 131072)
 BASE = Size("scaling", 4096, Shape(128, 4, 4), Shape(256, 6, 4), batch=16, shortest=8, longest=256)
 TOKENS = 4096
 """About so many sampled tokens in a step of the curve over lengths."""
+STEPS_OF_TWO = 4
+"""Timed steps of the processes for one of a curve's points; wall seconds are noisier."""
 SPEED_GOAL, GRADIENT_GOAL, MEMORY_GOAL = 1.7, 1e-5, 1.0
 ENGINES: dict[str, dict[str, str]] = {"DDP": {}, "FSDP2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}}
 """How two processes hold the student, and the environment that asks for it."""
@@ -105,7 +107,6 @@ class Crew:
             port = probe.getsockname()[1]
         shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.workers: list[Worker] = []
-        self.steps: list[dict[str, float]] = []
         for rank in range(processes):
             places = {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes, "ACCELERATE_USE_CPU": "true"}
             own = {**shared, **places, **environment} if processes > 1 else {}
@@ -122,10 +123,11 @@ class Crew:
         # Every process has the whole gradient; the loss is a sum over their parts.
         return {**scores[0], "loss": sum(score["loss"] for score in scores)}
 
-    def step(self) -> dict[str, float]:
-        """Sampled tokens, which every process counts for all, and the seconds of the slowest process."""
+    def step(self) -> dict[str, Any]:
+        """Sampled tokens a second of the slowest process (every process counts the tokens of all), and its seconds."""
         steps = self._all("step")
-        return {"tokens": steps[0]["tokens"], "wall_seconds": max(sum(step["wall"].values()) for step in steps)}
+        slowest = max(steps, key=lambda step: sum(step["wall"].values()))
+        return {"speed": steps[0]["tokens"] / sum(slowest["wall"].values()), "wall": slowest["wall"]}
 
     def close(self) -> None:
         for worker in self.workers:
@@ -142,7 +144,7 @@ def two_processes(size: Size, engine: str, repeats: int) -> list[dict[str, Any]]
 
     Returns, for both steps: `prompts` of the step, `speed_up` over one process with the same step and
     `speed_up_per_process` over one with the same prompts for each process (ratios of sampled tokens a wall second,
-    one a repeat), errors of loss and gradient against one process with the same step.
+    one a repeat), errors of loss and gradient against one process with the same step, median seconds by phase.
     """
     materialise(size)
     sizes = {s.batch: s for s in (size, replace(size, batch=2 * size.batch))}
@@ -154,16 +156,21 @@ def two_processes(size: Size, engine: str, repeats: int) -> list[dict[str, Any]]
         for crew in crews.values():
             crew.ready()
         scores = {key: crew.score() for key, crew in crews.items()}
-        speeds: dict[tuple[int, int], list[float]] = {key: [] for key in crews}
+        steps: dict[tuple[int, int], list[dict[str, Any]]] = {key: [] for key in crews}
         for repeat in range(repeats + 1):
             progress(f"two processes, {engine}: step {repeat} of {repeats}")
             for key, crew in crews.items():
-                step = crew.step()
-                if repeat:  # the first one warms up
-                    speeds[key].append(step["tokens"] / step["wall_seconds"])
+                steps[key].append(crew.step())
     finally:
         for crew in crews.values():
             crew.close()
+
+    # The first step warms up.
+    speeds = {key: [step["speed"] for step in of[1:]] for key, of in steps.items()}
+    seconds = {
+        key: {p: statistics.median(step["wall"].get(p, 0.0) for step in of[1:]) for p in of[0]["wall"]}
+        for key, of in steps.items()
+    }
 
     def ratios(prompts: int, alone: int) -> list[float]:
         return [two / one for two, one in zip(speeds[2, prompts], speeds[1, alone], strict=True)]
@@ -177,6 +184,7 @@ def two_processes(size: Size, engine: str, repeats: int) -> list[dict[str, Any]]
                 "engine": engine,
                 "prompts": prompts,
                 "tokens_per_second": {"one": speeds[1, prompts], "two": speeds[2, prompts]},
+                "wall_by_phase": {"one": seconds[1, prompts], "two": seconds[2, prompts]},
                 "speed_up": ratios(prompts, prompts),
                 "speed_up_per_process": ratios(prompts, size.batch) if prompts == 2 * size.batch else None,
                 "loss_error": abs(two["loss"] / one["loss"] - 1),
@@ -295,7 +303,7 @@ def main() -> int:
     done_engines = {of["engine"] for of in report["processes"]}
     for engine in () if options.no_processes else ENGINES:
         if engine not in done_engines:
-            report["processes"] += two_processes(shared, engine, repeats)
+            report["processes"] += two_processes(shared, engine, STEPS_OF_TWO * repeats)
             write(options.json, report)
     done = {(point["along"], point["value"]) for point in report["points"]}
     for along, sizes in points(options.quick).items():
