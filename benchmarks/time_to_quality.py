@@ -4,10 +4,10 @@ Running sums modulo 10 of two to ten digits, where an answer is right or wrong a
 teacher and one student's beginning, both made by supervised training; then every method trains the same student with
 the same batch, optimiser and schedule, over seeds. Counted is what training has cost when the accuracy of greedy
 answers to validation prompts first reaches 90 % of the teacher's, where a run ends: CPU seconds of the process without
-measuring, and sampled tokens, the teacher's included. Every method takes the best of three learning rates, found under
-a seed of its own in runs of half the length by the mean of their last five measurements; `opd` and TRL on-policy, which
-descend the same, take one rate that is best for both. Each run is a process and leaves a file; what is there is not run
-again. Runs follow each other, the methods in turns under each seed.
+measuring, and sampled tokens, the teacher's included. Every method takes the best of four learning rates, found under
+a seed of its own in runs of a third of the length by the mean of their last five measurements; `opd` and TRL on-policy,
+which descend the same, take one rate that is best for both. Each run is a process of one thread and leaves a file; what
+is there is not run again. Runs start in order, the methods in turns under each seed, `--jobs` at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import shlex
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +36,7 @@ from benchmarks.head_to_head import last_line, progress
 from benchmarks.phases import Phases
 from opd.provenance import git_state
 from opd.reproductions.definition import merged
-from reproductions.on_policy import FEW, RATES, STEPS, STEPS_OF_SELECTION, at_rate
+from reproductions.on_policy import FEW, at_rate
 from reproductions.running_sum import prompts, reached, recipe, tested
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,8 @@ OPD, TRL, GKD, SFT = "opd", "TRL on-policy", "TRL GKD, lambda 0.5", "SFT on teac
 OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
 METHODS = (OPD, TRL, GKD, SFT)
 TERMS, BUDGET = (2, 10), 96
+STEPS, STEPS_OF_SELECTION = 1200, 400
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 VOCABULARY = 2048
 """Ids of the models; the task needs twenty, and no language model has so few."""
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
@@ -276,7 +279,9 @@ def placeless(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     return text
 
 
-def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, seeds: int) -> dict[str, Any]:
+def run_all(
+    folder: Path, base: Path, teacher: Path, best: float, quick: bool, seeds: int, jobs: int = 1
+) -> dict[str, Any]:
     """Every method, first at each rate, then over seeds at its best until the goal; figures by method."""
     goal = SHARE * best
     selection = {} if quick else {"steps": STEPS_OF_SELECTION}
@@ -300,13 +305,20 @@ def run_all(folder: Path, base: Path, teacher: Path, best: float, quick: bool, s
             raise SystemExit(f"{record} was run with another recipe; remove it or give another --folder")
         return kept["points"]
 
+    def all_points(runs: Iterable[tuple[Any, ...]]) -> None:
+        with ThreadPoolExecutor(jobs) as pool:
+            for _ in pool.map(lambda run: points(*run), runs):
+                pass
+
     def settled(methods: tuple[str, ...], rate: float) -> float:
         runs = [points(method, rate, TUNING_SEED)[-SETTLED:] for method in methods]
         return statistics.mean(point[METRIC] for run in runs for point in run)
 
     rates, tuned = RATES[:1] if quick else RATES, {}
+    all_points((method, rate, TUNING_SEED) for rate in rates for method in METHODS)
     for methods in ONE_RATE:
         tuned |= dict.fromkeys(methods, max(rates, key=lambda rate, of=methods: settled(of, rate)))
+    all_points((method, tuned[method], seed, goal) for seed in range(seeds) for method in METHODS)
     found: dict[str, Any] = {m: {"rate": tuned[m], "runs": []} for m in METHODS}
     for seed in range(seeds):
         for method in METHODS:
@@ -355,6 +367,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_quality", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, one seed")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each; no more than cores")
     parser.add_argument("--folder", type=Path, help="where runs are kept; default under runs/benchmarks")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     options = parser.parse_args()
@@ -367,8 +380,9 @@ def main() -> int:
         "command": shlex.join(["python", "-m", "benchmarks.time_to_quality", *sys.argv[1:]]),
         **versions_and_machine(),
         "task": {"kind": "running_sum", "terms": TERMS, "budget": BUDGET, "steps": STEPS, "every": EVERY},
+        "selection": {"steps": STEPS_OF_SELECTION, "rates": RATES, "seed": TUNING_SEED},
         "vocabulary": VOCABULARY,
-        **run_all(folder, *models, options.quick, 1 if options.quick else options.seeds),
+        **run_all(folder, *models, options.quick, 1 if options.quick else options.seeds, options.jobs),
     }
     report["goals"] = judge(report["methods"])
     write(options.json, report)
