@@ -145,10 +145,9 @@ def _goal(text: str, figure: float | None, target: float) -> dict[str, Any]:
 
 def last_line(name: str, goals: list[dict[str, Any]]) -> str:
     """Figures and goals on one line."""
-    words = {True: "met", False: "MISSED"}
+    words = {None: "not measured", True: "met", False: "MISSED"}
     parts = [
-        f"{g['goal']}: " + ("not measured" if g["met"] is None else f"{g['figure']:.3g}, {words[g['met']]}")
-        for g in goals
+        f"{g['goal']}: " + ("" if g["figure"] is None else f"{g['figure']:.3g}, ") + words[g["met"]] for g in goals
     ]
     return f"{name}: " + "; ".join(parts)
 

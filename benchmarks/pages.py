@@ -109,7 +109,11 @@ def benchmarks(folder: Path) -> str:
             if "--quick" not in data["command"]:
                 words = {True: "met", False: "**missed**"}
                 measured |= {
-                    g["goal"]: f"{g['figure']:.3g} | {words[g['met']]}" for g in data["goals"] if g["met"] is not None
+                    g[
+                        "goal"
+                    ]: f"{'no figure' if g['figure'] is None else format(g['figure'], '.3g')} | {words[g['met']]}"
+                    for g in data["goals"]
+                    if g["met"] is not None
                 }
         for goal in unmeasured:
             goals += f"| `{name}` | {goal['goal']} | {measured.get(goal['goal'], 'not measured yet | ')} |\n"

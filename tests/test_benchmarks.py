@@ -16,7 +16,7 @@ from benchmarks.contestants import Job, OpdSession
 from benchmarks.head_to_head import utilisation
 from benchmarks.phases import Phases
 from benchmarks.sizes import ON_DEVICE, ForcedLengths, Shape, Size, materialise
-from benchmarks.time_to_quality import Curve
+from benchmarks.time_to_quality import Curve, judge
 from benchmarks.utilisation import body
 from tests.test_gpu import cuda
 
@@ -160,6 +160,18 @@ def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
     goals = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(goals) == 13
     assert all("not measured yet" in line for line in goals)
+
+
+def test_time_to_quality_needs_every_seed_to_arrive():
+    def runs(seconds, reached):
+        return {"runs": [{"reached": r, "cpu_seconds_to_goal": s} for s, r in zip(seconds, reached, strict=True)]}
+
+    there = {"opd": runs([10, 20, 30], [1, 1, 1]), "TRL on-policy": runs([50, 70, 80], [1, 1, 1])}
+    assert [(g["figure"], g["met"]) for g in judge(there)] == [(3.5, True)]
+    assert not judge({**there, "opd": runs([10, 24, 30], [1, 1, 1])})[0]["met"]
+    # Who ends below the goal has no time to it, however cheap the run was.
+    assert [(g["figure"], g["met"]) for g in judge({**there, "opd": runs([1, 1, 1], [1, 0, 1])})] == [(None, False)]
+    assert [(g["figure"], g["met"]) for g in judge({})] == [(None, None)]
 
 
 def test_the_stores_goals_are_judged_by_its_figures():
