@@ -685,9 +685,13 @@ def test_teachers_that_do_not_fit_are_named(models, tmp_path):
     small = create_flow_model(tmp_path / "small", symbol_tokenizer(WORDS, words=True), size=4, **sizes)
     with pytest.raises(ModelError, match="at most 4"):
         built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(small)}))
-    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS[::-1], words=True), size=8, **sizes)
+    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS[::-1], words=True), size=8, shift=3.0, **sizes)
     with pytest.raises(IncompatibleError, match="read prompts differently"):
         built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
+    # Written by such a teacher, trajectories would go through other times than the student's.
+    late = create_flow_model(tmp_path / "late", symbol_tokenizer(WORDS, words=True), size=8, shift=1.0, **sizes)
+    with pytest.raises(IncompatibleError, match=r"scheduler goes through the times 1, .*the same scheduler"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(late)}))
     with pytest.raises(ModelError, match="holds a model already"):
         create_flow_model(other, symbol_tokenizer(WORDS, words=True))
 

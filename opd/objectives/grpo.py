@@ -81,5 +81,6 @@ class GRPO(Objective):
     def check_trajectories(self, rollout: Any) -> None:
         if rollout.authors != {"student"} or not rollout.current:
             raise IncompatibleError(
-                "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student"
+                "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student, "
+                "or sde for a flow model"
             )

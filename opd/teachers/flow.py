@@ -33,6 +33,14 @@ class FlowTeacher(FlowSettings, Teacher):
         return LiveFlowTeacher(model.requires_grad_(False), self, context, student.model)
 
 
+GRID = 4
+"""Steps by which schedulers are compared."""
+
+
+def _written(times: torch.Tensor) -> str:
+    return ", ".join(f"{t:.3g}" for t in times.tolist())
+
+
 class LiveFlowTeacher(LiveTeacher):
     """A built flow teacher.
 
@@ -62,6 +70,12 @@ class LiveFlowTeacher(LiveTeacher):
             raise IncompatibleError(
                 f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; "
                 "use a teacher of the student's architecture"
+            )
+        own, theirs = (model.grid(GRID).cpu() for model in (other, self.model))
+        if not torch.allclose(own, theirs, atol=1e-4):
+            raise IncompatibleError(
+                f"the student's scheduler goes through the times {_written(own)} and a teacher's through "
+                f"{_written(theirs)}; use models with the same scheduler, its shift included"
             )
         if not same_vocabulary(self.model.encoder, other.encoder):
             raise IncompatibleError(
