@@ -416,7 +416,7 @@ samples are equal, but an arm of OPD also leans on the experts' samples: `{LONG}
 steps, since one set of experts serves {len(SEEDS)} students; for a single student it would take
 {1 + len(EXPERTS) * EXPERT_STEPS / STEPS:.0f} times. Intervals resample test prompts with their repetitions as if all
 were different, and with so few texts, of glyph above all, they are too sure of themselves; with {len(SEEDS)} seeds they
-are wide or too sure anyway ([why](index.md#intervals)).
+are wide anyway ([why](index.md#intervals)).
 """,
     stages={**STAGES, **TRAINED},
     gates=[

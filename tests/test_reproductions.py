@@ -395,31 +395,39 @@ def test_json_keeps_any_text_and_puts_plain_lists_on_one_line(tmp_path):
 
 
 CLAIM = Claim("main", "s", "m", "higher", "a", "b")
+TWO, THREE = 12.706 / 1.96 * 2**0.5, 4.303 / 1.96 * 1.5**0.5
 
 
 @pytest.mark.parametrize(
     ("change", "a", "b", "interval", "verdict"),
     [
-        # Of three seeds the lowest is drawn three times with probability 1/27, over 2.5 %: the interval is the range.
-        ({}, [2, 4, 6], [1, 2, 3], [1, 3], "reproduced"),
-        ({}, [2, 4, 6], [2, 2, 3], [0, 3], "not reproduced"),
-        ({"margin": 1.0}, [2, 4, 6], [1, 2, 3], [1, 3], "not reproduced"),
-        ({"margin": 0.9}, [2, 4, 6], [1, 2, 3], [1, 3], "reproduced"),
-        ({"better": "lower"}, [2, 4, 6], [1, 2, 3], [-3, -1], "not reproduced"),
-        ({"better": "lower"}, [1, 2, 3], [2, 4, 6], [1, 3], "reproduced"),
+        # Of three seeds the lowest is drawn three times with probability 1/27, over 2.5 %: the percentile interval
+        # is the range, before it is stretched.
+        ({}, [5, 6, 7], [1, 1, 1], [5 - THREE, 5 + THREE], "reproduced"),
+        ({}, [2, 4, 6], [1, 2, 3], [2 - THREE, 2 + THREE], "not reproduced"),
+        ({"margin": 2.4}, [5, 6, 7], [1, 1, 1], [5 - THREE, 5 + THREE], "not reproduced"),
+        ({"margin": 2.3}, [5, 6, 7], [1, 1, 1], [5 - THREE, 5 + THREE], "reproduced"),
+        ({"better": "lower"}, [5, 6, 7], [1, 1, 1], [-5 - THREE, -5 + THREE], "not reproduced"),
+        ({"better": "lower"}, [1, 1, 1], [5, 6, 7], [5 - THREE, 5 + THREE], "reproduced"),
         # Paired: the spread over seeds is fifty times the difference; shuffled against each other it is undecided.
         ({}, [10.5, 60.5, 110.5], [10, 60, 110], [0.5, 0.5], "reproduced"),
-        ({}, [10.5, 60.5, 110.5], [60, 110, 10], [-49.5, 100.5], "not reproduced"),
-        ({"test": "equivalent", "margin": 0.2}, [1.1, 2.1], [1, 2.2], [-0.1, 0.1], "reproduced"),
-        ({"test": "equivalent", "margin": 0.05}, [1.1, 2.1], [1, 2.2], [-0.1, 0.1], "not reproduced"),
-        ({"test": "equivalent", "margin": 0.2}, [1.1, 2.3], [1, 2], [0.1, 0.3], "not reproduced"),
+        ({}, [10.5, 60.5, 110.5], [60, 110, 10], [0.5 - 50 * THREE, 0.5 + 100 * THREE], "not reproduced"),
+        ({"test": "equivalent", "margin": 1.0}, [1.1, 2.1], [1, 2.2], [-0.1 * TWO, 0.1 * TWO], "reproduced"),
+        ({"test": "equivalent", "margin": 0.9}, [1.1, 2.1], [1, 2.2], [-0.1 * TWO, 0.1 * TWO], "not reproduced"),
+        (
+            {"test": "equivalent", "margin": 1.0},
+            [1.1, 2.3],
+            [1, 2],
+            [0.2 - 0.1 * TWO, 0.2 + 0.1 * TWO],
+            "not reproduced",
+        ),
         ({}, [5], [1], None, "not testable here"),
     ],
 )
 def test_verdicts_by_hand(change, a, b, interval, verdict):
     found = judge(replace(CLAIM, **change), {"a": a, "b": b})
     assert found["verdict"] == verdict
-    assert found["ci95"] == (None if interval is None else pytest.approx(interval))
+    assert found["ci95"] == (None if interval is None else pytest.approx(interval, rel=1e-5))
 
 
 def test_the_interval_is_that_of_a_mean():
@@ -437,14 +445,27 @@ def test_items_are_resampled_where_all_seeds_share_them():
     arms = {"a": [1.0] * 10, "b": [0.7] * 10}
     found = judge(CLAIM, arms, {"a": a, "b": b})
     assert found["resampled"] == ["seeds", "items"]
-    # Student's t for ten seeds, expanded by the spread of a resample: 2.262 * sqrt(10 / 9).
-    half = 2.384 * np.sqrt(0.3 * 0.7 / 100)
+    # Seeds do not differ, so the interval is that of the items alone.
+    half = 1.96 * np.sqrt(0.3 * 0.7 / 100)
     assert found["ci95"] == pytest.approx([0.3 - half, 0.3 + half], abs=0.01)
     # The order in which an arm was measured does not matter.
     assert judge(CLAIM, arms, {"a": [dict(reversed(one.items())) for one in a], "b": b}) == found
     own = [{f"seed {n} {i}": v for i, v in one.items()} for n, one in enumerate(a)]
     for other in ({"a": own, "b": b}, {"a": a}, {"a": a, "b": [{}] * 10}):
         assert judge(CLAIM, arms, other)["resampled"] == ["seeds"]
+
+
+def test_the_luck_of_answers_counts_once_and_few_seeds_stretch_it():
+    # Every seed answers every item anew: nothing is left for the items, and the interval is Student's of the seeds.
+    answers = np.random.default_rng(3).normal(0.0, 1.0, (4, 400))
+    by_seed = answers.mean(1)
+    half = 3.182 * by_seed.std(ddof=1) / 2
+    low, high = paired_interval(answers)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.25)
+    # Items that differ, the same in all seeds, add theirs in quadrature.
+    items = np.random.default_rng(4).normal(0.0, 2.0, 400)
+    low, high = paired_interval(answers + items - items.mean())
+    assert (high - low) / 2 == pytest.approx(np.hypot(half, 1.96 * 0.1), rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -77,23 +76,25 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 """97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
-def tail_percent(seeds: int) -> float:
-    """Percent of resampled means below a 95 % interval over so few seeds.
+def stretch(seeds: int) -> float:
+    """By how much a bootstrap over so few seeds is too narrow.
 
-    The plain percentile interval (2.5) is too narrow: a resample's spread is that of the sample, not of what it was
-    drawn from. The expanded one takes the share that gives the interval of Student's t for normal differences
+    A resample's spread is that of the sample, divided by n where an estimate divides by n - 1, and it knows nothing of
+    how little a few values say about their spread. The factor gives the interval of Student's t for normal differences
     (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3).
     """
     t = STUDENT_T[seeds - 2] if seeds - 2 < len(STUDENT_T) else 1.96 + 2.4 / (seeds - 1)
-    return 100 * NormalDist().cdf(-t * (seeds / (seeds - 1)) ** 0.5)
+    return float(t / 1.96 * (seeds / (seeds - 1)) ** 0.5)
 
 
 def paired_interval(differences: np.ndarray) -> list[float] | None:
-    """95 % expanded percentile interval of the mean of paired differences, by bootstrap with a fixed seed.
+    """95 % interval of the mean of paired differences, by bootstrap with a fixed seed.
+
+    The percentile interval of resampled seeds, stretched for their number. With items, resampled items add theirs,
+    plain, since there are many; all seeds get the same, since an item that is hard for one seed is hard for the others.
 
     Args:
-        differences: `[seeds]`, or `[seeds, items]` where every seed was measured on the same items. Then both are
-            resampled, the items together for all seeds, since an item that is hard for one seed is hard for the others.
+        differences: `[seeds]`, or `[seeds, items]` where every seed was measured on the same items.
 
     Returns:
         `[low, high]`, or None with fewer than two seeds.
@@ -102,13 +103,25 @@ def paired_interval(differences: np.ndarray) -> list[float] | None:
     if seeds < 2:
         return None
     generator = np.random.default_rng(0)
+    by_seed = differences.reshape(seeds, -1).mean(1)
+    moved = stretch(seeds) * _resampled(by_seed, generator)
+    if differences.ndim == 2 and differences.shape[1] > 1:
+        by_item = differences.mean(0)
+        # What seeds and items make together is in the spread over seeds already: of the spread over items only the part
+        # counts that is beyond it (two-way analysis of variance).
+        together = differences - by_seed[:, None] - by_item + differences.mean()
+        noise = (together**2).sum() / ((seeds - 1) * (len(by_item) - 1))
+        spread = seeds * by_item.var(ddof=1)
+        beyond = max(0.0, 1 - noise / spread) ** 0.5 if spread else 0.0
+        moved = moved + beyond * _resampled(by_item, generator)
+    return [rounded(bound) for bound in differences.mean() + np.percentile(moved, [2.5, 97.5])]
+
+
+def _resampled(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """How far resampled means lie from the mean: `[RESAMPLES]`."""
     # How often each is drawn, over the number of draws: a resampled mean is then a weighted one.
-    means = generator.multinomial(seeds, [1 / seeds] * seeds, RESAMPLES) / seeds @ differences
-    if differences.ndim == 2:
-        items = differences.shape[1]
-        means = (means * generator.multinomial(items, [1 / items] * items, RESAMPLES)).sum(1) / items
-    tail = tail_percent(seeds)
-    return [rounded(bound) for bound in np.percentile(means, [tail, 100 - tail])]
+    drawn: np.ndarray = generator.multinomial(len(values), [1 / len(values)] * len(values), RESAMPLES) / len(values)
+    return drawn @ (values - values.mean())
 
 
 def _item_differences(claim: Claim, items: Mapping[str, Sequence[Items]], sign: float) -> np.ndarray | None:
