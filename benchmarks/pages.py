@@ -108,13 +108,9 @@ def benchmarks(folder: Path) -> str:
             tables += table(data)
             if "--quick" not in data["command"]:
                 words = {True: "met", False: "**missed**"}
-                measured |= {
-                    g[
-                        "goal"
-                    ]: f"{'no figure' if g['figure'] is None else format(g['figure'], '.3g')} | {words[g['met']]}"
-                    for g in data["goals"]
-                    if g["met"] is not None
-                }
+                for goal in (goal for goal in data["goals"] if goal["met"] is not None):
+                    figure = "no figure" if goal["figure"] is None else f"{goal['figure']:.3g}"
+                    measured[goal["goal"]] = f"{figure} | {words[goal['met']]}"
         for goal in unmeasured:
             goals += f"| `{name}` | {goal['goal']} | {measured.get(goal['goal'], 'not measured yet | ')} |\n"
     measured_there = "".join(_gpu(json.loads(file.read_text(encoding="utf-8"))) for file in folder.glob("gpu*.json"))
