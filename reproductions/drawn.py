@@ -105,13 +105,16 @@ def measured(
     Returns:
         `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
         scene; `mean` of count, glyph and quality; `kl`, mean divergence from the routed experts along the model's own
-        SDE; the judges; `accuracy`, what training reached of its own reward; `wins`, see there. Items of a metric are
-        bundles of one prompt a task.
+        SDE; the judges; `accuracy`, what training reached of its own reward; `wins`, see there. The first six are means
+        over `bundles`, which are their items.
     """
     made = drawn(recipe, inputs, model, seed)
     size = len(made.prompts) // (len(TASKS) + 1)
-    right = dict(zip((*TASKS, "unseen"), made.scores().reshape(-1, size), strict=True))
-    quality = made.scores("quality")[: len(TASKS) * size].reshape(-1, size).mean(0)
+    texts = [
+        [prompt.fields["prompt"] for prompt in made.prompts[i : i + size]] for i in range(0, len(made.prompts), size)
+    ]
+    right = dict(zip((*TASKS, "unseen"), in_bundles(made.scores(), texts), strict=True))
+    quality = in_bundles(made.scores("quality"), texts)[: len(TASKS)].mean(0)
     bundles = {**right, "quality": quality, "mean": (right["count"] + right["glyph"] + quality) / 3}
     figures: Figures = {name: float(values.mean()) for name, values in bundles.items()}
     figures["items"] = {
@@ -131,6 +134,21 @@ def measured(
         first, last = (figures_of(inputs[name])["curve"][i]["accuracy"] for name, i in zip(way, (0, -1), strict=True))
         figures |= reached(figures["curve"], "accuracy", first + 0.9 * (last - first))
     return figures
+
+
+def in_bundles(scores: np.ndarray, texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """Mean scores `[sets, bundles]` of sets of prompts that lie one after the other. Prompts of equal text are in one
+    bundle, since pictures of one text succeed or fail together; there are as many bundles as the set with the fewest
+    different texts has of them."""
+    orders = [sorted(set(of_set)) for of_set in texts]
+    number = min(map(len, orders))
+    means, first = [], 0
+    for of_set, order in zip(texts, orders, strict=True):
+        place = np.array([order.index(text) % number for text in of_set])
+        own = scores[first : first + len(of_set)]
+        means.append([own[place == bundle].mean() for bundle in range(number)])
+        first += len(of_set)
+    return np.array(means)
 
 
 def divergence(made: Drawn) -> Figures:

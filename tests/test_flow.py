@@ -429,7 +429,9 @@ def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
     assert all("lora_" in name for name in trained)
     folder = result.directory / "student"
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 2
+    assert (config["r"], config["base_model_name_or_path"]) == (2, models[0])
+    factors = merge([result.directory, result.directory], tmp_path / "factors", average="factors")
+    assert (factors / "adapter").is_dir() or (factors / "transformer").is_dir()
     merged = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     inputs = (torch.randn(1, 3, 8, 8), torch.randn(1, 4, 16), torch.randn(1, 16), torch.tensor([500.0]))
     torch.testing.assert_close(merged(*inputs).sample, result.student.transformer(*inputs).sample, atol=1e-5, rtol=1e-4)
@@ -510,6 +512,10 @@ def test_averaged_weights_are_measured_saved_and_resumed(models, tmp_path):
     assert rest.after == whole.after
     exported = load_file(export(tmp_path / "cut", tmp_path / "out") / "transformer/diffusion_pytorch_model.safetensors")
     assert torch.equal(exported["proj_out.bias"], whole.student.transformer.proj_out.bias)
+    # A run too short for a look at the weights keeps what it trained.
+    short = execute(recipe_for(models, tmp_path / "short", update={"average": average}, steps=1), quiet=True)
+    start = load_file(f"{models[0]}/transformer/diffusion_pytorch_model.safetensors")["proj_out.bias"]
+    assert not torch.equal(short.student.transformer.proj_out.bias, start)
 
 
 def test_the_plan_counts_what_the_models_are(models, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,7 +17,7 @@ from opd.reproductions import train
 from opd.reproductions.catalogue import shipped
 from opd.reproductions.definition import merged
 from reproductions import flow_opd
-from reproductions.drawn import drawings, wins
+from reproductions.drawn import drawings, in_bundles, wins
 from reproductions.on_policy import at_rate
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,7 @@ def test_losses_of_flow_opd_point_where_they_say(estimator, nearer, specialists,
     }
     own = {
         "steps": 15,
+        "update": {"learning_rate": {"warmup": 5}},
         "prompts": [drawings(task, 200) for task in ("count", "glyph")],
         "rollout": {"steps": 6},
         "batch": {"prompts": 4, "group": 4},
@@ -104,3 +106,10 @@ def test_losses_of_flow_opd_point_where_they_say(estimator, nearer, specialists,
     figures = train(tmp_path, specialists, recipe=at_rate(merged(block, own), 1e-3), seed=0)
     before, after = (figures["curve"][i]["reverse_kl"] for i in (0, -1))
     assert after < 0.8 * before if nearer else after > 0.97 * before
+
+
+def test_equal_texts_share_a_bundle():
+    texts = [["a", "b", "a", "c"], ["x", "y", "x", "y"]]
+    scores = np.array([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    # Two texts are the fewest: the first set's third text goes round to its first bundle.
+    assert in_bundles(scores, texts).tolist() == [[2 / 3, 0.0], [0.5, 0.0]]

@@ -155,7 +155,8 @@ class FlowModel(torch.nn.Module):
         adapted: Any = self.transformer
         transformer: Any = copy.deepcopy(adapted).merge_and_unload() if adapted is not self.base else adapted
         if adapter and adapted is not self.base:
-            adapted.save_pretrained(folder / "adapter")
+            # There are no embeddings of words, which peft would look for in the base's own files.
+            adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         if self.pipeline is None:
             transformer.save_pretrained(folder / "transformer")
             self.scheduler.save_pretrained(folder / "scheduler")

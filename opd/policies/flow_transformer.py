@@ -113,7 +113,8 @@ class FlowStudent(Student):
         model.transformer.requires_grad_(True)
         if settings is not None:
             if settings.lora is not None:
-                model.transformer = with_lora(model.transformer, settings.lora)
+                name = None if settings.model == LIVE else settings.model
+                model.transformer = with_lora(model.transformer, settings.lora, name)
             if settings.train_prompts and not isinstance(model.encoder, PromptTable):
                 raise ModelError("student.train_prompts is for models with a prompt table, and this one has none")
             model.encoder.requires_grad_(settings.train_prompts)
@@ -208,7 +209,8 @@ class FlowStudent(Student):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def with_lora(transformer: Any, lora: FlowLoRA) -> Any:
+def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
+    """The transformer with adapters, which say that they change the model `name`."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -221,9 +223,12 @@ def with_lora(transformer: Any, lora: FlowLoRA) -> Any:
         init_lora_weights="gaussian" if lora.initial == "gaussian" else True,
     )
     try:
-        return get_peft_model(transformer, config)
+        adapted: Any = get_peft_model(transformer, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
+    # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.
+    adapted.peft_config["default"].base_model_name_or_path = name
+    return adapted
 
 
 def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:

@@ -129,7 +129,9 @@ class AdamW(Optimiser):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        for name, weight in self._trained() if self.mean else ():
+        # Before the first look the mean is where training began.
+        average = self.settings.average
+        for name, weight in self._trained() if average is not None and self.taken >= average.every else ():
             live = weight.clone()
             weight.copy_(self.mean[name])
             self.mean[name].copy_(live)
