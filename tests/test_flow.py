@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,6 @@ def walk(count, steps, shape=(1, 2, 2), seed=0, rewards=None, group=1):
     made = pack(prompts, group, rows, actions, torch.zeros(count, steps), "student")
     if rewards is None:
         return made
-    from dataclasses import replace
-
     known = torch.tensor(rewards)
     return replace(made, rewards=known, reward_spread=float(known.std(correction=0)))
 
@@ -645,6 +644,74 @@ def test_a_teacher_is_asked_with_the_students_guidance(models, tmp_path):
     expected = transition(x, free + 3.0 * (bound - free), t, following, noise).mean
     torch.testing.assert_close(target.distribution.mean[:1], expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(expected, transition(x, bound, t, following, noise).mean, atol=1e-4)
+
+
+def test_weights_of_the_steps_on_the_schedulers_own_grid(models):
+    """Ten steps at shift 3: what a velocity's error weighs at each."""
+    grid = load_flow_model(FlowTransformer(model=models[0]), "cpu").grid(10)
+    torch.testing.assert_close(grid, TIMES, atol=1e-3, rtol=0)
+    v, w = torch.zeros(10, 1, 2, 2), torch.ones(10, 1, 2, 2)
+    t, following, noise = grid[:-1], grid[1:], torch.full((10,), 0.7)
+    found = transition(v, v, t, following, noise).kl(transition(v, w, t, following, noise))
+    diffusions = [3.51, 3.44, 2.27, 1.72, 1.36, 1.09, 0.86, 0.65, 0.43]
+    times = TIMES.tolist()
+    expected = [
+        (now - later) / 2 * (s * (1 - now) / (2 * now) + 1 / s) ** 2
+        for s, (now, later) in zip(diffusions, itertools.pairwise(times), strict=False)
+    ]
+    assert found[:9].tolist() == pytest.approx(expected, rel=0.04)
+    # The last step is not trained on; the one before weighs several hundred times the first.
+    assert 600 < found[8] / found[0] < 800
+
+
+def test_a_group_of_equal_rewards_is_distilled_like_any_other():
+    x, v, w = (torch.randn(12, 1, 2, 2) for _ in range(3))
+    one, same = walk(4, 3, rewards=[0.0, 1.0, 0.5, 0.5], group=2), walk(4, 3, rewards=[1.0] * 4, group=2)
+    losses = [GaussianKL()(step_of(v, x), [Target(step_of(w, x))], torch.ones(12), made) for made in (one, same)]
+    assert torch.equal(losses[0].values, losses[1].values)
+    assert (losses[1].values > 0).all()
+
+
+def test_both_branches_of_a_guided_velocity_are_trained(models):
+    student = FlowTransformer(model=models[0], guidance=3.0).build(Context(torch.device("cpu")))
+    model, weight = student.model, student.model.transformer.proj_out.weight
+    with torch.no_grad():
+        weight.normal_(std=0.1)
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([0.6])
+    bound, free = model.encoder.encode(["red circle", ""])
+
+    def gradient(condition, guidance):
+        (found,) = torch.autograd.grad(model(x, t, [condition], [1], [guidance]).square().sum() / 2, weight)
+        return found
+
+    guided = model(x, t, [bound], [1], [3.0]).detach()
+
+    def pulled(condition):
+        (found,) = torch.autograd.grad((model(x, t, [condition], [1], [1.0]) * guided).sum(), weight)
+        return found
+
+    torch.testing.assert_close(gradient(bound, 3.0), 3 * pulled(bound) - 2 * pulled(free), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["pg_sample", "pg_detached"])
+def test_policy_gradients_of_the_divergence_clip_latents_that_another_student_drew(estimator):
+    """Where the ratio has left the clip on the side that the reward pulls to, a latent has no gradient."""
+    made, x = walk(1, 4), torch.randn(4, 1, 2, 2)
+    velocity = torch.randn(4, 1, 2, 2, requires_grad=True)
+    own, teacher = step_of(velocity, x), step_of(torch.randn(4, 1, 2, 2), x)
+    actions = made.actions
+    log_q = own.log_prob(actions).detach()
+    reward = teacher.log_prob(actions) - log_q if estimator == "pg_sample" else -own.kl(teacher).detach()
+    away = 0.1 * reward.sign()  # two of the latents are likelier now than when drawn, two less likely
+    away[2:] *= -1
+    stale = replace(made, behaviour_log_probs=log_q - away)
+    loss = GaussianKL(estimator=estimator)(own, [Target(teacher)], torch.ones(4), stale)
+    (found,) = torch.autograd.grad(loss.total, velocity)
+    moved = found.flatten(1).abs().sum(1) > 0
+    assert moved.tolist() == [False, False, True, True]
+    scale = reward[2:] * (4 if estimator == "pg_sample" else 1) * (-away[2:].abs() * reward[2:].sign()).exp()
+    (plain,) = torch.autograd.grad((-scale * step_of(velocity, x).log_prob(actions)[2:]).sum(), velocity)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_is_float32_whatever_the_model_computes_in(models):
