@@ -553,6 +553,8 @@ def test_the_recipe_for_the_real_model_is_planned_without_it():
     assert plan.models["student"]["trainable"] == pytest.approx(2e7, rel=0.3)
     assert len(plan.models) == 5
     assert any("comes with opd" in note for note in plan.notes)
+    expert = make_plan(load_recipe("flow_opd_expert_sd3_5_medium"))
+    assert expert.models["student"]["trainable"] == plan.models["student"]["trainable"]
 
 
 def test_a_run_goes_on_bit_for_bit(models, tmp_path):
