@@ -5,7 +5,7 @@ is made by supervised training, and the student is that teacher without half of 
 to heal; then every method trains the same student with the same batch, optimiser and schedule, over seeds. Counted is
 what training has cost when the accuracy of greedy answers to validation prompts, the mean of three measurements, first
 reaches 90 % of the teacher's, where a run ends: CPU seconds of the process without measuring, and sampled tokens, the
-teacher's included. Every method takes, of three learning rates, the one that reaches the goal in fewest steps under a
+teacher's included. Every method takes, of four learning rates, the one that reaches the goal in fewest steps under a
 seed of its own; `opd` and TRL on-policy, which descend the same, take one rate that is best for both. Each run is a
 process of one thread and leaves a file; what is there is not run again. Runs start in order, the methods in turns under
 each seed, `--jobs` at a time.
@@ -46,7 +46,7 @@ OWN = {OPD: {}, SFT: {"rollout": {"kind": "teacher"}, "objective": ["sft"]}}
 METHODS = (OPD, TRL, GKD, SFT)
 TERMS, BUDGET = (2, 10), 96
 TEACHER_STEPS, STEPS = 4600, 400
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 KEPT = 0.5
 """Share of the teacher's MLP neurons that the student begins with."""
 VOCABULARY = 2048
