@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from opd.provenance import models_of
 
@@ -92,7 +92,8 @@ def show_drawings(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, sc
 
 
 def show_recipes(found: Mapping[str, Path]) -> None:
-    table = Table("recipe", "student", "teacher", "what it does")
+    # A name is for copying: it stays whole however narrow the terminal is.
+    table = Table(Column("recipe", no_wrap=True), "student", "teacher", "what it does")
     for name, path in found.items():
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
         named = data.get("teacher") or []
