@@ -241,7 +241,7 @@ def prepare(folder: Path, quick: bool) -> tuple[Path, Path, float]:
     from opd.reproductions import train
 
     new, place, begun, record = (folder / name for name in ("new", "teacher", "begun", "teacher.json"))
-    if not record.exists():
+    if not (record.exists() and begun.exists()):
         progress("training the teacher")
         for left in (new, place, begun):
             shutil.rmtree(left, ignore_errors=True)

@@ -32,7 +32,7 @@ BASE_STEPS, BASE_ROUNDS, EXPERT_STEPS, STEPS = 1000, 15, 500, 150
 BATCH = {"prompts": 8, "group": 16, "micro": 64}
 RATES = (3e-4, 1e-3, 3e-3)
 WARMUP = 30
-"""Adam's first steps are of full size whatever they are worth; reinforcement fell from 0.70 to 0.52 on glyph with 5."""
+"""Adam's first steps are of full size whatever they are worth, and of a reward's gradient they are mostly noise."""
 SFT_STEPS, SFT_PICTURES = 400, 1000
 HELD_OUT, DRAWS = 300, 32
 """Pictures of each expert for the SFT start; test prompts of each set, pictures a prompt for the row on surpassing."""

@@ -16,7 +16,7 @@ from benchmarks.contestants import Job, OpdSession
 from benchmarks.head_to_head import utilisation
 from benchmarks.phases import Phases
 from benchmarks.sizes import ON_DEVICE, ForcedLengths, Shape, Size, materialise
-from benchmarks.time_to_quality import Curve, judge
+from benchmarks.time_to_quality import Curve, judge, prune, smoothed
 from benchmarks.utilisation import body
 from tests.test_gpu import cuda
 
@@ -172,6 +172,40 @@ def test_time_to_quality_needs_every_seed_to_arrive():
     # Who ends below the goal has no time to it, however cheap the run was.
     assert [(g["figure"], g["met"]) for g in judge({**there, "opd": runs([1, 1, 1], [1, 0, 1])})] == [(None, False)]
     assert [(g["figure"], g["met"]) for g in judge({})] == [(None, None)]
+
+
+def test_one_lucky_measurement_is_no_arrival():
+    curve = Curve(goal=0.6)
+    for accuracy in (0.2, 0.5, 0.7, 0.5, 0.55, 0.8):
+        assert not curve.there
+        with curve.measuring(len(curve.points)) as point:
+            point["greedy_accuracy"] = accuracy
+    assert curve.there
+    expected = [0.2, 0.35, 1.4 / 3, 1.7 / 3, 1.75 / 3, 1.85 / 3]
+    assert [point["greedy_accuracy"] for point in smoothed(curve.points)] == pytest.approx(expected)
+
+
+def test_pruning_keeps_the_neurons_with_the_largest_weights(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from opd.language.creation import create_model, task_tokenizer
+
+    create_model(tmp_path / "whole", task_tokenizer("running_sum"), width=16, layers=2, heads=2)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    kept = []
+    for i, layer in enumerate(whole.model.layers):
+        size = layer.mlp.up_proj.weight.shape[0]
+        kept.append([j for j in range(size) if j % 2 == i])
+        gone = [j for j in range(size) if j % 2 != i]
+        layer.mlp.up_proj.weight.data[gone] = 0.0  # half of the neurons do nothing: nobody misses them
+    whole.save_pretrained(tmp_path / "whole")
+    prune(tmp_path / "whole", tmp_path / "half", 0.5)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    for layer, before, neurons in zip(half.model.layers, whole.model.layers, kept, strict=True):
+        assert torch.equal(layer.mlp.gate_proj.weight, before.mlp.gate_proj.weight[neurons])
+    ids = torch.tensor([[1, 2, 3, 4]])
+    torch.testing.assert_close(half(ids).logits, whole(ids).logits)
+    assert (tmp_path / "half" / "tokenizer.json").exists()
 
 
 def test_the_stores_goals_are_judged_by_its_figures():
