@@ -28,9 +28,11 @@ from reproductions.drawn import (
 from reproductions.on_policy import at_rate, best_rate
 
 T, NOISE, ODE_STEPS = 6, 0.7, 20
-BASE_STEPS, BASE_ROUNDS, EXPERT_STEPS, STEPS = 1000, 15, 500, 150
+BASE_STEPS, BASE_ROUNDS, STEPS = 1000, 15, 150
 BATCH = {"prompts": 8, "group": 16, "micro": 64}
 RATES = (3e-4, 1e-3, 3e-3)
+EXPERT_STEPS = {"count": 500, "glyph": 250, "quality": 350}
+EXPERT_RATES = {"count": 1e-3, "glyph": 3e-4, "quality": 3e-4}
 WARMUP = 30
 """Adam's first steps are of full size whatever they are worth, and of a reward's gradient they are mostly noise."""
 SFT_STEPS, SFT_PICTURES = 400, 1000
@@ -212,7 +214,7 @@ REINFORCED = {
 }
 SEEDS = (0, 1, 2)
 LONG = "GRPO-Mix, the experts' samples too"
-LONG_STEPS = STEPS + len(EXPERTS) * EXPERT_STEPS
+LONG_STEPS = STEPS + sum(EXPERT_STEPS.values())
 """As many samples as a student and all of its experts."""
 DISTILLED = {
     MAIN: distilled("merged", QUALITY, 0.02),
@@ -295,9 +297,12 @@ STAGES = {
     "rate of GRPO": Stage(best_rate, {"recipe": grpo("base"), "rates": list(RATES), "seed": 100}, ["base"]),
     **{
         stage: Stage(
-            trained,
-            {"recipe": grpo("base", EXPERT_STEPS, **EXPERT_SETS[task]), "rate": RATE["GRPO"], "seed": 1 + i},
-            [RATE["GRPO"], "base"],
+            train,
+            {
+                "recipe": at_rate(grpo("base", EXPERT_STEPS[task], **EXPERT_SETS[task]), EXPERT_RATES[task]),
+                "seed": 1 + i,
+            },
+            ["base"],
         )
         for i, (task, stage) in enumerate(EXPERTS.items())
     },
@@ -390,8 +395,9 @@ Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the OD
 pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow
 matching in rounds of {BASE_STEPS} batches and stopped as soon as count and glyph are both right in {ENOUGH:.0%} of the
 cases, and none in more than {WINDOW[1]:.0%}, so that there is something left to learn. **Experts** are that base after
-{EXPERT_STEPS} steps of GRPO, one on count, one on glyph, and one on 0.4 quality and 0.6 task over all prompts, which
-owns the prompts of scene and is the anchor; all arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards
+GRPO: {EXPERT_STEPS["count"]} steps on count at rate {EXPERT_RATES["count"]:g}, {EXPERT_STEPS["glyph"]} on glyph at
+{EXPERT_RATES["glyph"]:g}, and {EXPERT_STEPS["quality"]} on 0.4 quality and 0.6 task over all prompts at
+{EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards
 count and glyph with 0.8 task and 0.2 quality, scene with quality. **Cold starts** are the experts' average and flow
 matching on their pictures. Sampling in training: {T} steps, the last one not trained on, noise {NOISE}. The learning
 rates of GRPO, of OPD and of OPD by pg_sample are each the best of {", ".join(f"{r:g}" for r in RATES)} by their own
@@ -422,9 +428,8 @@ tuned on GRPO-Mix from the base, and that of OPD on `{PLAIN}`, from the average,
 have better ones. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal,
 but an arm of OPD also leans on the experts' samples: `{LONG}` has {LONG_STEPS / STEPS:.0f} times the steps, all that a
 student and its experts take together. What an SFT start takes, {SFT_STEPS} steps on {3 * SFT_PICTURES:,} pictures of
-the experts, is not counted among its samples. The {EXPERT_STEPS} steps of an expert, the warm-up of {WARMUP}, the batch
-and the {T} steps of sampling were chosen in trials of the count and glyph experts alone: in smaller and shorter ones
-GRPO hardly learnt.
+the experts, is not counted among its samples. The experts' steps and rates, the warm-up of {WARMUP}, the batch
+and the {T} steps of sampling were chosen in trials of the experts alone: with others GRPO hardly learnt to count.
 """,
     stages={**STAGES, **TRAINED},
     gates=[
