@@ -31,8 +31,8 @@ T, NOISE, ODE_STEPS = 6, 0.7, 20
 BASE_STEPS, BASE_ROUNDS, STEPS = 1000, 15, 150
 BATCH = {"prompts": 8, "group": 16, "micro": 64}
 RATES = (3e-4, 1e-3, 3e-3)
-EXPERT_STEPS = {"count": 500, "glyph": 250, "quality": 350}
-EXPERT_RATES = {"count": 1e-3, "glyph": 3e-4, "quality": 3e-4}
+EXPERT_STEPS = {"count": 500, "glyph": 250, "quality": 500}
+EXPERT_RATES = {"count": 1e-3, "glyph": 3e-4, "quality": 1e-3}
 WARMUP = 30
 """Adam's first steps are of full size whatever they are worth, and of a reward's gradient they are mostly noise."""
 SFT_STEPS, SFT_PICTURES = 400, 1000
