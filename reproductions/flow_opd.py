@@ -397,7 +397,8 @@ matching in rounds of {BASE_STEPS} batches and stopped as soon as count and glyp
 cases, and none in more than {WINDOW[1]:.0%}, so that there is something left to learn. **Experts** are that base after
 GRPO: {EXPERT_STEPS["count"]} steps on count at rate {EXPERT_RATES["count"]:g}, {EXPERT_STEPS["glyph"]} on glyph at
 {EXPERT_RATES["glyph"]:g}, and {EXPERT_STEPS["quality"]} on 0.4 quality and 0.6 task over all prompts at
-{EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms share them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards
+{EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms share them.
+**GRPO-Mix** draws the prompt sets 3:1:1 and rewards
 count and glyph with 0.8 task and 0.2 quality, scene with quality. **Cold starts** are the experts' average and flow
 matching on their pictures. Sampling in training: {T} steps, the last one not trained on, noise {NOISE}. The learning
 rates of GRPO, of OPD and of OPD by pg_sample are each the best of {", ".join(f"{r:g}" for r in RATES)} by their own
