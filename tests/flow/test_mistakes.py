@@ -1,0 +1,87 @@
+"""Recipes and models that do not fit are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
+from opd.flow.creation import create_flow_model
+from opd.language.creation import symbol_tokenizer
+from opd.plan import make_plan
+from opd.recipe import parse_recipe
+from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for
+
+MISTAKES = [
+    ({"objective": "reverse_kl"}, RecipeError, "objective 'reverse_kl' is for language models.*gaussian_kl"),
+    ({"rollout": {"kind": "student"}}, RecipeError, "rollout 'student' is for language.*sde"),
+    ({"teacher": {"kind": "local", "model": "x"}}, RecipeError, "teacher 'local' is for language"),
+    ({"rollout": {"kind": "mixture"}}, RecipeError, "'student' is for language"),
+    ({"verifier": "exact_match"}, RecipeError, "verifier 'exact_match' is for language"),
+    ({"objective": "sft"}, IncompatibleError, "noised"),
+    ({"end_tokens": [1]}, IncompatibleError, "remove the key"),
+    ({"rollout": {"kind": "sde", "teacher": "x"}}, IncompatibleError, "give that teacher a name"),
+    ({"student": {"model": "/nowhere"}}, ModelError, "no folder with a transformer/"),
+    ({"student": {"resolution": 12}}, ModelError, "at most 8"),
+    ({"student": {"lora": {"targets": ["nothing"]}}}, ModelError, "student.lora.targets"),
+    ({"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}}, DataError, "no token.*red pig"),
+    ({"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}}, DataError, "at most 4"),
+    ({"rollout": {"kind": "noised"}, "objective": "sft", "teacher": []}, DataError, "no column 'image'"),
+    (
+        {
+            "rollout": {"kind": "noised", "times": "grid"},
+            "objective": {"kind": "gaussian_kl", "estimator": "pg_sample"},
+            "prompts": {"prompts": [{"prompt": text, "image": "x.png"} for text in PROMPTS]},
+        },
+        IncompatibleError,
+        "student's own samples",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
+def test_mistakes_are_named(changes, error, message, models, tmp_path):
+    data = block_for(models, tmp_path / "run", **changes)
+    with pytest.raises(error, match=message):
+        built(parse_recipe(data))
+
+
+REFUSED_BY_THE_PLAN = [
+    {"rollout": {"kind": "sde", "teacher": "x"}},
+    {"student": {"resolution": 12}},
+    {"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}},
+    {"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}},
+    {"prompts": {"kind": "file", "path": "nowhere.jsonl"}},
+    {"prompts": {"prompts": [{"prompt": [{"role": "user", "content": "red circle"}]}] * 4}},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED_BY_THE_PLAN, ids=lambda changes: next(iter(changes)))
+def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, tmp_path):
+    recipe = recipe_for(models, tmp_path / "run", **changes)
+    with pytest.raises(OpdError) as found:
+        built(recipe)
+    with pytest.raises(type(found.value)) as planned:
+        make_plan(recipe)
+    assert str(planned.value) == str(found.value)
+
+
+def test_a_language_recipe_with_a_flow_objective_is_named():
+    data = {"student": {"model": "x"}, "teacher": {"model": "y"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
+    with pytest.raises(RecipeError, match=r"objective 'gaussian_kl' is for flow models.*reverse_kl"):
+        parse_recipe({**data, "objective": "gaussian_kl"})
+
+
+def test_teachers_that_do_not_fit_are_named(models, tmp_path):
+    sizes = {"layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
+    small = create_flow_model(tmp_path / "small", symbol_tokenizer(WORDS, words=True), size=4, **sizes)
+    with pytest.raises(ModelError, match="at most 4"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(small)}))
+    other = create_flow_model(tmp_path / "other", symbol_tokenizer(WORDS[::-1], words=True), size=8, shift=3.0, **sizes)
+    with pytest.raises(IncompatibleError, match="read prompts differently"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(other)}))
+    # Written by such a teacher, trajectories would go through other times than the student's.
+    late = create_flow_model(tmp_path / "late", symbol_tokenizer(WORDS, words=True), size=8, shift=1.0, **sizes)
+    with pytest.raises(IncompatibleError, match=r"scheduler goes through the times 1, .*the same scheduler"):
+        built(recipe_for(models, tmp_path / "run", teacher={"kind": "flow", "model": str(late)}))
+    with pytest.raises(ModelError, match="holds a model already"):
+        create_flow_model(other, symbol_tokenizer(WORDS, words=True))
