@@ -220,8 +220,8 @@ def load_flow_model(
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
-            f"model {settings.model!r} cannot be loaded ({reason.strip()[:180]}); give a folder with the files, or a "
-            "hub name that this machine can reach"
+            f"model {settings.model!r} cannot be loaded ({reason.strip()[:180]}); give a folder with the files (opd "
+            "create-flow-model writes a blank one), or a hub name that this machine can reach"
         ) from None
     if scheduler.config.use_dynamic_shifting:
         raise ModelError(f"model {settings.model!r}: its scheduler shifts times by image size, which is not supported")

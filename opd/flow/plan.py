@@ -157,7 +157,7 @@ def _config(settings: FlowSettings, notes: list[str]) -> tuple[dict[str, Any], i
         return dict(KNOWN[settings.model]), PROMPT_TOKENS
     raise ModelError(
         f"model {settings.model!r}: no folder with a transformer/, and opd check knows the configurations of "
-        f"{', '.join(KNOWN)} alone; give a folder"
+        f"{', '.join(KNOWN)} alone; give a folder, or write a blank model with opd create-flow-model"
     )
 
 
