@@ -423,31 +423,33 @@ base and two of the experts, which are ten more of one.
 ## What the figures say
 
 **The student.** With equal samples of its own, OPD is eight points above GRPO on the mixture, and above every single
-expert in the mean. That is no saving here: GRPO with the experts' samples too ends where OPD ends, for about as many CPU
-seconds in all (728 against 107 and 632 of the experts). What OPD offers at this size is that experts can be trained
-apart, and that a student of them costs a seventh of that. Nowhere does it surpass the experts: no prompt of 48 is
-won against all of them. That it comes within three points of the experts of count and glyph is not shown, because
-intervals over so few different prompts are wider than that; that it does not come within three points of the expert of
-quality is plain: the student hears that one on scene alone, and `quality` is over all prompts.
+expert in the mean. That is no saving here: GRPO with the experts' samples too ends where OPD ends, for about as many
+CPU seconds in all (728 against 107 and 632 of the experts). What OPD offers at this size is that experts can be
+trained apart, and that a student of them costs a seventh of that. Nowhere does it surpass the experts: no prompt of
+48 is won against all of them. That it comes within three points of the experts of count and glyph is not shown,
+because intervals over so few different prompts are wider than that; that it does not come within three points of the
+expert of quality is plain: the student hears that one on scene alone, and `quality` is over all prompts.
 
-**No seesaw.** {STEPS} steps of GRPO hardly move count at all, whatever else is rewarded, so there is nothing to give up.
+**No seesaw.** {STEPS} steps of GRPO hardly move count at all, whatever else is rewarded, so there is nothing to give
+up.
 
-**Starts.** All end within two points. Flow matching on the experts' pictures takes 25 CPU seconds beside those pictures
-and is at 0.62 alone, five points above the average; its student is the best of all means (0.645), but its interval against
-no cold start touches zero. It begins beyond the goal, so its samples to that goal are none.
+**Starts.** All end within two points. Flow matching on the experts' pictures takes 25 CPU seconds beside those
+pictures and is at 0.62 alone, five points above the average; its student is the best of all means (0.645), but its
+interval against no cold start touches zero. It begins beyond the goal, so its samples to that goal are none.
 
 **The anchor** does nothing that can be measured at the paper's weight, and at four times that the distance to the
 references falls by less than its interval.
 
-**Estimators.** `kl_direct` comes twenty times nearer to the experts than `pg_sample`, which stays farther from them than
-the average that it began from. `pg_detached`, whose expected gradient is zero, does not stand still: Adam turns its noise
-into steps of full size, and at the rate of `kl_direct` the model is destroyed (its divergence grows a hundredfold, `mean`
-falls to 0.01). So the claim that it leaves the divergence where it was fails in the other direction, and the one that
-`kl_direct` comes nearer in `kl` fails by the spread of three such ruins; `log kl` has them apart.
+**Estimators.** `kl_direct` comes twenty times nearer to the experts than `pg_sample`, which stays farther from them
+than the average that it began from. `pg_detached`, whose expected gradient is zero, does not stand still: Adam turns
+its noise into steps of full size, and at the rate of `kl_direct` the model is destroyed (its divergence grows a
+hundredfold, `mean` falls to 0.01). So the claim that it leaves the divergence where it was fails in the other
+direction, and the one that `kl_direct` comes nearer in `kl` fails by the spread of three such ruins; `log kl` has
+them apart.
 
-**States.** Latents of the student teach no more than latents of the experts, which is the paper's main ground for being
-on-policy; both teach more than noised data, by a point and a half. With {T} steps and a student that begins as the
-experts' average, the two kinds of trajectory may be too alike to tell apart; that was not measured.
+**States.** Latents of the student teach no more than latents of the experts, which is the paper's main ground for
+being on-policy; both teach more than noised data, by a point and a half. With {T} steps and a student that begins as
+the experts' average, the two kinds of trajectory may be too alike to tell apart; that was not measured.
 
 ## Where it differs from the paper
 
