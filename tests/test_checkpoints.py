@@ -587,6 +587,18 @@ def test_two_writers_and_a_lock_that_ends_with_its_process(make, tmp_path):
     assert execute(make("run", steps=logged(recipe) + 1), resume=True, quiet=True).summary["steps"] == logged(recipe)
 
 
+def test_what_a_crash_left_of_a_checkpoint_goes_with_the_next_one(make):
+    execute(make("run", steps=2), quiet=True)
+    recipe = make("run", steps=4)
+    for name in (".step-00000001.old", ".step-00000009.partial"):
+        left = recipe.directory / "checkpoints" / name
+        left.mkdir()
+        (left / "tensors.safetensors").write_bytes(b"half")
+    execute(recipe, resume=True, quiet=True)
+    assert steps_stored(recipe.directory)[0] == 4
+    assert not list((recipe.directory / "checkpoints").glob(".*"))
+
+
 def test_a_full_disk_is_one_line_and_loses_no_checkpoint(make, tmp_path):
     recipe = make("run", steps=100000)
     process = start(recipe, tmp_path)

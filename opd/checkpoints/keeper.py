@@ -61,6 +61,9 @@ class Checkpoints:
         if not run.accelerator.is_main_process:
             return
         folder = folder_of(run.recipe.directory, run.step)
+        # What a crash left half written or half removed: no checkpoint, but as large as one.
+        for leftover in folder.parent.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             write(folder, facts, state)
         except OSError as error:
