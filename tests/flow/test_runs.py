@@ -285,3 +285,23 @@ def test_members_of_a_routed_teacher_stay_and_a_student_like_its_teacher_has_no_
         for name, p in member.model.named_parameters():
             assert torch.equal(p, weights[name]), name
             assert p.grad is None
+
+
+def test_the_recipes_lead_from_a_blank_model_to_a_distilled_student(tmp_path, monkeypatch, capsys):
+    """The commands of docs/systems/flow-opd.md, with a few pictures and steps."""
+    monkeypatch.chdir(tmp_path)
+    sizes = ["steps=2", "batch.prompts=2", "evaluation.every=0", "evaluation.steps=2", "hardware.threads=1"]
+    runs = ["runs/drawings-2-count", "runs/drawings-2-glyph"]
+    for words in (
+        ["create-flow-model", "models/blank", "--tokenizer", "drawings:count,glyph", "--size", "16", "--layers", "1"],
+        ["train", "drawings_1_base", "--quiet", *sizes],
+        ["train", "drawings_2_count", "--quiet", "batch.group=2", *sizes],
+        ["train", "drawings_2_glyph", "--quiet", "batch.group=2", *sizes],
+        ["merge", *runs, "--into", "models/drawings"],
+        ["train", "drawings_3_opd", "--quiet", "batch.group=2", *sizes],
+    ):
+        monkeypatch.setattr("sys.argv", ["opd", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert not done.value.code, (words, capsys.readouterr().err)
+    assert (tmp_path / "runs/drawings-3-opd/student/transformer").is_dir()
