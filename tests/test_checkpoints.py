@@ -273,6 +273,9 @@ def test_tensorboard_shows_each_step_once_after_a_resume(make, monkeypatch):
 
     recipe = make("run", tracking={"trackers": ["tensorboard"]})
     killed_at(monkeypatch, recipe, 5)
+    # TensorBoard reads files in the order of their names, which count seconds; within one second, and one process, "10"
+    # comes before "9".
+    time.sleep(1)
     execute(recipe, resume=True, quiet=True)
     events = EventAccumulator(str(recipe.directory / "opd"), purge_orphaned_data=True)
     events.Reload()
