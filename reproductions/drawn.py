@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from scipy.stats import false_discovery_control, fisher_exact
 
 from opd.api import assembled
 from opd.distributions import Gaussian
+from opd.divergences.gaussian_kl import GaussianKL
 from opd.drawings.judges import (
     Classifier,
     background_entropy,
@@ -27,14 +28,13 @@ from opd.drawings.judges import (
     train_classifier,
 )
 from opd.evaluation import STREAM
-from opd.flow.rollout import FlowRollout
-from opd.prompts import Prompt
+from opd.objectives import Objective
+from opd.prompts import Prompt, count_repeats
 from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.run import Run
-from opd.trajectories import Trajectories
 from opd.verifiers.drawing import DrawingReward
 from reproductions.running_sum import reached
 
@@ -70,14 +70,45 @@ class Drawn:
         return np.array([verifier.score(prompt, picture) for prompt, picture in pairs], float)
 
 
-def drawn(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int, each: int = 1) -> Drawn:
-    """`each` pictures of every held-out prompt of a recipe, by the ODE of the model that lies in `model`; a prompt's
-    noise depends on `seed` and on the prompt alone."""
+def drawn(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int) -> Drawn:
+    """A picture of every held-out prompt of a recipe, by the ODE of the model that lies in `model`; a prompt's noise
+    depends on `seed` and on the prompt alone."""
+    run = opened(recipe, inputs, model, seed)
+    return drawn_of(run, run.held_out, 1)
+
+
+def opened(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int) -> Run:
     settings = merged(filled(recipe, inputs), {"student": {"model": filled(model, inputs)}, "seed": seed})
     run = assembled(parse_recipe({**settings, "tracking": {"trackers": []}}, "recipe of this test"))
     run.student.module.eval()
-    made = run.sampler(run.held_out, each, 1, stream=STREAM)
+    return run
+
+
+def drawn_of(run: Run, prompts: Sequence[Prompt], each: int) -> Drawn:
+    made = run.sampler(prompts, each, 1, stream=STREAM)
     return Drawn(run, list(made.prompts), np.stack(run.student.outcomes(made)))
+
+
+def abilities(made: Drawn) -> dict[str, float]:
+    """`count`, `glyph` and `scene`, the shares of pictures that are right; of count the mean over `count_1` to
+    `count_4`, the shares of each number, with the lowest as `worst_number`; and `quality`, a mean over all pictures."""
+    right = by_number(made.prompts, made.scores())
+    numbers = list(right.values())
+    right |= {"count": sum(numbers) / len(numbers), "worst_number": min(numbers)}
+    for task in TASKS[1:]:
+        mine = [score for prompt, score in zip(made.prompts, made.scores(), strict=True) if _task(prompt) == task]
+        right |= {task: float(np.mean(mine))} if mine else {}
+    return right | {"quality": float(made.scores("quality").mean())}
+
+
+def by_number(prompts: Sequence[Prompt], scores: np.ndarray) -> dict[str, float]:
+    """`count_1` and so on, the mean score of the prompts of count that ask for so many."""
+    numbers = np.array([prompt.fields["number"] if _task(prompt) == "count" else 0 for prompt in prompts])
+    return {f"count_{n}": float(scores[numbers == n].mean()) for n in np.unique(numbers[numbers > 0])}
+
+
+def _task(prompt: Prompt) -> str:
+    return str(prompt.fields["task"])
 
 
 def measured(
@@ -90,6 +121,7 @@ def measured(
     experts: Sequence[str] = (),
     draws: int = 0,
     way: Sequence[str] = (),
+    spent: int = 0,
     seed: int,
 ) -> Figures:
     """A saved model on the recipe's held-out prompts: equally many of count, glyph, scene and unseen count. The stage
@@ -101,25 +133,31 @@ def measured(
         draws: pictures a prompt for `wins`; 0 leaves it out.
         way: two stages that trained: nine tenths from where the first began to where the second ended, in accuracy, is
             the goal of `sampled_tokens_to_goal`; empty leaves it out.
+        spent: denoising steps that were drawn before this training, added to that figure.
 
     Returns:
         `count`, `glyph`, `scene`, `unseen`: share of pictures that are right; `quality`, mean over count, glyph and
-        scene; `mean` of count, glyph and quality; `kl`, mean divergence from the routed experts along the model's own
-        SDE; the judges; `accuracy`, what training reached of its own reward; `wins`, see there. The first six are means
-        over `bundles`, which are their items.
+        scene; `scene_quality` of scene alone; `mean` of count, glyph and quality; `count_1` and so on, count by number;
+        `kl`, mean divergence from the routed experts along the model's own SDE, and `kl_experts` along theirs; the
+        judges; `accuracy`, what training reached of its own reward; `wins`, see there. The first seven are means over
+        `bundles`, which are their items.
     """
     made = drawn(recipe, inputs, model, seed)
     size = len(made.prompts) // (len(TASKS) + 1)
     texts = [
         [prompt.fields["prompt"] for prompt in made.prompts[i : i + size]] for i in range(0, len(made.prompts), size)
     ]
-    right = dict(zip((*TASKS, "unseen"), in_bundles(made.scores(), texts), strict=True))
-    quality = in_bundles(made.scores("quality"), texts)[: len(TASKS)].mean(0)
-    bundles = {**right, "quality": quality, "mean": (right["count"] + right["glyph"] + quality) / 3}
+    scores, known = made.scores(), len(TASKS) * size
+    right = dict(zip(TASKS, in_bundles(scores[:known], texts[:-1]), strict=True))
+    right["unseen"] = in_bundles(scores[known:], texts[-1:])[0]
+    qualities = in_bundles(made.scores("quality")[:known], texts[:-1])
+    bundles = {**right, "quality": qualities.mean(0), "scene_quality": qualities[TASKS.index("scene")]}
+    bundles["mean"] = (right["count"] + right["glyph"] + bundles["quality"]) / 3
     figures: Figures = {name: float(values.mean()) for name, values in bundles.items()}
     figures["items"] = {
         name: {f"bundle-{i}": float(value) for i, value in enumerate(values)} for name, values in bundles.items()
     }
+    figures |= by_number(made.prompts[:size], scores[:size])
     figures |= judged(made, inputs["judges"]) | divergence(made)
     if trained is not None:
         record = figures_of(inputs[trained])
@@ -133,6 +171,7 @@ def measured(
     if way:
         first, last = (figures_of(inputs[name])["curve"][i]["accuracy"] for name, i in zip(way, (0, -1), strict=True))
         figures |= reached(figures["curve"], "accuracy", first + 0.9 * (last - first))
+        figures["sampled_tokens_to_goal"] += spent
     return figures
 
 
@@ -152,23 +191,65 @@ def in_bundles(scores: np.ndarray, texts: Sequence[Sequence[str]]) -> np.ndarray
 
 
 def divergence(made: Drawn) -> Figures:
-    """`kl`, its logarithm `log_kl`, and `kl_step_K` of each step: from the run's first teacher, on the model's
-    own SDE."""
+    """`kl` from the run's first teacher, its logarithm `log_kl`, and `kl_step_K` of each step, on the model's own SDE;
+    `kl_experts` and `log_kl_experts` on the SDE of that teacher."""
     run, grid = made.run, made.run.recipe.rollout
-    sampler = run.sampler
-    assert isinstance(sampler, FlowRollout)
-    steps = grid.budget
-    walked: Trajectories = sampler.drawing(grid.steps, grid.noise)(run.held_out, 1, steps, stream=STREAM)  # type: ignore[attr-defined]
+    own = _by_step(run, grid)
+    theirs = _by_step(run, grid.model_copy(update={"teacher": run.teachers[0].settings.name}))
+    figures: Figures = {f"kl_step_{k}": value for k, value in enumerate(own)}
+    for name, steps in (("kl", own), ("kl_experts", theirs)):
+        kl = sum(steps) / len(steps)
+        figures |= {name: kl, f"log_{name}": math.log(max(kl, 1e-12))}
+    return figures
+
+
+def _by_step(run: Run, grid: Any) -> list[float]:
+    """Mean divergence of each step along the trajectories of a rollout, from the run's first teacher."""
+    walked = grid.build(run.context, run.student, run.teachers)(run.held_out, 1, grid.budget, stream=STREAM)
     parts = []
     with torch.no_grad():
         for micro, _ in walked.split(64):
             own, theirs = run.student(micro), run.teachers[0](micro)
             assert isinstance(own, Gaussian)
             assert isinstance(theirs, Gaussian)
-            parts.append(own.kl(theirs).view(-1, steps))
-    by_step = torch.cat(parts).double().mean(0).tolist()
-    kl = sum(by_step) / steps
-    return {"kl": kl, "log_kl": math.log(max(kl, 1e-12)), **{f"kl_step_{k}": value for k, value in enumerate(by_step)}}
+            parts.append(own.kl(theirs).view(-1, grid.budget))
+    return list(torch.cat(parts).double().mean(0).tolist())
+
+
+def gradients(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], batches: int, seed: int
+) -> Figures:
+    """How far the gradient of the recipe's objective goes `along` that of the divergence itself.
+
+    That of the divergence is the mean of `kl_direct` over `batches` steps' trajectories; the objective's is the mean
+    over as many others, so that what is random in one is not in the other. `along` is their inner product over the
+    squared length of the first: 1 where both have one expectation and enough batches, 0 where the objective's is zero.
+    """
+    run = assembled(parse_recipe({**filled(recipe, inputs), "seed": seed, "tracking": {"trackers": []}}, "recipe"))
+    direct, own = GaussianKL(teacher=run.objectives[0].teacher), run.objectives[0]
+    truth = _gradient(run, direct, range(batches))
+    found = _gradient(run, own, range(batches, 2 * batches))
+    return {**dict.fromkeys(COSTS, 0.0), "along": float((found @ truth) / (truth @ truth))}
+
+
+def _gradient(run: Run, objective: Objective, streams: Iterable[int]) -> torch.Tensor:
+    """Mean over the trajectories of several steps, float64, all weights in one vector."""
+    trained = [p for p in run.student.module.parameters() if p.requires_grad]
+    total = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float64)
+    streams = list(streams)
+    for stream in streams:
+        draw = run.schedule.next(stream, {})
+        assert draw is not None
+        prompts = count_repeats(draw.prompts)
+        walked = run.rollout(prompts, run.recipe.batch.group, run.rollout.settings.budget, stream=stream)
+        answers = run.ask(walked)
+        weights = objective.position_weights(walked, run.recipe.reduction, run.sum_over_processes)
+        for micro, here in walked.split(run.micro):
+            heard = objective.heard([answer.select(here) for answer in answers])
+            loss = objective(run.student(micro), heard, weights[here], micro)
+            parts = torch.autograd.grad(loss.total, trained, allow_unused=True, materialize_grads=True)
+            total += torch.cat([part.flatten() for part in parts]).double()
+    return total / len(streams)
 
 
 def make_judges(
@@ -238,11 +319,13 @@ def samples_of_experts(
 
 
 def successes(
-    recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int, draws: int, prompts: int = 24
+    recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int, draws: int
 ) -> dict[str, int]:
-    """How many of `draws` pictures are right, for the first `prompts` held-out prompts of count and of glyph."""
-    few = [{**block, "size": min(prompts, block["size"])} for block in recipe["evaluation"]["prompts"][:2]]
-    made = drawn(merged(recipe, {"evaluation": {"prompts": few}}), inputs, model, seed, draws)
+    """How many of `draws` pictures are right, for every different text of the first two held-out sets."""
+    few = merged(recipe, {"evaluation": {"prompts": recipe["evaluation"]["prompts"][:2]}})
+    run = opened(few, inputs, model, seed)
+    first = {prompt.fields["prompt"]: prompt for prompt in reversed(run.held_out)}
+    made = drawn_of(run, list(first.values()), draws)
     right = made.scores().reshape(-1, draws).sum(1)
     return {prompt.id: int(count) for prompt, count in zip(made.prompts[::draws], right, strict=True)}
 

@@ -17,10 +17,12 @@ from opd.reproductions.definition import COSTS, Figures, merged
 from reproductions.drawn import (
     PIXELS,
     TASKS,
+    abilities,
     drawings,
     drawn,
     experts_drawn,
     figures_of,
+    gradients,
     make_judges,
     measured,
     samples_of_experts,
@@ -28,26 +30,27 @@ from reproductions.drawn import (
 from reproductions.on_policy import at_rate, best_rate
 
 T, NOISE, ODE_STEPS = 6, 0.7, 20
-BASE_STEPS, BASE_ROUNDS, STEPS = 1000, 15, 150
+BASE_STEPS, BASE_ROUNDS, STEPS = 1000, 12, 100
 BATCH = {"prompts": 8, "group": 16, "micro": 64}
-RATES = (3e-4, 1e-3, 3e-3)
-EXPERT_STEPS = {"count": 500, "glyph": 250, "quality": 350}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+EXPERT_STEPS = {"count": 300, "glyph": 200, "quality": 250}
 EXPERT_RATES = {"count": 1e-3, "glyph": 3e-4, "quality": 3e-4}
-"""Count hardly learns at 3e-4, glyph is nearly learnt after 250 steps."""
-WARMUP = 30
+WARMUP = 20
 """Adam's first steps are of full size whatever they are worth, and of a reward's gradient they are mostly noise."""
 SFT_STEPS, SFT_PICTURES = 400, 1000
-HELD_OUT, DRAWS = 300, 32
-"""Pictures of each expert for the SFT start; test prompts of each set, pictures a prompt for the row on surpassing."""
-ENOUGH, WINDOW = 0.3, (0.25, 0.8)
-"""Share of right pictures at which the base stops learning, and between which it must draw count and glyph."""
+HELD_OUT, DRAWS, GRADIENT_BATCHES = 300, 32, 16
+"""Pictures of each expert for the SFT start; test prompts of each set, pictures a text for the row on surpassing; steps
+whose gradients are averaged."""
+ENOUGH, WINDOW = 0.3, (0.25, 0.9)
+"""Share of right pictures of each number and of glyph at which the base stops learning, and between which it must draw
+them."""
 
 EXPERTS = {task: f"expert {task}" for task in ("count", "glyph", "quality")}
 ROUTES = {"count": EXPERTS["count"], "glyph": EXPERTS["glyph"], "scene": EXPERTS["quality"]}
 """Expert of each prompt set; that of quality is the anchor too."""
 MIX = [drawings("count", 3000), drawings("glyph", 1000), drawings("scene", 1000)]
-LEARNT = [drawings(task, 6000) for task in TASKS]
-"""With their pictures, what the base learns from and the judges know."""
+LEARNT = [drawings("count", 12000), drawings("glyph", 6000), drawings("scene", 3000)]
+"""With their pictures, what the base learns from and the judges know. Numbers are the last thing that it learns."""
 MIXED_REWARD = {"count": 0.8, "glyph": 0.8, "quality": 0.2}
 """Of count and glyph mostly the task; of scene quality alone."""
 
@@ -58,6 +61,12 @@ def of(stage: str) -> str:
 
 def student(name: str) -> str:
     return f"student: {name}"
+
+
+def validation(size: int) -> list[dict[str, Any]]:
+    """Blocks of `size` prompts a task. A model knows a prompt of count by its text, and all splits but `unseen` have
+    the same texts; that of training has them evenly."""
+    return [drawings("count", size, "train", 1), *(drawings(task, size, "validation") for task in TASKS[1:])]
 
 
 # -- the recipes -------------------------------------------------------------------------------------------------------
@@ -77,7 +86,7 @@ def recipe(
         "update": {"learning_rate": {"kind": "cosine", "start": 0.0, "end": 0.0, "warmup": WARMUP}},
         "batch": BATCH,
         "evaluation": {
-            "prompts": [drawings(task, 100, "validation") for task in TASKS],
+            "prompts": validation(100),
             "steps": ODE_STEPS,
             "every": 50,
             "samples": 0,
@@ -139,7 +148,11 @@ def different_texts(block: Mapping[str, Any]) -> int:
     return len({row["prompt"] for _, row in DrawingPrompts(**block).rows()})
 
 
-SETS = [*(drawings(task, HELD_OUT, "test") for task in TASKS), drawings("count", HELD_OUT, "unseen")]
+SETS = [
+    drawings("count", HELD_OUT, "train", 5),
+    *(drawings(task, HELD_OUT, "test") for task in TASKS[1:]),
+    drawings("count", HELD_OUT, "unseen"),
+]
 DISTINCT = ", ".join(
     f"{different_texts(block)} of {name}" for block, name in zip(SETS, (*TASKS, "unseen"), strict=True)
 )
@@ -159,24 +172,26 @@ def new_model(folder: Path, inputs: Mapping[str, Path], *, width: int, heads: in
 def early_stopped(
     folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], rounds: int, enough: float, seed: int
 ) -> Figures:
-    """Flow matching in rounds, each from where the last one ended, until both count and glyph are right in `enough` of
-    the cases; a task that is there keeps a twelfth of its prompts. The last round's student lies in
-    `folder/run/student`; costs and curve are of all rounds."""
+    """Flow matching in rounds, each from where the last one ended, until glyph and every single number of count are
+    right in `enough` of the recipe's held-out prompts; a task that is there keeps a twelfth of its prompts. The last
+    round's student lies in `folder/run/student`; costs and curve are of all rounds."""
     block, before, curve = dict(recipe), inputs["new"], []
     spent = dict.fromkeys((*COSTS, "step"), 0.0)
     for number in range(rounds):
         place = folder / f"round-{number}"
         place.mkdir()
         figures = train(place, {"new": before}, recipe=block, seed=seed + number)
-        curve += [{**point, **{name: point[name] + spent[name] for name in spent}} for point in figures["curve"]]
+        can = abilities(drawn(recipe, {"round": place}, of("round"), seed))
+        points = [{**point, **{name: point[name] + spent[name] for name in spent}} for point in figures["curve"]]
+        curve += [*points[:-1], {**points[-1], **can}]
         spent, before = {name: curve[-1][name] for name in spent}, place
-        there = {task: figures.get(f"accuracy/{task}", 0.0) >= enough for task in TASKS}
+        there = {"count": can["worst_number"] >= enough, "glyph": can["glyph"] >= enough, "scene": False}
         if there["count"] and there["glyph"]:
             break
         sets = zip(recipe["prompts"], TASKS, strict=True)
         block["prompts"] = [{**of_task, "size": of_task["size"] // (12 if there[t] else 1)} for of_task, t in sets]
     shutil.copytree(before / "run" / "student", folder / "run" / "student")
-    return {**figures, **{name: spent[name] for name in COSTS}, "curve": curve}
+    return {**figures, **can, **{name: spent[name] for name in COSTS}, "curve": curve}
 
 
 def merged_experts(folder: Path, inputs: Mapping[str, Path]) -> Figures:
@@ -194,18 +209,13 @@ def trained(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, An
 def skills(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], seed: int) -> Figures:
     """`count`, `glyph` and `quality` of the base on validation prompts, and by how much each expert is better at its
     own."""
-    found = {}
-    for name in ("base", *EXPERTS.values()):
-        made = drawn(recipe, inputs, of(name), seed)
-        right = made.scores().reshape(len(TASKS), -1).mean(1)
-        found[name] = {"count": right[0], "glyph": right[1], "quality": made.scores("quality").mean()}
+    found = {name: abilities(drawn(recipe, inputs, of(name), seed)) for name in ("base", *EXPERTS.values())}
     gains = {f"{task}_gain": found[stage][task] - found["base"][task] for task, stage in EXPERTS.items()}
-    return {name: float(value) for name, value in (found["base"] | gains).items()}
+    return found["base"] | gains
 
 
 # -- the arms ----------------------------------------------------------------------------------------------------------
 
-SLOW = "OPD, pg_detached, rate of pg_sample"
 MAIN, PLAIN, MERGE, MIX_ARM = "OPD", "OPD, no anchor", "merge only", "GRPO-Mix"
 QUALITY = EXPERTS["quality"]
 REINFORCED = {
@@ -227,8 +237,8 @@ DISTILLED = {
     "OPD from base": distilled("base"),
     "OPD, pg_sample": distilled("merged", estimator="pg_sample"),
     "OPD, pg_detached": distilled("merged", estimator="pg_detached"),
-    SLOW: distilled("merged", estimator="pg_detached"),
     "OPD on experts' rollouts": distilled("merged", rollout={"teacher": "experts"}),
+    "OPD from base on experts' rollouts": distilled("base", rollout={"teacher": "experts"}),
     "OPD on noised data": distilled("merged", rollout={"kind": "noised", "times": "grid"}),
 }
 
@@ -240,7 +250,10 @@ def inputs_of(block: Mapping[str, Any], known: Sequence[str]) -> list[str]:
 
 
 MODELS = ["base", *EXPERTS.values(), "merged", "SFT"]
-RATE = {"GRPO": "rate of GRPO", "OPD": "rate of OPD", "OPD, pg_sample": "rate of pg_sample", SLOW: "rate of pg_sample"}
+RATE = {"GRPO": "rate of GRPO", "OPD": "rate of OPD"} | dict.fromkeys(
+    ("OPD, pg_sample", "OPD, pg_detached"), "rate of pg_sample"
+)
+ESTIMATORS = ("kl_direct", "pg_sample", "pg_detached")
 
 
 def trained_stage(block: Mapping[str, Any], rate: str) -> Stage:
@@ -252,13 +265,15 @@ GOAL = [student(STARTS[-1]), student(PLAIN)]
 """From where the one begins to where the other ends; nine tenths of that way is a goal for all starts."""
 
 
-def arm(stage: str, training: bool = True, experts: bool = True, draws: bool = False, goal: bool = False) -> Stage:
+def arm(
+    stage: str, training: bool = True, experts: bool = True, draws: bool = False, goal: bool = False, spent: int = 0
+) -> Stage:
     """A test of the student that a stage made, `training` this seed's arm or a model that was there before."""
     params: dict[str, Any] = {"model": of(stage), "recipe": TEST}
     params |= {"trained": stage} if training else {}
     params |= {"experts": list(EXPERTS.values())} if experts else {}
     params |= {"draws": DRAWS} if draws else {}
-    params |= {"way": GOAL} if goal else {}
+    params |= {"way": GOAL, "spent": spent} if goal else {}
     needed = [
         "judges",
         "base",
@@ -276,7 +291,7 @@ EXPERT_SETS = {
     "quality": {"reward": {"task": 0.2, "quality": 0.8}},
 }
 OF_EXPERTS = {task: of(stage) for task, stage in ROUTES.items()}
-VALIDATION = merged(TEST, {"evaluation": {"prompts": [drawings(task, 300, "validation") for task in TASKS]}})
+VALIDATION = merged(TEST, {"evaluation": {"prompts": validation(300)}})
 STAGES = {
     "new": Stage(new_model, {"width": 72, "heads": 3, "layers": 3, "seed": 0}),
     "base": Stage(
@@ -288,7 +303,7 @@ STAGES = {
                 2e-3,
                 student={"train_prompts": True},
                 prompts=LEARNT,
-                evaluation={"prompts": [drawings(task, 100, "validation") for task in TASKS], "every": 0},
+                evaluation={"prompts": validation(300), "every": 0},
             ),
             "rounds": BASE_ROUNDS,
             "enough": ENOUGH,
@@ -358,7 +373,6 @@ def more(
 
 
 SPEED = "sampled_tokens_to_goal"
-ADDED = "added after the other results were seen, because pg_sample too fails at the rate of OPD"
 SHARED_SAMPLES = "samples are equal in all, so each reward has fewer of them"
 
 
@@ -371,6 +385,7 @@ def equal(id: str, statement: str, metric: str, method: str, baseline: str, marg
 
 
 FEW = [{**block, "size": 4} for block in SETS]
+"""Of count that is one of each number."""
 SMALL_SETS = [drawings(task, 24) for task in TASKS]
 SMALL = {
     "steps": 2,
@@ -477,10 +492,11 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
     stages={**STAGES, **TRAINED},
     gates=[
         *(
-            Gate("base", f"accuracy/{task}", **limit)
+            Gate("base", task, **limit)
             for task in ("count", "glyph")
             for limit in ({"at_least": WINDOW[0]}, {"at_most": WINDOW[1]})
         ),
+        Gate("base", "worst_number", at_least=WINDOW[0]),
         Gate("skills", "count_gain", at_least=0.05),
         Gate("skills", "glyph_gain", at_least=0.05),
         Gate("skills", "quality_gain", at_least=0.01),
@@ -492,7 +508,23 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
         "SFT only": arm("SFT"),
         **{name: arm(student(name), experts=name == "GRPO-Mix from merge") for name in REINFORCED},
         LONG: arm(student(LONG), experts=False),
-        **{name: arm(student(name), draws=name == MAIN, goal=name in STARTS) for name in DISTILLED},
+        **{
+            name: arm(
+                student(name),
+                draws=name == MAIN,
+                goal=name in STARTS,
+                spent=3 * SFT_PICTURES * ODE_STEPS if name == "OPD from SFT" else 0,
+            )
+            for name in DISTILLED
+        },
+        **{
+            f"gradient of {estimator}": Stage(
+                gradients,
+                {"recipe": distilled("merged", estimator=estimator), "batches": GRADIENT_BATCHES},
+                ["merged", *EXPERTS.values()],
+            )
+            for estimator in ESTIMATORS
+        },
     },
     seeds=SEEDS,
     imports=("diffusers.models.auto_model", "diffusers.models.transformers.transformer_sd3", "scipy.stats"),
@@ -503,8 +535,13 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
         "mean",
         "scene",
         "unseen",
+        *(f"count_{number}" for number in (1, 2, 3, 4)),
+        "scene_quality",
         "kl",
         "log_kl",
+        "kl_experts",
+        "log_kl_experts",
+        "along",
         "expert_cpu_seconds",
         "entropy",
         "sharpness",
@@ -530,6 +567,14 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             for task, stage in EXPERTS.items()
         ),
         more(
+            "specialist-scene",
+            "... at quality on the prompts of scene, where it hears that expert.",
+            "scene_quality",
+            MAIN,
+            QUALITY,
+            -0.03,
+        ),
+        more(
             "samples",
             "... also when GRPO gets as many samples as a student and all of its experts.",
             "mean",
@@ -544,6 +589,8 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             QUALITY,
         ),
         more("merge", "It beats the average that it began from.", "mean", MAIN, MERGE),
+        more("sft", "It beats flow matching on the experts' pictures.", "mean", MAIN, "SFT only"),
+        more("sft-then", "That start is improved by OPD.", "mean", "OPD from SFT", "SFT only"),
         more(
             "seesaw-count-2",
             "Count falls when glyph is rewarded too ...",
@@ -561,6 +608,7 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             MIX_ARM,
             note=SHARED_SAMPLES,
         ),
+        more("seesaw-expert", "The expert of count writes worse than the base.", "glyph", "base", EXPERTS["count"]),
         more(
             "start-merge",
             "Merging is no worse a start than SFT (within 1 point).",
@@ -580,7 +628,7 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             SPEED,
             "OPD from SFT",
             "OPD from base",
-            "what SFT itself took is not counted",
+            "the steps of the experts' pictures are counted",
         ),
         more("start-grpo", "From the same start OPD beats GRPO.", "mean", PLAIN, "GRPO-Mix from merge"),
         less("anchor-frechet", "With the anchor pictures are nearer to their references.", "frechet", MAIN, PLAIN),
@@ -594,6 +642,8 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             PLAIN,
             note="a clean picture of a task with few different ones is near too",
         ),
+        more("anchor-quality", "With the anchor quality is higher ...", "quality", MAIN, PLAIN),
+        more("anchor-quality-strong", "... and at four times the weight.", "quality", "OPD, anchor 0.08", PLAIN),
         equal("anchor-count", "Count stays within 2 points.", "count", MAIN, PLAIN, 0.02),
         equal("anchor-glyph", "Glyph stays within 2 points.", "glyph", MAIN, PLAIN, 0.02),
         less("anchor-strong", "Four times the weight brings them nearer still.", "frechet", "OPD, anchor 0.08", MAIN),
@@ -635,25 +685,32 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             0.1,
             "Adam makes steps of full size of pure noise too",
         ),
-        equal(
-            "detached-slow",
-            "... also at the rate of pg_sample.",
-            "log_kl",
-            SLOW,
-            MERGE,
-            0.1,
-            ADDED,
-        ),
         less(
             "sample-detached",
             "At one rate pg_sample comes nearer to the experts than the detached estimator.",
             "log_kl",
             "OPD, pg_sample",
-            SLOW,
-            ADDED,
+            "OPD, pg_detached",
         ),
-        less("direct-detached", "kl_direct comes nearer to the experts than it.", "kl", PLAIN, "OPD, pg_detached"),
-        less("direct", "kl_direct comes nearer to the experts than pg_sample.", "kl", PLAIN, "OPD, pg_sample"),
+        less("direct-detached", "kl_direct comes nearer to the experts than it.", "log_kl", PLAIN, "OPD, pg_detached"),
+        less("direct", "kl_direct comes nearer to the experts than pg_sample.", "log_kl", PLAIN, "OPD, pg_sample"),
+        more("direct-mean", "... and is the better student.", "mean", PLAIN, "OPD, pg_sample"),
+        equal(
+            "gradient-sample",
+            "Where training begins the gradient of pg_sample goes as far along the divergence's as that itself (0.2).",
+            "along",
+            "gradient of pg_sample",
+            "gradient of kl_direct",
+            0.2,
+        ),
+        more(
+            "gradient-detached",
+            "... and that of pg_detached goes nowhere (0.8 behind).",
+            "along",
+            "gradient of kl_direct",
+            "gradient of pg_detached",
+            0.8,
+        ),
         more(
             "own-experts",
             "The student's own states teach more than its experts' ...",
@@ -661,7 +718,28 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             PLAIN,
             "OPD on experts' rollouts",
         ),
-        more("own-data", "... and more than noised data.", "mean", PLAIN, "OPD on noised data"),
+        less(
+            "own-experts-kl",
+            "... it comes nearer to the experts there ...",
+            "log_kl",
+            PLAIN,
+            "OPD on experts' rollouts",
+        ),
+        more(
+            "own-experts-base",
+            "... and so it is from the base, which is farther from the experts.",
+            "mean",
+            "OPD from base",
+            "OPD from base on experts' rollouts",
+        ),
+        less(
+            "own-experts-base-kl",
+            "... in divergence too.",
+            "log_kl",
+            "OPD from base",
+            "OPD from base on experts' rollouts",
+        ),
+        more("own-data", "They teach more than noised data.", "mean", PLAIN, "OPD on noised data"),
         more("surpassing", "It wins against every expert on more prompts than the average does.", "wins", MAIN, MERGE),
         Claim(
             "scale",
