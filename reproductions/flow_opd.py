@@ -153,9 +153,9 @@ SETS = [
     *(drawings(task, HELD_OUT, "test") for task in TASKS[1:]),
     drawings("count", HELD_OUT, "unseen"),
 ]
-DISTINCT = ", ".join(
-    f"{different_texts(block)} of {name}" for block, name in zip(SETS, (*TASKS, "unseen"), strict=True)
-)
+DIFFERENT = dict(zip((*TASKS, "unseen"), map(different_texts, SETS), strict=True))
+DISTINCT = ", ".join(f"{number} of {name}" for name, number in DIFFERENT.items())
+TEXTS = DIFFERENT["count"] + DIFFERENT["glyph"]
 TEST = merged(distilled("base"), {"evaluation": {"prompts": SETS}})
 """What every model is tested by; the test puts its own model in the student's place."""
 
@@ -408,12 +408,13 @@ quarter, two of twelve characters to write in the middle, a shape in front of a 
 nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT} test
 prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count on
 triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
-Equal ones are bundled, in as many bundles as the fewest of these; figures are means over bundles, which intervals
-resample.
+Equal ones are bundled, those of `unseen` by themselves and the others in as many bundles as the fewest of them;
+figures are means over bundles, which intervals resample. Prompts of count, which a model knows by their text, are the
+same in training and test, but for `unseen`. `count 1` to `count 4` are count by the number that was asked for.
 Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on
 pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow
-matching in rounds of {BASE_STEPS} batches and stopped as soon as count and glyph are both right in {ENOUGH:.0%} of the
-cases, and none in more than {WINDOW[1]:.0%}, so that there is something left to learn. **Experts** are that base after
+matching in rounds of {BASE_STEPS} batches and stopped as soon as glyph and every single number of count are right in
+{ENOUGH:.0%} of the cases, none in more than {WINDOW[1]:.0%}, so that there is something left to learn. **Experts** are that base after
 GRPO: {EXPERT_STEPS["count"]} steps on count at rate {EXPERT_RATES["count"]:g}, {EXPERT_STEPS["glyph"]} on glyph at
 {EXPERT_RATES["glyph"]:g}, and {EXPERT_STEPS["quality"]} on 0.8 quality and 0.2 task over all prompts at
 {EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms share them.
@@ -425,9 +426,11 @@ held-out mixed reward, under a seed of its own.
 
 **Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
 of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
-of one step. **Judges** that no reward knows: `entropy` of backgrounds that no prompt names, `sharpness` of edges,
+of one step, `kl experts` the mean along the experts'. **along** compares gradients at the experts' average: that of
+`kl_direct`, the mean over {GRADIENT_BATCHES} steps' samples, with another mean over as many others, of each estimator;
+it is their inner product over the squared length of the first. **Judges** that no reward knows: `entropy` of backgrounds that no prompt names, `sharpness` of edges,
 `novelty`, the distance to the nearest training picture, and the `frechet` distance to references of the same prompts.
-**wins** counts, of 48 prompts of count and glyph with {DRAWS} pictures each, those on which a model is right more
+**wins** counts, of {TEXTS} texts of count and glyph with {DRAWS} pictures each, those on which a model is right more
 often than every expert (Fisher's exact test, false discovery rate 5 %). **accuracy** is what training reached of its
 own reward on validation prompts. **reached** and **sampled tokens to goal** (denoising steps) are of the three starts
 of OPD without anchor: the goal is nine tenths of the way, in that accuracy, from where the one from the base begins to
@@ -480,9 +483,11 @@ measured.
 ## Where it differs from the paper
 
 Models are trained whole and not by LoRA, without guidance and without a mean over weights, on {PIXELS} pixels, with
-T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples, from a base that is right in
-{WINDOW[0]:.0%} to {WINDOW[1]:.0%} of count and of glyph. Each method has one rate for all its arms: that of GRPO is
-tuned on GRPO-Mix from the base, and that of OPD on `{PLAIN}`, from the average, so that other starts and prefixes may
+T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples. A batch is used for one update, so ratios are
+one and clips idle; the release takes two. GRPO-Mix mixes the sets within a batch and divides by the spread of all their
+rewards, where the release draws one set an epoch; its KL, also from the average, is to the base, and weighs 0.04 for
+every reward, where the release has 0.01 for preferences. The expert of quality, paid for the task of scene a little,
+has prompts of its own beside being the anchor. Each method has one rate for all its arms: that of GRPO is tuned on GRPO-Mix from the base, and that of OPD on `{PLAIN}`, from the average, so that other starts and prefixes may
 have better ones. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal,
 but an arm of OPD also leans on the experts' samples: `{LONG}` has {LONG_STEPS / STEPS:.0f} times the steps, all that a
 student and its experts take together. What an SFT start takes, {SFT_STEPS} steps on {3 * SFT_PICTURES:,} pictures of
