@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -122,11 +122,6 @@ class Run:
         """Every teacher's answer."""
         return [Target(t(trajectories), t.weights(trajectories), t.settings.name) for t in self.teachers]
 
-    @property
-    def whole_groups(self) -> bool:
-        """Whether some part must see all trajectories of a prompt together."""
-        return "group" in (self.shaping.scope, *(o.scope for o in self.objectives))
-
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
@@ -149,7 +144,7 @@ class Run:
             for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
         ]
         rewards = torch.tensor([float("nan") if s is None else s for s in scores])
-        return replace(trajectories, rewards=rewards, reward_spread=self._spread(rewards))
+        return trajectories.rewarded(rewards, self._spread(rewards))
 
     def _spread(self, rewards: torch.Tensor) -> float:
         known = rewards[~rewards.isnan()].double()

@@ -49,7 +49,7 @@ def test_soft_labels_are_forward_kl():
 
 
 def grouped(rewards, lengths=(3, 5, 2, 4), groups=(0, 0, 1, 1)):
-    return replace(trajectories_of(list(lengths)), groups=torch.tensor(groups), rewards=torch.tensor(rewards))
+    return replace(trajectories_of(list(lengths)), groups=torch.tensor(groups)).rewarded(torch.tensor(rewards), 0.5)
 
 
 def test_advantages_are_relative_to_the_group():
@@ -62,6 +62,17 @@ def test_advantages_are_relative_to_the_group():
     torch.testing.assert_close(
         GRPO(normalise=False).advantages(grouped([1.0, nan, 0.0, 1.0])), torch.tensor([0.0, 0.0, -0.5, 0.5])
     )
+
+
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_a_micro_batch_may_hold_part_of_a_group(student, spread):
+    trajectories = grouped([1.0, 0.0, float("nan"), 1.0, 0.0], (3, 5, 2, 4, 3), (0, 0, 0, 1, 1))
+    weights, objective = position_weights(trajectories, "token_mean"), GRPO(spread=spread)
+    whole = gradients(student, objective(student(trajectories), [], weights, trajectories).total)
+    parts = [objective(student(part), [], weights[here], part) for part, here in trajectories.split(1)]
+    assert [len(part) for part, _ in trajectories.split(2)] == [2, 2, 1]
+    torch.testing.assert_close(gradients(student, sum(p.total for p in parts)), whole, atol=1e-6, rtol=1e-4)
+    assert whole.abs().max() > 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, -0.5])

@@ -45,6 +45,9 @@ class Student(ABC):
     unit: ClassVar[str] = "tok"
     """What a person calls a position, for the progress bar."""
 
+    cheaper: ClassVar[str] = "Shorten rollout.max_new_tokens, or set student.gradient_checkpointing=true"
+    """What lets one trajectory fit that does not, for the error that says so."""
+
     library: ClassVar[str]
     """Which library loads what `save` writes, for the model card."""
 

@@ -100,6 +100,7 @@ class FlowStudent(Student):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
     unit = "steps"
+    cheaper = "Lower rollout.steps or student.resolution, or set student.gradient_checkpointing=true"
     library = "diffusers"
 
     def __init__(
@@ -156,7 +157,8 @@ class FlowStudent(Student):
 
     def outcomes(self, trajectories: Trajectories) -> list[Any]:
         latents = torch.stack([context.outcome for context in trajectories.contexts])
-        return [image for part in latents.split(32) for image in self.model.images(part)]
+        # Few at a time: of each one a decoder of 512 pixels holds tensors of [256, 512, 512].
+        return [image for part in latents.split(4) for image in self.model.images(part)]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         """`tokens` are the times of the steps; `image` is a small PNG as a data URI."""

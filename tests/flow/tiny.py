@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from opd.flow.denoising import Denoising, pack
@@ -35,7 +33,7 @@ def walk(count, steps, shape=(1, 2, 2), seed=0, rewards=None, group=1):
     if rewards is None:
         return made
     known = torch.tensor(rewards)
-    return replace(made, rewards=known, reward_spread=float(known.std(correction=0)))
+    return made.rewarded(known, float(known.std(correction=0)))
 
 
 def block_for(models, output, **changes):
