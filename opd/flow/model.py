@@ -165,8 +165,11 @@ class FlowModel(torch.nn.Module):
             return
         own = self.pipeline.transformer
         self.pipeline.register_modules(transformer=transformer)
-        self.pipeline.save_pretrained(folder)
-        self.pipeline.register_modules(transformer=own)
+        try:
+            self.pipeline.save_pretrained(folder)
+        finally:
+            # It may be the caller's own, who goes on with it after a full disk too.
+            self.pipeline.register_modules(transformer=own)
 
 
 def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:

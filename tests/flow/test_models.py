@@ -20,7 +20,9 @@ from opd.merging import merge
 from opd.plan import make_plan
 from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
+from opd.prompts import Prompt
 from opd.recipe import load_recipe
+from opd.rollouts.sde import SDERollout
 from tests.flow.tiny import PROMPTS, block_for, recipe_for, step_of, tiny_pipeline
 
 
@@ -175,6 +177,26 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
             velocity = model(x, times[k][None], model.encoder.encode(["red circle"]), [1], [2.0])
         x = step_of(velocity, x, float(times[k]), float(times[k + 1]), 0.0).mean
     np.testing.assert_allclose(model.images(x), theirs, atol=2e-3)
+
+
+def test_what_breaks_off_leaves_a_live_model_as_it_was(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    student = FlowTransformer(model="x", lora={"rank": 2}).live_student(pipe, None, Context(torch.device("cpu")))
+    own = pipe.transformer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipe, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        student.save(tmp_path / "full", "")
+    assert pipe.transformer is own
+    student.module.train()
+    source = SDERollout(steps=4).build(student.context, student, [])
+    monkeypatch.setattr(source, "_sample", full)
+    with pytest.raises(OSError, match="No space"):
+        source([Prompt("p", {"prompt": "red circle"})], 1, 3, stream=0)
+    assert student.model.training
 
 
 def test_distill_takes_live_models(models, tmp_path):
