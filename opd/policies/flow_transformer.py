@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.choice import Settings
 from opd.context import Context
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 SHOWN_PIXELS = 128
 """Side of the images that logs keep, at most."""
 
+TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bfloat16, or lora"
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 
@@ -59,7 +61,7 @@ class FlowTransformer(FlowSettings, Policy):
     teacher: ClassVar[str] = "flow"
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights; adapters are float32 in any case"
+        "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
     )
     resolution: int | None = Field(None, ge=8, description="Side of the images in pixels; default the model's own")
     guidance: float = Field(
@@ -70,6 +72,13 @@ class FlowTransformer(FlowSettings, Policy):
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass, for less memory"
     )
+
+    @field_validator("lora")
+    @classmethod
+    def _wide_enough(cls, value: FlowLoRA | None, info: ValidationInfo) -> FlowLoRA | None:
+        if value is None and info.data.get("dtype") == "float16":
+            raise ValueError(f"student.dtype {TOO_NARROW}")
+        return value
 
     def build(self, context: Context) -> FlowStudent:
         model = load_flow_model(self, context.device, self.resolution)
@@ -107,6 +116,8 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        if model.base.dtype == torch.float16 and (settings is None or settings.lora is None):
+            raise ModelError(f"the live student's dtype {TOO_NARROW}")
         # One that is trained on top of another changes weights that are saved nowhere.
         self.own_base = settings is None or settings.adapter is None
         model.requires_grad_(False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from opd.context import Context
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
 from opd.flow.creation import create_flow_model
 from opd.language.creation import symbol_tokenizer
 from opd.plan import make_plan
+from opd.policies.flow_transformer import FlowTransformer
 from opd.recipe import parse_recipe
-from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for
+from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
 
 MISTAKES = [
     ({"objective": "reverse_kl"}, RecipeError, "objective 'reverse_kl' is for language models.*gaussian_kl"),
@@ -22,6 +25,7 @@ MISTAKES = [
     ({"rollout": {"kind": "sde", "teacher": "x"}}, IncompatibleError, "give that teacher a name"),
     ({"student": {"model": "/nowhere"}}, ModelError, "no folder with a transformer/"),
     ({"student": {"resolution": 12}}, ModelError, "at most 8"),
+    ({"student": {"dtype": "float16"}}, RecipeError, "student.lora is None: student.dtype float16 .*use bfloat16, or"),
     ({"student": {"lora": {"targets": ["nothing"]}}}, ModelError, "student.lora.targets"),
     ({"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}}, DataError, "no token.*red pig"),
     ({"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}}, DataError, "at most 4"),
@@ -63,6 +67,15 @@ def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, 
     with pytest.raises(type(found.value)) as planned:
         make_plan(recipe)
     assert str(planned.value) == str(found.value)
+
+
+def test_a_live_student_of_float16_is_trained_by_adapters_alone(tmp_path):
+    pipe, settings = tiny_pipeline().to(torch.float16), FlowTransformer(model="x")
+    with pytest.raises(ModelError, match=r"the live student's dtype float16 .*use bfloat16, or lora"):
+        settings.live_student(pipe, None, Context(torch.device("cpu")))
+    adapted = FlowTransformer(model="x", dtype="float16", lora={"rank": 2})
+    trained = adapted.live_student(pipe, None, Context(torch.device("cpu"))).state_dict()
+    assert {p.dtype for name, p in trained.items() if "lora_" in name} == {torch.float32}
 
 
 def test_a_language_recipe_with_a_flow_objective_is_named():
