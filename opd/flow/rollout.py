@@ -39,7 +39,9 @@ class SamplerSettings(GridSettings):
 
     batch: int = Field(64, ge=1, description="Trajectories sampled side by side")
     dtype: Literal["own", "bfloat16"] = Field(
-        "own", description="Compute in the weights' dtype or in bfloat16; take what hardware.precision says"
+        "own",
+        description="own: as the writer computes elsewhere, in its weights' dtype, or a student that is trained with "
+        "hardware.precision bf16 in bfloat16 by autocast; bfloat16: by autocast in any case",
     )
 
 
