@@ -11,10 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 
 from opd.choice import Settings
-from opd.errors import ModelError
+from opd.errors import ModelError, first_line
 from opd.flow.encoder import PromptEncoder, PromptTable, Shared, TextEncoders
+from opd.merging.adapters import PEFT_PREFIX
+from opd.merging.weights import ADAPTER_FILES, Weights
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
@@ -237,14 +240,63 @@ def load_flow_model(
 
 def merge_adapter(transformer: Any, adapter: str) -> Any:
     """The transformer with a peft adapter's product added to its weights."""
+    folder = Path(adapter).expanduser()
     try:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(transformer, adapter).merge_and_unload()
+        check_adapter(transformer, adapter)
+        found = str(folder) if folder.is_dir() else adapter
+        return PeftModel.from_pretrained(transformer, found).merge_and_unload()
     except ImportError:
         raise ModelError("a model's adapter needs peft: pip install 'opd[flow]'") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"adapter {adapter!r} cannot be loaded ({str(error).splitlines()[0][:180]})") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {adapter!r} cannot be loaded ({first_line(error, 'size mismatch')}); give the folder of a LoRA "
+            "adapter that was trained on this model"
+        ) from None
+
+
+def check_adapter(transformer: Any, adapter: str) -> bool:
+    """Whether an adapter lies on this machine. Of one that does, everything that can be seen without its numbers.
+
+    Args:
+        transformer: that it is for; it may be on the meta device.
+
+    Raises:
+        ModelError: no such folder, files that are missing or damaged, or factors of other weights than these.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+            raise ModelError(
+                f"adapter {adapter!r}: no such folder; give one with adapter_config.json, as peft saves it"
+            )
+        return False
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"adapter {adapter!r}: no readable adapter_config.json ({first_line(error)}); save the adapter again by peft"
+        ) from None
+    file = folder / ADAPTER_FILES[0]
+    if kind != "LORA" or not file.is_file():
+        return True
+    shapes, own = Weights([file]).shapes, transformer.state_dict()
+    for name, (_, a) in shapes.items():
+        module, is_a, _ = name.partition(".lora_A.weight")
+        b = shapes.get(f"{module}.lora_B.weight", ("", ()))[1]
+        if not is_a or len(a) != 2 or len(b) != 2:
+            continue
+        weight = own.get(f"{module.removeprefix(PEFT_PREFIX)}.weight")
+        if weight is None or weight.shape != (b[0], a[1]):
+            has = "no such weight" if weight is None else f"one of {list(weight.shape)}"
+            raise ModelError(
+                f"adapter {adapter!r} changes a weight of {[b[0], a[1]]}, {module.removeprefix(PEFT_PREFIX)}, and the "
+                f"transformer has {has}; give an adapter that was trained on this model"
+            )
+    return True
 
 
 def import_diffusers() -> Any:

@@ -15,7 +15,7 @@ from opd.choice import nested
 from opd.errors import IncompatibleError, ModelError
 from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
 from opd.flow.encoder import PromptTable
-from opd.flow.model import TABLE, FlowSettings, import_diffusers, latent_size
+from opd.flow.model import TABLE, FlowSettings, check_adapter, import_diffusers, latent_size
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
 from opd.policies.flow_transformer import FlowTransformer, check_prompts, with_lora
 from opd.recipe import Recipe
@@ -80,7 +80,7 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     assert isinstance(student, FlowTransformer)
     notes = ["VAE, text encoders and what they compute are not counted"]
     config, places = _config(student, notes)
-    model = _on_meta(config, student)
+    model = _on_meta(config, student, notes)
     size = BYTES.get(student.dtype, 4)
     trained = [p for p in model.parameters() if p.requires_grad]
     own: dict[str, Any] = {
@@ -119,7 +119,7 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
                     f"the student's latents have {config['in_channels']} channels and those of {teacher.model} "
                     f"{theirs['in_channels']}; use a teacher of the student's architecture"
                 )
-            found = _on_meta(theirs, None)
+            found = _on_meta(theirs, teacher, notes)
             shape = {**shape, "name": teacher.model, "parameters": sum(p.numel() for p in found.parameters())}
         models[f"teacher {i}"] = shape
         kept = BYTES.get(teacher.dtype, size) if isinstance(teacher, FlowTeacher) else size
@@ -161,12 +161,15 @@ def _config(settings: FlowSettings, notes: list[str]) -> tuple[dict[str, Any], i
     )
 
 
-def _on_meta(config: dict[str, Any], student: FlowTransformer | None) -> Any:
+def _on_meta(config: dict[str, Any], settings: FlowSettings, notes: list[str]) -> Any:
     """The transformer without weights; a student's with its adapters."""
     kind = getattr(import_diffusers(), config.get("_class_name", "SD3Transformer2DModel"))
     with torch.device("meta"):
         model = kind(**{key: value for key, value in config.items() if not key.startswith("_")})
-        return with_lora(model, student.lora) if student is not None and student.lora is not None else model
+        if settings.adapter is not None and not check_adapter(model, settings.adapter):
+            notes.append(f"{settings.adapter}: not read; the adapter is taken to fit")
+        lora = settings.lora if isinstance(settings, FlowTransformer) else None
+        return model if lora is None else with_lora(model, lora)
 
 
 def _activations(model: Any, config: dict[str, Any], latent: int, places: int) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
@@ -49,6 +53,16 @@ def test_mistakes_are_named(changes, error, message, models, tmp_path):
         built(parse_recipe(data))
 
 
+def refused_alike(recipe, error, message=None):
+    """Whatever a run refuses its plan refuses too, in the same words."""
+    with pytest.raises(error, match=message) as found:
+        built(recipe)
+    with pytest.raises(error) as planned:
+        make_plan(recipe)
+    assert str(planned.value) == str(found.value)
+    assert len(str(found.value).splitlines()) <= 2
+
+
 REFUSED_BY_THE_PLAN = [
     {"rollout": {"kind": "sde", "teacher": "x"}},
     {"student": {"resolution": 12}},
@@ -62,11 +76,55 @@ REFUSED_BY_THE_PLAN = [
 @pytest.mark.parametrize("changes", REFUSED_BY_THE_PLAN, ids=lambda changes: next(iter(changes)))
 def test_what_a_run_refuses_the_plan_refuses_in_the_same_words(changes, models, tmp_path):
     recipe = recipe_for(models, tmp_path / "run", **changes)
-    with pytest.raises(OpdError) as found:
-        built(recipe)
-    with pytest.raises(type(found.value)) as planned:
-        make_plan(recipe)
-    assert str(planned.value) == str(found.value)
+    refused_alike(recipe, OpdError)
+
+
+@pytest.fixture(scope="module")
+def adapter(models, tmp_path_factory):
+    """The folder of an adapter of the first model."""
+    folder = tmp_path_factory.mktemp("adapter")
+    student = FlowTransformer(model=models[0], lora={"rank": 2}).build(Context(torch.device("cpu")))
+    student.save(folder, "")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_adapters_that_cannot_be_taken_are_named_by_the_plan_too(whose, models, adapter, tmp_path):
+    def refused(message, folder):
+        kinds = {"student": {"model": models[0]}, "teacher": {"kind": "flow", "model": models[1]}}
+        changes = {whose: {**kinds[whose], "adapter": str(folder)}}
+        refused_alike(recipe_for(models, tmp_path / "run", **changes), ModelError, message)
+
+    refused("no such folder; give one with adapter_config.json", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("no readable adapter_config.json .*save the adapter again", tmp_path / "empty")
+    torn = shutil.copytree(adapter, tmp_path / "torn")
+    (torn / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes()[:-9])
+    refused("torn/adapter_model.safetensors cannot be read as safetensors", torn)
+    state = load_file(adapter / "adapter_model.safetensors")
+    wide = shutil.copytree(adapter, tmp_path / "wide")
+    wider = {name: torch.zeros(len(a), 24) if "lora_A" in name else a for name, a in state.items()}
+    save_file(wider, wide / "adapter_model.safetensors")
+    refused(r"changes a weight of \[16, 24\], transformer_blocks.*the transformer has one of \[16, 16\]", wide)
+    lost = shutil.copytree(adapter, tmp_path / "lost")
+    save_file(
+        {name.replace("blocks.0", "blocks.7"): a for name, a in state.items()}, lost / "adapter_model.safetensors"
+    )
+    refused("blocks.7.*has no such weight; give an adapter that was trained on this model", lost)
+
+
+def test_what_peft_alone_sees_in_an_adapter_is_named(models, adapter, tmp_path):
+    """Factors of another rank than the configuration's."""
+    ranked = shutil.copytree(adapter, tmp_path / "ranked")
+    config = json.loads((ranked / "adapter_config.json").read_text())
+    (ranked / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    with pytest.raises(ModelError, match=r"cannot be loaded \(size mismatch for .*; give the folder of a LoRA adapter"):
+        built(recipe_for(models, tmp_path / "run", student={"adapter": str(ranked)}))
+
+
+def test_an_adapter_of_the_hub_is_noted_by_the_plan(models, tmp_path):
+    plan = make_plan(recipe_for(models, tmp_path / "run", student={"adapter": "org/adapter"}))
+    assert "org/adapter: not read; the adapter is taken to fit" in plan.notes
 
 
 def test_a_live_student_of_float16_is_trained_by_adapters_alone(tmp_path):
