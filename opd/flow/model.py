@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ from opd.merging.weights import ADAPTER_FILES, Weights
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
+
+
+ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "return_dict")
+"""What a transformer is called with."""
+
+CONFIGURED = ("sample_size", "patch_size", "in_channels", "pos_embed_max_size")
+"""What a transformer's configuration says of the images that it can draw."""
 
 
 class FlowSettings(Settings):
@@ -60,6 +68,7 @@ class FlowModel(torch.nn.Module):
     ):
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
+        check_parts(self.base, scheduler.config, encoder, "the model")
         # Not submodules, so that copies share them.
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
@@ -182,10 +191,82 @@ def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) 
         ModelError: it cannot draw images of this resolution.
     """
     patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
-    size = config["sample_size"] if resolution is None else resolution // factor
-    if resolution is not None and (resolution % (factor * patch) or size > most):
-        raise ModelError(f"resolution is {resolution}; give a multiple of {factor * patch}, at most {most * factor}")
-    return int(size)
+    side = int(config["sample_size"]) * factor if resolution is None else resolution
+    if side % (factor * patch) or side > most * factor:
+        own = ", the model's own" if resolution is None else ""
+        raise ModelError(f"resolution is {side}{own}; give a multiple of {factor * patch}, at most {most * factor}")
+    return side // factor
+
+
+def check_parts(transformer: Any, scheduling: Mapping[str, Any], encoder: PromptEncoder | None, whose: str) -> None:
+    """Raise `ModelError` for parts that are no flow model together.
+
+    Args:
+        transformer: of diffusers; it may be on the meta device.
+        scheduling: configuration of the scheduler.
+        encoder: of prompts, where it is at hand.
+        whose: parts they are, for the error.
+    """
+    kind, config = type(transformer).__name__, getattr(transformer, "config", {})
+    taken = inspect.signature(type(transformer).forward).parameters
+    lacking = [key for key in CONFIGURED if config.get(key) is None] + [key for key in ARGUMENTS if key not in taken]
+    if lacking:
+        raise ModelError(
+            f"{whose}: {kind} has no {', '.join(lacking)}; a transformer with SD3Transformer2DModel's arguments is "
+            "needed"
+        )
+    widths = {"out_channels": (config.get("out_channels") or config["in_channels"], config["in_channels"])}
+    if isinstance(encoder, PromptTable):
+        widths |= {
+            "joint_attention_dim": (config.get("joint_attention_dim"), encoder.tokens.embedding_dim),
+            "pooled_projection_dim": (config.get("pooled_projection_dim"), encoder.means.embedding_dim),
+        }
+    for key, (found, needed) in widths.items():
+        if found != needed:
+            source = "its in_channels are" if key == "out_channels" else "its prompt table is made for"
+            raise ModelError(f"{whose}: {key} of its transformer is {found}, and {source} {needed}; both must be equal")
+    if scheduling.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{whose}: its scheduler shifts times by image size, which is not supported; take one with "
+            "use_dynamic_shifting false and a fixed shift"
+        )
+
+
+def unloadable(model: str, reason: str) -> ModelError:
+    """The error of a model whose files are missing or damaged."""
+    return ModelError(
+        f"model {model!r} cannot be loaded ({reason}); give a folder with the files (opd create-flow-model writes a "
+        "blank one), or a hub name that this machine can reach"
+    )
+
+
+def configurations(path: Path, model: str, beside_pipeline: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the transformer and the scheduler in a folder, after a look at whether the model's other parts are there.
+
+    Args:
+        model: what the folder is called in the recipe.
+        beside_pipeline: of the student's, whose text encoders and VAE this model takes.
+
+    Raises:
+        ModelError: a part that is missing, or a configuration that cannot be read.
+    """
+    if not ((path / TABLE).is_dir() or beside_pipeline):
+        # Of each component its library and class, both null where it was left out.
+        for name, source in _read(path, "model_index.json", model).items():
+            if isinstance(source, list) and all(source) and not (path / name).is_dir():
+                raise unloadable(model, f"no folder {name}, which model_index.json names")
+    return _read(path, "transformer/config.json", model), _read(path, "scheduler/scheduler_config.json", model)
+
+
+def _read(path: Path, name: str, model: str) -> dict[str, Any]:
+    try:
+        found = json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise unloadable(model, f"{name}: {problem}") from None
+    if not isinstance(found, dict):
+        raise unloadable(model, f"{name}: not a mapping")
+    return found
 
 
 def load_flow_model(
@@ -203,6 +284,10 @@ def load_flow_model(
     options = {"revision": settings.revision, "torch_dtype": dtype}
     pipeline = None
     encoder: PromptEncoder
+    beside_pipeline = like is not None and like.pipeline is not None
+    if (path / "transformer").is_dir():
+        configurations(path, settings.model, beside_pipeline)
+    source = str(path) if path.is_dir() else settings.model
     try:
         if (path / TABLE).is_dir():
             encoder = PromptTable.load(path / TABLE)
@@ -211,26 +296,23 @@ def load_flow_model(
         else:
             kind = diffusers.StableDiffusion3Pipeline
             # A pipeline that was saved without its third text encoder must be loaded without it.
-            listed = kind.load_config(settings.model, revision=settings.revision).items()
-            absent = {name: None for name, source in listed if source == [None, None]}
-            pipeline = kind.from_pretrained(settings.model, **options, **absent).to(device)
+            listed = kind.load_config(source, revision=settings.revision).items()
+            absent = {name: None for name, part in listed if part == [None, None]}
+            pipeline = kind.from_pretrained(source, **options, **absent).to(device)
             pipeline.set_progress_bar_config(disable=True)
             encoder = TextEncoders(pipeline)
         if pipeline is not None and like is None:
             transformer, scheduler = pipeline.transformer, pipeline.scheduler
         else:
-            transformer = diffusers.AutoModel.from_pretrained(settings.model, subfolder="transformer", **options)
+            transformer = diffusers.AutoModel.from_pretrained(source, subfolder="transformer", **options)
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
-                settings.model, subfolder="scheduler", revision=settings.revision
+                source, subfolder="scheduler", revision=settings.revision
             )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
-            f"model {settings.model!r} cannot be loaded ({reason.strip()[:180]}); give a folder with the files (opd "
-            "create-flow-model writes a blank one), or a hub name that this machine can reach"
-        ) from None
-    if scheduler.config.use_dynamic_shifting:
-        raise ModelError(f"model {settings.model!r}: its scheduler shifts times by image size, which is not supported")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise unloadable(settings.model, first_line(error)) from None
+    check_parts(transformer, scheduler.config, encoder, f"model {settings.model!r}")
     if settings.adapter is not None:
         transformer = merge_adapter(transformer, settings.adapter)
         if pipeline is not None and like is None:
@@ -278,7 +360,7 @@ def check_adapter(transformer: Any, adapter: str) -> bool:
         kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"adapter {adapter!r}: no readable adapter_config.json ({first_line(error)}); save the adapter again by peft"
+            f"adapter {adapter!r}: no readable adapter_config.json ({first_line(error)}); save the adapter again"
         ) from None
     file = folder / ADAPTER_FILES[0]
     if kind != "LORA" or not file.is_file():

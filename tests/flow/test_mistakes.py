@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,83 @@ def test_what_peft_alone_sees_in_an_adapter_is_named(models, adapter, tmp_path):
 def test_an_adapter_of_the_hub_is_noted_by_the_plan(models, tmp_path):
     plan = make_plan(recipe_for(models, tmp_path / "run", student={"adapter": "org/adapter"}))
     assert "org/adapter: not read; the adapter is taken to fit" in plan.notes
+
+
+def torn(folder, name):
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+
+
+def configured(folder, name="transformer/config.json", **changes):
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**config, **changes}))
+
+
+def flux(folder):
+    from diffusers import FluxTransformer2DModel
+
+    sizes = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+    rest = {"joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (2, 2, 4), "in_channels": 4}
+    shutil.rmtree(folder / "transformer")
+    FluxTransformer2DModel(**sizes, **rest).save_pretrained(folder / "transformer")
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+BROKEN = {
+    "torn table": (lambda f: torn(f, "prompt_table/table.safetensors"), "prompt table .* cannot be loaded .*give a"),
+    "no table": (lambda f: (f / "prompt_table/table.safetensors").unlink(), "prompt table .* cannot be loaded"),
+    "empty table": (lambda f: save_file({}, f / "prompt_table/table.safetensors"), "no 'places.weight'.*give a folder"),
+    "no tokenizer": (
+        lambda f: [p.unlink() for p in (f / "prompt_table").glob("*.json")],
+        "prompt table .* cannot be loaded .*and the files of its tokenizer",
+    ),
+    "flux": (flux, "FluxTransformer2DModel has no sample_size, pos_embed_max_size; .* SD3Transformer2DModel's argum"),
+    "widths": (
+        lambda f: configured(f, joint_attention_dim=24),
+        "cannot be loaded|joint_attention_dim of its transformer is 24, and its prompt table is made for 16",
+    ),
+    "not JSON": (lambda f: torn(f, "transformer/config.json"), "cannot be loaded .*transformer.config.json"),
+    "no class": (lambda f: configured(f, _class_name="Nothing"), "cannot be loaded .*Nothing"),
+    "contradicts": (lambda f: configured(f, caption_projection_dim=24), "cannot be loaded .*; give a folder with the"),
+    "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "cannot be loaded .*; give a folder with the files"),
+    "scheduler not JSON": (lambda f: torn(f, SCHEDULER), "cannot be loaded .*; give a folder with the files"),
+    "shifting": (lambda f: configured(f, SCHEDULER, use_dynamic_shifting=True), "its scheduler shifts times by image"),
+    "size": (
+        lambda f: configured(f, sample_size=4000),
+        "resolution is 4000, the model's own; give a multiple of 4, at",
+    ),
+    "torn weights": (lambda f: torn(f, "transformer/diffusion_pytorch_model.safetensors"), "cannot be loaded"),
+}
+UNSEEN_BY = {
+    "torn weights": lambda refusing, whose: refusing is make_plan,
+    "size": lambda refusing, whose: whose == "teacher",
+}
+"""The plan reads no weights, and a teacher draws at the student's resolution."""
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_that_is_no_flow_model_is_named_by_the_run_and_its_plan(name, whose, models, tmp_path):
+    breaking, message = BROKEN[name]
+    folder = Path(shutil.copytree(models[1], tmp_path / "broken"))
+    breaking(folder)
+    changes = {"student": {"model": str(folder)}} if whose == "student" else {}
+    changes = changes or {"teacher": {"kind": "flow", "model": str(folder)}}
+    recipe = recipe_for(models, tmp_path / "run", **changes)
+    for refusing in (built, make_plan):
+        if name in UNSEEN_BY and UNSEEN_BY[name](refusing, whose):
+            continue
+        with pytest.raises(ModelError, match=message) as found:
+            refusing(recipe)
+        assert len(str(found.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("lacking", ["scheduler", "vae", "text_encoder", "model_index.json"])
+def test_a_pipelines_missing_parts_are_named_by_the_run_and_its_plan(lacking, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "pipeline")
+    place = tmp_path / "pipeline" / lacking
+    place.unlink() if place.is_file() else shutil.rmtree(place)
+    recipe = recipe_for([str(tmp_path / "pipeline")] * 2, tmp_path / "run", teacher={"kind": "self"})
+    refused_alike(recipe, ModelError, f"cannot be loaded .*{lacking}.*; give a folder with")
 
 
 def test_a_live_student_of_float16_is_trained_by_adapters_alone(tmp_path):
