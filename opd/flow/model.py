@@ -56,6 +56,9 @@ class FlowModel(torch.nn.Module):
         encoder: of prompts.
         pipeline: the diffusers pipeline that the parts come from, with its VAE; None for a model of pixels.
         resolution: of images, in pixels; default what the transformer was made for.
+
+    Raises:
+        ModelError: parts that are no flow model together, or a resolution that they cannot draw.
     """
 
     def __init__(
@@ -69,6 +72,10 @@ class FlowModel(torch.nn.Module):
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
         check_parts(self.base, scheduler.config, encoder, "the model")
+        if not hasattr(scheduler, "sigmas"):
+            raise ModelError(
+                f"the model: {type(scheduler).__name__} has no sigmas; take a FlowMatchEulerDiscreteScheduler"
+            )
         # Not submodules, so that copies share them.
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
@@ -215,14 +222,14 @@ def check_parts(transformer: Any, scheduling: Mapping[str, Any], encoder: Prompt
             f"{whose}: {kind} has no {', '.join(lacking)}; a transformer with SD3Transformer2DModel's arguments is "
             "needed"
         )
-    widths = {"out_channels": (config.get("out_channels") or config["in_channels"], config["in_channels"])}
+    widths = {"out_channels": (config.get("out_channels"), config["in_channels"])}
     if isinstance(encoder, PromptTable):
         widths |= {
             "joint_attention_dim": (config.get("joint_attention_dim"), encoder.tokens.embedding_dim),
             "pooled_projection_dim": (config.get("pooled_projection_dim"), encoder.means.embedding_dim),
         }
     for key, (found, needed) in widths.items():
-        if found != needed:
+        if found not in (None, needed):
             source = "its in_channels are" if key == "out_channels" else "its prompt table is made for"
             raise ModelError(f"{whose}: {key} of its transformer is {found}, and {source} {needed}; both must be equal")
     if scheduling.get("use_dynamic_shifting"):

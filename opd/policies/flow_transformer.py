@@ -16,7 +16,7 @@ from opd.distributions import Gaussian
 from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
 from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
-from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
@@ -101,6 +101,13 @@ class FlowTransformer(FlowSettings, Policy):
 def _live(model: Any, context: Context) -> FlowModel:
     if isinstance(model, FlowModel):
         return model.to(context.device)
+    lacking = [name for name in ("transformer", "scheduler", "vae", "encode_prompt") if not hasattr(model, name)]
+    if lacking:
+        raise ModelError(
+            f"a live {type(model).__name__} has no {lacking[0]}; pass a StableDiffusion3Pipeline, or a FlowModel of opd"
+        )
+    # Refused before it is moved.
+    check_parts(model.transformer, model.scheduler.config, None, f"a live {type(model).__name__}")
     model.to(context.device)
     return FlowModel(model.transformer, model.scheduler, TextEncoders(model), model).to(context.device)
 

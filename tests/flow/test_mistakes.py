@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from opd.api import distill
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
 from opd.flow.creation import create_flow_model
@@ -212,6 +213,34 @@ def test_a_live_student_of_float16_is_trained_by_adapters_alone(tmp_path):
     adapted = FlowTransformer(model="x", dtype="float16", lora={"rank": 2})
     trained = adapted.live_student(pipe, None, Context(torch.device("cpu"))).state_dict()
     assert {p.dtype for name, p in trained.items() if "lora_" in name} == {torch.float32}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_live_pipeline_that_is_no_flow_model_is_named(role, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+    def refused(message, pipe):
+        models = {"student": tiny_pipeline(1), "teacher": tiny_pipeline(2), role: pipe}
+        settings = block_for(["x", "x"], tmp_path / "run")
+        settings = {k: v for k, v in settings.items() if k not in models and k != "prompts"}
+        with pytest.raises(ModelError, match=message) as found:
+            distill(models["student"], models["teacher"], PROMPTS, quiet=True, **settings)
+        assert len(str(found.value).splitlines()) <= 2
+
+    def pipeline(**parts):
+        pipe = tiny_pipeline()
+        pipe.register_modules(**parts)
+        return pipe
+
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    plain = UNet2DModel(4, norm_num_groups=2, **blocks)
+    refused("a live DDPMPipeline has no transformer; pass a StableDiffusion3Pip", DDPMPipeline(plain, DDPMScheduler()))
+    shifting = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    refused("scheduler shifts times by image size.*use_dynamic_shifting false", pipeline(scheduler=shifting))
+    refused("DDPMScheduler has no sigmas; take a FlowMatchEulerDiscreteSch", pipeline(scheduler=DDPMScheduler()))
+    refused(
+        "a live StableDiffusion3Pipeline: UNet2DModel has no patch_size, .*hidden_states", pipeline(transformer=plain)
+    )
 
 
 def test_a_language_recipe_with_a_flow_objective_is_named():
