@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -87,6 +87,11 @@ class FlowTransformer(FlowSettings, Policy):
     @classmethod
     def takes(cls, model: Any) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
+
+    @classmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        # A pipeline of another kind has no transformer; it is refused where it is built.
+        return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
 
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ import yaml
 from opd.api import distill, execute
 from opd.cli.main import main
 from opd.context import Context
-from opd.errors import DataError, ModelError, OpdError, RecipeError
-from opd.flow.model import load_flow_model
+from opd.errors import DataError, ModelError, OpdError, RecipeError, RunError
+from opd.flow.model import FlowModel, load_flow_model
 from opd.merging import merge
 from opd.plan import make_plan
 from opd.planning import saved_bytes
@@ -197,6 +198,21 @@ def test_what_breaks_off_leaves_a_live_model_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         source([Prompt("p", {"prompt": "red circle"})], 1, 3, stream=0)
     assert student.model.training
+
+
+def test_a_live_teacher_with_the_students_own_weights_is_refused(models, tmp_path):
+    own = FlowTransformer(model=models[0]).build(Context(torch.device("cpu"))).model
+    settings = block_for(models, tmp_path / "run")
+    settings = {k: v for k, v in settings.items() if k not in ("student", "teacher", "prompts")}
+    same = FlowModel(own.transformer, own.scheduler, own.encoder)
+    for teacher in (own, same):
+        with pytest.raises(RunError, match=r"the live student's own weights.*'mode': 'frozen'.*copy\.deepcopy"):
+            distill({"model": own, "lora": {"rank": 2}}, teacher, PROMPTS, quiet=True, **settings)
+    assert not any("lora_" in name for name, _ in own.named_parameters())
+    result = distill(own, copy.deepcopy(own), PROMPTS, quiet=True, **settings)
+    assert result.summary["steps"] == 3
+    frozen = {"kind": "self", "mode": "frozen"}
+    assert distill(own, frozen, PROMPTS, quiet=True, overwrite=True, **settings).summary["steps"] == 3
 
 
 def test_distill_takes_live_models(models, tmp_path):
