@@ -27,7 +27,7 @@ from opd.evaluation import HeldOut, evaluate
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
-from opd.prompts.inline import InlinePrompts
+from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
@@ -461,7 +461,8 @@ def _prompt_block(prompts: Any) -> Any:
     if isinstance(prompts, dict) or hasattr(prompts, "load"):
         return prompts
     if isinstance(prompts, Iterable):
-        return InlinePrompts(prompts=[p if isinstance(p, str) else dict(p) for p in prompts])
+        rows = encoded_images(prompts) if hasattr(prompts, "cast_column") else prompts
+        return {"kind": "inline", "prompts": [dict(p) if isinstance(p, Mapping) else p for p in rows]}
     return prompts
 
 
