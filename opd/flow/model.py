@@ -55,7 +55,7 @@ class FlowModel(torch.nn.Module):
         scheduler: a `FlowMatchEulerDiscreteScheduler`, for its grid of times.
         encoder: of prompts.
         pipeline: the diffusers pipeline that the parts come from, with its VAE; None for a model of pixels.
-        resolution: of images, in pixels; default what the transformer was made for.
+        resolution: of images, in pixels; default what the transformer was made for, and its default from now on.
 
     Raises:
         ModelError: parts that are no flow model together, or a resolution that they cannot draw.
@@ -82,6 +82,11 @@ class FlowModel(torch.nn.Module):
         size = latent_size(self.base.config, factor, resolution)
         self.shape = (int(self.base.config.in_channels), size, size)
         self.resolution = size * factor
+        if size != self.base.config.sample_size:
+            # What it is trained at is what it draws by default once it is saved, in plain diffusers too.
+            self.base.register_to_config(sample_size=size)
+            if pipeline is not None:
+                pipeline.default_sample_size = size
         self._grids: dict[int, torch.Tensor] = {}
 
     @property

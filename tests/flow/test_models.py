@@ -16,7 +16,9 @@ from opd.api import distill, execute
 from opd.cli.main import main
 from opd.context import Context
 from opd.errors import DataError, ModelError, OpdError, RecipeError, RunError
+from opd.flow.creation import create_flow_model
 from opd.flow.model import FlowModel, load_flow_model
+from opd.language.creation import symbol_tokenizer
 from opd.merging import merge
 from opd.plan import make_plan
 from opd.planning import saved_bytes
@@ -24,7 +26,7 @@ from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.recipe import load_recipe
 from opd.rollouts.sde import SDERollout
-from tests.flow.tiny import PROMPTS, block_for, recipe_for, step_of, tiny_pipeline
+from tests.flow.tiny import PROMPTS, WORDS, block_for, recipe_for, step_of, tiny_pipeline
 
 
 def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
@@ -178,6 +180,43 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
             velocity = model(x, times[k][None], model.encoder.encode(["red circle"]), [1], [2.0])
         x = step_of(velocity, x, float(times[k]), float(times[k + 1]), 0.0).mean
     np.testing.assert_allclose(model.images(x), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize("of_pixels", [True, False])
+def test_a_student_draws_at_the_resolution_that_it_was_trained_at(of_pixels, lora, tmp_path):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    whole = tmp_path / "whole"
+    if of_pixels:
+        sizes = {"size": 16, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
+        create_flow_model(whole, symbol_tokenizer(WORDS, words=True), **sizes)
+    else:
+        tiny_pipeline(size=16).save_pretrained(whole)
+    changes = {"steps": 1, "batch": {"prompts": 2, "group": 1}, "evaluation": {"steps": 2}}
+    student = {"resolution": 8, "lora": lora}
+    result = execute(recipe_for([str(whole)] * 2, tmp_path / "run", student=student, **changes), quiet=True)
+    folder = result.directory / "student"
+    loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    assert loaded.config.sample_size == 8
+    again = load_flow_model(FlowTransformer(model=str(folder)), torch.device("cpu"))
+    assert (again.resolution, again.shape[1:]) == (8, (8, 8))
+    # Places are cut out of the same table as before.
+    x, t = torch.randn(1, again.shape[0], 8, 8), torch.tensor([0.6])
+    trained = (
+        result.student
+        if of_pixels
+        else FlowModel(result.student.transformer, result.student.scheduler, again.encoder, again.pipeline)
+    )
+    velocities = [m(x, t, m.encoder.encode(["red circle"]), [1], [1.0]) for m in (again, trained)]
+    torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-4)
+    larger = load_flow_model(FlowTransformer(model=str(folder)), torch.device("cpu"), 16)
+    assert larger.resolution == 16
+    if not of_pixels:
+        plain = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+        for pipe in (plain, result.student):
+            drawn = pipe("red circle", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+            assert drawn.shape == (1, 8, 8, 3)
 
 
 def test_what_breaks_off_leaves_a_live_model_as_it_was(tmp_path, monkeypatch):
