@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd.errors import DataError
+from opd.errors import DataError, ModelError, first_line
 
 REMEMBERED = 512
 """Prompts whose encoding by a pipeline's text encoders is kept, on the CPU; one takes a few megabytes."""
@@ -98,10 +99,21 @@ class PromptTable(PromptEncoder):
 
     @classmethod
     def load(cls, folder: Path) -> PromptTable:
-        weights = load_file(_table(folder))
-        (places, width), pooled = weights["places.weight"].shape, weights["means.weight"].shape[1]
-        made = cls(AutoTokenizer.from_pretrained(folder), width, pooled, places)
-        made.load_state_dict(weights)
+        """What `save` wrote.
+
+        Raises:
+            ModelError: files that are missing or damaged, or that do not belong together.
+        """
+        try:
+            weights = load_file(_table(folder))
+            (places, width), pooled = weights["places.weight"].shape, weights["means.weight"].shape[1]
+            made = cls(AutoTokenizer.from_pretrained(folder), width, pooled, places)
+            made.load_state_dict(weights)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"prompt table {str(folder)!r} cannot be loaded ({first_line(error, 'size mismatch')}); give a folder "
+                "with table.safetensors and the files of its tokenizer"
+            ) from None
         return made
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -136,6 +136,11 @@ class Policy(Choice):
     @abstractmethod
     def takes(cls, model: Any) -> bool:
         """Whether a live object, passed from Python, is a model of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        """Of a live model, those that a student like it trains."""
 
     @abstractmethod
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> Student:

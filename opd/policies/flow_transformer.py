@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.choice import Settings
 from opd.context import Context
@@ -16,7 +16,7 @@ from opd.distributions import Gaussian
 from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
 from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
-from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 SHOWN_PIXELS = 128
 """Side of the images that logs keep, at most."""
+
+TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bfloat16, or lora"
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
@@ -59,7 +61,7 @@ class FlowTransformer(FlowSettings, Policy):
     teacher: ClassVar[str] = "flow"
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights; adapters are float32 in any case"
+        "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
     )
     resolution: int | None = Field(None, ge=8, description="Side of the images in pixels; default the model's own")
     guidance: float = Field(
@@ -71,6 +73,13 @@ class FlowTransformer(FlowSettings, Policy):
         False, description="Compute activations again in the backward pass, for less memory"
     )
 
+    @field_validator("lora")
+    @classmethod
+    def _wide_enough(cls, value: FlowLoRA | None, info: ValidationInfo) -> FlowLoRA | None:
+        if value is None and info.data.get("dtype") == "float16":
+            raise ValueError(f"student.dtype {TOO_NARROW}")
+        return value
+
     def build(self, context: Context) -> FlowStudent:
         model = load_flow_model(self, context.device, self.resolution)
         return FlowStudent(model, self, context, read_origin(Path(self.model)))
@@ -78,6 +87,11 @@ class FlowTransformer(FlowSettings, Policy):
     @classmethod
     def takes(cls, model: Any) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
+
+    @classmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        # A pipeline of another kind has no transformer; it is refused where it is built.
+        return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
 
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)
@@ -92,6 +106,13 @@ class FlowTransformer(FlowSettings, Policy):
 def _live(model: Any, context: Context) -> FlowModel:
     if isinstance(model, FlowModel):
         return model.to(context.device)
+    lacking = [name for name in ("transformer", "scheduler", "vae", "encode_prompt") if not hasattr(model, name)]
+    if lacking:
+        raise ModelError(
+            f"a live {type(model).__name__} has no {lacking[0]}; pass a StableDiffusion3Pipeline, or a FlowModel of opd"
+        )
+    # Refused before it is moved.
+    check_parts(model.transformer, model.scheduler.config, None, f"a live {type(model).__name__}")
     model.to(context.device)
     return FlowModel(model.transformer, model.scheduler, TextEncoders(model), model).to(context.device)
 
@@ -108,6 +129,8 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        if model.base.dtype == torch.float16 and (settings is None or settings.lora is None):
+            raise ModelError(f"the live student's dtype {TOO_NARROW}")
         # One that is trained on top of another changes weights that are saved nowhere.
         self.own_base = settings is None or settings.adapter is None
         model.requires_grad_(False)

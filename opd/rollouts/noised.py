@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from opd.context import Context
@@ -31,7 +32,7 @@ class NoisedRollout(GridSettings, Rollout):
     kind: Literal["noised"] = "noised"
     modality: ClassVar[str | None] = "flow"
     column: str = Field(
-        "image", description="Column with uint8 [H, W, 3], an image's path, an image of a dataset, or a list"
+        "image", description="Column with uint8 [H, W, 3], an image's path, one of PIL or of a dataset, or a list"
     )
     times: Literal["logit_normal", "grid"] = Field(
         "logit_normal", description="Where between image and noise: drawn, or the student's own grid"
@@ -64,12 +65,12 @@ class NoisedImages(PrefixSource):
     def image(self, prompt: Prompt, turn: int) -> torch.Tensor:
         """float32 `[3, H, W]` in -1..1; of several images of a row that whose turn it is."""
         found: Any = prompt.view(self.settings.column)
-        if isinstance(found, list) and found and isinstance(found[0], str | np.ndarray | dict):
+        if isinstance(found, list) and found and isinstance(found[0], str | bytes | np.ndarray | dict | Image.Image):
             found = found[turn % len(found)]
         if isinstance(found, dict):  # what `datasets` calls an image
             found = found["path"] if found.get("bytes") is None else found["bytes"]
-        encoded = isinstance(found, str | bytes)
-        pixels = _read(found, self.model.resolution, prompt) if encoded else np.asarray(found)
+        scaled = isinstance(found, str | bytes | Image.Image)
+        pixels = _read(found, self.model.resolution, prompt) if scaled else np.asarray(found)
         size = self.model.resolution
         if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
             raise DataError(
@@ -114,11 +115,11 @@ class NoisedImages(PrefixSource):
         return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
 
 
-def _read(source: str | bytes, size: int, prompt: Prompt) -> np.ndarray:
-    """An image file or its bytes, scaled and cut to a square."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
+def _read(source: str | bytes | Image.Image, size: int, prompt: Prompt) -> np.ndarray:
+    """An image file, its bytes or what was read of them, scaled and cut to a square."""
     try:
+        if isinstance(source, Image.Image):
+            return np.asarray(ImageOps.fit(source.convert("RGB"), (size, size)))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
     except (OSError, UnidentifiedImageError) as error:

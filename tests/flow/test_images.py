@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from opd.api import execute
+from opd.api import distill, execute
 from opd.cli.main import main
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
@@ -58,9 +59,41 @@ def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models,
     assert 0 < made.contexts[0].times[0] < 1
     with pytest.raises(DataError, match=r"\[4, 8, 3\]; the student draws"):
         source([Prompt("r", {"prompt": "red circle", "image": dark[:4]}, where="row 3")], 1, 1, stream=0)
-    rows = [{**drawings[0], "image": dark}]
-    with pytest.raises(RecipeError, match="path of its file"):
+    rows = [{**drawings[0], "image": dark / 255}]
+    with pytest.raises(
+        RecipeError, match=r"prompts\[0\] holds .*a float64 array is .*path of its file, uint8 \[H, W, 3"
+    ):
         recipe_for(models, tmp_path / "run", prompts={"prompts": rows})
+
+
+def test_images_may_be_passed_from_python(models, drawings, tmp_path):
+    """As arrays, of PIL, in a list, or in a dataset: the same images train the same student."""
+    import datasets
+
+    def learnt(prompts, name):
+        block = block_for(models, tmp_path / name, rollout={"kind": "noised"}, objective="sft")
+        settings = {k: v for k, v in block.items() if k not in ("student", "teacher", "prompts")}
+        return distill(block["student"], [], prompts, quiet=True, **settings)
+
+    def rows(make):
+        return [{**row, "image": make(row["image"])} for row in drawings]
+
+    paths = learnt(rows(str), "paths").history
+    whole = [r["train/loss"] for r in paths if "train/loss" in r]
+    of_pil = datasets.Dataset.from_list(rows(str)).cast_column("image", datasets.Image())
+    for name, prompts in (
+        ("arrays", rows(lambda path: np.asarray(Image.open(path)))),
+        ("pil", rows(Image.open)),
+        ("lists", rows(lambda path: [Image.open(path)])),
+        ("dataset", of_pil),
+    ):
+        result = learnt(prompts, name)
+        assert [r["train/loss"] for r in result.history if "train/loss" in r] == whole, name
+    written = yaml.safe_load((tmp_path / "pil" / "recipe.yaml").read_text())["prompts"][0]["prompts"]
+    assert len({row["image"] for row in written}) == len(drawings)
+    assert all(row["image"].startswith("(passed from Python, sha256 ") for row in written)
+    with pytest.raises(RecipeError, match=r"prompts\.prompts\.0\S* is 3"):
+        learnt([3], "number")
 
 
 @pytest.mark.parametrize("writer", [None, "experts"])
