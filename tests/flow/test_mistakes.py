@@ -9,6 +9,7 @@ from opd.flow.creation import create_flow_model
 from opd.language.creation import symbol_tokenizer
 from opd.plan import make_plan
 from opd.recipe import parse_recipe
+from opd.verifiers import ocr
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for
 
 MISTAKES = [
@@ -43,6 +44,46 @@ def test_mistakes_are_named(changes, error, message, models, tmp_path):
     data = block_for(models, tmp_path / "run", **changes)
     with pytest.raises(error, match=message):
         built(parse_recipe(data))
+
+
+VERDICTS = [
+    ("ocr", {}, r"verifier 'ocr' .* none of the 4 .* objective 'grpo' .*'text', .*\['id', 'prompt'\]\."),
+    ("ocr", {"txt": "R"}, r"did you mean 'txt'\?"),
+    ("drawing", {}, "column 'task' with count or glyph or scene,"),
+    ({"kind": "drawing", "reward": {"count": 1, "glyph": 1}}, {"task": "scene"}, "column 'task' with count or glyph,"),
+]
+
+
+@pytest.mark.parametrize(("verifier", "fields", "message"), VERDICTS, ids=[str(i) for i in range(len(VERDICTS))])
+def test_rewards_that_no_prompt_can_get_are_refused(verifier, fields, message, models, tmp_path, monkeypatch):
+    """GRPO would train with a gradient of zero; of a mixture, rows with a verdict are enough."""
+    rows = [{"prompt": text, "id": text, **fields} for text in PROMPTS]
+    mixed = [rows[0], *(row | {"text": "4K", "task": "glyph"} for row in rows[1:])]
+    learning = {"objective": "grpo", "teacher": [], "verifier": verifier}
+    with monkeypatch.context() as installed:
+        installed.setattr(ocr.importlib.util, "find_spec", lambda name: object())
+        refused, taken, measured = (
+            recipe_for(models, tmp_path / "run", prompts={"prompts": prompts}, **changes)
+            for prompts, changes in ((rows, learning), (mixed, learning), (rows, {"verifier": verifier}))
+        )
+    for refuses in (built, make_plan):
+        with pytest.raises(DataError, match=message) as found:
+            refuses(refused)
+        assert len(str(found.value).splitlines()) <= 2
+    built(taken)
+    # Nobody learns from these verdicts.
+    built(measured)
+
+
+def test_a_row_that_its_reward_cannot_score_is_found_before_training(models, tmp_path, capsys):
+    rows = [{"prompt": text, "id": text, "task": "glyph", "text": "4K"} for text in PROMPTS]
+    rows[0]["task"] = "count"
+    changes = {"prompts": {"prompts": rows}, "verifier": "drawing"}
+    with pytest.raises(DataError, match=r"prompts\[0\]: its columns .* count drawing .KeyError: 'number'"):
+        built(recipe_for(models, tmp_path / "run", **changes))
+    run = built(recipe_for(models, tmp_path / "run", skip_bad_prompts=True, **changes))
+    assert "prompts[0]: its columns" in capsys.readouterr().err
+    assert PROMPTS[0] not in {prompt.id for prompt in [*run.schedule.prompts, *run.held_out]}
 
 
 REFUSED_BY_THE_PLAN = [
