@@ -63,6 +63,43 @@ def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models,
         recipe_for(models, tmp_path / "run", prompts={"prompts": rows})
 
 
+IMAGES = [
+    ("absent.png", "image 'absent.png' cannot be read .*No such file"),
+    ("text.png", "image .*text.png' cannot be read .*cannot identify"),
+    (["red square.png", "absent.png"], "image 'absent.png' cannot be read"),
+    ({"url": "https://example.org/x.png"}, r"a mapping with \['url'\]; .*'bytes' or a 'path'.*give its path"),
+    ({"bytes": None, "path": None}, r"a mapping with \['bytes', 'path'\]"),
+    ({"bytes": b"no image", "path": "x.png"}, "image of 8 bytes cannot be read"),
+    (np.zeros((8, 8, 3)), r"holds float64 \[8, 8, 3\]; the student draws uint8"),
+    ([np.zeros((8, 8, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)], r"holds uint8 \[4, 8, 3\]"),
+    ([[0, 0], [0]], "column 'image' holds no image"),
+    (3, r"holds int64 \[\]"),
+    ([], r"holds float64 \[0\]"),
+]
+
+
+@pytest.mark.parametrize(("image", "message"), IMAGES, ids=[str(i) for i in range(len(IMAGES))])
+def test_images_that_cannot_be_used_are_named_before_training(image, message, models, drawings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("no image")
+    shutil.copy(drawings[0]["image"], "red square.png")
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    source = NoisedRollout().build(student.context, student, [])
+    with pytest.raises(DataError, match=f"row 3: .*{message}") as found:
+        source.check_prompts([Prompt("p", {"prompt": "red square", "image": image}, where="row 3")])
+    assert len(str(found.value).splitlines()) <= 2
+
+
+def test_a_row_whose_image_is_missing_is_skipped_where_asked(models, drawings, tmp_path, capsys):
+    rows = [*drawings, {"id": "gone", "prompt": "red circle", "image": str(tmp_path / "gone.png")}]
+    changes = {"prompts": {"prompts": rows}, "rollout": {"kind": "noised"}, "objective": "sft", "teacher": []}
+    changes |= {"evaluation": {"prompts": [{"kind": "inline", "prompts": PROMPTS[:2]}]}}
+    with pytest.raises(DataError, match=r"prompts\[6\]: image '.*gone.png' cannot be read"):
+        built(recipe_for(models, tmp_path / "run", **changes))
+    train(built(recipe_for(models, tmp_path / "run", skip_bad_prompts=True, **changes)))
+    assert "skipped a row: prompts[6]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("writer", [None, "experts"])
 def test_images_are_sampled_once_and_learnt_from(writer, models, tmp_path, monkeypatch):
     """`opd rollout` of the student, or of two routed experts; a killed job goes on; `datasets` reads the folder."""

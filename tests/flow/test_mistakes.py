@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
@@ -31,7 +33,7 @@ MISTAKES = [
         {
             "rollout": {"kind": "noised", "times": "grid"},
             "objective": {"kind": "gaussian_kl", "estimator": "pg_sample"},
-            "prompts": {"prompts": [{"prompt": text, "image": "x.png"} for text in PROMPTS]},
+            "prompts": {"prompts": [{"prompt": text, "image": f"{text}.png"} for text in PROMPTS]},
         },
         IncompatibleError,
         "student's own samples",
@@ -40,7 +42,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
-def test_mistakes_are_named(changes, error, message, models, tmp_path):
+def test_mistakes_are_named(changes, error, message, models, drawings, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(drawings[0]["image"]).parent)
     data = block_for(models, tmp_path / "run", **changes)
     with pytest.raises(error, match=message):
         built(parse_recipe(data))
