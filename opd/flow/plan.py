@@ -14,10 +14,10 @@ from safetensors import safe_open
 from opd.choice import nested
 from opd.errors import IncompatibleError, ModelError
 from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
-from opd.flow.encoder import PromptTable
+from opd.flow.encoder import PromptTable, check_prompts
 from opd.flow.model import TABLE, FlowSettings, import_diffusers, latent_size
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, check_prompts, with_lora
+from opd.policies.flow_transformer import FlowTransformer, with_lora
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.teachers.flow import FlowTeacher

@@ -13,9 +13,9 @@ from pydantic import Field
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Gaussian
-from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
-from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
+from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
@@ -229,19 +229,6 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
-
-
-def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:
-    """Raise `DataError` for a prompt that is no text or that the encoder, where it is at hand, cannot read whole."""
-    for prompt in prompts:
-        text = prompt.view()
-        if not isinstance(text, str):
-            raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
-        try:
-            if encoder is not None:
-                encoder.check(text, limit)
-        except DataError as error:
-            raise DataError(f"{prompt.where}: {error}") from None
 
 
 def labels(context: Denoising) -> list[str]:

@@ -12,7 +12,7 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
-from opd.flow.encoder import same_vocabulary
+from opd.flow.encoder import check_prompts, same_vocabulary
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -61,8 +61,9 @@ class LiveFlowTeacher(LiveTeacher):
         return self._identity
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts if self.settings.sees is not None else ():
-            prompt.view(self.settings.sees)
+        # max_prompt_tokens is of the student's prompts: a view has as many as its reader takes.
+        if self.settings.sees is not None:
+            check_prompts(prompts, self.reader.encoder, None, self.settings.sees)
 
     def check_student(self, student: Student, context: Context) -> None:
         other: FlowModel = student.model  # type: ignore[attr-defined]

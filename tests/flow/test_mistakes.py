@@ -89,6 +89,29 @@ def test_a_row_that_its_reward_cannot_score_is_found_before_training(models, tmp
     assert PROMPTS[0] not in {prompt.id for prompt in [*run.schedule.prompts, *run.held_out]}
 
 
+VIEWS = [
+    ("red pig", r"prompts\[0\]: column 'hint', which a teacher sees: .* no token .*'red pig'"),
+    ("red circle square red circle", "column 'hint', .*at most 4"),
+    (
+        [{"role": "user", "content": "red circle"}],
+        "column 'hint', .* is a list of messages; a flow",
+    ),
+    (None, "column 'hint', .* is of type NoneType; a flow"),
+]
+
+
+@pytest.mark.parametrize("teacher", [{"kind": "flow"}, {"kind": "self"}], ids=["flow", "self"])
+@pytest.mark.parametrize(("view", "message"), VIEWS, ids=[str(i) for i in range(len(VIEWS))])
+def test_what_a_teacher_sees_is_checked_as_the_students_prompt_is(view, message, teacher, models, tmp_path):
+    rows = [{"prompt": text, "hint": text} for text in PROMPTS]
+    of_kind = {"model": models[1]} if teacher["kind"] == "flow" else {}
+    changes = {"teacher": {**teacher, **of_kind, "sees": "hint"}}
+    built(recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, **changes))
+    rows[0]["hint"] = view
+    with pytest.raises(DataError, match=message):
+        built(recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, **changes))
+
+
 REFUSED_BY_THE_PLAN = [
     {"rollout": {"kind": "sde", "teacher": "x"}},
     {"student": {"resolution": 12}},
