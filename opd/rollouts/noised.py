@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -154,8 +155,20 @@ def _opened(source: str | bytes, prompt: Prompt) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else _place(source, prompt)) as image:
             yield image
+    except FileNotFoundError:
+        places = "in the working directory" + (f" and in {prompt.folder}" if prompt.folder is not None else "")
+        raise DataError(
+            f"{prompt.where}: image {source!r} cannot be read: no such file; a relative path is looked for {places}"
+        ) from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         name = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(source)
         raise DataError(f"{prompt.where}: image {name} cannot be read ({error})") from None
+
+
+def _place(path: str, prompt: Prompt) -> Path:
+    """Where a file is: from the working directory, else beside the file of prompts."""
+    place = Path(path).expanduser()
+    beside = place if prompt.folder is None else prompt.folder / place
+    return place if place.exists() or not beside.exists() else beside

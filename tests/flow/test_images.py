@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from opd.api import execute
 from opd.cli.main import main
@@ -21,7 +22,7 @@ from opd.language.creation import symbol_tokenizer
 from opd.loop import train
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt, count_repeats, load_prompts
-from opd.recipe import parse_recipe
+from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.store.sampling import sample
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
@@ -64,7 +65,7 @@ def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models,
 
 
 IMAGES = [
-    ("absent.png", "image 'absent.png' cannot be read .*No such file"),
+    ("absent.png", "image 'absent.png' cannot be read: no such file; .*in the working directory$"),
     ("text.png", "image .*text.png' cannot be read .*cannot identify"),
     (["red square.png", "absent.png"], "image 'absent.png' cannot be read"),
     ({"url": "https://example.org/x.png"}, r"a mapping with \['url'\]; .*'bytes' or a 'path'.*give its path"),
@@ -88,6 +89,35 @@ def test_images_that_cannot_be_used_are_named_before_training(image, message, mo
     with pytest.raises(DataError, match=f"row 3: .*{message}") as found:
         source.check_prompts([Prompt("p", {"prompt": "red square", "image": image}, where="row 3")])
     assert len(str(found.value).splitlines()) <= 2
+
+
+def test_images_are_looked_for_beside_the_file_of_prompts(models, drawings, tmp_path, monkeypatch):
+    """The recipe stands in one folder, the prompts with their pictures in another, the command runs in a third."""
+    data, elsewhere = tmp_path / "recipe" / "data", tmp_path / "elsewhere"
+    for folder in (data / "pictures", elsewhere):
+        folder.mkdir(parents=True)
+    rows = [{**row, "image": f"pictures/{row['id']}.png"} for row in drawings]
+    for row, drawing in zip(rows, drawings, strict=True):
+        shutil.copy(drawing["image"], data / row["image"])
+    (data / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    changes = {"rollout": {"kind": "noised"}, "objective": "sft", "teacher": [], "steps": 1}
+    block = block_for(models, tmp_path / "run", prompts={"kind": "file", "path": "data/rows.jsonl"}, **changes)
+    (tmp_path / "recipe" / "recipe.yaml").write_text(yaml.safe_dump(block))
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(str(tmp_path / "recipe" / "recipe.yaml"))
+    run = built(recipe)
+    train(run)
+    prompt = next(prompt for prompt in run.schedule.prompts if prompt.id.startswith("red"))
+    beside = run.rollout.image(prompt, 0)
+    # As with the file of prompts itself, the working directory goes first.
+    shutil.copytree(data / "pictures", "pictures")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(prompt.fields["image"])
+    assert beside.max() > 0
+    assert run.rollout.image(prompt, 0).max() == -1
+    (data / prompt.fields["image"]).unlink()
+    Path(prompt.fields["image"]).unlink()
+    with pytest.raises(DataError, match=r"no such file; .* in the working directory and in .*recipe/data"):
+        built(recipe)
 
 
 def test_a_row_whose_image_is_missing_is_skipped_where_asked(models, drawings, tmp_path, capsys):
