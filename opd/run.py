@@ -234,6 +234,7 @@ def build_models(
     """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     student = student or recipe.student.build(context)
+    student.check_settings(recipe)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
     for part in (student, *built):

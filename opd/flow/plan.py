@@ -17,7 +17,7 @@ from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
 from opd.flow.encoder import PromptTable, check_prompts
 from opd.flow.model import TABLE, FlowSettings, import_diffusers, latent_size
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, with_lora
+from opd.policies.flow_transformer import FlowTransformer, check_settings, with_lora
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.teachers.flow import FlowTeacher
@@ -93,6 +93,7 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     for rollout in nested(recipe.rollout):
         if isinstance(rollout, SDERollout):
             rollout.check_teacher([teacher.name for teacher in recipe.teacher])
+    check_settings(recipe)
     encoder = PromptTable.load(Path(student.model).expanduser() / TABLE) if factor == 1 else None
     check_prompts(prompts_at_hand(recipe, notes) or [], encoder, recipe.max_prompt_tokens)
     numbers = config["in_channels"] * latent**2

@@ -38,6 +38,10 @@ SHOWN_PIXELS = 128
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
+TOKENS = ("end_tokens", "temperature")
+TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
+"""Keys of a recipe, and of its evaluation, that say how tokens are drawn."""
+
 
 class FlowLoRA(Settings):
     """Low-rank adapters of the transformer, by `peft`."""
@@ -128,9 +132,10 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
+    def check_settings(self, recipe: Recipe) -> None:
+        check_settings(recipe)
+
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
-        if end_tokens is not None:
-            raise IncompatibleError("end_tokens are for language; a flow model has none: remove the key")
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -229,6 +234,18 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` for a setting of how tokens are drawn."""
+    for block, prefix, names in ((recipe, "", TOKENS), (recipe.evaluation, "evaluation.", TOKENS_HELD_OUT)):
+        for name in names:
+            value, default = getattr(block, name), type(block).model_fields[name].default
+            # A schedule equals its first value.
+            if value != default or name in block.scheduled():
+                raise IncompatibleError(
+                    f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
+                )
 
 
 def labels(context: Denoising) -> list[str]:
