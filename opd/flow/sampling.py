@@ -55,6 +55,8 @@ def sample_images(
         raise RecipeError("opd rollout draws images with rollout 'sde'; this recipe's takes images that exist already")
     recipe = recipe.at(0, recipe.steps)
     assert isinstance(recipe.rollout, SDERollout)
+    # Before the other teachers are left out, so that a mistyped name is told with those that there are.
+    recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
     prompts = load_prompts(recipe.prompts)
     writer = recipe.rollout.teacher
     asked = [teacher for teacher in recipe.teacher if writer is not None and teacher.name == writer]

@@ -15,7 +15,7 @@ from PIL import Image
 from opd.api import execute
 from opd.cli.main import main
 from opd.context import Context
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.flow.creation import create_flow_model
 from opd.flow.sampling import sample_images
 from opd.language.creation import symbol_tokenizer
@@ -206,6 +206,15 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
         sample_images(recipe, tmp_path, quiet=True)
     with pytest.raises(RecipeError, match="a store holds texts"):
         sample(recipe, tmp_path / "store")
+
+
+def test_a_mistyped_writer_of_images_is_told_with_the_names_that_there_are(models, tmp_path):
+    teacher = {"kind": "flow", "name": "expert", "model": models[1]}
+    rollout = {"kind": "sde", "steps": 4, "teacher": "exprt"}
+    recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout)
+    with pytest.raises(IncompatibleError, match=r"'exprt' \(did you mean 'expert'\?\); the recipe names \['expert'\]"):
+        sample_images(recipe, tmp_path / "images", quiet=True)
+    assert not (tmp_path / "images").exists()
 
 
 def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
