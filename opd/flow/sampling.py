@@ -63,6 +63,10 @@ def sample_images(
     recipe = recipe.model_copy(update={"teacher": asked})
     student, teachers, context = build_models(recipe, compute_device(recipe, make_accelerator(recipe)))
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    for teacher in teachers:
+        for member in teacher.members().values():
+            member.check_writer(student.model)
+        teacher.check_prompts(prompts)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
     writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}

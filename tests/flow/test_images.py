@@ -217,6 +217,27 @@ def test_a_mistyped_writer_of_images_is_told_with_the_names_that_there_are(model
     assert not (tmp_path / "images").exists()
 
 
+def test_a_writer_that_does_not_fit_the_student_or_the_prompts_is_refused(models, tmp_path):
+    """Another prompt table would draw other prompts' images, a smaller one end in a traceback."""
+    options = {"size": 8, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4, "shift": 3.0}
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+
+    def drawn(model, **changes):
+        routes = {"square": {"kind": "flow", "model": models[1]}, "circle": {"kind": "flow", "model": str(model)}}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes, **changes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
+        sample_images(recipe, tmp_path / "images", quiet=True)
+
+    for name, words in (("turned", WORDS[::-1]), ("small", WORDS[:2])):
+        other = create_flow_model(tmp_path / name, symbol_tokenizer(words, words=True), **options)
+        with pytest.raises(IncompatibleError, match="read prompts differently; use a teacher with the student's kind"):
+            drawn(other)
+    with pytest.raises(DataError, match=r"prompts\[0\]: prompt 'red square' has no column 'tsk'"):
+        drawn(models[0], by="tsk")
+    assert not (tmp_path / "images").exists()
+
+
 def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
     """Each where nothing else has changed: a routed expert, its scheduler, the resolution."""
     shifted = Path(shutil.copytree(models[1], tmp_path / "shifted"))
