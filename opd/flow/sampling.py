@@ -72,10 +72,14 @@ def sample_images(
     writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
     writers = writers or {"": student.model}
     header = {
-        "prompts": digest(json.dumps([[prompt.id, prompt.view()] for prompt in prompts]).encode()),
+        "prompts": _hash([[prompt.id, prompt.view()] for prompt in prompts]),
+        # What else metadata.jsonl holds of a prompt, and who draws it.
+        "columns": _hash([_plain(prompt.fields) for prompt in prompts]),
+        "routing": _hash([[teacher.route(prompt) for teacher in teachers] for prompt in prompts]),
         "writer": {route: weights_hash(model) for route, model in writers.items()},
         "times": {route: model.grid(steps).tolist() for route, model in writers.items()},
         "encoders": _encoders(student.model.pipeline),
+        "dtype": source.settings.dtype,
         "settings": {
             "seed": recipe.seed,
             "steps": steps,
@@ -114,6 +118,10 @@ def sample_images(
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     write_atomically(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)
+
+
+def _hash(value: Any) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
 
 
 def _encoders(pipeline: Any) -> str | None:

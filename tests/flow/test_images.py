@@ -239,20 +239,29 @@ def test_a_writer_that_does_not_fit_the_student_or_the_prompts_is_refused(models
 
 
 def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
-    """Each where nothing else has changed: a routed expert, its scheduler, the resolution."""
+    """Each where nothing else has changed: routes, columns, dtype, a routed expert, its scheduler, the resolution."""
     shifted = Path(shutil.copytree(models[1], tmp_path / "shifted"))
     file = shifted / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 5.0}))
-    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    rows = [
+        {"prompt": text, "id": text, "task": text.split()[1], "kind": "square", "number": i}
+        for i, text in enumerate(PROMPTS)
+    ]
 
-    def drawn(circle):
+    def drawn(circle, rows=rows, dtype="own", **changes):
         routes = {"square": {"kind": "flow", "model": models[0]}, "circle": {"kind": "flow", "model": str(circle)}}
-        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes}
-        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes, **changes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts", "dtype": dtype}
         recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
         return sample_images(recipe, tmp_path / "images", quiet=True)
 
-    assert drawn(models[1]) == 12
+    assert drawn(models[1]) == drawn(models[1], [dict(reversed(row.items())) for row in rows]) == 12
+    with pytest.raises(RunError, match="made with another routing"):
+        drawn(models[1], by="kind")
+    with pytest.raises(RunError, match="made with another columns"):
+        drawn(models[1], [{**row, "number": 7} for row in rows])
+    with pytest.raises(RunError, match=r"made with another dtype \(own, now bfloat16\)"):
+        drawn(models[1], dtype="bfloat16")
     with pytest.raises(RunError, match="made with another writer"):
         drawn(models[0])
     with pytest.raises(RunError, match="made with another times"):
