@@ -190,6 +190,31 @@ def test_sft_on_own_samples_and_grpo_on_others_are_refused(models, tmp_path):  #
         execute(parse_recipe({**data, "rollout": {"kind": "teacher", "max_new_tokens": 3}}), quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("verifier", "fields", "words"),
+    [
+        ("exact_match", {"anser": "7"}, r"'exact_match' .* none of the 16 .* column 'answer'.*did you mean 'anser'\?"),
+        ("math_verify", {"answer": " "}, "column 'answer' with an answer that can be read"),
+        ("reasoning_gym", {"answer": "7"}, "column 'reasoning_gym' of prompts.kind: reasoning_gym"),
+        ("reasoning_gym", {"reasoning_gym": "lcm"}, r"prompts\[\d+\]: column 'reasoning_gym' holds no task"),
+    ],
+)
+def test_verdicts_that_no_prompt_can_get_are_refused(models, tmp_path, verifier, fields, words):  # noqa: F811
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"{i}=", **fields} for i in range(20)]
+    recipe = recipe_for(
+        models,
+        tmp_path,
+        objective="grpo",
+        verifier=verifier,
+        batch={"group": 2},
+        prompts={"prompts": rows},
+        evaluation={"held_out": 4},
+    )
+    with pytest.raises(opd.DataError, match=words):
+        execute(recipe, quiet=True)
+
+
 def test_grpo_without_a_teacher_raises_the_reward(models, tmp_path):  # noqa: F811
     """The student learns to end its answer with a '7', rewarded by a pattern."""
     data = recipe_for(

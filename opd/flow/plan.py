@@ -12,7 +12,7 @@ import torch
 from opd.choice import nested
 from opd.errors import IncompatibleError, ModelError, first_line
 from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
-from opd.flow.encoder import PromptTable
+from opd.flow.encoder import PromptTable, check_prompts
 from opd.flow.model import (
     TABLE,
     FlowSettings,
@@ -24,7 +24,7 @@ from opd.flow.model import (
     unloadable,
 )
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, check_prompts, with_lora
+from opd.policies.flow_transformer import FlowTransformer, check_settings, with_lora
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.teachers.flow import FlowTeacher
@@ -101,6 +101,7 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     for rollout in nested(recipe.rollout):
         if isinstance(rollout, SDERollout):
             rollout.check_teacher([teacher.name for teacher in recipe.teacher])
+    check_settings(recipe)
     check_prompts(prompts_at_hand(recipe, notes) or [], encoder, recipe.max_prompt_tokens)
     numbers = config["in_channels"] * latent**2
     trajectories = recipe.batch.prompts * recipe.batch.group

@@ -59,6 +59,9 @@ class Student(ABC):
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
 
+    def check_settings(self, recipe: Recipe) -> None:  # noqa: B027
+        """Raise `IncompatibleError` for a setting of the recipe that would change nothing for students of this kind."""
+
     @abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         """Raise `DataError` for a prompt that cannot be encoded or is longer than `limit`."""

@@ -13,9 +13,9 @@ from pydantic import Field, ValidationInfo, field_validator
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Gaussian
-from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
-from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
+from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
@@ -39,6 +39,10 @@ SHOWN_PIXELS = 128
 TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bfloat16, or lora"
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+TOKENS = ("end_tokens", "temperature")
+TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
+"""Keys of a recipe, and of its evaluation, that say how tokens are drawn."""
 
 
 class FlowLoRA(Settings):
@@ -152,9 +156,10 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
+    def check_settings(self, recipe: Recipe) -> None:
+        check_settings(recipe)
+
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
-        if end_tokens is not None:
-            raise IncompatibleError("end_tokens are for language; a flow model has none: remove the key")
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -256,17 +261,16 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     return adapted
 
 
-def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:
-    """Raise `DataError` for a prompt that is no text or that the encoder, where it is at hand, cannot read whole."""
-    for prompt in prompts:
-        text = prompt.view()
-        if not isinstance(text, str):
-            raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
-        try:
-            if encoder is not None:
-                encoder.check(text, limit)
-        except DataError as error:
-            raise DataError(f"{prompt.where}: {error}") from None
+def check_settings(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` for a setting of how tokens are drawn."""
+    for block, prefix, names in ((recipe, "", TOKENS), (recipe.evaluation, "evaluation.", TOKENS_HELD_OUT)):
+        for name in names:
+            value, default = getattr(block, name), type(block).model_fields[name].default
+            # A schedule equals its first value.
+            if value != default or name in block.scheduled():
+                raise IncompatibleError(
+                    f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
+                )
 
 
 def labels(context: Denoising) -> list[str]:

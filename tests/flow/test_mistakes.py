@@ -18,6 +18,7 @@ from opd.language.creation import symbol_tokenizer
 from opd.plan import make_plan
 from opd.policies.flow_transformer import FlowTransformer
 from opd.recipe import parse_recipe
+from opd.verifiers import ocr
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
 
 MISTAKES = [
@@ -27,7 +28,14 @@ MISTAKES = [
     ({"rollout": {"kind": "mixture"}}, RecipeError, "'student' is for language"),
     ({"verifier": "exact_match"}, RecipeError, "verifier 'exact_match' is for language"),
     ({"objective": "sft"}, IncompatibleError, "noised"),
-    ({"end_tokens": [1]}, IncompatibleError, "remove the key"),
+    ({"end_tokens": [1]}, IncompatibleError, "^end_tokens is .1.: it is for language, .* remove the key"),
+    ({"temperature": 0.7}, IncompatibleError, "^temperature is 0.7: it is for language"),
+    ({"temperature": {"kind": "linear", "start": 1.0, "end": 0.5}}, IncompatibleError, "^temperature is .* language"),
+    ({"evaluation": {"greedy": True}}, IncompatibleError, "^evaluation.greedy is True: .* remove the key"),
+    ({"evaluation": {"temperature": 1.0}}, IncompatibleError, "^evaluation.temperature is 1.0: "),
+    ({"evaluation": {"top_p": 0.9}}, IncompatibleError, "^evaluation.top_p is 0.9: "),
+    ({"evaluation": {"top_k": 5}}, IncompatibleError, "^evaluation.top_k is 5: "),
+    ({"evaluation": {"max_new_tokens": 9}}, IncompatibleError, "^evaluation.max_new_tokens is 9: "),
     ({"rollout": {"kind": "sde", "teacher": "x"}}, IncompatibleError, "give that teacher a name"),
     ({"student": {"model": "/nowhere"}}, ModelError, "no folder with a transformer/"),
     ({"student": {"resolution": 12}}, ModelError, "at most 8"),
@@ -40,7 +48,7 @@ MISTAKES = [
         {
             "rollout": {"kind": "noised", "times": "grid"},
             "objective": {"kind": "gaussian_kl", "estimator": "pg_sample"},
-            "prompts": {"prompts": [{"prompt": text, "image": "x.png"} for text in PROMPTS]},
+            "prompts": {"prompts": [{"prompt": text, "image": f"{text}.png"} for text in PROMPTS]},
         },
         IncompatibleError,
         "student's own samples",
@@ -49,7 +57,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[str(i) for i in range(len(MISTAKES))])
-def test_mistakes_are_named(changes, error, message, models, tmp_path):
+def test_mistakes_are_named(changes, error, message, models, drawings, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(drawings[0]["image"]).parent)
     data = block_for(models, tmp_path / "run", **changes)
     with pytest.raises(error, match=message):
         built(parse_recipe(data))
@@ -65,12 +74,77 @@ def refused_alike(recipe, error, message=None):
     assert len(str(found.value).splitlines()) <= 2
 
 
+VERDICTS = [
+    ("ocr", {}, r"verifier 'ocr' .* none of the 4 .* objective 'grpo' .*'text', .*\['id', 'prompt'\]\."),
+    ("ocr", {"txt": "R"}, r"did you mean 'txt'\?"),
+    ("drawing", {}, "column 'task' with count or glyph or scene,"),
+    ({"kind": "drawing", "reward": {"count": 1, "glyph": 1}}, {"task": "scene"}, "column 'task' with count or glyph,"),
+]
+
+
+@pytest.mark.parametrize(("verifier", "fields", "message"), VERDICTS, ids=[str(i) for i in range(len(VERDICTS))])
+def test_rewards_that_no_prompt_can_get_are_refused(verifier, fields, message, models, tmp_path, monkeypatch):
+    """GRPO would train with a gradient of zero; of a mixture, rows with a verdict are enough."""
+    rows = [{"prompt": text, "id": text, **fields} for text in PROMPTS]
+    mixed = [rows[0], *(row | {"text": "4K", "task": "glyph"} for row in rows[1:])]
+    learning = {"objective": "grpo", "teacher": [], "verifier": verifier}
+    with monkeypatch.context() as installed:
+        installed.setattr(ocr.importlib.util, "find_spec", lambda name: object())
+        refused, taken, measured = (
+            recipe_for(models, tmp_path / "run", prompts={"prompts": prompts}, **changes)
+            for prompts, changes in ((rows, learning), (mixed, learning), (rows, {"verifier": verifier}))
+        )
+    for refuses in (built, make_plan):
+        with pytest.raises(DataError, match=message) as found:
+            refuses(refused)
+        assert len(str(found.value).splitlines()) <= 2
+    built(taken)
+    # Nobody learns from these verdicts.
+    built(measured)
+
+
+def test_a_row_that_its_reward_cannot_score_is_found_before_training(models, tmp_path, capsys):
+    rows = [{"prompt": text, "id": text, "task": "glyph", "text": "4K"} for text in PROMPTS]
+    rows[0]["task"] = "count"
+    changes = {"prompts": {"prompts": rows}, "verifier": "drawing"}
+    with pytest.raises(DataError, match=r"prompts\[0\]: its columns .* count drawing .KeyError: 'number'"):
+        built(recipe_for(models, tmp_path / "run", **changes))
+    run = built(recipe_for(models, tmp_path / "run", skip_bad_prompts=True, **changes))
+    assert "prompts[0]: its columns" in capsys.readouterr().err
+    assert PROMPTS[0] not in {prompt.id for prompt in [*run.schedule.prompts, *run.held_out]}
+
+
+VIEWS = [
+    ("red pig", r"prompts\[0\]: column 'hint', which a teacher sees: .* no token .*'red pig'"),
+    ("red circle square red circle", "column 'hint', .*at most 4"),
+    (
+        [{"role": "user", "content": "red circle"}],
+        "column 'hint', .* is a list of messages; a flow",
+    ),
+    (None, "column 'hint', .* is of type NoneType; a flow"),
+]
+
+
+@pytest.mark.parametrize("teacher", [{"kind": "flow"}, {"kind": "self"}], ids=["flow", "self"])
+@pytest.mark.parametrize(("view", "message"), VIEWS, ids=[str(i) for i in range(len(VIEWS))])
+def test_what_a_teacher_sees_is_checked_as_the_students_prompt_is(view, message, teacher, models, tmp_path):
+    rows = [{"prompt": text, "hint": text} for text in PROMPTS]
+    of_kind = {"model": models[1]} if teacher["kind"] == "flow" else {}
+    changes = {"teacher": {**teacher, **of_kind, "sees": "hint"}}
+    built(recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, **changes))
+    rows[0]["hint"] = view
+    with pytest.raises(DataError, match=message):
+        built(recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, **changes))
+
+
 REFUSED_BY_THE_PLAN = [
     {"rollout": {"kind": "sde", "teacher": "x"}},
     {"student": {"resolution": 12}},
     {"prompts": {"prompts": ["red pig", "red circle", "blue circle"]}},
     {"prompts": {"prompts": ["red circle square red circle", *PROMPTS]}},
     {"prompts": {"kind": "file", "path": "nowhere.jsonl"}},
+    {"temperature": 0.7},
+    {"evaluation": {"greedy": True}},
     {"prompts": {"prompts": [{"prompt": [{"role": "user", "content": "red circle"}]}] * 4}},
 ]
 
