@@ -27,7 +27,7 @@ from opd.evaluation import HeldOut, evaluate
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
-from opd.prompts.inline import InlinePrompts
+from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
@@ -110,9 +110,17 @@ def distill(
         device = torch.device("cuda")
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
     model = _model_of(student)
-    live_student = recipe.student.live_student(model, tokenizer, context) if _policy_of(model) else None
+    policy, policies = _policy_of(model), [_policy_of(t) for t in teachers]
+    if policy is not None:
+        own = {id(weight) for weight in policy.weights(model)}
+        for p, t in zip(policies, teachers, strict=True):
+            if p is not None and any(id(weight) in own for weight in p.weights(t)):
+                raise RunError(
+                    "distill() got a live teacher that has the live student's own weights, which training moves; pass "
+                    "teacher={'kind': 'self', 'mode': 'frozen'} for the student as it is now, or a copy.deepcopy"
+                )
+    live_student = recipe.student.live_student(model, tokenizer, context) if policy else None
     live_teachers = None
-    policies = [_policy_of(t) for t in teachers]
     if any(policies):
         live_teachers = [p.live_teacher(t, tokenizer, context) for p, t in zip(policies, teachers, strict=True) if p]
         if len(live_teachers) < len(teachers):
@@ -453,7 +461,8 @@ def _prompt_block(prompts: Any) -> Any:
     if isinstance(prompts, dict) or hasattr(prompts, "load"):
         return prompts
     if isinstance(prompts, Iterable):
-        return InlinePrompts(prompts=[p if isinstance(p, str) else dict(p) for p in prompts])
+        rows = encoded_images(prompts) if hasattr(prompts, "cast_column") else prompts
+        return {"kind": "inline", "prompts": [dict(p) if isinstance(p, Mapping) else p for p in rows]}
     return prompts
 
 

@@ -36,6 +36,13 @@ class RunError(OpdError):
     """A run directory or a running job in a state that the run cannot go on from."""
 
 
+def first_line(error: BaseException, about: str = "") -> str:
+    """What another library's error says, in one short line: the first that holds `about`, or else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = next((line for line in lines if about in line), *lines[:1] or [type(error).__name__])
+    return f"no {found}"[:180] if isinstance(error, KeyError) else found[:180]
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`' (did you mean x?)'` for the closest accepted word, or an empty string when none is close."""
     found = difflib.get_close_matches(word, list(accepted), n=1, cutoff=0.5)

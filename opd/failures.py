@@ -81,16 +81,15 @@ class MicroBatches:
     def __iter__(self) -> Iterator[tuple[Trajectories, slice]]:
         """Parts and the packed positions that each owns; `last` is true with the step's final one."""
         done = 0
-        whole_groups = self.run.whole_groups
         while done < len(self.trajectories):
             done = 0
-            for part, here in self.trajectories.split(self.run.micro, whole_groups):
+            for part, here in self.trajectories.split(self.run.micro):
                 done += len(part)
                 self.last = done == len(self.trajectories)
                 self._part = part
                 yield part, here
                 if self._too_large is not None:
-                    self._start_again(self._too_large, whole_groups)
+                    self._start_again(self._too_large)
                     done, self._too_large = 0, None
                     break
 
@@ -106,15 +105,15 @@ class MicroBatches:
             traceback.clear_frames(error.__traceback__)
             self._too_large = self._part
 
-    def _start_again(self, part: Trajectories, whole_groups: bool) -> None:
+    def _start_again(self, part: Trajectories) -> None:
         run = self.run
-        of_one = len(part) == 1 or (whole_groups and len(part.groups.unique()) == 1)
+        of_one = len(part) == 1
         if of_one or run.accelerator.num_processes > 1:
             # Other processes may be waiting for this one's gradients: they could not be told to start again.
             raise RunError(
-                f"out of memory with {len(part)} trajectories of {part.positions} tokens in one micro-batch; "
-                + ("" if of_one else f"set batch.micro={max(1, len(part) // 2)}. ")
-                + "Shorten rollout.max_new_tokens, or set student.gradient_checkpointing=true"
+                f"out of memory with {len(part)} trajectories of {part.positions} positions in one "
+                + ("micro-batch; " if of_one else f"micro-batch; set batch.micro={max(1, len(part) // 2)}. ")
+                + run.student.cheaper
             )
         run.optimiser.discard()
         self.measurement.clear()
@@ -123,6 +122,6 @@ class MicroBatches:
             torch.cuda.empty_cache()
         run.micro = max(1, len(part) // 2)
         run.monitor.warn(
-            f"out of memory with {len(part)} trajectories of {part.positions} tokens: micro-batches of {run.micro} "
+            f"out of memory with {len(part)} trajectories of {part.positions} positions: micro-batches of {run.micro} "
             f"from step {run.step + 1} on (batch.micro; the gradient is the same)"
         )

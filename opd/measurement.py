@@ -90,7 +90,9 @@ class Measurement:
             }
         for each in losses:
             for name, found in each.measured.items():
-                added[f"measured/{name}"] = added.get(f"measured/{name}", 0.0) + float(found[learnt].sum())
+                known = found[learnt & ~found.isnan()]
+                for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
+                    added[key] = added.get(key, 0.0) + number
         if micro.rewards is not None:
             known = ~torch.isnan(micro.rewards)
             added |= {"reward": float(micro.rewards[known].sum()), "rewarded": float(known.sum())}
@@ -129,7 +131,8 @@ class Measurement:
             "truncated": total["truncated"] / trajectories,
         }
         signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
-        signals |= {name.split("/")[1]: total[name] / positions for name in names if name.startswith("measured/")}
+        measured = [name.removeprefix("measured/") for name in names if name.startswith("measured/")]
+        signals |= {name: total[f"measured/{name}"] / max(total[f"known/{name}"], 1.0) for name in measured}
         signals["teacher_tokens"] = total["teacher_tokens"]
         if "wanted" in total:
             signals["teacher_hit_rate"] = total["remembered"] / max(total["wanted"], 1.0)

@@ -11,7 +11,7 @@ import torch
 from opd.prompts import Prompt
 from opd.prompts.dataset import DatasetPrompts
 from opd.recipe import Recipe
-from opd.run import load_data
+from opd.run import check_verdicts, load_data
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
@@ -39,6 +39,7 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
         notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
         return None
     training, held_out = load_data(recipe)
+    check_verdicts(recipe, training)
     return [*training, *held_out]
 
 

@@ -173,7 +173,7 @@ class Recipe(Settings):
                 )
             if objective.needs_reward and self.verifier is None:
                 raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
-            if objective.scope == "group" and self.batch.group == 1:
+            if objective.compares_group and self.batch.group == 1:
                 raise ValueError(
                     f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
                     "nothing; take 2 or more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -122,11 +122,6 @@ class Run:
         """Every teacher's answer."""
         return [Target(t(trajectories), t.weights(trajectories), t.settings.name) for t in self.teachers]
 
-    @property
-    def whole_groups(self) -> bool:
-        """Whether some part must see all trajectories of a prompt together."""
-        return "group" in (self.shaping.scope, *(o.scope for o in self.objectives))
-
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
@@ -149,7 +144,7 @@ class Run:
             for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
         ]
         rewards = torch.tensor([float("nan") if s is None else s for s in scores])
-        return replace(trajectories, rewards=rewards, reward_spread=self._spread(rewards))
+        return trajectories.rewarded(rewards, self._spread(rewards))
 
     def _spread(self, rewards: torch.Tensor) -> float:
         known = rewards[~rewards.isnan()].double()
@@ -189,6 +184,14 @@ def _readable(
     return kept
 
 
+def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
+    """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
+    may go without."""
+    for objective in recipe.objective:
+        if objective.needs_reward and recipe.verifier is not None:
+            recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """`accelerate` for the recipe's device and precision, with its trackers."""
     hardware = recipe.hardware
@@ -226,6 +229,7 @@ def build_models(
     """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     student = student or recipe.student.build(context)
+    student.check_settings(recipe)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
     for part in (student, *built):
@@ -258,14 +262,16 @@ def assemble(
     for teacher in built:
         teacher.check_student(student, context)
     rollout = recipe.rollout.build(context, student, built)
-    training = _readable(recipe, training, bad, student, *built, rollout)
-    held_out = _readable(recipe, held_out, bad, student, *built)
+    verifiers = [] if recipe.verifier is None else [recipe.verifier]
+    training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
+    held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
+    check_verdicts(recipe, training)
 
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))

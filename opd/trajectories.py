@@ -19,6 +19,9 @@ AUTHORS: tuple[Author, ...] = ("student", "teacher", "data")
 PACKED = ("actions", "behaviour_log_probs", "learn", "authors")
 """Fields with one entry a position."""
 
+KNOWN_OF_SOME = ("rewards", "group_mean", "group_spread", "stored")
+"""Fields with one entry a trajectory, or None."""
+
 
 @dataclass(frozen=True)
 class Trajectories:
@@ -38,6 +41,8 @@ class Trajectories:
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier, or None.
         reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
+        group_mean, group_spread: float32 `[B]`, mean and sample standard deviation of the known rewards of each one's
+            group; None without rewards. They are the step's, so that a micro-batch may hold part of a group.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
     """
 
@@ -52,6 +57,8 @@ class Trajectories:
     groups: torch.Tensor
     rewards: torch.Tensor | None = None
     reward_spread: float | None = None
+    group_mean: torch.Tensor | None = None
+    group_spread: torch.Tensor | None = None
     stored: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -61,6 +68,17 @@ class Trajectories:
     def positions(self) -> int:
         """N."""
         return self.actions.shape[0]
+
+    def rewarded(self, rewards: torch.Tensor, spread: float) -> Trajectories:
+        """These with float32 `[B]` rewards, NaN where there is no verdict; `spread` is that of all of the step's."""
+        known, place = ~rewards.isnan(), torch.unique(self.groups, return_inverse=True)[1]
+        count = torch.zeros(int(place.max()) + 1).index_add_(0, place, known.float())
+        mean = torch.zeros_like(count).index_add_(0, place, rewards.nan_to_num()) / count.clamp(min=1)
+        away = torch.where(known, rewards - mean[place], 0.0)
+        # A group of one has no spread.
+        squares = torch.zeros_like(count).index_add_(0, place, away**2) / (count - 1).clamp(min=1)
+        spreads = squares.sqrt()[place]
+        return replace(self, rewards=rewards, reward_spread=spread, group_mean=mean[place], group_spread=spreads)
 
     def reward(self, index: int) -> float | None:
         """The verdict on one trajectory, None where there is none."""
@@ -87,10 +105,13 @@ class Trajectories:
             learn=self.learn[here],
             authors=self.authors[here],
             groups=self.groups[start:stop],
-            rewards=None if self.rewards is None else self.rewards[start:stop],
-            stored=None if self.stored is None else self.stored[start:stop],
+            **self._known(slice(start, stop)),
         )
         return part, here
+
+    def _known(self, which: slice | list[int]) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in KNOWN_OF_SOME}
+        return {name: None if values is None else values[which] for name, values in found.items()}
 
     def pick(self, which: Sequence[int]) -> tuple[Trajectories, torch.Tensor]:
         """Trajectories `which`, in that order and with their group's number, and the int64 packed positions that they
@@ -106,22 +127,15 @@ class Trajectories:
             lengths=self.lengths[chosen],
             finished=self.finished[chosen],
             groups=self.groups[chosen],
-            rewards=None if self.rewards is None else self.rewards[chosen],
-            stored=None if self.stored is None else self.stored[chosen],
+            **self._known(chosen),
             **{name: getattr(self, name)[here.to(getattr(self, name).device)] for name in PACKED},
         )
         return part, here
 
-    def split(self, size: int, whole_groups: bool = False) -> Iterator[tuple[Trajectories, slice]]:
-        """Parts of at most `size` trajectories in order; `whole_groups` never cuts a group (a part may then exceed)."""
-        start = 0
-        groups = self.groups.tolist()
-        while start < len(self):
-            stop = min(start + size, len(self))
-            while whole_groups and stop < len(self) and groups[stop] == groups[stop - 1]:
-                stop += 1
-            yield self.rows(start, stop)
-            start = stop
+    def split(self, size: int) -> Iterator[tuple[Trajectories, slice]]:
+        """Parts of at most `size` trajectories in order, as `rows` gives them."""
+        for start in range(0, len(self), size):
+            yield self.rows(start, min(start + size, len(self)))
 
 
 def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:

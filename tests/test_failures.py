@@ -156,7 +156,7 @@ def _raise(_parameter):
 
 def test_one_trajectory_that_does_not_fit_is_one_message(make, monkeypatch):  # noqa: F811
     out_of_memory(monkeypatch, 0)
-    with pytest.raises(RunError, match=r"out of memory with 1 trajectories of .* tokens.*rollout\.max_new_tokens"):
+    with pytest.raises(RunError, match=r"out of memory with 1 trajectories of .* positions.*rollout\.max_new_tokens"):
         execute(make("run", self_test=False), quiet=True)
 
 

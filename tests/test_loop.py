@@ -368,7 +368,9 @@ def test_distill_takes_live_objects_strings_and_lists(models, tmp_path):
     assert result.student is student
     assert not torch.equal(student.lm_head.weight, before)
     with pytest.raises(RunError, match="tokenizer"):
-        opd.distill(student, student, TEXTS, output=str(tmp_path / "x"))
+        opd.distill(student, tiny_model(seed=2), TEXTS, output=str(tmp_path / "x"))
+    with pytest.raises(RunError, match=r"the live student's own weights.*'mode': 'frozen'"):
+        opd.distill(student, student, TEXTS, tokenizer=tokenizer, output=str(tmp_path / "x"))
     with pytest.raises(opd.RecipeError, match="objective"):
         opd.distill(models[0], models[1], TEXTS, objective="kl")
 

@@ -206,6 +206,31 @@ def pipeline(folder, seed):
     return model
 
 
+def test_adapters_are_of_one_model_by_its_place_or_by_what_base_says(base, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(base).parent)
+    near = adapter(Path(base).name, tmp_path / "near", rank=3, seed=5)
+    assert json.loads((Path(near) / "adapter_config.json").read_text())["base_model_name_or_path"] == Path(base).name
+    opd.merge([adapters[0], near], tmp_path / "one", form="adapter")
+    elsewhere = adapter(shutil.copytree(base, tmp_path / "copy"), tmp_path / "elsewhere", rank=3, seed=5)
+    opd.merge([adapters[0], elsewhere], tmp_path / "other", form="adapter", base=base)
+    pair = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "other")]
+    assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0])
+
+
+def test_experts_with_another_scheduler_are_refused(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    for i, shift in enumerate((3.0, 5.0)):
+        pipeline(tmp_path / f"p{i}", i)
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(tmp_path / f"p{i}" / "scheduler")
+    pair = [tmp_path / "p0", tmp_path / "p1"]
+    with pytest.raises(
+        ModelError, match=r"shift is 5\.0, and 3\.0 in the first expert\); merge experts of one scheduler"
+    ):
+        opd.merge(pair, tmp_path / "merged")
+    shutil.copytree(pair[0] / "scheduler", pair[1] / "scheduler", dirs_exist_ok=True)
+    assert (opd.merge(pair, tmp_path / "merged") / "scheduler" / "scheduler_config.json").is_file()
+
+
 def test_diffusers_folders_and_their_adapters(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     models = [pipeline(tmp_path / f"p{i}", i) for i in range(2)]
@@ -277,8 +302,9 @@ def test_experts_that_do_not_fit_are_refused_by_name(dense, base, adapters, tmp_
         opd.merge([dense[0], damaged], tmp_path / "out")
 
     elsewhere = adapter(dense[0], tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="belong to different models"):
-        opd.merge([adapters[0], elsewhere], tmp_path / "out", form="dense")
+    for form in ("dense", "adapter"):
+        with pytest.raises(ModelError, match=r"belong to different models: .*--base FOLDER"):
+            opd.merge([adapters[0], elsewhere], tmp_path / "out", form=form)
     fewer = adapter(base, tmp_path / "fewer_modules", targets=("q_proj",))
     with pytest.raises(ModelError, match=r"fewer_modules.* has no factors for .*down_proj"):
         opd.merge([adapters[0], fewer], tmp_path / "out")

@@ -49,7 +49,7 @@ def test_soft_labels_are_forward_kl():
 
 
 def grouped(rewards, lengths=(3, 5, 2, 4), groups=(0, 0, 1, 1)):
-    return replace(trajectories_of(list(lengths)), groups=torch.tensor(groups), rewards=torch.tensor(rewards))
+    return replace(trajectories_of(list(lengths)), groups=torch.tensor(groups)).rewarded(torch.tensor(rewards), 0.5)
 
 
 def test_advantages_are_relative_to_the_group():
@@ -62,6 +62,17 @@ def test_advantages_are_relative_to_the_group():
     torch.testing.assert_close(
         GRPO(normalise=False).advantages(grouped([1.0, nan, 0.0, 1.0])), torch.tensor([0.0, 0.0, -0.5, 0.5])
     )
+
+
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_a_micro_batch_may_hold_part_of_a_group(student, spread):
+    trajectories = grouped([1.0, 0.0, float("nan"), 1.0, 0.0], (3, 5, 2, 4, 3), (0, 0, 0, 1, 1))
+    weights, objective = position_weights(trajectories, "token_mean"), GRPO(spread=spread)
+    whole = gradients(student, objective(student(trajectories), [], weights, trajectories).total)
+    parts = [objective(student(part), [], weights[here], part) for part, here in trajectories.split(1)]
+    assert [len(part) for part, _ in trajectories.split(2)] == [2, 2, 1]
+    torch.testing.assert_close(gradients(student, sum(p.total for p in parts)), whole, atol=1e-6, rtol=1e-4)
+    assert whole.abs().max() > 0
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, -0.5])
@@ -177,6 +188,31 @@ def test_sft_on_own_samples_and_grpo_on_others_are_refused(models, tmp_path):  #
     data = recipe_for(models, tmp_path, objective="grpo", verifier="exact_match").dump()
     with pytest.raises(opd.OpdError, match="own samples"):
         execute(parse_recipe({**data, "rollout": {"kind": "teacher", "max_new_tokens": 3}}), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "fields", "words"),
+    [
+        ("exact_match", {"anser": "7"}, r"'exact_match' .* none of the 16 .* column 'answer'.*did you mean 'anser'\?"),
+        ("math_verify", {"answer": " "}, "column 'answer' with an answer that can be read"),
+        ("reasoning_gym", {"answer": "7"}, "column 'reasoning_gym' of prompts.kind: reasoning_gym"),
+        ("reasoning_gym", {"reasoning_gym": "lcm"}, r"prompts\[\d+\]: column 'reasoning_gym' holds no task"),
+    ],
+)
+def test_verdicts_that_no_prompt_can_get_are_refused(models, tmp_path, verifier, fields, words):  # noqa: F811
+    pytest.importorskip("math_verify")
+    rows = [{"prompt": f"{i}=", **fields} for i in range(20)]
+    recipe = recipe_for(
+        models,
+        tmp_path,
+        objective="grpo",
+        verifier=verifier,
+        batch={"group": 2},
+        prompts={"prompts": rows},
+        evaluation={"held_out": 4},
+    )
+    with pytest.raises(opd.DataError, match=words):
+        execute(recipe, quiet=True)
 
 
 def test_grpo_without_a_teacher_raises_the_reward(models, tmp_path):  # noqa: F811

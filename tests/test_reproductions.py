@@ -369,10 +369,18 @@ def test_the_page_says_what_the_results_say(toy, tmp_path):
     assert len(drawn.findall(".//{*}polyline")) == 2 * 3 * 2
     entry.page.write_text("old")
     curves.unlink()
+    stored = read(entry.results)
+    write({**stored, "claims": [{**stored["claims"][0], "verdict": "old"}]}, entry.results)
     code, out, _ = cli(str(toy), "--page-only")
     assert (code, out.strip()) == (0, str(entry.page))
     assert entry.page.read_text() == text
     assert curves.exists()
+    assert read(entry.results) == stored
+    stored["arms"]["more"].pop("score")
+    write(stored, entry.results)
+    code, _, error = cli(str(toy), "--page-only")
+    assert code == 2
+    assert "has no 'score' of the arm 'more', which claim 'main' compares; run opd reproduce toy-one" in error
 
 
 def committed():
@@ -462,6 +470,10 @@ def test_the_luck_of_answers_counts_once_and_few_seeds_stretch_it():
     half = 3.182 * by_seed.std(ddof=1) / 2
     low, high = paired_interval(answers)
     assert (high - low) / 2 == pytest.approx(half, rel=0.25)
+    # So few items are stretched like so few seeds: eight of them that all seeds agree about.
+    eight = np.tile(np.random.default_rng(5).normal(0.0, 1.0, 8), (3, 1))
+    low, high = paired_interval(eight)
+    assert (high - low) / 2 == pytest.approx(2.365 * eight[0].std(ddof=1) / 8**0.5, rel=0.15)
     # Items that differ, the same in all seeds, add theirs in quadrature.
     items = np.random.default_rng(4).normal(0.0, 2.0, 400)
     low, high = paired_interval(answers + items - items.mean())

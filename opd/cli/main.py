@@ -423,7 +423,9 @@ def reproduce(
     smoke: Annotated[bool, typer.Option(help="A few steps of everything, in under two minutes.")] = False,
     arm: Annotated[str | None, typer.Option(help="Run only this arm and what it needs.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, of one thread each.")] = 2,
-    page_only: Annotated[bool, typer.Option("--page-only", help="Write the page of committed results again.")] = False,
+    page_only: Annotated[
+        bool, typer.Option("--page-only", help="Judge committed results again, and write their page.")
+    ] = False,
 ) -> None:
     """Run a system's experiment with its control arms over seeds, and compute the verdicts on its claims."""
     from opd.cli.display import show_reproductions, show_results

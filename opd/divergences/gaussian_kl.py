@@ -91,14 +91,14 @@ class GaussianKL(Divergence):
         return 2 * (own.std / own.gain).square() if self.scale == "uniform" else torch.ones_like(own.std)
 
     def _by_step(self, value: torch.Tensor, trajectories: Trajectories) -> dict[str, torch.Tensor]:
-        """Mean of each denoising step, where all trajectories have the same number of them."""
-        steps = int(trajectories.lengths[0])
-        if steps == 1 or bool((trajectories.lengths != steps).any()):
-            return {}
-        place = torch.arange(len(value), device=value.device) % steps
+        """The value where a position is the K-th denoising step of its trajectory, else NaN. A trajectory of one
+        position is a latent at a random time, which is no step of a grid."""
+        lengths = trajectories.lengths
+        steps = int(lengths.max())
+        place = torch.cat([torch.arange(n) if n > 1 else torch.tensor([steps]) for n in lengths.tolist()])
+        place = place.to(value.device)
         suffix = "" if self.teacher is None else f"@{self.teacher}"
-        # What is measured is averaged over all positions, of which each step has one in `steps`.
-        return {f"kl_step_{k}{suffix}": steps * value * (place == k) for k in range(steps)}
+        return {f"kl_step_{k}{suffix}": value.where(place == k, torch.nan) for k in range(steps if steps > 1 else 0)}
 
     def check_trajectories(self, rollout: Any) -> None:
         if self.estimator != "kl_direct" and (rollout.authors != {"student"} or not rollout.current):

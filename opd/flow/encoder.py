@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opd.errors import DataError
+from opd.errors import DataError, ModelError, first_line
+from opd.prompts import Prompt
 
 REMEMBERED = 512
 """Prompts whose encoding by a pipeline's text encoders is kept, on the CPU; one takes a few megabytes."""
@@ -44,7 +46,7 @@ class PromptEncoder(torch.nn.Module, ABC):
         """`[B, L, E]` embeddings and `[B, P]` pooled ones of B conditions."""
 
     @abstractmethod
-    def check(self, text: str, limit: int) -> None:
+    def check(self, text: str, limit: int | None) -> None:
         """Raise `DataError` for a text that cannot be encoded whole, with at most `limit` tokens."""
 
 
@@ -80,14 +82,14 @@ class PromptTable(PromptEncoder):
         pooled = (self.means(ids) * present).sum(1) / present.sum(1).clamp(min=1)
         return self.tokens(ids) + self.places.weight, pooled
 
-    def check(self, text: str, limit: int) -> None:
-        ids = self.ids(text)
+    def check(self, text: str, limit: int | None) -> None:
+        ids, most = self.ids(text), self.length if limit is None else min(limit, self.length)
         if self.tokenizer.unk_token_id in ids:
             raise DataError(f"the student's prompt table has no token for a part of {text[:60]!r}")
-        if len(ids) > min(limit, self.length):
+        if len(ids) > most:
             raise DataError(
-                f"the prompt has {len(ids)} tokens, and the student reads at most {min(limit, self.length)} "
-                "(places of its prompt table, max_prompt_tokens)"
+                f"the prompt has {len(ids)} tokens, and the student reads at most {most} (places of its prompt table, "
+                "max_prompt_tokens)"
             )
 
     def save(self, folder: Path) -> None:
@@ -98,10 +100,21 @@ class PromptTable(PromptEncoder):
 
     @classmethod
     def load(cls, folder: Path) -> PromptTable:
-        weights = load_file(_table(folder))
-        (places, width), pooled = weights["places.weight"].shape, weights["means.weight"].shape[1]
-        made = cls(AutoTokenizer.from_pretrained(folder), width, pooled, places)
-        made.load_state_dict(weights)
+        """What `save` wrote.
+
+        Raises:
+            ModelError: files that are missing or damaged, or that do not belong together.
+        """
+        try:
+            weights = load_file(_table(folder))
+            (places, width), pooled = weights["places.weight"].shape, weights["means.weight"].shape[1]
+            made = cls(AutoTokenizer.from_pretrained(folder), width, pooled, places)
+            made.load_state_dict(weights)
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"prompt table {str(folder)!r} cannot be loaded ({first_line(error, 'size mismatch')}); give a folder "
+                "with table.safetensors and the files of its tokenizer"
+            ) from None
         return made
 
 
@@ -136,8 +149,26 @@ class TextEncoders(PromptEncoder):
         device = self.shared.pipeline.device
         return torch.stack([h for h, _ in conditions]).to(device), torch.stack([p for _, p in conditions]).to(device)
 
-    def check(self, text: str, limit: int) -> None:
+    def check(self, text: str, limit: int | None) -> None:
         """Text encoders cut what is too long for them, each in its own place, as their pipeline does."""
+
+
+def check_prompts(
+    prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int | None, column: str | None = None
+) -> None:
+    """Raise `DataError` for a prompt of which `column` (default: the student's) is no text, or one that the encoder,
+    where it is at hand, cannot read whole."""
+    for prompt in prompts:
+        text = prompt.view(column)
+        where = prompt.where if column is None else f"{prompt.where}: column {column!r}, which a teacher sees"
+        if not isinstance(text, str):
+            kind = "a list of messages" if isinstance(text, list) else f"of type {type(text).__name__}"
+            raise DataError(f"{where}: the prompt is {kind}; a flow model takes a string")
+        try:
+            if encoder is not None:
+                encoder.check(text, limit)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
 
 
 def same_vocabulary(one: PromptEncoder, other: PromptEncoder) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 
 from opd.choice import Settings
-from opd.errors import ModelError
+from opd.errors import ModelError, first_line
 from opd.flow.encoder import PromptEncoder, PromptTable, Shared, TextEncoders
+from opd.merging.adapters import PEFT_PREFIX
+from opd.merging.weights import ADAPTER_FILES, Weights
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
+
+
+ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "return_dict")
+"""What a transformer is called with."""
+
+CONFIGURED = ("sample_size", "patch_size", "in_channels", "pos_embed_max_size")
+"""What a transformer's configuration says of the images that it can draw."""
 
 
 class FlowSettings(Settings):
@@ -44,7 +55,10 @@ class FlowModel(torch.nn.Module):
         scheduler: a `FlowMatchEulerDiscreteScheduler`, for its grid of times.
         encoder: of prompts.
         pipeline: the diffusers pipeline that the parts come from, with its VAE; None for a model of pixels.
-        resolution: of images, in pixels; default what the transformer was made for.
+        resolution: of images, in pixels; default what the transformer was made for, and its default from now on.
+
+    Raises:
+        ModelError: parts that are no flow model together, or a resolution that they cannot draw.
     """
 
     def __init__(
@@ -57,12 +71,22 @@ class FlowModel(torch.nn.Module):
     ):
         super().__init__()
         self.transformer, self.encoder = transformer, encoder
+        check_parts(self.base, scheduler.config, encoder, "the model")
+        if not hasattr(scheduler, "sigmas"):
+            raise ModelError(
+                f"the model: {type(scheduler).__name__} has no sigmas; take a FlowMatchEulerDiscreteScheduler"
+            )
         # Not submodules, so that copies share them.
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
         size = latent_size(self.base.config, factor, resolution)
         self.shape = (int(self.base.config.in_channels), size, size)
         self.resolution = size * factor
+        if size != self.base.config.sample_size:
+            # What it is trained at is what it draws by default once it is saved, in plain diffusers too.
+            self.base.register_to_config(sample_size=size)
+            if pipeline is not None:
+                pipeline.default_sample_size = size
         self._grids: dict[int, torch.Tensor] = {}
 
     @property
@@ -165,8 +189,11 @@ class FlowModel(torch.nn.Module):
             return
         own = self.pipeline.transformer
         self.pipeline.register_modules(transformer=transformer)
-        self.pipeline.save_pretrained(folder)
-        self.pipeline.register_modules(transformer=own)
+        try:
+            self.pipeline.save_pretrained(folder)
+        finally:
+            # It may be the caller's own, who goes on with it after a full disk too.
+            self.pipeline.register_modules(transformer=own)
 
 
 def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:
@@ -176,10 +203,82 @@ def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) 
         ModelError: it cannot draw images of this resolution.
     """
     patch, most = config["patch_size"], config["pos_embed_max_size"] * config["patch_size"]
-    size = config["sample_size"] if resolution is None else resolution // factor
-    if resolution is not None and (resolution % (factor * patch) or size > most):
-        raise ModelError(f"resolution is {resolution}; give a multiple of {factor * patch}, at most {most * factor}")
-    return int(size)
+    side = int(config["sample_size"]) * factor if resolution is None else resolution
+    if side % (factor * patch) or side > most * factor:
+        own = ", the model's own" if resolution is None else ""
+        raise ModelError(f"resolution is {side}{own}; give a multiple of {factor * patch}, at most {most * factor}")
+    return side // factor
+
+
+def check_parts(transformer: Any, scheduling: Mapping[str, Any], encoder: PromptEncoder | None, whose: str) -> None:
+    """Raise `ModelError` for parts that are no flow model together.
+
+    Args:
+        transformer: of diffusers; it may be on the meta device.
+        scheduling: configuration of the scheduler.
+        encoder: of prompts, where it is at hand.
+        whose: parts they are, for the error.
+    """
+    kind, config = type(transformer).__name__, getattr(transformer, "config", {})
+    taken = inspect.signature(type(transformer).forward).parameters
+    lacking = [key for key in CONFIGURED if config.get(key) is None] + [key for key in ARGUMENTS if key not in taken]
+    if lacking:
+        raise ModelError(
+            f"{whose}: {kind} has no {', '.join(lacking)}; a transformer with SD3Transformer2DModel's arguments is "
+            "needed"
+        )
+    widths = {"out_channels": (config.get("out_channels"), config["in_channels"])}
+    if isinstance(encoder, PromptTable):
+        widths |= {
+            "joint_attention_dim": (config.get("joint_attention_dim"), encoder.tokens.embedding_dim),
+            "pooled_projection_dim": (config.get("pooled_projection_dim"), encoder.means.embedding_dim),
+        }
+    for key, (found, needed) in widths.items():
+        if found not in (None, needed):
+            source = "its in_channels are" if key == "out_channels" else "its prompt table is made for"
+            raise ModelError(f"{whose}: {key} of its transformer is {found}, and {source} {needed}; both must be equal")
+    if scheduling.get("use_dynamic_shifting"):
+        raise ModelError(
+            f"{whose}: its scheduler shifts times by image size, which is not supported; take one with "
+            "use_dynamic_shifting false and a fixed shift"
+        )
+
+
+def unloadable(model: str, reason: str) -> ModelError:
+    """The error of a model whose files are missing or damaged."""
+    return ModelError(
+        f"model {model!r} cannot be loaded ({reason}); give a folder with the files (opd create-flow-model writes a "
+        "blank one), or a hub name that this machine can reach"
+    )
+
+
+def configurations(path: Path, model: str, beside_pipeline: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of the transformer and the scheduler in a folder, after a look at whether the model's other parts are there.
+
+    Args:
+        model: what the folder is called in the recipe.
+        beside_pipeline: of the student's, whose text encoders and VAE this model takes.
+
+    Raises:
+        ModelError: a part that is missing, or a configuration that cannot be read.
+    """
+    if not ((path / TABLE).is_dir() or beside_pipeline):
+        # Of each component its library and class, both null where it was left out.
+        for name, source in _read(path, "model_index.json", model).items():
+            if isinstance(source, list) and all(source) and not (path / name).is_dir():
+                raise unloadable(model, f"no folder {name}, which model_index.json names")
+    return _read(path, "transformer/config.json", model), _read(path, "scheduler/scheduler_config.json", model)
+
+
+def _read(path: Path, name: str, model: str) -> dict[str, Any]:
+    try:
+        found = json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise unloadable(model, f"{name}: {problem}") from None
+    if not isinstance(found, dict):
+        raise unloadable(model, f"{name}: not a mapping")
+    return found
 
 
 def load_flow_model(
@@ -197,6 +296,10 @@ def load_flow_model(
     options = {"revision": settings.revision, "torch_dtype": dtype}
     pipeline = None
     encoder: PromptEncoder
+    beside_pipeline = like is not None and like.pipeline is not None
+    if (path / "transformer").is_dir():
+        configurations(path, settings.model, beside_pipeline)
+    source = str(path) if path.is_dir() else settings.model
     try:
         if (path / TABLE).is_dir():
             encoder = PromptTable.load(path / TABLE)
@@ -205,26 +308,23 @@ def load_flow_model(
         else:
             kind = diffusers.StableDiffusion3Pipeline
             # A pipeline that was saved without its third text encoder must be loaded without it.
-            listed = kind.load_config(settings.model, revision=settings.revision).items()
-            absent = {name: None for name, source in listed if source == [None, None]}
-            pipeline = kind.from_pretrained(settings.model, **options, **absent).to(device)
+            listed = kind.load_config(source, revision=settings.revision).items()
+            absent = {name: None for name, part in listed if part == [None, None]}
+            pipeline = kind.from_pretrained(source, **options, **absent).to(device)
             pipeline.set_progress_bar_config(disable=True)
             encoder = TextEncoders(pipeline)
         if pipeline is not None and like is None:
             transformer, scheduler = pipeline.transformer, pipeline.scheduler
         else:
-            transformer = diffusers.AutoModel.from_pretrained(settings.model, subfolder="transformer", **options)
+            transformer = diffusers.AutoModel.from_pretrained(source, subfolder="transformer", **options)
             scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
-                settings.model, subfolder="scheduler", revision=settings.revision
+                source, subfolder="scheduler", revision=settings.revision
             )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(
-            f"model {settings.model!r} cannot be loaded ({reason.strip()[:180]}); give a folder with the files (opd "
-            "create-flow-model writes a blank one), or a hub name that this machine can reach"
-        ) from None
-    if scheduler.config.use_dynamic_shifting:
-        raise ModelError(f"model {settings.model!r}: its scheduler shifts times by image size, which is not supported")
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise unloadable(settings.model, first_line(error)) from None
+    check_parts(transformer, scheduler.config, encoder, f"model {settings.model!r}")
     if settings.adapter is not None:
         transformer = merge_adapter(transformer, settings.adapter)
         if pipeline is not None and like is None:
@@ -234,14 +334,63 @@ def load_flow_model(
 
 def merge_adapter(transformer: Any, adapter: str) -> Any:
     """The transformer with a peft adapter's product added to its weights."""
+    folder = Path(adapter).expanduser()
     try:
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(transformer, adapter).merge_and_unload()
+        check_adapter(transformer, adapter)
+        found = str(folder) if folder.is_dir() else adapter
+        return PeftModel.from_pretrained(transformer, found).merge_and_unload()
     except ImportError:
         raise ModelError("a model's adapter needs peft: pip install 'opd[flow]'") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"adapter {adapter!r} cannot be loaded ({str(error).splitlines()[0][:180]})") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {adapter!r} cannot be loaded ({first_line(error, 'size mismatch')}); give the folder of a LoRA "
+            "adapter that was trained on this model"
+        ) from None
+
+
+def check_adapter(transformer: Any, adapter: str) -> bool:
+    """Whether an adapter lies on this machine. Of one that does, everything that can be seen without its numbers.
+
+    Args:
+        transformer: that it is for; it may be on the meta device.
+
+    Raises:
+        ModelError: no such folder, files that are missing or damaged, or factors of other weights than these.
+    """
+    folder = Path(adapter).expanduser()
+    if not folder.is_dir():
+        if adapter.startswith((".", "/", "~")) or adapter.count("/") != 1:
+            raise ModelError(
+                f"adapter {adapter!r}: no such folder; give one with adapter_config.json, as peft saves it"
+            )
+        return False
+    try:
+        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"adapter {adapter!r}: no readable adapter_config.json ({first_line(error)}); save the adapter again"
+        ) from None
+    file = folder / ADAPTER_FILES[0]
+    if kind != "LORA" or not file.is_file():
+        return True
+    shapes, own = Weights([file]).shapes, transformer.state_dict()
+    for name, (_, a) in shapes.items():
+        module, is_a, _ = name.partition(".lora_A.weight")
+        b = shapes.get(f"{module}.lora_B.weight", ("", ()))[1]
+        if not is_a or len(a) != 2 or len(b) != 2:
+            continue
+        weight = own.get(f"{module.removeprefix(PEFT_PREFIX)}.weight")
+        if weight is None or weight.shape != (b[0], a[1]):
+            has = "no such weight" if weight is None else f"one of {list(weight.shape)}"
+            raise ModelError(
+                f"adapter {adapter!r} changes a weight of {[b[0], a[1]]}, {module.removeprefix(PEFT_PREFIX)}, and the "
+                f"transformer has {has}; give an adapter that was trained on this model"
+            )
+    return True
 
 
 def import_diffusers() -> Any:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from opd.choice import nested
-from opd.errors import IncompatibleError, ModelError
+from opd.errors import IncompatibleError, ModelError, first_line
 from opd.flow.architectures import FACTOR, KNOWN, PROMPT_TOKENS
-from opd.flow.encoder import PromptTable
-from opd.flow.model import TABLE, FlowSettings, import_diffusers, latent_size
+from opd.flow.encoder import PromptTable, check_prompts
+from opd.flow.model import (
+    TABLE,
+    FlowSettings,
+    check_adapter,
+    check_parts,
+    configurations,
+    import_diffusers,
+    latent_size,
+    unloadable,
+)
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, check_prompts, with_lora
+from opd.policies.flow_transformer import FlowTransformer, check_settings, with_lora
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.teachers.flow import FlowTeacher
@@ -79,8 +86,9 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     student = recipe.student
     assert isinstance(student, FlowTransformer)
     notes = ["VAE, text encoders and what they compute are not counted"]
-    config, places = _config(student, notes)
-    model = _on_meta(config, student)
+    base, encoder, places = _look(student, notes)
+    config = base.config
+    model = _adapted(base, student, notes)
     size = BYTES.get(student.dtype, 4)
     trained = [p for p in model.parameters() if p.requires_grad]
     own: dict[str, Any] = {
@@ -88,12 +96,12 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in trained),
     }
-    factor = 1 if (Path(student.model).expanduser() / TABLE).is_dir() else FACTOR
+    factor = FACTOR if encoder is None else 1
     latent = latent_size(config, factor, student.resolution)
     for rollout in nested(recipe.rollout):
         if isinstance(rollout, SDERollout):
             rollout.check_teacher([teacher.name for teacher in recipe.teacher])
-    encoder = PromptTable.load(Path(student.model).expanduser() / TABLE) if factor == 1 else None
+    check_settings(recipe)
     check_prompts(prompts_at_hand(recipe, notes) or [], encoder, recipe.max_prompt_tokens)
     numbers = config["in_channels"] * latent**2
     trajectories = recipe.batch.prompts * recipe.batch.group
@@ -112,14 +120,14 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     for i, teacher in enumerate(teachers):
         shape = {**own, "name": f"{student.model} (a copy)", "trainable": 0}
         if isinstance(teacher, FlowTeacher):
-            theirs, _ = _config(teacher, notes)
-            latent_size(theirs, factor, latent * factor)
-            if theirs["in_channels"] != config["in_channels"]:
+            found, _, _ = _look(teacher, notes, beside_pipeline=encoder is None)
+            latent_size(found.config, factor, latent * factor)
+            if found.config["in_channels"] != config["in_channels"]:
                 raise IncompatibleError(
                     f"the student's latents have {config['in_channels']} channels and those of {teacher.model} "
-                    f"{theirs['in_channels']}; use a teacher of the student's architecture"
+                    f"{found.config['in_channels']}; use a teacher of the student's architecture"
                 )
-            found = _on_meta(theirs, None)
+            _adapted(found, teacher, notes)
             shape = {**shape, "name": teacher.model, "parameters": sum(p.numel() for p in found.parameters())}
         models[f"teacher {i}"] = shape
         kept = BYTES.get(teacher.dtype, size) if isinstance(teacher, FlowTeacher) else size
@@ -127,7 +135,7 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     # Of a routed teacher's routes one answers for each trajectory.
     memory["teachers' answers"] = 4 * numbers * learnt * len(recipe.teacher)
     passes = min(recipe.batch.micro, trajectories) * recipe.rollout.budget * (2 if student.guidance != 1 else 1)
-    activations = passes * _activations(model, config, latent, places)
+    activations = passes * saved_bytes(model, lambda: _pass(model, latent, places))
     if student.gradient_checkpointing:
         tokens = (latent // config["patch_size"]) ** 2 + places
         layers = config["num_layers"]
@@ -142,46 +150,75 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     )
 
 
-def _config(settings: FlowSettings, notes: list[str]) -> tuple[dict[str, Any], int]:
-    """The transformer's configuration and the places of a prompt."""
+def _look(
+    settings: FlowSettings, notes: list[str], beside_pipeline: bool = False
+) -> tuple[Any, PromptTable | None, int]:
+    """`(transformer, prompt table, places of a prompt)`, the transformer on the meta device.
+
+    Args:
+        beside_pipeline: of the student's, whose text encoders and VAE this model takes.
+
+    Raises:
+        ModelError: what a run would refuse too, in so far as it can be seen without the transformer's weights.
+    """
     path = Path(settings.model).expanduser()
-    file = path / "transformer" / "config.json"
-    if file.is_file():
-        places = PROMPT_TOKENS
-        if (path / TABLE / "table.safetensors").is_file():
-            with safe_open(path / TABLE / "table.safetensors", "pt") as table:
-                places = table.get_slice("places.weight").get_shape()[0]
-        return json.loads(file.read_text(encoding="utf-8")), places
-    if settings.model in KNOWN:
+    encoder: PromptTable | None = None
+    scheduling: dict[str, Any] = {}
+    if (path / "transformer").is_dir():
+        config, scheduling = configurations(path, settings.model, beside_pipeline)
+        encoder = PromptTable.load(path / TABLE) if (path / TABLE).is_dir() else None
+    elif settings.model in KNOWN:
         notes.append(f"{settings.model}: not read; its configuration is the one that comes with opd")
-        return dict(KNOWN[settings.model]), PROMPT_TOKENS
-    raise ModelError(
-        f"model {settings.model!r}: no folder with a transformer/, and opd check knows the configurations of "
-        f"{', '.join(KNOWN)} alone; give a folder, or write a blank model with opd create-flow-model"
-    )
+        config = KNOWN[settings.model]
+    else:
+        raise ModelError(
+            f"model {settings.model!r}: no folder with a transformer/, and opd check knows the configurations of "
+            f"{', '.join(KNOWN)} alone; give a folder, or write a blank model with opd create-flow-model"
+        )
+    model = _on_meta(config, settings.model)
+    check_parts(model, scheduling, encoder, f"model {settings.model!r}")
+    places = PROMPT_TOKENS if encoder is None else encoder.length
+    try:
+        with torch.no_grad():
+            _pass(model, model.config["patch_size"], places)
+    except Exception as error:  # whatever a class of diffusers makes of numbers that do not fit together
+        raise unloadable(settings.model, f"transformer/config.json contradicts itself: {first_line(error)}") from None
+    return model, encoder, places
 
 
-def _on_meta(config: dict[str, Any], student: FlowTransformer | None) -> Any:
-    """The transformer without weights; a student's with its adapters."""
-    kind = getattr(import_diffusers(), config.get("_class_name", "SD3Transformer2DModel"))
+def _on_meta(config: Mapping[str, Any], name: str) -> Any:
+    """The transformer of a configuration, without weights."""
+    cls = config.get("_class_name", "SD3Transformer2DModel")
+    kind = getattr(import_diffusers(), str(cls), None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        raise unloadable(name, f"transformer/config.json names {cls!r}, which is no model of diffusers")
+    try:
+        with torch.device("meta"):
+            return kind.from_config(dict(config))  # type: ignore[attr-defined]
+    except Exception as error:  # whatever a class of diffusers makes of such settings
+        raise unloadable(name, f"transformer/config.json makes no {cls}: {first_line(error)}") from None
+
+
+def _adapted(model: Any, settings: FlowSettings, notes: list[str]) -> Any:
+    """The transformer of a model, after a look at the adapter that it begins with; a student's with those to train."""
+    if settings.adapter is not None and not check_adapter(model, settings.adapter):
+        notes.append(f"{settings.adapter}: not read; the adapter is taken to fit")
+    lora = settings.lora if isinstance(settings, FlowTransformer) else None
     with torch.device("meta"):
-        model = kind(**{key: value for key, value in config.items() if not key.startswith("_")})
-        return with_lora(model, student.lora) if student is not None and student.lora is not None else model
+        return model if lora is None else with_lora(model, lora)
 
 
-def _activations(model: Any, config: dict[str, Any], latent: int, places: int) -> int:
-    """Bytes that autograd keeps of one latent's pass."""
+def _pass(model: Any, latent: int, places: int) -> Any:
+    """The transformer's answer to one latent and a prompt of as many places."""
+    config = model.config
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device="meta")
 
-    return saved_bytes(
-        model,
-        lambda: model(
-            hidden_states=meta(1, config["in_channels"], latent, latent),
-            encoder_hidden_states=meta(1, places, config["joint_attention_dim"]),
-            pooled_projections=meta(1, config["pooled_projection_dim"]),
-            timestep=meta(1),
-            return_dict=False,
-        ),
+    return model(
+        hidden_states=meta(1, config["in_channels"], latent, latent),
+        encoder_hidden_states=meta(1, places, config["joint_attention_dim"]),
+        pooled_projections=meta(1, config["pooled_projection_dim"]),
+        timestep=meta(1),
+        return_dict=False,
     )

@@ -39,7 +39,9 @@ class SamplerSettings(GridSettings):
 
     batch: int = Field(64, ge=1, description="Trajectories sampled side by side")
     dtype: Literal["own", "bfloat16"] = Field(
-        "own", description="Compute in the weights' dtype or in bfloat16; take what hardware.precision says"
+        "own",
+        description="own: as the writer computes elsewhere, in its weights' dtype, or a student that is trained with "
+        "hardware.precision bf16 in bfloat16 by autocast; bfloat16: by autocast in any case",
     )
 
 
@@ -97,20 +99,22 @@ class FlowRollout(PrefixSource):
     ) -> Trajectories:
         if begun is not None:
             raise IncompatibleError("rollout 'sde' begins with noise and cannot go on what another source began")
-        training = self.model.training
-        self.model.eval()
         texts = [str(prompt.view()) for prompt in prompts]
         conditions = [c for c in self.reader.encoder.encode(texts) for _ in range(group)]
         seeds = [row_seed(self.context.seed, stream, p, group, g) for p in prompts for g in range(group)]
         rows: list[Denoising] = []
         actions, log_probs = [], []
-        for first in range(0, len(seeds), self.settings.batch):
-            part = slice(first, first + self.settings.batch)
-            drawn, taken, density = self._sample(conditions[part], seeds[part], budget)
-            rows += drawn
-            actions.append(taken)
-            log_probs.append(density)
-        self.model.train(training)
+        training = self.model.training
+        self.model.eval()
+        try:
+            for first in range(0, len(seeds), self.settings.batch):
+                part = slice(first, first + self.settings.batch)
+                drawn, taken, density = self._sample(conditions[part], seeds[part], budget)
+                rows += drawn
+                actions.append(taken)
+                log_probs.append(density)
+        finally:
+            self.model.train(training)
         return pack(prompts, group, rows, torch.cat(actions), torch.cat(log_probs), self.author)
 
     def _sample(

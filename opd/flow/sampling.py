@@ -55,21 +55,31 @@ def sample_images(
         raise RecipeError("opd rollout draws images with rollout 'sde'; this recipe's takes images that exist already")
     recipe = recipe.at(0, recipe.steps)
     assert isinstance(recipe.rollout, SDERollout)
+    # Before the other teachers are left out, so that a mistyped name is told with those that there are.
+    recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
     prompts = load_prompts(recipe.prompts)
     writer = recipe.rollout.teacher
     asked = [teacher for teacher in recipe.teacher if writer is not None and teacher.name == writer]
     recipe = recipe.model_copy(update={"teacher": asked})
     student, teachers, context = build_models(recipe, compute_device(recipe, make_accelerator(recipe)))
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    for teacher in teachers:
+        for member in teacher.members().values():
+            member.check_writer(student.model)
+        teacher.check_prompts(prompts)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
     writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
     writers = writers or {"": student.model}
     header = {
-        "prompts": digest(json.dumps([[prompt.id, prompt.view()] for prompt in prompts]).encode()),
+        "prompts": _hash([[prompt.id, prompt.view()] for prompt in prompts]),
+        # What else metadata.jsonl holds of a prompt, and who draws it.
+        "columns": _hash([_plain(prompt.fields) for prompt in prompts]),
+        "routing": _hash([[teacher.route(prompt) for teacher in teachers] for prompt in prompts]),
         "writer": {route: weights_hash(model) for route, model in writers.items()},
         "times": {route: model.grid(steps).tolist() for route, model in writers.items()},
         "encoders": _encoders(student.model.pipeline),
+        "dtype": source.settings.dtype,
         "settings": {
             "seed": recipe.seed,
             "steps": steps,
@@ -108,6 +118,10 @@ def sample_images(
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
     write_atomically(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)
+
+
+def _hash(value: Any) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
 
 
 def _encoders(pipeline: Any) -> str | None:

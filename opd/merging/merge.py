@@ -29,6 +29,7 @@ VOLATILE = ("_name_or_path", "transformers_version", "_diffusers_version", "torc
 """Keys of a configuration that do not make another architecture."""
 
 TOKENIZERS = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+SCHEDULER = "scheduler_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -60,7 +61,7 @@ def merge(
         average: of what.
         form: `dense` writes a model that loads by itself, `adapter` one of rank `sum_i r_i` whose product is exact (of
             the common rank with `factors`). Default what the experts are.
-        base: folder of the model that adapters belong to; default what they say.
+        base: folder of the model that adapters belong to; default what they say, which must be one.
         overwrite: replace what is in `into`.
 
     Raises:
@@ -87,6 +88,8 @@ def merge(
     used = [find(f) or _lacking(f, form, average) for f in folders] if through_adapters else []
     if through_adapters:
         check_alike(used, equal_factors=average == "factors")
+        if base is None:
+            _changed_model(used)
     else:
         _check_files(folders)
         _check_shapes(folders, dense)
@@ -150,13 +153,22 @@ def _lacking(folder: Path, form: str, average: str) -> NoReturn:
     )
 
 
+def _changed_model(adapters: Sequence[Adapter]) -> str:
+    """The one model that the adapters say they change, a folder by its whole path; empty where none says it."""
+    names = [str(a.config.get("base_model_name_or_path") or "") for a in adapters]
+    said = {str(Path(name).resolve()) if name and Path(name).is_dir() else name for name in names}
+    if len(said) > 1:
+        named = ", ".join(name or "(not said)" for name in sorted(said))
+        raise ModelError(
+            f"the adapters belong to different models: {named}; merge those of one; if they are, name it: --base FOLDER"
+        )
+    return said.pop()
+
+
 def _base(base: str | None, adapters: Sequence[Adapter]) -> Path:
     """The folder of the model that all adapters change."""
     if base is None:
-        said = {str(a.config.get("base_model_name_or_path") or "") for a in adapters}
-        if len(said) > 1:
-            raise ModelError(f"the adapters belong to different models: {', '.join(sorted(said))}; merge those of one")
-        (base,) = said
+        base = _changed_model(adapters)
         if not base:
             raise ModelError(f"{adapters[0].file} does not say which model it changes; name its folder: --base FOLDER")
     path = Path(resolve(base)) if not Path(base).is_dir() else Path(base)
@@ -166,14 +178,14 @@ def _base(base: str | None, adapters: Sequence[Adapter]) -> Path:
 
 
 def _check_files(folders: Sequence[Path]) -> None:
-    """Configurations and tokenizers must be the first expert's."""
+    """Configurations, schedulers and tokenizers must be the first expert's."""
     first = folders[0]
-    for name in ("config.json", "model_index.json", *TOKENIZERS):
+    for name in ("config.json", "model_index.json", SCHEDULER, *TOKENIZERS):
         for place in sorted({p for f in folders for p in _places(f, name)}):
             for other in folders[1:]:
                 difference = _difference(first / place, other / place)
                 if difference:
-                    kind = "tokenizer" if name in TOKENIZERS else "architecture"
+                    kind = "tokenizer" if name in TOKENIZERS else "scheduler" if name == SCHEDULER else "architecture"
                     raise ModelError(
                         f"{other / place} differs from {first / place} ({difference}); merge experts of one {kind}"
                     )

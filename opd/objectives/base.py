@@ -43,7 +43,8 @@ class Loss:
             zero where the weight is zero, since those positions are never computed.
         log_probs: float32 `[N]`, detached: the student's log-probability of each action taken; zero likewise.
         per_example: float32 `[B]` with a graph, each trajectory's part of `total`, when it was asked for.
-        measured: float32 `[N]` by name, detached; their means over the step's learnt positions are logged.
+        measured: float32 `[N]` by name, detached; their means over the step's learnt positions are logged, NaN left
+            out.
     """
 
     total: torch.Tensor
@@ -62,8 +63,8 @@ class Objective(Choice):
     shaped: ClassVar[bool] = False
     """Whether the recipe's shaping, which compares student and teacher, weighs this objective's positions."""
 
-    scope: ClassVar[Literal["trajectory", "group"]] = "trajectory"
-    """What must be seen together: the loop never cuts a group in two when this is 'group'."""
+    compares_group: ClassVar[bool] = False
+    """Whether it compares the trajectories of one prompt, of which there must be two then."""
 
     weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")

@@ -29,7 +29,7 @@ class GRPO(Objective):
 
     kind: Literal["grpo"] = "grpo"
     needs_reward: ClassVar[bool] = True
-    scope: ClassVar[Literal["trajectory", "group"]] = "group"
+    compares_group: ClassVar[bool] = True
     clip: float = Field(0.2, gt=0.0, lt=1.0, description="How far the ratio may leave 1")
     clip_high: float | None = Field(None, gt=0.0, description="Upper clip; default the same as clip")
     normalise: bool = Field(True, description="Divide advantages by a standard deviation of rewards")
@@ -41,22 +41,16 @@ class GRPO(Objective):
     def advantages(self, trajectories: Trajectories) -> torch.Tensor:
         """float32 `[B]`; 0 where a prompt has no verdict."""
         assert trajectories.rewards is not None
-        rewards, groups = trajectories.rewards.float(), trajectories.groups
-        known = ~rewards.isnan()
-        _, place = torch.unique(groups, return_inverse=True)
-        count = torch.zeros(int(place.max()) + 1).index_add_(0, place, known.float()).clamp(min=1)
-        filled = rewards.nan_to_num()
-        mean = torch.zeros_like(count).index_add_(0, place, filled) / count
-        centred = torch.where(known, filled - mean[place], torch.zeros_like(filled))
+        assert trajectories.group_mean is not None
+        assert trajectories.group_spread is not None
+        centred = (trajectories.rewards - trajectories.group_mean).nan_to_num()
         if not self.normalise:
             return self._bounded(centred)
         if self.spread == "batch":
             assert trajectories.reward_spread is not None
             return self._bounded(centred / (trajectories.reward_spread + 1e-4))
         # The sample's standard deviation, as in the paper's code; a group of one has none and no signal.
-        squares = torch.zeros_like(count).index_add_(0, place, centred**2)
-        std = (squares / (count - 1).clamp(min=1)).sqrt()
-        return self._bounded(centred / (std[place] + 1e-6))
+        return self._bounded(centred / (trajectories.group_spread + 1e-6))
 
     def _bounded(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages if self.bound is None else advantages.clamp(-self.bound, self.bound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,6 +45,9 @@ class Student(ABC):
     unit: ClassVar[str] = "tok"
     """What a person calls a position, for the progress bar."""
 
+    cheaper: ClassVar[str] = "Shorten rollout.max_new_tokens, or set student.gradient_checkpointing=true"
+    """What lets one trajectory fit that does not, for the error that says so."""
+
     library: ClassVar[str]
     """Which library loads what `save` writes, for the model card."""
 
@@ -55,6 +58,9 @@ class Student(ABC):
     @abstractmethod
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
+
+    def check_settings(self, recipe: Recipe) -> None:  # noqa: B027
+        """Raise `IncompatibleError` for a setting of the recipe that would change nothing for students of this kind."""
 
     @abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -133,6 +139,11 @@ class Policy(Choice):
     @abstractmethod
     def takes(cls, model: Any) -> bool:
         """Whether a live object, passed from Python, is a model of this kind."""
+
+    @classmethod
+    @abstractmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        """Of a live model, those that a student like it trains."""
 
     @abstractmethod
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> Student:

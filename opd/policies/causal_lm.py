@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -67,6 +67,10 @@ class CausalLM(ModelSettings, Policy):
     @classmethod
     def takes(cls, model: Any) -> bool:
         return isinstance(model, PreTrainedModel)
+
+    @classmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        return iter(model.parameters())
 
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
         return CausalLMStudent(_live(model, tokenizer, context), self, context)

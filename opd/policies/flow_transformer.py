@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Gaussian
-from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, SelfTestError
 from opd.flow.denoising import Denoising, believe
-from opd.flow.encoder import PromptEncoder, PromptTable, TextEncoders
-from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
+from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.transition import transition
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
@@ -36,7 +36,13 @@ if TYPE_CHECKING:
 SHOWN_PIXELS = 128
 """Side of the images that logs keep, at most."""
 
+TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bfloat16, or lora"
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+TOKENS = ("end_tokens", "temperature")
+TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
+"""Keys of a recipe, and of its evaluation, that say how tokens are drawn."""
 
 
 class FlowLoRA(Settings):
@@ -59,7 +65,7 @@ class FlowTransformer(FlowSettings, Policy):
     teacher: ClassVar[str] = "flow"
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of the weights; adapters are float32 in any case"
+        "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
     )
     resolution: int | None = Field(None, ge=8, description="Side of the images in pixels; default the model's own")
     guidance: float = Field(
@@ -71,6 +77,13 @@ class FlowTransformer(FlowSettings, Policy):
         False, description="Compute activations again in the backward pass, for less memory"
     )
 
+    @field_validator("lora")
+    @classmethod
+    def _wide_enough(cls, value: FlowLoRA | None, info: ValidationInfo) -> FlowLoRA | None:
+        if value is None and info.data.get("dtype") == "float16":
+            raise ValueError(f"student.dtype {TOO_NARROW}")
+        return value
+
     def build(self, context: Context) -> FlowStudent:
         model = load_flow_model(self, context.device, self.resolution)
         return FlowStudent(model, self, context, read_origin(Path(self.model)))
@@ -78,6 +91,11 @@ class FlowTransformer(FlowSettings, Policy):
     @classmethod
     def takes(cls, model: Any) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
+
+    @classmethod
+    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+        # A pipeline of another kind has no transformer; it is refused where it is built.
+        return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
 
     def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)
@@ -92,6 +110,13 @@ class FlowTransformer(FlowSettings, Policy):
 def _live(model: Any, context: Context) -> FlowModel:
     if isinstance(model, FlowModel):
         return model.to(context.device)
+    lacking = [name for name in ("transformer", "scheduler", "vae", "encode_prompt") if not hasattr(model, name)]
+    if lacking:
+        raise ModelError(
+            f"a live {type(model).__name__} has no {lacking[0]}; pass a StableDiffusion3Pipeline, or a FlowModel of opd"
+        )
+    # Refused before it is moved.
+    check_parts(model.transformer, model.scheduler.config, None, f"a live {type(model).__name__}")
     model.to(context.device)
     return FlowModel(model.transformer, model.scheduler, TextEncoders(model), model).to(context.device)
 
@@ -100,6 +125,7 @@ class FlowStudent(Student):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
     unit = "steps"
+    cheaper = "Lower rollout.steps or student.resolution, or set student.gradient_checkpointing=true"
     library = "diffusers"
 
     def __init__(
@@ -107,6 +133,8 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        if model.base.dtype == torch.float16 and (settings is None or settings.lora is None):
+            raise ModelError(f"the live student's dtype {TOO_NARROW}")
         # One that is trained on top of another changes weights that are saved nowhere.
         self.own_base = settings is None or settings.adapter is None
         model.requires_grad_(False)
@@ -128,9 +156,10 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
+    def check_settings(self, recipe: Recipe) -> None:
+        check_settings(recipe)
+
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
-        if end_tokens is not None:
-            raise IncompatibleError("end_tokens are for language; a flow model has none: remove the key")
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -156,7 +185,8 @@ class FlowStudent(Student):
 
     def outcomes(self, trajectories: Trajectories) -> list[Any]:
         latents = torch.stack([context.outcome for context in trajectories.contexts])
-        return [image for part in latents.split(32) for image in self.model.images(part)]
+        # Few at a time: of each one a decoder of 512 pixels holds tensors of [256, 512, 512].
+        return [image for part in latents.split(4) for image in self.model.images(part)]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         """`tokens` are the times of the steps; `image` is a small PNG as a data URI."""
@@ -231,17 +261,16 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     return adapted
 
 
-def check_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder | None, limit: int) -> None:
-    """Raise `DataError` for a prompt that is no text or that the encoder, where it is at hand, cannot read whole."""
-    for prompt in prompts:
-        text = prompt.view()
-        if not isinstance(text, str):
-            raise DataError(f"{prompt.where}: the prompt is a list of messages; a flow model takes a string")
-        try:
-            if encoder is not None:
-                encoder.check(text, limit)
-        except DataError as error:
-            raise DataError(f"{prompt.where}: {error}") from None
+def check_settings(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` for a setting of how tokens are drawn."""
+    for block, prefix, names in ((recipe, "", TOKENS), (recipe.evaluation, "evaluation.", TOKENS_HELD_OUT)):
+        for name in names:
+            value, default = getattr(block, name), type(block).model_fields[name].default
+            # A schedule equals its first value.
+            if value != default or name in block.scheduled():
+                raise IncompatibleError(
+                    f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
+                )
 
 
 def labels(context: Denoising) -> list[str]:

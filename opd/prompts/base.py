@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -28,6 +29,7 @@ class Prompt:
         column: the column that the student sees.
         where: file and row, for error messages.
         repeat: how often the same step has drawn it already.
+        folder: where relative paths in the row's columns are looked for after the working directory.
     """
 
     id: str
@@ -35,6 +37,7 @@ class Prompt:
     column: str = "prompt"
     where: str = ""
     repeat: int = 0
+    folder: Path | None = None
 
     def view(self, column: str | None = None) -> str | Messages:
         """The text or messages in `column` (default: the student's)."""
@@ -68,6 +71,11 @@ class Prompts(Choice):
     @abstractmethod
     def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
         """`(where, fields)` of every row, or what is wrong with it; `where` names file and row for error messages."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Of the file that the rows stand in, where it is one."""
+        return None
 
     def load(self, bad: list[DataError] | None = None) -> list[Prompt]:
         """Read and check the rows, each with a non-empty prompt; with `bad`, errors of single rows are put there."""
@@ -105,7 +113,7 @@ class Prompts(Choice):
             )
         if empty:
             raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
-        return Prompt(str(fields.get("id", where)), fields, self.column, where)
+        return Prompt(str(fields.get("id", where)), fields, self.column, where, folder=self.folder)
 
 
 def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:

@@ -37,7 +37,15 @@ class DatasetPrompts(Prompts):
             raise DataError(
                 f"prompts.path: cannot load the dataset {self.path!r} ({str(error).splitlines()[0][:160]})"
             ) from None
-        for name, feature in (data.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                data = data.cast_column(name, datasets.Image(decode=False))
-        return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in enumerate(data)]
+        rows = enumerate(encoded_images(data))
+        return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in rows]
+
+
+def encoded_images(data: Any) -> Any:
+    """A `datasets` dataset whose images stay encoded, `{bytes, path}`: all rows are held in memory."""
+    import datasets
+
+    for name, feature in (data.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data

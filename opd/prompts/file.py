@@ -28,6 +28,10 @@ class FilePrompts(Prompts):
             return str(folder / value)
         return value
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.path).expanduser().parent
+
     def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
         path = Path(self.path).expanduser()
         if not path.is_file():

@@ -12,7 +12,7 @@ from opd.reproductions.catalogue import Entry
 from opd.reproductions.definition import Figures
 from opd.reproductions.jobs import Job, graph
 from opd.reproductions.page import write_page
-from opd.reproductions.results import collect, read, write
+from opd.reproductions.results import collect, judged, read, write
 from opd.reproductions.runner import run_jobs
 
 
@@ -81,12 +81,21 @@ def reproduce(
 
 
 def renew_page(entry: Entry) -> None:
-    """Write the page of committed results again.
+    """Judge the figures of results.json again, by the claims as they are stated now, and write it and its page.
 
     Raises:
-        RunError: there are none.
+        RunError: there is none, or it lacks a figure of a claim.
     """
     results = read(entry.results)
     if results is None:
         raise RunError(f"no {entry.results}; run opd reproduce {entry.name} first")
+    for claim in (claim for claim in entry.reproduction.claims if claim.testable):
+        for arm in (claim.method, claim.baseline):
+            if claim.metric not in results["arms"].get(arm, {}):
+                raise RunError(
+                    f"{entry.results} has no {claim.metric!r} of the arm {arm!r}, which claim {claim.id!r} compares; "
+                    f"run opd reproduce {entry.name}"
+                )
+    results["claims"] = judged(entry.reproduction, results["arms"], results["items"])
+    write(results, entry.results)
     write_page(entry.reproduction, results, entry.page)

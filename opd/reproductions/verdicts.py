@@ -76,22 +76,22 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.2
 """97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
-def stretch(seeds: int) -> float:
-    """By how much a bootstrap over so few seeds is too narrow.
+def stretch(count: int) -> float:
+    """By how much a bootstrap over so few seeds, or items, is too narrow.
 
     A resample's spread is that of the sample, divided by n where an estimate divides by n - 1, and it knows nothing of
     how little a few values say about their spread. The factor gives the interval of Student's t for normal differences
     (Hesterberg 2015, "What teachers should know about the bootstrap", section 5.3).
     """
-    t = STUDENT_T[seeds - 2] if seeds - 2 < len(STUDENT_T) else 1.96 + 2.4 / (seeds - 1)
-    return float(t / 1.96 * (seeds / (seeds - 1)) ** 0.5)
+    t = STUDENT_T[count - 2] if count - 2 < len(STUDENT_T) else 1.96 + 2.4 / (count - 1)
+    return float(t / 1.96 * (count / (count - 1)) ** 0.5)
 
 
 def paired_interval(differences: np.ndarray) -> list[float] | None:
     """95 % interval of the mean of paired differences, by bootstrap with a fixed seed.
 
     The percentile interval of resampled seeds, stretched for their number. With items, resampled items add theirs,
-    plain, since there are many; all seeds get the same, since an item that is hard for one seed is hard for the others.
+    stretched for their own; all seeds get the same, since an item that is hard for one seed is hard for the others.
 
     Args:
         differences: `[seeds]`, or `[seeds, items]` where every seed was measured on the same items.
@@ -113,7 +113,7 @@ def paired_interval(differences: np.ndarray) -> list[float] | None:
         noise = (together**2).sum() / ((seeds - 1) * (len(by_item) - 1))
         spread = seeds * by_item.var(ddof=1)
         beyond = max(0.0, 1 - noise / spread) ** 0.5 if spread else 0.0
-        moved = moved + beyond * _resampled(by_item, generator)
+        moved = moved + beyond * stretch(len(by_item)) * _resampled(by_item, generator)
     return [rounded(bound) for bound in differences.mean() + np.percentile(moved, [2.5, 97.5])]
 
 

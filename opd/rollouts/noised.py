@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from pydantic import Field
 
 from opd.context import Context
@@ -31,7 +34,7 @@ class NoisedRollout(GridSettings, Rollout):
     kind: Literal["noised"] = "noised"
     modality: ClassVar[str | None] = "flow"
     column: str = Field(
-        "image", description="Column with uint8 [H, W, 3], an image's path, an image of a dataset, or a list"
+        "image", description="Column with uint8 [H, W, 3], an image's path, one of PIL or of a dataset, or a list"
     )
     times: Literal["logit_normal", "grid"] = Field(
         "logit_normal", description="Where between image and noise: drawn, or the student's own grid"
@@ -59,23 +62,50 @@ class NoisedImages(PrefixSource):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            prompt.view(self.settings.column)
+            for found in self.images(prompt):
+                # Of a file the header is read; to decode them all would take long.
+                if isinstance(found, str | bytes | Image.Image):
+                    with _opened(found, prompt):
+                        pass
+                else:
+                    self.pixels(found, prompt)
 
-    def image(self, prompt: Prompt, turn: int) -> torch.Tensor:
-        """float32 `[3, H, W]` in -1..1; of several images of a row that whose turn it is."""
+    def images(self, prompt: Prompt) -> list[Any]:
+        """What a row has: paths, encoded bytes, and whatever else stands there."""
         found: Any = prompt.view(self.settings.column)
-        if isinstance(found, list) and found and isinstance(found[0], str | np.ndarray | dict):
-            found = found[turn % len(found)]
-        if isinstance(found, dict):  # what `datasets` calls an image
-            found = found["path"] if found.get("bytes") is None else found["bytes"]
-        encoded = isinstance(found, str | bytes)
-        pixels = _read(found, self.model.resolution, prompt) if encoded else np.asarray(found)
+        kinds = str | bytes | np.ndarray | dict | Image.Image
+        several = isinstance(found, list) and bool(found) and isinstance(found[0], kinds)
+        return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in (found if several else [found])]
+
+    def _encoded(self, image: dict[str, Any], prompt: Prompt) -> Any:
+        """Bytes or path of what `datasets` calls an image."""
+        encoded = next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
+        if encoded is None:
+            raise DataError(
+                f"{prompt.where}: column {self.settings.column!r} holds a mapping with {sorted(map(str, image))}; an "
+                "image of a dataset has 'bytes' or a 'path': download the file and give its path"
+            )
+        return encoded
+
+    def pixels(self, found: Any, prompt: Prompt) -> np.ndarray:
+        """uint8 `[H, W, 3]` of one of `images`."""
         size = self.model.resolution
+        try:
+            scaled = isinstance(found, str | bytes | Image.Image)
+            pixels = _read(found, size, prompt) if scaled else np.asarray(found)
+        except ValueError as error:
+            raise DataError(f"{prompt.where}: column {self.settings.column!r} holds no image ({error})") from None
         if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):
             raise DataError(
                 f"{prompt.where}: column {self.settings.column!r} holds {pixels.dtype} {list(pixels.shape)}; the "
                 f"student draws uint8 [{size}, {size}, 3]"
             )
+        return pixels
+
+    def image(self, prompt: Prompt, turn: int) -> torch.Tensor:
+        """float32 `[3, H, W]` in -1..1; of several images of a row that whose turn it is."""
+        found = self.images(prompt)
+        pixels = self.pixels(found[turn % len(found)], prompt)
         return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
 
     def __call__(
@@ -114,13 +144,33 @@ class NoisedImages(PrefixSource):
         return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
 
 
-def _read(source: str | bytes, size: int, prompt: Prompt) -> np.ndarray:
-    """An image file or its bytes, scaled and cut to a square."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _read(source: str | bytes | Image.Image, size: int, prompt: Prompt) -> np.ndarray:
+    """An image file, its bytes or what was read of them, scaled and cut to a square."""
+    with _opened(source, prompt) as image:
+        return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
 
+
+@contextlib.contextmanager
+def _opened(source: str | bytes | Image.Image, prompt: Prompt) -> Iterator[Any]:
+    """A file or its bytes, of which the header is read; what fails while it is open is an error of this row too."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
-    except (OSError, UnidentifiedImageError) as error:
+        if isinstance(source, Image.Image):
+            yield source
+            return
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else _place(source, prompt)) as image:
+            yield image
+    except FileNotFoundError:
+        places = "in the working directory" + (f" and in {prompt.folder}" if prompt.folder is not None else "")
+        raise DataError(
+            f"{prompt.where}: image {source!r} cannot be read: no such file; a relative path is looked for {places}"
+        ) from None
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         name = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(source)
         raise DataError(f"{prompt.where}: image {name} cannot be read ({error})") from None
+
+
+def _place(path: str, prompt: Prompt) -> Path:
+    """Where a file is: from the working directory, else beside the file of prompts."""
+    place = Path(path).expanduser()
+    beside = place if prompt.folder is None else prompt.folder / place
+    return place if place.exists() or not beside.exists() else beside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -18,8 +18,6 @@ class Shaping(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "shaping"
-    scope: ClassVar[Literal["trajectory", "group"]] = "trajectory"
-    """What must be seen together: the loop never cuts a group in two when this is 'group'."""
 
     @abstractmethod
     def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:

@@ -12,7 +12,7 @@ from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
-from opd.flow.encoder import same_vocabulary
+from opd.flow.encoder import check_prompts, same_vocabulary
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -61,21 +61,27 @@ class LiveFlowTeacher(LiveTeacher):
         return self._identity
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts if self.settings.sees is not None else ():
-            prompt.view(self.settings.sees)
+        # max_prompt_tokens is of the student's prompts: a view has as many as its reader takes.
+        if self.settings.sees is not None:
+            check_prompts(prompts, self.reader.encoder, None, self.settings.sees)
 
     def check_student(self, student: Student, context: Context) -> None:
         other: FlowModel = student.model  # type: ignore[attr-defined]
-        if self.model.shape != other.shape:
-            raise IncompatibleError(
-                f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; "
-                "use a teacher of the student's architecture"
-            )
+        self.check_writer(other)
         own, theirs = (model.grid(GRID).cpu() for model in (other, self.model))
         if not torch.allclose(own, theirs, atol=1e-4):
             raise IncompatibleError(
                 f"the student's scheduler goes through the times {_written(own)} and a teacher's through "
                 f"{_written(theirs)}; use models with the same scheduler, its shift included"
+            )
+
+    def check_writer(self, other: FlowModel) -> None:
+        """Raise `IncompatibleError` when it draws other sizes, or reads prompts otherwise, than the student's model
+        `other`; images alone it may draw through times of its own."""
+        if self.model.shape != other.shape:
+            raise IncompatibleError(
+                f"the student's latents are {list(other.shape)} and a teacher's {list(self.model.shape)}; "
+                "use a teacher of the student's architecture"
             )
         if not same_vocabulary(self.model.encoder, other.encoder):
             raise IncompatibleError(

@@ -16,6 +16,7 @@ class ExactMatch(Verifier):
 
     kind: Literal["exact_match"] = "exact_match"
     modality: ClassVar[str | None] = "language"
+    reads: ClassVar[str | None] = "answer"
     pattern: str | None = Field(
         None,
         description="Regular expression with one group, whose last match is the answer; default the whole completion",
@@ -34,7 +35,7 @@ class ExactMatch(Verifier):
         return value
 
     def score(self, prompt: Prompt, completion: str) -> float | None:
-        if prompt.fields.get("answer") is None:
+        if not self.judges(prompt):
             return None
         given = completion.strip()
         if self.pattern is not None:

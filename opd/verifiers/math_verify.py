@@ -38,6 +38,7 @@ class MathVerify(Verifier):
 
     kind: Literal["math_verify"] = "math_verify"
     modality: ClassVar[str | None] = "language"
+    reads: ClassVar[str | None] = "answer"
     boxed: bool = Field(False, description=r"Only an answer in \boxed{} counts")
     seconds: int = Field(5, ge=1, description="Longest time for reading a completion, and for comparing it")
 
@@ -46,6 +47,14 @@ class MathVerify(Verifier):
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("needs the package math-verify: pip install 'opd[tasks]'")
         return self
+
+    def judges(self, prompt: Prompt) -> bool:
+        # Whether an answer can be read, the process that reads them knows.
+        return self.score(prompt, "") is not None
+
+    @property
+    def needs(self) -> str:
+        return "the column 'answer' with an answer that can be read"
 
     def score(self, prompt: Prompt, completion: str) -> float | None:
         answer = prompt.fields.get("answer")

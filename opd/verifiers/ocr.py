@@ -23,6 +23,7 @@ class Ocr(Verifier):
 
     kind: Literal["ocr"] = "ocr"
     modality: ClassVar[str | None] = "flow"
+    reads: ClassVar[str | None] = "text"
     height: int = Field(96, ge=16, le=1024, description="Pixels of height that a picture is scaled to")
 
     @model_validator(mode="after")
@@ -32,12 +33,12 @@ class Ocr(Verifier):
         return self
 
     def score(self, prompt: Prompt, completion: Any) -> float | None:
-        picture, text = checked(completion), prompt.fields.get("text")
-        if text is None:
+        picture = checked(completion)
+        if not self.judges(prompt):
             return None
         if picture is None:
             return 0.0
-        wanted, read = _plain(str(text)), _plain(self.read(picture))
+        wanted, read = _plain(str(prompt.fields["text"])), _plain(self.read(picture))
         return 1 - edit_distance(wanted, read) / max(len(wanted), len(read), 1)
 
     def read(self, picture: np.ndarray) -> str:

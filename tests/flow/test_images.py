@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from opd.api import execute
+from opd.api import distill, execute
 from opd.cli.main import main
 from opd.context import Context
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.flow.creation import create_flow_model
 from opd.flow.sampling import sample_images
 from opd.language.creation import symbol_tokenizer
 from opd.loop import train
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt, count_repeats, load_prompts
-from opd.recipe import parse_recipe
+from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.store.sampling import sample
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
@@ -58,9 +59,107 @@ def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models,
     assert 0 < made.contexts[0].times[0] < 1
     with pytest.raises(DataError, match=r"\[4, 8, 3\]; the student draws"):
         source([Prompt("r", {"prompt": "red circle", "image": dark[:4]}, where="row 3")], 1, 1, stream=0)
-    rows = [{**drawings[0], "image": dark}]
-    with pytest.raises(RecipeError, match="path of its file"):
+    rows = [{**drawings[0], "image": dark / 255}]
+    with pytest.raises(
+        RecipeError, match=r"prompts\[0\] holds .*a float64 array is .*path of its file, uint8 \[H, W, 3"
+    ):
         recipe_for(models, tmp_path / "run", prompts={"prompts": rows})
+
+
+def test_images_may_be_passed_from_python(models, drawings, tmp_path):
+    """As arrays, of PIL, in a list, or in a dataset: the same images train the same student."""
+    import datasets
+
+    def learnt(prompts, name):
+        block = block_for(models, tmp_path / name, rollout={"kind": "noised"}, objective="sft")
+        settings = {k: v for k, v in block.items() if k not in ("student", "teacher", "prompts")}
+        return distill(block["student"], [], prompts, quiet=True, **settings)
+
+    def rows(make):
+        return [{**row, "image": make(row["image"])} for row in drawings]
+
+    paths = learnt(rows(str), "paths").history
+    whole = [r["train/loss"] for r in paths if "train/loss" in r]
+    of_pil = datasets.Dataset.from_list(rows(str)).cast_column("image", datasets.Image())
+    for name, prompts in (
+        ("arrays", rows(lambda path: np.asarray(Image.open(path)))),
+        ("pil", rows(Image.open)),
+        ("lists", rows(lambda path: [Image.open(path)])),
+        ("dataset", of_pil),
+    ):
+        result = learnt(prompts, name)
+        assert [r["train/loss"] for r in result.history if "train/loss" in r] == whole, name
+    written = yaml.safe_load((tmp_path / "pil" / "recipe.yaml").read_text())["prompts"][0]["prompts"]
+    assert len({row["image"] for row in written}) == len(drawings)
+    assert all(row["image"].startswith("(passed from Python, sha256 ") for row in written)
+    with pytest.raises(RecipeError, match=r"prompts\.prompts\.0\S* is 3"):
+        learnt([3], "number")
+
+
+IMAGES = [
+    ("absent.png", "image 'absent.png' cannot be read: no such file; .*in the working directory$"),
+    ("text.png", "image .*text.png' cannot be read .*cannot identify"),
+    (["red square.png", "absent.png"], "image 'absent.png' cannot be read"),
+    ({"url": "https://example.org/x.png"}, r"a mapping with \['url'\]; .*'bytes' or a 'path'.*give its path"),
+    ({"bytes": None, "path": None}, r"a mapping with \['bytes', 'path'\]"),
+    ({"bytes": b"no image", "path": "x.png"}, "image of 8 bytes cannot be read"),
+    (np.zeros((8, 8, 3)), r"holds float64 \[8, 8, 3\]; the student draws uint8"),
+    ([np.zeros((8, 8, 3), np.uint8), np.zeros((4, 8, 3), np.uint8)], r"holds uint8 \[4, 8, 3\]"),
+    ([[0, 0], [0]], "column 'image' holds no image"),
+    (3, r"holds int64 \[\]"),
+    ([], r"holds float64 \[0\]"),
+]
+
+
+@pytest.mark.parametrize(("image", "message"), IMAGES, ids=[str(i) for i in range(len(IMAGES))])
+def test_images_that_cannot_be_used_are_named_before_training(image, message, models, drawings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("no image")
+    shutil.copy(drawings[0]["image"], "red square.png")
+    student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
+    source = NoisedRollout().build(student.context, student, [])
+    with pytest.raises(DataError, match=f"row 3: .*{message}") as found:
+        source.check_prompts([Prompt("p", {"prompt": "red square", "image": image}, where="row 3")])
+    assert len(str(found.value).splitlines()) <= 2
+
+
+def test_images_are_looked_for_beside_the_file_of_prompts(models, drawings, tmp_path, monkeypatch):
+    """The recipe stands in one folder, the prompts with their pictures in another, the command runs in a third."""
+    data, elsewhere = tmp_path / "recipe" / "data", tmp_path / "elsewhere"
+    for folder in (data / "pictures", elsewhere):
+        folder.mkdir(parents=True)
+    rows = [{**row, "image": f"pictures/{row['id']}.png"} for row in drawings]
+    for row, drawing in zip(rows, drawings, strict=True):
+        shutil.copy(drawing["image"], data / row["image"])
+    (data / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    changes = {"rollout": {"kind": "noised"}, "objective": "sft", "teacher": [], "steps": 1}
+    block = block_for(models, tmp_path / "run", prompts={"kind": "file", "path": "data/rows.jsonl"}, **changes)
+    (tmp_path / "recipe" / "recipe.yaml").write_text(yaml.safe_dump(block))
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(str(tmp_path / "recipe" / "recipe.yaml"))
+    run = built(recipe)
+    train(run)
+    prompt = next(prompt for prompt in run.schedule.prompts if prompt.id.startswith("red"))
+    beside = run.rollout.image(prompt, 0)
+    # As with the file of prompts itself, the working directory goes first.
+    shutil.copytree(data / "pictures", "pictures")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(prompt.fields["image"])
+    assert beside.max() > 0
+    assert run.rollout.image(prompt, 0).max() == -1
+    (data / prompt.fields["image"]).unlink()
+    Path(prompt.fields["image"]).unlink()
+    with pytest.raises(DataError, match=r"no such file; .* in the working directory and in .*recipe/data"):
+        built(recipe)
+
+
+def test_a_row_whose_image_is_missing_is_skipped_where_asked(models, drawings, tmp_path, capsys):
+    rows = [*drawings, {"id": "gone", "prompt": "red circle", "image": str(tmp_path / "gone.png")}]
+    changes = {"prompts": {"prompts": rows}, "rollout": {"kind": "noised"}, "objective": "sft", "teacher": []}
+    changes |= {"evaluation": {"prompts": [{"kind": "inline", "prompts": PROMPTS[:2]}]}}
+    with pytest.raises(DataError, match=r"prompts\[6\]: image '.*gone.png' cannot be read"):
+        built(recipe_for(models, tmp_path / "run", **changes))
+    train(built(recipe_for(models, tmp_path / "run", skip_bad_prompts=True, **changes)))
+    assert "skipped a row: prompts[6]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("writer", [None, "experts"])
@@ -141,21 +240,60 @@ def test_images_of_other_settings_and_of_nobody_are_refused(models, tmp_path):
         sample(recipe, tmp_path / "store")
 
 
+def test_a_mistyped_writer_of_images_is_told_with_the_names_that_there_are(models, tmp_path):
+    teacher = {"kind": "flow", "name": "expert", "model": models[1]}
+    rollout = {"kind": "sde", "steps": 4, "teacher": "exprt"}
+    recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout)
+    with pytest.raises(IncompatibleError, match=r"'exprt' \(did you mean 'expert'\?\); the recipe names \['expert'\]"):
+        sample_images(recipe, tmp_path / "images", quiet=True)
+    assert not (tmp_path / "images").exists()
+
+
+def test_a_writer_that_does_not_fit_the_student_or_the_prompts_is_refused(models, tmp_path):
+    """Another prompt table would draw other prompts' images, a smaller one end in a traceback."""
+    options = {"size": 8, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4, "shift": 3.0}
+    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+
+    def drawn(model, **changes):
+        routes = {"square": {"kind": "flow", "model": models[1]}, "circle": {"kind": "flow", "model": str(model)}}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes, **changes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
+        sample_images(recipe, tmp_path / "images", quiet=True)
+
+    for name, words in (("turned", WORDS[::-1]), ("small", WORDS[:2])):
+        other = create_flow_model(tmp_path / name, symbol_tokenizer(words, words=True), **options)
+        with pytest.raises(IncompatibleError, match="read prompts differently; use a teacher with the student's kind"):
+            drawn(other)
+    with pytest.raises(DataError, match=r"prompts\[0\]: prompt 'red square' has no column 'tsk'"):
+        drawn(models[0], by="tsk")
+    assert not (tmp_path / "images").exists()
+
+
 def test_images_of_another_writer_or_size_are_refused(models, tmp_path):
-    """Each where nothing else has changed: a routed expert, its scheduler, the resolution."""
+    """Each where nothing else has changed: routes, columns, dtype, a routed expert, its scheduler, the resolution."""
     shifted = Path(shutil.copytree(models[1], tmp_path / "shifted"))
     file = shifted / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 5.0}))
-    rows = [{"prompt": text, "id": text, "task": text.split()[1]} for text in PROMPTS]
+    rows = [
+        {"prompt": text, "id": text, "task": text.split()[1], "kind": "square", "number": i}
+        for i, text in enumerate(PROMPTS)
+    ]
 
-    def drawn(circle):
+    def drawn(circle, rows=rows, dtype="own", **changes):
         routes = {"square": {"kind": "flow", "model": models[0]}, "circle": {"kind": "flow", "model": str(circle)}}
-        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes}
-        rollout = {"kind": "sde", "steps": 4, "teacher": "experts"}
+        teacher = {"kind": "routed", "name": "experts", "by": "task", "routes": routes, **changes}
+        rollout = {"kind": "sde", "steps": 4, "teacher": "experts", "dtype": dtype}
         recipe = recipe_for(models, tmp_path / "run", teacher=teacher, rollout=rollout, prompts={"prompts": rows})
         return sample_images(recipe, tmp_path / "images", quiet=True)
 
-    assert drawn(models[1]) == 12
+    assert drawn(models[1]) == drawn(models[1], [dict(reversed(row.items())) for row in rows]) == 12
+    with pytest.raises(RunError, match="made with another routing"):
+        drawn(models[1], by="kind")
+    with pytest.raises(RunError, match="made with another columns"):
+        drawn(models[1], [{**row, "number": 7} for row in rows])
+    with pytest.raises(RunError, match=r"made with another dtype \(own, now bfloat16\)"):
+        drawn(models[1], dtype="bfloat16")
     with pytest.raises(RunError, match="made with another writer"):
         drawn(models[0])
     with pytest.raises(RunError, match="made with another times"):

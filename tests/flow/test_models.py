@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -14,14 +15,18 @@ import yaml
 from opd.api import distill, execute
 from opd.cli.main import main
 from opd.context import Context
-from opd.errors import DataError, ModelError, OpdError, RecipeError
-from opd.flow.model import load_flow_model
+from opd.errors import DataError, ModelError, OpdError, RecipeError, RunError
+from opd.flow.creation import create_flow_model
+from opd.flow.model import FlowModel, load_flow_model
+from opd.language.creation import symbol_tokenizer
 from opd.merging import merge
 from opd.plan import make_plan
 from opd.planning import saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
+from opd.prompts import Prompt
 from opd.recipe import load_recipe
-from tests.flow.tiny import PROMPTS, block_for, recipe_for, step_of, tiny_pipeline
+from opd.rollouts.sde import SDERollout
+from tests.flow.tiny import PROMPTS, WORDS, block_for, recipe_for, step_of, tiny_pipeline
 
 
 def test_lora_trains_adapters_alone_and_saves_both_forms(models, tmp_path):
@@ -175,6 +180,78 @@ def test_a_diffusers_pipeline_trains_saves_and_draws_in_plain_diffusers(tmp_path
             velocity = model(x, times[k][None], model.encoder.encode(["red circle"]), [1], [2.0])
         x = step_of(velocity, x, float(times[k]), float(times[k + 1]), 0.0).mean
     np.testing.assert_allclose(model.images(x), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+@pytest.mark.parametrize("of_pixels", [True, False])
+def test_a_student_draws_at_the_resolution_that_it_was_trained_at(of_pixels, lora, tmp_path):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    whole = tmp_path / "whole"
+    if of_pixels:
+        sizes = {"size": 16, "layers": 1, "heads": 2, "head_width": 8, "prompt_width": 16, "places": 4}
+        create_flow_model(whole, symbol_tokenizer(WORDS, words=True), **sizes)
+    else:
+        tiny_pipeline(size=16).save_pretrained(whole)
+    changes = {"steps": 1, "batch": {"prompts": 2, "group": 1}, "evaluation": {"steps": 2}}
+    student = {"resolution": 8, "lora": lora}
+    result = execute(recipe_for([str(whole)] * 2, tmp_path / "run", student=student, **changes), quiet=True)
+    folder = result.directory / "student"
+    loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    assert loaded.config.sample_size == 8
+    again = load_flow_model(FlowTransformer(model=str(folder)), torch.device("cpu"))
+    assert (again.resolution, again.shape[1:]) == (8, (8, 8))
+    # Places are cut out of the same table as before.
+    x, t = torch.randn(1, again.shape[0], 8, 8), torch.tensor([0.6])
+    trained = (
+        result.student
+        if of_pixels
+        else FlowModel(result.student.transformer, result.student.scheduler, again.encoder, again.pipeline)
+    )
+    velocities = [m(x, t, m.encoder.encode(["red circle"]), [1], [1.0]) for m in (again, trained)]
+    torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-4)
+    larger = load_flow_model(FlowTransformer(model=str(folder)), torch.device("cpu"), 16)
+    assert larger.resolution == 16
+    if not of_pixels:
+        plain = StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+        for pipe in (plain, result.student):
+            drawn = pipe("red circle", num_inference_steps=2, guidance_scale=1.0, output_type="np").images
+            assert drawn.shape == (1, 8, 8, 3)
+
+
+def test_what_breaks_off_leaves_a_live_model_as_it_was(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    student = FlowTransformer(model="x", lora={"rank": 2}).live_student(pipe, None, Context(torch.device("cpu")))
+    own = pipe.transformer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipe, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space"):
+        student.save(tmp_path / "full", "")
+    assert pipe.transformer is own
+    student.module.train()
+    source = SDERollout(steps=4).build(student.context, student, [])
+    monkeypatch.setattr(source, "_sample", full)
+    with pytest.raises(OSError, match="No space"):
+        source([Prompt("p", {"prompt": "red circle"})], 1, 3, stream=0)
+    assert student.model.training
+
+
+def test_a_live_teacher_with_the_students_own_weights_is_refused(models, tmp_path):
+    own = FlowTransformer(model=models[0]).build(Context(torch.device("cpu"))).model
+    settings = block_for(models, tmp_path / "run")
+    settings = {k: v for k, v in settings.items() if k not in ("student", "teacher", "prompts")}
+    same = FlowModel(own.transformer, own.scheduler, own.encoder)
+    for teacher in (own, same):
+        with pytest.raises(RunError, match=r"the live student's own weights.*'mode': 'frozen'.*copy\.deepcopy"):
+            distill({"model": own, "lora": {"rank": 2}}, teacher, PROMPTS, quiet=True, **settings)
+    assert not any("lora_" in name for name, _ in own.named_parameters())
+    result = distill(own, copy.deepcopy(own), PROMPTS, quiet=True, **settings)
+    assert result.summary["steps"] == 3
+    frozen = {"kind": "self", "mode": "frozen"}
+    assert distill(own, frozen, PROMPTS, quiet=True, overwrite=True, **settings).summary["steps"] == 3
 
 
 def test_distill_takes_live_models(models, tmp_path):

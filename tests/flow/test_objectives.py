@@ -41,8 +41,20 @@ def test_divergence_by_step_is_logged_with_the_name_of_a_teacher():
     mine, theirs = (step_of(torch.randn(6, 1, 2, 2), torch.zeros(6, 1, 2, 2)) for _ in range(2))
     loss = GaussianKL(teacher="anchor")(mine, [Target(theirs)], torch.ones(6), walk(2, 3))
     assert list(loss.measured) == ["kl_step_0@anchor", "kl_step_1@anchor", "kl_step_2@anchor"]
-    second = loss.measured["kl_step_1@anchor"].mean()
+    second = loss.measured["kl_step_1@anchor"].nanmean()
     torch.testing.assert_close(second, loss.values[1::3].mean())
+
+
+def test_divergence_by_step_of_trajectories_of_several_lengths():
+    """Three steps, one latent at a random time, two steps: the latent is no step."""
+    mine, theirs = (step_of(torch.randn(6, 1, 2, 2), torch.zeros(6, 1, 2, 2)) for _ in range(2))
+    made = replace(walk(2, 3), lengths=torch.tensor([3, 1, 2]))
+    loss = GaussianKL()(mine, [Target(theirs)], torch.ones(6), made)
+    places = {name: (~values.isnan()).nonzero().flatten().tolist() for name, values in loss.measured.items()}
+    assert places == {"kl_step_0": [0, 4], "kl_step_1": [1, 5], "kl_step_2": [2]}
+    assert torch.equal(loss.measured["kl_step_0"][[0, 4]], loss.values[[0, 4]])
+    single = GaussianKL()(mine, [Target(theirs)], torch.ones(6), replace(walk(2, 3), lengths=torch.ones(6).long()))
+    assert not single.measured
 
 
 def test_with_an_anchor_the_optimum_lies_between_the_two_teachers():

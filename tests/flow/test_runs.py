@@ -80,6 +80,20 @@ def test_teachers_stay_as_they_are_and_the_anchor_weighs_in(models, tmp_path):
     assert run.monitor.history[1]["train/objective/gaussian_kl@anchor"] == 0, "the student is its own anchor at first"
 
 
+def test_what_is_logged_of_each_step_does_not_depend_on_how_a_batch_is_cut(models, tmp_path):
+    second = {"kind": "sde", "steps": 3, "teacher": "expert"}
+    rollout = {"kind": "mixture", "first": {"kind": "sde", "steps": 4}, "second": second}
+    teacher = {"kind": "flow", "model": models[1], "name": "expert"}
+    logged = []
+    for micro in (1, 8):
+        recipe = recipe_for(models, tmp_path / str(micro), teacher=teacher, rollout=rollout, batch={"micro": micro})
+        run = built(recipe)
+        train(run)
+        logged.append({n: v for n, v in run.monitor.history[1].items() if "kl_step" in n})
+    assert list(logged[0]) == [f"train/kl_step_{k}" for k in range(3)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

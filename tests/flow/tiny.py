@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from opd.flow.denoising import Denoising, pack
@@ -35,7 +33,7 @@ def walk(count, steps, shape=(1, 2, 2), seed=0, rewards=None, group=1):
     if rewards is None:
         return made
     known = torch.tensor(rewards)
-    return replace(made, rewards=known, reward_spread=float(known.std(correction=0)))
+    return made.rewarded(known, float(known.std(correction=0)))
 
 
 def block_for(models, output, **changes):
@@ -69,7 +67,7 @@ def built(recipe):
     return assemble(recipe, Monitor(recipe.directory, quiet=True))
 
 
-def tiny_pipeline(seed=0):
+def tiny_pipeline(seed=0, size=8):
     """A StableDiffusion3Pipeline of a few thousand numbers, with a VAE that halves nothing and two CLIP encoders."""
     from diffusers import (
         AutoencoderKL,
@@ -96,7 +94,7 @@ def tiny_pipeline(seed=0):
     tokenizer = symbol_tokenizer(WORDS, words=True)
     tokenizer.model_max_length = 77
     transformer = SD3Transformer2DModel(
-        sample_size=8,
+        sample_size=size,
         patch_size=2,
         in_channels=4,
         out_channels=4,
@@ -106,7 +104,7 @@ def tiny_pipeline(seed=0):
         caption_projection_dim=16,
         joint_attention_dim=32,
         pooled_projection_dim=16,
-        pos_embed_max_size=4,
+        pos_embed_max_size=size // 2,
     )
     vae = AutoencoderKL(
         latent_channels=4,
