@@ -487,8 +487,9 @@ T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples. A batc
 one and clips idle; the release takes two. GRPO-Mix mixes the sets within a batch and divides by the spread of all their
 rewards, where the release draws one set an epoch; its KL, also from the average, is to the base, and weighs 0.04 for
 every reward, where the release has 0.01 for preferences. The expert of quality, paid for the task of scene a little,
-has prompts of its own beside being the anchor. Each method has one rate for all its arms: that of GRPO is tuned on GRPO-Mix from the base, and that of OPD on `{PLAIN}`, from the average, so that other starts and prefixes may
-have better ones. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal,
+has prompts of its own beside being the anchor. Each method has one rate for all its arms: that of GRPO is tuned on
+GRPO-Mix from the base, that of OPD on `{PLAIN}`, from the average, so that other starts and prefixes may have better
+ones. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal,
 but an arm of OPD also leans on the experts' samples: `{LONG}` has {LONG_STEPS / STEPS:.0f} times the steps, all that a
 student and its experts take together. What an SFT start takes, {SFT_STEPS} steps on {3 * SFT_PICTURES:,} pictures of
 the experts, is not counted among its samples. The experts' steps and rates, the warm-up of {WARMUP}, the batch
