@@ -85,7 +85,10 @@ def make_flow_plan(recipe: Recipe) -> FlowPlan:
     """The plan of a recipe whose student is a flow transformer; no weights are read."""
     student = recipe.student
     assert isinstance(student, FlowTransformer)
-    notes = ["VAE, text encoders and what they compute are not counted"]
+    notes = [
+        "VAE and text encoders, what they compute, and passes without gradients (rollout.batch, a teacher's batch) are "
+        "not counted"
+    ]
     base, encoder, places = _look(student, notes)
     config = base.config
     model = _adapted(base, student, notes)
