@@ -78,6 +78,7 @@ def drawn(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, see
 
 
 def opened(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, seed: int) -> Run:
+    """A recipe's run with the model that lies in `model` as its student, to be looked at and not trained."""
     settings = merged(filled(recipe, inputs), {"student": {"model": filled(model, inputs)}, "seed": seed})
     run = assembled(parse_recipe({**settings, "tracking": {"trackers": []}}, "recipe of this test"))
     run.student.module.eval()
@@ -85,6 +86,7 @@ def opened(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, se
 
 
 def drawn_of(run: Run, prompts: Sequence[Prompt], each: int) -> Drawn:
+    """`each` pictures of every prompt, by the ODE of the run's student."""
     made = run.sampler(prompts, each, 1, stream=STREAM)
     return Drawn(run, list(made.prompts), np.stack(run.student.outcomes(made)))
 

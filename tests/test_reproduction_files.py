@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
+from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.reproductions import train
 from opd.reproductions.catalogue import shipped
 from opd.reproductions.definition import merged
 from reproductions import flow_opd
-from reproductions.drawn import drawings, in_bundles, wins
+from reproductions.drawn import by_number, drawings, gradients, in_bundles, wins
 from reproductions.on_policy import at_rate
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,24 @@ def test_losses_of_flow_opd_point_where_they_say(estimator, nearer, specialists,
     figures = train(tmp_path, specialists, recipe=at_rate(merged(block, own), 1e-3), seed=0)
     before, after = (figures["curve"][i]["reverse_kl"] for i in (0, -1))
     assert after < 0.8 * before if nearer else after > 0.97 * before
+
+
+@pytest.mark.parametrize(("estimator", "low", "high"), [("kl_direct", 0.5, 2.0), ("pg_detached", -0.05, 0.05)])
+def test_gradients_go_along_that_of_the_divergence_or_nowhere(estimator, low, high, specialists, tmp_path):
+    block = flow_opd.distilled("base", estimator=estimator)
+    block["teacher"][0]["routes"] = {
+        task: {"kind": "flow", "model": flow_opd.of(f"expert {task}")} for task in ("count", "glyph")
+    }
+    few = {"prompts": [drawings(task, 50) for task in ("count", "glyph")], "batch": {"prompts": 4, "group": 2}}
+    few["evaluation"] = {"prompts": [drawings("count", 2)]}
+    figures = gradients(tmp_path, specialists, recipe=merged(block, few), batches=3, seed=0)
+    assert low < figures["along"] < high
+
+
+def test_a_model_that_always_draws_four_cannot_count():
+    rows = [("count", 1), ("count", 4), ("count", 4), ("count", 1), ("glyph", None)]
+    prompts = [Prompt("p", {"prompt": "x", "task": task} | ({"number": n} if n else {})) for task, n in rows]
+    assert by_number(prompts, np.array([0.0, 1.0, 1.0, 0.0, 1.0])) == {"count_1": 0.0, "count_4": 1.0}
 
 
 def test_equal_texts_share_a_bundle():
