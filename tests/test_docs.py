@@ -67,3 +67,27 @@ def test_the_page_of_commands_has_all_of_them():
     names = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert {"train", "watch", "store"} <= names
     assert all(f"## `opd {name}`" in page for name in names)
+
+
+def test_the_log_is_newest_first_with_outcomes_and_links_every_older_entry():
+    def entries(page):
+        titles = [line[3:] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+        return [title for title in titles if title != "Older entries"]
+
+    log = ROOT / "LOG.md"
+    older = [title for page in sorted((ROOT / "docs" / "log").glob("*.md"), reverse=True) for title in entries(page)]
+    titles = entries(log) + older
+    assert [title for title in titles if not re.fullmatch(r"\d{4}-\d\d-\d\d .+ \(.+\)", title)] == []
+    dates = [title[:10] for title in titles]
+    assert dates == sorted(dates, reverse=True)
+
+    # LOG.md is read where anchors are made as GitHub makes them; mkdocs checks only links between its own pages.
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in older]
+    links = [
+        f"- {title[:10]} [{title[11:]}](docs/log/{title[:10]}.md#{anchor})"
+        for title, anchor in zip(older, anchors, strict=True)
+    ]
+    assert links == [line for line in log.read_text(encoding="utf-8").splitlines() if "](docs/log/" in line]
+    for page in {title[:10] for title in older}:
+        found = entries(ROOT / "docs" / "log" / f"{page}.md")
+        assert found == [title for title in older if title.startswith(page)]
