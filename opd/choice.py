@@ -1,6 +1,8 @@
 """How an axis finds its choices: every file of the axis's folder that defines a final subclass is a choice.
 
-A new choice is a new file; no list of names is kept anywhere, so adding one edits no existing module.
+A new choice is a new file; no list of names is kept anywhere, so adding one edits no existing module. A package of
+someone else's adds choices by an entry point of the group `opd.choices` that names its module, and a script by defining
+a subclass: what exists when a recipe is read is accepted there.
 """
 
 from __future__ import annotations
@@ -8,12 +10,21 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, Self
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
+from opd.errors import RecipeError, first_line
 from opd.schedules import Scheduled
+
+PACKAGES = "opd.choices"
+"""Group of the entry points by which other packages name the modules that hold their choices."""
+
+
+S = TypeVar("S", bound="Settings")
 
 
 class Settings(BaseModel):
@@ -68,14 +79,65 @@ class Choice(Settings):
 def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
     """The choices of an axis by `kind`, found by importing every module of the folder that the axis is defined in.
 
-    An axis may be a part of another (every divergence is an objective): its folder is searched too.
+    An axis may be a part of another (every divergence is an objective): its folder is searched too. Choices of other
+    packages are among them once those are loaded (`take_in`).
+
+    Raises:
+        RecipeError: two classes have one kind.
     """
     _import_folder(axis)
     for part in _descendants(axis):
         if "axis" in vars(part):
             _import_folder(part)
-    found = {c.model_fields["kind"].default: c for c in _descendants(axis) if "kind" in c.model_fields}
+    found: dict[str, type[Choice]] = {}
+    for each in _descendants(axis):
+        if "kind" not in each.model_fields:
+            continue
+        kind = each.model_fields["kind"].default
+        other = found.get(kind, each)
+        # A cell of a notebook that is run again defines its class anew: the newest counts.
+        if _place(other) != _place(each):
+            raise RecipeError(
+                f"{axis.axis} {kind!r} is defined in {_place(other)} and in {_place(each)}; rename one of the kinds"
+            )
+        found[kind] = each
     return dict(sorted(found.items()))
+
+
+def take_in() -> None:
+    """Make recipes accept every choice that exists by now: those of other packages, and classes that were defined
+    after the recipe's types were made."""
+    _load_packages()
+    if all(tuple(choices_of(axis).values()) == accepted for axis, accepted in OneOf.accepted.items()):
+        return
+    blocks = [block for block in _descendants(Settings) if block.model_fields]
+    # What a block holds of another's types is a copy, so all are forgotten before the first is made again.
+    for block in blocks:
+        for made in ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__"):
+            if made in vars(block):
+                delattr(block, made)
+        block.__pydantic_complete__ = False
+    for block in blocks:
+        if not block.__pydantic_complete__:
+            block.model_rebuild(force=True)
+
+
+@cache
+def _load_packages() -> None:
+    for entry in entry_points(group=PACKAGES):
+        try:
+            entry.load()
+        except Exception as error:
+            # Whatever another package raises when it is imported is its own matter; here it is one line.
+            package = entry.dist.name if entry.dist is not None else entry.value
+            raise RecipeError(
+                f"package {package!r} offers choices in {entry.value} and that cannot be imported "
+                f"({type(error).__name__}: {first_line(error)}); mend or uninstall it"
+            ) from error
+
+
+def _place(choice: type[Choice]) -> str:
+    return f"{choice.__module__}.{choice.__qualname__}"
 
 
 def nested(value: Any) -> Iterator[Choice]:
@@ -99,7 +161,7 @@ def _import_folder(axis: type[Choice]) -> None:
         importlib.import_module(f"{folder.__name__}.{module.name}")
 
 
-def _descendants(cls: type[Choice]) -> list[type[Choice]]:
+def _descendants(cls: type[S]) -> list[type[S]]:
     return [d for sub in cls.__subclasses__() for d in (sub, *_descendants(sub))]
 
 
@@ -109,11 +171,15 @@ class OneOf:
     Accepts an instance, a mapping with `kind`, or the bare kind (`objective: reverse_kl`).
     """
 
+    accepted: ClassVar[dict[type[Choice], tuple[type[Choice], ...]]] = {}
+    """By axis, the choices that the types of recipes were made with."""
+
     def __init__(self, axis: type[Choice], default: str | None = None):
         self.axis, self.default = axis, default
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         members = choices_of(self.axis)
+        self.accepted[self.axis] = tuple(members.values())
         union = core_schema.tagged_union_schema(
             {kind: handler.generate_schema(member) for kind, member in members.items()},
             discriminator="kind",

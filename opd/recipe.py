@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from opd.checkpoints.keeper import Checkpoint
-from opd.choice import Choice, OneOf, Settings, choices_of, nested
+from opd.choice import Choice, OneOf, Settings, choices_of, nested, take_in
 from opd.curricula import Curriculum
 from opd.curricula.shuffled import Shuffled
 from opd.divergences import ReverseKL
@@ -249,6 +249,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
     """Validate plain data; `folder` is where relative data files are looked for besides the working directory."""
+    take_in()
     try:
         return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
@@ -259,6 +260,7 @@ def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | No
 
 def json_schema() -> str:
     """JSON Schema of recipes, for editors."""
+    take_in()
     return json.dumps(Recipe.model_json_schema(), indent=2)
 
 

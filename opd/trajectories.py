@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 
+from opd.distributions import Target, joined_targets
 from opd.prompts import Prompt
 
-Author = Literal["student", "teacher", "data"]
+Author = Literal["student", "teacher", "data", "environment"]
 """Who chose an action."""
 
-AUTHORS: tuple[Author, ...] = ("student", "teacher", "data")
+AUTHORS: tuple[Author, ...] = get_args(Author)
 
-
-PACKED = ("actions", "behaviour_log_probs", "learn", "authors")
-"""Fields with one entry a position."""
-
-KNOWN_OF_SOME = ("rewards", "group_mean", "group_spread", "stored")
-"""Fields with one entry a trajectory, or None."""
+T = TypeVar("T")
+ByPosition = Annotated[T, "position"]
+"""One entry a packed position."""
+ByTrajectory = Annotated[T, "trajectory"]
+"""One entry a trajectory."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """B trajectories of N positions in all, packed without padding: trajectory i owns `lengths[i]` positions in order.
+
+    Each field says whether it has one entry a position or one a trajectory, so that taking, joining and going on treat
+    a new one as they treat these; one without is of the whole step.
 
     Attributes:
         prompts: B prompts (a prompt of a group of G stands G times, next to each other).
@@ -39,27 +42,33 @@ class Trajectories:
         learn: bool `[N]`, positions that may enter a loss; others (a tool's output) never do.
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
-        rewards: float32 `[B]` from a verifier, or None.
-        reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
+        rewards: float32 `[B]` from a verifier or from the rollout itself, NaN where there is no verdict; or None.
         group_mean, group_spread: float32 `[B]`, mean and sample standard deviation of the known rewards of each one's
             group; None without rewards. They are the step's, so that a micro-batch may hold part of a group.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
+        columns: tensors `[N, ...]` by name, for what a rollout or a teacher notes of each position (drift, accepted,
+            slot, executed, ...).
+        answers: what teachers said while the trajectories were written, one target a teacher by its name, for all N
+            positions; None where nobody was asked. The run asks those again that are not among them.
+        reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
     """
 
-    prompts: Sequence[Prompt]
-    contexts: Sequence[Any]
-    actions: torch.Tensor
-    lengths: torch.Tensor
-    behaviour_log_probs: torch.Tensor
-    finished: torch.Tensor
-    learn: torch.Tensor
-    authors: torch.Tensor
-    groups: torch.Tensor
-    rewards: torch.Tensor | None = None
+    prompts: ByTrajectory[Sequence[Prompt]]
+    contexts: ByTrajectory[Sequence[Any]]
+    actions: ByPosition[torch.Tensor]
+    lengths: ByTrajectory[torch.Tensor]
+    behaviour_log_probs: ByPosition[torch.Tensor]
+    finished: ByTrajectory[torch.Tensor]
+    learn: ByPosition[torch.Tensor]
+    authors: ByPosition[torch.Tensor]
+    groups: ByTrajectory[torch.Tensor]
+    rewards: ByTrajectory[torch.Tensor | None] = None
+    group_mean: ByTrajectory[torch.Tensor | None] = None
+    group_spread: ByTrajectory[torch.Tensor | None] = None
+    stored: ByTrajectory[torch.Tensor | None] = None
+    columns: ByPosition[Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    answers: ByPosition[tuple[Target, ...] | None] = None
     reward_spread: float | None = None
-    group_mean: torch.Tensor | None = None
-    group_spread: torch.Tensor | None = None
-    stored: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,97 +100,127 @@ class Trajectories:
         return list(torch.split(self.actions, self.lengths.tolist()))
 
     def rows(self, start: int, stop: int) -> tuple[Trajectories, slice]:
-        """Trajectories `start:stop` and the slice of packed positions that they own."""
+        """Trajectories `start:stop` and the slice of packed positions that they own; tensors are views."""
         ends = self.lengths.cumsum(0).tolist()
         here = slice(ends[start - 1] if start else 0, ends[stop - 1] if stop else 0)
-        part = replace(
-            self,
-            prompts=self.prompts[start:stop],
-            contexts=self.contexts[start:stop],
-            actions=self.actions[here],
-            lengths=self.lengths[start:stop],
-            behaviour_log_probs=self.behaviour_log_probs[here],
-            finished=self.finished[start:stop],
-            learn=self.learn[here],
-            authors=self.authors[here],
-            groups=self.groups[start:stop],
-            **self._known(slice(start, stop)),
-        )
-        return part, here
-
-    def _known(self, which: slice | list[int]) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in KNOWN_OF_SOME}
-        return {name: None if values is None else values[which] for name, values in found.items()}
+        return self._taken(slice(start, stop), here), here
 
     def pick(self, which: Sequence[int]) -> tuple[Trajectories, torch.Tensor]:
         """Trajectories `which`, in that order and with their group's number, and the int64 packed positions that they
         own here."""
-        chosen = list(which)
+        chosen = torch.tensor(list(which), dtype=torch.int64)
         starts = (self.lengths.cumsum(0) - self.lengths).tolist()
-        here = torch.cat([torch.arange(starts[i], starts[i] + int(self.lengths[i])) for i in chosen])
-        here = here.to(self.actions.device)
-        part = replace(
-            self,
-            prompts=[self.prompts[i] for i in chosen],
-            contexts=[self.contexts[i] for i in chosen],
-            lengths=self.lengths[chosen],
-            finished=self.finished[chosen],
-            groups=self.groups[chosen],
-            **self._known(chosen),
-            **{name: getattr(self, name)[here.to(getattr(self, name).device)] for name in PACKED},
-        )
-        return part, here
+        owned = [torch.arange(starts[i], starts[i] + int(self.lengths[i])) for i in which]
+        here = torch.cat([torch.zeros(0, dtype=torch.int64), *owned]).to(self.actions.device)
+        return self._taken(chosen, here), here
 
     def split(self, size: int) -> Iterator[tuple[Trajectories, slice]]:
         """Parts of at most `size` trajectories in order, as `rows` gives them."""
         for start in range(0, len(self), size):
             yield self.rows(start, min(start + size, len(self)))
 
+    def _taken(self, which: slice | torch.Tensor, here: slice | torch.Tensor) -> Trajectories:
+        by = {name: which if per == "trajectory" else here for name, per in FIELDS.items()}
+        return replace(self, **{name: _take(getattr(self, name), index) for name, index in by.items()})
+
+
+FIELDS: dict[str, str] = {
+    name: hint.__metadata__[0]
+    for name, hint in get_type_hints(Trajectories, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+"""`"position"` or `"trajectory"` by name; fields of the whole step are not in it."""
+
 
 def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
     """One batch of several: trajectory i of the parts, in their order, takes place `order[i]`; groups are numbered by
-    place, so a group's trajectories must end up next to each other."""
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    lengths = torch.cat([p.lengths for p in parts])
-    rewards = [p.rewards for p in parts]
-    offset, groups = 0, []
+    place, so a group's trajectories must end up next to each other.
+
+    What some parts lack: rewards are then dropped (and given anew), answers too (and asked for anew); `stored` is -1,
+    columns are NaN, -1 or False there.
+    """
+    offset, numbered = 0, []
     for part in parts:
-        groups.append(part.groups + offset)
+        numbered.append(replace(part, groups=part.groups + offset))
         offset += int(part.groups.max()) + 1
-    group = torch.cat(groups)[inverse]
-    stored = [torch.full_like(p.lengths, -1) if p.stored is None else p.stored for p in parts]
-    packed: dict[str, Any] = {}
-    for name in PACKED:
-        rows = torch.split(torch.cat([getattr(p, name) for p in parts]), lengths.tolist())
-        packed[name] = torch.cat([rows[i] for i in inverse])
-    all_prompts = [prompt for p in parts for prompt in p.prompts]
-    all_contexts = [context for p in parts for context in p.contexts]
-    return Trajectories(
-        prompts=[all_prompts[i] for i in inverse],
-        contexts=[all_contexts[i] for i in inverse],
-        lengths=lengths[inverse],
-        finished=torch.cat([p.finished for p in parts])[inverse],
-        groups=torch.unique_consecutive(group, return_inverse=True)[1],
-        rewards=None if any(r is None for r in rewards) else torch.cat([r for r in rewards if r is not None])[inverse],
-        stored=None if all(p.stored is None for p in parts) else torch.cat(stored)[inverse],
-        **packed,
-    )
+    lengths = torch.cat([p.lengths for p in parts])
+    inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
+    owned = torch.split(torch.arange(int(lengths.sum())), lengths.tolist())
+    found = _arranged(numbered, inverse, torch.cat([owned[i] for i in inverse.tolist()]))
+    return replace(found, groups=torch.unique_consecutive(found.groups, return_inverse=True)[1])
 
 
 def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> Trajectories:
-    """`first`, where the trajectories `which` go on with those of `rest`, one each."""
+    """`first`, where the trajectories `which` go on with those of `rest`, one each; what belongs to a whole trajectory
+    is the first's, but for its length and whether it ended."""
     place = {index: k for k, index in enumerate(which)}
-    ends = rest.lengths.cumsum(0).tolist()
-    packed: dict[str, Any] = {}
-    for name in PACKED:
-        heads = torch.split(getattr(first, name), first.lengths.tolist())
-        tail = getattr(rest, name)
-        rows = []
-        for i, head in enumerate(heads):
-            k = place.get(i)
-            rows.append(head if k is None else torch.cat([head, tail[(ends[k - 1] if k else 0) : ends[k]]]))
-        packed[name] = torch.cat(rows)
+    heads = torch.split(torch.arange(first.positions), first.lengths.tolist())
+    tails = torch.split(torch.arange(rest.positions) + first.positions, rest.lengths.tolist())
+    rows = [row for i, head in enumerate(heads) for row in (head, *((tails[place[i]],) if i in place else ()))]
     lengths, finished = first.lengths.clone(), first.finished.clone()
     lengths[list(which)] += rest.lengths
     finished[list(which)] = rest.finished
-    return replace(first, lengths=lengths, finished=finished, **packed)
+    both = _arranged([first, rest], torch.arange(len(first)), torch.cat(rows))
+    own = {name: getattr(first, name) for name, per in FIELDS.items() if per == "trajectory"}
+    return replace(both, **{**own, "lengths": lengths, "finished": finished})
+
+
+def _arranged(parts: Sequence[Trajectories], which: torch.Tensor, here: torch.Tensor) -> Trajectories:
+    """The parts one after the other, of which trajectories `which` and packed positions `here` are taken in order."""
+    counts = {"trajectory": [len(p) for p in parts], "position": [p.positions for p in parts]}
+    found = {
+        name: _together([getattr(p, name) for p in parts], counts[per], which if per == "trajectory" else here)
+        for name, per in FIELDS.items()
+    }
+    if any(p.rewards is None for p in parts):
+        found |= {"rewards": None, "group_mean": None, "group_spread": None}
+    return replace(parts[0], **found, reward_spread=None)
+
+
+def _take(value: Any, index: slice | torch.Tensor) -> Any:
+    """The entries `index` of a field's value, whatever holds them."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value[index if isinstance(index, slice) else index.to(value.device)]
+    if isinstance(value, Mapping):
+        return {name: _take(each, index) for name, each in value.items()}
+    if isinstance(value, tuple) and value and isinstance(value[0], Target):
+        return tuple(target.select(index) for target in value)
+    return value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
+
+
+def _together(values: Sequence[Any], counts: Sequence[int], index: torch.Tensor) -> Any:
+    """The entries `index` of several values of one field, one after the other; `counts` are how many each has."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    if isinstance(known[0], Mapping):
+        names = dict.fromkeys(name for value in values for name in value)
+        return {name: _together([value.get(name) for value in values], counts, index) for name in names}
+    if isinstance(known[0], torch.Tensor):
+        filled = [_absent(known[0], n) if v is None else v for v, n in zip(values, counts, strict=True)]
+        whole = torch.cat(filled)
+        return whole[index.to(whole.device)]
+    if isinstance(known[0], tuple) and known[0] and isinstance(known[0][0], Target):
+        return _answers_together(values, counts, index)
+    return _take([entry for entries in values for entry in entries], index)
+
+
+def _answers_together(
+    values: Sequence[tuple[Target, ...] | None], counts: Sequence[int], index: torch.Tensor
+) -> tuple[Target, ...] | None:
+    """What every teacher said of all parts, None where one of them was not asked about one of the parts."""
+    names = [None if value is None else [target.teacher for target in value] for value in values]
+    if any(each != names[0] for each in names):
+        return None
+    place = torch.empty_like(index)
+    place[index] = torch.arange(len(index))
+    answers = zip(*(value for value in values if value is not None), strict=True)
+    return tuple(joined_targets(list(each), torch.split(place, list(counts))) for each in answers)
+
+
+def _absent(like: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` entries that say that nothing is known: NaN, False, or -1."""
+    value = float("nan") if like.is_floating_point() else False if like.dtype == torch.bool else -1
+    return like.new_full((count, *like.shape[1:]), value)

@@ -5,6 +5,19 @@ from opd.distributions.categorical import Categorical, Head
 from opd.distributions.gaussian import Gaussian
 from opd.distributions.routed import Routed, joined
 from opd.distributions.sampled import Sampled
+from opd.distributions.target import Target, joined_targets
 from opd.distributions.top_k import TopK, append_tail
 
-__all__ = ["Categorical", "Distribution", "Gaussian", "Head", "Routed", "Sampled", "TopK", "append_tail", "joined"]
+__all__ = [
+    "Categorical",
+    "Distribution",
+    "Gaussian",
+    "Head",
+    "Routed",
+    "Sampled",
+    "Target",
+    "TopK",
+    "append_tail",
+    "joined",
+    "joined_targets",
+]

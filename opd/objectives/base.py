@@ -11,26 +11,10 @@ import torch
 from pydantic import Field
 
 from opd.choice import Choice
-from opd.distributions import Distribution
+from opd.distributions import Distribution, Target
 from opd.reduction import Reduction, position_weights
 from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
-
-
-@dataclass(frozen=True)
-class Target:
-    """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several.
-
-    `teacher` is the name that the recipe gave to who answered.
-    """
-
-    distribution: Distribution
-    weight: float | torch.Tensor = 1.0
-    teacher: str | None = None
-
-    def select(self, index: slice | torch.Tensor) -> Target:
-        weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
-        return Target(self.distribution.select(index), weight, self.teacher)
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,8 @@ class Objective(Choice):
     weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Author] | None = Field(
-        None, description="Only positions whose action one of these wrote: student, teacher, data; default all"
+        None,
+        description="Only positions whose action one of these wrote: student, teacher, data, environment; default all",
     )
     end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")
     teacher: str | None = Field(None, description="Name of the one teacher that this objective listens to; default all")

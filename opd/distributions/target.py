@@ -1,0 +1,39 @@
+"""`Target`: what one teacher says of N states, and how much it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opd.distributions.base import Distribution
+from opd.distributions.routed import joined
+
+
+@dataclass(frozen=True)
+class Target:
+    """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several.
+
+    `teacher` is the name that the recipe gave to who answered.
+    """
+
+    distribution: Distribution
+    weight: float | torch.Tensor = 1.0
+    teacher: str | None = None
+
+    def select(self, index: slice | torch.Tensor) -> Target:
+        weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
+        return Target(self.distribution.select(index), weight, self.teacher)
+
+
+def joined_targets(parts: Sequence[Target], positions: Sequence[torch.Tensor]) -> Target:
+    """One teacher's answers for N positions of several for parts of them: the rows of part k, in order, belong at the
+    int64 `positions[k]`, which hold each of N positions once."""
+    weights: float | torch.Tensor = parts[0].weight
+    if any(isinstance(part.weight, torch.Tensor) or part.weight != weights for part in parts):
+        rows = [torch.as_tensor(part.weight).expand(len(part.distribution)) for part in parts]
+        weights = torch.cat([row.to(rows[0].device, torch.float32) for row in rows])
+        weights = weights[torch.cat(list(positions)).argsort().to(weights.device)]
+    distribution = joined([part.distribution for part in parts], positions)
+    return Target(distribution, weights, parts[0].teacher)
