@@ -264,6 +264,7 @@ def finish(run: Run) -> Result:
         "steps": run.step,
         "stopped_early": run.stop_requested() and run.step < recipe.steps,
         "skipped_updates": run.skips.total,
+        "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.

@@ -10,6 +10,7 @@ from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
 from opd.objectives import Target
 from opd.prompts import count_repeats
+from opd.rounding import Gradients
 from opd.run import Run
 from opd.trajectories import Trajectories
 
@@ -44,9 +45,7 @@ def train(run: Run) -> None:
                 accumulate(run, micro, answers, [count[here] for count in counts], batch.last, clock, measurement)
 
         with clock("update"):
-            run.signals = run.optimiser.apply(measurement.finite(run.sum_over_processes))
-            for teacher in run.teachers if "skipped" not in run.signals else ():
-                teacher.follow(run.student)
+            run.signals = move(run, measurement)
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
@@ -57,6 +56,19 @@ def train(run: Run) -> None:
 
     run.checkpoints.write(run)
     run.monitor.end(run)
+
+
+def move(run: Run, measurement: Measurement) -> dict[str, float]:
+    """Take the step, and have the teachers follow that are made of the student. Where nothing can be learnt, neither
+    the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1."""
+    finite = measurement.finite(run.sum_over_processes)
+    if finite and not measurement.learns(run.sum_over_processes):
+        run.optimiser.discard()
+        return {"empty": 1.0}
+    signals = run.optimiser.apply(finite)
+    for teacher in run.teachers if "skipped" not in signals else ():
+        teacher.follow(run.student)
+    return signals
 
 
 def accumulate(
@@ -74,10 +86,13 @@ def accumulate(
             student = run.student(micro)
         with clock("loss"):
             shape = run.shaping(student.detach(), answers, micro)
+            weights = [o.shape(count, shape) for o, count in zip(run.objectives, counts, strict=True)]
             losses = [
-                objective(student, objective.heard(answers), objective.shape(count, shape), micro)
-                for objective, count in zip(run.objectives, counts, strict=True)
+                objective(student, objective.heard(answers), weight, micro)
+                for objective, weight in zip(run.objectives, weights, strict=True)
             ]
+            gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
         run.optimiser.accumulate(losses, last)
-    measurement.add(losses, micro, shape, run.rollout.exact)
+    above = gradients.above(run.objectives, weights, losses)
+    measurement.add(losses, weights, micro, shape, above, run.rollout.exact)

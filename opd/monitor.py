@@ -90,7 +90,8 @@ class Monitor:
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         assert self._progress is not None
-        numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
+        numbers = f"divergence {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
         numbers += f"  {signals['tokens_per_second']:.0f} {run.student.unit}/s"
