@@ -25,10 +25,12 @@ def train(run: Run) -> None:
         if draw is None or run.step >= recipe.steps:
             break
         clock, measurement = Clock(), Measurement(run.objectives)
-        scheduled = run.take_settings_of_step()
+        scheduled = run.take_settings_of_step(run.step)
 
         with clock("rollout"):
-            prompts = run.share(count_repeats(draw.prompts))
+            drawn = count_repeats(draw.prompts)
+            run.rollout.drawn(drawn, run.step)
+            prompts = run.share(drawn)
             budget = run.rollout.settings.budget if draw.budget is None else draw.budget
             trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
             trajectories = run.verify(trajectories)

@@ -138,6 +138,48 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
     assert len(result.samples) == 1
 
 
+class Remembering:
+    """A built shaping with a state: positions weigh less from step to step."""
+
+    def __init__(self, settings):
+        self.settings, self.asked = settings, 0
+
+    def __call__(self, student, targets, trajectories):
+        self.asked += 1
+        return torch.full((trajectories.positions,), 1 / self.asked)
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+@pytest.mark.parametrize("kind", ["mixture", "switch"])
+def test_states_of_a_shaping_and_of_sources_in_a_combination_are_in_it(kind, make, monkeypatch):
+    """Two responses a row take turns by the visits of the row, which only the source inside the combination counts."""
+    monkeypatch.setattr("opd.shaping.uniform.Uniform.build", lambda self, context: Remembering(self), raising=False)
+    rows = [{"prompt": text, "response": [f"{text}1", f"{text}22", f"{text}333"]} for text in TEXTS[:6]]
+    data, student = {"kind": "data", "max_new_tokens": 6}, {"kind": "student", "max_new_tokens": 6}
+    rollout = {
+        "mixture": {"kind": "mixture", "first": data, "second": student, "share": 0.9},
+        "switch": {"kind": "switch", "first": data, "then": student, "position": 5},
+    }[kind]
+    whole = {
+        "rollout": rollout,
+        "objective": [{"kind": "forward_kl"}],
+        "prompts": [{"kind": "inline", "prompts": rows}],
+    }
+    undisturbed, broken = (make(name, whole=whole, self_test=False) for name in ("undisturbed", "broken"))
+    execute(undisturbed, quiet=True)
+    killed_at(monkeypatch, broken, 3)
+    execute(broken, resume=True, quiet=True)
+    assert_same_run(undisturbed, broken)
+    parts = read(folder_of(broken.directory, steps_stored(broken.directory)[0]))["parts"]
+    assert parts["shaping"] == {"asked": 6}
+    assert sum(parts["rollout.0"]["visits"].values()) > 12
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make, monkeypatch):
     undisturbed, broken = make("undisturbed"), make("broken", resume="auto")
     execute(undisturbed, quiet=True)

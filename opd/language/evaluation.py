@@ -50,7 +50,7 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
             for name, value in comparison.sums().items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, student, micro, comparison)
-        before = run.rollout.written_before(prompts, run.recipe.rollout.budget)
+        before = run.rollout.written_before(prompts, run.rollout.settings.budget)
         if before is not None:
             sums |= _moved(run, student, before)
         if settings.greedy:

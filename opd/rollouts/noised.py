@@ -20,6 +20,7 @@ from opd.flow.model import FlowModel
 from opd.flow.rollout import GridSettings
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout, row_seed
+from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
 
 
@@ -59,6 +60,7 @@ class NoisedImages(PrefixSource):
         self.settings, self.model, self.context = settings, model, context
         author: Author = settings.author
         self.authors = frozenset({author})
+        self.turns = Turns()
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -69,6 +71,15 @@ class NoisedImages(PrefixSource):
                         pass
                 else:
                     self.pixels(found, prompt)
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        self.turns.drawn([prompt for prompt in prompts if len(self.images(prompt)) > 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.turns.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turns.load_state_dict(state)
 
     def images(self, prompt: Prompt) -> list[Any]:
         """What a row has: paths, encoded bytes, and whatever else stands there."""
@@ -122,7 +133,7 @@ class NoisedImages(PrefixSource):
         members = [(p, g) for p in prompts for g in range(group)]
         seeds = [row_seed(self.context.seed, stream, p, group, g) for p, g in members]
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        turns = [max(stream, 0) + p.repeat * group + g for p, g in members]
+        turns = [self.turns.of(p, stream) * group + g for p, g in members]
         images = self.model.latents(torch.stack([self.image(p, t) for (p, _), t in zip(members, turns, strict=True)]))
         noise = torch.stack([torch.randn(self.model.shape, generator=s) for s in streams]).to(device)
         dropped = [float(torch.rand(1, generator=s)) < settings.drop_prompt for s in streams]
