@@ -20,8 +20,8 @@ class Gradients:
 
     Where student and teacher are the same model, the gradient of a divergence is a difference of equal parts: zero up
     to rounding. Adam would turn that into steps of a whole learning rate, of a direction that the processor chose. The
-    size of the parts is that of the gradient of an action's log-probability; a difference below
-    `(4 eps(compute dtype) + 32 eps(float32))` of it is taken for rounding.
+    size of the parts is that of the gradient of an action's log-probability (for latents: and of the mean over its
+    standard deviation); a difference below `4 eps(compute dtype) + 32 eps(float32)` of it is taken for rounding.
 
     Made before the backward pass and read after it.
 
@@ -32,7 +32,7 @@ class Gradients:
     """
 
     def __init__(self, student: Distribution, answers: Sequence[Target], processes: int):
-        computed, part = _parts(student)
+        computed, part, part_in_float32 = _parts(student)
         self.sizes: torch.Tensor | None = None
         self.watched = computed is not None and computed.requires_grad
         if computed is not None and self.watched:
@@ -41,7 +41,8 @@ class Gradients:
             if torch.is_autocast_enabled(kind):
                 dtypes.add(torch.get_autocast_dtype(kind))
             coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
-            self.limit = processes * part * (IN_COMPUTE_DTYPE * coarsest + IN_FLOAT32 * torch.finfo(torch.float32).eps)
+            finest = torch.finfo(torch.float32).eps
+            self.limit = processes * (IN_COMPUTE_DTYPE * coarsest * part + IN_FLOAT32 * finest * part_in_float32)
             computed.register_hook(self._take)
 
     def _take(self, gradient: torch.Tensor) -> None:
@@ -70,19 +71,22 @@ class Gradients:
         return counted & ~(self.sizes <= allowed.where(~alone, 0.0))
 
 
-def _parts(student: Distribution) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """What the model computed, and the typical size, a number or `[N]`, of the gradient of an action's log-probability
-    in it."""
+def _parts(student: Distribution) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """What the model computed, and the sizes, each a number or `[N]`, of the gradient's parts that are rounded as the
+    model computes and as float32."""
     if isinstance(student, Categorical):
         head = student.head
         weight = head.masked_weight().detach()
         rows = torch.linalg.vector_norm(weight, dtype=torch.float32) / math.sqrt(head.size)
-        return student.hidden, rows * abs(head.scale) / head.temperature
+        size = rows * abs(head.scale) / head.temperature
+        return student.hidden, size, size
     if isinstance(student, Gaussian):
-        numbers = student.mean[0].numel() if len(student) else 1
-        tiny = torch.finfo(torch.float32).tiny
-        return student.mean, 1 / (student.std.detach().clamp(min=tiny) * math.sqrt(numbers))
-    return None, torch.tensor(0.0)
+        mean, std = student.mean.detach().flatten(1), student.std.detach()
+        size = 1 / (std * math.sqrt(mean.shape[1]))
+        # The mean is the latent, in float32, less the model's velocity, of a size about one, times the gain. Of so many
+        # numbers the roundings average out, and half of the allowance is enough.
+        return student.mean, size * student.gain.abs() / std / 2, size * (1 + mean.square().mean(1).sqrt() / std)
+    return None, torch.tensor(0.0), torch.tensor(0.0)
 
 
 def _dtypes(answer: Distribution) -> list[torch.dtype]:
