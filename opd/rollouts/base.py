@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -132,6 +133,10 @@ class Rollout(Choice):
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
+
+    def files(self, prompt: Prompt) -> list[Path]:
+        """Files that a row names and that are read during training."""
+        return [path for part in self.parts for path in part.files(prompt)]
 
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:

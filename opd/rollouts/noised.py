@@ -47,6 +47,11 @@ class NoisedRollout(GridSettings, Rollout):
     def budget(self) -> int:
         return 1 if self.times == "logit_normal" else self.trained_steps
 
+    def files(self, prompt: Prompt) -> list[Path]:
+        found = prompt.fields.get(self.column)
+        images = [one.get("path") if isinstance(one, dict) and one.get("bytes") is None else one for one in _each(found)]
+        return [_place(image, prompt) for image in images if isinstance(image, str)]
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
         return NoisedImages(self, student.model, context)
 
@@ -83,10 +88,8 @@ class NoisedImages(PrefixSource):
 
     def images(self, prompt: Prompt) -> list[Any]:
         """What a row has: paths, encoded bytes, and whatever else stands there."""
-        found: Any = prompt.view(self.settings.column)
-        kinds = str | bytes | np.ndarray | dict | Image.Image
-        several = isinstance(found, list) and bool(found) and isinstance(found[0], kinds)
-        return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in (found if several else [found])]
+        found = _each(prompt.view(self.settings.column))
+        return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in found]
 
     def _encoded(self, image: dict[str, Any], prompt: Prompt) -> Any:
         """Bytes or path of what `datasets` calls an image."""
@@ -153,6 +156,12 @@ class NoisedImages(PrefixSource):
         ]
         nothing = torch.zeros(times.shape[0], times.shape[1] - 1, device=device)
         return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
+
+
+def _each(found: Any) -> list[Any]:
+    """The images of a row, where it is one or a list of them."""
+    kinds = str | bytes | np.ndarray | dict | Image.Image
+    return found if isinstance(found, list) and bool(found) and isinstance(found[0], kinds) else [found]
 
 
 def _read(source: str | bytes | Image.Image, size: int, prompt: Prompt) -> np.ndarray:
