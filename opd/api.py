@@ -33,6 +33,7 @@ from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json, read_yaml
 from opd.run import Run, assemble, load_data
+from opd.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def execute(
     Raises:
         OpdError: for anything that the caller can mend; what was complete before is still there.
     """
+    check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
     if resume and not recipe.directory.is_dir():
@@ -231,6 +233,7 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
     for recipe in recipes:
+        check_trackers(recipe.tracking.trackers)
         if not overwrite and recipe.resume == "never":
             refuse_occupied(recipe.directory)
     before: Path | None = None

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from rich.progress import (
 )
 
 from opd.checkpoints.files import flush, main_process
-from opd.errors import RunError
+from opd.errors import RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate, rows_of
 from opd.report.run_directory import lines
 
@@ -50,6 +50,7 @@ class Monitor:
         self.seconds = 0.0
         self._progress: Progress | None = None
         self._started = 0.0
+        self._warned: set[str] = set()
 
     def begin(self, run: Run) -> dict[str, float]:
         """Measure the student before training, unless an earlier process of this run did, and show the bar.
@@ -62,6 +63,7 @@ class Monitor:
             with self.console.status("measuring the student before training"):
                 self.before = self._evaluate(run)
             measured = _held_out(self.before.metrics)
+            self._check_measured(run, self.before.metrics)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -76,6 +78,16 @@ class Monitor:
         self._progress.start()
         self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
         return measured
+
+    def _check_measured(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Raise `RecipeError` for a setting that waits for a metric which this run does not measure."""
+        wanted = {"checkpoint.keep_best": run.recipe.checkpoint.keep_best}
+        for key, name in wanted.items():
+            if name is not None and name not in metrics:
+                raise RecipeError(
+                    f"{key} is {name!r}, which is not measured on this run's held-out prompts; they give "
+                    f"{', '.join(metrics)}"
+                )
 
     def after_step(self, run: Run, signals: dict[str, float], measurement: Measurement) -> dict[str, float]:
         """Log one step's signals and one of its trajectories, or all of them where the update was skipped; evaluate
@@ -161,6 +173,12 @@ class Monitor:
             print(f"opd: {text}", file=sys.stderr)
         else:
             self.console.print(f"opd: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def warn_once(self, text: str) -> None:
+        """The same, the first time alone."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def warn_of_skipped(self, bad: Sequence[Exception]) -> None:
         """Say which rows were left out; the first few by name."""
