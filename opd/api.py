@@ -28,6 +28,7 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
 from opd.prompts.dataset import encoded_images
+from opd.progress import without_library_bars
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
@@ -129,6 +130,7 @@ def distill(
     return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
 
 
+@without_library_bars()
 def execute(
     recipe: Recipe,
     *,
@@ -168,7 +170,8 @@ def execute(
             found = newest(recipe, identity(recipe, itertools.chain(*data)), force_changed, monitor.warn)
         if found is None:
             prepare_directory(recipe.directory, overwrite, unfinished=going_on)
-        with monitor.console.status("loading models and checking that they fit together"):
+        monitor.opening(recipe)
+        with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
             if found is not None:
                 folder, facts = found
@@ -324,6 +327,7 @@ def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = N
         )
 
 
+@without_library_bars()
 def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
     """Held-out metrics of a recipe's student against its teacher, without training."""
     run = assembled(recipe, quiet=quiet, console=console)
