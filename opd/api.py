@@ -269,6 +269,8 @@ def finish(run: Run) -> Result:
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
         "stopped_early": run.stop_requested() and run.step < recipe.steps,
+        "ended_by": run.watch.ended_by if run.step < recipe.steps else None,
+        "alarms": run.watch.alarms,
         "skipped_updates": run.skips.total,
         "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),

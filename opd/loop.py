@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -16,11 +16,14 @@ from opd.trajectories import Trajectories
 
 
 def train(run: Run) -> None:
-    """Train `run.student` from `run.step` to the recipe's last step, the curriculum's end, or a wish to stop."""
+    """Train `run.student` from `run.step` to the recipe's last step, the curriculum's end, or a wish to stop: a
+    person's, or one that held-out measurements give reason for."""
     recipe = run.recipe
-    run.signals |= run.monitor.begin(run)
+    measured = run.monitor.begin(run)
+    run.signals |= measured
+    run.watch.read(run, run.step, held_out(measured))
 
-    while not run.stop_requested():
+    while not run.stop_requested() and run.watch.ended_by is None:
         draw = run.schedule.next(run.step, run.signals)
         if draw is None or run.step >= recipe.steps:
             break
@@ -52,12 +55,19 @@ def train(run: Run) -> None:
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
         run.signals |= draw.signals | scheduled
-        run.signals |= run.monitor.after_step(run, run.signals, measurement)
+        measured = run.monitor.after_step(run, run.signals, measurement)
+        run.signals |= measured
+        run.watch.read(run, run.step, held_out(measured))
         run.skips.after_step(run)
         run.checkpoints.after_step(run)
 
     run.checkpoints.write(run)
-    run.monitor.end(run)
+    run.watch.read(run, run.step, run.monitor.end(run))
+
+
+def held_out(signals: Mapping[str, float]) -> dict[str, float]:
+    """The held-out metrics among signals, by their own names."""
+    return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
 
 
 def move(run: Run, measurement: Measurement) -> dict[str, float]:

@@ -66,7 +66,11 @@ class Monitor:
 
     def _check_measured(self, run: Run, metrics: Mapping[str, float]) -> None:
         """Raise `RecipeError` for a setting that waits for a metric which this run does not measure."""
-        wanted = {"checkpoint.keep_best": run.recipe.checkpoint.keep_best}
+        stop = run.recipe.evaluation.stop
+        wanted = {
+            "checkpoint.keep_best": run.recipe.checkpoint.keep_best,
+            "evaluation.stop.metric": None if stop is None else stop.metric,
+        }
         for key, name in wanted.items():
             if name is not None and name not in metrics:
                 raise RecipeError(
@@ -100,12 +104,13 @@ class Monitor:
         self.console.print(f"step {run.step}: {_line(metrics)}", soft_wrap=True)
         return _held_out(metrics)
 
-    def end(self, run: Run) -> None:
-        """Measure the student after training (also when it was stopped early)."""
+    def end(self, run: Run) -> dict[str, float]:
+        """Measure the student after training (also when it was stopped early), and return the metrics."""
         self._progress.stop()
         with self.status("measuring the student after training"):
             self.after = self._evaluate(run)
         self.seconds = time.perf_counter() - self._started
+        return self.after.metrics
 
     def log(self, run: Run, prefix: str, values: dict[str, float]) -> None:
         record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}}

@@ -31,6 +31,7 @@ from opd.rollouts import PrefixSource
 from opd.rollouts.base import Combination
 from opd.self_test import self_test
 from opd.shaping import Shaper, Shaping
+from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
@@ -57,6 +58,7 @@ class Run:
     monitor: Monitor
     checkpoints: Checkpoints
     skips: Skips
+    watch: Watch
     micro: int
     step: int = 0
     signals: dict[str, float] = field(default_factory=dict)
@@ -313,5 +315,6 @@ def assemble(
         monitor=monitor,
         checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),
         skips=Skips(recipe.failures),
+        watch=Watch(recipe.evaluation.stop, recipe.evaluation.alarm),
         micro=recipe.batch.micro,
     )

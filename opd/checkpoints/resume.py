@@ -25,6 +25,8 @@ NO_DIFFERENCE = (
     "self_test",
     "try_next",
     "evaluation.samples",
+    "evaluation.stop",
+    "evaluation.alarm",
 )
 """Keys that say what is kept and shown of a run, and change no number of its training."""
 
