@@ -28,11 +28,13 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
 from opd.prompts.dataset import encoded_images
+from opd.progress import without_library_bars
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json, read_yaml
 from opd.run import Run, assemble, load_data
+from opd.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def distill(
     return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
 
 
+@without_library_bars()
 def execute(
     recipe: Recipe,
     *,
@@ -152,6 +155,7 @@ def execute(
     Raises:
         OpdError: for anything that the caller can mend; what was complete before is still there.
     """
+    check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
     if resume and not recipe.directory.is_dir():
@@ -166,7 +170,8 @@ def execute(
             found = newest(recipe, identity(recipe, itertools.chain(*data)), force_changed, monitor.warn)
         if found is None:
             prepare_directory(recipe.directory, overwrite, unfinished=going_on)
-        with monitor.console.status("loading models and checking that they fit together"):
+        monitor.opening(recipe)
+        with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
             if found is not None:
                 folder, facts = found
@@ -231,6 +236,7 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
     for recipe in recipes:
+        check_trackers(recipe.tracking.trackers)
         if not overwrite and recipe.resume == "never":
             refuse_occupied(recipe.directory)
     before: Path | None = None
@@ -263,7 +269,10 @@ def finish(run: Run) -> Result:
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
         "stopped_early": run.stop_requested() and run.step < recipe.steps,
+        "ended_by": run.watch.ended_by if run.step < recipe.steps else None,
+        "alarms": run.watch.alarms,
         "skipped_updates": run.skips.total,
+        "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
@@ -320,6 +329,7 @@ def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = N
         )
 
 
+@without_library_bars()
 def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
     """Held-out metrics of a recipe's student against its teacher, without training."""
     run = assembled(recipe, quiet=quiet, console=console)

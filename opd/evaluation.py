@@ -48,7 +48,7 @@ def evaluate(run: Run) -> HeldOut:
 
 def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> Trajectories:
     """`k` trajectories of each held-out prompt, with verdicts."""
-    budget = run.recipe.evaluation.max_new_tokens or run.recipe.rollout.budget
+    budget = run.recipe.evaluation.max_new_tokens or run.rollout.settings.budget
     return run.verify(sampler(prompts, k, budget, stream=STREAM))
 
 

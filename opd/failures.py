@@ -27,21 +27,27 @@ class Failures(Settings):
     skips_in_a_row: int = Field(
         3, ge=1, description="Updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
     )
+    empty_at_start: int | None = Field(
+        50, ge=1, description="Steps from the start without anything to learn before the run stops; null never stops"
+    )
 
 
 class Skips:
-    """Counts the updates that were not taken. The weights are as they were before each of them."""
+    """Counts the updates that were not taken: `total` for a number that was not finite, `empty` because there was
+    nothing to learn. The weights are as they were before each of them."""
 
     def __init__(self, settings: Failures):
         self.settings = settings
-        self.in_a_row = self.total = 0
+        self.in_a_row = self.total = self.empty = 0
 
     def after_step(self, run: Run) -> None:
-        """Count a skipped update; its batch is in rollouts.jsonl.
+        """Count an update that was not taken; the batch of one that was not finite is in rollouts.jsonl.
 
         Raises:
             RunError: that was one too many; the state is written before.
         """
+        if run.signals.get("empty"):
+            self._count_empty(run)
         if not run.signals.get("skipped"):
             self.in_a_row = 0
             return
@@ -58,11 +64,30 @@ class Skips:
             f"report {run.recipe.directory}`;\nlower update.learning_rate, or go on as it is with --resume"
         )
 
+    def _count_empty(self, run: Run) -> None:
+        self.empty += 1
+        why = (
+            "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
+            if not run.signals["positions"]
+            else "its gradient is zero up to rounding: student and teachers agree, or every reward of a group is the same"
+        )
+        limit = self.settings.empty_at_start
+        if limit is not None and self.empty == run.step >= limit:
+            run.checkpoints.write(run)
+            raise RunError(
+                f"nothing was learnt in any of the first {run.step} steps; of the last one {why}. Change that, or let "
+                "the run go on with failures.empty_at_start=null and --resume"
+            )
+        if self.empty == 1:
+            run.monitor.warn(
+                f"step {run.step} has nothing to learn: {why}. The update is not taken; train/empty marks such steps"
+            )
+
     def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row, "total": self.total}
+        return {"in_a_row": self.in_a_row, "total": self.total, "empty": self.empty}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.in_a_row, self.total = state["in_a_row"], state["total"]
+        self.in_a_row, self.total, self.empty = state["in_a_row"], state["total"], state.get("empty", 0)
 
 
 class MicroBatches:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,24 +10,30 @@ from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
 from opd.objectives import Target
 from opd.prompts import count_repeats
+from opd.rounding import Gradients
 from opd.run import Run
 from opd.trajectories import Trajectories
 
 
 def train(run: Run) -> None:
-    """Train `run.student` from `run.step` to the recipe's last step, the curriculum's end, or a wish to stop."""
+    """Train `run.student` from `run.step` to the recipe's last step, the curriculum's end, or a wish to stop: a
+    person's, or one that held-out measurements give reason for."""
     recipe = run.recipe
-    run.signals |= run.monitor.begin(run)
+    measured = run.monitor.begin(run)
+    run.signals |= measured
+    run.watch.read(run, run.step, held_out(measured))
 
-    while not run.stop_requested():
+    while not run.stop_requested() and run.watch.ended_by is None:
         draw = run.schedule.next(run.step, run.signals)
         if draw is None or run.step >= recipe.steps:
             break
         clock, measurement = Clock(), Measurement(run.objectives)
-        scheduled = run.take_settings_of_step()
+        scheduled = run.take_settings_of_step(run.step)
 
         with clock("rollout"):
-            prompts = run.share(count_repeats(draw.prompts))
+            drawn = count_repeats(draw.prompts)
+            run.rollout.drawn(drawn, run.step)
+            prompts = run.share(drawn)
             budget = run.rollout.settings.budget if draw.budget is None else draw.budget
             trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
             trajectories = run.verify(trajectories)
@@ -44,19 +50,37 @@ def train(run: Run) -> None:
                 accumulate(run, micro, answers, [count[here] for count in counts], batch.last, clock, measurement)
 
         with clock("update"):
-            run.signals = run.optimiser.apply(measurement.finite(run.sum_over_processes))
-            for teacher in run.teachers if "skipped" not in run.signals else ():
-                teacher.follow(run.student)
+            run.signals = move(run, measurement)
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
         run.signals |= draw.signals | scheduled
-        run.signals |= run.monitor.after_step(run, run.signals, measurement)
+        measured = run.monitor.after_step(run, run.signals, measurement)
+        run.signals |= measured
+        run.watch.read(run, run.step, held_out(measured))
         run.skips.after_step(run)
         run.checkpoints.after_step(run)
 
     run.checkpoints.write(run)
-    run.monitor.end(run)
+    run.watch.read(run, run.step, run.monitor.end(run))
+
+
+def held_out(signals: Mapping[str, float]) -> dict[str, float]:
+    """The held-out metrics among signals, by their own names."""
+    return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
+
+
+def move(run: Run, measurement: Measurement) -> dict[str, float]:
+    """Take the step, and have the teachers follow that are made of the student. Where nothing can be learnt, neither
+    the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1."""
+    finite = measurement.finite(run.sum_over_processes)
+    if finite and not measurement.learns(run.sum_over_processes):
+        run.optimiser.discard()
+        return {"empty": 1.0}
+    signals = run.optimiser.apply(finite)
+    for teacher in run.teachers if "skipped" not in signals else ():
+        teacher.follow(run.student)
+    return signals
 
 
 def accumulate(
@@ -74,10 +98,13 @@ def accumulate(
             student = run.student(micro)
         with clock("loss"):
             shape = run.shaping(student.detach(), answers, micro)
+            weights = [o.shape(count, shape) for o, count in zip(run.objectives, counts, strict=True)]
             losses = [
-                objective(student, objective.heard(answers), objective.shape(count, shape), micro)
-                for objective, count in zip(run.objectives, counts, strict=True)
+                objective(student, objective.heard(answers), weight, micro)
+                for objective, weight in zip(run.objectives, weights, strict=True)
             ]
+            gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
         run.optimiser.accumulate(losses, last)
-    measurement.add(losses, micro, shape, run.rollout.exact)
+    above = gradients.above(run.objectives, weights, losses)
+    measurement.add(losses, weights, micro, shape, above, run.rollout.exact)

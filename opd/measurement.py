@@ -43,7 +43,9 @@ class Measurement:
     """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
 
     def __init__(self, objectives: Sequence[Objective]) -> None:
-        self.names = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
+        named = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
+        # Two terms of one kind on different positions are told apart by their order.
+        self.names = [n if named.count(n) == 1 else f"{n} {named[: i + 1].count(n)}" for i, n in enumerate(named)]
         self.answered = {"teacher_tokens": 0.0}
         self.sums: dict[str, float] = {}
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
@@ -56,46 +58,57 @@ class Measurement:
         if any(t.remembers for t in teachers):
             self.answered |= {"remembered": float(wanted - scored), "wanted": float(wanted)}
 
-    def add(self, losses: Sequence[Loss], micro: Trajectories, weights: torch.Tensor, exact_behaviour: bool) -> None:
+    def add(
+        self,
+        losses: Sequence[Loss],
+        weights: Sequence[torch.Tensor],
+        micro: Trajectories,
+        shape: torch.Tensor,
+        above: torch.Tensor,
+        exact_behaviour: bool,
+    ) -> None:
         """Take in one micro-batch; its numbers by position stay until the step is over.
 
-        `divergence` is the first objective's value a token; of several objectives each also logs its own.
+        `divergence` is the first objective's value a token; of several objectives each also logs its own. A mean runs
+        over the positions that the objective counts: elsewhere nothing is computed.
+
+        Args:
+            weights: float32 `[N]` of each objective, shaping included; zero where it does not count.
+            shape: float32 `[N]`, the shaping's weights alone.
+            above: bool `[N]`, where there is something to learn (`opd.rounding`).
         """
-        learnt, loss = micro.learn, losses[0]
-        self.parts.append((micro, {"divergence": loss.values, "weight": weights}))
+        counted = [weight != 0 for weight in weights]
+        self.parts.append((micro, {"divergence": losses[0].values, "weight": shape * counted[0]}))
         added = {
-            "positions": float(learnt.sum()),
+            "counted": float(torch.stack(counted).any(0).sum()),
+            "above": float(above.sum()),
             "trajectories": float(len(micro)),
             "sampled_tokens": float((micro.authors != AUTHORS.index("data")).sum()) if micro.stored is None else 0.0,
             "loss": sum(float(each.total.detach()) for each in losses),
-            "divergence": float(loss.values[learnt].sum()),
             "length": float(micro.lengths.sum()),
             "truncated": float((~micro.finished).sum()),
         }
-        if len(losses) > 1:
-            added |= {
-                f"objective/{name}": float(each.values[learnt].sum())
-                for name, each in zip(self.names, losses, strict=True)
-            }
+        of_each = zip(range(len(losses)), losses, counted, strict=True)
+        for i, loss, here in of_each:
+            added |= {f"value/{i}": float(loss.values[here].sum()), f"positions/{i}": float(here.sum())}
+            for name, found in loss.measured.items():
+                known = found[here & ~found.isnan()]
+                for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
+                    added[key] = added.get(key, 0.0) + number
+        log_probs, computed = _looked_at(losses, counted)
+        gap = log_probs - micro.behaviour_log_probs
         if exact_behaviour:
-            gap = (loss.log_probs - micro.behaviour_log_probs)[learnt & (loss.log_probs != 0)]
-            added["rollout_gap"] = float(gap.abs().sum())
+            added |= {"gap": float(gap[computed].abs().sum()), "gap_positions": float(computed.sum())}
         if micro.stored is not None:
-            mine = learnt & (loss.log_probs != 0) & (micro.authors == AUTHORS.index("student"))
-            ratio = (loss.log_probs - micro.behaviour_log_probs)[mine].exp().double()
+            ratio = gap[computed & (micro.authors == AUTHORS.index("student"))].exp().double()
             added |= {
                 "moved": float(ratio.sum()),
                 "moved_squared": float((ratio**2).sum()),
                 "moved_positions": float(len(ratio)),
             }
-        for each in losses:
-            for name, found in each.measured.items():
-                known = found[learnt & ~found.isnan()]
-                for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
-                    added[key] = added.get(key, 0.0) + number
         if micro.rewards is not None:
-            known = ~torch.isnan(micro.rewards)
-            added |= {"reward": float(micro.rewards[known].sum()), "rewarded": float(known.sum())}
+            rewarded = ~torch.isnan(micro.rewards)
+            added |= {"reward": float(micro.rewards[rewarded].sum()), "rewarded": float(rewarded.sum())}
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
@@ -117,22 +130,37 @@ class Measurement:
         loss = sum_over_processes(torch.tensor([self.sums.get("loss", 0.0)], dtype=torch.float64))
         return bool(loss.isfinite().all())
 
+    def learns(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether some position of some process has something to learn."""
+        return bool(sum_over_processes(torch.tensor([self.sums.get("above", 0.0)], dtype=torch.float64)).item())
+
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What the step logs; a mean over no positions at all is left out."""
         self.sums |= self.answered
         names = list(self.sums)
         totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
         total = dict(zip(names, totals.tolist(), strict=True))
-        positions, trajectories = max(total["positions"], 1.0), max(total["trajectories"], 1.0)
-        signals = {
-            "loss": total["loss"],
-            "divergence": total["divergence"] / positions,
+        trajectories = max(total["trajectories"], 1.0)
+        signals = {"loss": total["loss"]}
+        values = {
+            name: total[f"value/{i}"] / total[f"positions/{i}"]
+            for i, name in enumerate(self.names)
+            if total[f"positions/{i}"]
+        }
+        if total["positions/0"]:
+            signals["divergence"] = values[self.names[0]]
+        signals |= {
+            "positions": total["counted"],
             "sampled_tokens": total["sampled_tokens"],
             "length": total["length"] / trajectories,
             "truncated": total["truncated"] / trajectories,
         }
-        signals |= {name: total[name] / positions for name in names if name.startswith("objective/")}
+        if len(self.names) > 1:
+            signals |= {f"objective/{name}": value for name, value in values.items()}
         measured = [name.removeprefix("measured/") for name in names if name.startswith("measured/")]
-        signals |= {name: total[f"measured/{name}"] / max(total[f"known/{name}"], 1.0) for name in measured}
+        signals |= {
+            name: total[f"measured/{name}"] / total[f"known/{name}"] for name in measured if total[f"known/{name}"]
+        }
         signals["teacher_tokens"] = total["teacher_tokens"]
         if "wanted" in total:
             signals["teacher_hit_rate"] = total["remembered"] / max(total["wanted"], 1.0)
@@ -140,8 +168,18 @@ class Measurement:
             mean = total["moved"] / total["moved_positions"]
             signals["drift"] = mean
             signals["drift_std"] = max(0.0, total["moved_squared"] / total["moved_positions"] - mean**2) ** 0.5
-        if "rollout_gap" in total:
-            signals["rollout_gap"] = total["rollout_gap"] / positions
+        if total.get("gap_positions"):
+            signals["rollout_gap"] = total["gap"] / total["gap_positions"]
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _looked_at(losses: Sequence[Loss], counted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(log-probabilities, where they are known)` of the actions taken, from whichever objective looked there."""
+    log_probs, known = torch.zeros_like(losses[0].log_probs), torch.zeros_like(counted[0])
+    for loss, here in zip(losses, counted, strict=True):
+        computed = here if loss.computed is None else loss.computed
+        log_probs = torch.where(computed & ~known, loss.log_probs, log_probs)
+        known = known | computed
+    return log_probs, known

@@ -8,28 +8,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from opd.checkpoints.files import flush, main_process
-from opd.errors import RunError
+from opd.errors import RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate, rows_of
+from opd.progress import Bar, Lines, Nothing, shows_bars
+from opd.provenance import models_of
 from opd.report.run_directory import lines
 
 if TYPE_CHECKING:
     from opd.measurement import Measurement
+    from opd.recipe import Recipe
     from opd.run import Run
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
@@ -48,34 +43,40 @@ class Monitor:
         self.after: HeldOut | None = None
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
-        self._progress: Progress | None = None
+        self._progress: Bar | Lines | Nothing = Nothing()
         self._started = 0.0
+        self._warned: set[str] = set()
 
     def begin(self, run: Run) -> dict[str, float]:
-        """Measure the student before training, unless an earlier process of this run did, and show the bar.
+        """Measure the student before training, unless an earlier process of this run did, and show how far it is.
 
         Returns what was measured, under `held_out/`.
         """
         self._started = time.perf_counter() - self.seconds
         measured: dict[str, float] = {}
         if self.before is None:
-            with self.console.status("measuring the student before training"):
+            with self.status("measuring the student before training"):
                 self.before = self._evaluate(run)
             measured = _held_out(self.before.metrics)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not run.accelerator.is_main_process or self.console.quiet,
-        )
-        self._progress.start()
-        self._task = self._progress.add_task("training", total=run.recipe.steps, completed=run.step, numbers="")
+            self._check_measured(run, self.before.metrics)
+        if run.accelerator.is_main_process and not self.console.quiet:
+            made = Bar if shows_bars(self.console) else Lines
+            self._progress = made(self.console, run.step, run.recipe.steps)
         return measured
+
+    def _check_measured(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """Raise `RecipeError` for a setting that waits for a metric which this run does not measure."""
+        stop = run.recipe.evaluation.stop
+        wanted = {
+            "checkpoint.keep_best": run.recipe.checkpoint.keep_best,
+            "evaluation.stop.metric": None if stop is None else stop.metric,
+        }
+        for key, name in wanted.items():
+            if name is not None and name not in metrics:
+                raise RecipeError(
+                    f"{key} is {name!r}, which is not measured on this run's held-out prompts; they give "
+                    f"{', '.join(metrics)}"
+                )
 
     def after_step(self, run: Run, signals: dict[str, float], measurement: Measurement) -> dict[str, float]:
         """Log one step's signals and one of its trajectories, or all of them where the update was skipped; evaluate
@@ -89,27 +90,27 @@ class Monitor:
             rows = rows_of(run, *part)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
-        assert self._progress is not None
-        numbers = f"divergence {signals['divergence']:.3f}  length {signals['length']:.0f}"
+        numbers = f"divergence {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
         numbers += f"  {signals['tokens_per_second']:.0f} {run.student.unit}/s"
-        self._progress.update(self._task, completed=run.step, numbers=numbers)
+        self._progress.update(run.step, numbers)
         every = run.recipe.evaluation.every
         due = every and run.step % every == 0 and run.step < run.recipe.steps
         if not due and not run.schedule.asks_evaluation(run.step):
             return {}
         metrics = self._evaluate(run).metrics
-        self._progress.console.print(f"step {run.step}: {_line(metrics)}")
+        self.console.print(f"step {run.step}: {_line(metrics)}", soft_wrap=True)
         return _held_out(metrics)
 
-    def end(self, run: Run) -> None:
-        """Measure the student after training (also when it was stopped early)."""
-        if self._progress is not None:
-            self._progress.stop()
-        with self.console.status("measuring the student after training"):
+    def end(self, run: Run) -> dict[str, float]:
+        """Measure the student after training (also when it was stopped early), and return the metrics."""
+        self._progress.stop()
+        with self.status("measuring the student after training"):
             self.after = self._evaluate(run)
         self.seconds = time.perf_counter() - self._started
+        return self.after.metrics
 
     def log(self, run: Run, prefix: str, values: dict[str, float]) -> None:
         record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}}
@@ -154,12 +155,42 @@ class Monitor:
                 rows = list(itertools.takewhile(lambda row: row["step"] == 0, records))
         self.before = HeldOut(state["before"], rows, {})
 
+    def opening(self, recipe: Recipe) -> None:
+        """What a log file is of, in one line; a terminal shows it as it goes."""
+        if main_process() and not shows_bars(self.console):
+            block = recipe.dump()
+            teachers = ", ".join(models_of(t) for t in block["teacher"]) or "none"
+            self._say(
+                f"run {recipe.name}: student {block['student'].get('model')}, teacher {teachers}, {recipe.steps} steps "
+                f"of {recipe.batch.prompts * recipe.batch.group} trajectories, in {recipe.directory}"
+            )
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """What takes a while: shown as long as it lasts, or as a line of a log file."""
+        if shows_bars(self.console):
+            with self.console.status(text):
+                yield
+            return
+        if main_process():
+            self._say(text)
+        yield
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def warn(self, text: str) -> None:
         """One line that a person must see, also of a quiet run."""
         if self.console.quiet:
             print(f"opd: {text}", file=sys.stderr)
         else:
-            self.console.print(f"opd: {text}", highlight=False, markup=False, soft_wrap=True)
+            self._say(f"opd: {text}")
+
+    def warn_once(self, text: str) -> None:
+        """The same, the first time alone."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def warn_of_skipped(self, bad: Sequence[Exception]) -> None:
         """Say which rows were left out; the first few by name."""
@@ -209,8 +240,7 @@ class Monitor:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._progress is not None:
-                self._progress.stop()
+            self._progress.stop()
 
 
 def _held_out(metrics: dict[str, float]) -> dict[str, float]:

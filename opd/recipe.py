@@ -35,6 +35,7 @@ from opd.rollouts.student import StudentRollout
 from opd.schedules import OverSteps
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
+from opd.stopping import Alarm, Stop
 from opd.teachers import Teacher
 from opd.updates import Update
 from opd.updates.plain import PlainUpdate
@@ -71,6 +72,15 @@ class Evaluation(Settings):
     max_new_tokens: int | None = Field(None, ge=1, description="Default: the rollout's")
     steps: int = Field(40, ge=1, description="Of a flow model's deterministic sampler")
     samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
+    stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
+    alarm: Alarm | None = Field(Alarm(), description="Warn when held-out samples degenerate; null never warns")
+
+    @model_validator(mode="after")
+    def _stops_on_evaluations(self) -> Evaluation:
+        key = "stop" if self.stop is not None else "alarm.stop" if self.alarm is not None and self.alarm.stop else ""
+        if key and not self.every:
+            raise ValueError(f"{key} ends a run by its evaluations, and evaluation.every is 0; set evaluation.every")
+        return self
 
 
 class Hardware(Settings):

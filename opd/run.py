@@ -28,8 +28,10 @@ from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
 from opd.rollouts import PrefixSource
+from opd.rollouts.base import Combination
 from opd.self_test import self_test
-from opd.shaping import Shaping
+from opd.shaping import Shaper, Shaping
+from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
@@ -49,25 +51,26 @@ class Run:
     rollout: PrefixSource
     sampler: PrefixSource
     verifier: Verifier | None
-    shaping: Shaping
+    shaping: Shaping | Shaper
     objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitor
     checkpoints: Checkpoints
     skips: Skips
+    watch: Watch
     micro: int
     step: int = 0
     signals: dict[str, float] = field(default_factory=dict)
 
     def parts(self, able_to: str) -> Iterator[tuple[str, Any]]:
-        """`(name, part)` of everything in the run that has a method of that name; one item of a list is one part."""
+        """`(name, part)` of everything in the run that has a method of that name; one item of a list is one part, and
+        so is each source of a combined rollout."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             items = {f"{entry.name}.{i}": item for i, item in enumerate(value)} if isinstance(value, list) else None
             for name, part in (items or {entry.name: value}).items():
-                if hasattr(part, able_to):
-                    yield name, part
+                yield from _able(name, part, able_to)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: a part that has `state_dict` is in it. Every process must ask; of weights
@@ -91,6 +94,8 @@ class Run:
         """
         parts, stored = dict(self.parts("state_dict")), state["parts"]
         for name in dict.fromkeys([*parts, *stored]):
+            if name in parts and name not in stored and not parts[name].state_dict():
+                continue
             if name not in parts or name not in stored:
                 side = "checkpoint" if name not in stored else "recipe"
                 raise RunError(f"the checkpoint does not fit: {name} has a state, but not in the {side}")
@@ -100,23 +105,29 @@ class Run:
                 raise RunError(f"the checkpoint does not fit: {name} cannot take its state ({error})") from None
         self.step, self.signals, self.micro = state["step"], state["signals"], state["micro"]
         randoms = state["random"]
+        # A run that is at its end measures as its last step did.
+        self.take_settings_of_step(max(0, self.step - 1))
         set_random_state(randoms[self.accelerator.process_index % len(randoms)], self.accelerator.device)
 
-    def take_settings_of_step(self) -> dict[str, float]:
-        """Put the numbers of this step in the places of the recipe's schedules, and return them by their keys."""
+    def take_settings_of_step(self, step: int) -> dict[str, float]:
+        """Put the numbers of a step (from 0) in the places of the recipe's schedules, in every part that reads them,
+        and return them by their keys."""
         schedules = self.recipe.scheduled()
         if not schedules:
             return {}
-        now = self.recipe.at(self.step, self.recipe.steps)
+        now = self.recipe.at(step, self.recipe.steps)
         context = self.context.with_(temperature=now.temperature)
-        self.rollout.settings, self.optimiser.settings = now.rollout, now.update
-        self.shaping, self.objectives = now.shaping, now.objective
+        self.optimiser.settings, self.objectives = now.update, now.objective
+        if isinstance(self.shaping, Shaping):
+            self.shaping = now.shaping
+        else:
+            self.shaping.settings = now.shaping
         for teacher, settings in zip(self.teachers, now.teacher, strict=True):
-            teacher.settings = settings
-        self.student.context = self.rollout.context = context
-        for teacher in self.teachers:
-            teacher.context = context
-        return {f"schedule/{key}": float(s.at(self.step, self.recipe.steps)) for key, s in schedules.items()}
+            teacher.settings, teacher.context = settings, context
+        self.student.context = context
+        self.rollout.take(now.rollout, context)
+        self.sampler = self.student.held_out_sampler(now, self.rollout, context)
+        return {f"schedule/{key}": float(s.at(step, self.recipe.steps)) for key, s in schedules.items()}
 
     def ask(self, trajectories: Trajectories) -> list[Target]:
         """Every teacher's answer."""
@@ -151,6 +162,13 @@ class Run:
         sums = torch.stack([known.sum(), known.square().sum(), torch.tensor(len(known)).double()])
         total, squares, count = self.sum_over_processes(sums).tolist()
         return max(0.0, squares / count - (total / count) ** 2) ** 0.5 if count else 0.0
+
+
+def _able(name: str, part: Any, able_to: str) -> Iterator[tuple[str, Any]]:
+    if hasattr(part, able_to):
+        yield name, part
+    for i, source in enumerate(part.sources if isinstance(part, Combination) else ()):
+        yield from _able(f"{name}.{i}", source, able_to)
 
 
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
@@ -290,12 +308,13 @@ def assemble(
         rollout=rollout,
         sampler=student.held_out_sampler(recipe, rollout, context),
         verifier=recipe.verifier,
-        shaping=recipe.shaping,
+        shaping=recipe.shaping.build(context),
         objectives=recipe.objective,
         optimiser=recipe.update.build(student, accelerator),
         held_out=held_out,
         monitor=monitor,
         checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),
         skips=Skips(recipe.failures),
+        watch=Watch(recipe.evaluation.stop, recipe.evaluation.alarm),
         micro=recipe.batch.micro,
     )

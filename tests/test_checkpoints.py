@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -17,18 +18,22 @@ import psutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 import opd
 from opd.api import execute
+from opd.checkpoints.content import content_of
 from opd.checkpoints.files import locked, whole_folder, write_whole
 from opd.checkpoints.randomness import random_state, set_random_state
+from opd.checkpoints.resume import identity
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
 from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.curricula.shuffled import ShuffledSchedule
 from opd.errors import DataError, OpdError, RunError
 from opd.monitor import Monitor
+from opd.prompts import Prompt
 from opd.recipe import differences, parse_recipe
 from tests.conftest import save_tiny, tiny_model
 from tests.test_loop import TEXTS, recipe_for
@@ -136,6 +141,48 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
     # A ladder measures at the end of its last rung, and so does the run.
     assert sorted({r["step"] for r in result.history if "held_out/length" in r}) == [0, 3, 6]
     assert len(result.samples) == 1
+
+
+class Remembering:
+    """A built shaping with a state: positions weigh less from step to step."""
+
+    def __init__(self, settings):
+        self.settings, self.asked = settings, 0
+
+    def __call__(self, student, targets, trajectories):
+        self.asked += 1
+        return torch.full((trajectories.positions,), 1 / self.asked)
+
+    def state_dict(self):
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state):
+        self.asked = state["asked"]
+
+
+@pytest.mark.parametrize("kind", ["mixture", "switch"])
+def test_states_of_a_shaping_and_of_sources_in_a_combination_are_in_it(kind, make, monkeypatch):
+    """Two responses a row take turns by the visits of the row, which only the source inside the combination counts."""
+    monkeypatch.setattr("opd.shaping.uniform.Uniform.build", lambda self, context: Remembering(self), raising=False)
+    rows = [{"prompt": text, "response": [f"{text}1", f"{text}22", f"{text}333"]} for text in TEXTS[:6]]
+    data, student = {"kind": "data", "max_new_tokens": 6}, {"kind": "student", "max_new_tokens": 6}
+    rollout = {
+        "mixture": {"kind": "mixture", "first": data, "second": student, "share": 0.9},
+        "switch": {"kind": "switch", "first": data, "then": student, "position": 5},
+    }[kind]
+    whole = {
+        "rollout": rollout,
+        "objective": [{"kind": "forward_kl"}],
+        "prompts": [{"kind": "inline", "prompts": rows}],
+    }
+    undisturbed, broken = (make(name, whole=whole, self_test=False) for name in ("undisturbed", "broken"))
+    execute(undisturbed, quiet=True)
+    killed_at(monkeypatch, broken, 3)
+    execute(broken, resume=True, quiet=True)
+    assert_same_run(undisturbed, broken)
+    parts = read(folder_of(broken.directory, steps_stored(broken.directory)[0]))["parts"]
+    assert parts["shaping"] == {"asked": 6}
+    assert sum(parts["rollout.0"]["visits"].values()) > 12
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(make, monkeypatch):
@@ -632,6 +679,56 @@ def test_a_log_that_cannot_be_written_is_one_line(make, monkeypatch):
         execute(recipe, resume=True, quiet=True)
     shutil.rmtree(recipe.directory / "rollouts.jsonl")
     execute(recipe, resume=True, quiet=True)
+
+
+def image(colour):
+    return Image.new("RGB", (4, 4), colour)
+
+
+@pytest.mark.parametrize(
+    ("one", "same", "other"),
+    [
+        (image("red"), image("red"), image("blue")),
+        (numpy.asarray(image("red")), numpy.asarray(image("red")), numpy.asarray(image("blue"))),
+        (numpy.zeros((2, 3)), numpy.zeros((2, 3)), numpy.zeros((3, 2))),
+        (numpy.array(["a", b"b"], object), numpy.array(["a", b"b"], object), numpy.array(["a", b"c"], object)),
+        (torch.zeros(3).bfloat16(), torch.zeros(3).bfloat16(), torch.ones(3).bfloat16()),
+        ({"bytes": b"red"}, {"bytes": b"red"}, {"bytes": b"blue"}),
+        ([image("red")] * 2, [image("red")] * 2, [image("red"), image("blue")]),
+        (numpy.float32(1), numpy.float32(1), numpy.float32(2)),
+        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+        ({1, 2}, {2, 1}, {1, 3}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_prompt_set_is_known_by_the_content_of_its_images_and_the_like(one, same, other):
+    first, second, third = (
+        content_of([Prompt("p", {"prompt": "a", "image": value})], lambda prompt: []) for value in (one, same, other)
+    )
+    assert first == second != third
+
+
+def test_files_that_rows_name_count_by_what_is_in_them(tmp_path):
+    def known(folder, rollout="noised"):
+        rows = [
+            Prompt("p", {"prompt": "a", "image": ["one.bin", {"path": "two.bin"}, {"bytes": b"x"}]}, folder=folder),
+            Prompt("q", {"prompt": "b"}, folder=folder),
+        ]
+        data = {"student": {"kind": "flow_transformer", "model": "-"}, "rollout": {"kind": rollout}, "objective": "sft"}
+        recipe = parse_recipe({**data, "prompts": {"kind": "inline", "prompts": ["a"]}})
+        return identity(recipe, rows)["prompts"]
+
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.bin").write_bytes(bytes(300_000))
+        (tmp_path / name / "two.bin").write_bytes(b"2")
+    os.utime(tmp_path / "b" / "one.bin", (1, 1))
+    (tmp_path / "c" / "one.bin").write_bytes(bytes(299_999) + b"1")
+    (tmp_path / "d" / "two.bin").unlink()
+    same = known(tmp_path / "a")
+    assert known(tmp_path / "b") == same, "copied to another place at another time"
+    assert len({same, known(tmp_path / "c"), known(tmp_path / "d")}) == 3
+    assert known(tmp_path / "a", "sde") == known(tmp_path / "c", "sde"), "nobody reads them"
 
 
 # ---- rows that cannot be used ----

@@ -176,6 +176,30 @@ def test_several_teachers_are_a_weighted_sum_of_divergences():
         torch.testing.assert_close(got, a + b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("divergence", ON_SUPPORT[:4], ids=lambda d: d.kind)
+@pytest.mark.parametrize("per_example", [False, True])
+def test_a_clipped_position_contributes_the_clip_and_its_gradient_shrinks_with_it(divergence, per_example):
+    student, teacher, weights, actions, _ = scene()
+    lengths = torch.tensor([20, 17])
+    raw = definition(divergence, teacher.log_probs(), student.log_probs())
+    clip = float(raw.detach().median())
+    clipped = divergence.model_copy(update={"clip": clip})
+    loss = divergence_loss(clipped, student, [Target(teacher)], weights, actions, lengths, 8, per_example)
+    expected = (raw * (clip / raw.detach()).clamp(max=1) * weights).sum()
+    assert 10 < int((loss.values > clip).sum()) < 27
+    torch.testing.assert_close(loss.values, raw.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss.total, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(loss.total.detach(), (raw.detach().clamp(max=clip) * weights).sum(), atol=1e-5, rtol=1e-4)
+    for got, want in zip(
+        torch.autograd.grad(loss.total, leaves(student)),
+        torch.autograd.grad(expected, leaves(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-3)
+    assert divergence.unbiased
+    assert not clipped.unbiased
+
+
 def test_masked_rows_are_never_projected():
     student, teacher, weights, actions, lengths = scene()
     weights[::2] = 0

@@ -11,13 +11,16 @@ import pytest
 import torch
 import yaml
 
+from opd.api import execute
 from opd.cli.main import main
-from opd.errors import RunError
+from opd.distributions import Sampled, TopK
+from opd.errors import RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.language import harness
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe
 from opd.run import assemble
+from opd.teachers import LiveTeacher
 from tests.conftest import CHARACTERS, character_tokenizer, tiny_model
 
 ENTROPY = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
@@ -81,6 +84,48 @@ def test_divergences_and_entropies_are_those_of_the_two_unigrams(tmp_path):
     assert metrics["length"] == 1
     assert metrics["truncated"] == 1
     assert not {"pass_at_k", "greedy_accuracy", "greedy_length"} & metrics.keys()
+
+
+class Less(LiveTeacher):
+    """A teacher in this process that says of another's answers only the top one, or only the tokens taken."""
+
+    def __init__(self, inner, answers):
+        self.inner, self.answers, self.settings = inner, answers, inner.settings
+
+    def __call__(self, trajectories):
+        whole = self.inner(trajectories)
+        return TopK.of(whole, 1) if self.answers is TopK else Sampled.of(whole, trajectories.actions)
+
+
+@pytest.mark.parametrize("answers", [TopK, Sampled])
+def test_teachers_that_answer_less_are_measured_as_far_as_that_goes(answers, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run = assemble(recipe_for(tmp_path), Monitor(tmp_path / "run", quiet=True))
+    run.teachers = [Less(run.teachers[0], answers)]
+    found = [evaluate(run), evaluate(run)][1]
+    assert capsys.readouterr().err.count("are left out") == 1
+    assert found.metrics["student_entropy"] == pytest.approx(ENTROPY, rel=1e-4)
+    ones = sum(row["completion"] == "1" for row in found.rows) / 96
+    if answers is TopK:
+        # One of two equal tokens and the rest: as coarse as the two unigrams are, so nothing is lost.
+        forward = 0.5 * (math.log(0.5 / 0.75) + math.log(0.5 / 0.25))
+        reverse = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+        assert found.metrics["forward_kl_top_k"] == pytest.approx(forward, rel=1e-4)
+        assert found.metrics["reverse_kl_top_k"] == pytest.approx(reverse, rel=1e-4)
+        assert found.metrics["top1_agreement"] in (0.0, 1.0)
+    else:
+        sampled = ones * math.log(0.75 / 0.5) + (1 - ones) * math.log(0.25 / 0.5)
+        assert found.metrics["reverse_kl_sampled"] == pytest.approx(sampled, rel=1e-3)
+        assert found.rows[0]["values"]["log_p"] == pytest.approx([math.log(0.5)], abs=1e-3)
+    assert not {"forward_kl", "reverse_kl", "teacher_entropy"} & found.metrics.keys()
+    assert set(found.rows[0]["alternatives"]) == {"student"}
+
+
+def test_a_best_checkpoint_by_what_cannot_be_measured_is_refused_at_start(tmp_path):
+    recipe = recipe_for(tmp_path, teacher=False, every=1)
+    recipe = parse_recipe({**recipe.dump(), "checkpoint": {"every": 1, "keep_best": "reverse_kl"}})
+    with pytest.raises(RecipeError, match="keep_best is 'reverse_kl'.*student_entropy"):
+        execute(recipe, quiet=True)
 
 
 def test_avg_at_k_and_pass_at_k(tmp_path):

@@ -20,7 +20,7 @@ from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.recipe import parse_recipe
 from opd.reduction import position_weights
-from opd.run import build_models
+from opd.rollouts.stored import StoredTrajectories
 from opd.store import Targets
 from opd.store.sampling import sample
 from opd.store.scoring import score
@@ -183,19 +183,44 @@ def test_a_killed_run_on_a_store_goes_on_bit_for_bit(made, monkeypatch):
     assert_same_run(one, other)
 
 
-def test_each_epoch_takes_every_prompt_once_and_draws_take_turns(made):
-    recipe, store = made
-    store = sample(recipe, store.path, draws=2, quiet=True)
-    student, _, context = build_models(recipe.model_copy(update={"teacher": []}), torch.device("cpu"))
-    settings = parse_recipe({**recipe.dump(), "rollout": {"kind": "stored", "path": str(store.path)}}).rollout
-    source = settings.build(context, student, [])
-    from opd.prompts import load_prompts
+def read_by(monkeypatch):
+    """Rows of the store that training reads from here on, by prompt and step."""
+    call, rows = StoredTrajectories.__call__, {}
 
-    prompts = load_prompts(recipe.prompts)
-    source.check_prompts(prompts)
-    schedule = recipe.curriculum.build(prompts, 8, context, student)
-    rows = [r for step in range(5) for r in source(schedule.next(step, {}).prompts, 1, 99, step).stored.tolist()]
-    assert sorted(rows) == list(range(40)), "two epochs of 20 prompts see both draws of each"
+    def reading(self, prompts, group, budget, stream, begun=None):
+        found = call(self, prompts, group, budget, stream, begun)
+        for prompt, row in zip(found.prompts, found.stored.tolist(), strict=True) if stream >= 0 else ():
+            rows.setdefault(prompt.id, {})[stream] = row
+        return found
+
+    monkeypatch.setattr(StoredTrajectories, "__call__", reading)
+    return rows
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_visit_of_a_prompt_takes_its_next_trajectories(mixed, made, monkeypatch):
+    """Through a run that is killed on the way: 16 prompts of 3 draws by 4 a step, 6 steps are one epoch and a half."""
+    recipe, store = made
+    store = sample(recipe, store.path, draws=3, quiet=True)
+    score(recipe, store.path, "sampled", name="sampled", quiet=True)
+    rollout = {"kind": "stored", "path": str(store.path), "max_new_tokens": 10}
+    if mixed:
+        rollout = {"kind": "mixture", "first": rollout, "second": rollout, "share": 0.5}
+    changes = {"steps": 12, "batch": {"prompts": 4, "group": 1, "micro": 4}, "checkpoint": {"every": 2}}
+    recipe = offline(recipe, store, **changes, rollout=rollout, self_test=False)
+    rows = read_by(monkeypatch)
+    killed_at(monkeypatch, recipe, 6)
+    execute(recipe, resume=True, quiet=True)
+    assert len(rows) == 16
+    for name, steps in rows.items():
+        read = [steps[step] for step in sorted(steps)]
+        mine = store.rows_of(name)
+        assert len(mine) == 3
+        if mixed:
+            # Two sources that each take turns: none of them reads one again before it has read all.
+            assert all(read.count(row) <= 2 for row in mine)
+        else:
+            assert read == mine, "three visits, three trajectories, whatever their places in the batches"
 
 
 def test_a_teacher_that_is_its_own_student_moves_nothing(made, models, tmp_path):  # noqa: F811

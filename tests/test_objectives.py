@@ -125,6 +125,32 @@ def test_every_objective_has_its_own_positions_and_denominator():
     assert found.tolist() == pytest.approx([0, 0, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 1 / 6, 0, 0])
 
 
+def test_cut_trajectories_may_be_left_out():
+    trajectories = trajectories_of([2, 3, 1])
+    trajectories = replace(trajectories, finished=torch.tensor([True, False, True]))
+    masked = SFT(truncated="mask").position_weights(trajectories, "token_mean", lambda x: x)
+    assert masked.tolist() == pytest.approx([1 / 3] * 2 + [0] * 3 + [1 / 3])
+    by_sequence = SFT(truncated="mask", end="mask").position_weights(trajectories, "sequence_mean", lambda x: x)
+    assert by_sequence.tolist() == [1, 0, 0, 0, 0, 0]
+    assert SFT().position_weights(trajectories, "token_mean", lambda x: x).tolist() == pytest.approx([1 / 6] * 6)
+
+
+def test_a_clip_and_a_mask_of_cut_trajectories_reach_training(models, tmp_path):  # noqa: F811
+    def steps(name, **objective):
+        recipe = recipe_for(
+            models, tmp_path, output=str(tmp_path / name), objective={"kind": "reverse_kl", **objective}, steps=1
+        )
+        return next(r for r in execute(recipe, quiet=True).history if "train/loss" in r)
+
+    plain, masked, clipped = steps("plain"), steps("masked", truncated="mask"), steps("clipped", clip=0.5)
+    assert 0 < plain["train/truncated"] < 1
+    assert masked["train/positions"] < plain["train/positions"]
+    assert masked["train/divergence"] != plain["train/divergence"]
+    assert clipped["train/divergence"] == pytest.approx(plain["train/divergence"], rel=1e-5)
+    assert 0 < clipped["train/clipped"] <= 1
+    assert clipped["train/loss"] <= 0.5 < plain["train/loss"]
+
+
 def test_a_sum_of_objectives_is_the_sum_of_their_gradients(models, tmp_path):  # noqa: F811
     from tests.test_loop import build
 

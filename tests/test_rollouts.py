@@ -109,8 +109,17 @@ def test_a_padding_token_that_is_the_end_token_never_deletes_it(models, tmp_path
 def test_several_responses_take_turns(student):
     row = Prompt("r", {"prompt": "1=", "response": ["a", "b", "c"]}, where="t:0")
     source = DataRollout().build(student.context, student, [])
-    texts = [[student.decode(c) for c in source([row], 2, 8, stream=s).completions()] for s in (0, 1, 2)]
-    assert texts == [["a", "b"], ["b", "c"], ["c", "a"]]
+
+    def visit(stream):
+        source.drawn([row, Prompt("other", {"prompt": "2=", "response": ["x", "y"]}, where="t:2")], stream)
+        return [student.decode(c) for c in source([row], 2, 8, stream).completions()]
+
+    # By visits and not by steps: a prompt that comes every third step would always get the same response.
+    assert [visit(stream) for stream in (0, 3, 6)] == [["a", "b"], ["c", "a"], ["b", "c"]]
+    again = DataRollout().build(student.context, student, [])
+    again.load_state_dict(source.state_dict())
+    source = again
+    assert visit(9) == ["a", "b"]
     with pytest.raises(opd.DataError, match="holds int"):
         source.check_prompts([Prompt("x", {"prompt": "1=", "response": 3}, where="t:1")])
 
@@ -131,7 +140,7 @@ def test_a_mixture_keeps_the_order_of_prompts_and_its_share(student, teacher, pr
         assert torch.equal(completion, alone[0 if author == STUDENT else 1].completions()[i])
     assert len(set(chosen)) == (2 if by == "prompt" else 1)
     for share, author in ((0.0, TEACHER), (1.0, STUDENT)):
-        source.settings = settings.model_copy(update={"share": share})
+        source.take(settings.model_copy(update={"share": share}), student.context)
         assert set(source(prompts, 1, 6, stream=0).authors.tolist()) == {author}
 
 
@@ -147,7 +156,7 @@ def test_a_schedule_of_the_temperature_reaches_the_sources_of_a_mixture(student,
     parts = {"first": StudentRollout(max_new_tokens=6), "second": TeacherRollout(max_new_tokens=6)}
     source = MixtureRollout(**parts).build(student.context, student, [teacher])
     before = source(prompts, 1, 6, stream=0)
-    source.context = student.context.with_(temperature=1e-3)
+    source.take(source.settings, student.context.with_(temperature=1e-3))
     assert (
         source(prompts, 1, 6, stream=0).behaviour_log_probs.exp().min() > 0.99 > before.behaviour_log_probs.exp().min()
     )

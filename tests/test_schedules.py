@@ -7,11 +7,12 @@ from typing import Annotated
 import pytest
 from pydantic import Field, ValidationError
 
+import opd
 from opd.api import execute
 from opd.choice import Settings
 from opd.recipe import parse_recipe
 from opd.schedules import OverSteps
-from tests.test_loop import models, recipe_for  # noqa: F401
+from tests.test_loop import build, models, recipe_for  # noqa: F401
 
 
 class Inner(Settings):
@@ -88,3 +89,46 @@ def test_training_follows_schedules_of_rate_temperature_and_objective(models, tm
     assert 2 < steps[0]["train/length"] <= 4 < steps[1]["train/length"] <= 6
     # The sampler and the loss follow the same temperature: their log-probabilities still agree.
     assert all(r["train/rollout_gap"] < 1e-4 for r in steps)
+
+
+def test_held_out_samples_follow_the_schedules_that_training_follows(models, tmp_path, monkeypatch):  # noqa: F811
+    """Temperature, cuts and length of the held-out sampler are the step's, and `exact` says so of the rollout."""
+    seen, evaluate = [], opd.monitor.evaluate
+
+    def looking(run):
+        sampler = run.sampler
+        seen.append((run.step, sampler.context.temperature, sampler.settings.top_p, run.rollout.settings.budget))
+        return evaluate(run)
+
+    monkeypatch.setattr("opd.monitor.evaluate", looking)
+    recipe = recipe_for(
+        models,
+        tmp_path,
+        temperature=[[0, 1.0], [2, 0.25]],
+        rollout={
+            "top_p": {"kind": "hold", "points": [[0, 1.0], [1, 0.9]]},
+            "max_new_tokens": {"kind": "hold", "points": [[0, 3], [2, 5]]},
+        },
+        evaluation={"every": 1},
+    )
+    result = execute(recipe, quiet=True)
+    # Before training, after each step but the last, and at the end.
+    assert seen == [(0, 1.0, 1.0, 3), (1, 1.0, 1.0, 3), (2, 0.625, 0.9, 3), (3, 0.25, 0.9, 5)]
+    assert ["train/rollout_gap" in r for r in result.history if "train/loss" in r] == [True, False, False]
+    lengths = [r["held_out/length"] for r in result.history if "held_out/length" in r]
+    assert max(lengths[:3]) <= 3 < lengths[3]
+    assert execute(recipe, quiet=True, resume=True).after == result.after, "a finished run measures as it did"
+    assert seen[-1] == (3, 0.25, 0.9, 5)
+
+
+def test_a_schedule_reaches_the_sources_of_a_switch_in_a_mixture(models, tmp_path):  # noqa: F811
+    top_p = {"kind": "hold", "points": [[0, 1.0], [1, 0.5]]}
+    switch = {"kind": "switch", "first": {"kind": "teacher"}, "then": {"kind": "student", "top_p": top_p}}
+    rollout = {"kind": "mixture", "first": switch, "second": {"kind": "student", "top_k": [[0, 0], [2, 8]]}}
+    recipe = recipe_for(models, tmp_path, temperature=[[0, 1.0], [2, 0.5]])
+    run = build(parse_recipe({**recipe.dump(), "rollout": rollout}), tmp_path)
+    run.take_settings_of_step(2)
+    inner, student = run.rollout.sources
+    assert (inner.sources[1].settings.top_p, student.settings.top_k) == (0.5, 8)
+    assert {source.context.temperature for source in (inner, *inner.sources, student)} == {0.5}
+    assert not (inner.sources[1].exact or student.exact)

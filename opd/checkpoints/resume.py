@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd.checkpoints.content import content_of
 from opd.checkpoints.store import UnusableError, folder_of, steps_stored, verify
 from opd.errors import RecipeError, RunError
 from opd.prompts import Prompt
@@ -25,6 +25,8 @@ NO_DIFFERENCE = (
     "self_test",
     "try_next",
     "evaluation.samples",
+    "evaluation.stop",
+    "evaluation.alarm",
 )
 """Keys that say what is kept and shown of a run, and change no number of its training."""
 
@@ -37,14 +39,9 @@ ROUNDING = ("torch", "transformers", "accelerate", "peft")
 
 def identity(recipe: Recipe, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """What makes a run this run, as far as it can be known before models are loaded."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        # Of a field that is no JSON (an image) only the kind is compared.
-        row = json.dumps([prompt.id, prompt.column, prompt.fields], sort_keys=True, default=lambda x: type(x).__name__)
-        digest.update(row.encode())
     return {
         "recipe": recipe.dump(),
-        "prompts": digest.hexdigest(),
+        "prompts": content_of(prompts, recipe.rollout.files),
         COUNTING: [key for key, schedule in recipe.scheduled().items() if schedule.counts_on_steps],
         "versions": {name: version for name, version in versions().items() if name in ROUNDING},
     }

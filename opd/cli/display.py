@@ -51,6 +51,10 @@ def show_result(result: Result, recipe: Recipe) -> None:
         out.print(shown)
     stopped = f" (stopped early by {signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
     out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)
+    for title, texts in (("ended", [result.summary["ended_by"]]), ("alarm", result.summary["alarms"])):
+        for text in texts:
+            if text:
+                out.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"student: {result.directory / 'student'}", highlight=False, soft_wrap=True)
     out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
     out.print(f"report:  {result.directory / 'report.html'}", highlight=False, soft_wrap=True)

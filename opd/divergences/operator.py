@@ -44,11 +44,17 @@ class OnSupport(CategoricalDivergence):
         None, description="Compare over K ids and a tail bucket; default the vocabulary"
     )
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
+    clip: Annotated[float, OverSteps(gt=0)] | None = Field(
+        None,
+        description="Most that a position may contribute, in nats: a larger value is scaled down to it and its gradient "
+        "with it; default no bound",
+    )
 
     @property
     def unbiased(self) -> bool:
-        """Over K ids and a tail the gradient is exact for that coarser support, not for the vocabulary."""
-        return self.top_k is None
+        """Over K ids and a tail the gradient is exact for that coarser support, not for the vocabulary; clipped
+        positions weigh less."""
+        return self.top_k is None and self.clip is None
 
     @abstractmethod
     def value_and_grad(
@@ -69,7 +75,8 @@ class OnSupport(CategoricalDivergence):
     def __call__(
         self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
     ) -> Loss:
-        return _on_categorical(self, student, targets, weights, trajectories)
+        loss = _on_categorical(self, student, targets, weights, trajectories)
+        return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
 
 
 class OnAction(CategoricalDivergence):
@@ -258,7 +265,7 @@ class _Total(torch.autograd.Function):
             done = _run(hidden, weight, bias, plan, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*done.grads)
         ctx.mark_non_differentiable(done.values, done.log_probs)
-        return (done.values * plan.weights).sum(), done.values, done.log_probs
+        return (done.values * done.weights).sum(), done.values, done.log_probs
 
     @staticmethod
     def backward(ctx, grad_total, _values, _log_probs):  # type: ignore[no-untyped-def]
@@ -275,7 +282,7 @@ class _PerExample(torch.autograd.Function):
             done = _run(hidden, weight, bias, plan, (ctx.needs_input_grad[0], False, False))
         owners = plan.owners()
         totals = torch.zeros(len(plan.lengths), device=hidden.device)
-        totals.index_add_(0, owners, done.values * plan.weights)
+        totals.index_add_(0, owners, done.values * done.weights)
         ctx.plan, ctx.owners = plan, owners
         ctx.save_for_backward(hidden, weight, bias, done.grads[0])
         ctx.mark_non_differentiable(done.values, done.log_probs)
@@ -305,6 +312,9 @@ def _resolve(plan: _Plan, hidden: torch.Tensor) -> _Plan:
 
 @dataclass(frozen=True)
 class _Done:
+    """`weights` are the plan's, less where a position was clipped."""
+
+    weights: torch.Tensor
     values: torch.Tensor
     log_probs: torch.Tensor
     grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
@@ -336,7 +346,10 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
     grad_weight = torch.zeros(weight.shape, device=device) if needs[1] else None
     grad_bias = torch.zeros(bias.shape, device=device) if bias is not None and needs[2] else None
-    live = plan.weights.nonzero().squeeze(1)
+    weights, clip = plan.weights, None
+    if isinstance(divergence, OnSupport) and divergence.clip is not None:
+        weights, clip = weights.clone(), float(divergence.clip)
+    live = weights.nonzero().squeeze(1)
     buffers = _Buffers(min(plan.rows, max(1, len(live))), size, device)
     known = None
     if isinstance(divergence, OnAction) and divergence.sees_whole_trajectories:
@@ -351,13 +364,15 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
         else:
             value, grad = _on_action(divergence, log_q, plan, index, known, buffers)
         values[index] = value
+        if clip is not None:
+            weights[index] *= clip / value.clamp(min=clip)
         if not any(needs):
             continue
         if slope is not None:
             grad.mul_(slope)
         grad = grad.to(dtype)
         # The position's weight goes on the thin side of each product, not over [R, V].
-        share = (plan.weights[index] * (head.scale / head.temperature))[:, None]
+        share = (weights[index] * (head.scale / head.temperature))[:, None]
         if grad_hidden is not None:
             grad_hidden[index] = ((grad @ matrix) * share).to(hidden.dtype)
         if grad_weight is not None:
@@ -369,6 +384,7 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
         if grad_bias is not None:
             grad_bias[:size] += (share.T.to(dtype) @ grad).squeeze(0)
     return _Done(
+        weights,
         values,
         log_probs,
         (

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.distributions import Categorical, Routed
+from opd.distributions import Categorical, Distribution, Routed, Sampled, TopK, append_tail
 from opd.divergences.operator import chunk_rows
 
 MEANS = ("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy")
+KNOWN = {
+    "categorical": MEANS,
+    "top_k": ("forward_kl_top_k", "reverse_kl_top_k", "top1_agreement", "student_entropy"),
+    "sampled": ("reverse_kl_sampled", "student_entropy"),
+}
+"""What can be measured against a teacher, by the kind of its answers."""
+
 ALTERNATIVES = 4
 """K of the alternatives kept for each position."""
 
@@ -19,9 +26,10 @@ class Comparison:
     """Position by position, detached.
 
     Attributes:
-        values: float32 `[N]` each, in nats, by name: those of `MEANS`, and the log-probabilities `log_p` (teacher) and
-            `log_q` (student) of the actions taken. Without a teacher only `student_entropy` and `log_q`.
-        tops: `student` and `teacher`: `[N, K]` ids and `[N, K]` probabilities, most likely first.
+        values: float32 `[N]` each, in nats, by name: those of `KNOWN`, and the log-probabilities `log_p` (teacher, where
+            it says that of all ids or of the actions) and `log_q` (student) of the actions taken. Without a teacher
+            only `student_entropy` and `log_q`.
+        tops: `student` and, where it says that, `teacher`: `[N, K]` ids and `[N, K]` probabilities, most likely first.
     """
 
     values: dict[str, torch.Tensor]
@@ -29,12 +37,22 @@ class Comparison:
 
     def sums(self) -> dict[str, float]:
         """Sums over the tokens of the divergences, the agreement and the entropies."""
-        return {name: float(self.values[name].double().sum()) for name in MEANS if name in self.values}
+        return {name: float(value.double().sum()) for name, value in self.values.items() if not name.startswith("log_")}
 
 
 @torch.no_grad()
-def compare(student: Categorical, teacher: Categorical | Routed | None, actions: torch.Tensor) -> Comparison:
-    """Compare two full distributions at N positions, a chunk at a time; without a teacher look at the student alone."""
+def compare(student: Categorical, teacher: Distribution | None, actions: torch.Tensor) -> Comparison:
+    """Compare a full distribution with a teacher's at N positions, a chunk at a time; without a teacher look at the
+    student alone.
+
+    Of a teacher that answers `TopK` the divergences are those over its K ids and the bucket of all others, a lower
+    bound of the whole ones; of one that answers `Sampled`, `reverse_kl_sampled` is `log q(a) - log p(a)` of the actions
+    taken, whose mean over the student's own samples is the reverse KL.
+    """
+    parts = teacher.parts if isinstance(teacher, Routed) else (teacher,)
+    if teacher is not None and not all(isinstance(part, Categorical) for part in parts):
+        return _compare_partly(student, teacher, actions)
+    assert teacher is None or isinstance(teacher, Categorical | Routed)
     rows = chunk_rows(student.head.size)
     values: dict[str, list[torch.Tensor]] = {}
     tops: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -56,6 +74,33 @@ def compare(student: Categorical, teacher: Categorical | Routed | None, actions:
         {name: torch.cat(parts) for name, parts in values.items()},
         {side: (torch.cat([i for i, _ in found]), torch.cat([v for _, v in found])) for side, found in tops.items()},
     )
+
+
+def _compare_partly(student: Categorical, teacher: Distribution, actions: torch.Tensor) -> Comparison:
+    alone = compare(student, None, actions)
+    values, rows = dict(alone.values), chunk_rows(student.head.size)
+    for mine, piece in teacher.pieces():
+        for start in range(0, len(piece), rows):
+            here = mine[start : start + rows].to(actions.device)
+            for name, found in _known(student.select(here), piece.select(slice(start, start + rows)), actions[here]):
+                values.setdefault(name, torch.full_like(values["log_q"], torch.nan))[here] = found
+    return Comparison(values, alone.tops)
+
+
+def _known(student: Categorical, answer: Distribution, actions: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    log_q = student.log_probs()
+    if isinstance(answer, Sampled):
+        log_p = answer.log_probs.float()
+        taken = log_q.gather(1, actions[:, None]).squeeze(1)
+        return [("log_p", log_p), ("reverse_kl_sampled", taken - log_p)]
+    assert isinstance(answer, TopK)
+    p, q = answer.with_tail(), append_tail(log_q.gather(1, answer.ids))
+    best = answer.ids.gather(1, answer.log_probs.argmax(1, keepdim=True)).squeeze(1)
+    return [
+        ("forward_kl_top_k", torch.linalg.vecdot(p.exp(), p - q)),
+        ("reverse_kl_top_k", torch.linalg.vecdot(q.exp(), q - p)),
+        ("top1_agreement", (log_q.argmax(1) == best).float()),
+    ]
 
 
 def _look(

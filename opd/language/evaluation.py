@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from opd.distributions import Categorical, Routed
 from opd.divergences import Comparison, compare
-from opd.divergences.statistics import MEANS
+from opd.divergences.statistics import KNOWN
 from opd.evaluation import COUNTS, HeldOut, accuracies, by_prompt, judge, outcomes, roll_out, rows_of, totals
 from opd.trajectories import Trajectories
 
@@ -16,7 +15,17 @@ if TYPE_CHECKING:
     from opd.policies.causal_lm import CausalLMStudent
     from opd.run import Run
 
-ROW_VALUES = ("reverse_kl", "forward_kl", "student_entropy", "teacher_entropy", "log_q", "log_p")
+ROW_VALUES = (
+    "reverse_kl",
+    "forward_kl",
+    "reverse_kl_top_k",
+    "forward_kl_top_k",
+    "reverse_kl_sampled",
+    "student_entropy",
+    "teacher_entropy",
+    "log_q",
+    "log_p",
+)
 """What a held-out row keeps of each token."""
 
 MOVED = ("moved", "moved_squared", "moved_positions")
@@ -27,7 +36,8 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
     position; where that one is routed, with each prompt's own.
 
     Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
-    over all tokens; without a teacher the student's entropy alone), `length` in tokens, `truncated` share; where
+    over all tokens; without a teacher the student's entropy alone, and with one that answers less than whole
+    distributions what `KNOWN` has, which is said once), `length` in tokens, `truncated` share; where
     training reads a store that holds an earlier student's completions of these prompts, `drift` and `drift_std` of
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
     `greedy_accuracy` and `greedy_length`.
@@ -42,15 +52,20 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
         sums |= outcomes(trajectories, settings.k)
         items["accuracy"] = by_prompt(trajectories, settings.k)
         teacher = judge(run)
+        if teacher is not None and teacher.answers.kind != "categorical":
+            names = ", ".join(KNOWN[teacher.answers.kind])
+            run.monitor.warn_once(
+                f"the teacher answers {teacher.answers.kind!r}, not whole distributions: held-out measurements are "
+                f"{names}; the others of a teacher are left out"
+            )
         for micro, _ in trajectories.split(run.micro):
             own = student(micro)
             answer = teacher(micro) if teacher is not None else None
-            assert answer is None or isinstance(answer, Categorical | Routed)
             comparison = compare(own, answer, micro.actions)
             for name, value in comparison.sums().items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, student, micro, comparison)
-        before = run.rollout.written_before(prompts, run.recipe.rollout.budget)
+        before = run.rollout.written_before(prompts, run.rollout.settings.budget)
         if before is not None:
             sums |= _moved(run, student, before)
         if settings.greedy:
@@ -73,8 +88,9 @@ def _moved(run: Run, student: CausalLMStudent, before: Trajectories) -> dict[str
 
 
 def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
-    total = totals(run, sums, [*MEANS, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
-    known = MEANS if judge(run) is not None else ("student_entropy",)
+    teacher = judge(run)
+    known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
+    total = totals(run, sums, [*known, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
     metrics = {name: total[name] / total["positions"] for name in known}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]

@@ -59,7 +59,8 @@ class LanguageRollout(PrefixSource):
         self.language, self.settings, self.context = language, settings, context
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
-        self.exact = settings.top_p == 1.0 and settings.top_k == 0 and author == "student"
+        self.own_temperature = True
+        self.exact = self._is_exact()
         own = next(language.parameters()).dtype
         wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
         self.copy: Any = None
@@ -67,12 +68,21 @@ class LanguageRollout(PrefixSource):
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
 
+    def take(self, settings: Any, context: Context) -> None:
+        super().take(settings, context)
+        self.exact = self._is_exact()
+
+    def _is_exact(self) -> bool:
+        whole = self.settings.top_p == 1.0 and self.settings.top_k == 0
+        return whole and self.author == "student" and self.own_temperature
+
     def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
         """The same writer with other sampling settings; shares weights and copy."""
         other = copy.copy(self)
         other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k})
         other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
-        other.exact = self.exact and (temperature, top_p, top_k) == (None, 1.0, 0)
+        other.own_temperature = self.own_temperature and temperature is None
+        other.exact = other._is_exact()
         return other
 
     def sampler(self, packed: bool = False) -> Sampler:

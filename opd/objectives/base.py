@@ -27,8 +27,9 @@ class Loss:
             zero where the weight is zero, since those positions are never computed.
         log_probs: float32 `[N]`, detached: the student's log-probability of each action taken; zero likewise.
         per_example: float32 `[B]` with a graph, each trajectory's part of `total`, when it was asked for.
-        measured: float32 `[N]` by name, detached; their means over the step's learnt positions are logged, NaN left
-            out.
+        measured: float32 `[N]` by name, detached; their means over the positions that the objective counts are
+            logged, NaN left out.
+        computed: bool `[N]`, where the student was looked at; None where that is wherever the weight is not zero.
     """
 
     total: torch.Tensor
@@ -36,6 +37,7 @@ class Loss:
     log_probs: torch.Tensor
     per_example: torch.Tensor | None = None
     measured: dict[str, torch.Tensor] = field(default_factory=dict)
+    computed: torch.Tensor | None = None
 
 
 class Objective(Choice):
@@ -57,6 +59,9 @@ class Objective(Choice):
         description="Only positions whose action one of these wrote: student, teacher, data, environment; default all",
     )
     end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")
+    truncated: Literal["learn", "mask"] = Field(
+        "learn", description="Whether trajectories count that the budget cut before they ended"
+    )
     teacher: str | None = Field(None, description="Name of the one teacher that this objective listens to; default all")
 
     def position_weights(
@@ -73,6 +78,8 @@ class Objective(Choice):
         if self.end == "mask":
             last = (trajectories.lengths.cumsum(0) - 1)[trajectories.finished]
             learn = learn.index_fill(0, last.to(learn.device), False)
+        if self.truncated == "mask":
+            learn = learn & trajectories.finished.repeat_interleave(trajectories.lengths).to(learn.device)
         return self.weight * position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn)
 
     def shape(self, weights: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
@@ -106,7 +113,7 @@ class Objective(Choice):
         """Raise `IncompatibleError` at start-up when it is not what it says on the states of this prefix source."""
 
 
-SHARED = frozenset({"kind", "weight", "reduction", "written_by", "end", "teacher"})
+SHARED = frozenset({"kind", "weight", "reduction", "written_by", "end", "truncated", "teacher"})
 """Settings that say where an objective counts, not what it is."""
 
 

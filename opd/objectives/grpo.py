@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -70,7 +71,9 @@ class GRPO(Objective):
             return clipped(log_q, behaviour[index], advantage[index], low, high)
 
         # Positions without an advantage have no gradient and need no logits.
-        return action_loss(rule, student, weights * (advantage != 0), trajectories.actions, trajectories.lengths)
+        live = weights * (advantage != 0)
+        loss = action_loss(rule, student, live, trajectories.actions, trajectories.lengths)
+        return replace(loss, computed=live != 0)
 
     def check_trajectories(self, rollout: Any) -> None:
         if rollout.authors != {"student"} or not rollout.current:

@@ -148,6 +148,8 @@ def _run(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     found = list(lines(run / "metrics.jsonl"))
     broken = sum(line.record is None for line in found)
     notes = [f"{broken} line(s) of metrics.jsonl could not be read"] if broken else []
+    alarms = read_json(run / "summary.json").get("alarms")
+    notes += [f"alarm at {text}" for text in alarms if isinstance(text, str)] if isinstance(alarms, list) else []
     return {
         **_state(run, recipe),
         **curves(line.record for line in found if line.record),
@@ -194,6 +196,8 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
         facts["peak memory"] = f"{memory / 2**30:.2f} GiB"
     if summary.get("stopped_early"):
         facts["end"] = "stopped early"
+    if summary.get("ended_by"):
+        facts["end"] = str(summary["ended_by"])
     return [(name, text) for name, text in facts.items() if text]
 
 

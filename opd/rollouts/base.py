@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -21,7 +22,7 @@ class PrefixSource(ABC):
     """A built rollout.
 
     Attributes:
-        settings: those of the current step; the loop puts the numbers of schedules in.
+        settings: those of the current step, as `take` put them there.
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
         exact: actions are drawn from the student's whole distribution, up to the rounding of `dtype`.
@@ -55,6 +56,13 @@ class PrefixSource(ABC):
             begun: P * G sequences of actions that another source has written already; they stand before the actions
                 drawn here and are not part of what is returned.
         """
+
+    def take(self, settings: Any, context: Context) -> None:
+        """Take the settings and the context of a step, and hand on what parts of this one need."""
+        self.settings, self.context = settings, context
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:  # noqa: B027
+        """Told of all prompts of a step, those of every process, before it is asked for this process's share."""
 
     def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
         """What an earlier student wrote for those of `prompts` that are known, to measure how far this one moved."""
@@ -105,10 +113,10 @@ class Combination(PrefixSource):
     def teachers(self) -> list[str]:
         return [name for source in self.sources for name in source.teachers()]
 
-    def pass_on(self) -> None:
-        """Hand the current step's settings and context to the sources."""
-        for source, settings in zip(self.sources, self.settings.parts, strict=True):
-            source.settings, source.context = settings, self.context
+    def take(self, settings: Any, context: Context) -> None:
+        super().take(settings, context)
+        for source, part in zip(self.sources, settings.parts, strict=True):
+            source.take(part, context)
 
 
 class Rollout(Choice):
@@ -125,6 +133,10 @@ class Rollout(Choice):
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
+
+    def files(self, prompt: Prompt) -> list[Path]:
+        """Files that a row names and that are read during training."""
+        return [path for part in self.parts for path in part.files(prompt)]
 
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:

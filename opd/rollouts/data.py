@@ -13,6 +13,7 @@ from opd.errors import DataError
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
+from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
 
 
@@ -38,6 +39,7 @@ class StoredResponses(PrefixSource):
         self.settings, self.language, self.context = settings, language, context
         author: Author = settings.author
         self.authors = frozenset({author})
+        self.turns = Turns()
 
     def responses(self, prompt: Prompt) -> list[str]:
         """The texts of one row."""
@@ -53,6 +55,15 @@ class StoredResponses(PrefixSource):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             self.responses(prompt)
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        self.turns.drawn([prompt for prompt in prompts if len(self.responses(prompt)) > 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.turns.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turns.load_state_dict(state)
 
     def encode(self, text: str, budget: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """`(actions, zeros, finished)` of one response from its token `skip` on."""
@@ -74,10 +85,10 @@ class StoredResponses(PrefixSource):
     ) -> Trajectories:
         rows = []
         for i, prompt in enumerate(prompts):
-            texts = self.responses(prompt)
+            texts, turn = self.responses(prompt), self.turns.of(prompt, stream)
             for g in range(group):
                 skip = len(begun[i * group + g]) if begun is not None else 0
-                # With fewer responses than members, and over epochs, they take turns.
-                rows.append(self.encode(texts[(max(stream, 0) + prompt.repeat * group + g) % len(texts)], budget, skip))
+                # With fewer responses than members, and over the visits of a prompt, they take turns.
+                rows.append(self.encode(texts[(turn * group + g) % len(texts)], budget, skip))
         contexts = [self.language.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, rows, self.settings.author)

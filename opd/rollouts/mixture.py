@@ -12,7 +12,7 @@ from pydantic import Field
 from opd.choice import OneOf
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.rollouts.base import Combination, Rollout, SeveralSources, divided
+from opd.rollouts.base import Combination, PrefixSource, Rollout, SeveralSources, divided
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps
@@ -46,11 +46,17 @@ class Mixed(Combination):
         stream: int,
         begun: Sequence[torch.Tensor] | None = None,
     ) -> Trajectories:
-        self.pass_on()
+        return divided(self._shares(prompts, stream), prompts, group, budget, stream, begun)
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        for source, mine in self._shares(prompts, stream):
+            source.drawn([prompts[i] for i in mine], stream)
+
+    def _shares(self, prompts: Sequence[Prompt], stream: int) -> list[tuple[PrefixSource, list[int]]]:
+        """Each source with the indices of the prompts that it extends; the same whoever else is in the list."""
         names = [p.id if self.settings.by == "prompt" else "" for p in prompts]
         draws = [random.Random(f"{self.context.seed}/{stream}/{name}").random() for name in names]
-        shares = [
+        return [
             (source, [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted])
             for source, wanted in zip(self.sources, (True, False), strict=True)
         ]
-        return divided(shares, prompts, group, budget, stream, begun)

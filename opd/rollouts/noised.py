@@ -20,6 +20,7 @@ from opd.flow.model import FlowModel
 from opd.flow.rollout import GridSettings
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, Rollout, row_seed
+from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
 
 
@@ -46,6 +47,11 @@ class NoisedRollout(GridSettings, Rollout):
     def budget(self) -> int:
         return 1 if self.times == "logit_normal" else self.trained_steps
 
+    def files(self, prompt: Prompt) -> list[Path]:
+        found = prompt.fields.get(self.column)
+        images = [one.get("path") if isinstance(one, dict) and one.get("bytes") is None else one for one in _each(found)]
+        return [_place(image, prompt) for image in images if isinstance(image, str)]
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
         return NoisedImages(self, student.model, context)
 
@@ -59,6 +65,7 @@ class NoisedImages(PrefixSource):
         self.settings, self.model, self.context = settings, model, context
         author: Author = settings.author
         self.authors = frozenset({author})
+        self.turns = Turns()
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -70,12 +77,19 @@ class NoisedImages(PrefixSource):
                 else:
                     self.pixels(found, prompt)
 
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        self.turns.drawn([prompt for prompt in prompts if len(self.images(prompt)) > 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.turns.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turns.load_state_dict(state)
+
     def images(self, prompt: Prompt) -> list[Any]:
         """What a row has: paths, encoded bytes, and whatever else stands there."""
-        found: Any = prompt.view(self.settings.column)
-        kinds = str | bytes | np.ndarray | dict | Image.Image
-        several = isinstance(found, list) and bool(found) and isinstance(found[0], kinds)
-        return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in (found if several else [found])]
+        found = _each(prompt.view(self.settings.column))
+        return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in found]
 
     def _encoded(self, image: dict[str, Any], prompt: Prompt) -> Any:
         """Bytes or path of what `datasets` calls an image."""
@@ -122,7 +136,7 @@ class NoisedImages(PrefixSource):
         members = [(p, g) for p in prompts for g in range(group)]
         seeds = [row_seed(self.context.seed, stream, p, group, g) for p, g in members]
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-        turns = [max(stream, 0) + p.repeat * group + g for p, g in members]
+        turns = [self.turns.of(p, stream) * group + g for p, g in members]
         images = self.model.latents(torch.stack([self.image(p, t) for (p, _), t in zip(members, turns, strict=True)]))
         noise = torch.stack([torch.randn(self.model.shape, generator=s) for s in streams]).to(device)
         dropped = [float(torch.rand(1, generator=s)) < settings.drop_prompt for s in streams]
@@ -142,6 +156,12 @@ class NoisedImages(PrefixSource):
         ]
         nothing = torch.zeros(times.shape[0], times.shape[1] - 1, device=device)
         return pack(prompts, group, rows, line[:, 1:], nothing, settings.author)
+
+
+def _each(found: Any) -> list[Any]:
+    """The images of a row, where it is one or a list of them."""
+    kinds = str | bytes | np.ndarray | dict | Image.Image
+    return found if isinstance(found, list) and bool(found) and isinstance(found[0], kinds) else [found]
 
 
 def _read(source: str | bytes | Image.Image, size: int, prompt: Prompt) -> np.ndarray:

@@ -13,14 +13,16 @@ from opd.errors import DataError, IncompatibleError
 from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
+from opd.rollouts.turns import Turns
 from opd.schedules import OverSteps
 from opd.store.store import Store
 from opd.trajectories import Trajectories
 
 
 class StoredRollout(OneSource):
-    """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns, a prompt comes as often as
-    the curriculum draws it: `shuffled` passes over the store in a new order each epoch."""
+    """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns: each visit of the prompt,
+    by whatever curriculum and process, takes the next `batch.group` of them. `shuffled` passes over the store in a new
+    order each epoch."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
@@ -44,7 +46,7 @@ class StoredTrajectories(PrefixSource):
         self.store = Store.open(settings.path)
         header = self.store.header
         self.authors = frozenset(header.authors)
-        self.prompts = 0
+        self.turns = Turns()
         missing = self.store.missing()
         if missing:
             raise DataError(
@@ -64,7 +66,6 @@ class StoredTrajectories(PrefixSource):
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        self.prompts = len(prompts)
         for prompt in prompts:
             if prompt.id not in self.store.index:
                 raise DataError(
@@ -89,13 +90,21 @@ class StoredTrajectories(PrefixSource):
         if begun is not None:
             raise IncompatibleError("a stored trajectory cannot go on what another source began; put it first")
         rows = []
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             mine = self.store.rows_of(prompt.id)
-            # Over epochs of the shuffled curriculum a prompt's trajectories take turns.
-            turn = (max(stream, 0) * len(prompts) + i) // max(1, self.prompts)
+            turn = self.turns.of(prompt, stream)
             rows += [mine[(turn * group + member) % len(mine)] for member in range(group)]
         members = [prompt for prompt in prompts for _ in range(group)]
         return self.store.trajectories(rows, members, self.context.device, min(budget, self.settings.max_new_tokens))
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        self.turns.drawn(prompts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.turns.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.turns.load_state_dict(state)
 
     def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
         known = [prompt for prompt in prompts if prompt.id in self.store.index]

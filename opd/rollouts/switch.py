@@ -47,7 +47,6 @@ class Switched(Combination):
         stream: int,
         begun: Sequence[torch.Tensor] | None = None,
     ) -> Trajectories:
-        self.pass_on()
         begin, go_on = self.sources
         at = min(self.settings.position, budget)
         if at == 0:
@@ -61,3 +60,8 @@ class Switched(Combination):
         starts = [own[i] if begun is None else torch.cat([begun[i].to(own[i].device), own[i]]) for i in going]
         rest = go_on([first.prompts[i] for i in going], 1, budget - at, stream, starts)
         return continued(first, going, rest)
+
+    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+        # What goes on is no stored trajectory, so only the one that begins takes turns.
+        begin, go_on = self.sources
+        (begin if self.settings.position else go_on).drawn(prompts, stream)

@@ -1,5 +1,5 @@
 """How much each state counts."""
 
-from opd.shaping.base import Shaping
+from opd.shaping.base import Shaper, Shaping
 
-__all__ = ["Shaping"]
+__all__ = ["Shaper", "Shaping"]

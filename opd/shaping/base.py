@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
 from opd.choice import Choice
+from opd.context import Context
 from opd.distributions import Distribution
 from opd.divergences import Target
 from opd.trajectories import Trajectories
+
+
+class Shaper(Protocol):
+    """A built shaping that keeps something between steps; with `state_dict` and `load_state_dict` that is in a
+    checkpoint. `settings` are those of the current step: the loop puts the numbers of schedules in."""
+
+    settings: Shaping
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
+    ) -> torch.Tensor: ...
 
 
 class Shaping(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "shaping"
+
+    def build(self, context: Context) -> Shaping | Shaper:
+        """What weighs the positions of a run: these settings themselves, or with a state a `Shaper` of them."""
+        return self
 
     @abstractmethod
     def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:

@@ -1,0 +1,142 @@
+"""What held-out measurements say about going on: an end when they no longer gain, and an alarm when samples degenerate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from opd.choice import Settings
+
+if TYPE_CHECKING:
+    from opd.run import Run
+
+HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
+"""Metrics of which more is better; of the others less is."""
+
+WATCHED = {"length": "length", "entropy": "student_entropy"}
+"""What an alarm may watch, and the held-out metric that it is."""
+
+
+class Stop(Settings):
+    """When a run ends before its last step because it gains no more."""
+
+    metric: Literal[
+        "reverse_kl",
+        "forward_kl",
+        "reverse_kl_top_k",
+        "forward_kl_top_k",
+        "reverse_kl_sampled",
+        "top1_agreement",
+        "accuracy",
+        "pass_at_k",
+        "greedy_accuracy",
+    ] = Field("reverse_kl", description="Held-out metric that has to gain")
+    patience: int = Field(3, ge=1, description="Evaluations in a row without a gain before the run ends")
+    least_gain: float = Field(0.0, ge=0, description="By how much the best value has to be beaten")
+
+
+class Alarm(Settings):
+    """Bands for held-out samples, as multiples of what they were before training. Outside of one a line warns: a
+    student that teaches itself, or follows reverse KL for long, may collapse to short or endless and repetitive texts
+    while its divergence still falls."""
+
+    length: tuple[float, float] | None = Field((0.33, 3.0), description="Of the mean length; null does not watch it")
+    entropy: tuple[float, float] | None = Field(
+        (0.33, 3.0), description="Of the student's mean entropy; null does not watch it"
+    )
+    stop: bool = Field(False, description="End the run at an alarm, instead of only warning")
+
+    @field_validator("length", "entropy")
+    @classmethod
+    def _is_a_band(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < 1 < value[1]:
+            raise ValueError("a band is [low, high] around 1, what was measured before training, e.g. [0.5, 2]")
+        return value
+
+
+class Watch:
+    """Reads every evaluation of a run.
+
+    Attributes:
+        ended_by: why the run should end, or None.
+        alarms: a line for each time that a metric left its band.
+    """
+
+    def __init__(self, stop: Stop | None, alarm: Alarm | None):
+        self.stop, self.alarm = stop, alarm
+        self.ended_by: str | None = None
+        self.alarms: list[str] = []
+        self._best: float | None = None
+        self._without_gain = 0
+        self._outside: list[str] = []
+        self._by_alarm = False
+        self._step: int | None = None
+
+    def read(self, run: Run, step: int, measured: Mapping[str, float]) -> None:
+        """Take in what was measured after `step` steps; names as in `held_out/`, nothing when nothing was measured."""
+        if not measured or step == self._step:
+            # A run that ends at an evaluation is measured there twice.
+            return
+        self._step = step
+        if self.stop is not None and self.stop.metric in measured:
+            self._count(step, self.stop, measured[self.stop.metric])
+        if self.alarm is not None:
+            self._compare(run, step, self.alarm, measured)
+
+    def _count(self, step: int, stop: Stop, value: float) -> None:
+        value = value if stop.metric in HIGHER else -value
+        if self._best is None or value > self._best + stop.least_gain:
+            self._best, self._without_gain = value, 0
+            return
+        self._without_gain += 1
+        if self._without_gain >= stop.patience:
+            self.ended_by = (
+                f"step {step}: held-out {stop.metric} has not gained in {self._without_gain} evaluations "
+                f"(best {abs(self._best):.4g})"
+            )
+
+    def _compare(self, run: Run, step: int, alarm: Alarm, measured: Mapping[str, float]) -> None:
+        assert run.monitor.before is not None
+        start = run.monitor.before.metrics
+        for key, metric in WATCHED.items():
+            band, before, now = getattr(alarm, key), start.get(metric, 0.0), measured.get(metric)
+            if band is None or now is None or before <= 0:
+                continue
+            if band[0] <= now / before <= band[1]:
+                self._outside = [other for other in self._outside if other != key]
+                continue
+            if key in self._outside:
+                continue
+            self._outside.append(key)
+            text = f"step {step}: held-out {metric} is {now:.3g}, {now / before:.2g} times what it was before training"
+            self.alarms.append(text)
+            run.monitor.warn(f"{text} (evaluation.alarm.{key} is {list(band)}); look at samples.jsonl or the report")
+            if alarm.stop:
+                self.ended_by, self._by_alarm = text, True
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._step is None:
+            return {}
+        return {
+            "ended_by": self.ended_by,
+            "by_alarm": self._by_alarm,
+            "alarms": self.alarms,
+            "best": self._best,
+            "without_gain": self._without_gain,
+            "outside": self._outside,
+            "step": self._step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        self.alarms, self._best, self._by_alarm = state["alarms"], state["best"], state["by_alarm"]
+        self._without_gain, self._outside, self._step = state["without_gain"], state["outside"], state["step"]
+        # A run that ended goes on where its recipe no longer says that it should end.
+        if self._by_alarm:
+            still = self.alarm is not None and self.alarm.stop
+        else:
+            still = self.stop is not None and self._without_gain >= self.stop.patience
+        self.ended_by, self._by_alarm = (state["ended_by"], self._by_alarm) if still else (None, False)
