@@ -67,8 +67,9 @@ def pages(reproduction: Reproduction, results: dict[str, Any]) -> dict[str, str]
 
 
 HOW = (
-    "A difference is the mean over seeds of method minus baseline, paired by seed; where lower is better it is baseline "
-    "minus method, so that positive favours the method. Its interval is Student's: 95 %, or 90 % where equivalence within "
+    "Method and baseline are means over the seeds that both ran, with the lowest and highest. A difference is the mean "
+    "over these of method minus baseline, paired by seed; where lower is better it is baseline minus method, so that "
+    "positive favours the method. Its interval is Student's: 95 %, or 90 % where equivalence within "
     "a margin is asked (two one-sided tests). A claim is **reproduced** when the whole interval lies where it is asked, "
     "**contradicted** when all of it lies on the other side, **undecided** otherwise. Headline claims must hold together, "
     "at 5 % of their p values after Holm's correction. Seeds that would decide are for a probability of 80 %, were the "
@@ -147,7 +148,7 @@ def with_verdicts(text: str, found: Sequence[tuple[str, str, dict[str, Any]]]) -
         main = next(claim for claim in results["claims"] if claim["id"] == "main")
         counts = tally(results["claims"])
         rows.append([f"[{heading}]({name}.md)", *(str(counts[verdict]) for verdict in VERDICTS), said(main)])
-    return f"{before}{BEGIN}\n{_table(['system', *VERDICTS, 'main claim'], rows)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{_table(['system', *VERDICTS, 'main claim'], rows)}\n\n{END}{after}"
 
 
 def _of_fewer_seeds(results: dict[str, Any]) -> str:
@@ -181,7 +182,8 @@ def _verdicts(claims: Sequence[dict[str, Any]]) -> str:
             continue
         equivalent = claim["test"] == "equivalent"
         margin = f"within ±{claim['margin']:g}" if equivalent else f"above {claim['margin']:g}"
-        sides = [f"{arm}: {_spread(claim['arms'][arm])}" for arm in (claim["method"], claim["baseline"])]
+        both = slice(claim["seeds"])
+        sides = [f"{arm}: {_spread(claim['arms'][arm][both])}" for arm in (claim["method"], claim["baseline"])]
         bounds = claim["ci90" if equivalent else "ci95"]
         interval = "" if bounds is None else " to ".join(map(_number, bounds)) + (" (90 %)" if equivalent else "")
         metric = f"{title(claim['metric'])}, {claim['better']} is better"
