@@ -439,10 +439,10 @@ better (0.727), which is what OPD is held against in that row.
 much from there: count is 0.2 higher, quality 0.02 lower, glyph no different. Its rate was not tuned, and it counts
 worse than the base that it began from (0.47 against 0.55).
 
-**Experts.** That OPD comes within three points of those of count and glyph is undecided: intervals over three seeds
-are wide, and for glyph the estimate itself (0.028 below) is at the margin. Of the expert of quality it comes within
-three points where it hears it, on scene, and over all prompts it does not: it is 0.095 below. On none of {TEXTS} texts does it win against all
-experts; glyph has no room for that, and 32 pictures show large gains alone.
+**Experts.** That OPD comes within three points of those of count and glyph is undecided: intervals over three seeds are
+wide, and for glyph the estimate itself (0.028 below) is at the margin. Of the expert of quality it comes within three
+points where it hears it, on scene, and over all prompts it does not: it is 0.095 below. On none of {TEXTS} texts does
+it win against all experts; glyph has no room for that, and 32 pictures show large gains alone.
 
 **Tuning was not even.** Each expert got steps, a rate and, for quality, a reward of its own, chosen in trials from
 another base (the third that was tried; 0.6 task and 0.4 quality had gained 0.006 at most). GRPO-Mix got the best of
@@ -457,9 +457,9 @@ is found. The SFT start is beyond the goal before OPD begins: its 60,000 are all
 so that it is slower by design and no claim is made of that.
 
 **The anchor** raises quality, which its expert was rewarded for, by 0.002 at the paper's weight and by 0.009 at four
-times that. No judge is found to improve, and by the most telling one pictures could not: the anchor's own pictures are farther
-from the references than the student's (Frechet 97 against 29) and less various. In the paper the anchor is better than
-the base by most judges, which is not so here; so this row says little of the method.
+times that. No judge is found to improve, and by the most telling one pictures could not: the anchor's own pictures are
+farther from the references than the student's (Frechet 97 against 29) and less various. In the paper the anchor is
+better than the base by most judges, which is not so here; so this row says little of the method.
 
 **Distance and variety.** On average all are farther from the references than the base (7): GRPO on one or two rewards
 11 and 9, GRPO-Mix and the average 28, OPD 29, GRPO with all samples 49. Backgrounds lose variety (entropy 1.91 at the
@@ -468,11 +468,11 @@ base; 1.43, 1.46 and 1.59 for GRPO-Mix, OPD and GRPO with all samples).
 **Estimators.** Where training begins the gradient of `pg_sample` goes 1.33, 0.72 and 0.61 of the way that the
 divergence's goes, under three seeds of {GRADIENT_BATCHES} steps, and that of `kl_direct` 1.04 to 1.10. That of
 `pg_detached` is defined by a mean where `pg_sample` has the sum over a latent's {NUMBERS} numbers, so that its 0.000
-shows little, and no claim is made of it; times {NUMBERS} it is 0.29, -0.35 and -0.36, zero as far as that noise shows. What is left of `pg_sample`
-without that is 1.04, 1.06 and 0.96: it carries the noise of `pg_detached` beside the right gradient. In training, each
-at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six times nearer to the experts than
-`pg_sample`, which ends where it began in divergence and three points lower in the mean, with zero in the interval.
-`pg_detached` drifts away at that rate.
+shows little, and no claim is made of it; times {NUMBERS} it is 0.29, -0.35 and -0.36, zero as far as that noise shows.
+What is left of `pg_sample` without that is 1.04, 1.06 and 0.96: it carries the noise of `pg_detached` beside the right
+gradient. In training, each at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six times
+nearer to the experts than `pg_sample`, which ends where it began in divergence and three points lower in the mean, with
+zero in the interval. `pg_detached` drifts away at that rate.
 
 **States.** From the average no difference was found between latents of the student and of the experts, the paper's main
 ground for being on-policy. From the base the student's own are ahead by 0.009, with zero just within the interval, and

@@ -69,14 +69,20 @@ CLAIMS = [
     ),
     more(
         "generalist",
-        "The student beats the expert of quality, which was rewarded for everything and saw more samples than GRPO-Mix.",
+        "The student beats the expert of quality, which was rewarded for all and saw more samples than GRPO-Mix.",
         "mean",
         MAIN,
         QUALITY,
     ),
     more("merge", "The student beats the average that it began from.", "mean", MAIN, MERGE),
     more("sft", "The student beats flow matching on the experts' pictures.", "mean", MAIN, "SFT only"),
-    more("sft-then", "A start by flow matching on the experts' pictures is improved by OPD.", "mean", "OPD from SFT", "SFT only"),
+    more(
+        "sft-then",
+        "A start by flow matching on the experts' pictures is improved by OPD.",
+        "mean",
+        "OPD from SFT",
+        "SFT only",
+    ),
     more(
         "seesaw-count-2",
         "Count falls when glyph is rewarded too.",
@@ -85,7 +91,14 @@ CLAIMS = [
         "GRPO, 2 rewards",
         note=SHARED_SAMPLES,
     ),
-    more("seesaw-count-3", "Count falls again when quality is rewarded too.", "count", "GRPO, 2 rewards", MIX_ARM, note=SHARED_SAMPLES),
+    more(
+        "seesaw-count-3",
+        "Count falls again when quality is rewarded too.",
+        "count",
+        "GRPO, 2 rewards",
+        MIX_ARM,
+        note=SHARED_SAMPLES,
+    ),
     more(
         "seesaw-glyph",
         "Glyph falls when quality is rewarded too.",
@@ -125,7 +138,13 @@ CLAIMS = [
         note="a clean picture of a task with few different ones is near too",
     ),
     more("anchor-quality", "With the anchor quality is higher.", "quality", MAIN, PLAIN),
-    more("anchor-quality-strong", "With four times the anchor's weight quality is higher than without it.", "quality", "OPD, anchor 0.08", PLAIN),
+    more(
+        "anchor-quality-strong",
+        "With four times the anchor's weight quality is higher than without it.",
+        "quality",
+        "OPD, anchor 0.08",
+        PLAIN,
+    ),
     equal("anchor-count", "With the anchor count stays within 2 points.", "count", MAIN, PLAIN, 0.02),
     equal("anchor-glyph", "With the anchor glyph stays within 2 points.", "glyph", MAIN, PLAIN, 0.02),
     less(
@@ -180,7 +199,13 @@ CLAIMS = [
         "OPD, pg_sample",
         "OPD, pg_detached",
     ),
-    less("direct-detached", "kl_direct comes nearer to the experts than the detached estimator.", "log_kl", PLAIN, "OPD, pg_detached"),
+    less(
+        "direct-detached",
+        "kl_direct comes nearer to the experts than the detached estimator.",
+        "log_kl",
+        PLAIN,
+        "OPD, pg_detached",
+    ),
     less("direct", "kl_direct comes nearer to the experts than pg_sample.", "log_kl", PLAIN, "OPD, pg_sample"),
     more("direct-mean", "kl_direct makes a better student than pg_sample.", "mean", PLAIN, "OPD, pg_sample"),
     equal(
@@ -220,7 +245,13 @@ CLAIMS = [
         "OPD from base on experts' rollouts",
     ),
     more("own-data", "The student's own states teach more than noised data.", "mean", PLAIN, "OPD on noised data"),
-    more("surpassing", "The student wins against every expert on more prompts than the average does.", "wins", MAIN, MERGE),
+    more(
+        "surpassing",
+        "The student wins against every expert on more prompts than the average does.",
+        "wins",
+        MAIN,
+        MERGE,
+    ),
     Claim(
         "scale",
         "Ten points over GRPO-Mix with Stable Diffusion 3.5 Medium at 512 pixels.",

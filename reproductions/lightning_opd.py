@@ -458,10 +458,10 @@ a clamp at 1 keeps 0.70, a tenth of the learning rate 0.73.
 live by 0.07, and no difference to the student that it began from is found. The paper's rate is lower than any here.
 
 **The same teacher matters, offline.** With another dialect's teacher Lightning ends 0.27 to 0.35 lower in all four
-comparisons, the lower the further that teacher is (A, 30, 50 and 70 % of B, B: 0.61, 0.53, 0.46, 0.38, 0.26; A and
-half of B, and half of B and B, are told apart by themselves). The sibling with the same law has 0.63, which three seeds
-cannot call equal or not. **Live**, all four comparisons are undecided. So the paper's claim of consistency is reproduced offline only; it
-is the reason why `opd` refuses a store of another teacher.
+comparisons, the lower the further that teacher is (A, 30, 50 and 70 % of B, B: 0.61, 0.53, 0.46, 0.38, 0.26; A and half
+of B, and half of B and B, are told apart by themselves). The sibling with the same law has 0.63, which three seeds
+cannot call equal or not. **Live**, all four comparisons are undecided. So the paper's claim of consistency is
+reproduced offline only; it is the reason why `opd` refuses a store of another teacher.
 
 **Drift.** On the trajectories that are trained on the mean ratio falls below one, by 0.008: the student moves away from
 the tokens that it once drew. On held-out problems it stays at one (0.999), but that holds by definition of tokens that
@@ -554,9 +554,7 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
             "The same law is enough: the sibling of A serves as well, within 2 points.",
             "Lightning, sibling of A",
         ),
-        more(
-            "dose-low", "The nearer the teacher the better: A before half of B.", LIGHTNING, "Lightning, 50 % of B"
-        ),
+        more("dose-low", "The nearer the teacher the better: A before half of B.", LIGHTNING, "Lightning, 50 % of B"),
         more(
             "dose-high",
             "The nearer the teacher the better: half of B before B.",
@@ -576,7 +574,12 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
         equal("passes-8", "Eight passes are as good as two, within 2 points.", "Lightning, 8 passes"),
         more("passes-32", "After thirty-two passes Lightning is behind two.", LIGHTNING, "Lightning, 32 passes"),
         equal("clamp", "Without the clamp Lightning is as accurate, within 2 points.", "Lightning, no clamp"),
-        more("vocabulary", "On the same store the whole vocabulary teaches more.", "Lightning, whole vocabulary", LIGHTNING),
+        more(
+            "vocabulary",
+            "On the same store the whole vocabulary teaches more.",
+            "Lightning, whole vocabulary",
+            LIGHTNING,
+        ),
         Claim(
             "sft-budget",
             "The order of Lightning, live and fine-tuned holds at every budget of fine-tuning.",

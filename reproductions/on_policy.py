@@ -106,13 +106,13 @@ undone on one's own.
     discussion="""
 ## Why it came out so
 
-**No effect of who writes the prefix is found at temperature 1.** Neither direction of the KL gains what five seeds could
-tell from nothing when the student writes instead of the teacher, and no difference of exposure is found.
-A likely reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to
-another digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's
-states would test the claim harder. With reverse KL, greedy answers come out ahead on the student's states, on every
-seed, and only there does reverse KL reach the goal within the budget (four seeds of five). That claim is reproduced by
-itself; it was written after an earlier grid and is no headline claim.
+**No effect of who writes the prefix is found at temperature 1.** Neither direction of the KL gains what five seeds
+could tell from nothing when the student writes instead of the teacher, and no difference of exposure is found. A likely
+reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to another
+digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's states
+would test the claim harder. With reverse KL, greedy answers come out ahead on the student's states, on every seed, and
+only there does reverse KL reach the goal within the budget (four seeds of five). That claim is reproduced by itself; it
+was written after an earlier grid and is no headline claim.
 
 **A teacher's whole distribution beats its samples.** All four students of a KL get more right than supervised
 fine-tuning on as many samples of the same teacher. Only reverse KL on the student's own states is held against it by a
@@ -124,20 +124,20 @@ ahead in greedy answers (0.93 against 0.91 and 0.87); on either prefix it takes 
 teacher's greedy accuracy. No claim is about the directions. So "who is ahead" was a matter of the budget.
 
 **Cost to 90 % of the teacher.** For greedy answers all arms but one reached it in most seeds (`reached`). Between
-reverse KL on the student's states and supervised fine-tuning no difference of tokens or seconds is found, and more seeds
-of such a spread would not soon find one. At temperature 1 nobody reached it: the best arm is at 0.76 and the goal is
-0.83. Those columns (`... to goal sampled`) therefore hold the cost of the whole run, which says no more than that the
-student's own answers are longer than the teacher's, and no claim is made of them.
+reverse KL on the student's states and supervised fine-tuning no difference of tokens or seconds is found, and more
+seeds of such a spread would not soon find one. At temperature 1 nobody reached it: the best arm is at 0.76 and the goal
+is 0.83. Those columns (`... to goal sampled`) therefore hold the cost of the whole run, which says no more than that
+the student's own answers are longer than the teacher's, and no claim is made of them.
 
 **Curves.** Evaluations were watched at 17 points of each run, but their metrics were not kept: results held points only
 under the names of test metrics.
 
-**What was chosen after looking.** The headline claims: what on-policy distillation is commonly said to bring (more right,
-on either direction; better than fine-tuning, and sooner; less exposure bias; the more, the longer the task). The rest is
-in the appendix. The earlier grid fixed the number of steps (nobody had reached the goal after 200),
-and a run of one seed fixed it at 800; the greedy goal was put beside the sampled one then. Rates were selected in
-shorter runs than those reported; forward KL and fine-tuning took the upper end of the grid, where more might be had.
-Other work shared the cores, so CPU seconds compare the arms with each other only.
+**What was chosen after looking.** The headline claims: what on-policy distillation is commonly said to bring (more
+right, on either direction; better than fine-tuning, and sooner; less exposure bias; the more, the longer the task). The
+rest is in the appendix. The earlier grid fixed the number of steps (nobody had reached the goal after 200), and a run
+of one seed fixed it at 800; the greedy goal was put beside the sampled one then. Rates were selected in shorter runs
+than those reported; forward KL and fine-tuning took the upper end of the grid, where more might be had. Other work
+shared the cores, so CPU seconds compare the arms with each other only.
 """,
     stages={
         "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
@@ -228,14 +228,14 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
         ),
         Claim(
             "prefix tokens",
-            "Reverse KL reaches 90 % of the teacher's greedy accuracy with fewer sampled tokens on the student's states "
-            "than on the teacher's.",
+            "Reverse KL reaches 90 % of the teacher's greedy accuracy with fewer sampled tokens on the student's "
+            "states than on the teacher's.",
             "sampled_tokens_to_goal",
             "lower",
             "student prefix, reverse KL",
             "teacher prefix, reverse KL",
-            note="On the teacher's states no seed reached it, and on the student's one did not; the cost is then that of "
-            "the whole run.",
+            note="On the teacher's states no seed reached it, and on the student's one did not; the cost is then that "
+            "of the whole run.",
         ),
         Claim(
             "exposure",

@@ -100,15 +100,15 @@ class Gate:
             if _is_number(found):
                 return float(found), ""
             by_class = "; it is by class: set worst=True" if isinstance(found, Mapping) else ""
-            raise RunError(
-                f"gate: {job} has no number {self.figure!r}{by_class}; it returned {', '.join(figures)}"
-            )
+            raise RunError(f"gate: {job} has no number {self.figure!r}{by_class}; it returned {', '.join(figures)}")
         prefix = f"{self.figure}/"
-        classes = found if isinstance(found, Mapping) else {n.removeprefix(prefix): v for n, v in figures.items() if n.startswith(prefix)}
+        classes = (
+            found
+            if isinstance(found, Mapping)
+            else {n.removeprefix(prefix): v for n, v in figures.items() if n.startswith(prefix)}
+        )
         if not classes or not all(map(_is_number, classes.values())):
-            raise RunError(
-                f"gate: {job} has no numbers of {self.figure!r} by class; it returned {', '.join(figures)}"
-            )
+            raise RunError(f"gate: {job} has no numbers of {self.figure!r} by class; it returned {', '.join(figures)}")
         # A class without a number is worse than any.
         sign = 1.0 if self.at_least is not None else -1.0
         name = min(classes, key=lambda one: (not isnan(classes[one]), sign * classes[one]))
@@ -219,7 +219,8 @@ class Reproduction:
             raise RecipeError("headline holds 'main' and each id once")
         if len(self.headline) > MOST_HEADLINES:
             raise RecipeError(
-                f"headline names {len(self.headline)} claims and may name {MOST_HEADLINES}; leave the others to the appendix"
+                f"headline names {len(self.headline)} claims and may name {MOST_HEADLINES}; leave the rest to the "
+                "appendix"
             )
         for claim in (claim for claim in self.claims if claim.testable):
             for arm in (claim.method, claim.baseline):

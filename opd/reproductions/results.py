@@ -80,9 +80,7 @@ def keys(graph: Graph) -> dict[str, list[str]]:
     return {arm: [job.key for job in jobs] for arm, jobs in graph.arms.items()}
 
 
-def headline_before(
-    earlier: Mapping[str, Any] | None, reproduction: Reproduction, graph: Graph
-) -> list[str] | None:
+def headline_before(earlier: Mapping[str, Any] | None, reproduction: Reproduction, graph: Graph) -> list[str] | None:
     """The headline claims as they were declared when these jobs were run; None where none were declared then."""
     if earlier is not None and earlier["jobs"] == keys(graph):
         found: list[str] | None = earlier.get("headline_before")

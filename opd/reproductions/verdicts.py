@@ -26,15 +26,16 @@ CONSTANT = "the same difference in every seed: the interval has no width, and it
 NOT_TOGETHER = "decided by itself, not among the headline claims together"
 
 CONVENTIONS = {
-    "difference": "mean over seeds of method minus baseline, paired by seed; where lower is better, baseline minus method. "
-    "Positive favours the method",
+    "difference": "mean over seeds of method minus baseline, paired by seed; where lower is better, baseline minus "
+    "method. Positive favours the method",
     "ci95": "95 % interval of Student's t for that mean over seeds, in the metric's units; decides the test 'better'",
     "ci90": "90 % interval of the same kind; decides the test 'equivalent'",
-    "p": "of the test that the verdict rests on: 'better' two-sided against the margin, 'equivalent' the one-sided tests "
-    "that the difference is inside the margins, or outside where its mean is",
-    "p_holm": "p after Holm's correction over the headline claims that have one; a headline claim is decided at 0.05 of it",
-    "seeds_to_decide": "seeds with which an undecided claim would be decided with probability 0.8, were the observed mean "
-    "and spread the true ones",
+    "p": "of the test that the verdict rests on: 'better' two-sided against the margin, 'equivalent' the one-sided "
+    "tests that the difference is inside the margins, or outside where its mean is",
+    "p_holm": "p after Holm's correction over the headline claims that have one; to decide a headline claim it must be "
+    "at most 0.05 too",
+    "seeds_to_decide": "seeds with which an undecided claim would be decided with probability 0.8, were the observed "
+    "mean and spread the true ones",
 }
 """What the fields of a claim in results.json mean."""
 
@@ -74,7 +75,9 @@ def _stated(claim: Claim, arms: Mapping[str, Mapping[str, Sequence[float]]], hea
         "headline": headline,
         "metric": claim.metric,
         "better": claim.better,
-        "arms": {name: list(arms[name][claim.metric]) for name in (claim.method, claim.baseline)} if claim.testable else {},
+        "arms": {name: list(arms[name][claim.metric]) for name in (claim.method, claim.baseline)}
+        if claim.testable
+        else {},
         "method": claim.method,
         "baseline": claim.baseline,
         "test": claim.test,
@@ -130,8 +133,8 @@ def _verdict(claim: Claim, low: float, high: float) -> str:
 
 
 def p_value(claim: Claim, differences: np.ndarray) -> float:
-    """Of `better`: two-sided, that the mean is the margin. Of `equivalent`: that it is not inside the margins, the larger
-    p of two one-sided tests; where the mean lies outside, that it is inside."""
+    """Of `better`: two-sided, that the mean is the margin. Of `equivalent`: that it is not inside the margins, the
+    larger p of two one-sided tests; where the mean lies outside, that it is inside."""
     if claim.test == "better":
         return float(stats.ttest_1samp(differences, claim.margin).pvalue)
 
@@ -148,8 +151,8 @@ def _p_without_spread(claim: Claim, mean: float) -> float:
 
 
 def seeds_to_decide(claim: Claim, mean: float, spread: float, seeds: int, level: float = LEVEL) -> int | str:
-    """The fewest seeds, more than there were, with which the claim is decided with probability `POWER`, were the observed
-    mean and standard deviation over seeds the true ones; `MORE` beyond `MOST_SEEDS`.
+    """The fewest seeds, more than there were, with which the claim is decided with probability `POWER`, were the
+    observed mean and standard deviation over seeds the true ones; `MORE` beyond `MOST_SEEDS`.
 
     The power is that of the noncentral t; of two one-sided tests it is bounded from below (both but for the chance that
     either fails).
