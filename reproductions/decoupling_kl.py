@@ -183,11 +183,11 @@ For the three seeds that stopped at the last rung it is the same run as the full
 **Cheaper by design, and so no claims.** A ladder of shorter lengths trains on fewer tokens (199,500 against 273,700,
 the failed rung counted), and stored responses spare the writing: 16 CPU seconds against 29 on the same seeds.
 
-**Prefixes.** Under reverse KL five seeds cannot tell the student's prefix from the teacher's at the long length; at the
-short one, where every objective breaks the student, the teacher's breaks it less (0.27 against 0.19); whether by more than
-five points is undecided. Stored responses of the teacher, trained for about equal CPU seconds, come out at 0.69 where the
-student's own have 0.66 on the same three seeds, and at equal operations at 0.62; both are undecided. Writing the
-responses once serves all arms and is not counted.
+**Prefixes.** Under reverse KL five seeds cannot tell the student's prefix from the teacher's at the long length; at
+the short one, where every objective breaks the student, the teacher's breaks it less (0.27 against 0.19); whether by
+more than five points is undecided. Stored responses of the teacher, trained for about equal CPU seconds, come out at
+0.69 where the student's own have 0.66 on the same three seeds, and at equal operations at 0.62; both are undecided.
+Writing the responses once serves all arms and is not counted.
 
 **Reinforcement learning** gains more from the students of forward KL in the means, on either prefix, as the paper says,
 but on the student's prefix by 0.05 with zero well within the interval; the students of reverse KL begin and end far
@@ -290,8 +290,8 @@ selected.
             "higher",
             GATED,
             FIXED,
-            note="The baseline has had 50 steps more than the weights that the ladder hands back, so the verdict is not "
-            "on the lengths alone.",
+            note="The baseline has had 50 steps more than the weights that the ladder hands back, so the verdict is "
+            "not on the lengths alone.",
         ),
         Claim(
             "direction-accuracy",

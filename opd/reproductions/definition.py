@@ -97,7 +97,7 @@ class Gate:
         """
         found = figures.get(self.figure)
         if not self.worst:
-            if _is_number(found):
+            if isinstance(found, int | float) and _is_number(found):
                 return float(found), ""
             by_class = "; it is by class: set worst=True" if isinstance(found, Mapping) else ""
             raise RunError(f"gate: {job} has no number {self.figure!r}{by_class}; it returned {', '.join(figures)}")

@@ -67,14 +67,14 @@ def pages(reproduction: Reproduction, results: dict[str, Any]) -> dict[str, str]
 
 
 HOW = (
-    "Method and baseline are means over the seeds that both ran, with the lowest and highest. A difference is the mean "
-    "over these of method minus baseline, paired by seed; where lower is better it is baseline minus method, so that "
-    "positive favours the method. Its interval is Student's: 95 %, or 90 % where equivalence within a margin is asked "
-    "(two one-sided tests). A claim is **reproduced** when the whole interval lies where it is asked, **contradicted** "
-    "when all of it lies on the other side, **undecided** otherwise. Headline claims are decided together: their p after "
-    "Holm's correction must be at most 0.05 too. Seeds that would decide are for a probability of 80 %, were the observed "
-    "mean and spread the true ones. What is tested are means of seeds: the interval says nothing of other test items than "
-    "those that were drawn."
+    "Method and baseline are means over the seeds that both ran, with the lowest and highest. A difference is the "
+    "mean over these of method minus baseline, paired by seed; where lower is better it is baseline minus method, so "
+    "that positive favours the method. Its interval is Student's: 95 %, or 90 % where equivalence within a margin is "
+    "asked (two one-sided tests). A claim is **reproduced** when the whole interval lies where it is asked, "
+    "**contradicted** when all of it lies on the other side, **undecided** otherwise. Headline claims are decided "
+    "together: their p after Holm's correction must be at most 0.05 too. Seeds that would decide are for a "
+    "probability of 80 %, were the observed mean and spread the true ones. What is tested are means of seeds: the "
+    "interval says nothing of other test items than those that were drawn."
 )
 APPENDIX = (
     "Each is tested by itself, so that of many such claims without an effect one in twenty comes out decided by luck."

@@ -109,10 +109,7 @@ def _decided(claim: Claim, stated: Mapping[str, Any], together: int) -> dict[str
         note = TIE if mean == 0.0 else CONSTANT
         found |= {"difference": mean, "ci95": [mean, mean], "ci90": [mean, mean], "note": _notes(claim.note, note)}
         return found | {"p": _p_without_spread(claim, mean), "verdict": _verdict(claim, mean, mean)}
-    test = stats.ttest_1samp(differences, 0.0)
-    intervals = {
-        f"ci{level:.0f}": [float(bound) for bound in test.confidence_interval(level / 100)] for level in (95.0, 90.0)
-    }
+    intervals = {"ci95": interval(differences, 0.95), "ci90": interval(differences, 0.9)}
     found |= {name: [rounded(bound) for bound in interval] for name, interval in intervals.items()}
     return found | {
         "p": rounded(p_value(claim, differences)),
@@ -121,6 +118,12 @@ def _decided(claim: Claim, stated: Mapping[str, Any], together: int) -> dict[str
             claim, float(differences.mean()), float(differences.std(ddof=1)), count, LEVEL / together
         ),
     }
+
+
+def interval(differences: np.ndarray, level: float) -> tuple[float, float]:
+    """Student's interval for the mean of `differences` `[seeds]`, two seeds or more."""
+    low, high = stats.ttest_1samp(differences, 0.0).confidence_interval(level)
+    return float(low), float(high)
 
 
 def _verdict(claim: Claim, low: float, high: float) -> str:
