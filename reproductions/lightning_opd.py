@@ -464,8 +464,9 @@ cannot call equal or not. **Live**, all four comparisons are undecided. So the p
 reproduced offline only; it is the reason why `opd` refuses a store of another teacher.
 
 **Drift.** On the trajectories that are trained on the mean ratio falls below one, by 0.008: the student moves away from
-the tokens that it once drew. On held-out problems it stays at one (0.999), but that holds by definition of tokens that
-were drawn at temperature 1, whatever the student has become, and is no claim; how far it went is in the spread.
+the tokens that it once drew. On held-out problems it stays at one (0.999), but in expectation that holds by definition
+for tokens that were drawn at temperature 1, whatever the student has become, and is no claim; how far it went is in the
+spread.
 
 **Cost.** Two passes over one set take half the rollouts and half the teacher's answers of live training (112,500 tokens
 against 224,600), so that they cost less by design, and no claim is made of it: `speed up` is 1.6, and 1.2 with the
@@ -478,8 +479,8 @@ the drift of the arms on a store.
 **What was chosen after looking.** The headline claims: what the paper leads with (as accurate as live, here also at a
 rate of its own; better than the fine-tuned student; the same teacher, live and offline, and that it matters more
 offline; the scale). Of the four comparisons each of the same teacher the first stands for all; the rest is in the
-appendix. The arm at a rate of its own was added after the first grid had shown Lightning
-behind; its grid has one rate more than live's, below it. Everything else stands as it was before the first run.
+appendix. The arm at a rate of its own was added after the first grid had shown Lightning behind; its grid has one rate
+more than live's, below it. The other arms stand as they were before the first run.
 
 ## Where it differs from the paper
 
