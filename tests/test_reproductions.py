@@ -686,7 +686,18 @@ def test_the_list_shows_what_there_is_and_what_is_missing(toy, monkeypatch, caps
     assert "shared" not in out
     run(toy)
     assert "main: reproduced" in listing()
+    assert "1 reproduced" in listing()
     assert "earlier version" not in listing()
+    # Results that an opd without headline claims wrote are listed, and can be judged again.
+    stored = read(find("toy-one").results)
+    older = {name: value for name, value in stored.items() if name not in ("conventions", "headline_before")}
+    write({**older, "claims": [{"id": "main", "verdict": "not reproduced"}]}, find("toy-one").results)
+    assert "--page-only judges them" in listing()
+    monkeypatch.setattr(sys, "argv", ["opd", "reproduce", "toy-one", "--page-only"])
+    with pytest.raises(SystemExit):
+        main()
+    capsys.readouterr()
+    assert read(find("toy-one").results) == {**stored, "headline_before": None}
     toy.with_name("shared_task.py").write_text("size = 6\n")
     sys.modules.pop("reproductions.shared_task")
     sys.modules.pop("reproductions.toy_one")

@@ -66,7 +66,7 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
             for found in [[_gated(gate, job, entry.cache) for job in jobs]]
         ],
         "conventions": CONVENTIONS,
-        "headline_before": headline_before(read(entry.results), reproduction, graph),
+        "headline_before": headline_before(None if smoke else read(entry.results), reproduction, graph),
         "claims": judged(reproduction, measured),
         "arms": measured,
         "cost": values(COSTS, lambda arm, n: True),
@@ -82,7 +82,7 @@ def keys(graph: Graph) -> dict[str, list[str]]:
 
 def headline_before(earlier: Mapping[str, Any] | None, reproduction: Reproduction, graph: Graph) -> list[str] | None:
     """The headline claims as they were declared when these jobs were run; None where none were declared then."""
-    if earlier is not None and earlier["jobs"] == keys(graph):
+    if earlier is not None and earlier.get("jobs") == keys(graph):
         found: list[str] | None = earlier.get("headline_before")
         return found
     return list(reproduction.headline)
@@ -110,7 +110,7 @@ def read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); run the reproduction again") from None
+        raise RunError(f"{path} is not JSON ({error}); remove it and run the reproduction again") from None
     return found
 
 
