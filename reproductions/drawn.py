@@ -91,12 +91,11 @@ def drawn_of(run: Run, prompts: Sequence[Prompt], each: int) -> Drawn:
     return Drawn(run, list(made.prompts), np.stack(run.student.outcomes(made)))
 
 
-def abilities(made: Drawn) -> dict[str, float]:
-    """`count`, `glyph` and `scene`, the shares of pictures that are right; of count the mean over `count_1` to
-    `count_4`, the shares of each number, with the lowest as `worst_number`; and `quality`, a mean over all pictures."""
-    right = by_number(made.prompts, made.scores())
-    numbers = list(right.values())
-    right |= {"count": sum(numbers) / len(numbers), "worst_number": min(numbers)}
+def abilities(made: Drawn) -> Figures:
+    """`count`, `glyph` and `scene`, the shares of pictures that are right; of count the mean over the shares of each
+    number, which `by_number` holds; and `quality`, a mean over all pictures."""
+    numbers = by_number(made.prompts, made.scores())
+    right: Figures = {"by_number": numbers, "count": sum(numbers.values()) / len(numbers)}
     for task in TASKS[1:]:
         mine = [score for prompt, score in zip(made.prompts, made.scores(), strict=True) if _task(prompt) == task]
         right |= {task: float(np.mean(mine))} if mine else {}

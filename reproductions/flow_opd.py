@@ -27,7 +27,7 @@ from reproductions.drawn import (
     measured,
     samples_of_experts,
 )
-from reproductions.flow_opd_claims import CLAIMS, EXPERTS, LONG, MAIN, MERGE, MIX_ARM, PLAIN, QUALITY
+from reproductions.flow_opd_claims import CLAIMS, EXPERTS, HEADLINE, LONG, MAIN, MERGE, MIX_ARM, PLAIN, QUALITY
 from reproductions.on_policy import at_rate, best_rate
 
 T, NOISE, ODE_STEPS = 6, 0.7, 20
@@ -186,7 +186,7 @@ def early_stopped(
         points = [{**point, **{name: point[name] + spent[name] for name in spent}} for point in figures["curve"]]
         curve += [*points[:-1], {**points[-1], **can}]
         spent, before = {name: curve[-1][name] for name in spent}, place
-        there = {"count": can["worst_number"] >= enough, "glyph": can["glyph"] >= enough, "scene": False}
+        there = {"count": min(can["by_number"].values()) >= enough, "glyph": can["glyph"] >= enough, "scene": False}
         if there["count"] and there["glyph"]:
             break
         sets = zip(recipe["prompts"], TASKS, strict=True)
@@ -390,7 +390,7 @@ nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures t
 prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count on
 triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
 Equal ones are bundled, those of `unseen` by themselves and the others in as many bundles as the fewest of them;
-figures are means over bundles, which intervals resample. Prompts of count, which a model knows by their text, are the
+figures are means over bundles. Prompts of count, which a model knows by their text, are the
 same in training and test, but for `unseen`. `count 1` to `count 4` are count by the number that was asked for.
 Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on
 pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow
@@ -424,7 +424,8 @@ ran beside it.
     discussion=f"""
 ## What the figures say
 
-**The student.** With equal samples of its own OPD is twelve points above GRPO on the mixture, ten of them in glyph. Ten
+**The student.** With equal samples of its own OPD is twelve points above GRPO on the mixture, ten of them in glyph: by
+itself that is told from nothing (0.03 to 0.22), among the headline claims together three seeds do not decide it. Ten
 of the twelve are the experts' average, before any step of OPD, and the expert of glyph alone has as much (0.744). What
 OPD adds to the average (0.021) has an interval with zero in it: it raises glyph from 0.86 to 0.95, lowers quality from
 0.685 to 0.663, blurs edges (sharpness 0.83 against 0.89), and no change of count is found. The student leans on 7.5
@@ -438,27 +439,27 @@ better (0.727), which is what OPD is held against in that row.
 much from there: count is 0.2 higher, quality 0.02 lower, glyph no different. Its rate was not tuned, and it counts
 worse than the base that it began from (0.47 against 0.55).
 
-**Experts.** That OPD comes within three points of those of count and glyph is not shown: intervals over so few texts
-are wider, and for glyph the estimate itself (0.028 below) is at the margin. Of the expert of quality it comes within
-three points where it hears it, on scene, and not over all prompts. On none of {TEXTS} texts does it win against all
-experts; glyph has no room for that, and 32 pictures show large gains alone.
+**Experts.** That OPD comes within three points of those of count and glyph is undecided: intervals over three seeds are
+wide, and for glyph the estimate itself (0.028 below) is at the margin. Of the expert of quality it comes within three
+points where it hears it, on scene, and over all prompts it does not: it is 0.095 below. On none of {TEXTS} texts does
+it win against all experts; glyph has no room for that, and 32 pictures show large gains alone.
 
 **Tuning was not even.** Each expert got steps, a rate and, for quality, a reward of its own, chosen in trials from
 another base (the third that was tried; 0.6 task and 0.4 quality had gained 0.006 at most). GRPO-Mix got the best of
 four rates for {STEPS} steps, also for its long arm and from the average. Experts were trained once, so rows about them
-hold the luck of one training. Lower bounds of the main claim (0.012), of the glyph of the count expert (0.003) and of
-states from the base (0.0001) are near zero.
+hold the luck of one training.
 
 **The seesaw** is not seen as rewards are added to a mixture, with intervals of seven points and more, in which it could
 not be. It is between experts: that of count writes worse than the base (0.23 against 0.34, one training).
 
 **Starts.** The three end within 0.6 points. Between the average and the base no difference of the samples to the goal
-is found. The SFT start is beyond the goal before OPD begins: its 60,000 are all pictures, twice what the others take.
+is found. The SFT start is beyond the goal before OPD begins: its 60,000 are all pictures, twice what the others take,
+so that it is slower by design and no claim is made of that.
 
 **The anchor** raises quality, which its expert was rewarded for, by 0.002 at the paper's weight and by 0.009 at four
-times that. Judges do not improve, and by the most telling one they could not: the anchor's own pictures are farther
-from the references than the student's (Frechet 97 against 29) and less various. In the paper the anchor is better than
-the base by most judges, which is not so here; so this row says little of the method.
+times that. No judge is found to improve, and by the most telling one pictures could not: the anchor's own pictures are
+farther from the references than the student's (Frechet 97 against 29) and less various. In the paper the anchor is
+better than the base by most judges, which is not so here; so this row says little of the method.
 
 **Distance and variety.** On average all are farther from the references than the base (7): GRPO on one or two rewards
 11 and 9, GRPO-Mix and the average 28, OPD 29, GRPO with all samples 49. Backgrounds lose variety (entropy 1.91 at the
@@ -467,18 +468,22 @@ base; 1.43, 1.46 and 1.59 for GRPO-Mix, OPD and GRPO with all samples).
 **Estimators.** Where training begins the gradient of `pg_sample` goes 1.33, 0.72 and 0.61 of the way that the
 divergence's goes, under three seeds of {GRADIENT_BATCHES} steps, and that of `kl_direct` 1.04 to 1.10. That of
 `pg_detached` is defined by a mean where `pg_sample` has the sum over a latent's {NUMBERS} numbers, so that its 0.000
-shows little; times {NUMBERS} it is 0.29, -0.35 and -0.36, zero as far as that noise shows. What is left of `pg_sample`
-without that is 1.04, 1.06 and 0.96: it carries the noise of `pg_detached` beside the right gradient. In training, each
-at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six times nearer to the experts than
-`pg_sample`, which ends where it began in divergence and three points lower in the mean, with zero in the interval.
-`pg_detached` drifts away at that rate.
+shows little, and no claim is made of it; times {NUMBERS} it is 0.29, -0.35 and -0.36, zero as far as that noise shows.
+What is left of `pg_sample` without that is 1.04, 1.06 and 0.96: it carries the noise of `pg_detached` beside the right
+gradient. In training, each at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six times
+nearer to the experts than `pg_sample`, which ends where it began in divergence and three points lower in the mean, with
+zero in the interval. `pg_detached` drifts away at that rate.
 
 **States.** From the average no difference was found between latents of the student and of the experts, the paper's main
-ground for being on-policy. From the base the student's own are better by 0.009, an interval that just excludes zero,
-and not in divergence; among so many claims one such may be luck. Before training the two kinds of states differ (`kl`
+ground for being on-policy. From the base the student's own are ahead by 0.009, with zero just within the interval, and
+not in divergence. Before training the two kinds of states differ (`kl`
 from the base 0.070 along its own and 0.053 along the experts'), after it a student is as near along either. Noised data
 end 0.007 lower in the mean, with zero in the interval; they leave the divergence half as large again, and quality 0.008
 lower, both without.
+
+**What was chosen after looking.** The headline claims: what the paper leads with (one student above the mixture and as
+good as each expert, the anchor, the scale), the control with equal samples in all, and what this library is about, that
+the student's own states teach more. The rest is in the appendix.
 
 ## Where it differs from the paper
 
@@ -502,7 +507,7 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
             for task in ("count", "glyph")
             for limit in ({"at_least": WINDOW[0]}, {"at_most": WINDOW[1]})
         ),
-        Gate("base", "worst_number", at_least=WINDOW[0]),
+        Gate("base", "by_number", at_least=WINDOW[0], worst=True),
         Gate("skills", "count_gain", at_least=0.05),
         Gate("skills", "glyph_gain", at_least=0.05),
         Gate("skills", "quality_gain", at_least=0.01),
@@ -560,6 +565,7 @@ and the {T} steps of sampling were chosen in trials of the experts alone: with o
         "accuracy",
     ],
     claims=CLAIMS,
+    headline=HEADLINE,
     smoke=Smoke(
         stages={
             "new": {"width": 24, "heads": 2, "layers": 1},

@@ -449,27 +449,38 @@ Those are gates: no arm runs where they do not hold.
 **Lightning is not as good as live here, and the stored tokens are why.** Live distillation takes the fine-tuned student
 from 0.71 to 0.79; Lightning at the same learning rate takes it down to 0.61, and further fine-tuning at the cost of
 Lightning reaches 0.76. On the same stored trajectories, with the same teacher's stored hidden states, the whole
-vocabulary reaches 0.84. So states that are a hundred steps old can still teach more than live sampled tokens do; one
-sampled token a state, drawn from a student that is gone and weighed without a ratio of probabilities, cannot. (The
-whole vocabulary with a live teacher was not run.) What bounds that noise helps: a clamp at 1 keeps 0.70, a tenth of the
-learning rate 0.73.
+vocabulary reaches 0.84 (three seeds; live has 0.79 on them, and no claim holds the two against each other). So old
+states can still teach; one sampled token a state, drawn from a student that is gone and weighed without a ratio of
+probabilities, did not. (The whole vocabulary with a live teacher was not run.) What bounds that noise has higher means:
+a clamp at 1 keeps 0.70, a tenth of the learning rate 0.73.
 
 **At a learning rate of its own** (1e-4, the lowest that was tried, where live takes the highest) Lightning is behind
-live by 0.07 and not told from the student that it began from. The paper's rate is lower
-than any here.
+live by 0.07, and no difference to the student that it began from is found. The paper's rate is lower than any here.
 
-**The same teacher matters, offline.** Against another dialect's teacher Lightning loses 0.27 to 0.35 in all four
-comparisons, the more the further that teacher is (30, 50, 70 % of B: 0.53, 0.46, 0.38; three seeds tell the second step
-apart and not the first), and a sibling with the same law
-is as good as the teacher itself within what three seeds can tell. Live, the four comparisons are undecided. That is the
-paper's claim of consistency, and the reason why `opd` refuses a store of another teacher.
+**The same teacher matters, offline.** With another dialect's teacher Lightning ends 0.27 to 0.35 lower in all four
+comparisons, the lower the further that teacher is (A, 30, 50 and 70 % of B, B: 0.61, 0.53, 0.46, 0.38, 0.26; A and half
+of B, and half of B and B, are told apart by themselves). The sibling with the same law has 0.63, which three seeds
+cannot call equal or not. **Live**, all four comparisons are undecided. So the paper's claim of consistency is
+reproduced offline only; it is the reason why `opd` refuses a store of another teacher.
 
-**Drift** stays at one, in sample and on held-out problems. **Cost**: rollouts, scoring and training take 1.6 times less
-CPU time than live, 1.2 times with the fine-tuning on both sides. Costs were measured beside other work, which seeds
-share unequally; the arm with the cheapest steps is not always the one with the fewest.
+**Drift.** On the trajectories that are trained on the mean ratio falls below one, by 0.008: the student moves away from
+the tokens that it once drew. On held-out problems it stays at one (0.999), but in expectation that holds by definition
+for tokens that were drawn at temperature 1, whatever the student has become, and is no claim; how far it went is in the
+spread.
 
-**What was chosen after looking.** The arm at a rate of its own was added after the first grid had shown Lightning
-behind; its grid has one rate more than live's, below it. Everything else stands as it was before the first run.
+**Cost.** Two passes over one set take half the rollouts and half the teacher's answers of live training (112,500 tokens
+against 224,600), so that they cost less by design, and no claim is made of it: `speed up` is 1.6, and 1.2 with the
+fine-tuning on both sides. One pass, with as many rollouts as live, has 1.04 to 1.35 over three seeds. Costs were
+measured beside other work, which seeds share unequally.
+
+**Curves** of accuracy were not kept: results held points only under the names of test metrics. The figure above shows
+the drift of the arms on a store.
+
+**What was chosen after looking.** The headline claims: what the paper leads with (as accurate as live, here also at a
+rate of its own; better than the fine-tuned student; the same teacher, live and offline, and that it matters more
+offline; the scale). Of the four comparisons each of the same teacher the first stands for all; the rest is in the
+appendix. The arm at a rate of its own was added after the first grid had shown Lightning behind; its grid has one rate
+more than live's, below it. The other arms stand as they were before the first run.
 
 ## Where it differs from the paper
 
@@ -514,20 +525,23 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
     ],
     claims=[
         equal("main", "Lightning is as accurate as live distillation, within 2 points.", LIGHTNING, LIVE),
-        equal("near", "... within 5 points, which five seeds can tell more easily.", LIGHTNING, LIVE, 0.05),
+        equal("near", "Lightning is as accurate as live distillation, within 5 points.", LIGHTNING, LIVE, 0.05),
         more("gain", "Lightning gets more right than the fine-tuned student that it began from.", LIGHTNING, "SFT"),
-        equal("own-rate", "At a learning rate of its own it is as accurate, within 5 points.", OWN_RATE, LIVE, 0.05),
-        more("own-rate-gain", "... and gets more right than the fine-tuned student.", OWN_RATE, "SFT"),
-        more("live-gain", "So does live distillation.", LIVE, "SFT"),
-        more("more-sft", "Lightning beats fine-tuning the student further instead.", LIGHTNING, "more SFT"),
-        more("cost", "Rollouts, scoring and training together cost less than live.", LIGHTNING, LIVE, "speed_up"),
-        more(
-            "cost-with-sft",
-            "... also when both sides' cost holds that of the fine-tuning.",
-            LIGHTNING,
+        equal(
+            "own-rate",
+            "At a learning rate of its own Lightning is as accurate as live distillation, within 5 points.",
+            OWN_RATE,
             LIVE,
-            "speed_up_with_sft",
+            0.05,
         ),
+        more(
+            "own-rate-gain",
+            "At a learning rate of its own Lightning gets more right than the fine-tuned student.",
+            OWN_RATE,
+            "SFT",
+        ),
+        more("live-gain", "Live distillation gets more right than the fine-tuned student.", LIVE, "SFT"),
+        more("more-sft", "Lightning beats fine-tuning the student further instead.", LIGHTNING, "more SFT"),
         *CONSISTENCY,
         more(
             "consistency-worse-offline",
@@ -541,23 +555,16 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
             "The same law is enough: the sibling of A serves as well, within 2 points.",
             "Lightning, sibling of A",
         ),
+        more("dose-low", "The nearer the teacher the better: A before half of B.", LIGHTNING, "Lightning, 50 % of B"),
         more(
-            "dose-low", "The nearer the teacher the better: A before half of B ...", LIGHTNING, "Lightning, 50 % of B"
-        ),
-        more("dose-high", "... and half of B before B.", "Lightning, 50 % of B", "Lightning, SFT A, OPD B"),
-        Claim(
-            "drift",
-            "On held-out problems the mean ratio of probabilities stays at 1 (within 0.05).",
-            "drift",
-            "higher",
-            LIGHTNING,
-            "SFT",
-            test="equivalent",
-            margin=0.05,
+            "dose-high",
+            "The nearer the teacher the better: half of B before B.",
+            "Lightning, 50 % of B",
+            "Lightning, SFT A, OPD B",
         ),
         Claim(
             "drift-in-sample",
-            "On the trajectories that are trained on it falls below 1.",
+            "On the trajectories that are trained on the mean ratio of probabilities falls below 1.",
             "drift_in_sample",
             "lower",
             LIGHTNING,
@@ -565,10 +572,15 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
         ),
         equal("steps", "A third of the steps is enough, within 2 points.", "Lightning, a third of the steps"),
         equal("passes-1", "Two passes over one set are as good as one over two, within 2 points.", "Lightning, 1 pass"),
-        equal("passes-8", "So are eight.", "Lightning, 8 passes"),
-        more("passes-32", "After thirty-two it is behind.", LIGHTNING, "Lightning, 32 passes"),
-        equal("clamp", "Without the clamp it is the same, within 2 points.", "Lightning, no clamp"),
-        more("vocabulary", "The whole vocabulary teaches more.", "Lightning, whole vocabulary", LIGHTNING),
+        equal("passes-8", "Eight passes are as good as two, within 2 points.", "Lightning, 8 passes"),
+        more("passes-32", "After thirty-two passes Lightning is behind two.", LIGHTNING, "Lightning, 32 passes"),
+        equal("clamp", "Without the clamp Lightning is as accurate, within 2 points.", "Lightning, no clamp"),
+        more(
+            "vocabulary",
+            "On the same store the whole vocabulary teaches more.",
+            "Lightning, whole vocabulary",
+            LIGHTNING,
+        ),
         Claim(
             "sft-budget",
             "The order of Lightning, live and fine-tuned holds at every budget of fine-tuning.",
@@ -577,11 +589,20 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
         ),
         Claim(
             "scale",
-            "It is 3.6 to 4 times cheaper and a point better at four and eight billion parameters.",
+            "Lightning is 3.6 to 4 times cheaper than live and a point better at four and eight billion parameters.",
             testable=False,
             note="That needs the paper's models and prompts: `recipes/lightning_qwen3_4b.yaml`.",
         ),
     ],
+    headline=(
+        "main",
+        "gain",
+        "own-rate",
+        "consistency-live-row-a",
+        "consistency-lightning-row-a",
+        "consistency-worse-offline",
+        "scale",
+    ),
     smoke=Smoke(
         stages={
             **{key: {"recipe": SMALL_SFT} for key in ("base", "teacher", *TEACHERS)},

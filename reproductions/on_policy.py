@@ -106,30 +106,38 @@ undone on one's own.
     discussion="""
 ## Why it came out so
 
-**Who writes the prefix matters little here.** At temperature 1 neither direction of the KL gains what the seeds and the
-500 test prompts could tell from nothing when the student writes instead of the teacher, and exposure does not differ.
-A likely reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to
-another digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's
-states would test the claim harder; this one does not confirm it. With reverse KL, greedy answers come out ahead on the
-student's states, on every seed, and only there does reverse KL reach the goal within the budget: that lead is
-reproduced, as it was in an earlier grid of 200 steps.
+**No effect of who writes the prefix is found at temperature 1.** Neither direction of the KL gains what five seeds
+could tell from nothing when the student writes instead of the teacher, and no difference of exposure is found. A likely
+reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to another
+digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's states
+would test the claim harder. With reverse KL, greedy answers come out ahead on the student's states, on every seed, and
+only there does reverse KL reach the goal within the budget (four seeds of five). That claim is reproduced by itself; it
+was written after an earlier grid and is no headline claim.
 
 **A teacher's whole distribution beats its samples.** All four students of a KL get more right than supervised
-fine-tuning on as many samples of the same teacher. Against reverse KL on its own states the difference is reproduced.
+fine-tuning on as many samples of the same teacher. Only reverse KL on the student's own states is held against it by a
+claim, which is reproduced.
 
 **The directions differ in what they cost.** The earlier grid of 200 steps had reverse KL far ahead at temperature 1.
-With four times the steps and a rate of 2e-3, forward KL has caught up there and leads in greedy answers; it is the
-first to 90 % of the teacher's greedy accuracy, on either prefix. So "who is ahead" was a matter of the budget.
+With four times the steps and a rate of 2e-3, forward KL is about level there (0.74 and 0.75 against 0.76 and 0.74) and
+ahead in greedy answers (0.93 against 0.91 and 0.87); on either prefix it takes the fewest tokens to 90 % of the
+teacher's greedy accuracy. No claim is about the directions. So "who is ahead" was a matter of the budget.
 
-**Cost to 90 % of the teacher.** For greedy answers all arms but one reached it in most seeds (`reached`), and reverse
-KL on the student's states took as many tokens and seconds as supervised fine-tuning: fewer is not reproduced. At
-temperature 1 nobody reached it: the best student is at 0.76 and the goal is 0.83. Those columns hold the cost of the
-whole run, and the verdict on them says only that the student's own answers are longer than the teacher's.
+**Cost to 90 % of the teacher.** For greedy answers all arms but one reached it in most seeds (`reached`). Between
+reverse KL on the student's states and supervised fine-tuning no difference of tokens or seconds is found, and more
+seeds of such a spread would not soon find one. At temperature 1 nobody reached it: the best arm is at 0.76 and the goal
+is 0.83. Those columns (`... to goal sampled`) therefore hold the cost of the whole run, which says no more than that
+the student's own answers are longer than the teacher's, and no claim is made of them.
 
-**What was chosen after looking.** The earlier grid fixed the number of steps (nobody had reached the goal after 200),
-and a run of one seed fixed it at 800; the greedy goal was put beside the sampled one then. Rates were selected in
-shorter runs than those reported; forward KL and fine-tuning took the upper end of the grid, where more might be had.
-Other work shared the cores, so CPU seconds compare the arms with each other only.
+**Curves.** Evaluations were watched at 17 points of each run, but their metrics were not kept: results held points only
+under the names of test metrics.
+
+**What was chosen after looking.** The headline claims: what on-policy distillation is commonly said to bring (more
+right, on either direction; better than fine-tuning, and sooner; less exposure bias; the more, the longer the task). The
+rest is in the appendix. The earlier grid fixed the number of steps (nobody had reached the goal after 200), and a run
+of one seed fixed it at 800; the greedy goal was put beside the sampled one then. Rates were selected in shorter runs
+than those reported; forward KL and fine-tuning took the upper end of the grid, where more might be had. Other work
+shared the cores, so CPU seconds compare the arms with each other only.
 """,
     stages={
         "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),
@@ -187,7 +195,7 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
         ),
         Claim(
             "forward",
-            "The same holds for forward KL.",
+            "On its own states the student gets more test problems right than on the teacher's (forward KL).",
             "test_accuracy",
             "higher",
             "student prefix, forward KL",
@@ -203,7 +211,8 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
         ),
         Claim(
             "tokens",
-            "It reaches 90 % of the teacher's greedy accuracy with fewer sampled tokens than supervised fine-tuning.",
+            "On-policy distillation reaches 90 % of the teacher's greedy accuracy with fewer sampled tokens than "
+            "supervised fine-tuning.",
             "sampled_tokens_to_goal",
             "lower",
             "student prefix, reverse KL",
@@ -211,7 +220,7 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
         ),
         Claim(
             "seconds",
-            "It reaches it in fewer CPU seconds than supervised fine-tuning.",
+            "It reaches that accuracy in fewer CPU seconds than supervised fine-tuning.",
             "cpu_seconds_to_goal",
             "lower",
             "student prefix, reverse KL",
@@ -219,23 +228,19 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
         ),
         Claim(
             "prefix tokens",
-            "It reaches it with fewer sampled tokens than the same objective on the teacher's states.",
+            "Reverse KL reaches 90 % of the teacher's greedy accuracy with fewer sampled tokens on the student's "
+            "states than on the teacher's.",
             "sampled_tokens_to_goal",
             "lower",
             "student prefix, reverse KL",
             "teacher prefix, reverse KL",
-        ),
-        Claim(
-            "sampled tokens",
-            "It reaches 90 % of the teacher's accuracy at temperature 1 with fewer tokens than supervised fine-tuning.",
-            "sampled_tokens_to_goal_sampled",
-            "lower",
-            "student prefix, reverse KL",
-            "SFT on teacher samples",
+            note="On the teacher's states no seed reached it, and on the student's one did not; the cost is then that "
+            "of the whole run.",
         ),
         Claim(
             "exposure",
-            "Late in a trajectory it is left with less exposure bias than training on the teacher's states.",
+            "Late in a trajectory forward KL on the student's states is left with less exposure bias than on the "
+            "teacher's.",
             "exposure",
             "lower",
             "student prefix, forward KL",
@@ -257,6 +262,7 @@ Other work shared the cores, so CPU seconds compare the arms with each other onl
             note="One length and one pair of models are trained here.",
         ),
     ],
+    headline=("main", "forward", "sft", "tokens", "seconds", "exposure", "scale"),
     smoke=Smoke(
         stages={
             "base": {"recipe": {"steps": 8, "evaluation": FEW}},

@@ -180,13 +180,20 @@ def show_store(store: Store, verify: bool = False) -> None:
 def show_reproductions(entries: Mapping[str, Entry]) -> None:
     from opd.reproductions.jobs import graph
     from opd.reproductions.results import keys, read
+    from opd.reproductions.verdicts import tally
 
-    table = Table("reproduction", "arms", "seeds", "jobs to run", "verdicts")
+    table = Table("reproduction", "arms", "seeds", "jobs to run", "headline claims")
     for name, entry in entries.items():
         made = graph(entry.reproduction)
         to_run = [job.record(entry.cache) is None for job in made.jobs()]
         results = read(entry.results)
-        lines = [f"{claim['id']}: {claim['verdict']}" for claim in results["claims"]] if results else ["not run yet"]
+        if results is None:
+            lines = ["not run yet"]
+        elif "conventions" not in results:
+            lines = ["judged by an earlier opd; --page-only judges them again"]
+        else:
+            lines = [f"main: {claim['verdict']}" for claim in results["claims"] if claim["id"] == "main"]
+            lines += [f"{number} {verdict}" for verdict, number in tally(results["claims"]).items() if number]
         if results and results["jobs"] != keys(made):
             lines.append("(of an earlier version of the experiment)")
         arms, seeds = "\n".join(entry.reproduction.arms), len(entry.reproduction.seeds)
@@ -195,17 +202,21 @@ def show_reproductions(entries: Mapping[str, Entry]) -> None:
 
 
 def show_results(results: Mapping[str, Any]) -> None:
-    """The claims of one reproduction with their intervals and verdicts."""
+    """The claims of one reproduction with their intervals and verdicts, headline claims first."""
+    from opd.reproductions.verdicts import said
+
     table = Table(title=f"{results['system']}, {results['profile']} profile", title_justify="left")
-    for column in ("claim", "metric", "arms", "difference", "95 % interval", "verdict"):
+    for column in ("claim", "metric", "arms", "difference", "interval", "verdict"):
         table.add_column(column)
-    for claim in results["claims"]:
+    for claim in sorted(results["claims"], key=lambda claim: not claim["headline"]):
         if claim["difference"] is None:
             table.add_row(claim["id"], "", "", "", "", f"{claim['verdict']} ({escape(claim['note'])})")
             continue
-        interval = "one seed" if claim["ci95"] is None else " to ".join(f"{bound:.3g}" for bound in claim["ci95"])
+        level = 90 if claim["test"] == "equivalent" else 95
+        bounds = claim[f"ci{level}"]
+        interval = "one seed" if bounds is None else f"{bounds[0]:.3g} to {bounds[1]:.3g} ({level} %)"
         arms = escape(f"{claim['method']} against {claim['baseline']}")
-        table.add_row(claim["id"], claim["metric"], arms, f"{claim['difference']:.3g}", interval, claim["verdict"])
+        table.add_row(claim["id"], claim["metric"], arms, f"{claim['difference']:.3g}", interval, said(claim))
     console().print(table)
 
 

@@ -45,15 +45,21 @@ class Entry:
     @property
     def page(self) -> Path:
         """Among the docs for those of a checkout of `opd`."""
-        folder = self.file.parent
-        of_checkout = folder == reproduction_folder() != _packaged()
-        return (folder.parent / "docs" / "reproductions" if of_checkout else self.home) / f"{self.name}.md"
+        docs = docs_folder()
+        of_checkout = docs is not None and self.file.parent == reproduction_folder()
+        return (docs if docs is not None and of_checkout else self.home) / f"{self.name}.md"
 
 
 def reproduction_folder() -> Path:
     """Where the reproductions that come with `opd` lie: in the wheel, or at the top of a checkout."""
     packaged = _packaged()
     return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent / "reproductions"
+
+
+def docs_folder() -> Path | None:
+    """Where the pages of the reproductions of a checkout lie; None for a wheel."""
+    folder = reproduction_folder()
+    return None if folder == _packaged() else folder.parent / "docs" / "reproductions"
 
 
 def shipped() -> dict[str, Entry]:

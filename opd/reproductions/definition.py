@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from typing import Any, Literal
 
-from opd.errors import RecipeError, nearest
+from opd.errors import RecipeError, RunError, nearest
 
 Figures = dict[str, Any]
 """What a job returns, as JSON: numbers by name; besides them `curve` (a list of points, each numbers by name) and
@@ -16,6 +17,8 @@ Figures = dict[str, Any]
 COSTS = ("cpu_seconds", "sampled_tokens", "teacher_tokens")
 """Figures of an arm that say what it took: CPU seconds of its training steps, positions that a model drew, positions
 that teachers scored."""
+
+MOST_HEADLINES = 8
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,19 @@ class Stage:
 
 @dataclass(frozen=True)
 class Gate:
-    """A figure of a stage that must reach a limit before any arm runs, e.g. that the teacher can do the task."""
+    """A figure of a stage that must reach a limit before any arm runs, e.g. that the teacher can do the task.
+
+    Attributes:
+        worst: every class of the figure must reach the limit, so its worst class decides: the lowest of `at_least`, the
+            highest of `at_most`. The figure is then a mapping from class to number, or figures named `FIGURE/CLASS`,
+            as evaluation returns them (`accuracy/TASK`). A mean can be high while one class is never right.
+    """
 
     stage: str
     figure: str
     at_least: float | None = None
     at_most: float | None = None
+    worst: bool = False
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most is None):
@@ -79,15 +89,44 @@ class Gate:
     def passes(self, value: float) -> bool:
         return value >= self.at_least if self.at_least is not None else value <= (self.at_most or 0.0)
 
+    def measured(self, job: str, figures: Figures) -> tuple[float, str]:
+        """The number that is held against the limit, and its class (empty where the figure has none).
+
+        Raises:
+            RunError: the job returned no such figure, or one by class without `worst`, or the other way round.
+        """
+        found = figures.get(self.figure)
+        if not self.worst:
+            if isinstance(found, int | float) and _is_number(found):
+                return float(found), ""
+            by_class = "; it is by class: set worst=True" if isinstance(found, Mapping) else ""
+            raise RunError(f"gate: {job} has no number {self.figure!r}{by_class}; it returned {', '.join(figures)}")
+        prefix = f"{self.figure}/"
+        classes = (
+            found
+            if isinstance(found, Mapping)
+            else {n.removeprefix(prefix): v for n, v in figures.items() if n.startswith(prefix)}
+        )
+        if not classes or not all(map(_is_number, classes.values())):
+            raise RunError(f"gate: {job} has no numbers of {self.figure!r} by class; it returned {', '.join(figures)}")
+        # A class without a number is worse than any.
+        sign = 1.0 if self.at_least is not None else -1.0
+        name = min(classes, key=lambda one: (not isnan(classes[one]), sign * classes[one]))
+        return float(classes[name]), str(name)
+
 
 @dataclass(frozen=True)
 class Claim:
     """What is to be decided: how `method` compares with `baseline` on a metric. The verdict is computed.
 
+    What holds by definition is no claim, such as that fewer steps take fewer tokens: it belongs in the prose.
+
     Attributes:
-        id: `main` for the headline claim.
-        test: `better`: the whole 95 % interval of the paired difference, signed so that positive favours `method`,
-            lies above `margin`; `equivalent`: all of it lies inside plus or minus `margin`.
+        id: `main` for the first of the headline claims.
+        test: of the paired difference, signed so that positive favours `method`. `better`: reproduced when its whole
+            95 % interval lies above `margin`, contradicted when all of it lies below. `equivalent`: reproduced when
+            its whole 90 % interval lies inside plus or minus `margin`, contradicted when all of it lies outside.
+            Otherwise undecided.
         margin: in the metric's units.
         note: shown beside the verdict.
         testable: False for a claim that cannot be tested here; `note` then says why, and no arm is needed.
@@ -135,6 +174,9 @@ class Reproduction:
         imports: modules that jobs use besides those of `opd` itself: they are imported once instead of once a job.
         metrics: figures of the arms to show, the claims' metrics among them. An arm must return those that a claim
             compares it on; what it does not return of the others stays empty.
+        claims: all that are decided; those that are not headline claims stand in the page's appendix.
+        headline: ids of the claims that the page leads with, at most eight, `main` among them. They are held to 5 %
+            together. Declare them before the run: the page says when they were chosen after it.
     """
 
     title: str
@@ -145,6 +187,7 @@ class Reproduction:
     seeds: Sequence[int]
     metrics: Sequence[str]
     claims: Sequence[Claim]
+    headline: Sequence[str] = ("main",)
     gates: Sequence[Gate] = ()
     imports: Sequence[str] = ()
     smoke: Smoke = field(default_factory=Smoke)
@@ -165,8 +208,20 @@ class Reproduction:
             _check(gate.stage, known, "a gate names the stage", "a stage")
         for name in self.smoke.stages:
             _check(name, known, "smoke overrides", "a stage")
-        if [claim.id for claim in self.claims].count("main") != 1:
+        ids = [claim.id for claim in self.claims]
+        if ids.count("main") != 1:
             raise RecipeError("a reproduction has exactly one claim with the id 'main'")
+        if twice := [name for name in ids if ids.count(name) > 1]:
+            raise RecipeError(f"two claims have the id {twice[0]!r}; give each its own")
+        for name in self.headline:
+            _check(name, ids, "headline names", "the id of a claim")
+        if "main" not in self.headline or len(set(self.headline)) < len(self.headline):
+            raise RecipeError("headline holds 'main' and each id once")
+        if len(self.headline) > MOST_HEADLINES:
+            raise RecipeError(
+                f"headline names {len(self.headline)} claims and may name {MOST_HEADLINES}; leave the rest to the "
+                "appendix"
+            )
         for claim in (claim for claim in self.claims if claim.testable):
             for arm in (claim.method, claim.baseline):
                 _check(arm, self.arms, f"claim {claim.id!r} compares", "an arm")
@@ -188,6 +243,10 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         old = found.get(key)
         found[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check(name: str, accepted: Sequence[str] | Mapping[str, Any], what: str, kind: str) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from opd.errors import RunError, nearest
-from opd.reproductions.catalogue import Entry
+from opd.reproductions.catalogue import Entry, docs_folder, shipped
 from opd.reproductions.definition import Figures
 from opd.reproductions.jobs import Job, graph
-from opd.reproductions.page import write_page
+from opd.reproductions.page import with_verdicts, write_page
 from opd.reproductions.results import collect, judged, read, write
 from opd.reproductions.runner import run_jobs
+from opd.reproductions.verdicts import CONVENTIONS
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,10 @@ def reproduce(
         for gate, stage in gates:
             if stage.key != job.key:
                 continue
-            value = figures.get(gate.figure)
-            if not isinstance(value, int | float):
-                raise RunError(f"gate: {job.name} has no figure {gate.figure!r}; it returned {', '.join(figures)}")
+            value, name = gate.measured(job.name, figures)
             if not gate.passes(value):
-                said = f"gate: {gate.figure} of {job.name} is {value:g} and must be {gate.limit}"
+                where = f" at worst ({name})" if gate.worst else ""
+                said = f"gate: {gate.figure} of {job.name} is {value:g}{where} and must be {gate.limit}"
                 console.print(f"{said}; smoke goes on" if smoke else said, highlight=False, markup=False)
                 return None if smoke else said
         return None
@@ -77,6 +77,7 @@ def reproduce(
     write(results, entry.smoke_results if smoke else entry.results)
     if not smoke:
         write_page(reproduction, results, entry.page)
+        renew_index(entry)
     return Done(results)
 
 
@@ -96,6 +97,22 @@ def renew_page(entry: Entry) -> None:
                     f"{entry.results} has no {claim.metric!r} of the arm {arm!r}, which claim {claim.id!r} compares; "
                     f"run opd reproduce {entry.name}"
                 )
-    results["claims"] = judged(entry.reproduction, results["arms"], results["items"])
+    claims = judged(entry.reproduction, results["arms"])
+    own = {"conventions": CONVENTIONS, "headline_before": results.get("headline_before"), "claims": claims}
+    # In the order in which `collect` writes them.
+    rest = {name: value for name, value in results.items() if name not in own}
+    before = list(rest)[: list(rest).index("arms")]
+    results = {name: rest.pop(name) for name in before} | own | rest
     write(results, entry.results)
     write_page(entry.reproduction, results, entry.page)
+    renew_index(entry)
+
+
+def renew_index(entry: Entry) -> None:
+    """Write the table of verdicts of all shipped reproductions into `index.md` beside the page of one of them."""
+    index = entry.page.parent / "index.md"
+    if entry.page.parent != docs_folder() or not index.is_file():
+        return
+    found = [(one.name, one.reproduction.title, read(one.results)) for one in shipped().values()]
+    judged_now = [(name, title, results) for name, title, results in found if results and "conventions" in results]
+    index.write_text(with_verdicts(index.read_text(encoding="utf-8"), judged_now), encoding="utf-8")

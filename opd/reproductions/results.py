@@ -11,9 +11,9 @@ from typing import Any
 
 from opd.errors import RunError, nearest
 from opd.reproductions.catalogue import Entry
-from opd.reproductions.definition import COSTS, Figures, Reproduction
+from opd.reproductions.definition import COSTS, Figures, Gate, Reproduction
 from opd.reproductions.jobs import Graph, Job
-from opd.reproductions.verdicts import judge, rounded
+from opd.reproductions.verdicts import CONVENTIONS, judge, rounded
 
 
 def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool) -> dict[str, Any]:
@@ -57,15 +57,17 @@ def collect(entry: Entry, reproduction: Reproduction, graph: Graph, smoke: bool)
                 "stage": gate.stage,
                 "figure": gate.figure,
                 "limit": gate.limit,
-                "values": (
-                    found := [_number(job.name, _record(job, entry.cache)["figures"], gate.figure) for job in jobs]
-                ),
-                "passed": all(map(gate.passes, found)),
+                "values": [value for value, _ in found],
+                **({"worst": [name for _, name in found]} if gate.worst else {}),
+                "passed": all(gate.passes(value) for value, _ in found),
             }
             for gate in reproduction.gates
             for jobs in [graph.stages[gate.stage]]
+            for found in [[_gated(gate, job, entry.cache) for job in jobs]]
         ],
-        "claims": judged(reproduction, measured, items),
+        "conventions": CONVENTIONS,
+        "headline_before": headline_before(None if smoke else read(entry.results), reproduction, graph),
+        "claims": judged(reproduction, measured),
         "arms": measured,
         "cost": values(COSTS, lambda arm, n: True),
         "curves": {arm: [_columns(one, reproduction) for one in seeds] for arm, seeds in figures.items()},
@@ -78,18 +80,17 @@ def keys(graph: Graph) -> dict[str, list[str]]:
     return {arm: [job.key for job in jobs] for arm, jobs in graph.arms.items()}
 
 
-def judged(
-    reproduction: Reproduction, arms: Mapping[str, Mapping[str, list[float]]], items: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Every claim with its verdict, from what results.json holds under `arms` and `items`."""
-    return [
-        judge(
-            claim,
-            {arm: metrics[claim.metric] for arm, metrics in arms.items() if claim.metric in metrics},
-            items.get(claim.metric),
-        )
-        for claim in reproduction.claims
-    ]
+def headline_before(earlier: Mapping[str, Any] | None, reproduction: Reproduction, graph: Graph) -> list[str] | None:
+    """The headline claims as they were declared when these jobs were run; None where none were declared then."""
+    if earlier is not None and earlier.get("jobs") == keys(graph):
+        found: list[str] | None = earlier.get("headline_before")
+        return found
+    return list(reproduction.headline)
+
+
+def judged(reproduction: Reproduction, arms: Mapping[str, Mapping[str, list[float]]]) -> list[dict[str, Any]]:
+    """Every claim with its verdict, from what results.json holds under `arms`."""
+    return judge(reproduction.claims, arms, reproduction.headline)
 
 
 def write(results: Mapping[str, Any], path: Path) -> None:
@@ -109,7 +110,7 @@ def read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); run the reproduction again") from None
+        raise RunError(f"{path} is not JSON ({error}); remove it and run the reproduction again") from None
     return found
 
 
@@ -125,6 +126,11 @@ def _record(job: Job, cache: Path) -> dict[str, Any]:
     return record
 
 
+def _gated(gate: Gate, job: Job, cache: Path) -> tuple[float, str]:
+    value, name = gate.measured(job.name, _record(job, cache)["figures"])
+    return rounded(value), name
+
+
 def _number(who: str, figures: Figures, name: str) -> float:
     value = figures.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -133,7 +139,13 @@ def _number(who: str, figures: Figures, name: str) -> float:
     return rounded(value)
 
 
+def on_validation(metric: str) -> str:
+    """The name of a metric in a curve: training is watched on validation prompts, where `test_NAME` is `NAME`."""
+    return metric.removeprefix("test_")
+
+
 def _columns(figures: Figures, reproduction: Reproduction) -> dict[str, list[float]]:
     points = figures.get("curve", [])
-    names = [name for name in ("step", *COSTS, *reproduction.metrics) if points and all(name in p for p in points)]
+    watched = (name for metric in reproduction.metrics for name in (metric, on_validation(metric)))
+    names = [name for name in dict.fromkeys(("step", *COSTS, *watched)) if points and all(name in p for p in points)]
     return {name: [rounded(point[name]) for point in points] for name in names}
