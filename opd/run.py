@@ -266,6 +266,8 @@ def assemble(
     training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
+    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes)]):
+        monitor.warn(note)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):

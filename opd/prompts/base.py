@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from opd.choice import Choice
 from opd.errors import DataError, nearest
-
-Messages = list[dict[str, Any]]
+from opd.prompts.messages import Messages, answers, check_fields, check_messages, check_view, text_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,11 @@ class Prompts(Choice):
     axis: ClassVar[str] = "prompts"
     column: str = Field("prompt", description="Column that holds the prompt: a string or a list of messages")
     answer: str | None = Field(None, description="Column that holds the reference answer for the verifier")
+    last_answer: Literal["refuse", "cut"] = Field(
+        "refuse",
+        description="Messages that end with the model's answer: refuse the row, or cut the answer off and offer it as "
+        "the column 'response', unless the row has one",
+    )
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
     add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
 
@@ -101,19 +105,17 @@ class Prompts(Choice):
                 )
         if self.answer is not None:
             fields = {**fields, "answer": fields[self.answer]}
-        value = fields[self.column]
-        if isinstance(value, str):
-            empty = not value.strip()
-        elif isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-            empty = not value
-        else:
-            raise DataError(
-                f"{where}: column {self.column!r} holds {type(value).__name__}; "
-                "a prompt is a string or a list of messages with 'role' and 'content'"
-            )
-        if empty:
-            raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
-        return Prompt(str(fields.get("id", where)), fields, self.column, where, folder=self.folder)
+        check_fields(fields, where)
+        if self.last_answer == "cut" and not isinstance(fields[self.column], str):
+            messages = check_messages(fields[self.column], where, self.column)
+            if answers(messages):
+                response = text_of(messages[-1].get("content"))
+                fields = {**fields, self.column: messages[:-1]}
+                if fields.get("response") is None and response.strip():
+                    fields["response"] = response
+        check_view(fields[self.column], where, self.column)
+        name = fields.get("id")
+        return Prompt(where if name is None else str(name), fields, self.column, where, folder=self.folder)
 
 
 def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:

@@ -65,6 +65,8 @@ class StoredTrajectories(PrefixSource):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = len(prompts)
+        header = self.store.header
+        wider = (header.vocabulary, tuple(header.excluded)) != (self.context.vocabulary, self.context.excluded)
         for prompt in prompts:
             if prompt.id not in self.store.index:
                 raise DataError(
@@ -77,6 +79,13 @@ class StoredTrajectories(PrefixSource):
                     f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.settings.path}; its text or "
                     "the template changed since"
                 )
+            for row in self.store.rows_of(prompt.id) if wider else ():
+                if bool(self.context.outside(self.store.actions(row)).any()):
+                    raise DataError(
+                        f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token that "
+                        "not every tokenizer of this run has; sample the store with this teacher in its recipe, or "
+                        "leave the prompt out"
+                    )
 
     def __call__(
         self,

@@ -52,6 +52,7 @@ class TargetsHeader(Settings):
         template: hash of the teacher's template.
         temperature: of the stored log-probabilities; with kind exact of nothing, the head has it.
         vocabulary: leading ids over which they are normalised.
+        excluded: ids before it that are left out.
         scale, softcap: of the head, with kind exact.
         versions: of the software that scored.
     """
@@ -65,6 +66,7 @@ class TargetsHeader(Settings):
     template: str
     temperature: float
     vocabulary: int
+    excluded: list[int] = []
     scale: float = 1.0
     softcap: float | None = None
     versions: dict[str, str]
