@@ -158,6 +158,8 @@ def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[
     so, and then put into `bad`."""
     bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
     prompts = load_prompts(recipe.prompts, bad)
+    if any(source.weight is not None for source in recipe.evaluation.prompts or ()):
+        raise RecipeError("evaluation.prompts: 'weight' is for training, held-out prompts are all measured; remove it")
     if recipe.evaluation.prompts:
         return prompts, load_prompts(recipe.evaluation.prompts, bad)
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)

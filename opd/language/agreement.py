@@ -142,8 +142,8 @@ def notes_on_end(
         theirs = end_ids(teacher)
         if theirs and (not set(chosen) & theirs if given else set(chosen) != theirs):
             notes.append(
-                f"completions end with {_told(student, chosen)} and those of {which} with {_told(teacher, theirs)}: the "
-                "student does not learn from it to end with what one of them alone uses; end_tokens sets the ids"
+                f"completions end with {_told(student, chosen)} and those of {which} with {_told(teacher, theirs)}: "
+                "the student does not learn from it to end with what one of them alone uses; end_tokens sets the ids"
             )
     return notes
 

@@ -68,7 +68,9 @@ def _arguments(language: LanguageModel, prompt: Prompt) -> dict[str, Any]:
             language.say(f"the chat template of {language.owner} reads no {name!r}; it changes nothing there")
     if tools:
         if not all(isinstance(tool, dict) for tool in tools):
-            raise DataError(f"{prompt.where}: column 'tools' holds something else than objects that describe a tool each")
+            raise DataError(
+                f"{prompt.where}: column 'tools' holds something else than objects that describe a tool each"
+            )
         if "tools" not in template:
             raise DataError(
                 f"{prompt.where}: the row has tools, and the chat template of {language.owner} writes none; take a "
@@ -109,7 +111,9 @@ def _plain(language: LanguageModel, prompt: Prompt, view: object) -> list[int]:
     if end:
         ids = ids[: -len(end)]
         told = tokenizer.decode(end)
-        language.say(f"the tokenizer puts {told!r} behind every text; prompts go without, since the answer follows them")
+        language.say(
+            f"the tokenizer puts {told!r} behind every text; prompts go without, since the answer follows them"
+        )
     if begin and ids[len(begin) : 2 * len(begin)] == begin:
         ids = ids[len(begin) :]
         told = tokenizer.decode(begin)

@@ -132,7 +132,9 @@ class CausalLMStudent(Student):
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
         hidden = module(trajectories.contexts, trajectories.completions(), layout)
-        return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded))
+        return Categorical(
+            hidden, self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
+        )
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         members = [

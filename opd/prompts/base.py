@@ -28,6 +28,8 @@ class Prompt:
         column: the column that the student sees.
         where: file and row, for error messages.
         repeat: how often the same step has drawn it already.
+        source: which of the recipe's prompt sources it stands in, from 0.
+        weight: of that source, where it has one.
         folder: where relative paths in the row's columns are looked for after the working directory.
     """
 
@@ -36,6 +38,8 @@ class Prompt:
     column: str = "prompt"
     where: str = ""
     repeat: int = 0
+    source: int = 0
+    weight: float | None = None
     folder: Path | None = None
 
     def view(self, column: str | None = None) -> str | Messages:
@@ -70,6 +74,13 @@ class Prompts(Choice):
         "the column 'response', unless the row has one",
     )
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of this source among several: its share of the draws is its weight over the sum of all, however "
+        "many rows it has; default every row is drawn alike",
+    )
     add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
 
     @abstractmethod
@@ -115,7 +126,9 @@ class Prompts(Choice):
                     fields["response"] = response
         check_view(fields[self.column], where, self.column)
         name = fields.get("id")
-        return Prompt(where if name is None else str(name), fields, self.column, where, folder=self.folder)
+        return Prompt(
+            where if name is None else str(name), fields, self.column, where, weight=self.weight, folder=self.folder
+        )
 
 
 def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:
@@ -123,7 +136,12 @@ def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None)
 
     With `bad`, a row that cannot be used (the second one of an id, too) is left out, and its error put there.
     """
-    prompts = [prompt for source in sources for prompt in source.load(bad)]
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        raise DataError(
+            f"prompts.{weighted.index(False)} has no weight and others have; give every source one, or none"
+        )
+    prompts = [replace(prompt, source=i) for i, source in enumerate(sources) for prompt in source.load(bad)]
     if not prompts:
         reason = f"no row can be used; the first: {bad[0]}" if bad else "the prompt set has no rows"
         raise DataError(f"{reason}; name a source that holds at least one prompt")

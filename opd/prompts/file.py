@@ -144,7 +144,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                cells = ValueError(f"not CSV ({error}); put texts with quotes or commas in quotes, and double the quotes")
+                cells = ValueError(
+                    f"not CSV ({error}); put texts with quotes or commas in quotes, and double the quotes"
+                )
             if not cells:
                 continue
             if isinstance(cells, list) and any(not cell.isascii() and not _whole(cell) for cell in cells):

@@ -53,13 +53,15 @@ def check_messages(value: object, where: str, column: str) -> Messages:
         silent = content is None and bool(message.get("tool_calls"))
         if not isinstance(message.get("role"), str) or not (silent or isinstance(content, str | list)):
             raise DataError(
-                f"{where}: message {i} in column {column!r} has keys {sorted(message)}; a message has a 'role' and a "
-                "'content' that is a text"
+                f"{where}: message {i} in column {column!r} has the keys {sorted(message)}; a message has 'role' and "
+                "'content', both texts"
             )
         other = next((p for p in content if _part(p) is None), None) if isinstance(content, list) else None
         if other is not None:
             kind = other.get("type") if isinstance(other, dict) else type(other).__name__
-            raise DataError(f"{where}: message {i} in column {column!r} has a part {kind!r}; only text can be read here")
+            raise DataError(
+                f"{where}: message {i} in column {column!r} has a part {kind!r}; only text can be read here"
+            )
     return value
 
 
