@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 QUESTION, ANSWER = "Is this the question?", "This is the answer."
 """What a template is asked to write, to see what it makes of it."""
+TOOLS = "a list of objects that describe a tool each"
 
 
 def encode(language: LanguageModel, prompt: Prompt, column: str | None = None) -> list[int]:
@@ -60,7 +61,7 @@ def _render(language: LanguageModel, prompt: Prompt, messages: Messages) -> str:
 def _arguments(language: LanguageModel, prompt: Prompt) -> dict[str, Any]:
     """What the template is called with besides the messages."""
     own = _given(prompt, "chat_template_kwargs", dict, "an object, e.g. {'enable_thinking': false}") or {}
-    tools = _given(prompt, "tools", list, "a list of objects that describe a tool each")
+    tools = _given(prompt, "tools", list, TOOLS)
     template = str(language.tokenizer.chat_template)
     options = {**language.template_options, **own}
     for name in options:
@@ -148,10 +149,9 @@ def _reads_parts_alone(tokenizer: PreTrainedTokenizerBase, template: str) -> boo
     """Whether a template drops contents that are texts and writes lists of parts."""
 
     def writes(content: str | list[dict[str, str]]) -> bool:
+        messages: Any = [{"role": "user", "content": content}]
         try:
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception:
             return False
         return QUESTION in str(text)

@@ -157,11 +157,8 @@ class CausalLMStudent(Student):
         )
         of_some = tokens_of_some(models)
         if of_some:
-            named = ", ".join(repr(of_some[i]) for i in sorted(of_some)[:3])
-            self.notes.append(
-                f"{len(of_some)} tokens that not every tokenizer has ({named}{', ...' if len(of_some) > 3 else ''}) are "
-                "in no distribution"
-            )
+            named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))
+            self.notes.append(f"{len(of_some)} tokens that not every tokenizer has ({named}) are in no distribution")
         ends = agree_on_end(self.language, others, end_tokens)
         self.notes.extend(notes_on_end(self.language, others, ends, end_tokens is not None, common))
         return context.with_(vocabulary=common.size, excluded=common.excluded, end_ids=ends)

@@ -19,8 +19,8 @@ from opd.prompts.base import Prompts
 
 
 class FilePrompts(Prompts):
-    """`.jsonl`, `.txt`, `.csv` and `.parquet`, read as UTF-8; errors name the line. The cells of a CSV file are texts as
-    they stand there (an empty one an empty text), those of Parquet and JSON have their own types."""
+    """`.jsonl`, `.txt`, `.csv` and `.parquet`, read as UTF-8; errors name the line. The cells of a CSV file are texts
+    as they stand there (an empty one an empty text), those of Parquet and JSON have their own types."""
 
     kind: Literal["file"] = "file"
     path: str = Field(description="Of a .jsonl, .txt, .csv or .parquet file")

@@ -46,9 +46,9 @@ class StoredResponses(PrefixSource):
         """The id that is put behind a response: that of the chat template, or else the tokenizer's, if completions of
         this run end with it."""
         ends = torch.tensor(sorted(self.context.end_ids))
-        possible = ends[~self.context.outside(ends)].tolist() or ends.tolist()
+        possible: list[int] = ends[~self.context.outside(ends)].tolist() or ends.tolist()
         named = (turn_end(self.language), self.language.tokenizer.eos_token_id)
-        return next((i for i in named if i in possible), possible[0])
+        return next((i for i in named if i is not None and i in possible), possible[0])
 
     def responses(self, prompt: Prompt) -> list[str]:
         """The texts of one row."""

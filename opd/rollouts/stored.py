@@ -82,9 +82,8 @@ class StoredTrajectories(PrefixSource):
             for row in self.store.rows_of(prompt.id) if wider else ():
                 if bool(self.context.outside(self.store.actions(row)).any()):
                     raise DataError(
-                        f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token that "
-                        "not every tokenizer of this run has; sample the store with this teacher in its recipe, or "
-                        "leave the prompt out"
+                        f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token "
+                        "that not every tokenizer of this run has; leave the prompt out, or sample the store again"
                     )
 
     def __call__(

@@ -70,7 +70,7 @@ class StoreHeader(Settings):
     template: str
     end_ids: list[int]
     vocabulary: int
-    excluded: list[int] = []
+    excluded: list[int] = Field([])
     versions: dict[str, str]
 
     @property

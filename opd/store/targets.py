@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from opd.choice import Settings
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
@@ -66,7 +66,7 @@ class TargetsHeader(Settings):
     template: str
     temperature: float
     vocabulary: int
-    excluded: list[int] = []
+    excluded: list[int] = Field([])
     scale: float = 1.0
     softcap: float | None = None
     versions: dict[str, str]

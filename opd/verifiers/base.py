@@ -20,8 +20,8 @@ LARGEST = 2**53
 
 
 def as_text(value: object) -> str:
-    """A text or number of a row as verifiers compare it: a whole number has no point, whatever type the file gave it."""
-    if isinstance(value, float | Decimal) and abs(value) < LARGEST and value == int(value):
+    """A text or number of a row as verifiers compare it: whole numbers have no point, whatever type a file gave them."""
+    if isinstance(value, float | Decimal) and -LARGEST < value < LARGEST and value == int(value):
         return str(int(value))
     return str(value)
 
@@ -55,12 +55,12 @@ class Verifier(Choice):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt whose columns `score` could not read; one without a verdict is none."""
-        for prompt in prompts if self.reads in TEXTS else ():
-            value = prompt.fields.get(self.reads)
+        for prompt in prompts:
+            value = prompt.fields.get(self.reads) if self.reads in TEXTS else None
             if value is not None and not isinstance(value, READABLE):
                 raise DataError(
-                    f"{prompt.where or prompt.id}: column {self.reads!r} holds {type(value).__name__}; a verifier reads a "
-                    "text or a number there"
+                    f"{prompt.where or prompt.id}: column {self.reads!r} holds {type(value).__name__}; a verifier "
+                    "reads a text or a number there"
                 )
 
     def check_verdicts(self, prompts: Sequence[Prompt], learner: str) -> None:
