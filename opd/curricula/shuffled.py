@@ -25,7 +25,7 @@ class ShuffledSchedule(Schedule):
     """Stateless: a step's prompts follow from its number."""
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
-        self.per_step = per_step
+        self.prompts, self.per_step = prompts, per_step
         weights = {prompt.source: prompt.weight for prompt in prompts if prompt.weight is not None}
         self.shares = {source: weight / sum(weights.values()) for source, weight in weights.items()}
         if self.shares:

@@ -20,7 +20,7 @@ LARGEST = 2**53
 
 
 def as_text(value: object) -> str:
-    """A text or number of a row as verifiers compare it: whole numbers have no point, whatever type a file gave them."""
+    """A text or number of a row as verifiers compare it: whole numbers without a point, whatever their type."""
     if isinstance(value, float | Decimal) and -LARGEST < value < LARGEST and value == int(value):
         return str(int(value))
     return str(value)
