@@ -176,6 +176,7 @@ class Targets:
                 scale=self.header.scale,
                 softcap=self.header.softcap,
                 vocabulary=self.header.vocabulary,
+                excluded=torch.tensor(self.header.excluded) if self.header.excluded else None,
             )
         return self._head
 
