@@ -12,9 +12,11 @@ from opd.errors import DataError, IncompatibleError
 from opd.language.agreement import Vocabulary, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel
 from opd.language.sampler import Sampler
+from opd.policies.causal_lm import CausalLMStudent
 from opd.recipe import parse_recipe
 from opd.store.sampling import sample
 from opd.store.scoring import score
+from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.stored import StoredAnswers, StoredTeacher
 from tests.conftest import tiny_model
 from tests.test_divergences import ON_SUPPORT, definition, scene
@@ -159,6 +161,27 @@ def test_the_common_vocabulary_is_the_tokens_that_all_have():
     check_tokenizers(*models(plain, holed), "the teacher")
     check_tokenizers(*models(holed, extra), "the teacher")
     check_tokenizers(*models(turn_tokenizer(begins=True), plain), "the teacher")
+
+
+def test_ids_that_read_alike_have_a_token_each_though_the_vocabulary_tells_of_one():
+    alike = turn_tokenizer()
+    whole = alike.get_vocab()
+    alike.get_vocab = lambda: {token: i for token, i in whole.items() if token not in "{}"}
+    assert common_vocabulary(models(alike, turn_tokenizer())) == Vocabulary(len(whole))
+
+
+def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
+    student, teacher = models(holed_tokenizer("{"), holed_tokenizer("{", "}"))
+    context = Context(torch.device("cpu"))
+    built = CausalLMStudent(student, None, context)
+    settings = LocalTeacher(model="t", template="plain")
+    agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device, context)], None)
+    holes = sorted(turn_tokenizer().convert_tokens_to_ids(["{", "}"]))
+    assert agreed.excluded == tuple(holes)
+    one_sided, hole = built.notes
+    assert one_sided == "1 tokens that not every tokenizer has ('}') are in no distribution"
+    assert hole == f"1 ids between tokens (the first: {holes[0]}) are in no distribution"
+    assert agreed.outside(torch.tensor([9, *holes, agreed.vocabulary])).tolist() == [False, True, True, True]
 
 
 def test_mass_does_not_move_to_tokens_that_the_teacher_alone_has(tmp_path, capsys):

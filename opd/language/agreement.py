@@ -46,7 +46,15 @@ def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str)
 
 
 def _tokens(model: LanguageModel) -> dict[int, str]:
-    return {i: token for token, i in sorted(model.tokenizer.get_vocab().items())}
+    """The token of every id. Of ids that read alike `get_vocab` tells of one alone, so the others are asked for."""
+    tokenizer = model.tokenizer
+    found = {i: token for token, i in sorted(tokenizer.get_vocab().items())}
+    for i in range(max(found, default=-1)):
+        if i not in found:
+            token = tokenizer.convert_ids_to_tokens(i)
+            if token and token != tokenizer.unk_token:
+                found[i] = str(token)
+    return found
 
 
 def _split(model: LanguageModel) -> list[int]:
@@ -65,8 +73,7 @@ def common_vocabulary(
         excluded: ids that those others leave out.
     """
     rows = [int(m.base.get_output_embeddings().weight.shape[0]) for m in models if m.model is not None]
-    known = frozenset.intersection(*(frozenset(model.tokenizer.get_vocab().values()) for model in models))
-    known -= set(excluded)
+    known = set.intersection(*(set(_tokens(model)) for model in models)) - set(excluded)
     bound = min([*rows, *([limit] if limit is not None else [])])
     size = max((i for i in known if i < bound), default=-1) + 1
     return Vocabulary(size, tuple(i for i in range(size) if i not in known))
