@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -13,7 +15,9 @@ from opd.language.agreement import Vocabulary, check_tokenizers, common_vocabula
 from opd.language.model import LanguageModel
 from opd.language.sampler import Sampler
 from opd.policies.causal_lm import CausalLMStudent
+from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
+from opd.rollouts.stored import StoredRollout, StoredTrajectories
 from opd.store.sampling import sample
 from opd.store.scoring import score
 from opd.teachers.local import LanguageTeacher, LocalTeacher
@@ -252,3 +256,10 @@ def test_stored_targets_know_which_tokens_they_are_over(tmp_path):
     answers.check_student(None, context)
     with pytest.raises(IncompatibleError, match="another vocabulary"):
         answers.check_student(None, context.with_(excluded=()))
+    # And its trajectories serve no run in which a token of theirs has no probability.
+    language = LanguageModel.load(recipe.student, "cpu")
+    for left_out, fits in ((tuple(holes), True), ((int(store.actions(0)[0]),), False)):
+        run = context.with_(excluded=left_out, end_ids=tuple(store.header.end_ids))
+        source = StoredTrajectories(StoredRollout(path=str(store.path), max_new_tokens=3), language, run)
+        with contextlib.nullcontext() if fits else pytest.raises(DataError, match=r"prompts\[0\].*holds a token"):
+            source.check_prompts(load_prompts(recipe.prompts)[:1])
