@@ -176,6 +176,8 @@ def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[
     so, and then put into `bad`."""
     bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
     prompts = load_prompts(recipe.prompts, bad)
+    if any(source.weight is not None for source in recipe.evaluation.prompts or ()):
+        raise RecipeError("evaluation.prompts: 'weight' is for training, held-out prompts are all measured; remove it")
     if recipe.evaluation.prompts:
         return prompts, load_prompts(recipe.evaluation.prompts, bad)
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
@@ -284,6 +286,8 @@ def assemble(
     training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
+    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes)]):
+        monitor.warn(note)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):

@@ -83,8 +83,8 @@ def prompts():
     return [Prompt(f"p{i}", {"prompt": text}, where=f"test:{i}") for i, text in enumerate(texts)]
 
 
-def trajectories_of(lengths, contexts=None, seed=0, vocabulary=64, prompts=None):
-    """Random trajectories with the given completion lengths."""
+def trajectories_of(lengths, contexts=None, seed=0, vocabulary=47, prompts=None):
+    """Random trajectories with the given completion lengths, of the character tokenizer's ids."""
     g = torch.Generator().manual_seed(seed)
     contexts = contexts or [torch.randint(3, vocabulary, (n % 7 + 1,), generator=g) for n in lengths]
     total = sum(lengths)

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from opd.context import Context
 from opd.errors import IncompatibleError, ModelError
-from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.agreement import Vocabulary, agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.decoder import Decoder
 from opd.language.model import LanguageModel, ModelSettings, load_model
 from opd.language.packing import SHORT, pack, packed_attention
@@ -234,7 +234,7 @@ def test_rows_can_be_dropped_between_segments(student, prompts):
 
 def test_padded_vocabularies_are_cut_to_the_common_ids(tokenizer):
     models = [LanguageModel(tiny_model(vocabulary=v), tokenizer, "plain") for v in (64, 80)]
-    assert common_vocabulary(models) == 64
+    assert common_vocabulary(models) == Vocabulary(len(tokenizer))
     student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), vocabulary=64))
     assert student(trajectories_of([3])).log_probs().shape == (3, 64)
 

@@ -260,7 +260,7 @@ def test_good_prompt_files(tmp_path):
     text = bad_file(tmp_path, "one\n\ntwo\n", "p.txt").load()
     assert [p.view() for p in text] == ["one", "two"]
     table = bad_file(tmp_path, "prompt,answer\nx,1\n", "p.csv")
-    assert table.load()[0].fields["answer"] == 1
+    assert table.load()[0].fields["answer"] == "1"
     chat = InlinePrompts(prompts=[{"prompt": [{"role": "user", "content": "hi"}], "teacher_prompt": "better"}])
     assert chat.load()[0].view("teacher_prompt") == "better"
     with pytest.raises(DataError, match="no column 'nothing'"):

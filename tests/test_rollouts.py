@@ -55,7 +55,8 @@ def test_a_prompt_that_a_step_draws_twice_gets_other_trajectories(models, studen
     run, seen = build(recipe, tmp_path), []
     verify = run.verify
     run.verify = lambda trajectories: seen.append(verify(trajectories)) or seen[-1]
-    run.schedule.prompts = run.schedule.prompts[:6]
+    epochs = run.schedule.epochs[0]
+    epochs.prompts = epochs.prompts[:6]
     train(run)
     made = next(trajectories for trajectories in seen if len(trajectories) == 24)
     drawn = Counter((p.id, *a.tolist()) for p, a in zip(made.prompts, made.completions(), strict=True))

@@ -10,10 +10,14 @@ import torch
 from opd.distributions.base import Distribution
 from opd.prepacked import Prepacked, worth_packing
 
+NOWHERE = -1e9
+"""Logit of an excluded id: its probability is exactly 0, and `p * log p` too, where minus infinity would give NaN."""
+
 
 @dataclass(frozen=True)
 class Head:
-    """An output head: `logits = softcap(scale * (h @ weight.T + bias)) / temperature`, over the first `vocabulary` ids.
+    """An output head: `logits = softcap(scale * (h @ weight.T + bias)) / temperature`, over the first `vocabulary` ids
+    without those `excluded`.
 
     Attributes:
         weight: `[V, D]`, in the model's dtype; tied, untied, frozen, or a LoRA-adapted matrix with its graph.
@@ -22,6 +26,8 @@ class Head:
         softcap: `c * tanh(logits / c)` when set.
         temperature: softmax temperature, declared once by the recipe for sampling, student and teacher.
         vocabulary: number of leading ids that count; ids beyond it have probability zero on every side.
+        excluded: int64 `[E]`, ids before it that do not count either, or None: they keep their places in `[C, V']` with
+            probability and gradient zero.
         product: packed copy of the weight that `logits` multiplies by, see `prepacked`.
     """
 
@@ -31,6 +37,7 @@ class Head:
     softcap: float | None = None
     temperature: float = 1.0
     vocabulary: int | None = None
+    excluded: torch.Tensor | None = None
     product: Prepacked | None = None
 
     @property
@@ -53,11 +60,18 @@ class Head:
             raw = raw * self.scale
         if self.softcap is not None:
             raw = self.softcap * torch.tanh(raw / self.softcap)
-        return raw if self.temperature == 1.0 else raw / self.temperature
+        if self.temperature != 1.0:
+            raw = raw / self.temperature
+        return raw if self.excluded is None else raw.index_fill(-1, self.excluded, NOWHERE)
 
     def detach(self) -> Head:
         bias = None if self.bias is None else self.bias.detach()
         return replace(self, weight=self.weight.detach(), bias=bias)
+
+    def to(self, device: torch.device) -> Head:
+        """This head on another device; a packed copy of the weight stays behind."""
+        bias, excluded = (None if each is None else each.to(device) for each in (self.bias, self.excluded))
+        return replace(self, weight=self.weight.to(device), bias=bias, excluded=excluded, product=None)
 
     def prepacked(self) -> Head:
         """This head, detached, for many calls of `logits` with few rows each while the weight stays as it is."""

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 
 from opd.distributions import Categorical, Distribution, Gaussian, Head, Routed, Sampled, TopK, append_tail
+from opd.distributions.categorical import NOWHERE
 from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
@@ -370,6 +371,8 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
             continue
         if slope is not None:
             grad.mul_(slope)
+        if head.excluded is not None:
+            grad.index_fill_(1, head.excluded, 0.0)
         grad = grad.to(dtype)
         # The position's weight goes on the thin side of each product, not over [R, V].
         share = (weights[index] * (head.scale / head.temperature))[:, None]
@@ -416,6 +419,8 @@ def _log_probs(
         raw = capped.mul_(head.softcap)
     if head.temperature != 1.0:
         raw.div_(head.temperature)
+    if head.excluded is not None:
+        raw.index_fill_(1, head.excluded, NOWHERE)
     torch.ops.aten._log_softmax.out(raw, -1, False, out=result)
     return result, slope
 

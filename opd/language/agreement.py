@@ -2,41 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from opd.errors import IncompatibleError
-from opd.language.model import LanguageModel
+from opd.language.encoding import turn_end
+
+if TYPE_CHECKING:
+    from opd.language.model import LanguageModel
 
 PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
 """Two tokenizers of one vocabulary are the same when they split this alike."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that distributions are over: the first `size` without those `excluded`, ascending."""
+
+    size: int
+    excluded: tuple[int, ...] = ()
+
+    def holds(self, i: int) -> bool:
+        return i < self.size and i not in self.excluded
+
+
 def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str) -> None:
-    """Refuse a teacher whose tokenizer gives other ids; extra ids on one side only are allowed."""
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
-    by_id = {i: token for token, i in theirs.items()}
-    common = min(len(ours), len(theirs))
-    different = [(i, token, by_id.get(i)) for token, i in ours.items() if i < common and by_id.get(i) != token]
+    """Refuse a teacher whose tokenizer gives other ids; tokens on one side only are allowed."""
+    ours, theirs = _tokens(student), _tokens(teacher)
+    common = ours.keys() & theirs.keys()
+    different = [i for i in common if ours[i] != theirs[i]]
     if different:
-        i, mine, other = min(different)
+        i = min(different)
         raise IncompatibleError(
-            f"{which} has another tokenizer than the student: {len(different)} of {common} ids differ (id {i} is "
-            f"{mine!r} here and {other!r} there). Use a teacher of the student's family"
+            f"{which} has another tokenizer than the student: {len(different)} of {len(common)} ids differ (id {i} is "
+            f"{ours[i]!r} here and {theirs[i]!r} there). Use a teacher of the student's family"
         )
-    if student.tokenizer(PROBE)["input_ids"] != teacher.tokenizer(PROBE)["input_ids"]:
+    if _split(student) != _split(teacher):
         raise IncompatibleError(
             f"{which} has the student's vocabulary but splits text differently; use the student's tokenizer for both "
             "(teacher.tokenizer)"
         )
 
 
-def common_vocabulary(models: Sequence[LanguageModel]) -> int:
-    """The number of leading ids that every head has: padded vocabularies of different sizes are cut to the smallest."""
-    return min(int(model.base.get_output_embeddings().weight.shape[0]) for model in models)
+def _tokens(model: LanguageModel) -> dict[int, str]:
+    """The token of every id. Of ids that read alike `get_vocab` tells of one alone, so the others are asked for."""
+    tokenizer = model.tokenizer
+    found = {i: token for token, i in sorted(tokenizer.get_vocab().items())}
+    for i in range(max(found, default=-1)):
+        if i not in found:
+            token = tokenizer.convert_ids_to_tokens(i)
+            if token and token != tokenizer.unk_token:
+                found[i] = str(token)
+    return found
+
+
+def _split(model: LanguageModel) -> list[int]:
+    """The probe's ids, without what a tokenizer puts around texts: that is a matter of each model's view."""
+    return list(model.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+
+
+def common_vocabulary(
+    models: Sequence[LanguageModel], limit: int | None = None, excluded: Iterable[int] = ()
+) -> Vocabulary:
+    """The ids for which every model's head has a row and every model's tokenizer a token.
+
+    Args:
+        models: the student and its teachers; one that is only a tokenizer (without weights) has no head to ask.
+        limit: leading ids that others, who are not here, have answers for.
+        excluded: ids that those others leave out.
+    """
+    rows = [int(m.base.get_output_embeddings().weight.shape[0]) for m in models if m.model is not None]
+    known = set.intersection(*(set(_tokens(model)) for model in models)) - set(excluded)
+    bound = min([*rows, *([limit] if limit is not None else [])])
+    size = max((i for i in known if i < bound), default=-1) + 1
+    return Vocabulary(size, tuple(i for i in range(size) if i not in known))
+
+
+def tokens_of_some(models: Sequence[LanguageModel]) -> dict[int, str]:
+    """Tokens that some of the models' tokenizers have and others have not, by id."""
+    each = [_tokens(model) for model in models]
+    common = set.intersection(*(set(tokens) for tokens in each))
+    return {i: token for tokens in each for i, token in tokens.items() if i not in common}
 
 
 def end_ids(model: LanguageModel) -> set[int]:
-    """Ids that end a completion for this model: its generation config's, and its tokenizer's."""
+    """Ids that end a completion for this model: its generation config's, its tokenizer's, and that with which its chat
+    template ends an answer."""
+    end = turn_end(model)
+    return _named_ends(model) | ({end} if end is not None else set())
+
+
+def _named_ends(model: LanguageModel) -> set[int]:
     found: set[int] = set()
     config = getattr(model.base, "generation_config", None)
     for value in (getattr(config, "eos_token_id", None), model.tokenizer.eos_token_id):
@@ -59,3 +116,44 @@ def agree_on_end(
                 f"would unlearn to stop. Set end_tokens to the teacher's, e.g. end_tokens={sorted(theirs)}"
             )
     return tuple(sorted(chosen))
+
+
+def notes_on_end(
+    student: LanguageModel,
+    teachers: Sequence[tuple[str, LanguageModel]],
+    chosen: Sequence[int],
+    given: bool,
+    vocabulary: Vocabulary,
+) -> list[str]:
+    """What a person should know of the end ids that were `chosen`, one sentence each.
+
+    Raises:
+        IncompatibleError: none of them is in the common vocabulary, so that no completion could end.
+    """
+    notes = []
+    outside = [i for i in chosen if not vocabulary.holds(i)]
+    if len(outside) == len(chosen):
+        raise IncompatibleError(
+            f"no completion could end: {_told(student, chosen)} is no token that student and teachers have in common; "
+            "set end_tokens to ids that all of them have"
+        )
+    if outside:
+        notes.append(f"{_told(student, outside)} ends no completion: not every tokenizer has that token")
+    own = turn_end(student)
+    if not given and own is not None and own not in _named_ends(student):
+        notes.append(
+            f"the student's chat template ends an answer with {_told(student, [own])}, which its generation config and "
+            "tokenizer do not name: it ends completions too, and the saved student's generation config says so"
+        )
+    for which, teacher in teachers:
+        theirs = end_ids(teacher)
+        if theirs and (not set(chosen) & theirs if given else set(chosen) != theirs):
+            notes.append(
+                f"completions end with {_told(student, chosen)} and those of {which} with {_told(teacher, theirs)}: "
+                "the student does not learn from it to end with what one of them alone uses; end_tokens sets the ids"
+            )
+    return notes
+
+
+def _told(model: LanguageModel, ids: Iterable[int]) -> str:
+    return ", ".join(f"{model.tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in sorted(ids))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,8 +17,9 @@ from transformers import (
 
 from opd.choice import Settings
 from opd.distributions import Head
-from opd.errors import DataError, ModelError
+from opd.errors import ModelError
 from opd.language.architectures import KNOWN
+from opd.language.encoding import encode
 from opd.language.packing import ATTENTION, Layout, can_pack, pack
 from opd.language.source import config_source, resolve
 from opd.prompts import Prompt
@@ -51,6 +52,15 @@ class ModelSettings(Settings):
                 layers += range(int(first), int(last or first) + 1)
             return layers
         return value
+
+    @model_validator(mode="after")
+    def _options_have_a_template(self) -> ModelSettings:
+        if self.template == "plain" and self.template_options:
+            raise ValueError(
+                f"template_options {sorted(self.template_options)} are for a chat template and template is plain; set "
+                "template: chat or remove them"
+            )
+        return self
 
 
 def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:
@@ -160,6 +170,10 @@ class LanguageModel(torch.nn.Module):
         self.tokenizer = tokenizer
         self.template = template
         self.template_options = template_options or {}
+        self.owner = "the model"
+        """Who this model is in the run, as messages name it."""
+        self.notes: list[str] = []
+        """What was changed on the way to ids, or could not be handed on; each sentence once."""
 
     @classmethod
     def load(cls, settings: ModelSettings, device: torch.device | str) -> LanguageModel:
@@ -182,29 +196,18 @@ class LanguageModel(torch.nn.Module):
         return next(self.model.parameters()).device
 
     def encode(self, prompt: Prompt, column: str | None = None) -> torch.Tensor:
-        """int64 `[P]` ids of a prompt's view, up to where the completion starts."""
-        view = prompt.view(column)
-        if self.template == "chat":
-            messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **self.template_options
-                )
-            except Exception as error:
-                # A template is the model's own program and may raise anything about a message.
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                raise DataError(f"{prompt.where}: the chat template cannot write this prompt ({reason})") from None
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            if not isinstance(view, str):
-                raise DataError(f"{prompt.where}: the prompt is a list of messages; template 'plain' takes a string")
-            ids = self.tokenizer(view)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
+        """int64 `[P]` ids of a prompt's view, up to where the completion starts; see `opd.language.encoding`."""
+        return torch.tensor(encode(self, prompt, column), dtype=torch.int64)
+
+    def say(self, note: str) -> None:
+        """Add a sentence to `notes`, unless it is there."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def decode(self, ids: torch.Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    def head(self, temperature: float, vocabulary: int | None) -> Head:
+    def head(self, temperature: float, vocabulary: int | None, excluded: Sequence[int] = ()) -> Head:
         """The output head as it is now, with a graph where its parameters are trained."""
         layer = self.base.get_output_embeddings()
         if layer is None:
@@ -212,13 +215,15 @@ class LanguageModel(torch.nn.Module):
         config = self.base.config
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
+        weight = _effective_weight(layer)
         return Head(
-            _effective_weight(layer),
+            weight,
             getattr(layer, "bias", None),
             scale=float(scale),
             softcap=getattr(config, "final_logit_softcapping", None),
             temperature=temperature,
             vocabulary=vocabulary,
+            excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
         )
 
     def body(self, **inputs: Any) -> Any:

@@ -92,7 +92,7 @@ class LanguageRollout(PrefixSource):
             for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
                 mine.copy_(live)
             language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary)
+        head = language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
         head = head.prepacked() if packed else head
         return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k, packed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ class Student(ABC):
 
     library: ClassVar[str]
     """Which library loads what `save` writes, for the model card."""
+
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What a person should know of this student before the run, one sentence each."""
+        return []
 
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,13 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, ModelError, RunError, SelfTestError
-from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.agreement import (
+    agree_on_end,
+    check_tokenizers,
+    common_vocabulary,
+    notes_on_end,
+    tokens_of_some,
+)
 from opd.language.model import LanguageModel, ModelSettings
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
@@ -104,6 +111,7 @@ class CausalLMStudent(Student):
         origin: dict[str, Any] | None = None,
     ):
         self.language = language
+        language.owner = "the student"
         self.context = context
         self.origin = origin or {}
         if settings is not None and settings.lora is not None:
@@ -124,7 +132,9 @@ class CausalLMStudent(Student):
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
         hidden = module(trajectories.contexts, trajectories.completions(), layout)
-        return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
+        return Categorical(
+            hidden, self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
+        )
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         members = [
@@ -139,11 +149,22 @@ class CausalLMStudent(Student):
         for which, other in others:
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]
-        fixed = [member.vocabulary for _, member in members if member.vocabulary is not None]
-        return context.with_(
-            vocabulary=min([common_vocabulary(models), *fixed]),
-            end_ids=agree_on_end(self.language, others, end_tokens),
+        fixed = [member for _, member in members if member.vocabulary is not None]
+        common = common_vocabulary(
+            models,
+            min((member.vocabulary for member in fixed), default=None),
+            [i for member in fixed for i in member.excluded],
         )
+        of_some = tokens_of_some(models)
+        if of_some:
+            named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))
+            self.notes.append(f"{len(of_some)} tokens that not every tokenizer has ({named}) are in no distribution")
+        holes = [i for i in common.excluded if i not in of_some]
+        if holes:
+            self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
+        ends = agree_on_end(self.language, others, end_tokens)
+        self.notes.extend(notes_on_end(self.language, others, ends, end_tokens is not None, common))
+        return context.with_(vocabulary=common.size, excluded=common.excluded, end_ids=ends)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         tokenizer = self.language.tokenizer
@@ -152,6 +173,7 @@ class CausalLMStudent(Student):
         for prompt in prompts:
             ids = self.language.encode(prompt)
             length = len(ids)
+            self.notes.extend(note for note in self.language.notes if note not in self.notes)
             if unknown is not None and bool((ids == unknown).any()):
                 raise DataError(
                     f"{prompt.where}: the student's tokenizer has no token for a part of {str(prompt.view())[:60]!r}; "
@@ -169,7 +191,7 @@ class CausalLMStudent(Student):
         distribution = self(part)
         ids = torch.cat([part.contexts[0].to(self.language.device), part.actions])[None, :-1]
         own = self.language.base(input_ids=ids).logits[0, -len(distribution) :].float()
-        head = replace(distribution.head, temperature=1.0)
+        head = replace(distribution.head, temperature=1.0, excluded=None)
         ours = head.logits(distribution.hidden)
         own = own[:, : ours.shape[1]]
         off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
@@ -256,7 +278,18 @@ class CausalLMStudent(Student):
         else:
             model.save_pretrained(folder)
         self.language.tokenizer.save_pretrained(folder)
+        write_end_ids(folder, self.context.end_ids)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
+    """Let a saved model end where the run's completions ended: `eos_token_id` of its `generation_config.json`."""
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    written = config.get("eos_token_id")
+    if end_ids and set(end_ids) != set(written if isinstance(written, list) else [written]):
+        config["eos_token_id"] = sorted(end_ids)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def freeze(model: Any, parts: Sequence[str]) -> None:

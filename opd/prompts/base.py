@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from opd.choice import Choice
 from opd.errors import DataError, nearest
-
-Messages = list[dict[str, Any]]
+from opd.prompts.messages import Messages, answers, check_fields, check_messages, check_view, text_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,8 @@ class Prompt:
         column: the column that the student sees.
         where: file and row, for error messages.
         repeat: how often the same step has drawn it already.
+        source: which of the recipe's prompt sources it stands in, from 0.
+        weight: of that source, where it has one.
         folder: where relative paths in the row's columns are looked for after the working directory.
     """
 
@@ -37,6 +38,8 @@ class Prompt:
     column: str = "prompt"
     where: str = ""
     repeat: int = 0
+    source: int = 0
+    weight: float | None = None
     folder: Path | None = None
 
     def view(self, column: str | None = None) -> str | Messages:
@@ -65,7 +68,19 @@ class Prompts(Choice):
     axis: ClassVar[str] = "prompts"
     column: str = Field("prompt", description="Column that holds the prompt: a string or a list of messages")
     answer: str | None = Field(None, description="Column that holds the reference answer for the verifier")
+    last_answer: Literal["refuse", "cut"] = Field(
+        "refuse",
+        description="Messages that end with the model's answer: refuse the row, or cut the answer off and offer it as "
+        "the column 'response', unless the row has one",
+    )
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Of this source among several: its share of the draws is its weight over the sum of all, however "
+        "many rows it has; default every row is drawn alike",
+    )
     add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
 
     @abstractmethod
@@ -101,19 +116,19 @@ class Prompts(Choice):
                 )
         if self.answer is not None:
             fields = {**fields, "answer": fields[self.answer]}
-        value = fields[self.column]
-        if isinstance(value, str):
-            empty = not value.strip()
-        elif isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-            empty = not value
-        else:
-            raise DataError(
-                f"{where}: column {self.column!r} holds {type(value).__name__}; "
-                "a prompt is a string or a list of messages with 'role' and 'content'"
-            )
-        if empty:
-            raise DataError(f"{where}: the prompt in column {self.column!r} is empty; remove the row or fill it")
-        return Prompt(str(fields.get("id", where)), fields, self.column, where, folder=self.folder)
+        check_fields(fields, where)
+        if self.last_answer == "cut" and not isinstance(fields[self.column], str):
+            messages = check_messages(fields[self.column], where, self.column)
+            if answers(messages):
+                response = text_of(messages[-1].get("content"))
+                fields = {**fields, self.column: messages[:-1]}
+                if fields.get("response") is None and response.strip():
+                    fields["response"] = response
+        check_view(fields[self.column], where, self.column)
+        name = fields.get("id")
+        return Prompt(
+            where if name is None else str(name), fields, self.column, where, weight=self.weight, folder=self.folder
+        )
 
 
 def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:
@@ -121,7 +136,12 @@ def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None)
 
     With `bad`, a row that cannot be used (the second one of an id, too) is left out, and its error put there.
     """
-    prompts = [prompt for source in sources for prompt in source.load(bad)]
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted) and not all(weighted):
+        raise DataError(
+            f"prompts.{weighted.index(False)} has no weight and others have; give every source one, or none"
+        )
+    prompts = [replace(prompt, source=i) for i, source in enumerate(sources) for prompt in source.load(bad)]
     if not prompts:
         reason = f"no row can be used; the first: {bad[0]}" if bad else "the prompt set has no rows"
         raise DataError(f"{reason}; name a source that holds at least one prompt")

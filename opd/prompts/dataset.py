@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from opd.errors import DataError
+from opd.errors import DataError, first_line
 from opd.prompts.base import Prompts
 
 
@@ -34,9 +34,7 @@ class DatasetPrompts(Prompts):
         except KeyError:
             raise DataError(f"prompts.split: {self.path!r} has no split {self.split!r}") from None
         except Exception as error:
-            raise DataError(
-                f"prompts.path: cannot load the dataset {self.path!r} ({str(error).splitlines()[0][:160]})"
-            ) from None
+            raise DataError(f"prompts.path: cannot load the dataset {self.path!r} ({first_line(error)})") from None
         rows = enumerate(encoded_images(data))
         return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in rows]
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from opd.context import Context
 from opd.errors import DataError
+from opd.language.encoding import turn_end
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
@@ -19,7 +20,8 @@ from opd.trajectories import Author, Trajectories
 
 class DataRollout(OneSource):
     """The response in a column of the prompt's row: text, or a list of texts for a group. The end token is appended,
-    unless the budget cuts the response before."""
+    unless the budget cuts the response before: the one with which the chat template ends an answer, or the tokenizer's.
+    """
 
     kind: Literal["data"] = "data"
     modality: ClassVar[str | None] = "language"
@@ -40,6 +42,15 @@ class StoredResponses(PrefixSource):
         author: Author = settings.author
         self.authors = frozenset({author})
         self.turns = Turns()
+        self.end = self._end()
+
+    def _end(self) -> int:
+        """The id that is put behind a response: that of the chat template, or else the tokenizer's, if completions of
+        this run end with it."""
+        ends = torch.tensor(sorted(self.context.end_ids))
+        possible: list[int] = ends[~self.context.outside(ends)].tolist() or ends.tolist()
+        named = (turn_end(self.language), self.language.tokenizer.eos_token_id)
+        return next((i for i in named if i is not None and i in possible), possible[0])
 
     def responses(self, prompt: Prompt) -> list[str]:
         """The texts of one row."""
@@ -53,8 +64,17 @@ class StoredResponses(PrefixSource):
         return texts
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        tokenizer = self.language.tokenizer
         for prompt in prompts:
-            self.responses(prompt)
+            for text in self.responses(prompt):
+                ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+                outside = ids[self.context.outside(ids)]
+                if len(outside):
+                    raise DataError(
+                        f"{prompt.where}: the response in column {self.settings.column!r} holds "
+                        f"{tokenizer.convert_ids_to_tokens(int(outside[0]))!r}, which not every tokenizer of the run "
+                        "has; remove it, or the row"
+                    )
 
     def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
         self.turns.drawn([prompt for prompt in prompts if len(self.responses(prompt)) > 1])
@@ -67,12 +87,10 @@ class StoredResponses(PrefixSource):
 
     def encode(self, text: str, budget: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """`(actions, zeros, finished)` of one response from its token `skip` on."""
-        tokenizer, ends = self.language.tokenizer, self.context.end_ids
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends)
-        ids = ids if ids and ids[-1] in ends else [*ids, end]
+        ids = list(self.language.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = ids if ids and ids[-1] in self.context.end_ids else [*ids, self.end]
         cut = ids[skip : skip + budget]
-        actions = torch.tensor(cut or [end], dtype=torch.int64, device=self.language.device)
+        actions = torch.tensor(cut or [self.end], dtype=torch.int64, device=self.language.device)
         return actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids)
 
     def __call__(

@@ -66,6 +66,8 @@ class StoredTrajectories(PrefixSource):
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        header = self.store.header
+        wider = (header.vocabulary, tuple(header.excluded)) != (self.context.vocabulary, self.context.excluded)
         for prompt in prompts:
             if prompt.id not in self.store.index:
                 raise DataError(
@@ -78,6 +80,12 @@ class StoredTrajectories(PrefixSource):
                     f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.settings.path}; its text or "
                     "the template changed since"
                 )
+            for row in self.store.rows_of(prompt.id) if wider else ():
+                if bool(self.context.outside(self.store.actions(row)).any()):
+                    raise DataError(
+                        f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token "
+                        "that not every tokenizer of this run has; leave the prompt out, or sample the store again"
+                    )
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -56,6 +57,8 @@ def sample(
         recipe.model_copy(update={"teacher": asked}), compute_device(recipe, accelerator)
     )
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    for note in student.notes:
+        print(f"opd: {note}", file=sys.stderr)
     source = recipe.rollout.build(context, student, teachers)
     header = StoreHeader(
         prompts=len(prompts),
@@ -74,6 +77,7 @@ def sample(
         template=template_hash(student.language),
         end_ids=list(context.end_ids),
         vocabulary=context.vocabulary,
+        excluded=list(context.excluded),
         versions=versions(),
     )
     store = Store.create_or_continue(path, header, [p.id for p in prompts])

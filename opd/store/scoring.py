@@ -63,20 +63,22 @@ class Scorer:
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
         self.teacher = settings.build(context, None)
         language = self.teacher.language
-        self._check_agreement(recipe, language)
-        vocabulary = min(self.store.header.vocabulary, common_vocabulary([language]))
-        self.teacher.context = context.with_(vocabulary=vocabulary)
-        head = language.head(context.temperature, vocabulary)
+        reader = self._check_agreement(recipe, language)
+        stored = self.store.header
+        common = common_vocabulary([reader, language], stored.vocabulary, stored.excluded)
+        self.teacher.context = context.with_(vocabulary=common.size, excluded=common.excluded)
+        head = language.head(context.temperature, common.size, common.excluded)
         identity = weights_hash(language.model)
         header = TargetsHeader(
             kind=kind,
-            top_k=min(top_k, vocabulary - 1) if kind == "top_k" else None,
+            top_k=min(top_k, common.size - len(common.excluded) - 1) if kind == "top_k" else None,
             dtype=dtype if kind == "exact" else None,
             teacher={"model": settings.model, "weights": identity},
             sees=settings.sees,
             template=template_hash(language),
             temperature=context.temperature,
-            vocabulary=vocabulary,
+            vocabulary=common.size,
+            excluded=list(common.excluded),
             scale=head.scale,
             softcap=head.softcap,
             versions=versions(),
@@ -88,7 +90,8 @@ class Scorer:
                 if mine:
                     self.targets.write_head(head)
 
-    def _check_agreement(self, recipe: Recipe, language: LanguageModel) -> None:
+    def _check_agreement(self, recipe: Recipe, language: LanguageModel) -> LanguageModel:
+        """The student's side, a tokenizer alone."""
         assert isinstance(recipe.student, CausalLM)
         reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
         if tokenizer_hash(reader.tokenizer) != self.store.header.tokenizer:
@@ -100,6 +103,7 @@ class Scorer:
                 f"the store's trajectories end with id {self.store.header.end_ids} and the teacher's with "
                 f"{sorted(theirs)}; sample them with end_tokens={sorted(theirs)}"
             )
+        return reader
 
     @torch.no_grad()
     def score(self, shard: int) -> None:
@@ -111,7 +115,7 @@ class Scorer:
             ids = self.store.part(shard)[1]
             prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
             trajectories = self.store.trajectories(rows, prompts, self.teacher.context.device)
-            outside = (trajectories.actions >= self.targets.header.vocabulary).nonzero()
+            outside = self.teacher.context.outside(trajectories.actions).nonzero()
             if len(outside):
                 row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
                 raise DataError(

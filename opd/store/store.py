@@ -49,6 +49,7 @@ class StoreHeader(Settings):
         tokenizer, template: hashes of the student's.
         end_ids: ids that end a completion.
         vocabulary: leading ids that were sampled from.
+        excluded: ids before it that were not.
         versions: of the software that made the store.
     """
 
@@ -69,6 +70,7 @@ class StoreHeader(Settings):
     template: str
     end_ids: list[int]
     vocabulary: int
+    excluded: list[int] = Field([])
     versions: dict[str, str]
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from opd.choice import Settings
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
@@ -52,6 +52,7 @@ class TargetsHeader(Settings):
         template: hash of the teacher's template.
         temperature: of the stored log-probabilities; with kind exact of nothing, the head has it.
         vocabulary: leading ids over which they are normalised.
+        excluded: ids before it that are left out.
         scale, softcap: of the head, with kind exact.
         versions: of the software that scored.
     """
@@ -65,6 +66,7 @@ class TargetsHeader(Settings):
     template: str
     temperature: float
     vocabulary: int
+    excluded: list[int] = Field([])
     scale: float = 1.0
     softcap: float | None = None
     versions: dict[str, str]
@@ -174,6 +176,7 @@ class Targets:
                 scale=self.header.scale,
                 softcap=self.header.softcap,
                 vocabulary=self.header.vocabulary,
+                excluded=torch.tensor(self.header.excluded) if self.header.excluded else None,
             )
         return self._head
 

@@ -32,11 +32,19 @@ class LiveTeacher(ABC):
     vocabulary: int | None = None
     """Leading ids that its answers give probability to, where that is fixed and it has no language model to ask."""
 
+    excluded: tuple[int, ...] = ()
+    """Ids before that to which they give none."""
+
     asked: float = 1.0
     """Share of the last call's positions for which the teacher's model was run."""
 
     remembers: bool = False
     """Whether it keeps answers, so that `asked` is worth logging as a hit rate."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of this teacher before the run, one sentence each."""
+        return []
 
     @property
     def weight(self) -> float:

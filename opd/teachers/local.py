@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -50,6 +49,8 @@ class LanguageTeacher(LiveTeacher):
 
     def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language.eval(), settings, device, context
+        model = getattr(settings, "model", None)
+        language.owner = f"the teacher {settings.name or model or ''}".rstrip()
         self.offload = getattr(settings, "offload", False)
         self.cache: MemorySettings | None = getattr(settings, "cache", None)
         self.remembers = self.cache is not None
@@ -62,8 +63,12 @@ class LanguageTeacher(LiveTeacher):
             self._identity = weights_hash(self.language.model)
         return self._identity
 
+    @property
+    def notes(self) -> list[str]:
+        return self.language.notes
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        for prompt in prompts if self.settings.sees is not None else ():
+        for prompt in prompts:
             self.language.encode(prompt, self.settings.sees)
 
     @torch.no_grad()
@@ -75,8 +80,8 @@ class LanguageTeacher(LiveTeacher):
             rows = self._compute(contexts, completions)
         else:
             rows = self._recall_or_compute(self.cache, contexts, completions)
-        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
-        return Categorical(torch.cat(rows).to(home), replace(head, weight=head.weight.to(home)))
+        head = self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded).detach()
+        return Categorical(torch.cat(rows).to(home), head.to(home))
 
     def _compute(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states of each trajectory, `batch` of them in one forward pass."""

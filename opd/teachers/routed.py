@@ -75,6 +75,10 @@ class RoutedTeachers(LiveTeacher):
         self.everywhere = all(route.everywhere for route in self.routes.values())
         self.remembers = any(route.remembers for route in self.routes.values())
 
+    @property
+    def notes(self) -> list[str]:
+        return [note for route in self.routes.values() for note in route.notes]
+
     def members(self) -> dict[str, LiveTeacher]:
         return self.routes
 

@@ -49,6 +49,7 @@ class StoredAnswers(LiveTeacher):
         self.targets = Targets.open(self.store, settings.targets)
         self.answers = ANSWERS[self.targets.header.kind]
         self.vocabulary = self.targets.header.vocabulary
+        self.excluded = tuple(self.targets.header.excluded)
         self._head: Head | None = None
 
     def identity(self) -> str | None:
@@ -67,10 +68,12 @@ class StoredAnswers(LiveTeacher):
                 f"{path} was scored at temperature {header.temperature:g} and the recipe has {context.temperature:g}; "
                 "only targets of kind exact can be read at another one"
             )
-        if header.kind != "exact" and context.vocabulary != header.vocabulary:
+        theirs, ours = (header.vocabulary, self.excluded), (context.vocabulary, context.excluded)
+        if header.kind != "exact" and theirs != ours:
+            told = " and ".join(f"{size} ids without {len(left_out)} of them" for size, left_out in (theirs, ours))
             raise IncompatibleError(
-                f"{path} is normalised over {header.vocabulary} ids and this run compares {context.vocabulary}; only "
-                "targets of kind exact can be read so"
+                f"{path} is normalised over another vocabulary than this run compares ({told}); run opd score again "
+                "with --name, or score targets of kind exact, which can be read so"
             )
         if self.settings.consistency == "required":
             self._check_consistency(student)
@@ -104,9 +107,8 @@ class StoredAnswers(LiveTeacher):
 
     def _head_on(self, home: torch.device) -> Head:
         if self._head is None or self._head.weight.device != home:
-            head = self.targets.head()
-            bias = None if head.bias is None else head.bias.to(home)
-            self._head = replace(head, weight=head.weight.to(home), bias=bias)
+            left_out = torch.tensor(self.context.excluded, dtype=torch.int64)
+            self._head = replace(self.targets.head(), excluded=left_out if len(left_out) else None).to(home)
         return replace(self._head, temperature=self.context.temperature, vocabulary=self.context.vocabulary)
 
     def _check_rows(self, trajectories: Trajectories) -> None:

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from opd.choice import Choice
 from opd.errors import DataError, nearest
 from opd.prompts import Prompt
+
+TEXTS = ("answer", "text")
+"""Columns that verifiers read as one text."""
+READABLE = (str, int, float, Decimal)
+"""Types of a value that stand for one text."""
+LARGEST = 2**53
+"""Beyond it floats do not tell neighbouring whole numbers apart."""
+
+
+def as_text(value: object) -> str:
+    """A text or number of a row as verifiers compare it: whole numbers without a point, whatever their type."""
+    if isinstance(value, float | Decimal) and -LARGEST < value < LARGEST and value == int(value):
+        return str(int(value))
+    return str(value)
 
 
 class Verifier(Choice):
@@ -27,7 +42,11 @@ class Verifier(Choice):
 
     def judges(self, prompt: Prompt) -> bool:
         """Whether `score` gives verdicts on completions of this prompt."""
-        return self.reads is None or prompt.fields.get(self.reads) is not None
+        if self.reads is None:
+            return True
+        value = prompt.fields.get(self.reads)
+        # An empty cell, or the NaN of one, is no answer: a completion in which none is found would be right by it.
+        return value is not None and (bool(value.strip()) if isinstance(value, str) else value == value)
 
     @property
     def needs(self) -> str:
@@ -36,6 +55,13 @@ class Verifier(Choice):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt whose columns `score` could not read; one without a verdict is none."""
+        for prompt in prompts:
+            value = prompt.fields.get(self.reads) if self.reads in TEXTS else None
+            if value is not None and not isinstance(value, READABLE):
+                raise DataError(
+                    f"{prompt.where or prompt.id}: column {self.reads!r} holds {type(value).__name__}; a verifier "
+                    "reads a text or a number there"
+                )
 
     def check_verdicts(self, prompts: Sequence[Prompt], learner: str) -> None:
         """Raise `DataError` when none of the prompts has a verdict, so that `learner` would have no gradient."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import Verifier, as_text
 
 
 class ExactMatch(Verifier):
@@ -41,4 +41,4 @@ class ExactMatch(Verifier):
         if self.pattern is not None:
             found = re.findall(self.pattern, completion)
             given = found[-1].strip() if found else ""
-        return float(given == str(prompt.fields["answer"]).strip())
+        return float(given == as_text(prompt.fields["answer"]).strip())

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from opd.errors import RunError
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import Verifier, as_text
 
 START = 120.0
 """Seconds that the comparing process may take to import sympy on a busy machine."""
@@ -60,7 +60,7 @@ class MathVerify(Verifier):
         answer = prompt.fields.get("answer")
         if answer is None:
             return None
-        request = {"answer": str(answer), "completion": completion, "boxed": self.boxed, "seconds": self.seconds}
+        request = {"answer": as_text(answer), "completion": completion, "boxed": self.boxed, "seconds": self.seconds}
         # Reading the answer, reading the completion and comparing them each have their own alarm.
         verdict = _judge().ask(json.dumps(request), 3 * self.seconds + 2)
         return None if verdict is None else float(verdict)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from opd.drawings import checked
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import Verifier, as_text
 
 
 class Ocr(Verifier):
@@ -38,7 +38,7 @@ class Ocr(Verifier):
             return None
         if picture is None:
             return 0.0
-        wanted, read = _plain(str(prompt.fields["text"])), _plain(self.read(picture))
+        wanted, read = _plain(as_text(prompt.fields["text"])), _plain(self.read(picture))
         return 1 - edit_distance(wanted, read) / max(len(wanted), len(read), 1)
 
     def read(self, picture: np.ndarray) -> str:

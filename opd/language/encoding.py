@@ -1,0 +1,180 @@
+"""From a prompt's row to the ids that a model reads: through its chat template, or as plain text."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opd.errors import DataError
+from opd.prompts.base import Prompt
+from opd.prompts.messages import Messages, check_view, text_of
+
+if TYPE_CHECKING:
+    from opd.language.model import LanguageModel
+
+QUESTION, ANSWER = "Is this the question?", "This is the answer."
+"""What a template is asked to write, to see what it makes of it."""
+TOOLS = "a list of objects that describe a tool each"
+
+
+def encode(language: LanguageModel, prompt: Prompt, column: str | None = None) -> list[int]:
+    """Ids of a prompt's view, up to where the completion starts.
+
+    Chat templates get the row's `tools`, and its `chat_template_kwargs` over the model's `template_options`. Plain text
+    gets the begin token that its tokenizer adds, once, and no end token.
+
+    Raises:
+        DataError: the view is no text and no list of messages, or the template cannot write it.
+    """
+    view = prompt.view(column)
+    if language.template == "chat":
+        view = check_view(view, prompt.where, column or prompt.column)
+        messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
+        text = _render(language, prompt, messages)
+        ids = list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = _plain(language, prompt, view)
+    if not ids:
+        raise DataError(f"{prompt.where}: the tokenizer of {language.owner} makes no token of this prompt")
+    return ids
+
+
+def _render(language: LanguageModel, prompt: Prompt, messages: Messages) -> str:
+    tokenizer, options = language.tokenizer, _arguments(language, prompt)
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                contents(tokenizer, messages), tokenize=False, add_generation_prompt=True, **options
+            )
+        )
+    except Exception as error:
+        # A template is the model's own program and may raise anything about a message.
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise DataError(
+            f"{prompt.where}: the chat template of {language.owner} cannot write this prompt ({reason})"
+        ) from None
+
+
+def _arguments(language: LanguageModel, prompt: Prompt) -> dict[str, Any]:
+    """What the template is called with besides the messages."""
+    own = _given(prompt, "chat_template_kwargs", dict, "an object, e.g. {'enable_thinking': false}") or {}
+    tools = _given(prompt, "tools", list, TOOLS)
+    template = str(language.tokenizer.chat_template)
+    options = {**language.template_options, **own}
+    for name in options:
+        if name not in template:
+            language.say(f"the chat template of {language.owner} reads no {name!r}; it changes nothing there")
+    if tools:
+        if not all(isinstance(tool, dict) for tool in tools):
+            raise DataError(
+                f"{prompt.where}: column 'tools' holds something else than objects that describe a tool each"
+            )
+        if "tools" not in template:
+            raise DataError(
+                f"{prompt.where}: the row has tools, and the chat template of {language.owner} writes none; take a "
+                "model whose template does, or remove the column"
+            )
+        options["tools"] = tools
+    return options
+
+
+def _given(prompt: Prompt, column: str, kind: type, what: str) -> Any:
+    """A column that is handed to templates; JSON in a text, which tables hold such columns as, is read."""
+    value = prompt.fields.get(column)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise DataError(f"{prompt.where}: column {column!r} holds a text that is not JSON; give {what}") from None
+    if not value:
+        return None
+    if not isinstance(value, kind):
+        raise DataError(f"{prompt.where}: column {column!r} holds {type(value).__name__}; give {what}")
+    return value
+
+
+def _plain(language: LanguageModel, prompt: Prompt, view: object) -> list[int]:
+    if not isinstance(view, str):
+        held = "a list of messages" if isinstance(view, list) else f"of type {type(view).__name__}"
+        raise DataError(f"{prompt.where}: the prompt is {held}; template 'plain' of {language.owner} takes a string")
+    for column in ("tools", "chat_template_kwargs"):
+        if prompt.fields.get(column):
+            raise DataError(
+                f"{prompt.where}: the row has {column!r}, which only a chat template writes, and {language.owner} has "
+                "template: plain; set template: chat or remove the column"
+            )
+    tokenizer = language.tokenizer
+    ids = list(tokenizer(view)["input_ids"])
+    begin, end = _added(ids, list(tokenizer(view, add_special_tokens=False)["input_ids"]))
+    if end:
+        ids = ids[: -len(end)]
+        told = tokenizer.decode(end)
+        language.say(
+            f"the tokenizer puts {told!r} behind every text; prompts go without, since the answer follows them"
+        )
+    if begin and ids[len(begin) : 2 * len(begin)] == begin:
+        ids = ids[len(begin) :]
+        told = tokenizer.decode(begin)
+        language.say(f"prompts begin with {told!r} already; the tokenizer adds no other one")
+    return ids
+
+
+def _added(whole: list[int], bare: list[int]) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer put before and behind a text's own ids."""
+    for start in range(len(whole) - len(bare) + 1) if bare else ():
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
+
+
+def contents(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """The messages with contents of the form that the template reads: texts, or lists of parts."""
+    parts = _reads_parts_alone(tokenizer, str(tokenizer.chat_template))
+    formed = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, list) and not parts:
+            content = text_of(content)
+        elif isinstance(content, str) and parts:
+            content = [{"type": "text", "text": content}]
+        formed.append({**message, "content": content} if "content" in message else message)
+    return formed
+
+
+@functools.lru_cache(maxsize=32)
+def _reads_parts_alone(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template drops contents that are texts and writes lists of parts."""
+
+    def writes(content: str | list[dict[str, str]]) -> bool:
+        messages: Any = [{"role": "user", "content": content}]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception:
+            return False
+        return QUESTION in str(text)
+
+    return not writes(QUESTION) and writes([{"type": "text", "text": QUESTION}])
+
+
+def turn_end(language: LanguageModel) -> int | None:
+    """The special token behind an answer that the chat template writes; None where there is no such token."""
+    if language.template != "chat":
+        return None
+    tokenizer = language.tokenizer
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    try:
+        text = str(
+            tokenizer.apply_chat_template(contents(tokenizer, turns), tokenize=False, **language.template_options)
+        )
+    except Exception:
+        return None
+    _, found, rest = text.rpartition(ANSWER)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    # Some tokenizers name the end token as the unknown one.
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        special.discard(tokenizer.unk_token_id)
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    return next((i for i in ids if i in special), None)

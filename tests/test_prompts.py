@@ -1,0 +1,212 @@
+"""What stands in a prompt file is read as it stands, or is one line that names file and line; what a row may be."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+
+from opd.context import Context
+from opd.curricula.shuffled import Shuffled
+from opd.errors import DataError, RecipeError
+from opd.prompts import Prompt, load_prompts
+from opd.prompts.file import FilePrompts
+from opd.prompts.inline import InlinePrompts
+from opd.recipe import parse_recipe
+from opd.run import load_data
+from opd.verifiers.base import as_text
+from opd.verifiers.exact_match import ExactMatch
+
+USER = {"role": "user", "content": "hi"}
+REPLY = {"role": "assistant", "content": "hello"}
+
+
+def file(tmp_path: Path, content: str | bytes, name: str = "p.jsonl") -> FilePrompts:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return FilePrompts(path=str(path))
+
+
+BAD_LINES = [
+    (r'{"prompt": "\ud800"}', "half a character"),
+    (r'{"prompt": "a", "other": [{"x\udfff": 1}]}', "half a character"),
+    ('{"prompt": "a", "n": ' + "1" * 6000 + "}", "6000 digits"),
+    ('{"prompt": "a", "n": NaN}', "NaN is no number"),
+    ('{"prompt": "a", "n": -Infinity}', "-Infinity is no number"),
+    ('{"prompt": "a", "n": 1e999}', "1e999 is too large"),
+    ('{"prompt": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    ('{"prompt": "a", "n": ' + "[" * 300 + "]" * 300 + "}", "nested deeper than 100 levels"),
+    ('{"prompt": "a", "prompt": "b"}', "key 'prompt' stands there twice"),
+    ('{"prompt": "a", "n": {"x": 1, "x": 2}}', "key 'x' stands there twice"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[message for _, message in BAD_LINES])
+def test_a_line_that_cannot_be_read_is_named_or_skipped(line, message, tmp_path):
+    source = file(tmp_path, f'{{"prompt": "first"}}\n{line}\n{{"prompt": "last"}}\n')
+    with pytest.raises(DataError, match=rf"p\.jsonl:2: .*{message}") as error:
+        load_prompts([source])
+    assert len(str(error.value)) < 300
+    bad: list[DataError] = []
+    assert [p.view() for p in load_prompts([source], bad)] == ["first", "last"]
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b'\xef\xbb\xbf{"prompt": "one"}\r\n\r\n{"prompt": "two"}\r\n', "p.jsonl"),
+        (b"\xef\xbb\xbfone\r\n\r\ntwo\r\n", "p.txt"),
+        (b"\xef\xbb\xbfprompt\r\none\r\n\r\ntwo\r\n", "p.csv"),
+    ],
+)
+def test_byte_order_marks_and_line_ends_of_other_systems_are_not_text(content, name, tmp_path):
+    assert [p.view() for p in file(tmp_path, content, name).load()] == ["one", "two"]
+
+
+def test_cells_of_a_csv_file_are_texts_as_they_stand(tmp_path):
+    rows = file(tmp_path, 'prompt,answer\nx,7\n"two\nlines",\nz,NA\nz,null\nz,007\nz,1e5\n', "p.csv").load()
+    assert [p.fields["answer"] for p in rows] == ["7", "", "NA", "null", "007", "1e5"]
+    assert rows[1].view() == "two\nlines"
+    assert [p.where.rpartition(":")[2] for p in rows] == ["2", "3", "5", "6", "7", "8"]
+    verdicts = [ExactMatch(pattern="#(.*)").score(p, text) for p, text in zip(rows, ("#7", "", "#NA"), strict=False)]
+    assert verdicts == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("x,1,2", "has 3 cells and the file 2 columns"),
+        ("x", "has 1 cells and the file 2 columns"),
+        ('"x"y,1', "not CSV"),
+        (b"\xff,1", "not UTF-8"),
+    ],
+)
+def test_a_row_of_a_csv_file_that_does_not_fit_is_named_or_skipped(row, message, tmp_path):
+    row = row if isinstance(row, bytes) else row.encode()
+    source = file(tmp_path, b"prompt,answer\na,1\n" + row + b"\nb,2\n", "p.csv")
+    with pytest.raises(DataError, match=rf"p\.csv:3: .*{message}"):
+        load_prompts([source])
+    bad: list[DataError] = []
+    assert [p.view() for p in load_prompts([source], bad)] == ["a", "b"]
+    assert len(bad) == 1
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DataError, match="two columns have one name"):
+        file(tmp_path, "prompt,prompt\na,b\n", "p.csv").load()
+
+
+def test_parquet_keeps_its_types_beside_empty_cells(tmp_path):
+    table = {"prompt": [[USER], [USER], [USER]], "answer": [7, None, 2**60 + 1], "share": [0.5, None, 2.0]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "p.parquet")
+    rows = FilePrompts(path=str(tmp_path / "p.parquet")).load()
+    assert [p.fields["answer"] for p in rows] == [7, None, 2**60 + 1]
+    assert [type(p.fields["answer"]) for p in rows] == [int, type(None), int]
+    assert rows[0].view() == [USER]
+    assert [ExactMatch().score(p, "7") for p in rows] == [1.0, None, 0.0]
+
+
+def test_numbers_read_as_text_do_not_depend_on_the_type_that_a_file_gave_them():
+    assert [as_text(v) for v in (7, 7.0, "7", "7.0", 0.5, -3.0, 1e300)] == ["7", "7", "7", "7.0", "0.5", "-3", "1e+300"]
+    row = Prompt("a", {"prompt": "x", "answer": ["7"]}, where="here:1")
+    with pytest.raises(DataError, match=r"here:1: column 'answer' holds list"):
+        ExactMatch().check_prompts([row])
+    nothing_found = Prompt("a", {"prompt": "x", "answer": " "})
+    assert ExactMatch(pattern="#(.*)").score(nothing_found, "no mark") is None
+
+
+def inline(*rows, **settings):
+    return InlinePrompts(prompts=[{"prompt": row} if not isinstance(row, dict) else row for row in rows], **settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([USER, REPLY], "last_answer: cut"),
+        ([USER, {"role": "model", "content": "hello"}], "last_answer: cut"),
+        ([{"from": "human", "value": "hi"}], "ShareGPT"),
+        ([], "is empty"),
+        ([{"role": "user", "content": " "}], "is empty"),
+        ([{"role": "user"}], "message 0"),
+        ([USER, {"role": "assistant", "content": None}], "message 1"),
+        ([{"role": "user", "content": 3}], "message 0"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "part 'image'"),
+        ([["hi"]], "holds list"),
+        (None, "holds NoneType"),
+    ],
+)
+def test_messages_that_cannot_be_a_prompt_are_refused_with_their_row(value, message):
+    with pytest.raises(DataError, match=rf"prompts\[1\]: .*{message}"):
+        inline("fine", value).load()
+
+
+def test_messages_may_call_tools_and_have_parts():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    turns = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, call, {"role": "tool", "content": "3"}]
+    assert inline(turns).load()[0].view() == turns
+
+
+def test_the_last_answer_is_cut_and_offered_as_the_response():
+    rows = inline(
+        [USER, REPLY],
+        [USER],
+        {"prompt": [USER, REPLY], "response": "own"},
+        {"prompt": [USER, REPLY], "response": None},
+        "text",
+        last_answer="cut",
+    ).load()
+    assert [p.view() for p in rows] == [[USER], [USER], [USER], [USER], "text"]
+    assert [p.fields.get("response") for p in rows] == ["hello", None, "own", "hello", None]
+    with pytest.raises(DataError, match="is empty"):
+        inline([REPLY], last_answer="cut").load()
+    with pytest.raises(DataError, match="end with the answer"):
+        inline([USER, REPLY, REPLY], last_answer="cut").load()
+
+
+def drawn(sources, steps, per_step=4, seed=0):
+    schedule = Shuffled().build(load_prompts(sources), per_step, Context(torch.device("cpu"), seed=seed), None)
+    return [prompt for step in range(steps) for prompt in schedule.next(step, {}).prompts]
+
+
+def of(letter, count, **settings):
+    return InlinePrompts(prompts=[{"id": f"{letter}{i}", "prompt": "x"} for i in range(count)], **settings)
+
+
+def test_weights_share_out_the_draws_however_many_rows_a_source_has():
+    prompts = drawn([of("a", 40, weight=3), of("b", 2, weight=1)], 40)
+    counts = Counter(prompt.id[0] for prompt in prompts)
+    assert counts == {"a": 120, "b": 40}
+    for step in range(40):
+        assert Counter(p.id[0] for p in prompts[4 * step : 4 * step + 4]) == {"a": 3, "b": 1}
+    assert set(Counter(p.id for p in prompts if p.id[0] == "a").values()) == {3}
+    assert set(Counter(p.id for p in prompts if p.id[0] == "b").values()) == {20}
+    unweighted = Counter(p.id[0] for p in drawn([of("a", 40), of("b", 2)], 42))
+    assert unweighted == {"a": 160, "b": 8}
+
+
+def test_a_weighted_step_does_not_depend_on_the_steps_before():
+    sources = [of("a", 5, weight=0.7), of("b", 3, weight=0.2), of("c", 9, weight=0.1)]
+    schedule = Shuffled().build(load_prompts(sources), 4, Context(torch.device("cpu"), seed=1), None)
+    later = [prompt.id for prompt in schedule.next(6, {}).prompts]
+    assert later == [prompt.id for prompt in drawn(sources, 7, seed=1)[24:]]
+
+
+def test_weights_that_change_nothing_are_refused():
+    with pytest.raises(DataError, match=r"prompts\.1 has no weight"):
+        load_prompts([of("a", 2, weight=1), of("b", 2)])
+    recipe = parse_recipe(
+        {
+            "student": {"model": "a"},
+            "teacher": {"model": "b"},
+            "prompts": json.loads(of("a", 2).model_dump_json()),
+            "evaluation": {"prompts": [json.loads(of("b", 2, weight=1).model_dump_json())]},
+        }
+    )
+    with pytest.raises(RecipeError, match="'weight' is for training"):
+        load_data(recipe)
