@@ -27,8 +27,8 @@ from opd.evaluation import HeldOut, evaluate
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
-from opd.prompts.dataset import encoded_images
 from opd.progress import without_library_bars
+from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report

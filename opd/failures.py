@@ -69,7 +69,7 @@ class Skips:
         why = (
             "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
             if not run.signals["positions"]
-            else "its gradient is zero up to rounding: student and teachers agree, or every reward of a group is the same"
+            else "its gradient is zero up to rounding: student and teachers agree, or all rewards of a group are equal"
         )
         limit = self.settings.empty_at_start
         if limit is not None and self.empty == run.step >= limit:

@@ -1,4 +1,4 @@
-"""What held-out measurements say about going on: an end when they no longer gain, and an alarm when samples degenerate."""
+"""What held-out measurements say about going on: an end when they gain no more, an alarm when samples degenerate."""
 
 from __future__ import annotations
 

@@ -20,6 +20,6 @@ def check_trackers(names: Sequence[str]) -> None:
         packages = " ".join(PACKAGES.get(name, name) for name in missing)
         rest = [name for name in names if name in there]
         raise RecipeError(
-            f"tracking.trackers names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
-            f"pip install {packages}, or set tracking.trackers=[{', '.join(rest)}]"
+            f"tracking.trackers names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f"installed: pip install {packages}, or set tracking.trackers=[{', '.join(rest)}]"
         )

@@ -124,7 +124,7 @@ def test_teachers_that_answer_less_are_measured_as_far_as_that_goes(answers, tmp
 def test_a_best_checkpoint_by_what_cannot_be_measured_is_refused_at_start(tmp_path):
     recipe = recipe_for(tmp_path, teacher=False, every=1)
     recipe = parse_recipe({**recipe.dump(), "checkpoint": {"every": 1, "keep_best": "reverse_kl"}})
-    with pytest.raises(RecipeError, match="keep_best is 'reverse_kl'.*student_entropy"):
+    with pytest.raises(RecipeError, match=r"keep_best is 'reverse_kl'.*student_entropy"):
         execute(recipe, quiet=True)
 
 

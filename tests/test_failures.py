@@ -13,20 +13,20 @@ from opd.checkpoints.store import steps_stored
 from opd.errors import RunError
 from opd.policies.causal_lm import CausalLMStudent
 from opd.report.page import collect
-from opd.updates.plain import AdamW
+from opd.updates.plain import PlainOptimiser
 from tests.test_checkpoints import EMA, final, make, models, records  # noqa: F401
 
 
 def spoilt(monkeypatch, steps, value=float("nan")):
     """Put `value` into a gradient when the optimiser has been asked to move so often."""
-    apply, count = AdamW.apply, iter(range(1, 1000))
+    apply, count = PlainOptimiser.apply, iter(range(1, 1000))
 
     def spoiling(self, finite=True):
         if next(count) in steps:
             next(p for p in self.student.module.parameters() if p.requires_grad).grad[0] = value
         return apply(self, finite)
 
-    monkeypatch.setattr(AdamW, "apply", spoiling)
+    monkeypatch.setattr(PlainOptimiser, "apply", spoiling)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -130,7 +130,7 @@ def test_a_part_that_fails_late_does_not_count_twice(make, monkeypatch):  # noqa
     """The second part breaks off after some of its gradients, and all of the first one's, were added."""
     whole = make("whole", batch={"prompts": 4, "micro": 1}, self_test=False, steps=1)
     execute(whole, quiet=True)
-    backward, count = AdamW.accumulate, iter(range(100))
+    backward, count = PlainOptimiser.accumulate, iter(range(100))
 
     def breaking(self, losses, last):
         if next(count) != 1:
@@ -142,7 +142,7 @@ def test_a_part_that_fails_late_does_not_count_twice(make, monkeypatch):  # noqa
         finally:
             handle.remove()
 
-    monkeypatch.setattr(AdamW, "accumulate", breaking)
+    monkeypatch.setattr(PlainOptimiser, "accumulate", breaking)
     cut = make("cut", batch={"prompts": 4, "micro": 2}, self_test=False, steps=1)
     execute(cut, quiet=True)
     assert all(torch.equal(tensor, final(cut)[name]) for name, tensor in final(whole).items())

@@ -131,4 +131,4 @@ def test_a_schedule_reaches_the_sources_of_a_switch_in_a_mixture(models, tmp_pat
     inner, student = run.rollout.sources
     assert (inner.sources[1].settings.top_p, student.settings.top_k) == (0.5, 8)
     assert {source.context.temperature for source in (inner, *inner.sources, student)} == {0.5}
-    assert not (inner.sources[1].exact or student.exact)
+    assert [inner.sources[1].exact, student.exact] == [False, False]

@@ -112,7 +112,7 @@ def test_a_collapse_is_said_and_may_end_the_run(make, monkeypatch, capsys):  # n
 
 def test_what_cannot_end_a_run_is_refused(make):  # noqa: F811
     for block in ({"stop": {}}, {"alarm": {"stop": True}}):
-        with pytest.raises(RecipeError, match="set evaluation.every"):
+        with pytest.raises(RecipeError, match=r"set evaluation\.every"):
             make("run", evaluation={"every": 0, **block})
     with pytest.raises(RecipeError, match=r"a band is \[low, high\] around 1"):
         make("run", evaluation={"alarm": {"length": [2, 3]}})

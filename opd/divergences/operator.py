@@ -47,8 +47,8 @@ class OnSupport(CategoricalDivergence):
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
     clip: Annotated[float, OverSteps(gt=0)] | None = Field(
         None,
-        description="Most that a position may contribute, in nats: a larger value is scaled down to it and its gradient "
-        "with it; default no bound",
+        description="Most that a position may contribute, in nats: a larger value is scaled down to it, its "
+        "gradient with it; default no bound",
     )
 
     @property

@@ -26,9 +26,9 @@ class Comparison:
     """Position by position, detached.
 
     Attributes:
-        values: float32 `[N]` each, in nats, by name: those of `KNOWN`, and the log-probabilities `log_p` (teacher, where
-            it says that of all ids or of the actions) and `log_q` (student) of the actions taken. Without a teacher
-            only `student_entropy` and `log_q`.
+        values: float32 `[N]` each, in nats, by name: those of `KNOWN`, and the log-probabilities `log_p` (teacher,
+            where it says that of all ids or of the actions) and `log_q` (student) of the actions taken. Without a
+            teacher only `student_entropy` and `log_q`.
         tops: `student` and, where it says that, `teacher`: `[N, K]` ids and `[N, K]` probabilities, most likely first.
     """
 

@@ -24,6 +24,15 @@ MEANINGS = {
     "held_out/reverse_kl": Meaning(
         "reverse KL", "nats a token", "KL(student || teacher) on the student's own held-out answers", "lower"
     ),
+    "held_out/forward_kl_top_k": Meaning(
+        "forward KL, top K", "nats a token", "over the teacher's K tokens and the bucket of all others", "lower"
+    ),
+    "held_out/reverse_kl_top_k": Meaning(
+        "reverse KL, top K", "nats a token", "over the teacher's K tokens and the bucket of all others", "lower"
+    ),
+    "held_out/reverse_kl_sampled": Meaning(
+        "reverse KL, sampled", "nats a token", "mean of log q - log p over the tokens that the student drew", "lower"
+    ),
     "held_out/top1_agreement": Meaning(
         "top-1 agreement", "share of tokens", "states where both find the same token most likely", "higher"
     ),
@@ -41,11 +50,14 @@ MEANINGS = {
     "held_out/greedy_length": Meaning("greedy length", "tokens", "of greedy decoding"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
     "train/divergence": Meaning(
-        "divergence", "nats a token", "value of the first objective, mean over the tokens of the step, unweighted"
+        "divergence", "nats a token", "value of the first objective, mean over the tokens that it counts, unweighted"
     ),
     "train/objective/": Meaning(
-        "objective", "a token", "value of one of several objectives, mean over the tokens of the step, unweighted"
+        "objective", "a token", "value of one of several objectives, mean over the tokens that it counts, unweighted"
     ),
+    "train/positions": Meaning("positions", "tokens", "of the step, that some objective counts"),
+    "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),
+    "train/empty": Meaning("empty", "", "1 where the step had nothing to learn and was not taken"),
     "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
     "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),
     "train/curriculum/length": Meaning("rung's length", "tokens", "budget of a trajectory on this rung"),

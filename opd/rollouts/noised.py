@@ -48,9 +48,9 @@ class NoisedRollout(GridSettings, Rollout):
         return 1 if self.times == "logit_normal" else self.trained_steps
 
     def files(self, prompt: Prompt) -> list[Path]:
-        found = prompt.fields.get(self.column)
-        images = [one.get("path") if isinstance(one, dict) and one.get("bytes") is None else one for one in _each(found)]
-        return [_place(image, prompt) for image in images if isinstance(image, str)]
+        found = _each(prompt.fields.get(self.column))
+        paths = [one.get("path") if isinstance(one, dict) and one.get("bytes") is None else one for one in found]
+        return [_place(path, prompt) for path in paths if isinstance(path, str)]
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
         return NoisedImages(self, student.model, context)

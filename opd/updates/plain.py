@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping, through `accelerate`."""
+"""One step of an optimiser a batch, with gradient clipping, through `accelerate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
@@ -19,8 +19,13 @@ from opd.policies.base import Student
 from opd.schedules import OverSteps
 from opd.sharding import full, like, settle_root, skeleton
 from opd.updates.base import Optimiser, Update
+from opd.updates.optimizers import MOMENTUM, SHARDED, Kind, make_optimizer
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+COUNTED = ("k", "lr_max", "weight_sum")
+"""What a schedule-free optimiser counts in its groups."""
 
 
 class Average(Settings):
@@ -31,33 +36,55 @@ class Average(Settings):
 
 
 class PlainUpdate(Update):
-    """One optimiser step per batch."""
+    """One optimiser step per batch.
+
+    `adamw`, `sgd` and `muon` are torch's; Muon takes the matrices inside the model, AdamW the rest, at one learning
+    rate. `adamw_8bit` (of the package bitsandbytes) keeps AdamW's moments in 8 bits. `schedule_free` (of schedulefree)
+    needs no schedule of the learning rate: it trains at one point, and a mean of the weights is measured and saved.
+    """
 
     kind: Literal["plain"] = "plain"
-    learning_rate: Annotated[float, OverSteps(ge=0)] = Field(1e-5, description="Of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW")
+    optimizer: Kind = Field("adamw", description="What makes a step of a gradient")
+    learning_rate: Annotated[float, OverSteps(ge=0)] = Field(1e-5, description="Of the optimiser")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled from the gradient, except with sgd")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of AdamW and its kin")
+    momentum: Beta | None = Field(None, description="Of sgd (default 0.9) and muon (default 0.95)")
     clip_norm: float | None = Field(1.0, gt=0, description="Largest norm of the gradient; null never clips")
     average: Average | None = Field(
         None, description="Measure and save a running mean of the weights; training goes on with the weights themselves"
     )
 
-    def build(self, student: Student, accelerator: Any) -> AdamW:
-        return AdamW(self, student, accelerator)
+    @model_validator(mode="after")
+    def _all_is_used(self) -> PlainUpdate:
+        if self.momentum is not None and self.optimizer not in MOMENTUM:
+            raise ValueError(f"momentum is a setting of {' and '.join(MOMENTUM)}; {self.optimizer} has betas")
+        if self.optimizer == "sgd" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError("sgd has no betas; set momentum")
+        if self.optimizer == "schedule_free" and self.average is not None:
+            raise ValueError("schedule_free measures and saves a mean of the weights itself; leave average out")
+        return self
+
+    def build(self, student: Student, accelerator: Any) -> PlainOptimiser:
+        return PlainOptimiser(self, student, accelerator)
 
 
-class AdamW(Optimiser):
+class PlainOptimiser(Optimiser):
     """The built update."""
 
     def __init__(self, settings: PlainUpdate, student: Student, accelerator: Any):
         self.settings, self.accelerator, self.student = settings, accelerator, student
-        trained = [p for p in student.module.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained,
-            lr=float(settings.learning_rate),
+        if accelerator.is_fsdp2 and settings.optimizer not in SHARDED:
+            raise RecipeError(
+                f"update.optimizer is {settings.optimizer!r}, and with FSDP2 weights are sharded; take "
+                f"{' or '.join(SHARDED)}, or plain data parallelism"
+            )
+        optimizer = make_optimizer(
+            settings.optimizer,
+            student.module,
+            rate=float(settings.learning_rate),
+            decay=settings.weight_decay,
             betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
+            momentum=settings.momentum,
         )
         if accelerator.is_fsdp2:
             if not student.shards:
@@ -71,6 +98,9 @@ class AdamW(Optimiser):
                 )
             student.skeleton = skeleton(student.module)
         student.module, self.optimizer = accelerator.prepare(student.module, optimizer)
+        self.schedule_free = settings.optimizer == "schedule_free"
+        if self.schedule_free:
+            self.optimizer.train()
         if accelerator.is_fsdp2:
             settle_root(student.module)
         self.mean = {} if settings.average is None else {name: p.detach().clone() for name, p in self._trained()}
@@ -118,13 +148,32 @@ class AdamW(Optimiser):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
+        if self.schedule_free:
+            with self._at_its_mean():
+                yield
+            return
         self._exchange()
         try:
             yield
         finally:
             self._exchange()
 
+    @contextmanager
+    def _at_its_mean(self) -> Iterator[None]:
+        # Kept aside, because going there and back by arithmetic would not lead to the same numbers.
+        training = {name: p.detach().clone() for name, p in self._trained()}
+        self.optimizer.eval()
+        try:
+            yield
+        finally:
+            self.optimizer.train()
+            with torch.no_grad():
+                for name, p in self._trained():
+                    p.copy_(training[name])
+
     def settle(self) -> None:
+        if self.schedule_free:
+            self.optimizer.eval()
         self._exchange()
 
     @torch.no_grad()
@@ -137,18 +186,25 @@ class AdamW(Optimiser):
             self.mean[name].copy_(live)
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's moments, and the mean of the weights where there is one; rates and the like are the recipe's."""
+        """What the optimiser keeps of each parameter, and the mean of the weights where there is one; rates and the
+        like are the recipe's."""
         averages = {"average": self.mean, "taken": self.taken} if self.mean else {}
+        if self.schedule_free:
+            counts = [{name: group[name] for name in COUNTED} for group in self.optimizer.param_groups]
+            with self._at_its_mean():
+                averages = {"average": {name: p.detach().clone() for name, p in self._trained()}, "counts": counts}
         return {"moments": self.optimizer.state_dict()["state"], **averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.mean:
             copy_into(self.mean, state["average"], "average")
             self.taken = state["taken"]
+        for group, counts in zip(self.optimizer.param_groups, state.get("counts", ()), strict=False):
+            group.update(counts)
         own = self.optimizer.state_dict()["param_groups"]
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         moments = {
-            i: {name: like(value, trained[i]) if value.ndim else value for name, value in of.items()}
+            i: {name: like(v, trained[i]) if isinstance(v, torch.Tensor) and v.ndim else v for name, v in of.items()}
             for i, of in state["moments"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": own})
