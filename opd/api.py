@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from safetensors import SafetensorError
 
-from opd.checkpoints.files import locked, main_process, whole_folder, write_whole
+from opd.checkpoints.directory import prepare_directory, refuse_links, refuse_occupied, refuse_place
+from opd.checkpoints.files import locked, whole_folder, write_whole
+from opd.checkpoints.ours import foreign, refuse_taken
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import choices_of
@@ -28,10 +29,10 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
 from opd.prompts.dataset import encoded_images
-from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
+from opd.provenance import environment, models_of, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
-from opd.report.run_directory import read_json, read_yaml
+from opd.report.run_directory import read_json
 from opd.run import Run, assemble, load_data
 
 
@@ -156,6 +157,10 @@ def execute(
         raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
     if resume and not recipe.directory.is_dir():
         raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
+    refuse_place(recipe)
+    refuse_links(recipe.directory)
+    if not (resume or overwrite or recipe.resume == "auto"):
+        refuse_occupied(recipe.directory)
     bad: list[DataError] = []
     data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)
@@ -231,6 +236,7 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
     for recipe in recipes:
+        refuse_place(recipe)
         if not overwrite and recipe.resume == "never":
             refuse_occupied(recipe.directory)
     before: Path | None = None
@@ -274,9 +280,10 @@ def finish(run: Run) -> Result:
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         try:
+            _set_aside(recipe.directory / "student", monitor)
             with whole_folder(recipe.directory / "student") as folder:
                 run.student.save(folder, model_card(recipe, summary, run.student.library))
-                (folder / ORIGIN).write_text(json.dumps(origin(run), indent=2) + "\n", encoding="utf-8")
+                write_origin(folder, teachers=origin(run))
             write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
         except (OSError, SafetensorError) as error:
             raise RunError(
@@ -301,13 +308,22 @@ def finish(run: Run) -> Result:
     )
 
 
-def origin(run: Run) -> dict[str, Any]:
-    """What a saved student says of where it comes from: the hashes of the teachers that it learnt from, or, when this
-    run had none, those of the run before."""
+def _set_aside(folder: Path, monitor: Monitor) -> None:
+    """Keep an earlier student into which somebody has put something, under another name."""
+    if foreign(folder):
+        names = (folder.with_name(f"{folder.name}.kept-{i}") for i in itertools.count(1))
+        kept = next(path for path in names if not (path.exists() or path.is_symlink()))
+        folder.rename(kept)
+        monitor.warn(f"{folder} held files that opd did not write; it is now {kept}")
+
+
+def origin(run: Run) -> list[str]:
+    """Where a saved student comes from: the hashes of the teachers that it learnt from, or, when this run had none,
+    those of the run before."""
     teachers = [member.identity() for teacher in run.teachers for member in teacher.members().values()]
     found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
     before = getattr(run.student, "origin", {})
-    return {"format": 1, "teachers": found or before.get("teachers", [])}
+    return found or list(before.get("teachers", []))
 
 
 def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:
@@ -327,12 +343,16 @@ def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = No
         return evaluate(run)
 
 
-def export(directory: Path, out: Path, step: int | None = None) -> Path:
+def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bool = False) -> Path:
     """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
 
+    Args:
+        overwrite: replace the model that `opd` wrote into `out`.
+
     Raises:
-        RunError: no checkpoint of that step, or a damaged one.
+        RunError: no checkpoint of that step, or a damaged one; or `out` holds something.
     """
+    refuse_taken(out, overwrite)
     steps = steps_stored(directory)
     if not steps or (step is not None and step not in steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -348,61 +368,8 @@ def export(directory: Path, out: Path, step: int | None = None) -> Path:
     card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
         student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")
+        write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
     return out
-
-
-def occupied(directory: Path) -> bool:
-    """Whether a directory holds a run."""
-    return any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
-
-
-def refuse_occupied(directory: Path) -> None:
-    """Raise `RunError` for a directory that holds a run."""
-    if occupied(directory):
-        raise RunError(
-            f"{directory} holds a run already; go on with it by --resume, choose another with output=PATH, "
-            "or pass --overwrite"
-        )
-
-
-def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False) -> None:
-    """Clear a run directory; refuse one that holds a run unless `overwrite`.
-
-    With `unfinished`, a run without checkpoints is cleared too, if it meant to write some and wrote no student: it was
-    killed before its first.
-    """
-    if not main_process():
-        return
-    if unfinished and occupied(directory):
-        if (directory / "student").exists() or not _meant_to_write_checkpoints(directory):
-            raise RunError(
-                f"the run in {directory} has no checkpoint to go on from; "
-                "start again with --overwrite, or with output=PATH"
-            )
-        overwrite = True
-    if not overwrite:
-        refuse_occupied(directory)
-    else:
-        for name in (
-            "recipe.yaml",
-            "environment.json",
-            "metrics.jsonl",
-            "samples.jsonl",
-            "rollouts.jsonl",
-            "summary.json",
-            "lm_eval.json",
-            "report.html",
-        ):
-            (directory / name).unlink(missing_ok=True)
-        for name in ("student", "opd", "checkpoints"):
-            shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def _meant_to_write_checkpoints(directory: Path) -> bool:
-    if not (directory / "recipe.yaml").exists():
-        return True
-    block = read_yaml(directory / "recipe.yaml")[1].get("checkpoint")
-    return bool(block.get("every")) if isinstance(block, dict) else False
 
 
 def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:

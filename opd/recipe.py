@@ -135,6 +135,13 @@ class Recipe(Settings):
     self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
     try_next: str | None = Field(None, description="A command to suggest when the run ends")
 
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise ValueError("it names the folder of the run, runs/NAME, and must be a folder of its own")
+        return value
+
     @field_validator("checkpoint")
     @classmethod
     def _best_is_measured(cls, value: Checkpoint, info: ValidationInfo) -> Checkpoint:

@@ -302,7 +302,7 @@ def create_model(
     ] = None,
     positions: Annotated[int, typer.Option(help="Longest prompt and completion together.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write a randomly initialised model and its tokenizer, to train from scratch."""
     from opd.language.creation import create_model, named_tokenizer
@@ -336,7 +336,7 @@ def create_flow_model(
     head_width: Annotated[int, typer.Option(help="Width of a head.")] = 24,
     places: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write a randomly initialised flow transformer on pixels and its prompt table, to train from scratch."""
     from opd.flow.creation import create_flow_model, named_tokenizer
@@ -351,12 +351,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     step: Annotated[int | None, typer.Option(help="Of this step; default the newest.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write the student of a checkpoint as a folder that transformers loads."""
     from opd.api import export as write_student
 
     _quiet_libraries()
-    print(write_student(run, out, step))
+    print(write_student(run, out, step, overwrite=overwrite))
 
 
 @app.command()
@@ -373,7 +374,7 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="Folder of the adapters' model; default what they say.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Average several experts of one architecture into one model, to start a student from."""
     from opd.errors import RecipeError
