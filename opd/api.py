@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +20,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from opd.checkpoints.directory import prepare_directory, refuse_links, refuse_occupied, refuse_place
-from opd.checkpoints.files import locked, whole_folder, write_whole
+from opd.checkpoints.files import attempt, locked, told, whole_folder, write_whole
 from opd.checkpoints.ours import foreign, refuse_taken
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
@@ -29,7 +32,7 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
 from opd.prompts.dataset import encoded_images
-from opd.provenance import environment, models_of, peak_memory_bytes, write_origin
+from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json
@@ -173,6 +176,8 @@ def execute(
             prepare_directory(recipe.directory, overwrite, unfinished=going_on)
         with monitor.console.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
+            for text in run.student.check_savable():
+                monitor.warn(text)
             if found is not None:
                 folder, facts = found
                 refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
@@ -278,21 +283,13 @@ def finish(run: Run) -> Result:
     # and the wrapper would do so while it holds Python's lock, which they need.
     run.student.unwrap(run.accelerator)
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        try:
-            _set_aside(recipe.directory / "student", monitor)
-            with whole_folder(recipe.directory / "student") as folder:
-                run.student.save(folder, model_card(recipe, summary, run.student.library))
-                write_origin(folder, teachers=origin(run))
-            write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"the student cannot be saved to {recipe.directory / 'student'} ({error}); free some space and go on "
-                "with --resume"
-            ) from None
-        write_report([recipe.directory], recipe.directory / "report.html")
+    different = _save(run, summary) if run.accelerator.is_main_process else None
     run.accelerator.free_memory()
     run.accelerator.end_training()
+    if different is not None:
+        raise RunError(
+            f"{different}. Its files are kept; the trained state is also in the newest checkpoint, if there is one"
+        )
     student, tokenizer = run.student.live()
     return Result(
         student=student,
@@ -308,13 +305,56 @@ def finish(run: Run) -> Result:
     )
 
 
-def _set_aside(folder: Path, monitor: Monitor) -> None:
-    """Keep an earlier student into which somebody has put something, under another name."""
-    if foreign(folder):
-        names = (folder.with_name(f"{folder.name}.kept-{i}") for i in itertools.count(1))
-        kept = next(path for path in names if not (path.exists() or path.is_symlink()))
-        folder.rename(kept)
-        monitor.warn(f"{folder} held files that opd did not write; it is now {kept}")
+def _save(run: Run, summary: dict[str, Any]) -> str | None:
+    """Write the student, the summary and the report; what is lacking beside the weights is a warning and stands in the
+    summary. Returns how the saved student differs from the trained one."""
+    monitor, recipe = run.monitor, run.recipe
+    target = recipe.directory / "student"
+    card = model_card(recipe, summary, run.student.library)
+    try:
+        _set_aside(target, monitor)
+        with whole_folder(target) as folder:
+            problems = run.student.save(folder, card)
+            problems += attempt(ORIGIN, lambda: write_origin(folder, teachers=origin(run)))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the student cannot be saved to {target} ({error}); {_rescued(run, card)}") from None
+    for problem in problems:
+        monitor.warn(f"{problem}; the weights are in {target}")
+    try:
+        different = run.student.compare(target)
+    except Exception as error:
+        different = f"{target} could not be compared with the trained model ({told(error)})"
+    lacking = [*problems, *([] if different is None else [different])]
+    facts = summary | ({"lacking": lacking} if lacking else {})
+    try:
+        write_whole(recipe.directory / "summary.json", json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"the student is in {target}, and summary.json cannot be written ({error})") from None
+    write_report([recipe.directory], recipe.directory / "report.html")
+    return different
+
+
+def _rescued(run: Run, card: str) -> str:
+    """What is left of a student that cannot be saved in its place: the checkpoint, or a copy where there is room."""
+    if run.checkpoints.written == run.step:
+        return "free some space and go on with --resume"
+    place = Path(tempfile.mkdtemp(prefix="opd-student-"))
+    try:
+        run.student.save(place, card)
+        return f"it is in {place} instead: there is no checkpoint to go on from"
+    except (OSError, SafetensorError):
+        shutil.rmtree(place, ignore_errors=True)
+        return "there is no checkpoint to go on from; set checkpoint.every"
+
+
+def _set_aside(target: Path, monitor: Monitor) -> None:
+    """Keep what somebody has put into an earlier student, or in the way of the new one, under another name."""
+    for folder in (target, *(target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))):
+        if foreign(folder):
+            names = (target.with_name(f"{target.name}.kept-{i}") for i in itertools.count(1))
+            kept = next(path for path in names if not (path.exists() or path.is_symlink()))
+            folder.rename(kept)
+            monitor.warn(f"{folder} held files that opd did not write; it is now {kept}")
 
 
 def origin(run: Run) -> list[str]:
@@ -367,8 +407,14 @@ def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bo
     student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
     card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
-        student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")
+        lacking = student.save(
+            partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n"
+        )
         write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
+    different = student.compare(out)
+    lacking += [] if different is None else [different]
+    if lacking:
+        raise RunError(f"{'; '.join(lacking)}. The weights are in {out}")
     return out
 
 
@@ -378,7 +424,8 @@ def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
     teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
     objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
     rows = "\n".join(
-        f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()
+        f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
+        for name, value in summary["after"].items()
     )
     return (
         f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"

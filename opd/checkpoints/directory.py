@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.checkpoints.files import main_process
-from opd.checkpoints.ours import entries, foreign, named, remove_files
+from opd.checkpoints.ours import LIST, entries, foreign, listed, named, remove_files
 from opd.checkpoints.store import FILES, LEFTOVER
 from opd.errors import RecipeError, RunError
 from opd.report.run_directory import read_yaml
@@ -117,6 +117,11 @@ def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False
     if not (overwrite and holds_run(directory)):
         refuse_occupied(directory)
         return
+    if (directory / "student" / LIST).is_file() and not listed(directory / "student"):
+        raise RunError(
+            f"{directory / 'student'} was written by an earlier version of opd, which kept no list of its files; "
+            "remove it by hand, or choose another directory with output=PATH"
+        )
     project = _project(directory)
     others = [*foreign(directory / "student"), *_foreign_checkpoints(directory)]
     if others:
@@ -128,7 +133,7 @@ def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False
         remove_files(project, [name for name in entries(project) if EVENTS.fullmatch(name)])
     for name in FOLDERS:
         found = list(entries(directory / name))
-        remove_files(directory / name, sorted(found, key=lambda place: place in ("opd.json", "manifest.json")))
+        remove_files(directory / name, sorted(found, key=lambda place: place in (LIST, "manifest.json")))
     # The recipe goes last: without it what is left is no run, and then nobody may remove it.
     for name in reversed(RUN_FILES):
         (directory / name).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +29,20 @@ def flush(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+def attempt(what: str, write: Callable[[], object]) -> list[str]:
+    """Write a part that others can do without; a sentence when it fails."""
+    try:
+        write()
+        return []
+    except Exception as error:
+        return [f"{what} could not be written ({told(error)})"]
+
+
+def told(error: Exception) -> str:
+    """An error of any library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,12 +12,22 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, ModelError, RunError, SelfTestError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings
+from opd.language.saving import (
+    check_savable,
+    difference,
+    difference_of_adapter,
+    is_adapted,
+    merged,
+    quantised_by,
+    write_weights,
+)
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
@@ -41,6 +51,9 @@ class LoRA(Settings):
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
+    modules_to_save: list[str] = Field(
+        [], description="Modules that are trained and saved whole beside the adapters, e.g. [embed_tokens, lm_head]"
+    )
 
 
 class CausalLM(ModelSettings, Policy):
@@ -108,6 +121,9 @@ class CausalLMStudent(Student):
         self.origin = origin or {}
         if settings is not None and settings.lora is not None:
             language.model = _with_lora(language.model, settings.lora)
+        quantised = quantised_by(language.base)
+        if quantised is not None:
+            _check_quantised(quantised, is_adapted(language.model))
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
@@ -246,17 +262,59 @@ class CausalLMStudent(Student):
         assert isinstance(self.module, LanguageModel)
         self.language = self.module
 
-    def save(self, folder: Path, card: str) -> None:
-        """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""
+    def check_savable(self) -> list[str]:
+        return check_savable(self.language.base)
+
+    def save(self, folder: Path, card: str) -> list[str]:
+        """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`. Of
+        a quantised model the adapter alone: merging would round its product, and so be another model."""
         model: Any = self.language.model
-        if hasattr(model, "merge_and_unload"):
-            model.save_pretrained(folder / "adapter")
-            merged = _merged_copy(model)
-            merged.save_pretrained(folder)
+        problems: list[str] = []
+        if not is_adapted(model):
+            problems += write_weights(folder, model)
+        elif quantised_by(self.language.base) is None:
+            lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
+            try:
+                problems += lost + write_weights(folder, merged(model))
+            except (RuntimeError, MemoryError) as error:
+                if lost:
+                    raise
+                problems.append(
+                    f"the merged weights could not be made ({told(error)}); adapter/ holds what was trained"
+                )
         else:
-            model.save_pretrained(folder)
-        self.language.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+            model.save_pretrained(folder / "adapter")
+            card += self._of_adapter()
+        problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
+        return problems + attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
+
+    def compare(self, folder: Path) -> str | None:
+        model: Any = self.language.model
+        if is_adapted(model) and quantised_by(self.language.base) is not None:
+            return difference_of_adapter(folder / "adapter", model)
+        return difference(folder, model)
+
+    def _of_adapter(self) -> str:
+        name = self.language.base.config.name_or_path
+        return (
+            f"\nThe student is an adapter of `{name}`, which is quantised; merged weights would be rounded again and "
+            "be another model, so there are none here. With transformers and peft:\n\n"
+            f'```python\nbase = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            'model = PeftModel.from_pretrained(base, "adapter")\n```\n'
+        )
+
+
+def _check_quantised(method: str, adapted: bool) -> None:
+    if "8 bits" in method:
+        raise ModelError(
+            f"the student's weights are quantised by {method}, whose products depend on what else is in the batch: what "
+            "samples and what trains would not be one model. Take 4 bits, or plain weights"
+        )
+    if not adapted:
+        raise ModelError(
+            f"the student's weights are quantised by {method} and cannot be trained; set student.lora to train "
+            "adapters beside them, or take plain weights"
+        )
 
 
 def freeze(model: Any, parts: Sequence[str]) -> None:
@@ -282,14 +340,16 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        modules_to_save=lora.modules_to_save or None,
         task_type="CAUSAL_LM",
     )
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in lora.modules_to_save:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ModelError(
+                f"student.lora.modules_to_save: no module is named {wanted!r}; names look like {names[-1]!r}"
+            )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
-
-
-def _merged_copy(model: Any) -> Any:
-    """The base model with the adapters folded in; the training copy is left as it is."""
-    return copy.deepcopy(model).merge_and_unload()
