@@ -28,6 +28,7 @@ from opd.choice import choices_of
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate
+from opd.hub import check_push, push
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
@@ -37,6 +38,7 @@ from opd.recipe import Recipe, parse_recipe
 from opd.report import write_report
 from opd.report.run_directory import read_json
 from opd.run import Run, assemble, load_data
+from opd.teachers.again import device_of, self_teachers
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,7 @@ def distill(
         },
         "distill()",
     )
-    device = torch.device("cpu" if recipe.hardware.device == "auto" else recipe.hardware.device)
-    if recipe.hardware.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda")
-    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
+    context = Context(device=device_of(recipe), temperature=recipe.temperature, seed=recipe.seed)
     model = _model_of(student)
     policy, policies = _policy_of(model), [_policy_of(t) for t in teachers]
     if policy is not None:
@@ -162,6 +161,8 @@ def execute(
         raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
     refuse_place(recipe)
     refuse_links(recipe.directory)
+    if recipe.push_to is not None:
+        check_push(recipe.push_to)
     if not (resume or overwrite or recipe.resume == "auto"):
         refuse_occupied(recipe.directory)
     bad: list[DataError] = []
@@ -331,6 +332,10 @@ def _save(run: Run, summary: dict[str, Any]) -> str | None:
     except OSError as error:
         raise RunError(f"the student is in {target}, and summary.json cannot be written ({error})") from None
     write_report([recipe.directory], recipe.directory / "report.html")
+    if recipe.push_to is not None and different is None:
+        failed = push(target, recipe.push_to)
+        if failed is not None:
+            monitor.warn(failed)
     return different
 
 
@@ -366,21 +371,41 @@ def origin(run: Run) -> list[str]:
     return found or list(before.get("teachers", []))
 
 
-def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:
+def assembled(
+    recipe: Recipe, *, teachers: Sequence[Any] | None = None, quiet: bool = True, console: Console | None = None
+) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.console.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
+            teachers=teachers,
         )
 
 
-def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
-    """Held-out metrics of a recipe's student against its teacher, without training."""
-    run = assembled(recipe, quiet=quiet, console=console)
-    with run.monitor.console.status("measuring the student on held-out prompts"):
-        return evaluate(run)
+def measure(
+    recipe: Recipe,
+    *,
+    trained: Recipe | None = None,
+    run: Path | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> HeldOut:
+    """Held-out metrics of a recipe's student against its teacher, without training.
+
+    Args:
+        trained: the recipe that the student was trained by, where `recipe` names a trained student in place of its own:
+            a teacher that is the student itself is made of the one that training began with.
+        run: its directory, from whose last checkpoint a teacher that followed the student is taken.
+
+    Raises:
+        RunError: that teacher cannot be made again.
+    """
+    teachers = None if trained is None else self_teachers(trained, run)
+    built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
+    with built.monitor.console.status("measuring the student on held-out prompts"):
+        return evaluate(built)
 
 
 def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bool = False) -> Path:
@@ -429,7 +454,8 @@ def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
     )
     return (
         f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
-        f"{recipe.description}\n\nStudent `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
+        + (f"{recipe.description}\n\n" if recipe.description else "")
+        + f"Student `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
         f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
         f"| held out | before | after |\n|---|---|---|\n{rows}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -223,18 +224,25 @@ def evaluate(
         raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
 
     changes = list(overrides or [])
-    folder = Path(source)
-    if (folder / "recipe.yaml").is_file():
-        source = str(folder / "recipe.yaml")
-        student = student or str(folder / "student")
+    run = Path(source) if (Path(source) / "recipe.yaml").is_file() else None
+    if run is not None:
+        source = str(run / "recipe.yaml")
+        # It may have been moved since.
+        changes.append(f"output={json.dumps(str(run))}")
+        student = student or str(run / "student")
+    trained = None
     if student is not None:
-        known = type(load_recipe(source, changes).student).model_fields
+        trained = load_recipe(source, changes)
+        known = type(trained.student).model_fields
         own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null"}
-        changes += [f"student.model={student}", *(f"student.{key}={v}" for key, v in own.items() if key in known)]
+        changes += [
+            f"student.model={json.dumps(student)}",
+            *(f"student.{key}={v}" for key, v in own.items() if key in known),
+        ]
     resolved = load_recipe(source, changes)
     _quiet_libraries()
     if lm_eval is None:
-        show_metrics("held out", measure(resolved).metrics, json_output)
+        show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
         return
     from opd.language.harness import run_harness
 

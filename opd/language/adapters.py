@@ -27,7 +27,7 @@ class AdapterSource:
     config: dict[str, Any]
 
 
-def adapter_of(reference: str, revision: str | None = None) -> AdapterSource | None:
+def adapter_of(reference: str, revision: str | None = None, local_only: bool = False) -> AdapterSource | None:
     """The adapter that a reference names: a folder with one, or a saved student without merged weights, which has it in
     `adapter`. None for a whole model.
 
@@ -49,7 +49,7 @@ def adapter_of(reference: str, revision: str | None = None) -> AdapterSource | N
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        found = find_adapter_config_file(reference, revision=revision)
+        found = find_adapter_config_file(reference, revision=revision, local_files_only=local_only)
     except (OSError, ValueError):
         # Whoever loads the model says what is wrong with the name.
         return None
@@ -71,16 +71,22 @@ def _read(folder: str, path: Path) -> AdapterSource:
     return AdapterSource(folder, str(base), config)
 
 
-def load_adapter(base: Any, source: AdapterSource, trainable: bool) -> Any:
-    """`base` under the adapter, as peft wraps it."""
+def load_adapter(base: Any, source: AdapterSource) -> Any:
+    """`base` under the adapter, as peft wraps it; the adapter can be trained, the base cannot."""
     try:
         from peft import PeftModel
     except ImportError:
         raise ModelError(f"{source.folder} is an adapter of peft; loading it needs: pip install 'opd[lora]'") from None
     try:
-        return PeftModel.from_pretrained(base, source.folder, is_trainable=trainable)
+        return PeftModel.from_pretrained(base, source.folder, is_trainable=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"the adapter {source.folder} does not fit its model {source.base} "
             f"({' '.join(str(error).split())[:160]}); check base_model_name_or_path"
         ) from None
+
+
+def tokenizer_places(reference: str, source: AdapterSource) -> list[str]:
+    """Where an adapter's tokenizer may be, first to last: where it was named, beside its weights, with its model."""
+    own = [folder for folder in (reference, source.folder) if (Path(folder) / "tokenizer_config.json").is_file()]
+    return [*own, source.base]

@@ -123,13 +123,12 @@ def _or_none(model: PreTrainedModel) -> GenerationConfig | None:
         return GenerationConfig()
 
 
-def merged(model: Any) -> PreTrainedModel:
-    """A copy of an adapted model with the adapters folded in, as the plain model that it amounts to; the training copy
-    is left as it is.
+def merged(model: Any, in_place: bool = False) -> PreTrainedModel:
+    """An adapted model with the adapters folded in, as the plain model that it amounts to; a copy, unless `in_place`.
 
     An output head that shares its matrix with the embedding, and of which only one side was trained, is shared no more.
     """
-    made: Any = copy.deepcopy(model)
+    made: Any = model if in_place else copy.deepcopy(model)
     base = made.get_base_model()
     shared = _tied(base)
     if shared:

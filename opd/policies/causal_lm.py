@@ -30,7 +30,7 @@ from opd.language.saving import (
 )
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
-from opd.provenance import read_origin
+from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -74,12 +74,14 @@ class CausalLM(ModelSettings, Policy):
     )
 
     def build(self, context: Context) -> CausalLMStudent:
-        language = LanguageModel.load(self, context.device)
-        return CausalLMStudent(language, self, context, read_origin(Path(self.model)))
+        language = LanguageModel.load(self, context.device, keep_adapter=self.lora is not None)
+        folder = Path(self.model)
+        beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder
+        return CausalLMStudent(language, self, context, read_origin(beside))
 
     @classmethod
     def takes(cls, model: Any) -> bool:
-        return isinstance(model, PreTrainedModel)
+        return isinstance(model.get_base_model() if is_adapted(model) else model, PreTrainedModel)
 
     @classmethod
     def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
@@ -100,6 +102,13 @@ class CausalLM(ModelSettings, Policy):
 def _live(model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageModel:
     if tokenizer is None:
         raise RunError("distill() got a live language model without its tokenizer; pass tokenizer=...")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            "a live model has an adapter that transformers loaded into it, and would be saved without its weights; "
+            "pass peft.PeftModel.from_pretrained(base, adapter, is_trainable=True), or the base alone with lora"
+        )
+    if is_adapted(model) and (model.active_peft_config.is_prompt_learning or not hasattr(model, "merge_and_unload")):
+        raise ModelError(f"a live model has a {model.active_peft_config.peft_type.value} adapter; opd takes LORA")
     return LanguageModel(model.to(context.device), tokenizer, "chat" if tokenizer.chat_template else "plain")
 
 
@@ -120,7 +129,10 @@ class CausalLMStudent(Student):
         self.context = context
         self.origin = origin or {}
         if settings is not None and settings.lora is not None:
-            language.model = _with_lora(language.model, settings.lora)
+            if is_adapted(language.model):
+                _check_adapter(language.model, settings)
+            else:
+                language.model = _with_lora(language.model, settings.lora)
         quantised = quantised_by(language.base)
         if quantised is not None:
             _check_quantised(quantised, is_adapted(language.model))
@@ -304,11 +316,50 @@ class CausalLMStudent(Student):
         )
 
 
+def _check_adapter(model: Any, settings: CausalLM) -> None:
+    """Raise `ModelError` where `student.lora` asks for another adapter than the one that goes on being trained."""
+    lora, config = settings.lora, model.active_peft_config
+    assert lora is not None
+    if settings.model == LIVE:
+        raise ModelError("student.lora beside a live peft model: it has its adapter already; leave lora out")
+    kept = sorted(config.modules_to_save or [])
+    for key, wanted, has in (
+        ("rank", lora.rank, config.r),
+        ("alpha", lora.alpha, config.lora_alpha),
+        ("dropout", lora.dropout, config.lora_dropout),
+        ("modules_to_save", sorted(lora.modules_to_save), kept),
+    ):
+        if wanted != has:
+            raise ModelError(
+                f"student.lora.{key} is {wanted!r}, and the adapter {settings.model} goes on with {has!r}; write that, "
+                "or leave student.lora out to merge the adapter and train all weights"
+            )
+    has = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    if lora.targets == "all-linear":
+        base = model.get_base_model()
+        head = base.get_output_embeddings()
+        without = [
+            name
+            for name, part in base.named_modules()
+            if isinstance(part, torch.nn.Linear)
+            and part is not head
+            and not any(mark in name for mark in ("lora_", "base_layer", "modules_to_save", "original_module"))
+        ]
+        fits = not without
+    else:
+        fits = (lora.targets if isinstance(lora.targets, str) else sorted(lora.targets)) == has
+    if not fits:
+        raise ModelError(
+            f"student.lora.targets is {lora.targets!r}, and the adapter {settings.model} goes on with {has!r}; "
+            "write that"
+        )
+
+
 def _check_quantised(method: str, adapted: bool) -> None:
     if "8 bits" in method:
         raise ModelError(
-            f"the student's weights are quantised by {method}, whose products depend on what else is in the batch: what "
-            "samples and what trains would not be one model. Take 4 bits, or plain weights"
+            f"the student's weights are quantised by {method}, whose products depend on what else is in the batch: "
+            "what samples and what trains would not be one model. Take 4 bits, or plain weights"
         )
     if not adapted:
         raise ModelError(
@@ -327,7 +378,11 @@ def freeze(model: Any, parts: Sequence[str]) -> None:
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(f"student.freeze {list(parts)!r} leaves no parameter to train; name fewer parts")
+        raise ModelError(
+            f"student.freeze {list(parts)!r} leaves no parameter to train; name fewer parts"
+            if parts
+            else "the student has no parameter to train; load a peft model with is_trainable=True"
+        )
 
 
 def _with_lora(model: Any, lora: LoRA) -> Any:
