@@ -86,9 +86,11 @@ def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrai
     source = adapter_of(reference, settings.revision, local_only)
     if source is not None:
         reference = tokenizer_places(reference, source)[0]
+    # A saved adapter's folder has a tokenizer and no model.
+    alone = source is not None and reference != source.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(reference),
+            reference if alone else resolve(reference),
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             local_files_only=local_only,
