@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from opd.api import execute, origin
+from opd.api import execute
 from opd.checkpoints.store import folder_of
 from opd.cli.main import main
 from opd.context import Context
@@ -26,6 +26,7 @@ from opd.language.model import LanguageModel
 from opd.plan import make_plan
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
+from opd.saving import origin
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of

@@ -104,6 +104,21 @@ def test_a_saved_student_that_is_another_model_is_told_and_kept(folders, tmp_pat
     assert "another model" in json.loads((tmp_path / "run" / "summary.json").read_text())["lacking"][0]
 
 
+@pytest.mark.parametrize("free", [0.0, 1e18])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_is_compared_also_where_there_is_no_room_for_two(tokenizer, tmp_path, monkeypatch, free, tied):
+    monkeypatch.setattr(saving, "free_memory", lambda: free)
+    model = tiny_model(vocabulary=len(tokenizer), tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "m")
+    before = sorted(os.listdir(tmp_path / "m"))
+    assert saving.difference(tmp_path / "m", model) is None
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.1)
+    assert "logits differ by" in saving.difference(tmp_path / "m", model)
+    assert sorted(os.listdir(tmp_path / "m")) == before
+    (tmp_path / "m" / "model.safetensors").unlink()
+    assert "cannot be loaded again" in saving.difference(tmp_path / "m", model)
+
+
 @pytest.mark.parametrize("where", ["folder", "live", "lora"])
 def test_a_generation_config_that_cannot_be_saved_is_mended_and_told(folders, tokenizer, tmp_path, capsys, where):
     """transformers#29988."""
@@ -139,7 +154,7 @@ def test_weights_are_saved_whatever_else_fails(folders, tokenizer, tmp_path, mon
 
     student, teacher = loaded(tmp_path / "s"), loaded(tmp_path / "t")
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fails)
-    monkeypatch.setattr("opd.api.model_card", lambda *_: "\ud800")
+    monkeypatch.setattr("opd.saving.model_card", lambda *_: "\ud800")
     monkeypatch.setattr("opd.policies.causal_lm.check_savable", lambda model: [])
     result = short_run(tmp_path / "run", student, teacher, tokenizer=tokenizer)
     told = capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,14 @@ def _frozen_layer(layer: Any) -> Any:
     return layer
 
 
+def free_memory() -> float:
+    """Bytes of memory that nobody uses; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 def difference_of_adapter(folder: Path, model: Any) -> str | None:
     """How a saved adapter differs from the live one; None where every value is the same."""
     from peft import get_peft_model_state_dict
@@ -181,11 +191,15 @@ def difference(folder: Path, model: Any) -> str | None:
 
     The folder is loaded on the CPU as a user would load it, and both models read one sequence of `PROBE` tokens from
     all over the vocabulary: whatever goes wrong between training and loading is seen, be it merging, tying or names.
-    Memory: a second copy of the weights on the CPU.
+    Memory: a second copy of the weights on the CPU; where there is no room for one, a layer at a time is read.
     """
     base: PreTrainedModel = model.get_base_model() if is_adapted(model) else model
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    options: dict[str, Any] = (
+        {} if free_memory() > 1.5 * size else {"device_map": {"": "disk"}, "offload_folder": str(folder)}
+    )
     try:
-        saved = type(base).from_pretrained(folder, dtype=base.dtype).eval()
+        saved = type(base).from_pretrained(folder, dtype=base.dtype, **options).eval()
     except Exception as error:
         return f"{folder} cannot be loaded again ({told(error)})"
     was_training = model.training
