@@ -275,7 +275,12 @@ class CausalLMStudent(Student):
         self.language = self.module
 
     def check_savable(self) -> list[str]:
-        return check_savable(self.language.base)
+        told, method = check_savable(self.language.base), quantised_by(self.language.base)
+        if method is not None:
+            told.append(
+                f"the student's weights are quantised by {method}: its adapter alone is saved, in student/adapter"
+            )
+        return told
 
     def save(self, folder: Path, card: str) -> list[str]:
         """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`. Of
