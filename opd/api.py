@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,25 +14,28 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
-from safetensors import SafetensorError
 
-from opd.checkpoints.files import locked, main_process, whole_folder, write_whole
+from opd.checkpoints.directory import prepare_directory, refuse_links, refuse_occupied, refuse_place
+from opd.checkpoints.files import locked, whole_folder, write_whole
+from opd.checkpoints.ours import refuse_taken
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import choices_of
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate
+from opd.hub import check_push
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
 from opd.progress import without_library_bars
 from opd.prompts.dataset import encoded_images
-from opd.provenance import ORIGIN, environment, models_of, peak_memory_bytes
+from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
-from opd.report import write_report
-from opd.report.run_directory import read_json, read_yaml
+from opd.report.run_directory import read_json
 from opd.run import Run, assemble, load_data
+from opd.saving import save_run
+from opd.teachers.again import device_of, self_teachers
 from opd.trackers import check_trackers
 
 
@@ -107,10 +109,7 @@ def distill(
         },
         "distill()",
     )
-    device = torch.device("cpu" if recipe.hardware.device == "auto" else recipe.hardware.device)
-    if recipe.hardware.device == "auto" and torch.cuda.is_available():
-        device = torch.device("cuda")
-    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed)
+    context = Context(device=device_of(recipe), temperature=recipe.temperature, seed=recipe.seed)
     model = _model_of(student)
     policy, policies = _policy_of(model), [_policy_of(t) for t in teachers]
     if policy is not None:
@@ -160,6 +159,12 @@ def execute(
         raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
     if resume and not recipe.directory.is_dir():
         raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
+    refuse_place(recipe)
+    refuse_links(recipe.directory)
+    if recipe.push_to is not None:
+        check_push(recipe.push_to)
+    if not (resume or overwrite or recipe.resume == "auto"):
+        refuse_occupied(recipe.directory)
     bad: list[DataError] = []
     data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)
@@ -173,6 +178,8 @@ def execute(
         monitor.opening(recipe)
         with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
+            for text in run.student.check_savable():
+                monitor.warn(text)
             if found is not None:
                 folder, facts = found
                 refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
@@ -237,6 +244,7 @@ def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = F
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
     for recipe in recipes:
         check_trackers(recipe.tracking.trackers)
+        refuse_place(recipe)
         if not overwrite and recipe.resume == "never":
             refuse_occupied(recipe.directory)
     before: Path | None = None
@@ -281,20 +289,13 @@ def finish(run: Run) -> Result:
     # and the wrapper would do so while it holds Python's lock, which they need.
     run.student.unwrap(run.accelerator)
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        try:
-            with whole_folder(recipe.directory / "student") as folder:
-                run.student.save(folder, model_card(recipe, summary, run.student.library))
-                (folder / ORIGIN).write_text(json.dumps(origin(run), indent=2) + "\n", encoding="utf-8")
-            write_whole(recipe.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
-        except (OSError, SafetensorError) as error:
-            raise RunError(
-                f"the student cannot be saved to {recipe.directory / 'student'} ({error}); free some space and go on "
-                "with --resume"
-            ) from None
-        write_report([recipe.directory], recipe.directory / "report.html")
+    different = save_run(run, summary) if run.accelerator.is_main_process else None
     run.accelerator.free_memory()
     run.accelerator.end_training()
+    if different is not None:
+        raise RunError(
+            f"{different}. Its files are kept; the trained state is also in the newest checkpoint, if there is one"
+        )
     student, tokenizer = run.student.live()
     return Result(
         student=student,
@@ -310,39 +311,54 @@ def finish(run: Run) -> Result:
     )
 
 
-def origin(run: Run) -> dict[str, Any]:
-    """What a saved student says of where it comes from: the hashes of the teachers that it learnt from, or, when this
-    run had none, those of the run before."""
-    teachers = [member.identity() for teacher in run.teachers for member in teacher.members().values()]
-    found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
-    before = getattr(run.student, "origin", {})
-    return {"format": 1, "teachers": found or before.get("teachers", [])}
-
-
-def assembled(recipe: Recipe, *, quiet: bool = True, console: Console | None = None) -> Run:
+def assembled(
+    recipe: Recipe, *, teachers: Sequence[Any] | None = None, quiet: bool = True, console: Console | None = None
+) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.console.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
+            teachers=teachers,
         )
 
 
 @without_library_bars()
-def measure(recipe: Recipe, *, quiet: bool = False, console: Console | None = None) -> HeldOut:
-    """Held-out metrics of a recipe's student against its teacher, without training."""
-    run = assembled(recipe, quiet=quiet, console=console)
-    with run.monitor.console.status("measuring the student on held-out prompts"):
-        return evaluate(run)
+def measure(
+    recipe: Recipe,
+    *,
+    trained: Recipe | None = None,
+    run: Path | None = None,
+    quiet: bool = False,
+    console: Console | None = None,
+) -> HeldOut:
+    """Held-out metrics of a recipe's student against its teacher, without training.
 
-
-def export(directory: Path, out: Path, step: int | None = None) -> Path:
-    """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
+    Args:
+        trained: the recipe that the student was trained by, where `recipe` names a trained student in place of its own:
+            a teacher that is the student itself is made of the one that training began with.
+        run: its directory, from whose last checkpoint a teacher that followed the student is taken.
 
     Raises:
-        RunError: no checkpoint of that step, or a damaged one.
+        RunError: that teacher cannot be made again.
     """
+    teachers = None if trained is None else self_teachers(trained, run)
+    built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
+    with built.monitor.console.status("measuring the student on held-out prompts"):
+        return evaluate(built)
+
+
+def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bool = False) -> Path:
+    """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
+
+    Args:
+        overwrite: replace the model that `opd` wrote into `out`.
+
+    Raises:
+        RunError: no checkpoint of that step, or a damaged one; or `out` holds something.
+    """
+    refuse_taken(out, overwrite)
     steps = steps_stored(directory)
     if not steps or (step is not None and step not in steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -357,79 +373,15 @@ def export(directory: Path, out: Path, step: int | None = None) -> Path:
     student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
     card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
-        student.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n")
-    return out
-
-
-def occupied(directory: Path) -> bool:
-    """Whether a directory holds a run."""
-    return any((directory / name).exists() for name in ("recipe.yaml", "metrics.jsonl", "checkpoints"))
-
-
-def refuse_occupied(directory: Path) -> None:
-    """Raise `RunError` for a directory that holds a run."""
-    if occupied(directory):
-        raise RunError(
-            f"{directory} holds a run already; go on with it by --resume, choose another with output=PATH, "
-            "or pass --overwrite"
+        lacking = student.save(
+            partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n"
         )
-
-
-def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False) -> None:
-    """Clear a run directory; refuse one that holds a run unless `overwrite`.
-
-    With `unfinished`, a run without checkpoints is cleared too, if it meant to write some and wrote no student: it was
-    killed before its first.
-    """
-    if not main_process():
-        return
-    if unfinished and occupied(directory):
-        if (directory / "student").exists() or not _meant_to_write_checkpoints(directory):
-            raise RunError(
-                f"the run in {directory} has no checkpoint to go on from; "
-                "start again with --overwrite, or with output=PATH"
-            )
-        overwrite = True
-    if not overwrite:
-        refuse_occupied(directory)
-    else:
-        for name in (
-            "recipe.yaml",
-            "environment.json",
-            "metrics.jsonl",
-            "samples.jsonl",
-            "rollouts.jsonl",
-            "summary.json",
-            "lm_eval.json",
-            "report.html",
-        ):
-            (directory / name).unlink(missing_ok=True)
-        for name in ("student", "opd", "checkpoints"):
-            shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def _meant_to_write_checkpoints(directory: Path) -> bool:
-    if not (directory / "recipe.yaml").exists():
-        return True
-    block = read_yaml(directory / "recipe.yaml")[1].get("checkpoint")
-    return bool(block.get("every")) if isinstance(block, dict) else False
-
-
-def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
-    """README.md of a saved student, which `library` loads."""
-    block = recipe.dump()
-    teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
-    objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
-    rows = "\n".join(
-        f"| {name} | {summary['before'][name]:.4f} | {value:.4f} |" for name, value in summary["after"].items()
-    )
-    return (
-        f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
-        f"{recipe.description}\n\nStudent `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
-        f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
-        f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
-        f"| held out | before | after |\n|---|---|---|\n{rows}\n"
-    )
+        write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
+    different = student.compare(out)
+    lacking += [] if different is None else [different]
+    if lacking:
+        raise RunError(f"{'; '.join(lacking)}. The weights are in {out}")
+    return out
 
 
 def _policy_of(model: Any) -> type[Policy] | None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from opd.checkpoints.ours import FILLING, LIST, entries
 from opd.errors import ModelError
 
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
@@ -57,8 +58,15 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
-ORIGIN = "opd.json"
-"""Beside a saved student's weights: where it comes from."""
+ORIGIN = LIST
+"""Beside a saved student's weights: where it comes from, and which files of its folder `opd` wrote."""
+
+
+def write_origin(folder: Path, **facts: Any) -> None:
+    """Complete a folder of a model that is just being written: `facts`, and the list of what lies in it."""
+    files = sorted(name for name in entries(folder) if name != FILLING)
+    text = json.dumps({"format": 1, **facts, "files": files}, indent=2) + "\n"
+    (folder / ORIGIN).write_text(text, encoding="utf-8")
 
 
 def read_origin(folder: Path) -> dict[str, Any]:

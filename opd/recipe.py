@@ -141,9 +141,21 @@ class Recipe(Settings):
     )
     failures: Failures = Field(Failures(), description="What to do about bad steps")
     tracking: Tracking = Field(Tracking(), description="Where metrics go")
+    push_to: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Repository on the hub, ORG/NAME, that the saved student is uploaded to; a new one is private",
+    )
     hardware: Hardware = Field(Hardware(), description="Device and precision")
     self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
     try_next: str | None = Field(None, description="A command to suggest when the run ends")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise ValueError("it names the folder of the run, runs/NAME, and must be a folder of its own")
+        return value
 
     @field_validator("checkpoint")
     @classmethod
@@ -236,6 +248,11 @@ def find_recipe(reference: str) -> Path:
     )
 
 
+NOT_SUGGESTED = {"description", "try_next", "resume", "checkpoint", "failures", "tracking", "hardware", "push_to"}
+NOT_DESCRIBED = NOT_SUGGESTED | {"name", "output", "seed"}
+"""Keys that may change while a recipe's `try_next`, or its `description`, stays true."""
+
+
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
     path = find_recipe(reference)
@@ -254,6 +271,11 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds {type(data).__name__}")
     for override in overrides:
         apply_override(data, override)
+    changed = {override.partition("=")[0].split(".")[0] for override in overrides}
+    for text, spoken_of in (("description", changed - NOT_DESCRIBED), ("try_next", changed - NOT_SUGGESTED)):
+        # What was said of the recipe as it stands is not said of another one.
+        if spoken_of and text not in changed:
+            data.pop(text, None)
     return parse_recipe(data, str(path), path.parent)
 
 

@@ -396,7 +396,7 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     target = tmp_path / "thing"
 
     def fill(text, error=None):
-        with whole_folder(target) as folder:
+        with whole_folder(target, ["sub/file"]) as folder:
             (folder / "sub").mkdir()
             (folder / "sub" / "file").write_text(text)
             assert not (target / "sub" / "file").exists() or (target / "sub" / "file").read_text() != text

@@ -348,8 +348,9 @@ def test_what_is_there_is_not_overwritten_unasked(dense, base, adapters, tmp_pat
     with pytest.raises(RunError, match="--overwrite"):
         opd.merge(dense, tmp_path / "out")
     assert kept.exists()
-    opd.merge(dense, tmp_path / "out", overwrite=True)
-    assert not kept.exists()
+    with pytest.raises(RunError, match=r"mine\.txt was not written by opd"):
+        opd.merge(dense, tmp_path / "out", overwrite=True)
+    assert kept.read_text() == "x"
     own = shutil.copytree(dense[0], tmp_path / "own")
     with pytest.raises(RunError, match="holds an expert"):
         opd.merge([own, dense[1]], tmp_path / "own", overwrite=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from opd.api import execute, origin
+from opd.api import execute
 from opd.checkpoints.store import folder_of
 from opd.cli.main import main
 from opd.context import Context
@@ -26,6 +26,7 @@ from opd.language.model import LanguageModel
 from opd.plan import make_plan
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
+from opd.saving import origin
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
@@ -314,8 +315,8 @@ def test_evaluation_judges_each_prompt_by_its_own_teacher(models, tmp_path):
 
 def test_a_student_says_all_its_teachers(models, tmp_path):
     run = build(routed_recipe(models, tmp_path), tmp_path)
-    assert len(origin(run)["teachers"]) == 2
-    assert set(origin(run)["teachers"]) == {route.identity() for route in run.teachers[0].routes.values()}
+    assert len(origin(run)) == 2
+    assert set(origin(run)) == {route.identity() for route in run.teachers[0].routes.values()}
     other = build(routed_recipe(models, tmp_path), tmp_path)
     with torch.no_grad():
         next(other.teachers[0].routes["code"].language.parameters())[0, 0] += 1

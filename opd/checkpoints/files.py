@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from opd.checkpoints.ours import FILLING, refuse_foreign, remove
 from opd.errors import RunError
+
+HOLDER = r"(\d+ on [^\n]*\n)?"
+"""What the lock of a run directory holds."""
 
 
 def main_process() -> bool:
@@ -26,6 +31,20 @@ def flush(path: Path) -> None:
         os.close(number)
 
 
+def attempt(what: str, write: Callable[[], object]) -> list[str]:
+    """Write a part that others can do without; a sentence when it fails."""
+    try:
+        write()
+        return []
+    except Exception as error:
+        return [f"{what} could not be written ({told(error)})"]
+
+
+def told(error: Exception) -> str:
+    """An error of any library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, meets the old text or the new one."""
     partial = path.with_name(f".{path.name}.partial")
@@ -40,28 +59,41 @@ def write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, known: Collection[str] = ()) -> Iterator[Path]:
     """A folder to fill, which takes the place of `target` when the block ends.
 
     It lies beside `target` as `.NAME.partial`. After an error nothing of it remains; after a crash the next write to
-    the same target removes it.
+    the same target removes it. What it replaces goes when it is whole.
+
+    Args:
+        known: files that are ours, in a target that has no `opd.json` to list them.
+
+    Raises:
+        RunError: `target`, or what a crash left beside it, holds something that opd did not write.
     """
     partial, old = target.with_name(f".{target.name}.partial"), target.with_name(f".{target.name}.old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for place in (target, old):
+        refuse_foreign(place, known)
+    remove(partial, known)
     partial.mkdir(parents=True)
+    (partial / FILLING).touch()
     try:
         yield partial
+        (partial / FILLING).unlink()
         for path in (*partial.rglob("*"), partial):
             flush(path)
         if target.exists():
+            remove(old, known)
             target.rename(old)
         partial.rename(target)
         flush(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        remove(old, known)
 
 
 @contextmanager
@@ -82,6 +114,9 @@ def locked(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"cannot write to the run directory {directory} ({error.strerror}); set output=PATH") from None
     with file:
+        file.seek(0)
+        if not re.fullmatch(HOLDER, file.read()):
+            raise RunError(f"{directory / '.lock'} was not written by opd; choose another directory with output=PATH")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from opd.checkpoints.store import UnusableError, facts_of, folder_of, steps_stored, write
+from opd.checkpoints.ours import foreign, remove
+from opd.checkpoints.store import FILES, LEFTOVER, UnusableError, facts_of, folder_of, steps_stored, write
 from opd.choice import Settings
 from opd.errors import RunError
 
@@ -61,9 +62,9 @@ class Checkpoints:
         if not run.accelerator.is_main_process:
             return
         folder = folder_of(run.recipe.directory, run.step)
-        # What a crash left half written or half removed: no checkpoint, but as large as one.
         for leftover in folder.parent.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if LEFTOVER.fullmatch(leftover.name) and not foreign(leftover, FILES):
+                remove(leftover, FILES)
         try:
             write(folder, facts, state)
         except OSError as error:
@@ -82,9 +83,14 @@ class Checkpoints:
         for step in steps[self.settings.keep_last :]:
             if best is None or step != best[0]:
                 folder = folder_of(run.recipe.directory, step)
+                gone = folder.with_name(f".{folder.name}.old")
+                if foreign(folder, FILES) or gone.exists():
+                    # Somebody keeps something there, and so it stays.
+                    continue
                 # Renamed first: what a crash leaves of it must not look like a checkpoint.
-                gone = folder.rename(folder.with_name(f".{folder.name}.old"))
-                shutil.rmtree(gone, ignore_errors=True)
+                folder.rename(gone)
+                with suppress(OSError):
+                    remove(gone, FILES)
 
     def _is_best(self, run: Run) -> bool:
         value = _number(run.monitor.held_out_at(run.step), self.settings.keep_best)

@@ -22,6 +22,7 @@ NO_DIFFERENCE = (
     "checkpoint",
     "failures",
     "tracking",
+    "push_to",
     "self_test",
     "try_next",
     "evaluation.samples",

@@ -27,6 +27,9 @@ from opd.errors import RunError
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
+FILES = (MANIFEST, STATE, TENSORS)
+LEFTOVER = re.compile(r"\.step-\d{8,}\.(partial|old)")
+"""What a crash leaves half written or half removed: no checkpoint, but as large as one."""
 
 
 class UnusableError(RunError):
@@ -50,7 +53,7 @@ def write(folder: Path, facts: Mapping[str, Any], state: Any) -> None:
         OSError: the disk is full or the folder cannot be written; nothing new is left behind.
     """
     structure, tensors = flatten(state)
-    with whole_folder(folder) as partial:
+    with whole_folder(folder, FILES) as partial:
         try:
             save_file(tensors, partial / TENSORS)
         except SafetensorError as error:

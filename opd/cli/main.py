@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -226,18 +227,25 @@ def evaluate(
         raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
 
     changes = list(overrides or [])
-    folder = Path(source)
-    if (folder / "recipe.yaml").is_file():
-        source = str(folder / "recipe.yaml")
-        student = student or str(folder / "student")
+    run = Path(source) if (Path(source) / "recipe.yaml").is_file() else None
+    if run is not None:
+        source = str(run / "recipe.yaml")
+        # It may have been moved since.
+        changes.append(f"output={json.dumps(str(run))}")
+        student = student or str(run / "student")
+    trained = None
     if student is not None:
-        known = type(load_recipe(source, changes).student).model_fields
+        trained = load_recipe(source, changes)
+        known = type(trained.student).model_fields
         own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null"}
-        changes += [f"student.model={student}", *(f"student.{key}={v}" for key, v in own.items() if key in known)]
+        changes += [
+            f"student.model={json.dumps(student)}",
+            *(f"student.{key}={v}" for key, v in own.items() if key in known),
+        ]
     resolved = load_recipe(source, changes)
     _quiet_libraries()
     if lm_eval is None:
-        show_metrics("held out", measure(resolved).metrics, json_output)
+        show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
         return
     from opd.language.harness import run_harness
 
@@ -305,7 +313,7 @@ def create_model(
     ] = None,
     positions: Annotated[int, typer.Option(help="Longest prompt and completion together.")] = 512,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write a randomly initialised model and its tokenizer, to train from scratch."""
     from opd.language.creation import create_model, named_tokenizer
@@ -339,7 +347,7 @@ def create_flow_model(
     head_width: Annotated[int, typer.Option(help="Width of a head.")] = 24,
     places: Annotated[int, typer.Option(help="Tokens of the longest prompt.")] = 8,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model in the same folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write a randomly initialised flow transformer on pixels and its prompt table, to train from scratch."""
     from opd.flow.creation import create_flow_model, named_tokenizer
@@ -354,12 +362,13 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     step: Annotated[int | None, typer.Option(help="Of this step; default the newest.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Write the student of a checkpoint as a folder that transformers loads."""
     from opd.api import export as write_student
 
     _quiet_libraries()
-    print(write_student(run, out, step))
+    print(write_student(run, out, step, overwrite=overwrite))
 
 
 @app.command()
@@ -376,7 +385,7 @@ def merge(
     base: Annotated[
         str | None, typer.Option(help="Folder of the adapters' model; default what they say.", show_default=False)
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
     """Average several experts of one architecture into one model, to start a student from."""
     from opd.errors import RecipeError

@@ -7,11 +7,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from opd.checkpoints.files import whole_folder
+from opd.checkpoints.ours import refuse_taken
 from opd.drawings.vocabulary import drawing_tokenizer
 from opd.errors import ModelError
 from opd.flow.encoder import PromptTable
 from opd.flow.model import FlowModel, import_diffusers
 from opd.language.model import ModelSettings, load_tokenizer
+from opd.provenance import write_origin
 
 
 def named_tokenizer(reference: str) -> PreTrainedTokenizerBase:
@@ -40,7 +43,7 @@ def create_flow_model(
     its prompt table; diffusers loads the first two from `transformer/` and `scheduler/`.
 
     Args:
-        folder: where to; refused when it holds a model already, unless `overwrite`.
+        folder: where to; refused when it holds anything, unless `overwrite` and that is a model that `opd` wrote.
         tokenizer: of the prompts; it needs a padding token.
         patch: pixels on the side of one of the transformer's patches.
         places: L, tokens of the longest prompt.
@@ -76,6 +79,7 @@ def create_flow_model(
         raise ModelError(f"{folder} is a file; give a folder")
     if (folder / "transformer").exists() and not overwrite:
         raise ModelError(f"{folder} holds a model already; choose another folder, or pass overwrite")
+    refuse_taken(folder, overwrite)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = diffusers.SD3Transformer2DModel(
@@ -94,7 +98,9 @@ def create_flow_model(
         table = PromptTable(tokenizer, prompt_width, prompt_width, places)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     try:
-        FlowModel(transformer, scheduler, table).save(folder)
+        with whole_folder(folder) as partial:
+            FlowModel(transformer, scheduler, table).save(partial)
+            write_origin(partial, teachers=[])
     except OSError as error:
         raise ModelError(f"cannot write a model to {folder} ({error.strerror})") from None
     return folder

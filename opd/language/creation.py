@@ -11,10 +11,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from opd.checkpoints.files import whole_folder
+from opd.checkpoints.ours import refuse_taken
 from opd.choice import choices_of
 from opd.errors import ModelError, nearest
 from opd.language.model import ModelSettings, load_tokenizer
 from opd.procedural.base import Task, symbols_of
+from opd.provenance import write_origin
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 """Ids 0, 1 and 2 of every tokenizer made here."""
@@ -88,7 +91,7 @@ def create_model(
     """Write a randomly initialised causal language model and its tokenizer; `from_pretrained` reads the folder.
 
     Args:
-        folder: where to; refused when it holds a model already, unless `overwrite`.
+        folder: where to; refused when it holds anything, unless `overwrite` and that is a model that `opd` wrote.
         tokenizer: the vocabulary is its length.
         width: D, a multiple of twice `heads` (rotary positions turn pairs of numbers).
         feed_forward: inner width; default 4 D.
@@ -111,6 +114,7 @@ def create_model(
         raise ModelError(f"{folder} is a file; give a folder")
     if (folder / "config.json").exists() and not overwrite:
         raise ModelError(f"{folder} holds a model already; choose another folder, or pass overwrite")
+    refuse_taken(folder, overwrite)
     config = AutoConfig.for_model(
         family,
         vocab_size=len(tokenizer),
@@ -130,8 +134,10 @@ def create_model(
         torch.manual_seed(seed)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with whole_folder(folder) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            write_origin(partial, teachers=[])
     except OSError as error:
         raise ModelError(f"cannot write a model to {folder} ({error.strerror})") from None
     return folder

@@ -18,9 +18,11 @@ from transformers import (
 from opd.choice import Settings
 from opd.distributions import Head
 from opd.errors import ModelError
+from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
 from opd.language.encoding import encode
 from opd.language.packing import ATTENTION, Layout, can_pack, pack
+from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
 from opd.prompts import Prompt
 
@@ -30,7 +32,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelSettings(Settings):
     """How a model is loaded; shared by students and teachers."""
 
-    model: str = Field(description="Hub name, folder, .gguf file, or package:NAME of a Python package with one")
+    model: str = Field(
+        description="Hub name or folder, also of an adapter; .gguf file, or package:NAME of a Python package with one"
+    )
     tokenizer: str | None = Field(None, description="Where the tokenizer is, when not beside the model")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     dtype: Dtype = Field("auto", description="Of the weights; auto: as they are stored")
@@ -66,6 +70,9 @@ class ModelSettings(Settings):
 def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:
     """The architecture's config, without weights. With `notes`, a hub name that this machine has no copy of is looked
     up first in the configurations that come with `opd`; the notes say so."""
+    source = adapter_of(settings.model, settings.revision, local_only=notes is not None)
+    if source is not None:
+        settings = settings.model_copy(update={"model": source.base, "revision": None})
     reference, options = config_source(settings.model)
     known = dict(KNOWN.get(settings.model, {})) if notes is not None else {}
     try:
@@ -86,9 +93,14 @@ def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:
 
 def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
     reference = settings.tokenizer or settings.model
+    source = adapter_of(reference, settings.revision, local_only)
+    if source is not None:
+        reference = tokenizer_places(reference, source)[0]
+    # A saved adapter's folder has a tokenizer and no model.
+    alone = source is not None and reference != source.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            resolve(reference),
+            reference if alone else resolve(reference),
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             local_files_only=local_only,
@@ -102,18 +114,33 @@ def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrai
     return tokenizer
 
 
-def load_model(settings: ModelSettings, device: torch.device | str) -> PreTrainedModel:
-    """The model in eval mode on `device`, with `drop_layers` applied."""
+def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter: bool = False) -> PreTrainedModel:
+    """The model in eval mode on `device`, with `drop_layers` applied.
+
+    An adapter's folder loads as the adapter's model with the adapter merged into it; with `keep_adapter`, or where the
+    model is quantised, as peft's wrapper around both.
+    """
+    source = adapter_of(settings.model, settings.revision)
+    reference = settings.model if source is None else source.base
+    named = reference if source is None else f"{reference} (which the adapter {source.folder} changes)"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(settings.model),
-            revision=settings.revision,
+            resolve(reference),
+            revision=settings.revision if source is None else None,
             dtype=settings.dtype,
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _cannot_load("model", settings.model, error) from None
+        raise _cannot_load("model", named, error) from None
+    if source is not None:
+        model = load_adapter(model, source)
+        if not keep_adapter and quantised_by(model.get_base_model()) is None:
+            model = merged(model, in_place=True).requires_grad_(True)
+        elif settings.drop_layers:
+            raise ModelError(
+                f"drop_layers does not go with the adapter {source.folder}, which is kept as it is; merge it"
+            )
     drop_layers(model, settings.drop_layers)
     return model.to(device).eval()
 
@@ -176,9 +203,9 @@ class LanguageModel(torch.nn.Module):
         """What was changed on the way to ids, or could not be handed on; each sentence once."""
 
     @classmethod
-    def load(cls, settings: ModelSettings, device: torch.device | str) -> LanguageModel:
+    def load(cls, settings: ModelSettings, device: torch.device | str, keep_adapter: bool = False) -> LanguageModel:
         tokenizer = load_tokenizer(settings)
-        return cls(load_model(settings, device), tokenizer, settings.template, settings.template_options)
+        return cls(load_model(settings, device, keep_adapter), tokenizer, settings.template, settings.template_options)
 
     @property
     def base(self) -> PreTrainedModel:

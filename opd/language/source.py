@@ -24,7 +24,10 @@ def resolve(reference: str) -> str:
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         folder = Path(reference).expanduser()
         if not (folder / "config.json").is_file():
-            raise ModelError(f"model {reference!r}: no folder with a config.json; give a model folder or a hub name")
+            raise ModelError(
+                f"model {reference!r}: no folder with a config.json or adapter_config.json; "
+                "give a model folder or a hub name"
+            )
         return str(folder)
     return reference
 

@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 
 from opd.checkpoints.files import whole_folder
+from opd.checkpoints.ours import refuse_taken
 from opd.errors import ModelError, RunError
 from opd.language.source import resolve
 from opd.merging import weights as files
 from opd.merging.adapters import Adapter, Factors, check_alike, find, of_factors, of_products, save
 from opd.merging.weights import Weights, components
-from opd.provenance import ORIGIN, read_origin
+from opd.provenance import ORIGIN, read_origin, write_origin
 
 COPIED = (".json", ".txt", ".jinja", ".model")
 """Endings of what a result takes from the first expert besides weights: configurations and tokenizers, no code."""
@@ -62,7 +63,7 @@ def merge(
         form: `dense` writes a model that loads by itself, `adapter` one of rank `sum_i r_i` whose product is exact (of
             the common rank with `factors`). Default what the experts are.
         base: folder of the model that adapters belong to; default what they say, which must be one.
-        overwrite: replace what is in `into`.
+        overwrite: replace the model that `opd` wrote into `into`.
 
     Raises:
         ModelError: experts that are not of one architecture, tokenizer or shape, that hold no safetensors, or adapters
@@ -96,6 +97,7 @@ def merge(
     root = _base(base, used) if through_adapters and form == "dense" else None
     if root is not None and target.resolve() == root.resolve():
         raise RunError(f"{target} is the model that the adapters change; choose another folder")
+    refuse_taken(target, overwrite)
     rule = of_factors if average == "factors" else of_products
     factors = partial(rule, used, shares)
 
@@ -308,8 +310,6 @@ def _write_origin(
         told.append({"expert": str(expert), "weight": share, "sha256": hashes})
         teachers |= set(read_origin(path).get("teachers", []))
     merged = {"average": average, "form": form, "base": None if base is None else str(base), "experts": told}
-    origin = {"format": 1, "teachers": sorted(teachers), "merged": merged}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
     library = "peft" if form == "adapter" else "transformers"
     if any(folder.rglob("diffusion_pytorch_model*")) or (used and form == "adapter" and not used[0].of_peft):
         library = "diffusers"
@@ -322,6 +322,7 @@ def _write_origin(
         f"{'' if form == 'dense' else ' as an adapter'}.\n\n| expert | weight |\n|---|---|\n{rows}\n",
         encoding="utf-8",
     )
+    write_origin(folder, teachers=sorted(teachers), merged=merged)
 
 
 def _sha256(path: Path) -> str:

@@ -123,9 +123,29 @@ class Student(ABC):
         if self.skeleton is not None:
             self.module = fill(self.skeleton, self.module, accelerator.is_main_process) or self.module
 
+    def check_savable(self) -> list[str]:
+        """What a person should know, before training, of how the student will be saved.
+
+        Raises:
+            ModelError: it could not be saved.
+        """
+        return []
+
     @abstractmethod
-    def save(self, folder: Path, card: str) -> None:
-        """Write what the library of the model's kind loads without `opd`, with a model card."""
+    def save(self, folder: Path, card: str) -> list[str]:
+        """Write what the library of the model's kind loads without `opd`, with a model card: the weights first.
+
+        Returns:
+            A sentence for each other part that could not be written.
+
+        Raises:
+            OSError, SafetensorError: the weights could not be written.
+        """
+
+    def compare(self, folder: Path) -> str | None:
+        """How what `folder` loads as differs from the live model, in a sentence; None where it does not, or where the
+        kind of model knows no such test."""
+        return None
 
 
 class Policy(Choice):

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
@@ -25,9 +26,18 @@ from opd.language.agreement import (
     tokens_of_some,
 )
 from opd.language.model import LanguageModel, ModelSettings
+from opd.language.saving import (
+    check_savable,
+    difference,
+    difference_of_adapter,
+    is_adapted,
+    merged,
+    quantised_by,
+    write_weights,
+)
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
-from opd.provenance import read_origin
+from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -48,6 +58,9 @@ class LoRA(Settings):
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
+    modules_to_save: list[str] = Field(
+        [], description="Modules that are trained and saved whole beside the adapters, e.g. [embed_tokens, lm_head]"
+    )
 
 
 class CausalLM(ModelSettings, Policy):
@@ -68,12 +81,14 @@ class CausalLM(ModelSettings, Policy):
     )
 
     def build(self, context: Context) -> CausalLMStudent:
-        language = LanguageModel.load(self, context.device)
-        return CausalLMStudent(language, self, context, read_origin(Path(self.model)))
+        language = LanguageModel.load(self, context.device, keep_adapter=self.lora is not None)
+        folder = Path(self.model)
+        beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder
+        return CausalLMStudent(language, self, context, read_origin(beside))
 
     @classmethod
     def takes(cls, model: Any) -> bool:
-        return isinstance(model, PreTrainedModel)
+        return isinstance(model.get_base_model() if is_adapted(model) else model, PreTrainedModel)
 
     @classmethod
     def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
@@ -94,6 +109,13 @@ class CausalLM(ModelSettings, Policy):
 def _live(model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageModel:
     if tokenizer is None:
         raise RunError("distill() got a live language model without its tokenizer; pass tokenizer=...")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            "a live model has an adapter that transformers loaded into it, and would be saved without its weights; "
+            "pass peft.PeftModel.from_pretrained(base, adapter, is_trainable=True), or the base alone with lora"
+        )
+    if is_adapted(model) and (model.active_peft_config.is_prompt_learning or not hasattr(model, "merge_and_unload")):
+        raise ModelError(f"a live model has a {model.active_peft_config.peft_type.value} adapter; opd takes LORA")
     return LanguageModel(model.to(context.device), tokenizer, "chat" if tokenizer.chat_template else "plain")
 
 
@@ -115,7 +137,13 @@ class CausalLMStudent(Student):
         self.context = context
         self.origin = origin or {}
         if settings is not None and settings.lora is not None:
-            language.model = _with_lora(language.model, settings.lora)
+            if is_adapted(language.model):
+                _check_adapter(language.model, settings)
+            else:
+                language.model = _with_lora(language.model, settings.lora)
+        quantised = quantised_by(language.base)
+        if quantised is not None:
+            _check_quantised(quantised, is_adapted(language.model))
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
@@ -268,18 +296,104 @@ class CausalLMStudent(Student):
         assert isinstance(self.module, LanguageModel)
         self.language = self.module
 
-    def save(self, folder: Path, card: str) -> None:
-        """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`."""
+    def check_savable(self) -> list[str]:
+        told, method = check_savable(self.language.base), quantised_by(self.language.base)
+        if method is not None:
+            told.append(
+                f"the student's weights are quantised by {method}: its adapter alone is saved, in student/adapter"
+            )
+        return told
+
+    def save(self, folder: Path, card: str) -> list[str]:
+        """`folder` loads in plain `transformers`; with LoRA the merged weights, and the adapter in `folder/adapter`. Of
+        a quantised model the adapter alone: merging would round its product, and so be another model."""
         model: Any = self.language.model
-        if hasattr(model, "merge_and_unload"):
-            model.save_pretrained(folder / "adapter")
-            merged = _merged_copy(model)
-            merged.save_pretrained(folder)
+        problems: list[str] = []
+        if not is_adapted(model):
+            problems += write_weights(folder, model)
+        elif quantised_by(self.language.base) is None:
+            lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
+            try:
+                problems += lost + write_weights(folder, merged(model))
+            except (RuntimeError, MemoryError) as error:
+                if lost:
+                    raise
+                problems.append(
+                    f"the merged weights could not be made ({told(error)}); adapter/ holds what was trained"
+                )
         else:
-            model.save_pretrained(folder)
-        self.language.tokenizer.save_pretrained(folder)
-        write_end_ids(folder, self.context.end_ids)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+            model.save_pretrained(folder / "adapter")
+            card += self._of_adapter()
+        problems += attempt("where completions end", lambda: write_end_ids(folder, self.context.end_ids))
+        problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
+        return problems + attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
+
+    def compare(self, folder: Path) -> str | None:
+        model: Any = self.language.model
+        if is_adapted(model) and quantised_by(self.language.base) is not None:
+            return difference_of_adapter(folder / "adapter", model)
+        return difference(folder, model)
+
+    def _of_adapter(self) -> str:
+        name = self.language.base.config.name_or_path
+        return (
+            f"\nThe student is an adapter of `{name}`, which is quantised; merged weights would be rounded again and "
+            "be another model, so there are none here. With transformers and peft:\n\n"
+            f'```python\nbase = AutoModelForCausalLM.from_pretrained("{name}")\n'
+            'model = PeftModel.from_pretrained(base, "adapter")\n```\n'
+        )
+
+
+def _check_adapter(model: Any, settings: CausalLM) -> None:
+    """Raise `ModelError` where `student.lora` asks for another adapter than the one that goes on being trained."""
+    lora, config = settings.lora, model.active_peft_config
+    assert lora is not None
+    if settings.model == LIVE:
+        raise ModelError("student.lora beside a live peft model: it has its adapter already; leave lora out")
+    kept = sorted(config.modules_to_save or [])
+    for key, wanted, has in (
+        ("rank", lora.rank, config.r),
+        ("alpha", lora.alpha, config.lora_alpha),
+        ("dropout", lora.dropout, config.lora_dropout),
+        ("modules_to_save", sorted(lora.modules_to_save), kept),
+    ):
+        if wanted != has:
+            raise ModelError(
+                f"student.lora.{key} is {wanted!r}, and the adapter {settings.model} goes on with {has!r}; write that, "
+                "or leave student.lora out to merge the adapter and train all weights"
+            )
+    has = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    if lora.targets == "all-linear":
+        base = model.get_base_model()
+        head = base.get_output_embeddings()
+        without = [
+            name
+            for name, part in base.named_modules()
+            if isinstance(part, torch.nn.Linear)
+            and part is not head
+            and not any(mark in name for mark in ("lora_", "base_layer", "modules_to_save", "original_module"))
+        ]
+        fits = not without
+    else:
+        fits = (lora.targets if isinstance(lora.targets, str) else sorted(lora.targets)) == has
+    if not fits:
+        raise ModelError(
+            f"student.lora.targets is {lora.targets!r}, and the adapter {settings.model} goes on with {has!r}; "
+            "write that"
+        )
+
+
+def _check_quantised(method: str, adapted: bool) -> None:
+    if "8 bits" in method:
+        raise ModelError(
+            f"the student's weights are quantised by {method}, whose products depend on what else is in the batch: "
+            "what samples and what trains would not be one model. Take 4 bits, or plain weights"
+        )
+    if not adapted:
+        raise ModelError(
+            f"the student's weights are quantised by {method} and cannot be trained; set student.lora to train "
+            "adapters beside them, or take plain weights"
+        )
 
 
 def write_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
@@ -302,7 +416,11 @@ def freeze(model: Any, parts: Sequence[str]) -> None:
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError(f"student.freeze {list(parts)!r} leaves no parameter to train; name fewer parts")
+        raise ModelError(
+            f"student.freeze {list(parts)!r} leaves no parameter to train; name fewer parts"
+            if parts
+            else "the student has no parameter to train; load a peft model with is_trainable=True"
+        )
 
 
 def _with_lora(model: Any, lora: LoRA) -> Any:
@@ -315,14 +433,16 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        modules_to_save=lora.modules_to_save or None,
         task_type="CAUSAL_LM",
     )
+    names = [name for name, _ in model.named_modules() if name]
+    for wanted in lora.modules_to_save:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ModelError(
+                f"student.lora.modules_to_save: no module is named {wanted!r}; names look like {names[-1]!r}"
+            )
     try:
         return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
-
-
-def _merged_copy(model: Any) -> Any:
-    """The base model with the adapters folded in; the training copy is left as it is."""
-    return copy.deepcopy(model).merge_and_unload()

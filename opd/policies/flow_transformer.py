@@ -231,12 +231,16 @@ class FlowStudent(Student):
     def live(self) -> tuple[Any, Any]:
         return (self.model.eval() if self.model.pipeline is None else self.model.pipeline), None
 
-    def save(self, folder: Path, card: str) -> None:
+    def save(self, folder: Path, card: str) -> list[str]:
         """`folder` is a diffusers pipeline, or for a model of pixels its parts; with LoRA the merged weights, and the
         adapter in `folder/adapter` unless the student began with another adapter."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save(folder, adapter=self.own_base)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        try:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        except (OSError, ValueError) as error:
+            return [f"the model card could not be written ({error})"]
+        return []
 
 
 def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:

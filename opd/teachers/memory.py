@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from safetensors.torch import load_file, save
 
 from opd.choice import Settings
 from opd.language.source import cache_folder
+
+OWN = re.compile(r"[0-9a-f]{64}")
+"""Name of an answer's file."""
 
 
 class MemorySettings(Settings):
@@ -75,7 +79,9 @@ class Memory:
             self._make_room()
 
     def _files(self) -> list[Path]:
-        return list(self.folder.glob("*/*.safetensors"))
+        # The folder is anybody's, and there may be other files in it.
+        found = self.folder.glob("[0-9a-f][0-9a-f]/*.safetensors")
+        return [p for p in found if OWN.fullmatch(p.stem) and p.stem[:2] == p.parent.name and not p.parent.is_symlink()]
 
     def _make_room(self) -> None:
         """Others may write and delete here at the same time, so the folder is looked at anew."""

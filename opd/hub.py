@@ -1,0 +1,32 @@
+"""Uploads a saved student to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+
+from opd.checkpoints.files import told
+from opd.errors import RecipeError
+
+
+def check_push(repository: str) -> None:
+    """Raise `RecipeError` where an upload at the end of the run could not work; nothing is asked over the network."""
+    if constants.HF_HUB_OFFLINE:
+        raise RecipeError(f"push_to is {repository!r} and HF_HUB_OFFLINE is set: unset one of them")
+    if huggingface_hub.get_token() is None:
+        raise RecipeError(f"push_to is {repository!r} and there is no token: set HF_TOKEN, or run hf auth login")
+
+
+def push(folder: Path, repository: str) -> str | None:
+    """Upload a folder to a repository, which is made, private, where there is none. None, or in a sentence why it could
+    not be done and how to do it by hand."""
+    try:
+        huggingface_hub.create_repo(repository, private=True, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Student trained with opd")
+        return None
+    except Exception as error:
+        reason, token = told(error), huggingface_hub.get_token()
+        reason = reason.replace(token, "(token)") if token else reason
+        return f"the student was not uploaded to {repository} ({reason}); by hand: hf upload {repository} {folder}"

@@ -1,0 +1,107 @@
+"""The end of a run: its student, summary and report on the disk, and the student on the hub."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from opd.checkpoints.files import attempt, told, whole_folder, write_whole
+from opd.checkpoints.ours import foreign
+from opd.errors import RunError
+from opd.hub import push
+from opd.monitor import Monitor
+from opd.provenance import ORIGIN, models_of, write_origin
+from opd.recipe import Recipe
+from opd.report import write_report
+from opd.run import Run
+
+
+def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
+    """README.md of a saved student, which `library` loads."""
+    block = recipe.dump()
+    teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
+    objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
+    rows = "\n".join(
+        f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
+        for name, value in summary["after"].items()
+    )
+    return (
+        f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+        + (f"{recipe.description}\n\n" if recipe.description else "")
+        + f"Student `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
+        f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
+        f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
+        f"| held out | before | after |\n|---|---|---|\n{rows}\n"
+    )
+
+
+def save_run(run: Run, summary: dict[str, Any]) -> str | None:
+    """Write the student, the summary and the report; what is lacking beside the weights is a warning and stands in the
+    summary. Returns how the saved student differs from the trained one."""
+    monitor, recipe = run.monitor, run.recipe
+    target = recipe.directory / "student"
+    card = model_card(recipe, summary, run.student.library)
+    try:
+        _set_aside(target, monitor)
+        with whole_folder(target) as folder:
+            problems = run.student.save(folder, card)
+            problems += attempt(ORIGIN, lambda: write_origin(folder, teachers=origin(run)))
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the student cannot be saved to {target} ({error}); {_rescued(run, card)}") from None
+    for problem in problems:
+        monitor.warn(f"{problem}; the weights are in {target}")
+    try:
+        different = run.student.compare(target)
+    except Exception as error:
+        different = f"{target} could not be compared with the trained model ({told(error)})"
+    lacking = [*problems, *([] if different is None else [different])]
+    facts = summary | ({"lacking": lacking} if lacking else {})
+    try:
+        write_whole(recipe.directory / "summary.json", json.dumps(facts, indent=2) + "\n")
+    except OSError as error:
+        raise RunError(f"the student is in {target}, and summary.json cannot be written ({error})") from None
+    write_report([recipe.directory], recipe.directory / "report.html")
+    if recipe.push_to is not None and different is None:
+        failed = push(target, recipe.push_to)
+        if failed is not None:
+            monitor.warn(failed)
+    return different
+
+
+def _rescued(run: Run, card: str) -> str:
+    """What is left of a student that cannot be saved in its place: the checkpoint, or a copy where there is room."""
+    if run.checkpoints.written == run.step:
+        return "free some space and go on with --resume"
+    place = Path(tempfile.mkdtemp(prefix="opd-student-"))
+    try:
+        run.student.save(place, card)
+        return f"it is in {place} instead: there is no checkpoint to go on from"
+    except (OSError, SafetensorError):
+        shutil.rmtree(place, ignore_errors=True)
+        return "there is no checkpoint to go on from; set checkpoint.every"
+
+
+def _set_aside(target: Path, monitor: Monitor) -> None:
+    """Keep what somebody has put into an earlier student, or in the way of the new one, under another name."""
+    for folder in (target, *(target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))):
+        if foreign(folder):
+            names = (target.with_name(f"{target.name}.kept-{i}") for i in itertools.count(1))
+            kept = next(path for path in names if not (path.exists() or path.is_symlink()))
+            folder.rename(kept)
+            monitor.warn(f"{folder} held files that opd did not write; it is now {kept}")
+
+
+def origin(run: Run) -> list[str]:
+    """Where a saved student comes from: the hashes of the teachers that it learnt from, or, when this run had none,
+    those of the run before."""
+    teachers = [member.identity() for teacher in run.teachers for member in teacher.members().values()]
+    found = sorted({*run.rollout.teachers(), *(name for name in teachers if name is not None)})
+    before = getattr(run.student, "origin", {})
+    return found or list(before.get("teachers", []))
