@@ -273,10 +273,11 @@ def assemble(
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
     check_verdicts(recipe, training)
 
+    sampler = student.held_out_sampler(recipe, rollout, context)
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
         with accelerator.autocast():
-            self_test(student, built, rollout, recipe.objective, probe)
+            self_test(student, built, rollout, recipe.objective, probe, sampler)
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
@@ -288,7 +289,7 @@ def assemble(
         teachers=built,
         schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
-        sampler=student.held_out_sampler(recipe, rollout, context),
+        sampler=sampler,
         verifier=recipe.verifier,
         shaping=recipe.shaping,
         objectives=recipe.objective,

@@ -19,6 +19,8 @@ from opd.choice import Settings
 from opd.distributions import Head
 from opd.errors import DataError, ModelError
 from opd.language.architectures import KNOWN
+from opd.language.layers import decoder_of, drop_layers, drop_layers_from_config
+from opd.language.logits import scale_and_softcap
 from opd.language.packing import ATTENTION, Layout, can_pack, pack
 from opd.language.source import config_source, resolve
 from opd.prompts import Prompt
@@ -116,35 +118,6 @@ def _cannot_load(what: str, reference: str, error: Exception) -> ModelError:
     )
 
 
-def drop_layers_from_config(config: Any, layers: Sequence[int]) -> Any:
-    """The config of the model that is left after removing `layers`."""
-    if not layers:
-        return config
-    count = config.num_hidden_layers
-    outside = sorted(i for i in layers if i >= count)
-    if outside or len(set(layers)) >= count:
-        raise ModelError(f"drop_layers names layers {outside or sorted(set(layers))}; the model has 0 to {count - 1}")
-    kept = [i for i in range(count) if i not in set(layers)]
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    return config
-
-
-def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Remove decoder layers in place; what is left is renumbered, so that it saves and caches as a normal model."""
-    if not layers:
-        return
-    decoder = model.get_decoder()
-    kept = [layer for i, layer in enumerate(decoder.layers) if i not in set(layers)]
-    drop_layers_from_config(model.config, layers)
-    decoder.layers = torch.nn.ModuleList(kept)
-    for index, layer in enumerate(kept):
-        for part in layer.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = index
-
-
 class LanguageModel(torch.nn.Module):
     """A transformers causal LM seen as `hidden states + head`; what policies, teachers and samplers share."""
 
@@ -209,21 +182,19 @@ class LanguageModel(torch.nn.Module):
         layer = self.base.get_output_embeddings()
         if layer is None:
             raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
-        config = self.base.config
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
+        scale, softcap = scale_and_softcap(self.base.config)
         return Head(
             _effective_weight(layer),
             getattr(layer, "bias", None),
-            scale=float(scale),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=scale,
+            softcap=softcap,
             temperature=temperature,
             vocabulary=vocabulary,
         )
 
     def body(self, **inputs: Any) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
-        return self.base.get_decoder()(**inputs)
+        return decoder_of(self.base)(**inputs)
 
     def forward(
         self,
@@ -263,16 +234,22 @@ class LanguageModel(torch.nn.Module):
 
     def packed_body(self, row: Layout, **options: Any) -> torch.Tensor:
         """Final hidden states `[1, L, D]` of a packed row."""
-        self.base.config._attn_implementation = ATTENTION
+        decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        return self.body(
+        hidden = self.body(
             input_ids=row.ids,
             attention_mask=nothing,
             position_ids=row.positions,
             opd_layout=row,
             **{"use_cache": False, **options},
         ).last_hidden_state
+        if not row.read_by:
+            raise ModelError(
+                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch lie; "
+                "set attention: eager"
+            )
+        return hidden
 
 
 def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,6 +42,9 @@ class Student(ABC):
     shards: ClassVar[bool] = False
     """Whether its rollouts and passes work on weights that processes hold together (`opd.sharding.whole`)."""
 
+    noisy: bool = False
+    """Whether the recipe asks for noise while training: dropout, of the model or of adapters."""
+
     unit: ClassVar[str] = "tok"
     """What a person calls a position, for the progress bar."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, ModelError, RunError, SelfTestError
+from opd.errors import DataError, ModelError, RunError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings
+from opd.language.own_outputs import check_logits
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
@@ -163,21 +163,8 @@ class CausalLMStudent(Student):
                     "shorten it or raise the limit"
                 )
 
-    @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
-        part, _ = trajectories.rows(0, 1)
-        distribution = self(part)
-        ids = torch.cat([part.contexts[0].to(self.language.device), part.actions])[None, :-1]
-        own = self.language.base(input_ids=ids).logits[0, -len(distribution) :].float()
-        head = replace(distribution.head, temperature=1.0)
-        ours = head.logits(distribution.hidden)
-        own = own[:, : ours.shape[1]]
-        off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
-        if off > max(tolerance, 1e-3):
-            raise SelfTestError(
-                f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture "
-                "changes its logits in a way that opd does not know. If you are sure it is right, set self_test: false"
-            )
+        check_logits(self.language, trajectories.contexts, trajectories.completions(), "the student")
 
     def decode(self, actions: torch.Tensor) -> str:
         """A completion as a person reads it."""

@@ -67,6 +67,13 @@ class PrefixSource(ABC):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt that this source cannot extend."""
 
+    def writers(self) -> list[PrefixSource]:
+        """The sources in this one that draw from a language model."""
+        return []
+
+    def check_draws(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Raise `SelfTestError` when a writer's log-probabilities are not those of the model that it draws from."""
+
 
 def divided(
     shares: Sequence[tuple[PrefixSource, Sequence[int]]],
@@ -104,6 +111,9 @@ class Combination(PrefixSource):
 
     def teachers(self) -> list[str]:
         return [name for source in self.sources for name in source.teachers()]
+
+    def writers(self) -> list[PrefixSource]:
+        return [writer for source in self.sources for writer in source.writers()]
 
     def pass_on(self) -> None:
         """Hand the current step's settings and context to the sources."""

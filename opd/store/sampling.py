@@ -16,6 +16,7 @@ from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.run import build_models, compute_device, make_accelerator
+from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
 from opd.store.work import work_through
@@ -57,6 +58,8 @@ def sample(
     )
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     source = recipe.rollout.build(context, student, teachers)
+    if recipe.self_test:
+        check_writers([source], prompts[:2])
     header = StoreHeader(
         prompts=len(prompts),
         group=recipe.batch.group,

@@ -73,6 +73,9 @@ class LiveTeacher(ABC):
     def check_student(self, student: Student, context: Context) -> None:  # noqa: B027
         """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
 
+    def check_outputs(self, trajectories: Trajectories, which: str) -> None:  # noqa: B027
+        """Raise `SelfTestError` when its answers are not made of its model's own outputs; `which` names it."""
+
     def follow(self, student: Student) -> None:  # noqa: B027
         """Called after every optimiser step; a teacher that is made of the student moves here."""
 
