@@ -41,7 +41,7 @@ def train(run: Run) -> None:
         for micro, here in batch:
             with batch.fitting():
                 answers = [target.select(here) for target in targets]
-                accumulate(run, micro, answers, [count[here] for count in counts], batch.last, clock, measurement)
+                accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
 
         with clock("update"):
             run.signals = run.optimiser.apply(measurement.finite(run.sum_over_processes))
@@ -50,6 +50,7 @@ def train(run: Run) -> None:
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
+        run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | scheduled
         run.signals |= run.monitor.after_step(run, run.signals, measurement)
         run.skips.after_step(run)
@@ -64,11 +65,11 @@ def accumulate(
     micro: Trajectories,
     answers: Sequence[Target],
     counts: Sequence[torch.Tensor],
-    last: bool,
+    batch: MicroBatches,
     clock: Clock,
     measurement: Measurement,
 ) -> None:
-    """Add the gradients of one micro-batch, the `last` of its step or not; `counts` are each objective's weights."""
+    """Add the gradients of one micro-batch of a step's `batch`; `counts` are each objective's weights."""
     with run.accelerator.autocast():
         with clock("student"):
             student = run.student(micro)
@@ -78,6 +79,8 @@ def accumulate(
                 objective(student, objective.heard(answers), objective.shape(count, shape), micro)
                 for objective, count in zip(run.objectives, counts, strict=True)
             ]
+            share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
+            own = run.student.own_losses(share)
     with clock("backward"):
-        run.optimiser.accumulate(losses, last)
+        run.optimiser.accumulate([*losses, *own], batch.last)
     measurement.add(losses, micro, shape, run.rollout.exact)

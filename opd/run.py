@@ -192,6 +192,17 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
             recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
+def check_lengths(recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: list[Prompt]) -> list[str]:
+    """Warnings about models that were made for less than the longest prompt with the longest completion of a run; raises
+    `ModelError` where one cannot read that at all."""
+    budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)
+    warnings = student.check_lengths(prompts, budget)
+    for i, teacher in enumerate(teachers):
+        which = f"teacher {i}" if len(teachers) > 1 else "the teacher"
+        warnings += teacher.check_lengths(prompts, budget, which)
+    return warnings
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """`accelerate` for the recipe's device and precision, with its trackers."""
     hardware = recipe.hardware
@@ -266,6 +277,8 @@ def assemble(
     training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
+    for note in dict.fromkeys([*student.notes, *check_lengths(recipe, student, built, [*training, *held_out])]):
+        monitor.warn(note)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):

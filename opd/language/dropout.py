@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-NOISE = ("drop", "jitter")
-"""Parts of the names of modules' attributes that are a rate of such noise."""
+NOISE = ("drop", "input_jitter_noise")
+"""Parts of the names of modules' attributes that are a rate of such noise; `router_jitter_noise` acts without training
+too in some families, and `jitter_noise` alone is that of others."""
 
 
 def silence(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
@@ -13,7 +14,8 @@ def silence(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
     changed = []
     for part in model.modules():
         for name, value in list(vars(part).items()):
-            noisy = any(word in name for word in NOISE) or (name == "p" and "dropout" in type(part).__name__.lower())
+            noisy = any(word in name for word in NOISE) or name == "jitter_noise"
+            noisy = noisy or (name == "p" and "dropout" in type(part).__name__.lower())
             if noisy and isinstance(value, float) and value != 0.0:
                 changed.append((part, name, value))
                 setattr(part, name, 0.0)

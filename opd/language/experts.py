@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from opd.language.layers import decoder_of
-
-
-@dataclass
-class Choices:
-    """What the routers of one forward pass said, layer by layer: `logits` `[tokens, E]` with their graph and `chosen`
-    int64 `[tokens, k]`, padding included."""
-
-    logits: list[torch.Tensor] = field(default_factory=list)
-    chosen: list[torch.Tensor] = field(default_factory=list)
+from opd.objectives.base import Loss
 
 
 class Experts:
-    """The routers of a transformers causal model.
+    """The routers of a transformers causal model, what they chose and the family's auxiliary loss.
 
     Attributes:
         routers: by name; empty for a dense model.
@@ -37,13 +28,14 @@ class Experts:
         self.model = model
         body = decoder_of(model)
         recorded = (getattr(body, "_can_record_outputs", None) or {}).get("router_logits", [])
-        kinds = {}
+        self.index: dict[type[torch.nn.Module], int] = {}
         for recorder in recorded if isinstance(recorded, list | tuple) else [recorded]:
             kind = getattr(recorder, "target_class", recorder)
             if isinstance(kind, type):
-                kinds[kind] = getattr(recorder, "index", 0)
-        self.routers = {name: part for name, part in model.named_modules() if type(part) in kinds}
-        self.index = {name: kinds[type(part)] for name, part in self.routers.items()}
+                self.index[kind] = getattr(recorder, "index", 0)
+        self.routers = {name: part for name, part in model.named_modules() if type(part) in self.index}
+        self.seen: tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None] | None = None
+        self.sums: dict[str, torch.Tensor] = {}
         config = model.config.get_text_config(decoder=True)
         self.top_k = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1)
         self.coefficient, self.note = self._loss(config) if self.routers else (0.0, None)
@@ -59,46 +51,60 @@ class Experts:
                 "the student's routers learn without their auxiliary loss, as its config says (output_router_logits: "
                 f"{str(getattr(config, 'output_router_logits', False)).lower()}, coefficient {weight})"
             )
-        self._balance = balance
+        self.balance = balance
         return float(weight), f"the routers' auxiliary loss is added, times {weight:g}, as the student's config says"
 
     @contextmanager
-    def watched(self) -> Iterator[Choices]:
-        """What the routers say in the forward passes inside; a second pass of gradient checkpointing is not seen."""
-        seen = Choices()
+    def watched(self, present: torch.Tensor | None) -> Iterator[None]:
+        """Keep what the routers say in the forward pass inside, where it has a gradient; the second pass of gradient
+        checkpointing is not seen. `present` `[B, L]` masks padding."""
+        if not self.routers or not torch.is_grad_enabled():
+            yield
+            return
+        logits: list[torch.Tensor] = []
+        chosen: list[torch.Tensor] = []
 
-        def note(name: str) -> Any:
-            def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-                outputs = output if isinstance(output, tuple) else (output,)
-                logits = outputs[self.index[name] if len(outputs) > 1 else 0]
-                logits = logits.reshape(-1, logits.shape[-1])
-                chosen = next((x for x in outputs if _lists_choices(x, len(logits))), None)
-                seen.logits.append(logits)
-                seen.chosen.append(logits.detach().topk(self.top_k, -1).indices if chosen is None else chosen.detach())
+        def note(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            found = outputs[self.index[type(module)] if len(outputs) > 1 else 0]
+            logits.append(found.reshape(-1, found.shape[-1]))
+            listed = next((x for x in outputs if _lists_choices(x, len(logits[-1]))), None)
+            # A router that returns scores alone takes the highest.
+            chosen.append(logits[-1].detach().topk(self.top_k, -1).indices if listed is None else listed.detach())
 
-            return hook
-
-        handles = [part.register_forward_hook(note(name)) for name, part in self.routers.items()]
+        handles = [part.register_forward_hook(note) for part in self.routers.values()]
         try:
-            yield seen
+            yield
         finally:
             for handle in handles:
                 handle.remove()
+        self.seen = logits, chosen, present
 
-    def loss(self, seen: Choices, present: torch.Tensor | None) -> torch.Tensor:
-        """The family's own auxiliary loss of one pass, before its coefficient; `present` int64 `[B, L]` masks padding."""
-        found: torch.Tensor = self._balance(
-            tuple(seen.logits), self.model.num_experts, self.model.num_experts_per_tok, present
-        )
-        return found
-
-    def loads(self, seen: Choices, present: torch.Tensor | None) -> torch.Tensor:
-        """float64 `[layers, E]`: how many tokens each expert of each layer got, on the CPU."""
+    def losses(self, share: float) -> list[Loss]:
+        """The auxiliary loss of the pass that was watched last, times its coefficient and `share`; the load is counted."""
+        if self.seen is None:
+            return []
+        (logits, chosen, present), self.seen = self.seen, None
         real = None if present is None else present.reshape(-1).bool()
-        return torch.stack([
-            torch.bincount((chosen if real is None else chosen[real]).reshape(-1), minlength=logits.shape[-1]).double().cpu()
-            for logits, chosen in zip(seen.logits, seen.chosen, strict=True)
+        loads = torch.stack([
+            torch.bincount((of if real is None else of[real]).reshape(-1), minlength=scores.shape[-1]).double().cpu()
+            for scores, of in zip(logits, chosen, strict=True)
         ])
+        self.sums["loads"] = self.sums.get("loads", torch.zeros_like(loads)) + loads
+        if not self.coefficient:
+            return []
+        total = self.balance(tuple(logits), self.model.num_experts, self.model.num_experts_per_tok, present)
+        sums = torch.tensor([float(total.detach()) * share, share], dtype=torch.float64)
+        self.sums["loss"] = self.sums.get("loss", torch.zeros_like(sums)) + sums
+        nothing = torch.zeros(0, device=total.device)
+        return [Loss(self.coefficient * share * total, nothing, nothing)]
+
+    def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`expert_load_max` and `router_loss` since they were asked for last."""
+        found = {name: sum_over_processes(value) for name, value in self.sums.items()}
+        self.sums = {}
+        signals = {"expert_load_max": busiest(found["loads"])} if "loads" in found else {}
+        return signals | ({"router_loss": float(found["loss"][0] / found["loss"][1])} if "loss" in found else {})
 
 
 def busiest(loads: torch.Tensor) -> float:
@@ -125,9 +131,3 @@ def _lists_choices(output: Any, tokens: int) -> bool:
         and output.dim() == 2
         and len(output) == tokens
     )
-
-
-def router_names(model: Any) -> Sequence[str]:
-    """Names of the routers, and of what lies inside them."""
-    names = Experts(model).routers
-    return [name for name, _ in model.named_modules() if any(name == r or name.startswith(f"{r}.") for r in names)]

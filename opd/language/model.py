@@ -228,6 +228,15 @@ class LanguageModel(torch.nn.Module):
             scored[i, shift + len(context) - 1 : shift + len(row)] = True
         return hidden[scored]
 
+    def padding(
+        self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], layout: str = "auto"
+    ) -> torch.Tensor | None:
+        """int64 `[B, L]`, 1 where `forward` is fed a token of these rows and 0 where padding; None without padding."""
+        if layout == "packed" or (layout == "auto" and can_pack(self.base)):
+            return None
+        fed = [torch.ones(len(c) + len(y) - 1) for c, y in zip(contexts, completions, strict=True)]
+        return pad(fed, "left" if layout == "left" else "right")[1].to(self.device)
+
     def _packed(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> torch.Tensor:
         row = pack(contexts, completions).to(self.device)
         return self.packed_body(row)[0, row.scored]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,7 @@ from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut
+    from opd.objectives import Loss
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
     from opd.run import Run
@@ -54,6 +56,11 @@ class Student(ABC):
     library: ClassVar[str]
     """Which library loads what `save` writes, for the model card."""
 
+    @functools.cached_property
+    def notes(self) -> list[str]:
+        """What a person should know of this student before the run, one sentence each."""
+        return []
+
     @abstractmethod
     def __call__(self, trajectories: Trajectories) -> Distribution:
         """The student's distribution at the N positions of `trajectories`, with a graph when gradients are on."""
@@ -69,10 +76,24 @@ class Student(ABC):
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         """Raise `DataError` for a prompt that cannot be encoded or is longer than `limit`."""
 
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
+        """Warnings about prompts with completions of up to `budget` that are longer than what the model was made for;
+        raises `ModelError` where it cannot read them."""
+        return []
+
     @abstractmethod
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
         """Raise `SelfTestError` when the model's own outputs and those that the loss will be computed from differ by
         more than `tolerance`."""
+
+    def own_losses(self, share: float) -> list[Loss]:
+        """What the model itself adds to the loss of the last micro-batch, `share` of all processes' trajectories of a
+        step: the auxiliary loss of its routers. Empty for most."""
+        return []
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What the model measured of itself since it was asked last, to be logged; every process must ask."""
+        return {}
 
     @abstractmethod
     def outcomes(self, trajectories: Trajectories) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,8 +16,13 @@ from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, ModelError, RunError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.dropout import restore, silence
+from opd.language.adapters import adapted
+from opd.language.experts import Experts
 from opd.language.model import LanguageModel, ModelSettings
 from opd.language.own_outputs import check_logits
+from opd.language.positions import check_positions
+from opd.objectives.base import Loss
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
@@ -40,7 +45,7 @@ class LoRA(Settings):
     rank: int = Field(16, ge=1, description="Of the added matrices")
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
-    targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
+    targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them; all-linear leaves routers of experts out")
 
 
 class CausalLM(ModelSettings, Policy):
@@ -49,7 +54,7 @@ class CausalLM(ModelSettings, Policy):
     kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
-    of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing")
+    of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
@@ -58,6 +63,11 @@ class CausalLM(ModelSettings, Policy):
     freeze: list[str] = Field([], description="Parts of parameter names that stay as they are, e.g. [embed_tokens]")
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass, for less memory"
+    )
+    dropout: Literal["off", "config"] = Field(
+        "off",
+        description="Of the model itself while training. config: as its configuration says; the student that is trained "
+        "is then another than the one that samples",
     )
 
     def build(self, context: Context) -> CausalLMStudent:
@@ -106,8 +116,16 @@ class CausalLMStudent(Student):
         self.language = language
         self.context = context
         self.origin = origin or {}
+        self.silenced = silence(language.model) if settings is not None and settings.dropout == "off" else []
         if settings is not None and settings.lora is not None:
             language.model = _with_lora(language.model, settings.lora)
+            self.notes.append(adapted(language.model))
+        self.noisy = settings is not None and (
+            settings.dropout == "config" or (settings.lora is not None and settings.lora.dropout > 0)
+        )
+        self.experts = Experts(language.base)
+        if self.experts.note is not None:
+            self.notes.append(self.experts.note)
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
@@ -123,8 +141,16 @@ class CausalLMStudent(Student):
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
-        hidden = module(trajectories.contexts, trajectories.completions(), layout)
+        contexts, completions = trajectories.contexts, trajectories.completions()
+        with self.experts.watched(self.language.padding(contexts, completions, layout)):
+            hidden = module(contexts, completions, layout)
         return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
+
+    def own_losses(self, share: float) -> list[Loss]:
+        return self.experts.losses(share)
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        return self.experts.signals(sum_over_processes)
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         members = [
@@ -162,6 +188,11 @@ class CausalLMStudent(Student):
                     f"{prompt.where}: the prompt has {length} tokens, more than max_prompt_tokens={limit}; "
                     "shorten it or raise the limit"
                 )
+
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
+        longest = max((len(self.language.encode(prompt)) for prompt in prompts), default=1)
+        warning = check_positions(self.language, longest, budget, "the student")
+        return [] if warning is None else [warning]
 
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
         check_logits(self.language, trajectories.contexts, trajectories.completions(), "the student")
@@ -219,6 +250,8 @@ class CausalLMStudent(Student):
         return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device, context)
 
     def live(self) -> tuple[Any, Any]:
+        # Whoever passed it gets its rates of dropout back.
+        restore(self.silenced)
         return self.language.model.eval(), self.language.tokenizer
 
     def tokens(self, actions: torch.Tensor) -> list[str]:
@@ -269,6 +302,8 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
+        # An adapter that moves a router moves what the experts were trained for.
+        exclude_modules=list(Experts(model).routers) if lora.targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     try:

@@ -13,7 +13,7 @@ from pydantic import Field
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Author, Trajectories, join
 
 
@@ -136,6 +136,11 @@ class Rollout(Choice):
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
 
+    @property
+    def longest(self) -> int:
+        """The largest budget of all steps."""
+        return self.budget
+
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         """Make the rollout of a built student and built teachers."""
@@ -152,6 +157,11 @@ class OneSource(Rollout):
     def budget(self) -> int:
         return self.max_new_tokens
 
+    @property
+    def longest(self) -> int:
+        tokens = self.max_new_tokens
+        return round(max(tokens.shape.extremes())) if isinstance(tokens, Scheduled) else tokens
+
 
 class SeveralSources(Rollout):
     """Base of rollouts that are made of others."""
@@ -159,6 +169,10 @@ class SeveralSources(Rollout):
     @property
     def budget(self) -> int:
         return max(part.budget for part in self.parts)
+
+    @property
+    def longest(self) -> int:
+        return max(part.longest for part in self.parts)
 
 
 def row_seed(seed: int, stream: int, prompt: Prompt, group: int, member: int) -> int:

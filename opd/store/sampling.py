@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from opd.recipe import Recipe
 from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.run import build_models, compute_device, make_accelerator
+from opd.run import build_models, check_lengths, compute_device, make_accelerator
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
@@ -58,6 +59,8 @@ def sample(
     )
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     source = recipe.rollout.build(context, student, teachers)
+    for warning in check_lengths(recipe, student, teachers, prompts):
+        print(f"opd: {warning}", file=sys.stderr)
     if recipe.self_test:
         check_writers([source], prompts[:2])
     header = StoreHeader(
