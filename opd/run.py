@@ -192,7 +192,9 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
             recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
-def check_lengths(recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: list[Prompt]) -> list[str]:
+def check_lengths(
+    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: list[Prompt]
+) -> list[str]:
     """Warnings about models that were made for less than the longest prompt with the longest completion of a run; raises
     `ModelError` where one cannot read that at all."""
     budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)

@@ -27,8 +27,8 @@ from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
 from opd.recipe import load_recipe, parse_recipe
 from opd.reduction import position_weights
-from opd.run import assemble
 from opd.rollouts import PrefixSource
+from opd.run import assemble
 from opd.self_test import self_test
 from opd.teachers.self_teacher import SelfTeacher
 from opd.verifiers.exact_match import ExactMatch

@@ -33,7 +33,9 @@ class Experts:
             kind = getattr(recorder, "target_class", recorder)
             if isinstance(kind, type):
                 self.index[kind] = getattr(recorder, "index", 0)
-        self.routers = {name: part for name, part in model.named_modules() if type(part) in self.index}
+        # An adapter on a router's weight makes its class another one.
+        kinds = tuple(self.index)
+        self.routers = {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
         self.seen: tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None] | None = None
         self.sums: dict[str, torch.Tensor] = {}
         config = model.config.get_text_config(decoder=True)
@@ -41,18 +43,20 @@ class Experts:
         self.coefficient, self.note = self._loss(config) if self.routers else (0.0, None)
 
     def _loss(self, config: Any) -> tuple[float, str | None]:
-        weight = next((getattr(config, n) for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(config, n)), None)
+        weight = next(
+            (getattr(config, n) for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(config, n)), None
+        )
         balance = getattr(sys.modules[type(self.model).__module__], "load_balancing_loss_func", None)
         known = balance is not None and list(inspect.signature(balance).parameters)[1:3] == ["num_experts", "top_k"]
         if not known or not hasattr(self.model, "num_experts"):
-            return 0.0, f"the student's routers learn without an auxiliary loss: opd knows none of {config.model_type!r}"
+            return 0.0, f"no auxiliary loss of routers is added: opd knows none of the family {config.model_type!r}"
         if not getattr(config, "output_router_logits", False) or not weight:
             return 0.0, (
-                "the student's routers learn without their auxiliary loss, as its config says (output_router_logits: "
+                "no auxiliary loss of routers is added, as the student's config says (output_router_logits: "
                 f"{str(getattr(config, 'output_router_logits', False)).lower()}, coefficient {weight})"
             )
         self.balance = balance
-        return float(weight), f"the routers' auxiliary loss is added, times {weight:g}, as the student's config says"
+        return float(weight), f"the auxiliary loss of routers is added, times {weight:g}, as the student's config says"
 
     @contextmanager
     def watched(self, present: torch.Tensor | None) -> Iterator[None]:
@@ -66,7 +70,8 @@ class Experts:
 
         def note(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
-            found = outputs[self.index[type(module)] if len(outputs) > 1 else 0]
+            index = next(i for kind, i in self.index.items() if isinstance(module, kind))
+            found = outputs[index if len(outputs) > 1 else 0]
             logits.append(found.reshape(-1, found.shape[-1]))
             listed = next((x for x in outputs if _lists_choices(x, len(logits[-1]))), None)
             # A router that returns scores alone takes the highest.
@@ -78,7 +83,7 @@ class Experts:
         finally:
             for handle in handles:
                 handle.remove()
-        self.seen = logits, chosen, present
+        self.seen = (logits, chosen, present) if logits else None
 
     def losses(self, share: float) -> list[Loss]:
         """The auxiliary loss of the pass that was watched last, times its coefficient and `share`; the load is counted."""
@@ -86,10 +91,14 @@ class Experts:
             return []
         (logits, chosen, present), self.seen = self.seen, None
         real = None if present is None else present.reshape(-1).bool()
-        loads = torch.stack([
-            torch.bincount((of if real is None else of[real]).reshape(-1), minlength=scores.shape[-1]).double().cpu()
-            for scores, of in zip(logits, chosen, strict=True)
-        ])
+        loads = torch.stack(
+            [
+                torch.bincount((of if real is None else of[real]).reshape(-1), minlength=scores.shape[-1])
+                .double()
+                .cpu()
+                for scores, of in zip(logits, chosen, strict=True)
+            ]
+        )
         self.sums["loads"] = self.sums.get("loads", torch.zeros_like(loads)) + loads
         if not self.coefficient:
             return []

@@ -56,7 +56,9 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     decoder = decoder_of(model)
     present = decoder_layers(decoder)
     if present is None:
-        raise ModelError(f"drop_layers: opd does not find the layers of a {model.config.model_type!r} model; leave it out")
+        raise ModelError(
+            f"drop_layers: opd does not find the layers of a {model.config.model_type!r} model; leave it out"
+        )
     kept = [layer for i, layer in enumerate(present) if i not in set(layers)]
     drop_layers_from_config(model.config, layers)
     del present[:]

@@ -30,7 +30,9 @@ PACKABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers whose whole mask is the causal one and a window."""
 NOT_PACKED = ("nemotron",)
 """Families whose layers keep from their attention what the decoder is called with, the layout too."""
-MIXERS = re.compile(r"mamba|ssm|recurrent|rwkv|conv(?!ert)|shift|linearattention|lightning|delta|indexer|retention", re.I)
+MIXERS = re.compile(
+    r"mamba|ssm|recurrent|rwkv|conv(?!ert)|shift|linearattention|lightning|delta|indexer|retention", re.I
+)
 """Parts of the names of modules that mix positions by other means than softmax attention."""
 
 

@@ -15,9 +15,9 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, ModelError, RunError
+from opd.language.adapters import adapted, spare_routers
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.dropout import restore, silence
-from opd.language.adapters import adapted
 from opd.language.experts import Experts
 from opd.language.model import LanguageModel, ModelSettings
 from opd.language.own_outputs import check_logits
@@ -45,7 +45,10 @@ class LoRA(Settings):
     rank: int = Field(16, ge=1, description="Of the added matrices")
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
-    targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them; all-linear leaves routers of experts out")
+    targets: list[str] | str = Field(
+        "all-linear",
+        description="Modules that get an adapter, as peft names them; all-linear leaves routers of experts out",
+    )
 
 
 class CausalLM(ModelSettings, Policy):
@@ -302,10 +305,9 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.targets,
-        # An adapter that moves a router moves what the experts were trained for.
-        exclude_modules=list(Experts(model).routers) if lora.targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
+    spare_routers(config, model)
     try:
         return get_peft_model(model, config)
     except ValueError as error:
