@@ -193,10 +193,10 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
 
 
 def check_lengths(
-    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: list[Prompt]
+    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: Sequence[Prompt]
 ) -> list[str]:
-    """Warnings about models that were made for less than the longest prompt with the longest completion of a run; raises
-    `ModelError` where one cannot read that at all."""
+    """Warnings about models that were made for less than the longest prompt with the longest completion of a run;
+    raises `ModelError` where one cannot read that at all."""
     budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)
     warnings = student.check_lengths(prompts, budget)
     for i, teacher in enumerate(teachers):

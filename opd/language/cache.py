@@ -64,7 +64,8 @@ def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
 
     transformers' own `batch_select_indices` and `batch_repeat_interleave` leave out what `STATES` names.
     """
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         if getattr(layer, "keys", None) is not None and layer.is_initialized and layer.keys.numel():
             layer.batch_select_indices(rows)
         for name in STATES:

@@ -19,8 +19,8 @@ class Experts:
 
     Attributes:
         routers: by name; empty for a dense model.
-        coefficient: of the router's auxiliary loss, where the model's config asks for that loss (`output_router_logits`)
-            and its family has one; else 0.
+        coefficient: of the routers' auxiliary loss, where the config asks for that loss (`output_router_logits`) and
+            the family has one; else 0.
         note: what a person should know about that loss, or None.
     """
 
@@ -40,13 +40,15 @@ class Experts:
         self.sums: dict[str, torch.Tensor] = {}
         config = model.config.get_text_config(decoder=True)
         self.top_k = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 1)
+        self.balance: Callable[..., torch.Tensor] | None = None
         self.coefficient, self.note = self._loss(config) if self.routers else (0.0, None)
 
     def _loss(self, config: Any) -> tuple[float, str | None]:
-        weight = next(
-            (getattr(config, n) for n in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(config, n)), None
+        names = ("router_aux_loss_coef", "aux_loss_coef")
+        weight = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        balance: Callable[..., torch.Tensor] | None = getattr(
+            sys.modules[type(self.model).__module__], "load_balancing_loss_func", None
         )
-        balance = getattr(sys.modules[type(self.model).__module__], "load_balancing_loss_func", None)
         known = balance is not None and list(inspect.signature(balance).parameters)[1:3] == ["num_experts", "top_k"]
         if not known or not hasattr(self.model, "num_experts"):
             return 0.0, f"no auxiliary loss of routers is added: opd knows none of the family {config.model_type!r}"
@@ -86,7 +88,7 @@ class Experts:
         self.seen = (logits, chosen, present) if logits else None
 
     def losses(self, share: float) -> list[Loss]:
-        """The auxiliary loss of the pass that was watched last, times its coefficient and `share`; the load is counted."""
+        """The auxiliary loss of the pass that was watched last, times its coefficient and `share`; counts the load."""
         if self.seen is None:
             return []
         (logits, chosen, present), self.seen = self.seen, None
@@ -100,7 +102,7 @@ class Experts:
             ]
         )
         self.sums["loads"] = self.sums.get("loads", torch.zeros_like(loads)) + loads
-        if not self.coefficient:
+        if self.balance is None:
             return []
         total = self.balance(tuple(logits), self.model.num_experts, self.model.num_experts_per_tok, present)
         sums = torch.tensor([float(total.detach()) * share, share], dtype=torch.float64)
@@ -117,7 +119,7 @@ class Experts:
 
 
 def busiest(loads: torch.Tensor) -> float:
-    """The busiest expert's share of a layer's choices times the number of experts, mean over layers: 1 is even, E is one
+    """The busiest expert's share of a layer's choices times the number of experts, mean over layers: 1 is even, E one
     expert for everything. `loads` is `[layers, E]`."""
     shares = loads / loads.sum(1, keepdim=True).clamp(min=1)
     return float((shares.amax(1) * loads.shape[1]).mean())

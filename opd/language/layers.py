@@ -13,7 +13,7 @@ from opd.errors import ModelError
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a causal model below its head: what `get_decoder` says, or the base model where that is no decoder."""
+    """The part of a causal model below its head: what `get_decoder` says, or its base where that is no decoder."""
     found = model.get_decoder()
     if isinstance(found, PreTrainedModel) and found is not model:
         return found
@@ -56,9 +56,7 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
     decoder = decoder_of(model)
     present = decoder_layers(decoder)
     if present is None:
-        raise ModelError(
-            f"drop_layers: opd does not find the layers of a {model.config.model_type!r} model; leave it out"
-        )
+        raise ModelError(f"drop_layers: opd finds no layers in the family {model.config.model_type!r}; leave it out")
     kept = [layer for i, layer in enumerate(present) if i not in set(layers)]
     drop_layers_from_config(model.config, layers)
     del present[:]
@@ -85,8 +83,8 @@ def _check_config_tells(model: PreTrainedModel, layers: Sequence[int]) -> None:
         different = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
     if different is not None:
         raise ModelError(
-            f"drop_layers {sorted(set(layers))}: the config of a {model.config.model_type!r} model cannot say which layers "
-            f"are left ({different}); drop a whole period of its layers, or none"
+            f"drop_layers {sorted(set(layers))}: the config of the family {model.config.model_type!r} cannot say which "
+            f"layers are left ({different}); drop a whole period of its layers, or none"
         )
 
 

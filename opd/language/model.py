@@ -255,8 +255,8 @@ class LanguageModel(torch.nn.Module):
         ).last_hidden_state
         if not row.read_by:
             raise ModelError(
-                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch lie; "
-                "set attention: eager"
+                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
+                "lie; set attention: eager"
             )
         return hidden
 

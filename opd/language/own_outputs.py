@@ -31,7 +31,7 @@ def compute_dtype(module: torch.nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def own_logits(language: LanguageModel, context: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
-    """float32 `[T, V]`: the logits of the model's own forward pass, alone and in eval mode, that predict a completion."""
+    """float32 `[T, V]`: logits of the model's own forward pass, alone and in eval mode, that predict a completion."""
     ids = torch.cat([context.to(language.device), completion[:-1].to(language.device)])[None]
     # Of a long prompt and a large vocabulary all logits would take gigabytes.
     few = "logits_to_keep" in inspect.signature(language.base.forward).parameters
@@ -46,8 +46,8 @@ def own_logits(language: LanguageModel, context: torch.Tensor, completion: torch
 def check_logits(
     language: LanguageModel, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], which: str
 ) -> None:
-    """Raise `SelfTestError` when hidden states times head, of rows that share a batch and in the mode in which the model
-    is, are not the model's own logits of each row alone. `which` names the model."""
+    """Raise `SelfTestError` when hidden states times head, of rows that share a batch and in the mode in which the
+    model is, are not the model's own logits of each row alone. `which` names the model."""
     first, last = (contexts[0], completions[0]), (contexts[-1], completions[-1])
     # A group with one prompt, and rows of unequal length.
     rows = [first, (first[0], first[1].flip(0)), *zip(contexts[1:], completions[1:], strict=True)]
@@ -59,8 +59,8 @@ def check_logits(
         ahead = float((begun - own[0][: len(begun)]).abs().max() / own[0].abs().max().clamp(min=1e-6))
         if ahead > tolerance:
             raise SelfTestError(
-                f"{which}: {_family(language)} lets a position see the tokens behind it, so it is no causal language model "
-                "as its config stands (is_decoder); take another model"
+                f"{which}: {_family(language)} lets a position see the tokens behind it, so it is no causal language "
+                "model as its config stands (is_decoder); take another model"
             )
         together = _apart(language, rows, own)
         if together <= tolerance:
@@ -71,19 +71,20 @@ def check_logits(
             language.train()
             if quiet <= tolerance:
                 raise SelfTestError(
-                    f"{which} computes other logits in training than in sampling, by {together:.1%}: {_family(language)} "
-                    "has noise in its config that opd cannot turn off; student.dropout=config trains with it"
+                    f"{which} computes other logits in training than in sampling, by {together:.1%}: "
+                    f"{_family(language)} has noise in its config that opd cannot turn off; student.dropout=config "
+                    "trains with it"
                 )
         alone = sum(_apart(language, [r], [logits], "right") for r, logits in zip(rows, own, strict=True)) / len(rows)
     if alone > tolerance:
         raise SelfTestError(
-            f"{which}: the model's own logits and its hidden states times its head differ by {alone:.1%}: {_family(language)} "
-            "changes its logits in a way that opd does not know; take another model"
+            f"{which}: the model's own logits and its hidden states times its head differ by {alone:.1%}: "
+            f"{_family(language)} changes its logits in a way that opd does not know; take another model"
         )
     way = "attention: eager pads rows instead" if can_pack(language.base) else "take another model"
     raise SelfTestError(
-        f"{which}: rows that share a batch get other logits than each alone, by {together:.1%}: {_family(language)} lets one "
-        f"row or its padding reach another; {way}"
+        f"{which}: rows that share a batch get other logits than each alone, by {together:.1%}: {_family(language)} "
+        f"lets one row or its padding reach another; {way}"
     )
 
 

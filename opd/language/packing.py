@@ -158,12 +158,9 @@ def can_pack(model: Any) -> bool:
 
 def _is_pluggable(attention: object) -> bool:
     """Whether an attention is a module that asks transformers' interface what to compute with."""
-    return isinstance(attention, torch.nn.Module) and _asks_interface(type(attention))
-
-
-@functools.cache
-def _asks_interface(kind: type[torch.nn.Module]) -> bool:
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if not isinstance(attention, torch.nn.Module):
+        return False
+    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 

@@ -38,13 +38,13 @@ def check_positions(language: LanguageModel, prompt: int, budget: int, which: st
     size = table_size(body)
     if size is not None and needed > size:
         raise ModelError(
-            f"{which} has {size} positions, and {numbers}: set rollout.max_new_tokens to at most {max(1, size + 1 - prompt)}, "
-            "or leave the longest prompts out (max_prompt_tokens)"
+            f"{which} has {size} positions, and {numbers}: set rollout.max_new_tokens to at most "
+            f"{max(1, size + 1 - prompt)}, or leave the longest prompts out"
         )
     trained = getattr(body.config, "max_position_embeddings", None)
     if size is None and isinstance(trained, int) and needed > trained > 0:
         return (
-            f"{which} was made for {trained} positions (max_position_embeddings), and {numbers}: what it says beyond is "
-            "guesswork"
+            f"{which} was made for {trained} positions (max_position_embeddings), and {numbers}: what it says beyond "
+            "is guesswork"
         )
     return None

@@ -69,8 +69,8 @@ class CausalLM(ModelSettings, Policy):
     )
     dropout: Literal["off", "config"] = Field(
         "off",
-        description="Of the model itself while training. config: as its configuration says; the student that is trained "
-        "is then another than the one that samples",
+        description="Of the model itself while training. config: as its configuration says; what is trained is then "
+        "not what samples",
     )
 
     def build(self, context: Context) -> CausalLMStudent:
