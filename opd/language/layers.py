@@ -32,16 +32,17 @@ def drop_layers_from_config(config: Any, layers: Sequence[int]) -> Any:
     """The config of the model that is left after removing `layers`."""
     if not layers:
         return config
-    count = config.num_hidden_layers
+    text = config.get_text_config(decoder=True)
+    count = text.num_hidden_layers
     outside = sorted(i for i in layers if i >= count)
     if outside or len(set(layers)) >= count:
         raise ModelError(f"drop_layers names layers {outside or sorted(set(layers))}; the model has 0 to {count - 1}")
     kept = [i for i in range(count) if i not in set(layers)]
-    for name, value in list(vars(config).items()):
+    for name, value in list(vars(text).items()):
         # What is listed layer by layer: layer_types, no_rope_layers, mlp_layer_types, ...
         if isinstance(value, list) and len(value) == count and not name.startswith("_"):
-            setattr(config, name, [value[i] for i in kept])
-    config.num_hidden_layers = len(kept)
+            setattr(text, name, [value[i] for i in kept])
+    text.num_hidden_layers = len(kept)
     return config
 
 

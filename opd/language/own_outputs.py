@@ -118,7 +118,7 @@ def check_draws(
         tolerance: in nats, on average.
     """
     contexts = [*contexts, contexts[0][: (len(contexts[0]) + 1) // 2]]
-    with _runs(language, which):
+    with _runs(language, f"{which} as a writer"):
         gap = _gap(sampler, contexts, language)
     if not gap <= tolerance:
         # What is wrong with its logits is wrong with its draws, and is the better message.

@@ -232,7 +232,10 @@ class Sampler:
 
     def _sees_everything(self, cache: DynamicCache) -> bool:
         """Whether every layer attends to all tokens before, through an interface that takes a boolean mask."""
-        return decoder_of(self.model.base).config._attn_implementation in ("sdpa", ATTENTION) and _keeps_all(cache)
+        config = decoder_of(self.model.base).config
+        # Biases by distance are made of the mask of tokens.
+        masked = config._attn_implementation in ("sdpa", ATTENTION) and not getattr(config, "alibi", False)
+        return masked and _keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
         """float32 `[alive, V]`: normalised log-probabilities of the next token."""
