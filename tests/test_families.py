@@ -1,4 +1,4 @@
-"""What `opd` computes with a model is what the model computes, family by family; what is not is refused at the start."""
+"""What `opd` computes with a model is what the model computes, family by family; else it is refused at the start."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_family(name):
         pytest.skip(f"this transformers has no {family.name}")
     model = tiny(family)
     silence(model)
-    language = language_of(model).train()
+    language = language_of(model).train(not family.noisy)
     if family.rows == "refused":
         with pytest.raises(SelfTestError, match=family.why):
             check_logits(language, ids(9, 5), ids(5, 7), "the student")
@@ -69,7 +69,7 @@ def test_family(name):
     assert (table_size(decoder_of(model)) == POSITIONS) == family.table
     too_long = ids(POSITIONS + 6)[0]
     if family.table:
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, RuntimeError)):
             own_logits(language, too_long, ids(5)[0])
     else:
         assert bool(own_logits(language, too_long, ids(5)[0]).isfinite().all())
@@ -110,7 +110,7 @@ def test_a_teacher_whose_logits_are_not_known_is_refused_wherever_it_stands():
     wrong = LanguageTeacher(language_of(model), LocalTeacher(model="y"), torch.device("cpu"), None)
     trajectories = trajectories_of([6, 4])
     check_teachers([right], trajectories)
-    with pytest.raises(SelfTestError, match="teacher 1: the model's own logits .* 'llama'"):
+    with pytest.raises(SelfTestError, match=r"teacher 1: the model's own logits .* 'llama'"):
         check_teachers([right, wrong], trajectories)
     settings = RoutedTeacher(by="tag", routes={"a": {"model": "x"}, "b": {"model": "y"}})
     routed = RoutedTeachers(settings, Context(torch.device("cpu")), {"a": right, "b": wrong})
@@ -138,7 +138,7 @@ def recipe_of(llama, teacher, tmp_path, **changes):
     data = {
         "student": {"model": llama, **PLAIN},
         "teacher": {"model": teacher, **PLAIN},
-        "prompts": {"prompts": TEXTS},
+        "prompts": {"kind": "inline", "prompts": TEXTS},
         "steps": 1,
         "rollout": {"max_new_tokens": 6},
         "hardware": {"device": "cpu", "threads": 1, "precision": "fp32"},
@@ -186,7 +186,7 @@ def test_a_row_that_leaves_takes_its_states_along(monkeypatch):
 def test_what_cannot_run_is_refused_in_one_line(monkeypatch):
     language = language_of(tiny_model(vocabulary=64))
     monkeypatch.setattr(language, "body", lambda **inputs: {}["position_ids"])
-    with pytest.raises(SelfTestError, match="the teacher: opd cannot run the family 'llama' .'position_ids'"):
+    with pytest.raises(SelfTestError, match=r"the teacher: opd cannot run the family 'llama' .'position_ids'"):
         check_logits(language, ids(9, 5), ids(5, 7), "the teacher")
 
 
@@ -208,11 +208,11 @@ def test_prompt_and_completion_must_fit_a_table_of_positions(llama, tmp_path, to
         short_run(tmp_path / "run", short, short, rollout={"max_new_tokens": 60})
     with pytest.raises(ModelError, match=f"the teacher {numbers}"):
         short_run(tmp_path / "run", {"model": llama, **PLAIN}, short, rollout={"max_new_tokens": 60})
+    grows = {"max_new_tokens": [[0, 8], [1, 60]]}
     with pytest.raises(ModelError, match="up to 60"):
-        grows = {"max_new_tokens": [[0, 8], [1, 60]]}
         short_run(tmp_path / "run", short, short, rollout=grows)
+    measured = {"held_out": 2, "max_new_tokens": 60}
     with pytest.raises(ModelError, match="up to 60"):
-        measured = {"held_out": 2, "max_new_tokens": 60}
         short_run(tmp_path / "run", short, short, evaluation=measured)
     short_run(tmp_path / "run", short, short, rollout={"max_new_tokens": 65 - longest})
 
@@ -243,7 +243,7 @@ def test_noise_that_cannot_be_turned_off_is_refused():
     """Some families read their rates from the config in every pass."""
     language = language_of(tiny(Family("falcon", config={"hidden_dropout": 0.5})))
     silence(language.model)
-    with pytest.raises(SelfTestError, match="student.dropout=config"):
+    with pytest.raises(SelfTestError, match=r"student\.dropout=config"):
         check_logits(language.train(), ids(9, 5), ids(5, 7), "the student")
 
 
