@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from opd.errors import RunError
 from opd.language.layers import decoder_of
 from opd.objectives.base import Loss
 
@@ -85,7 +86,9 @@ class Experts:
         finally:
             for handle in handles:
                 handle.remove()
-        self.seen = (logits, chosen, present) if logits else None
+        if not logits:
+            raise RunError("the routers of the student were not asked in its forward pass; their load is not known")
+        self.seen = logits, chosen, present
 
     def losses(self, share: float) -> list[Loss]:
         """The auxiliary loss of the pass that was watched last, times its coefficient and `share`; counts the load."""

@@ -138,6 +138,8 @@ def _gap(sampler: Sampler, contexts: Sequence[torch.Tensor], language: LanguageM
     gaps = []
     for i, (actions, log_probs, _) in enumerate(state.rows()):
         logits = own_logits(language, contexts[i // 2], actions)[:, : sampler.head.size] / sampler.head.temperature
+        excluded = getattr(sampler.head, "excluded", None)
+        logits = logits if excluded is None else logits.index_fill(1, excluded, float("-inf"))
         own = torch.log_softmax(logits, -1).gather(1, actions[:, None]).squeeze(1)
         gaps.append((own - log_probs).abs())
     return float(torch.cat(gaps).mean())

@@ -37,10 +37,11 @@ def check_positions(language: LanguageModel, prompt: int, budget: int, which: st
     numbers = f"the longest prompt has {prompt} tokens and a completion up to {budget}"
     size = table_size(body)
     if size is not None and needed > size:
-        raise ModelError(
-            f"{which} has {size} positions, and {numbers}: set rollout.max_new_tokens to at most "
-            f"{max(1, size + 1 - prompt)}, or leave the longest prompts out"
-        )
+        room = size + 1 - prompt
+        way = f"prompts of more than {size} tokens cannot be read: leave them out (max_prompt_tokens, skip_bad_prompts)"
+        if room > 0:
+            way = f"let completions have at most {room} tokens (rollout.max_new_tokens, evaluation.max_new_tokens)"
+        raise ModelError(f"{which} has {size} positions, and {numbers}; {way}")
     trained = getattr(body.config, "max_position_embeddings", None)
     if size is None and isinstance(trained, int) and needed > trained > 0:
         return (

@@ -15,10 +15,10 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, ModelError, RunError
-from opd.language.adapters import adapted, spare_routers
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.dropout import restore, silence
 from opd.language.experts import Experts
+from opd.language.lora_targets import adapted, spare_routers
 from opd.language.model import LanguageModel, ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
