@@ -253,7 +253,7 @@ class LanguageModel(torch.nn.Module):
             opd_layout=row,
             **{"use_cache": False, **options},
         ).last_hidden_state
-        if not row.read_by:
+        if not row.read.is_set():
             raise ModelError(
                 f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
                 "lie; set attention: eager"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -67,8 +68,8 @@ class Layout:
     contexts: tuple[tuple[slice, ...], ...]
     scored: torch.Tensor
     masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
-    read_by: set[int | None] = field(default_factory=set)
-    """Layers whose attention got this layout."""
+    read: threading.Event = field(default_factory=threading.Event)
+    """Set when an attention got this layout; sharded models hand their layers copies of collections and dataclasses."""
 
     def to(self, device: torch.device) -> Layout:
         return replace(
@@ -186,7 +187,7 @@ def packed_attention(
     """transformers' attention interface; without a layout it is plain sdpa."""
     if opd_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    opd_layout.read_by.add(getattr(module, "layer_idx", None))
+    opd_layout.read.set()
     window = kwargs.pop("sliding_window", None)
     # Segments tile the row. One split has one backward; a slice each would fill a row of zeros for every segment.
     lengths = [segment.length for segment in opd_layout.segments]
