@@ -190,6 +190,13 @@ def test_what_cannot_run_is_refused_in_one_line(monkeypatch):
         check_logits(language, ids(9, 5), ids(5, 7), "the teacher")
 
 
+def test_a_layout_that_no_attention_reads_is_an_error(monkeypatch):
+    """Otherwise every row of a packed one would see all before it, with the start-up test switched off in silence."""
+    monkeypatch.setattr("opd.language.packing.NOT_PACKED", ())
+    with pytest.raises(ModelError, match="'nemotron' does not tell its attention"):
+        check_logits(language_of(tiny(NAMES["nemotron"])), ids(9, 5), ids(5, 7), "the student")
+
+
 def gpt2(folder, tokenizer, **options):
     torch.manual_seed(0)
     shape = {"n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3, "eos_token_id": 1, "bos_token_id": 3}
