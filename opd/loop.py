@@ -47,13 +47,14 @@ def train(run: Run) -> None:
         for micro, here in batch:
             with batch.fitting():
                 answers = [target.select(here) for target in targets]
-                accumulate(run, micro, answers, [count[here] for count in counts], batch.last, clock, measurement)
+                accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
 
         with clock("update"):
             run.signals = move(run, measurement)
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
+        run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | scheduled
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
@@ -88,11 +89,11 @@ def accumulate(
     micro: Trajectories,
     answers: Sequence[Target],
     counts: Sequence[torch.Tensor],
-    last: bool,
+    batch: MicroBatches,
     clock: Clock,
     measurement: Measurement,
 ) -> None:
-    """Add the gradients of one micro-batch, the `last` of its step or not; `counts` are each objective's weights."""
+    """Add the gradients of one micro-batch of a step's `batch`; `counts` are each objective's weights."""
     with run.accelerator.autocast():
         with clock("student"):
             student = run.student(micro)
@@ -103,8 +104,10 @@ def accumulate(
                 objective(student, objective.heard(answers), weight, micro)
                 for objective, weight in zip(run.objectives, weights, strict=True)
             ]
+            share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
+            own = run.student.own_losses(share)
             gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
-        run.optimiser.accumulate(losses, last)
+        run.optimiser.accumulate([*losses, *own], batch.last)
     above = gradients.above(run.objectives, weights, losses)
     measurement.add(losses, weights, micro, shape, above, run.rollout.exact)

@@ -212,6 +212,19 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
             recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
+def check_lengths(
+    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: Sequence[Prompt]
+) -> list[str]:
+    """Warnings about models that were made for less than the longest prompt with the longest completion of a run;
+    raises `ModelError` where one cannot read that at all."""
+    budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)
+    warnings = student.check_lengths(prompts, budget)
+    for i, teacher in enumerate(teachers):
+        which = f"teacher {i}" if len(teachers) > 1 else "the teacher"
+        warnings += teacher.check_lengths(prompts, budget, which)
+    return warnings
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """`accelerate` for the recipe's device and precision, with its trackers."""
     hardware = recipe.hardware
@@ -286,7 +299,8 @@ def assemble(
     training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
-    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes)]):
+    lengths = check_lengths(recipe, student, built, [*training, *held_out])
+    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
         monitor.warn(note)
     for objective in recipe.objective:
         objective.check_trajectories(rollout)
@@ -295,10 +309,11 @@ def assemble(
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
     check_verdicts(recipe, training)
 
+    sampler = student.held_out_sampler(recipe, rollout, context)
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
         with accelerator.autocast():
-            self_test(student, built, rollout, recipe.objective, probe)
+            self_test(student, built, rollout, recipe.objective, probe, sampler)
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
@@ -310,7 +325,7 @@ def assemble(
         teachers=built,
         schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
-        sampler=student.held_out_sampler(recipe, rollout, context),
+        sampler=sampler,
         verifier=recipe.verifier,
         shaping=recipe.shaping.build(context),
         objectives=recipe.objective,

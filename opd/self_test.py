@@ -9,6 +9,7 @@ import torch
 from opd.distributions import Distribution
 from opd.divergences import Divergence, Target
 from opd.errors import SelfTestError
+from opd.language.own_outputs import TOLERANCE, compute_dtype
 from opd.objectives import Objective
 from opd.objectives.sft import SFT
 from opd.policies import Student
@@ -16,9 +17,6 @@ from opd.prompts import Prompt
 from opd.rollouts import PrefixSource
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
-
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
-"""Largest mean difference, in nats, between rollout and training log-probabilities, by compute dtype."""
 
 PROBE_POSITIONS = 16
 
@@ -29,19 +27,30 @@ def self_test(
     rollout: PrefixSource,
     objectives: Sequence[Objective],
     prompts: Sequence[Prompt],
+    measured: PrefixSource | None = None,
 ) -> None:
     """Raise `SelfTestError` with the reason when a tiny rollout shows a wrong pipeline. Costs one small step.
 
-    1. The loss is computed from the model's own outputs (`Student.check_outputs`).
-    2. Rollout and training log-probabilities of the same actions agree (when the student samples, without a cut).
-    3. With the student as its own teacher, loss and gradient of every divergence are zero.
-    4. Every teacher answers one finite distribution for every position.
+    The student is in the mode in which it trains, unless the recipe asks for noise there.
+
+    1. Whoever writes, also for evaluation, draws from what its model computes (`PrefixSource.check_draws`).
+    2. Student and teachers answer with their models' own outputs (`check_outputs`).
+    3. Rollout and training log-probabilities of the same actions agree (when the student samples, without a cut).
+    4. With the student as its own teacher, loss and gradient of every divergence are zero.
+    5. Every teacher answers one finite distribution for every position.
+
+    Args:
+        measured: the student's rollouts for evaluation.
     """
-    student.module.eval()
+    student.module.train(not student.noisy)
+    # Rollouts run outside of autocast.
+    with torch.autocast(next(student.module.parameters()).device.type, enabled=False):
+        check_writers([rollout, *([] if measured is None else [measured])], prompts)
     trajectories = rollout(prompts, 1, PROBE_POSITIONS, stream=-2)
-    tolerance = TOLERANCE[_compute_dtype(student)]
+    tolerance = TOLERANCE[compute_dtype(student.module)]
 
     student.check_outputs(trajectories, tolerance)
+    check_teachers(teachers, trajectories)
 
     mine = student(trajectories)
     ones = torch.full((trajectories.positions,), 1.0 / trajectories.positions, device=trajectories.actions.device)
@@ -69,10 +78,22 @@ def self_test(
         _check_answer(teacher(trajectories), trajectories, i)
 
 
-def _compute_dtype(student: Student) -> torch.dtype:
-    parameter = next(student.module.parameters())
-    kind = parameter.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+def check_writers(sources: Sequence[PrefixSource], prompts: Sequence[Prompt]) -> None:
+    """Let everyone who writes draw a little; once where several sources draw from one model."""
+    seen = set()
+    for writer in (writer for source in sources for writer in source.writers()):
+        model = id(getattr(writer, "language", writer))
+        if model not in seen:
+            seen.add(model)
+            writer.check_draws(prompts)
+
+
+def check_teachers(teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
+    """Compare the answers of every teacher's model, of each route, with its own outputs."""
+    for i, teacher in enumerate(teachers):
+        for route, member in teacher.members().items():
+            which = (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else "")
+            member.check_outputs(trajectories, which)
 
 
 def _largest_gradient(student: Student, total: torch.Tensor) -> float:

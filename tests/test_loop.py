@@ -27,6 +27,7 @@ from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
 from opd.recipe import load_recipe, parse_recipe
 from opd.reduction import position_weights
+from opd.rollouts import PrefixSource
 from opd.run import assemble
 from opd.self_test import self_test
 from opd.teachers.self_teacher import SelfTeacher
@@ -269,7 +270,7 @@ def test_ema_teacher_follows_at_its_rate(models, tmp_path):
 
 
 def test_self_test_catches_a_sampler_that_runs_another_model(student, prompts):
-    class Other:
+    class Other(PrefixSource):
         exact, dtype = True, torch.float32
 
         def __call__(self, prompts, group, budget, stream, begun=None):

@@ -49,6 +49,11 @@ class Curriculum(Choice):
 
     axis: ClassVar[str] = "curriculum"
 
+    @property
+    def longest(self) -> int | None:
+        """The largest budget of all steps, where the curriculum sets one."""
+        return None
+
     @abstractmethod
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> Schedule:
         """Make the schedule over a prompt set, for a built student."""

@@ -48,6 +48,10 @@ class LengthLadder(Curriculum):
             raise ValueError("give minimum_entropy or minimum_share, not both")
         return self
 
+    @property
+    def longest(self) -> int | None:
+        return self.lengths[-1]
+
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> LadderSchedule:
         return LadderSchedule(self, ShuffledSchedule(prompts, per_step, context.seed), context, student)
 

@@ -1,7 +1,9 @@
-"""A KV cache that grows in place."""
+"""A KV cache that grows in place, and what a sampler does with the rows of any cache."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import torch
@@ -41,6 +43,37 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
         self.shown = self.keys
         return self.keys, self.values
+
+
+STATES = ("conv_states", "recurrent_states")
+"""What a layer with a convolution or a recurrence keeps: tensors by number, one row a sequence."""
+
+
+def cache_argument(body: Any) -> str | None:
+    """The name under which a decoder takes a `transformers.Cache`; None where its family keeps a state of its own."""
+    for name in ("cache", "past_key_values", "cache_params"):
+        found = inspect.signature(body.forward).parameters.get(name)
+        if found is not None:
+            kind = found.annotation if isinstance(found.annotation, str) else str(found.annotation)
+            return name if "Cache" not in kind or re.search(r"\b(Dynamic)?Cache\b", kind) else None
+    return None
+
+
+def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Keep the given rows of every layer, in this order; a row may be taken more than once.
+
+    transformers' own `batch_select_indices` and `batch_repeat_interleave` leave out what `STATES` names.
+    """
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
+        if getattr(layer, "keys", None) is not None and layer.is_initialized and layer.keys.numel():
+            layer.batch_select_indices(rows)
+        for name in STATES:
+            held = getattr(layer, name, None)
+            if isinstance(held, dict):
+                setattr(layer, name, {i: None if x is None else x.index_select(0, rows) for i, x in held.items()})
+            elif isinstance(held, torch.Tensor):
+                setattr(layer, name, held.index_select(0, rows))
 
 
 def roomy_cache(config: Any) -> DynamicCache:

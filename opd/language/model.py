@@ -21,6 +21,8 @@ from opd.errors import ModelError
 from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
 from opd.language.encoding import encode
+from opd.language.layers import decoder_of, drop_layers, drop_layers_from_config
+from opd.language.logits import scale_and_softcap
 from opd.language.packing import ATTENTION, Layout, can_pack, pack
 from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
@@ -153,35 +155,6 @@ def _cannot_load(what: str, reference: str, error: Exception) -> ModelError:
     )
 
 
-def drop_layers_from_config(config: Any, layers: Sequence[int]) -> Any:
-    """The config of the model that is left after removing `layers`."""
-    if not layers:
-        return config
-    count = config.num_hidden_layers
-    outside = sorted(i for i in layers if i >= count)
-    if outside or len(set(layers)) >= count:
-        raise ModelError(f"drop_layers names layers {outside or sorted(set(layers))}; the model has 0 to {count - 1}")
-    kept = [i for i in range(count) if i not in set(layers)]
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in kept]
-    return config
-
-
-def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
-    """Remove decoder layers in place; what is left is renumbered, so that it saves and caches as a normal model."""
-    if not layers:
-        return
-    decoder = model.get_decoder()
-    kept = [layer for i, layer in enumerate(decoder.layers) if i not in set(layers)]
-    drop_layers_from_config(model.config, layers)
-    decoder.layers = torch.nn.ModuleList(kept)
-    for index, layer in enumerate(kept):
-        for part in layer.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = index
-
-
 class LanguageModel(torch.nn.Module):
     """A transformers causal LM seen as `hidden states + head`; what policies, teachers and samplers share."""
 
@@ -239,15 +212,13 @@ class LanguageModel(torch.nn.Module):
         layer = self.base.get_output_embeddings()
         if layer is None:
             raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
-        config = self.base.config
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
+        scale, softcap = scale_and_softcap(self.base.config)
         weight = _effective_weight(layer)
         return Head(
             weight,
             getattr(layer, "bias", None),
-            scale=float(scale),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=scale,
+            softcap=softcap,
             temperature=temperature,
             vocabulary=vocabulary,
             excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
@@ -255,7 +226,7 @@ class LanguageModel(torch.nn.Module):
 
     def body(self, **inputs: Any) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
-        return self.base.get_decoder()(**inputs)
+        return decoder_of(self.base)(**inputs)
 
     def forward(
         self,
@@ -289,22 +260,37 @@ class LanguageModel(torch.nn.Module):
             scored[i, shift + len(context) - 1 : shift + len(row)] = True
         return hidden[scored]
 
+    def padding(
+        self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], layout: str = "auto"
+    ) -> torch.Tensor | None:
+        """int64 `[B, L]`, 1 where `forward` is fed a token of these rows and 0 where padding; None without padding."""
+        if layout == "packed" or (layout == "auto" and can_pack(self.base)):
+            return None
+        fed = [torch.ones(len(c) + len(y) - 1) for c, y in zip(contexts, completions, strict=True)]
+        return pad(fed, "left" if layout == "left" else "right")[1].to(self.device)
+
     def _packed(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> torch.Tensor:
         row = pack(contexts, completions).to(self.device)
         return self.packed_body(row)[0, row.scored]
 
     def packed_body(self, row: Layout, **options: Any) -> torch.Tensor:
         """Final hidden states `[1, L, D]` of a packed row."""
-        self.base.config._attn_implementation = ATTENTION
+        decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        return self.body(
+        hidden = self.body(
             input_ids=row.ids,
             attention_mask=nothing,
             position_ids=row.positions,
             opd_layout=row,
             **{"use_cache": False, **options},
         ).last_hidden_state
+        if not row.read.is_set():
+            raise ModelError(
+                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
+                "lie; set attention: eager"
+            )
+        return hidden
 
 
 def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,8 @@ from pydantic import Field
 from opd.choice import Settings
 from opd.context import Context
 from opd.hardware import fast_in_bf16
+from opd.language.layers import decoder_of
+from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
 from opd.language.sampler import Sampler
 from opd.prepacked import FEWEST, prepacked
 from opd.prompts import Prompt
@@ -85,6 +87,20 @@ class LanguageRollout(PrefixSource):
         other.exact = other._is_exact()
         return other
 
+    def writers(self) -> list[PrefixSource]:
+        return [self]
+
+    @torch.no_grad()
+    def check_draws(self, prompts: Sequence[Prompt]) -> None:
+        plain = self.drawing(None, 1.0, 0)
+        training = self.language.training
+        self.language.eval()
+        # The student's view of a prompt will do: one of the writer's own may be missing where others write.
+        contexts = [self.reader.encode(prompt) for prompt in prompts]
+        tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
+        check_draws(plain.sampler(), contexts, self.language, f"the {self.author}", tolerance)
+        self.language.train(training)
+
     def sampler(self, packed: bool = False) -> Sampler:
         """A sampler of the model as it is now, its head `packed` as it is too."""
         language = self.language
@@ -131,7 +147,7 @@ class LanguageRollout(PrefixSource):
         sampler = self.sampler(pays)
         actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         unpacked = sampler.decoder is None and pays
-        with prepacked(sampler.model.base.get_decoder()) if unpacked else contextlib.nullcontext():
+        with prepacked(decoder_of(sampler.model.base)) if unpacked else contextlib.nullcontext():
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 rows = [i * members + g for i in wave for g in range(members)]

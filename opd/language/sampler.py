@@ -1,5 +1,6 @@
 """Batched sampling with a KV cache: prompts prefilled once for a group, finished rows leave the batch, exact
-behaviour log-probabilities, one random stream per row."""
+behaviour log-probabilities, one random stream per row. A family that keeps a state of its own instead of a cache is
+computed anew from the row's beginning for every token."""
 
 from __future__ import annotations
 
@@ -10,10 +11,14 @@ import torch
 from transformers import DynamicCache
 
 from opd.distributions import Head
-from opd.language.cache import RoomyLayer, roomy_cache
+from opd.language.cache import RoomyLayer, cache_argument, roomy_cache, take_rows
 from opd.language.decoder import Decoder
+from opd.language.layers import decoder_of
 from opd.language.model import LanguageModel, pad
 from opd.language.packing import ATTENTION, can_pack, pack, runs_of_equal
+
+WITHOUT_CACHE = ("nemotron_h", "recurrent_gemma")
+"""Families that compute something else with a cache: they round their states otherwise, or take padding in."""
 
 
 @dataclass
@@ -26,6 +31,8 @@ class Sampling:
         finished: bool `[B]`, the row has drawn an end token.
         alive: int64, rows still in the batch, in cache order.
         uniforms: float32 `[budget, alive]`, the randomness of every row, fixed at the start.
+        cache: keys, values and states of the rows in the batch; None where the family takes no cache.
+        contexts: the prompts of the B rows, where there is no cache.
         mask: bool `[alive, width + budget]`: prompts padded on the left, then ones.
         padded: some row in the batch has padding.
         width: places of the prompts.
@@ -39,13 +46,14 @@ class Sampling:
     finished: torch.Tensor
     alive: torch.Tensor
     uniforms: torch.Tensor
-    cache: DynamicCache
+    cache: DynamicCache | None
     mask: torch.Tensor
     padded: bool
     width: int
     prompt_lengths: torch.Tensor
     hidden: torch.Tensor
     drawn: int = 0
+    contexts: Sequence[torch.Tensor] = ()
 
     @property
     def budget(self) -> int:
@@ -79,7 +87,8 @@ class Sampling:
         self.prompt_lengths = self.prompt_lengths[keep]
         self.mask = self.mask[keep]
         self.padded = self.padded and not bool(self.mask[:, : self.width].all())
-        self.cache.batch_select_indices(keep.nonzero().squeeze(1))
+        if self.cache is not None:
+            take_rows(self.cache, keep.nonzero().squeeze(1))
 
 
 class Sampler:
@@ -100,8 +109,9 @@ class Sampler:
         packed: bool = False,
     ):
         self.model, self.head = model, head
-        body = model.base.get_decoder()
+        body = decoder_of(model.base)
         self.decoder = Decoder(body, packed) if Decoder.known(body) else None
+        self.cache_argument = None if body.config.model_type in WITHOUT_CACHE else cache_argument(body)
         self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
@@ -112,11 +122,20 @@ class Sampler:
         rows = len(contexts) * group
         device = self.model.device
         uniforms = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(s)) for s in seeds])
-        cache = roomy_cache(self.model.base.config)
-        hidden, mask = self._prefill(contexts, cache)
+        cache: DynamicCache | None = None
+        repeated: list[torch.Tensor] = []
+        if self.cache_argument is None:
+            hidden = self.model(contexts, [c[:1] for c in contexts])
+            mask = pad(list(contexts), "left")[1].to(device)
+            repeated = [c for c in contexts for _ in range(group)]
+        else:
+            cache = roomy_cache(self.model.base.config)
+            hidden, mask = self._prefill(contexts, cache)
         if group > 1:
-            cache.batch_repeat_interleave(group)
-            hidden, mask = hidden.repeat_interleave(group, 0), mask.repeat_interleave(group, 0)
+            each = torch.arange(len(contexts), device=device).repeat_interleave(group)
+            if cache is not None:
+                take_rows(cache, each)
+            hidden, mask = hidden[each], mask[each]
         return Sampling(
             actions=torch.zeros(rows, budget, dtype=torch.int64, device=device),
             log_probs=torch.zeros(rows, budget, device=device),
@@ -130,13 +149,14 @@ class Sampler:
             width=mask.shape[1],
             prompt_lengths=mask.sum(-1, keepdim=True),
             hidden=hidden,
+            contexts=repeated,
         )
 
     @torch.no_grad()
     def extend(self, state: Sampling, tokens: int) -> Sampling:
         """Draw up to `tokens` more for every row still in the batch (never past the budget)."""
         stop = min(state.drawn + tokens, state.budget)
-        as_it_is = self._sees_everything(state.cache)
+        as_it_is = state.cache is not None and self._sees_everything(state.cache)
         decoder = self.decoder if as_it_is and not torch.is_autocast_enabled("cpu") else None
         latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         while state.drawn < stop and len(state.alive):
@@ -151,8 +171,12 @@ class Sampler:
                 state._keep(~ended)
                 token = token[~ended]
             if len(token) and state.drawn < state.budget:
+                if state.cache is None:
+                    state.record(latest)
+                    state.hidden = self._anew(state)
+                    continue
                 mask = None
-                if state.padded:
+                if state.padded and _attends(state.cache):
                     mask = state.mask[:, : state.width + state.drawn]
                     # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
                     mask = mask[:, None, None] if as_it_is else mask.long()
@@ -174,7 +198,7 @@ class Sampler:
             return self._step(ids, attention, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
         # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
         row = pack(contexts, [c[:1] for c in contexts]).to(self.model.device)
-        hidden = self.model.packed_body(row, past_key_values=cache, use_cache=True)
+        hidden = self.model.packed_body(row, use_cache=True, **{str(self.cache_argument): cache})
         places = torch.arange(row.ids.shape[1], device=self.model.device)
         of_group = [torch.cat([places[part] for part in parts]) for parts in row.contexts]
         order = torch.cat(
@@ -196,14 +220,22 @@ class Sampler:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{str(self.cache_argument): cache},
         )
         return output.last_hidden_state[:, -1]
 
+    def _anew(self, state: Sampling) -> torch.Tensor:
+        """The states `[alive, D]` after all that has been drawn, by the pass that training makes."""
+        rows = [torch.cat([state.contexts[i], state.actions[i, : state.drawn].cpu()]) for i in state.alive.tolist()]
+        return self.model(rows, [row[:1] for row in rows])
+
     def _sees_everything(self, cache: DynamicCache) -> bool:
         """Whether every layer attends to all tokens before, through an interface that takes a boolean mask."""
-        return self.model.base.config._attn_implementation in ("sdpa", ATTENTION) and _keeps_all(cache)
+        config = decoder_of(self.model.base).config
+        # Biases by distance are made of the mask of tokens.
+        masked = config._attn_implementation in ("sdpa", ATTENTION) and not getattr(config, "alibi", False)
+        return masked and _keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
         """float32 `[alive, V]`: normalised log-probabilities of the next token."""
@@ -216,6 +248,12 @@ class Sampler:
             outside = ordered.cumsum(-1) - ordered >= self.top_p
             logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
         return torch.log_softmax(logits, dim=-1)
+
+
+def _attends(cache: DynamicCache) -> bool:
+    """Whether a layer looks back at tokens. A state took in the prompt without its padding, and a family of states
+    alone would multiply its one new token by the mask of all tokens."""
+    return any(getattr(layer, "keys", None) is not None for layer in cache.layers)
 
 
 def _keeps_all(cache: DynamicCache) -> bool:

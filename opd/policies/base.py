@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +21,7 @@ from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut
+    from opd.objectives import Loss
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
     from opd.run import Run
@@ -42,6 +43,9 @@ class Student(ABC):
 
     shards: ClassVar[bool] = False
     """Whether its rollouts and passes work on weights that processes hold together (`opd.sharding.whole`)."""
+
+    noisy: bool = False
+    """Whether the recipe asks for noise while training: dropout, of the model or of adapters."""
 
     unit: ClassVar[str] = "tok"
     """What a person calls a position, for the progress bar."""
@@ -72,10 +76,24 @@ class Student(ABC):
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         """Raise `DataError` for a prompt that cannot be encoded or is longer than `limit`."""
 
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
+        """Warnings about prompts with completions of up to `budget` that are longer than what the model was made for;
+        raises `ModelError` where it cannot read them."""
+        return []
+
     @abstractmethod
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
         """Raise `SelfTestError` when the model's own outputs and those that the loss will be computed from differ by
         more than `tolerance`."""
+
+    def own_losses(self, share: float) -> list[Loss]:
+        """What the model itself adds to the loss of the last micro-batch, `share` of all processes' trajectories of a
+        step: the auxiliary loss of its routers. Empty for most."""
+        return []
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What the model measured of itself since it was asked last, to be logged; every process must ask."""
+        return {}
 
     @abstractmethod
     def outcomes(self, trajectories: Trajectories) -> list[Any]:

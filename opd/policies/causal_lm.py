@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,7 +16,7 @@ from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, ModelError, RunError, SelfTestError
+from opd.errors import DataError, ModelError, RunError
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,
@@ -25,7 +24,12 @@ from opd.language.agreement import (
     notes_on_end,
     tokens_of_some,
 )
+from opd.language.dropout import restore, silence
+from opd.language.experts import Experts
+from opd.language.lora_targets import adapted, spare_routers
 from opd.language.model import LanguageModel, ModelSettings
+from opd.language.own_outputs import check_logits
+from opd.language.positions import check_positions
 from opd.language.saving import (
     check_savable,
     difference,
@@ -35,6 +39,7 @@ from opd.language.saving import (
     quantised_by,
     write_weights,
 )
+from opd.objectives.base import Loss
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
@@ -57,7 +62,10 @@ class LoRA(Settings):
     rank: int = Field(16, ge=1, description="Of the added matrices")
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
-    targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
+    targets: list[str] | str = Field(
+        "all-linear",
+        description="Modules that get an adapter, as peft names them; all-linear leaves routers of experts out",
+    )
     modules_to_save: list[str] = Field(
         [], description="Modules that are trained and saved whole beside the adapters, e.g. [embed_tokens, lm_head]"
     )
@@ -69,7 +77,7 @@ class CausalLM(ModelSettings, Policy):
     kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
-    of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing")
+    of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
         description="dtype of the weights that the optimiser sees; hardware.precision sets the compute dtype",
@@ -78,6 +86,11 @@ class CausalLM(ModelSettings, Policy):
     freeze: list[str] = Field([], description="Parts of parameter names that stay as they are, e.g. [embed_tokens]")
     gradient_checkpointing: bool = Field(
         False, description="Compute activations again in the backward pass, for less memory"
+    )
+    dropout: Literal["off", "config"] = Field(
+        "off",
+        description="Of the model itself while training. config: as its configuration says; what is trained is then "
+        "not what samples",
     )
 
     def build(self, context: Context) -> CausalLMStudent:
@@ -136,14 +149,22 @@ class CausalLMStudent(Student):
         language.owner = "the student"
         self.context = context
         self.origin = origin or {}
+        self.silenced = silence(language.model) if settings is not None and settings.dropout == "off" else []
         if settings is not None and settings.lora is not None:
             if is_adapted(language.model):
                 _check_adapter(language.model, settings)
             else:
                 language.model = _with_lora(language.model, settings.lora)
+            self.notes.append(adapted(language.model))
         quantised = quantised_by(language.base)
         if quantised is not None:
             _check_quantised(quantised, is_adapted(language.model))
+        self.noisy = settings is not None and (
+            settings.dropout == "config" or (settings.lora is not None and settings.lora.dropout > 0)
+        )
+        self.experts = Experts(language.base)
+        if self.experts.note is not None:
+            self.notes.append(self.experts.note)
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
@@ -159,10 +180,17 @@ class CausalLMStudent(Student):
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
-        hidden = module(trajectories.contexts, trajectories.completions(), layout)
-        return Categorical(
-            hidden, self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
-        )
+        contexts, completions = trajectories.contexts, trajectories.completions()
+        with self.experts.watched(self.language.padding(contexts, completions, layout)):
+            hidden = module(contexts, completions, layout)
+        head = self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
+        return Categorical(hidden, head)
+
+    def own_losses(self, share: float) -> list[Loss]:
+        return self.experts.losses(share)
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        return self.experts.signals(sum_over_processes)
 
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         members = [
@@ -213,21 +241,13 @@ class CausalLMStudent(Student):
                     "shorten it or raise the limit"
                 )
 
-    @torch.no_grad()
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
+        longest = max((len(self.language.encode(prompt)) for prompt in prompts), default=1)
+        warning = check_positions(self.language, longest, budget, "the student")
+        return [] if warning is None else [warning]
+
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
-        part, _ = trajectories.rows(0, 1)
-        distribution = self(part)
-        ids = torch.cat([part.contexts[0].to(self.language.device), part.actions])[None, :-1]
-        own = self.language.base(input_ids=ids).logits[0, -len(distribution) :].float()
-        head = replace(distribution.head, temperature=1.0, excluded=None)
-        ours = head.logits(distribution.hidden)
-        own = own[:, : ours.shape[1]]
-        off = float((ours - own).abs().max() / own.abs().max().clamp(min=1e-6))
-        if off > max(tolerance, 1e-3):
-            raise SelfTestError(
-                f"the model's own logits and its hidden states times its head differ by {off:.1%}: this architecture "
-                "changes its logits in a way that opd does not know. If you are sure it is right, set self_test: false"
-            )
+        check_logits(self.language, trajectories.contexts, trajectories.completions(), "the student")
 
     def decode(self, actions: torch.Tensor) -> str:
         """A completion as a person reads it."""
@@ -282,6 +302,8 @@ class CausalLMStudent(Student):
         return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device, context)
 
     def live(self) -> tuple[Any, Any]:
+        # Whoever passed it gets its rates of dropout back.
+        restore(self.silenced)
         return self.language.model.eval(), self.language.tokenizer
 
     def tokens(self, actions: torch.Tensor) -> list[str]:
@@ -442,6 +464,7 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
             raise ModelError(
                 f"student.lora.modules_to_save: no module is named {wanted!r}; names look like {names[-1]!r}"
             )
+    spare_routers(config, model)
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -133,6 +133,7 @@ class FlowStudent(Student):
     ):
         self.model, self.context, self.origin = model, context, origin or {}
         self.guidance = 1.0 if settings is None else settings.guidance
+        self.noisy = settings is not None and settings.lora is not None and settings.lora.dropout > 0
         if model.base.dtype == torch.float16 and (settings is None or settings.lora is None):
             raise ModelError(f"the live student's dtype {TOO_NARROW}")
         # One that is trained on top of another changes weights that are saved nowhere.

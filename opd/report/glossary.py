@@ -80,6 +80,13 @@ MEANINGS = {
     "train/clamped": Meaning("clamped", "share of tokens", "whose advantage was cut at the bound"),
     "train/teacher_hit_rate": Meaning("hit rate", "share", "of positions whose answers the teacher had already"),
     "train/gradient_norm": Meaning("gradient norm", "", "before clipping"),
+    "train/expert_load_max": Meaning(
+        "load of the busiest expert",
+        "",
+        "its share of a layer's choices times the number of experts; 1 is even",
+        "lower",
+    ),
+    "train/router_loss": Meaning("routers' auxiliary loss", "", "before its coefficient"),
     "train/learning_rate": Meaning("learning rate"),
     "train/cpu_seconds": Meaning("CPU time", "seconds a step", "of the main process, evaluations not counted"),
     "train/sampled_tokens": Meaning("sampled tokens", "a step", "positions that a model drew in the rollout"),

@@ -14,7 +14,7 @@ from pydantic import Field
 from opd.choice import Choice
 from opd.context import Context
 from opd.prompts import Prompt
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Author, Trajectories, join
 
 
@@ -75,6 +75,13 @@ class PrefixSource(ABC):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt that this source cannot extend."""
 
+    def writers(self) -> list[PrefixSource]:
+        """The sources in this one that draw from a language model."""
+        return []
+
+    def check_draws(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Raise `SelfTestError` when a writer's log-probabilities are not those of the model that it draws from."""
+
 
 def divided(
     shares: Sequence[tuple[PrefixSource, Sequence[int]]],
@@ -118,6 +125,9 @@ class Combination(PrefixSource):
         for source, part in zip(self.sources, settings.parts, strict=True):
             source.take(part, context)
 
+    def writers(self) -> list[PrefixSource]:
+        return [writer for source in self.sources for writer in source.writers()]
+
 
 class Rollout(Choice):
     """Base of the axis."""
@@ -138,6 +148,11 @@ class Rollout(Choice):
         """Files that a row names and that are read during training."""
         return [path for part in self.parts for path in part.files(prompt)]
 
+    @property
+    def longest(self) -> int:
+        """The largest budget of all steps."""
+        return self.budget
+
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         """Make the rollout of a built student and built teachers."""
@@ -154,6 +169,11 @@ class OneSource(Rollout):
     def budget(self) -> int:
         return self.max_new_tokens
 
+    @property
+    def longest(self) -> int:
+        tokens = self.max_new_tokens
+        return round(max(tokens.shape.extremes())) if isinstance(tokens, Scheduled) else tokens
+
 
 class SeveralSources(Rollout):
     """Base of rollouts that are made of others."""
@@ -161,6 +181,10 @@ class SeveralSources(Rollout):
     @property
     def budget(self) -> int:
         return max(part.budget for part in self.parts)
+
+    @property
+    def longest(self) -> int:
+        return max(part.longest for part in self.parts)
 
 
 def row_seed(seed: int, stream: int, prompt: Prompt, group: int, member: int) -> int:

@@ -57,6 +57,9 @@ class RoutedWriters(PrefixSource):
     def __init__(self, settings: Rollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, PrefixSource]):
         self.settings, self.context, self.teacher, self.sources = settings, context, teacher, sources
 
+    def writers(self) -> list[PrefixSource]:
+        return list(self.sources.values())
+
     def __call__(
         self,
         prompts: Sequence[Prompt],

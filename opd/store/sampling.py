@@ -16,7 +16,8 @@ from opd.recipe import Recipe
 from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.run import build_models, compute_device, make_accelerator
+from opd.run import build_models, check_lengths, compute_device, make_accelerator
+from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
 from opd.store.work import work_through
@@ -60,6 +61,10 @@ def sample(
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
     source = recipe.rollout.build(context, student, teachers)
+    for warning in check_lengths(recipe, student, teachers, prompts):
+        print(f"opd: {warning}", file=sys.stderr)
+    if recipe.self_test:
+        check_writers([source], prompts[:2])
     header = StoreHeader(
         prompts=len(prompts),
         group=recipe.batch.group,

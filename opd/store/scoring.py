@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,10 @@ class Scorer:
         )
         name = name or f"{kind}-{identity.removeprefix('sha256:')[:12]}"
         self.targets = Targets.create_or_continue(self.store, name, header)
+        written = [self.prompts[i] for i in dict.fromkeys(self.store.prompt_ids)]
+        for warning in self.teacher.check_lengths(written, self.store.header.budget, "the teacher"):
+            print(f"opd: {warning}", file=sys.stderr)
+        self.unchecked = recipe.self_test
         if kind == "exact":
             with claim(self.targets.head_path) as mine:
                 if mine:
@@ -122,6 +127,9 @@ class Scorer:
                     f"{self.store.name(rows[row])} holds a token that the teacher's vocabulary does not have"
                 )
             with self.accelerator.autocast():
+                if self.unchecked:
+                    self.teacher.check_outputs(trajectories.rows(0, min(2, len(trajectories)))[0], "the teacher")
+                    self.unchecked = False
                 answer = self.teacher(trajectories)
             self.targets.write(shard, answer, trajectories)
 

@@ -78,8 +78,16 @@ class LiveTeacher(ABC):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
         """Raise `DataError` for a prompt of which this teacher has no view."""
 
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
+        """Warnings about prompts with completions of up to `budget` that are longer than what its model was made for;
+        raises `ModelError` where it cannot read them. `which` names it."""
+        return []
+
     def check_student(self, student: Student, context: Context) -> None:  # noqa: B027
         """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
+
+    def check_outputs(self, trajectories: Trajectories, which: str) -> None:  # noqa: B027
+        """Raise `SelfTestError` when its answers are not made of its model's own outputs; `which` names it."""
 
     def follow(self, student: Student) -> None:  # noqa: B027
         """Called after every optimiser step; a teacher that is made of the student moves here."""

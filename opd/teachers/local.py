@@ -12,6 +12,8 @@ from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.language.model import LanguageModel, ModelSettings
+from opd.language.own_outputs import check_logits
+from opd.language.positions import check_positions
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
@@ -70,6 +72,19 @@ class LanguageTeacher(LiveTeacher):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             self.language.encode(prompt, self.settings.sees)
+
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
+        longest = max((len(self.language.encode(prompt, self.settings.sees)) for prompt in prompts), default=1)
+        warning = check_positions(self.language, longest, budget, which)
+        return [] if warning is None else [warning]
+
+    def check_outputs(self, trajectories: Trajectories, which: str) -> None:
+        if self.offload:
+            self.language.to(self.device)
+        # The student's view of the prompts will do: it has the same tokenizer.
+        check_logits(self.language, trajectories.contexts, trajectories.completions(), which)
+        if self.offload:
+            self.language.to("cpu")
 
     @torch.no_grad()
     def __call__(self, trajectories: Trajectories) -> Categorical:

@@ -126,6 +126,15 @@ class RoutedTeachers(LiveTeacher):
         for prompt in prompts:
             self.routes[self.route(prompt)].check_prompts([prompt])
 
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
+        return [
+            warning
+            for tag, route in self.routes.items()
+            for warning in route.check_lengths(
+                [p for p in prompts if self.route(p) == tag], budget, f"{which} of route {tag!r}"
+            )
+        ]
+
     def check_student(self, student: Student, context: Context) -> None:
         for route in self.routes.values():
             route.check_student(student, context)
