@@ -91,7 +91,7 @@ def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
             _import_folder(part)
     found: dict[str, type[Choice]] = {}
     for each in _descendants(axis):
-        if "kind" not in each.model_fields:
+        if "kind" not in vars(each).get("__annotations__", {}):
             continue
         kind = each.model_fields["kind"].default
         other = found.get(kind, each)

@@ -100,4 +100,4 @@ def test_two_choices_of_one_kind_are_refused_with_both_places():
         with pytest.raises(RecipeError, match=r"'uniform' is defined in opd\.shaping\.uniform.*Other"):
             choices_of(Shaping)
     finally:
-        Other.model_fields.pop("kind")
+        Other.__annotations__.pop("kind")
