@@ -24,7 +24,11 @@ from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.policies.flow_transformer import FlowTransformer
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.same_view import nothing_to_learn
 from opd.store import Store, Targets
 from opd.store.targets import ANSWERS
 from opd.teachers import Teacher
@@ -123,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
         return make_flow_plan(recipe)
     if not isinstance(recipe.student, CausalLM):
         raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
-    notes: list[str] = []
+    notes = nothing_to_learn(recipe)
     student = _shape(recipe.student, notes, trainable=True)
     teachers = [found for teacher in recipe.teacher if (found := _members(teacher, recipe, student, notes))]
     prompt, common = _prompt_tokens(recipe, notes)
@@ -289,9 +293,10 @@ def _memory(
     precision = recipe.hardware.precision
     if size > 2 and (precision == "bf16" or (precision == "auto" and fast_in_bf16(device))):
         parts["bfloat16 casts of weights"] = 2 * student.parameters
-    sampler = getattr(recipe.rollout, "dtype", "own")
-    if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
-        parts["bfloat16 copy for rollouts"] = 2 * student.parameters
+    samplers = list(_samplers(recipe, student, teachers))
+    copied = sum(_copied(settings, shape, device) for settings, shape in samplers)
+    if copied:
+        parts["bfloat16 copy for rollouts"] = copied
     first = 0
     for members in teachers:
         for i, (settings, shape) in enumerate(members, start=first):
@@ -314,12 +319,10 @@ def _memory(
         parts["Python and libraries"] = peak_memory_bytes()
     else:
         notes.append("device memory of the CUDA context itself is not counted")
-    batch = getattr(recipe.rollout, "batch", micro)
-    cache = min(batch, recipe.batch.prompts * recipe.batch.group) * (prompt + completion) * student.kv_bytes_per_token
-    rollout = cache + 4 * min(batch, positions) * student.vocabulary * 4
-    if on_cpu:
-        # What `opd.prepacked` holds: at most the weights that are sampled from once more.
-        rollout += parts.get("bfloat16 copy for rollouts", student.weight_bytes)
+    longest = prompt + max(completion, recipe.evaluation.max_new_tokens or 0)
+    drawn = max(recipe.batch.prompts * recipe.batch.group, recipe.evaluation.held_out * recipe.evaluation.k)
+    # Samplers of several sources, and of evaluations, work one after the other.
+    rollout = max(_sampling(settings, shape, device, drawn, longest) for settings, shape in samplers)
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
     if rollout > training:
@@ -329,6 +332,43 @@ def _memory(
     if recipe.hardware.precision == "bf16":
         notes.append("activations are estimated at the weights' dtype; bf16 computing holds somewhat less")
     return parts
+
+
+def _samplers(
+    recipe: Recipe, student: Shape, teachers: list[Members]
+) -> Iterator[tuple[StudentRollout | TeacherRollout, Shape]]:
+    """Who writes, with which settings: every source of the rollout, and the student for evaluations."""
+
+    def sources(rollout: Rollout) -> Iterator[tuple[StudentRollout | TeacherRollout, Shape]]:
+        for part in rollout.parts:
+            yield from sources(part)
+        if isinstance(rollout, StudentRollout):
+            yield rollout, student
+        if isinstance(rollout, TeacherRollout):
+            by_name = {teacher.name: members for teacher, members in zip(recipe.teacher, teachers, strict=False)}
+            named = by_name.get(rollout.teacher) if rollout.teacher is not None else None
+            for _, shape in named or next(iter(teachers), []):
+                yield rollout, shape
+
+    yield from sources(recipe.rollout)
+    if not isinstance(recipe.rollout, StudentRollout):
+        yield StudentRollout(), student
+
+
+def _copied(settings: StudentRollout | TeacherRollout, shape: Shape, device: str) -> int:
+    """Bytes of the copy that a source samples from, if it keeps one."""
+    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(device))
+    return 2 * shape.parameters if wanted and shape.weight_bytes // shape.parameters > 2 else 0
+
+
+def _sampling(settings: StudentRollout | TeacherRollout, shape: Shape, device: str, drawn: int, longest: int) -> int:
+    """Bytes of a rollout's own: keys and values, the distributions of one token, and on a CPU weights once more."""
+    rows = min(settings.batch, drawn)
+    copied, size = _copied(settings, shape, device), shape.weight_bytes // shape.parameters
+    cache = rows * longest * shape.kv_bytes_per_token // (size // 2 if copied else 1)
+    # What `opd.prepacked` holds: at most the weights that are sampled from.
+    packed = (copied or shape.weight_bytes) if device == "cpu" else 0
+    return cache + 4 * rows * shape.vocabulary * 4 + packed
 
 
 def _activations(recipe: Recipe, student: Shape, tokens: int, notes: list[str]) -> int:

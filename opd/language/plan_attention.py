@@ -30,7 +30,7 @@ def plan_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Output of the right shape `[B, T, heads, value width]`; on the CPU keys and values are repeated per query head."""
+    """Output of the shape `[B, T, heads, value width]`; on the CPU keys and values are repeated per query head."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     return _Attend.apply(query, key, value).transpose(1, 2).contiguous(), None

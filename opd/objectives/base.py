@@ -69,7 +69,9 @@ class Objective(Choice):
     weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Author] | None = Field(
-        None, description="Only positions whose action one of these wrote: student, teacher, data; default all"
+        None,
+        min_length=1,
+        description="Only positions whose action one of these wrote: student, teacher, data; default all",
     )
     end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")
     teacher: str | None = Field(None, description="Name of the one teacher that this objective listens to; default all")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, ModelError, RunError, SelfTestError
+from opd.errors import DataError, IncompatibleError, ModelError, RunError, SelfTestError
 from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel, ModelSettings
 from opd.policies.base import LIVE, Policy, Student
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 class LoRA(Settings):
     """Low-rank adapters, by `peft`."""
 
-    rank: int = Field(16, ge=1, description="Of the added matrices")
+    rank: int = Field(16, ge=1, le=16_384, description="Of the added matrices")
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] | str = Field("all-linear", description="Modules that get an adapter, as peft names them")
@@ -140,6 +140,11 @@ class CausalLMStudent(Student):
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]
         fixed = [member.vocabulary for _, member in members if member.vocabulary is not None]
+        if unknown := [i for i in end_tokens or () if i >= common_vocabulary(models)]:
+            raise IncompatibleError(
+                f"end_tokens names {unknown[0]}, and no model has an id beyond {common_vocabulary(models) - 1}: no "
+                "completion would end. Take ids of the student's tokenizer"
+            )
         return context.with_(
             vocabulary=min([common_vocabulary(models), *fixed]),
             end_ids=agree_on_end(self.language, others, end_tokens),
