@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.divergences.operator import chunk_rows
-from opd.errors import ModelError, OpdError, first_line
+from opd.errors import DataError, ModelError, OpdError, first_line
 from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
@@ -130,6 +130,8 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     notes = nothing_to_learn(recipe)
     student = _shape(recipe.student, notes, trainable=True)
     teachers = [found for teacher in recipe.teacher if (found := _members(teacher, recipe, student, notes))]
+    if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
+        raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     prompt, common = _prompt_tokens(recipe, notes)
     completion = recipe.rollout.budget
     trajectories = recipe.batch.prompts * recipe.batch.group
@@ -268,6 +270,12 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
     encoded = [language.encode(prompt) for prompt in prompts[:512]]
     lengths = [len(ids) for ids in encoded]
+    too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
+    if too_long and not recipe.skip_bad_prompts:
+        raise DataError(
+            f"{prompts[too_long[0]].where}: the prompt has {lengths[too_long[0]]} tokens, more than max_prompt_tokens="
+            f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
+        )
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     return round(sum(lengths) / len(lengths)), common_beginning(encoded)
 

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -38,6 +39,7 @@ from opd.recipe_text import read_plain, read_text
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.student import StudentRollout
+from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
@@ -97,6 +99,21 @@ class Tracking(Settings):
         default=["tensorboard"], description="Trackers to log to"
     )
     project: str = Field("opd", description="Name under which the trackers put runs")
+
+    @field_validator("trackers")
+    @classmethod
+    def _once_each(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a tracker is listed twice; list each once")
+        return value
+
+    @field_validator("project")
+    @classmethod
+    def _inside_the_run(cls, value: str, info: ValidationInfo) -> str:
+        """tensorboard makes a folder of it in the run's."""
+        if "tensorboard" in info.data.get("trackers", ()) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError("with tensorboard this is a folder in the run directory; give a name without '..'")
+        return value
 
 
 class Recipe(Settings):
@@ -170,6 +187,14 @@ class Recipe(Settings):
         names = [t.name for t in self.teacher if t.name is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers have the names {names}; each name must be its own")
+        for part in nested(self.rollout):
+            if isinstance(part, TeacherRollout) and not self.teacher:
+                raise ValueError("key 'teacher' is required: rollout 'teacher' lets a teacher write")
+            if isinstance(part, TeacherRollout) and part.teacher not in (None, *names):
+                raise ValueError(
+                    f"rollout.teacher is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
+                    f"{names or 'none'}: give that teacher a name"
+                )
         for objective in self.objective:
             kind = objective.model_dump()["kind"]
             if objective.needs_teacher and not self.teacher:
@@ -289,7 +314,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     try:
         value = read_plain(text, "the value")
     except RecipeError as error:
-        raise RecipeError(f"override {_short(override)}: {error}; quote it where it is meant as text") from None
+        raise RecipeError(f"override {_short(override)}: {error}") from None
     *parents, leaf = key.split(".")
     place: Any = data
     for part in parents:
@@ -341,6 +366,8 @@ def _explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first.get("input"), date):
+        message += "; quote what YAML takes for a date"
     if not loc:
         return f"{origin}: {message}{tail}"
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"

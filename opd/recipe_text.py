@@ -21,7 +21,7 @@ class _Refused(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML, with duplicate keys refused instead of the last one winning, and merges that stay small."""
+    """YAML, with duplicate keys refused instead of the last one winning, and without merges of mappings (`<<`)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -33,11 +33,6 @@ class _Loader(yaml.SafeLoader):
                 raise _Refused(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > COPIES:
-            raise _Refused(problem="its merged aliases stand for too many values", problem_mark=node.start_mark)
 
 
 def read_text(path: Path) -> str:
@@ -74,7 +69,7 @@ def read_plain(text: str, where: str | Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"{where}:{mark.line + 1}" if mark else str(where)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{line}: not valid YAML ({problem[:160]})") from None
+        raise RecipeError(f"{line}: not valid YAML ({problem[:160]}); quote what is meant as text") from None
     except (ValueError, OverflowError, KeyError) as error:
         # Dates and numbers that look like ones and are none: 2024-13-45.
         problem = (str(error).splitlines() or [type(error).__name__])[0][:120]
