@@ -52,7 +52,8 @@ def peak_throughput(dtype: torch.dtype, device: str = "cpu", seconds: float = 1.
     best, end = 0.0, time.perf_counter() + seconds
     _seconds(a, b, device, clock)
     while time.perf_counter() < end:
-        best = max(best, 2.0 * side**3 / _seconds(a, b, device, clock))
+        spent = _seconds(a, b, device, clock)
+        best = max(best, 2.0 * side**3 / spent if spent else 0.0)
     return best
 
 

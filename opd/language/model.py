@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +177,12 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
                 part.layer_idx = index
 
 
+@cache
+def _takes_cache(decoder: type[torch.nn.Module]) -> bool:
+    """Whether the argument is called `cache`, as in newer versions of transformers, and no longer `past_key_values`."""
+    return "cache" in inspect.signature(decoder.forward).parameters
+
+
 class LanguageModel(torch.nn.Module):
     """A transformers causal LM seen as `hidden states + head`; what policies, teachers and samplers share."""
 
@@ -253,7 +261,10 @@ class LanguageModel(torch.nn.Module):
 
     def body(self, **inputs: Any) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
-        return self.base.get_decoder()(**inputs)
+        decoder = self.base.get_decoder()
+        if "past_key_values" in inputs and _takes_cache(type(decoder)):
+            inputs["cache"] = inputs.pop("past_key_values")
+        return decoder(**inputs)
 
     def forward(
         self,

@@ -111,7 +111,10 @@ class CausalLMStudent(Student):
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
-            language.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in transformers 5; the first argument is the same.
+            base = language.base
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
         self.texts: dict[int, str] = {}
