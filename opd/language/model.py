@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -178,9 +178,9 @@ def drop_layers(model: PreTrainedModel, layers: Sequence[int]) -> None:
 
 
 @cache
-def _takes_cache(decoder: type[torch.nn.Module]) -> bool:
+def _takes_cache(forward: Callable[..., Any]) -> bool:
     """Whether the argument is called `cache`, as in newer versions of transformers, and no longer `past_key_values`."""
-    return "cache" in inspect.signature(decoder.forward).parameters
+    return "cache" in inspect.signature(forward).parameters
 
 
 class LanguageModel(torch.nn.Module):
@@ -262,7 +262,7 @@ class LanguageModel(torch.nn.Module):
     def body(self, **inputs: Any) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
         decoder = self.base.get_decoder()
-        if "past_key_values" in inputs and _takes_cache(type(decoder)):
+        if "past_key_values" in inputs and _takes_cache(type(decoder).forward):
             inputs["cache"] = inputs.pop("past_key_values")
         return decoder(**inputs)
 
