@@ -22,6 +22,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+    names_things: ClassVar[bool] = True
+    """Whether its texts are names, which are not empty; files that a run wrote may hold empty ones."""
+
     @field_validator("*", mode="before")
     @classmethod
     def _meant(cls, value: Any, info: ValidationInfo) -> Any:
@@ -35,7 +38,7 @@ class Settings(BaseModel):
             if isinstance(item, int) and abs(item) >= 2**63 and kinds & {int, float}:
                 raise ValueError("larger than any number that a run can hold (64 bits)")
             if isinstance(item, str) and str in kinds and not kinds & {Any, dict}:
-                if not item and field.default != "":
+                if not item and field.default != "" and cls.names_things:
                     raise ValueError("an empty text names nothing; leave the key out for its default")
                 if "\0" in item:
                     raise ValueError("a text with a zero byte names nothing")

@@ -133,7 +133,7 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     prompt, common = _prompt_tokens(recipe, notes)
-    completion = recipe.rollout.budget
+    completion = max([recipe.rollout.budget, *getattr(recipe.curriculum, "lengths", ())])
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
         recipe=recipe.name,

@@ -38,6 +38,7 @@ from opd.prompts import Prompts
 from opd.recipe_text import read_plain, read_text
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
+from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
@@ -225,12 +226,13 @@ class Recipe(Settings):
                 continue
             if weights and not any(weights) and not any(isinstance(weight, Scheduled) for weight in weights):
                 raise ValueError(f"{key}.weight is 0 wherever there is one: nothing would be learnt; give one a weight")
-        if isinstance(self.curriculum, LengthLadder) and not self.rollout.scheduled():
-            longest = self.curriculum.lengths[-1]
-            if longest > self.rollout.budget:
+        if isinstance(self.curriculum, LengthLadder) and isinstance(self.rollout, MixtureRollout):
+            # Its sources keep to their own lengths; elsewhere a rung's length is what counts.
+            longest, shortest = self.curriculum.lengths[-1], min(part.budget for part in self.rollout.parts)
+            if longest > shortest and not self.rollout.scheduled():
                 raise ValueError(
-                    f"curriculum.lengths goes up to {longest} and a rollout to {self.rollout.budget} tokens; raise "
-                    "rollout.max_new_tokens, or leave out the longer rungs"
+                    f"curriculum.lengths goes up to {longest} and a source of the mixture to {shortest} tokens; raise "
+                    "its max_new_tokens, or leave out the longer rungs"
                 )
         return self
 

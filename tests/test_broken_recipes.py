@@ -69,7 +69,6 @@ REFUSED = {
     "objective={kind: reverse_kl, written_by: []}": "written_by",
     "objective={kind: reverse_kl, support_from: student}": "set top_k",
     "objective=[reverse_kl, reverse_kl]": "listed twice alike",
-    "curriculum={kind: length_ladder, lengths: [400], steps_per_rung: 1}": "goes up to 400",
     "rollout={kind: teacher, teacher: nope}": "rollout.teacher is 'nope'",
     "rollout={kind: mixture, second: {kind: teacher, teacher: nope}}": "rollout.teacher is 'nope'",
     # Devices that are not there.
@@ -171,6 +170,14 @@ def test_ordinary_anchors_and_single_layers_are_taken(recipe_file, tmp_path):
     recipe = load_recipe(str(path), ["teacher.model=c/d"])
     assert (recipe.student.model, recipe.teacher[0].model) == ("a/b", "c/d")
     assert load_recipe(str(recipe_file), ["student.drop_layers=1"]).student.drop_layers == [1]
+
+
+def test_a_rung_beyond_the_sources_of_a_mixture_is_refused(recipe_file):
+    """They would cut it; of one source the rung's length is what counts."""
+    ladder = "curriculum={kind: length_ladder, lengths: [400], steps_per_rung: 1}"
+    assert load_recipe(str(recipe_file), [ladder]).curriculum.lengths == [400]
+    with pytest.raises(RecipeError, match="goes up to 400 and a source of the mixture to 8"):
+        load_recipe(str(recipe_file), [ladder, "rollout={kind: mixture, first: {kind: student, max_new_tokens: 8}}"])
 
 
 def test_keys_are_found_at_every_depth():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from opd import prepacked
@@ -60,3 +62,30 @@ def test_a_torch_without_the_private_operators_multiplies_as_usual(monkeypatch):
             assert layers(weight[:, :256]).shape == (1024, 1024)
     monkeypatch.undo()
     prepacked.can_prepack.cache_clear()
+
+
+SHAPES = """
+import ctypes
+
+import opd
+import torch
+
+memory = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(f"f{i}", ctypes.c_size_t) for i in range(10)]})
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = memory
+layer = torch.nn.Linear(576, 1536, bias=False).bfloat16().requires_grad_(False)
+in_use = []
+for rows in range(100, 500):
+    layer(torch.zeros(rows, 576, dtype=torch.bfloat16))
+    in_use.append(libc.mallinfo2().f7)
+print(in_use[-1] - in_use[60])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts the C library's allocations")
+def test_products_of_ever_new_shapes_do_not_pile_up():
+    """A step of texts has a number of rows that no step before had; what is kept for each must be bounded."""
+    own = {key: value for key, value in os.environ.items() if not key.endswith("CACHE_CAPACITY")}
+    done = subprocess.run([sys.executable, "-c", SHAPES], env=own, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) < 4 * 2**20
