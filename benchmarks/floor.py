@@ -22,6 +22,7 @@ from benchmarks.alternation import compete, versions_and_machine, write
 from benchmarks.contestants import FLOOR, OPD, Job
 from benchmarks.head_to_head import QUICK, last_line, progress
 from benchmarks.loss_operator import finished_cells
+from benchmarks.phases import over
 from benchmarks.sizes import SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 
@@ -40,7 +41,7 @@ def measure(size: Size, precision: str, repeats: int) -> dict[str, Any]:
     work = [products(size, step) for step in range(1, repeats + 1)]  # step 0 warms up
     for figures in found.values():
         figures["utilisation"] = {
-            phase: sum(w[phase] for w in work) / sum(s["cpu"][phase] for s in figures["steps"]) / peak
+            phase: over(sum(w[phase] for w in work), sum(s["cpu"][phase] for s in figures["steps"])) / peak
             for phase in work[0]
         }
     scores = [found[name]["score"]["loss"] for name in (OPD, FLOOR)]

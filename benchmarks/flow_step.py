@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.alternation import silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line
+from benchmarks.phases import over
 from opd.distributions import Gaussian
 from opd.drawings.vocabulary import drawing_tokenizer
 from opd.evaluation import HeldOut
@@ -193,7 +194,7 @@ def measure(size: Size, repeats: int, folder: Path) -> dict[str, Any]:
     return {
         "size": asdict(size),
         "steps": steps,
-        "ratio": {clock: of["bare"] / of["opd"] for clock, of in medians.items()},
+        "ratio": {clock: over(of["bare"], of["opd"]) for clock, of in medians.items()},
         "loss_error": abs(losses[1] / losses[0] - 1),
     }
 

@@ -32,6 +32,7 @@ from benchmarks import peers
 from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
 from benchmarks.contestants import GKD, OPD, TILES, TRL, TRL_TILED, Job
 from benchmarks.loss_operator import finished_cells
+from benchmarks.phases import over
 from benchmarks.sizes import ON_DEVICE, SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 
@@ -111,8 +112,8 @@ def utilisation(size: Size, precision: str, device: str, steps: list[dict[str, A
     peak = peak_throughput(torch.bfloat16 if precision == "bf16" else torch.float32, device)
     clock = "cpu" if device == "cpu" else "wall"
     work = [products(size, step) for step in range(1, len(steps) + 1)]
-    shares = {p: sum(w[p] for w in work) / sum(s[clock][p] for s in steps) / peak for p in work[0]}
-    whole = sum(sum(w.values()) for w in work) / sum(sum(s[clock].values()) for s in steps) / peak
+    shares = {p: over(sum(w[p] for w in work), sum(s[clock][p] for s in steps)) / peak for p in work[0]}
+    whole = over(sum(sum(w.values()) for w in work), sum(sum(s[clock].values()) for s in steps)) / peak
     return {"peak_operations_per_second": peak, "by_phase": shares, "step": whole}
 
 

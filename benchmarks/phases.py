@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ def synchronise(device: str) -> None:
     """Wait until a GPU has done what it was given: its work goes on behind the calls that ask for it."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def over(amount: float, seconds: float) -> float:
+    """`amount` over `seconds`, or NaN where the clock showed none: a process's clock may advance by whole ticks of ten
+    milliseconds, and a phase may be shorter."""
+    return amount / seconds if seconds > 0 else math.nan
 
 
 class Phases:

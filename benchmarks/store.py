@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks.loss_operator import describe_machine
+from benchmarks.phases import over
 from opd.api import execute
 from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
@@ -111,7 +112,7 @@ def write(scorer: Scorer, prompts: Sequence[Any]) -> tuple[float, float]:
         scorer.targets.write(shard, answer, trajectories)
         spent += time.perf_counter() - begun
         tokens += trajectories.positions
-    return tokens / (time.perf_counter() - start), tokens / spent
+    return tokens / (time.perf_counter() - start), over(tokens, spent)
 
 
 def read(targets: Targets, rounds: int = 5) -> float:

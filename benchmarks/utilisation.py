@@ -49,10 +49,12 @@ def peak_throughput(dtype: torch.dtype, device: str = "cpu", seconds: float = 1.
     """Operations a second of a large matrix product, the best of many: CPU seconds of one thread, or a GPU's."""
     side, clock = (1024, time.process_time) if device == "cpu" else (8192, time.perf_counter)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
     _seconds(a, b, device, clock)
-    while time.perf_counter() < end:
-        best = max(best, 2.0 * side**3 / _seconds(a, b, device, clock))
+    best, end = 0.0, time.perf_counter() + seconds
+    # At least once, however slow the device is at it, and until the clock has shown a time.
+    while best == 0.0 or time.perf_counter() < end:
+        spent = _seconds(a, b, device, clock)
+        best = max(best, 2.0 * side**3 / spent if spent else 0.0)
     return best
 
 

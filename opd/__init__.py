@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from opd.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
+
+# torch and oneDNN keep what they made for a shape, and buffers with it, for the last 1024 shapes. Steps of texts have
+# new shapes nearly every time: in bfloat16 a run on a CPU grew by some ten megabytes a step. Read when torch first
+# multiplies; who sets them otherwise is left alone.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "32")
 
 # Names are loaded when first used: `import opd` stays light, and the command line can set thread policies before
 # torch starts its threads.

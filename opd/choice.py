@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from opd.errors import RecipeError, first_line
@@ -32,6 +32,28 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+    names_things: ClassVar[bool] = True
+    """Whether its texts are names, which are not empty; files that a run wrote may hold empty ones."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take for something else, and what no part of a run can hold."""
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        kinds = _kinds(field.annotation)  # type: ignore[arg-type]  # every annotation of a field is hashable
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, bool) and kinds & {int, float} and not kinds & {bool, Any, dict}:
+                raise ValueError(f"{str(item).lower()} is no number")
+            if isinstance(item, int) and abs(item) >= 2**63 and kinds & {int, float}:
+                raise ValueError("larger than any number that a run can hold (64 bits)")
+            if isinstance(item, str) and str in kinds and not kinds & {Any, dict}:
+                if not item and field.default != "" and cls.names_things:
+                    raise ValueError("an empty text names nothing; leave the key out for its default")
+                if "\0" in item:
+                    raise ValueError("a text with a zero byte names nothing")
+        return value
+
     def scheduled(self, prefix: str = "") -> dict[str, Scheduled]:
         """What follows a schedule, by dotted key."""
         return {
@@ -42,6 +64,16 @@ class Settings(BaseModel):
         """These settings at one step (from 0) of a run of `steps`: numbers in the places of schedules."""
         names = {key.split(".", 1)[0] for key in self.scheduled()}
         return self.model_copy(update={n: _at(getattr(self, n), step, steps) for n in names}) if names else self
+
+
+@cache
+def _kinds(annotation: Any) -> frozenset[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return frozenset()
+    own = get_origin(annotation) or annotation
+    return frozenset([own]).union(*(_kinds(part) for part in inner if isinstance(part, Hashable)))
 
 
 def _found(value: Any, key: str) -> list[tuple[str, Scheduled]]:

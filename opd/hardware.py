@@ -4,6 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from opd.errors import RecipeError
+
+DEVICE = r"^(cpu|cuda(:\d{1,4})?|mps|xpu)$"
+"""Names of devices that a recipe may give."""
+
+
+def check_device(name: str | None, key: str) -> None:
+    """Raise `RecipeError` when this machine, or this torch, has no such device; `auto` and None name none."""
+    kind, _, number = (name or "auto").partition(":")
+    if kind in ("auto", "cpu"):
+        return
+    present = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}[kind].device_count()
+    if kind == "mps" and not torch.backends.mps.is_available():
+        present = 0
+    if not present:
+        raise RecipeError(f"{key} is {name!r} and this machine has no {kind.upper()} device; use auto or cpu")
+    if int(number or 0) >= present:
+        raise RecipeError(f"{key} is {name!r} and this machine has {kind}:0 to {kind}:{present - 1}; take one of them")
+
 
 def fast_in_bf16(device: torch.device | str) -> bool:
     """Whether `device` multiplies bfloat16 matrices in hardware; elsewhere that is emulated and slow."""
@@ -11,6 +30,15 @@ def fast_in_bf16(device: torch.device | str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        able = torch.cpu.get_capabilities()
-        return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("arm_bf16"))
+        # Younger than the oldest torch that we take.
+        able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        built_in = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("arm_bf16"))
+        return built_in and _bf16_in_use()
     return False
+
+
+def _bf16_in_use() -> bool:
+    """Whether torch and its matrix library use all of this processor: ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA can
+    hold them to an older one's instructions."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return torch.backends.cpu.get_cpu_capability() != "AVX2" and (supported is None or bool(supported()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.divergences.operator import chunk_rows
-from opd.errors import ModelError, OpdError
+from opd.errors import DataError, ModelError, OpdError, first_line
 from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
 from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
 from opd.language.packing import common_beginning
 from opd.language.plan_attention import PLAN_ATTENTION
+from opd.language.plan_experts import PLAN_EXPERTS
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
 from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.policies.flow_transformer import FlowTransformer
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.same_view import nothing_to_learn
 from opd.store import Store, Targets
 from opd.store.targets import ANSWERS
 from opd.teachers import Teacher
@@ -121,11 +127,13 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
         return make_flow_plan(recipe)
     if not isinstance(recipe.student, CausalLM):
         raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
-    notes: list[str] = []
+    notes = nothing_to_learn(recipe)
     student = _shape(recipe.student, notes, trainable=True)
     teachers = [found for teacher in recipe.teacher if (found := _members(teacher, recipe, student, notes))]
+    if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
+        raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     prompt, common = _prompt_tokens(recipe, notes)
-    completion = recipe.rollout.budget
+    completion = max([recipe.rollout.budget, *getattr(recipe.curriculum, "lengths", ())])
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
         recipe=recipe.name,
@@ -186,27 +194,66 @@ def _shape(settings: ModelSettings, notes: list[str], trainable: bool) -> Shape:
     config = load_config(settings, notes)
     dtype = settings.dtype if settings.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
     dtype = dtype.removeprefix("torch.")
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-        if isinstance(settings, CausalLM) and settings.lora is not None:
-            model = _with_lora(model, settings.lora)
-        if isinstance(settings, CausalLM):
-            freeze(model, settings.freeze)
+    model = _empty(settings, config, dtype)
     parameters = sum(p.numel() for p in model.parameters())
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"model {settings.model!r} has no output embeddings: not a causal language model")
+    vocabulary, width = head.weight.shape
     size = DTYPE_BYTES.get(dtype, 4)
+    text = config.get_text_config()
     return Shape(
         name=settings.model,
         parameters=parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad) if trainable else 0,
-        width=config.hidden_size,
-        vocabulary=config.vocab_size,
-        layers=config.num_hidden_layers,
-        kv_bytes_per_token=2 * config.num_hidden_layers * heads * head_dim * size,
+        width=width,
+        vocabulary=vocabulary,
+        layers=text.num_hidden_layers,
+        kv_bytes_per_token=_kv_width(model, text) * size,
         weight_bytes=parameters * size,
         model=model,
     )
+
+
+def _empty(settings: ModelSettings, config: Any, dtype: str) -> Any:
+    """The model on the meta device, with its adapters and frozen parts."""
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, dtype, torch.float32),
+                attn_implementation=settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except Exception as error:
+        # A configuration runs the architecture's own code, which may raise anything about its numbers.
+        raise ModelError(
+            f"model {settings.model!r}: transformers makes no causal language model of its config.json "
+            f"({first_line(error)}); choose another model, or mend the file"
+        ) from None
+    if isinstance(settings, CausalLM) and settings.lora is not None:
+        model = _with_lora(model, settings.lora)
+    if isinstance(settings, CausalLM):
+        freeze(model, settings.freeze)
+    return model
+
+
+def _kv_width(model: Any, config: Any) -> int:
+    """Numbers that a sampler keeps of each token: keys and values of the layers that attend."""
+    found = [
+        getattr(part, name).out_features  # an adapted layer has it too
+        for part in model.modules()
+        for name in ("k_proj", "v_proj")
+        if hasattr(getattr(part, name, None), "out_features")
+    ]
+    if found:
+        return sum(found)
+    count = getattr(config, "num_attention_heads", None)
+    if count is None:  # nothing attends, and a state of one size is kept
+        return 0
+    heads = getattr(config, "num_key_value_heads", None) or count
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // count
+    return int(2 * config.num_hidden_layers * heads * head_dim)
 
 
 def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
@@ -223,6 +270,12 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
     encoded = [language.encode(prompt) for prompt in prompts[:512]]
     lengths = [len(ids) for ids in encoded]
+    too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
+    if too_long and not recipe.skip_bad_prompts:
+        raise DataError(
+            f"{prompts[too_long[0]].where}: the prompt has {lengths[too_long[0]]} tokens, more than max_prompt_tokens="
+            f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
+        )
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     return round(sum(lengths) / len(lengths)), common_beginning(encoded)
 
@@ -248,9 +301,10 @@ def _memory(
     precision = recipe.hardware.precision
     if size > 2 and (precision == "bf16" or (precision == "auto" and fast_in_bf16(device))):
         parts["bfloat16 casts of weights"] = 2 * student.parameters
-    sampler = getattr(recipe.rollout, "dtype", "own")
-    if size > 2 and (sampler == "bfloat16" or (sampler == "auto" and fast_in_bf16(device))):
-        parts["bfloat16 copy for rollouts"] = 2 * student.parameters
+    samplers = list(_samplers(recipe, student, teachers))
+    copied = sum(_copied(settings, shape, device) for settings, shape in samplers)
+    if copied:
+        parts["bfloat16 copy for rollouts"] = copied
     first = 0
     for members in teachers:
         for i, (settings, shape) in enumerate(members, start=first):
@@ -262,7 +316,7 @@ def _memory(
         who = f"teacher {first}" if first == last else f"teachers {first}-{last}"
         parts[f"{who} answers (hidden states)"] = positions * widest
         first = last + 1
-    parts["activations of a micro-batch"] = _activations(recipe, student, tokens)
+    parts["activations of a micro-batch"] = _activations(recipe, student, tokens, notes)
     parts["loss operator: chunks"] = (3 + len(teachers)) * 4 * rows * student.vocabulary
     layer = student.model.get_output_embeddings()
     head_trained = bool(layer is not None and layer.weight.requires_grad)
@@ -273,12 +327,10 @@ def _memory(
         parts["Python and libraries"] = peak_memory_bytes()
     else:
         notes.append("device memory of the CUDA context itself is not counted")
-    batch = getattr(recipe.rollout, "batch", micro)
-    cache = min(batch, recipe.batch.prompts * recipe.batch.group) * (prompt + completion) * student.kv_bytes_per_token
-    rollout = cache + 4 * min(batch, positions) * student.vocabulary * 4
-    if on_cpu:
-        # What `opd.prepacked` holds: at most the weights that are sampled from once more.
-        rollout += parts.get("bfloat16 copy for rollouts", student.weight_bytes)
+    longest = prompt + max(completion, recipe.evaluation.max_new_tokens or 0)
+    drawn = max(recipe.batch.prompts * recipe.batch.group, recipe.evaluation.held_out * recipe.evaluation.k)
+    # Samplers of several sources, and of evaluations, work one after the other.
+    rollout = max(_sampling(settings, shape, device, drawn, longest) for settings, shape in samplers)
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
     if rollout > training:
@@ -290,14 +342,69 @@ def _memory(
     return parts
 
 
-def _activations(recipe: Recipe, student: Shape, tokens: int) -> int:
+def _samplers(
+    recipe: Recipe, student: Shape, teachers: list[Members]
+) -> Iterator[tuple[StudentRollout | TeacherRollout, Shape]]:
+    """Who writes, with which settings: every source of the rollout, and the student for evaluations."""
+
+    def sources(rollout: Rollout) -> Iterator[tuple[StudentRollout | TeacherRollout, Shape]]:
+        for part in rollout.parts:
+            yield from sources(part)
+        if isinstance(rollout, StudentRollout):
+            yield rollout, student
+        if isinstance(rollout, TeacherRollout):
+            by_name = {teacher.name: members for teacher, members in zip(recipe.teacher, teachers, strict=False)}
+            named = by_name.get(rollout.teacher) if rollout.teacher is not None else None
+            for _, shape in named or next(iter(teachers), []):
+                yield rollout, shape
+
+    yield from sources(recipe.rollout)
+    if not isinstance(recipe.rollout, StudentRollout):
+        yield StudentRollout(), student
+
+
+def _copied(settings: StudentRollout | TeacherRollout, shape: Shape, device: str) -> int:
+    """Bytes of the copy that a source samples from, if it keeps one."""
+    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(device))
+    return 2 * shape.parameters if wanted and shape.weight_bytes // shape.parameters > 2 else 0
+
+
+def _sampling(settings: StudentRollout | TeacherRollout, shape: Shape, device: str, drawn: int, longest: int) -> int:
+    """Bytes of a rollout's own: keys and values, the distributions of one token, and on a CPU weights once more."""
+    rows = min(settings.batch, drawn)
+    copied, size = _copied(settings, shape, device), shape.weight_bytes // shape.parameters
+    cache = rows * longest * shape.kv_bytes_per_token // (size // 2 if copied else 1)
+    # What `opd.prepacked` holds: at most the weights that are sampled from.
+    packed = (copied or shape.weight_bytes) if device == "cpu" else 0
+    return cache + 4 * rows * shape.vocabulary * 4 + packed
+
+
+def _activations(recipe: Recipe, student: Shape, tokens: int, notes: list[str]) -> int:
     """Bytes that autograd keeps for one forward pass of `tokens` tokens, counted on the meta device."""
     assert isinstance(recipe.student, CausalLM)
     base = student.model.get_base_model() if hasattr(student.model, "get_base_model") else student.model
-    base.config._attn_implementation = PLAN_ATTENTION
     probe = min(tokens, 512)
     ids = torch.zeros(1, probe, dtype=torch.int64, device="meta")
-    kept = saved_bytes(student.model, lambda: base.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False))
+    fused = base.config._attn_implementation != "eager"
+    base.config._experts_implementation = PLAN_EXPERTS
+    mask = torch.zeros(1, 1, probe, probe, dtype=next(base.parameters()).dtype, device="meta")
+    # A mask that is given is not looked into, as one that is made of positions is: meta tensors hold no numbers.
+    ways: list[tuple[str, dict[str, Any]]] = [("eager", {}), ("eager", {"attention_mask": mask})]
+    for attention, given in [(PLAN_ATTENTION, {}), *ways] if fused else ways:
+        base.config._attn_implementation = attention
+        forward = partial(base.get_decoder(), input_ids=ids, position_ids=ids, use_cache=False, **given)
+        try:
+            kept = saved_bytes(student.model, forward)
+            break
+        except Exception:
+            # Architectures are other people's code; not each of them runs on the meta device.
+            continue
+    else:
+        notes.append(f"{student.name}: its activations cannot be counted without running it; they are estimated")
+        size = student.weight_bytes // student.parameters
+        linear = [m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n]
+        widths = sum(m.in_features + m.out_features for m in linear)
+        kept = probe * size * (widths + 4 * student.layers * student.width)
     total = kept * tokens // probe
     if recipe.student.gradient_checkpointing:
         return total // student.layers + student.layers * tokens * student.width * 4

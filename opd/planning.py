@@ -15,8 +15,8 @@ from opd.run import check_verdicts, load_data
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that autograd keeps of one call on the meta device, the model's own weights not counted."""
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    """Bytes that autograd keeps of one call on the meta device, the model's own weights and buffers not counted."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
     kept: list[torch.Tensor] = []
 

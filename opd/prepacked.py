@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import nn
@@ -48,9 +49,25 @@ def worth_packing(weight: torch.Tensor) -> bool:
         and not isinstance(weight, DTensor)
         and weight.dim() == 2
         and weight.numel() >= SMALLEST
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and can_prepack(weight.dtype)
     )
+
+
+@cache
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this torch on this processor packs and multiplies matrices of `dtype`, found by trying once.
+
+    The operators are torch's own private ones: another version may lack them or call them otherwise, and a processor
+    without AVX-512 has no ordering of bfloat16.
+    """
+    weight = torch.linspace(-1, 1, 32 * 16).view(32, 16).to(dtype)
+    x = torch.linspace(-1, 1, 2 * 16).view(2, 16).to(dtype)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            product = Prepacked(weight, None)(x)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return torch.allclose(product.float(), linear(x.float(), weight.float()), rtol=0.05, atol=0.05)
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,6 +16,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeInt,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -22,17 +26,22 @@ from pydantic import (
 from opd.checkpoints.keeper import Checkpoint
 from opd.choice import Choice, OneOf, Settings, choices_of, nested, take_in
 from opd.curricula import Curriculum
+from opd.curricula.length_ladder import LengthLadder
 from opd.curricula.shuffled import Shuffled
 from opd.divergences import ReverseKL
 from opd.errors import RecipeError, nearest
 from opd.failures import Failures
+from opd.hardware import DEVICE
 from opd.objectives import Objective
 from opd.policies import Policy
 from opd.prompts import Prompts
+from opd.recipe_text import read_plain, read_text
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
+from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
-from opd.schedules import OverSteps
+from opd.rollouts.teacher import TeacherRollout
+from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
 from opd.stopping import Alarm, Stop
@@ -51,8 +60,8 @@ def _as_list(value: Any) -> Any:
 class Batch(Settings):
     """How many trajectories make one step, and how many of them share one forward pass."""
 
-    prompts: int = Field(16, ge=1, description="Prompts of one optimiser step, over all processes")
-    group: int = Field(1, ge=1, description="Trajectories of each prompt")
+    prompts: int = Field(16, ge=1, le=1_000_000, description="Prompts of one optimiser step, over all processes")
+    group: int = Field(1, ge=1, le=1_000_000, description="Trajectories of each prompt")
     micro: int = Field(16, ge=1, description="Trajectories of one forward and backward pass; changes memory only")
 
 
@@ -60,16 +69,16 @@ class Evaluation(Settings):
     """Measured on held-out prompts before and after training, and every `every` steps between."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
-    k: int = Field(1, ge=1, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
+    k: int = Field(1, ge=1, le=10_000, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
     greedy: bool = Field(False, description="Also measure greedy decoding")
-    temperature: float | None = Field(None, gt=0, description="Of held-out samples; default the run's")
+    temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
     top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
     top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
     held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
         default=[], description="A held-out set of its own, instead of a share of the prompt set"
     )
-    max_new_tokens: int | None = Field(None, ge=1, description="Default: the rollout's")
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default: the rollout's")
     steps: int = Field(40, ge=1, description="Of a flow model's deterministic sampler")
     samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
     stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
@@ -86,12 +95,12 @@ class Evaluation(Settings):
 class Hardware(Settings):
     """Device and precision; everything else about devices is `accelerate`'s."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps|xpu)$", description="As torch names it")
+    device: str = Field("auto", pattern=f"^auto$|{DEVICE}", description="As torch names it")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "fp32",
         description="Compute dtype; weights keep the student's dtype. auto: bf16 where the device is fast at it",
     )
-    threads: int | None = Field(None, ge=1, description="torch's threads; default all cores")
+    threads: int | None = Field(None, ge=1, le=1024, description="torch's threads; default all cores")
 
 
 class Tracking(Settings):
@@ -102,6 +111,21 @@ class Tracking(Settings):
     )
     project: str = Field("opd", description="Name under which the trackers put runs")
 
+    @field_validator("trackers")
+    @classmethod
+    def _once_each(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a tracker is listed twice; list each once")
+        return value
+
+    @field_validator("project")
+    @classmethod
+    def _inside_the_run(cls, value: str, info: ValidationInfo) -> str:
+        """tensorboard makes a folder of it in the run's."""
+        if "tensorboard" in info.data.get("trackers", ()) and (Path(value).is_absolute() or ".." in Path(value).parts):
+            raise ValueError("with tensorboard this is a folder in the run directory; give a name without '..'")
+        return value
+
 
 class Recipe(Settings):
     """A choice per axis and the few settings that belong to none. Fields are in the order of the loop."""
@@ -109,9 +133,9 @@ class Recipe(Settings):
     name: str = Field("run", pattern=r"^[\w.-]+$", description="Of the run")
     description: str = Field("", description="Shown by `opd recipes`")
     output: str | None = Field(None, description="Run directory; default runs/NAME")
-    seed: int = Field(0, ge=0, description="Of sampling, order of prompts and new weights")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of sampling, order of prompts and new weights")
     steps: int = Field(100, ge=1, description="Optimiser steps")
-    temperature: Annotated[float, OverSteps(gt=0)] = Field(
+    temperature: Annotated[float, OverSteps(ge=1e-6, le=1e6)] = Field(
         1.0, description="Softmax temperature of sampling, student and teacher alike"
     )
     student: Annotated[Policy, OneOf(Policy, "causal_lm")] = Field(description="The model that learns")
@@ -125,7 +149,9 @@ class Recipe(Settings):
     skip_bad_prompts: bool = Field(False, description="Leave out rows that cannot be used, and say which")
     curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Field(Shuffled(), description="Which prompts, how long")
     rollout: Annotated[Rollout, OneOf(Rollout, "student")] = Field(StudentRollout(), description="Who writes")
-    end_tokens: list[int] | None = Field(None, description="Ids that end a completion; default from the student")
+    end_tokens: list[NonNegativeInt] | None = Field(
+        None, min_length=1, description="Ids that end a completion; default from the student"
+    )
     verifier: Annotated[Verifier, OneOf(Verifier)] | None = Field(None, description="What a completion is worth")
     shaping: Annotated[Shaping, OneOf(Shaping)] = Field(Uniform(), description="What a position weighs")
     objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(_as_list)] = Field(
@@ -184,6 +210,14 @@ class Recipe(Settings):
         names = [t.name for t in self.teacher if t.name is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers have the names {names}; each name must be its own")
+        for part in nested(self.rollout):
+            if isinstance(part, TeacherRollout) and not self.teacher:
+                raise ValueError("key 'teacher' is required: rollout 'teacher' lets a teacher write")
+            if isinstance(part, TeacherRollout) and part.teacher not in (None, *names):
+                raise ValueError(
+                    f"rollout.teacher is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
+                    f"{names or 'none'}: give that teacher a name"
+                )
         for objective in self.objective:
             kind = objective.model_dump()["kind"]
             if objective.needs_teacher and not self.teacher:
@@ -199,6 +233,28 @@ class Recipe(Settings):
                 raise ValueError(
                     f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
                     "nothing; take 2 or more"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _does_what_it_says(self) -> Recipe:
+        plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
+        twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
+        if twice is not None:
+            raise ValueError(f"objective {_kind(twice)!r} is listed twice alike; list it once, with weight: 2")
+        for key, parts in (("objective", self.objective), ("teacher", self.teacher)):
+            weights = [part.weight for part in parts]
+            if key == "teacher" and not all(objective.needs_teacher for objective in self.objective):
+                continue
+            if weights and not any(weights) and not any(isinstance(weight, Scheduled) for weight in weights):
+                raise ValueError(f"{key}.weight is 0 wherever there is one: nothing would be learnt; give one a weight")
+        if isinstance(self.curriculum, LengthLadder) and isinstance(self.rollout, MixtureRollout):
+            # Its sources keep to their own lengths; elsewhere a rung's length is what counts.
+            longest, shortest = self.curriculum.lengths[-1], min(part.budget for part in self.rollout.parts)
+            if longest > shortest and not self.rollout.scheduled():
+                raise ValueError(
+                    f"curriculum.lengths goes up to {longest} and a source of the mixture to {shortest} tokens; raise "
+                    "its max_new_tokens, or leave out the longer rungs"
                 )
         return self
 
@@ -256,17 +312,7 @@ NOT_DESCRIBED = NOT_SUGGESTED | {"name", "output", "seed"}
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
     path = find_recipe(reference)
-    try:
-        data = _unshared(yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys))
-    except RecursionError:
-        raise RecipeError(f"{path}: an anchor contains itself") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not UTF-8; save the file as UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{where}: not valid YAML ({problem})") from None
+    data = read_plain(read_text(path), path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds {type(data).__name__}")
     for override in overrides:
@@ -296,37 +342,15 @@ def json_schema() -> str:
     return json.dumps(Recipe.model_json_schema(), indent=2)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML, with duplicate keys refused instead of the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _unshared(data: Any) -> Any:
-    """A copy in which aliases of one anchor are separate, so that an override changes one place only."""
-    if isinstance(data, dict):
-        return {key: _unshared(value) for key, value in data.items()}
-    return [_unshared(value) for value in data] if isinstance(data, list) else data
-
-
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Set the place that `key.of.several=value` names; the value is YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override {override!r} is not of the form key=value, e.g. update.learning_rate=1e-4")
+        raise RecipeError(f"override {_short(override)} is not of the form key=value, e.g. update.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value {text!r} is not valid YAML; quote it") from None
+        value = read_plain(text, "the value")
+    except RecipeError as error:
+        raise RecipeError(f"override {_short(override)}: {error}") from None
     *parents, leaf = key.split(".")
     place: Any = data
     for part in parents:
@@ -347,8 +371,10 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _index(part: str, items: list[Any], override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise RecipeError(f"override {override!r}: {part!r} must be an index from 0 to {len(items) - 1}")
+    if not items:
+        raise RecipeError(f"override {_short(override)}: {part!r} is an index into an empty list; give the whole list")
+    if not part.isdecimal() or int(part) >= len(items):
+        raise RecipeError(f"override {_short(override)}: {part!r} must be an index from 0 to {len(items) - 1}")
     return int(part)
 
 
@@ -360,23 +386,24 @@ def _explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     more = error.error_count() - 1
     tail = f" ({more} more mistake{'s' if more > 1 else ''} in this recipe)" if more else ""
     if kind == "extra_forbidden":
-        valid = _fields_at(loc[:-1])
-        leaf = str(loc[-1])
-        close = nearest(leaf, valid)
-        if not close:
-            elsewhere = [k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf]
-            close = f" (did you mean {elsewhere[0]!r}?)" if elsewhere else f"; accepted here: {', '.join(valid)}"
-        return f"{origin}: unknown key {key!r}{close}{tail}"
+        return f"{origin}: unknown key {key!r}{_meant(loc, key)}{tail}"
     if kind == "missing":
         return f"{origin}: key {key!r} is required and missing{tail}"
     value = _short(first.get("input"))
     if kind == "union_tag_invalid":
         expected = [e.strip(" '") for e in first["ctx"]["expected_tags"].split(",")]
         tag = first["ctx"]["tag"]
+        place = _place_key(loc)
+        if place and _names_a_place(tag):
+            leaf = key.rsplit(".", 1)[-1]
+            item = "-" if leaf.isdecimal() else f"{leaf}:"
+            return f"{origin}: {key} is {_short(tag)}, which is no kind; write {item} {{{place}: {tag}}}{tail}"
         return f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first.get("input"), date):
+        message += "; quote what YAML takes for a date"
     if not loc:
         return f"{origin}: {message}{tail}"
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
@@ -464,14 +491,54 @@ def _kinds_at(loc: Sequence[int | str]) -> list[str]:
     return list(kinds)
 
 
-def all_keys() -> list[str]:
-    """Every dotted key that some recipe may use."""
-    keys = []
-    for name, info in Recipe.model_fields.items():
-        model, kinds = _models_in(info)
-        blocks: list[type[BaseModel]] = [model] if model is not None else list(kinds.values())
-        keys += [name, *dict.fromkeys(f"{name}.{field}" for block in blocks for field in block.model_fields)]
-    return keys
+def _meant(loc: Sequence[int | str], key: str) -> str:
+    """Which key was meant: the same word elsewhere in a recipe, or the nearest here, or what is accepted here."""
+    valid, leaf = _fields_at(loc[:-1]), str(loc[-1])
+    block = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    elsewhere = sorted((k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf), key=lambda k: k.count("."))
+    if elsewhere:
+        shortest = [k for k in elsewhere if k.count(".") == elsewhere[0].count(".")]
+        return f" (did you mean {' or '.join(repr(k) for k in shortest[:3])}?)"
+    close = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {block + close[0]!r}?)"
+    far = difflib.get_close_matches(leaf, {k.rsplit(".", 1)[-1]: k for k in reversed(all_keys())}, n=1, cutoff=0.8)
+    if far:
+        return f" (did you mean {next(k for k in all_keys() if k.rsplit('.', 1)[-1] == far[0])!r}?)"
+    return f"; accepted here: {', '.join(valid)}"
+
+
+@cache
+def all_keys() -> tuple[str, ...]:
+    """Every dotted key that some recipe may use; choices within choices of the same axis are not looked into."""
+
+    def keys(block: type[BaseModel], above: str, seen: frozenset[type[BaseModel]]) -> Iterator[str]:
+        for name, info in block.model_fields.items():
+            yield above + name
+            model, kinds = _models_in(info)
+            inner = [block for block in dict.fromkeys([model, *kinds.values()]) if block is not None]
+            for part in inner:
+                if part not in seen:
+                    yield from keys(part, f"{above}{name}.", seen | set(inner))
+
+    return tuple(sorted(dict.fromkeys(keys(Recipe, "", frozenset())), key=lambda k: k.count(".")))
+
+
+def _place_key(loc: Sequence[int | str]) -> str | None:
+    """The field that says where a choice of the axis at `loc` lies: a model, or a file of prompts."""
+    model: type[BaseModel] | None = Recipe
+    kinds: dict[str, type[Choice]] = {}
+    for part in loc:
+        if isinstance(part, str) and part in kinds:
+            model, kinds = kinds[part], {}
+        elif isinstance(part, str) and model is not None and part in model.model_fields:
+            model, kinds = _models_in(model.model_fields[part])
+    axes = {choice.axis for choice in kinds.values()}
+    return "model" if axes & {Policy.axis, Teacher.axis} else "path" if Prompts.axis in axes else None
+
+
+def _names_a_place(text: str) -> bool:
+    return "/" in text or "." in text or text.startswith("package:") or Path(text).exists()
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -21,7 +21,7 @@ from opd.context import Context
 from opd.curricula import Schedule
 from opd.errors import DataError, RecipeError, RunError
 from opd.failures import Skips
-from opd.hardware import fast_in_bf16
+from opd.hardware import check_device, fast_in_bf16
 from opd.monitor import Monitor
 from opd.objectives import Objective, Target
 from opd.policies import Student
@@ -29,6 +29,7 @@ from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
 from opd.rollouts import PrefixSource
 from opd.rollouts.base import Combination
+from opd.same_view import nothing_to_learn
 from opd.self_test import self_test
 from opd.shaping import Shaper, Shaping
 from opd.stopping import Watch
@@ -230,10 +231,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     hardware = recipe.hardware
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    if hardware.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError(
-            f"hardware.device is {hardware.device!r} and this machine has no CUDA device; use auto or cpu"
-        )
+    check_device(hardware.device, "hardware.device")
     device = "cuda" if hardware.device == "auto" and torch.cuda.is_available() else hardware.device
     fast = fast_in_bf16("cpu" if device == "auto" else device)
     in_bf16 = hardware.precision == "bf16" or (hardware.precision == "auto" and fast)
@@ -294,6 +292,8 @@ def assemble(
     )
     for teacher in built:
         teacher.check_student(student, context)
+    for warning in nothing_to_learn(recipe, student, built):
+        monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
     verifiers = [] if recipe.verifier is None else [recipe.verifier]
     training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)

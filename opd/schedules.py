@@ -126,6 +126,14 @@ class ScheduledInt(Scheduled, int):
         return round(self.shape.at(step, steps))
 
 
+def _holds_a_switch(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_a_switch(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_a_switch(item) for item in value)
+    return isinstance(value, bool)
+
+
 class OverSteps:
     """Annotation that lets a number's field take a schedule; its bounds hold for every step.
 
@@ -151,6 +159,8 @@ class OverSteps:
             value = {"kind": "points", "points": value}
         if not isinstance(value, dict):
             return number(value)
+        if _holds_a_switch(value):
+            raise ValueError("true is no number")
         try:
             shape = _SHAPES.validate_python(value)
         except ValueError:

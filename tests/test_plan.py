@@ -10,11 +10,13 @@ import time
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from opd.errors import ModelError
+from opd.errors import ModelError, OpdError
 from opd.plan import make_plan
 from opd.recipe import load_recipe, parse_recipe
 from tests.conftest import save_tiny, tiny_model
+from tests.tiny import turn_tokenizer
 
 
 def recipe(path, **changes):
@@ -101,3 +103,144 @@ def test_quickstart_plan_needs_no_conversion():
     plan = make_plan(load_recipe("quickstart"))
     assert plan.teachers[0].parameters == pytest.approx(134.5e6, rel=0.01)
     assert plan.student.parameters < plan.teachers[0].parameters
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+LINEAR = {
+    "head_dim": 8,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+FAMILIES = {
+    "llama": SIZES,
+    "gemma2": {**SIZES, "head_dim": 8},
+    "gemma3_text": {**SIZES, "head_dim": 8},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "gpt_oss": {**SIZES, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neo": {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    },
+    "qwen2_moe": {**SIZES, **EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {**SIZES, **EXPERTS, "head_dim": 8},
+    "mixtral": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_next": {**SIZES, **EXPERTS, **LINEAR, "shared_expert_intermediate_size": 16},
+    "deepseek_v3": {**SIZES, **EXPERTS, **LATENT},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "phi": SIZES,
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
+}  # fmt: skip
+NO_LANGUAGE_MODELS = {"t5": {"d_model": 32, "num_layers": 2, "num_heads": 4}, "vit": {}}
+
+
+def family(folder, kind, sizes):
+    """A folder as a model has it, without weights."""
+    config = AutoConfig.for_model(kind, vocab_size=96, **{"eos_token_id": 1, "bos_token_id": 3, **sizes})
+    config.save_pretrained(folder)
+    turn_tokenizer("{{ messages[0]['content'] }}").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16"}, {"lora": {"rank": 2}}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_planned_or_refused_in_one_line(kind, change, tmp_path):
+    path = family(tmp_path / kind, kind, FAMILIES[kind])
+    if kind == "mamba" and "lora" in change:
+        with pytest.raises(ModelError, match="lora"):
+            make_plan(recipe(path, student={"model": path, **change}))
+        return
+    plan = make_plan(recipe(path, student={"model": path, **change}, teacher={"model": path}))
+    assert plan.memory["activations of a micro-batch"] > 0
+    assert plan.student.width == 32
+    assert plan.student.vocabulary == 96
+    assert (plan.student.kv_bytes_per_token == 0) == (kind in ("mamba", "rwkv"))
+    counted = not any("estimated" in note for note in plan.notes)
+    assert counted or "lora" in change, "only adapters of experts cannot be run on the meta device"
+
+
+@pytest.mark.parametrize("kind", NO_LANGUAGE_MODELS)
+def test_what_is_no_language_model_is_refused_in_one_line(kind, tmp_path):
+    path = family(tmp_path / kind, kind, NO_LANGUAGE_MODELS[kind])
+    with pytest.raises(ModelError, match="makes no causal language model") as found:
+        make_plan(recipe(path))
+    assert len(str(found.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("experts", [2, 4])
+def test_activations_of_experts_grow_with_those_that_a_token_asks(experts, tmp_path):
+    path = family(tmp_path / "m", "mixtral", {**SIZES, "num_local_experts": 8, "num_experts_per_tok": experts})
+    kept = make_plan(recipe(path)).memory["activations of a micro-batch"]
+    dense = make_plan(recipe(family(tmp_path / "d", "mistral", SIZES))).memory["activations of a micro-batch"]
+    assert dense * experts / 3 < kept < dense * experts
+
+
+SAMPLING = "rollout: keys, values, logits, packed weights"
+
+
+def test_a_rollout_of_several_sources_needs_what_the_largest_of_them_needs(tmp_path):
+    path = save_tiny(tmp_path / "m")
+    own = {"kind": "student", "max_new_tokens": 100}
+    other = {"kind": "teacher", "max_new_tokens": 100}
+    several = ({"kind": "mixture", "first": own, "second": other}, {"kind": "switch", "first": other, "then": own})
+    batch = {"prompts": 64, "micro": 1}
+    alone, *made = (make_plan(recipe(path, batch=batch, rollout=r)).memory[SAMPLING] for r in (own, *several))
+    assert made == [alone, alone]
+    assert alone > 64 * 100 * 256
+
+
+def test_every_source_with_a_copy_keeps_its_own(tmp_path):
+    path = save_tiny(tmp_path / "m")
+    parts = {"first": {"kind": "student", "dtype": "bfloat16"}, "second": {"kind": "teacher", "dtype": "bfloat16"}}
+    plan = make_plan(recipe(path, rollout={"kind": "mixture", **parts}))
+    assert plan.memory["bfloat16 copy for rollouts"] == 2 * (plan.student.parameters + plan.teachers[0].parameters)
+
+
+def test_evaluations_count(tmp_path):
+    """They draw as many rows as they measure, whatever a step draws."""
+    path = save_tiny(tmp_path / "m")
+    few = {"batch": {"prompts": 1, "micro": 1}, "rollout": {"max_new_tokens": 4}}
+    small = make_plan(recipe(path, **few)).peak
+    many = make_plan(recipe(path, **few, evaluation={"held_out": 1, "k": 64, "max_new_tokens": 4000})).peak
+    assert many > small + 50 * 4000 * 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"end_tokens": [99999999]}, "end_tokens names 99999999"),
+        ({"max_prompt_tokens": 2}, "more than max_prompt_tokens=2"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_here_too(changes, message, tmp_path):
+    with pytest.raises(OpdError, match=message):
+        make_plan(recipe(save_tiny(tmp_path / "m"), **changes))

@@ -157,7 +157,7 @@ def test_unknown_recipe_names_the_nearest(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("update.learnin_rate=1", "did you mean 'learning_rate'"),
+        ("update.learnin_rate=1", "did you mean 'update.learning_rate'"),
         ("learning_rate=1", "did you mean 'update.learning_rate'"),
         ("objective=reverse_kll", "did you mean 'reverse_kl'"),
         ("steps", "form key=value"),

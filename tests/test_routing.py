@@ -269,7 +269,7 @@ def test_a_prompt_without_a_route_is_an_error_that_names_it():
         ({"routes": {"math": {"kind": "routed", "by": "x", "routes": {"a": {"model": "m"}}}}}, "routed itself"),
         (
             {"routes": {"math": {"model": "m", "bacth": 2}}},
-            "unknown key .teacher.routes.math.bacth. .did you mean .batch.",
+            "unknown key .teacher.routes.math.bacth. .did you mean .teacher.routes.math.batch.",
         ),
         ({"routes": {"math": {"kind": "lokal"}}}, "teacher.routes.math.kind is 'lokal'"),
     ],

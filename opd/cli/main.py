@@ -198,9 +198,10 @@ def recipes(
     """List the recipes that come with opd, or show one."""
     from opd.cli.display import show_recipes
     from opd.recipe import find_recipe, shipped_recipes
+    from opd.recipe_text import read_text
 
     if name is not None:
-        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        print(read_text(find_recipe(name)), end="")
         return
     show_recipes(shipped_recipes())
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.distributions import Categorical, Distribution, Gaussian, Head, Routed, Sampled, TopK, append_tail
 from opd.distributions.categorical import NOWHERE
@@ -50,6 +50,13 @@ class OnSupport(CategoricalDivergence):
         description="Most that a position may contribute, in nats: a larger value is scaled down to it, its "
         "gradient with it; default no bound",
     )
+
+    @field_validator("support_from")
+    @classmethod
+    def _of_a_support(cls, value: str, info: ValidationInfo) -> str:
+        if value == "student" and "top_k" in info.data and info.data["top_k"] is None:
+            raise ValueError("without top_k the support is the whole vocabulary; set top_k, or remove the key")
+        return value
 
     @property
     def unbiased(self) -> bool:

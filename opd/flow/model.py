@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from safetensors import SafetensorError
 
 from opd.choice import Settings
@@ -40,6 +40,15 @@ class FlowSettings(Settings):
     )
     adapter: str | None = Field(None, description="A LoRA adapter of peft to merge into the transformer's weights")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
+
+    @field_validator("revision")
+    @classmethod
+    def _of_a_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        model = str(info.data.get("model"))
+        if value is not None and Path(model).expanduser().exists():
+            raise ValueError(f"model {model!r} is not on the hub and has no revisions; remove the key")
+        return value
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the weights; auto is the student's, and of a student float32"
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +29,8 @@ from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
 from opd.prompts import Prompt
 
+MOST_LAYERS = 10_000
+"""More than any model has."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -49,24 +52,42 @@ class ModelSettings(Settings):
     @field_validator("drop_layers", mode="before")
     @classmethod
     def _ranges(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return [value]
         if isinstance(value, str):
             layers: list[int] = []
             for part in value.split(","):
                 first, _, last = part.strip().partition("-")
-                if not first.isdigit() or (last and not last.isdigit()):
+                if not first.isdecimal() or (last and not last.isdecimal()):
                     raise ValueError(f"{value!r} is not a list of layers like '10-17' or '3,5'")
-                layers += range(int(first), int(last or first) + 1)
+                start, end = int(first), int(last or first)
+                if not start <= end < MOST_LAYERS:
+                    raise ValueError(f"{part.strip()!r} is no range of layers; give the smaller number first, from 0")
+                layers += range(start, end + 1)
             return layers
         return value
 
-    @model_validator(mode="after")
-    def _options_have_a_template(self) -> ModelSettings:
-        if self.template == "plain" and self.template_options:
-            raise ValueError(
-                f"template_options {sorted(self.template_options)} are for a chat template and template is plain; set "
-                "template: chat or remove them"
-            )
-        return self
+    @field_validator("revision")
+    @classmethod
+    def _of_a_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        model = str(info.data.get("model"))
+        if value is not None and (model.startswith("package:") or Path(model).expanduser().exists()):
+            raise ValueError(f"model {model!r} is not on the hub and has no revisions; remove the key")
+        return value
+
+    @field_validator("template_options")
+    @classmethod
+    def _for_a_template(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if value and info.data.get("template") == "plain":
+            raise ValueError("template: plain applies no template, which could take options; remove the key")
+        return value
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _numbers_of_layers(cls, value: list[int]) -> list[int]:
+        if wrong := [layer for layer in value if not 0 <= layer < MOST_LAYERS]:
+            raise ValueError(f"{wrong[0]} is no layer; they are counted from 0")
+        return value
 
 
 def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:

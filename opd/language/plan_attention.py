@@ -13,7 +13,7 @@ PLAN_ATTENTION = "opd_plan"
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value):  # type: ignore[no-untyped-def]
-        output = query.new_empty(query.shape)
+        output = query.new_empty((*query.shape[:-1], value.shape[-1]))
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1]))
         return output
 
@@ -30,7 +30,7 @@ def plan_attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Output of the right shape `[B, T, heads, head width]`; on the CPU keys and values are repeated per query head."""
+    """Output of the shape `[B, T, heads, value width]`; on the CPU keys and values are repeated per query head."""
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     return _Attend.apply(query, key, value).transpose(1, 2).contiguous(), None

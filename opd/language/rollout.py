@@ -12,6 +12,7 @@ from pydantic import Field
 
 from opd.choice import Settings
 from opd.context import Context
+from opd.errors import RunError
 from opd.hardware import fast_in_bf16
 from opd.language.layers import decoder_of
 from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
@@ -157,6 +158,11 @@ class LanguageRollout(PrefixSource):
                     sampler.extend(state, self.settings.segment or budget)
                 actions |= dict(zip(rows, state.rows(), strict=True))
         self.language.train(training)
+        if not all(bool(log_probs.isfinite().all()) for _, log_probs, _ in actions.values()):
+            raise RunError(
+                f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
+                "update.learning_rate, or take hardware.precision: fp32"
+            )
         same = self.reader is self.language and self.sees is None
         contexts = own if same else [self.reader.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)

@@ -267,4 +267,5 @@ def inverse_cdf(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     total = cdf[:, -1:].contiguous()
     token = torch.searchsorted(cdf, (uniforms[:, None] * total).contiguous(), right=True)
     # Rounding may put the draw at the very end: the first id that reaches the total is the last one with mass.
-    return torch.minimum(token, torch.searchsorted(cdf, total)).squeeze(1)
+    # Where the weights are not numbers there is no such id; the caller sees it in the log-probability.
+    return torch.minimum(token, torch.searchsorted(cdf, total)).squeeze(1).clamp(max=log_probs.shape[-1] - 1)

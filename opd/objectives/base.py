@@ -56,6 +56,7 @@ class Objective(Choice):
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Author] | None = Field(
         None,
+        min_length=1,
         description="Only positions whose action one of these wrote: student, teacher, data, environment; default all",
     )
     end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")

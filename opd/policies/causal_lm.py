@@ -16,7 +16,7 @@ from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, ModelError, RunError
+from opd.errors import DataError, IncompatibleError, ModelError, RunError
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 class LoRA(Settings):
     """Low-rank adapters, by `peft`."""
 
-    rank: int = Field(16, ge=1, description="Of the added matrices")
+    rank: int = Field(16, ge=1, le=16_384, description="Of the added matrices")
     alpha: int = Field(32, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] | str = Field(
@@ -168,7 +168,10 @@ class CausalLMStudent(Student):
         if settings is not None:
             freeze(language.model, settings.freeze)
         if settings is not None and settings.gradient_checkpointing:
-            language.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # Renamed in transformers 5; the first argument is the same.
+            base = language.base
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
         self.texts: dict[int, str] = {}
@@ -211,6 +214,11 @@ class CausalLMStudent(Student):
             min((member.vocabulary for member in fixed), default=None),
             [i for member in fixed for i in member.excluded],
         )
+        if unknown := [i for i in end_tokens or () if i >= common.size]:
+            raise IncompatibleError(
+                f"end_tokens names {unknown[0]}, and no model has a token beyond {common.size - 1}: no completion "
+                "would end. Take ids of the student's tokenizer"
+            )
         of_some = tokens_of_some(models)
         if of_some:
             named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))

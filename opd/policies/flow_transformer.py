@@ -48,11 +48,11 @@ TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
 class FlowLoRA(Settings):
     """Low-rank adapters of the transformer, by `peft`."""
 
-    rank: int = Field(32, ge=1, description="Of the added matrices")
+    rank: int = Field(32, ge=1, le=16_384, description="Of the added matrices")
     alpha: int = Field(64, ge=1, description="Their product is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Of the adapters' input while training")
     targets: list[str] = Field(
-        [f"attn.{name}" for name in ATTENTION], description="Default the eight attention projections"
+        [f"attn.{name}" for name in ATTENTION], min_length=1, description="Default the eight attention projections"
     )
     initial: Literal["gaussian", "uniform"] = Field("gaussian", description="Of the first factor; the second is zero")
 

@@ -22,8 +22,8 @@ class ProceduralPrompts(Prompts):
 
     kind: Literal["procedural"] = "procedural"
     task: Annotated[Task, OneOf(Task)] = Field(description="What is asked")
-    size: int = Field(100, ge=1, description="Rows to draw")
-    seed: int = Field(0, description="Of the draw")
+    size: int = Field(100, ge=1, le=10_000_000, description="Rows to draw")
+    seed: int = Field(0, ge=0, description="Of the draw")
     split: Split = Field("train", description="Rows of one split occur in no other")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:

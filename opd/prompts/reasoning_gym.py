@@ -16,8 +16,8 @@ class ReasoningGymPrompts(Prompts):
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     tasks: list[str] = Field(min_length=1, description="By their names in reasoning_gym")
-    size: int = Field(100, ge=1, description="Rows of each task")
-    seed: int = Field(0, description="Of the draw")
+    size: int = Field(100, ge=1, le=10_000_000, description="Rows of each task")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the draw")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         try:

@@ -161,7 +161,7 @@ class Rollout(Choice):
 class OneSource(Rollout):
     """Base of rollouts that extend prompts themselves."""
 
-    max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
+    max_new_tokens: Annotated[int, OverSteps(ge=1, le=10_000_000)] = Field(
         256, description="Longest completion, the end token included"
     )
 

@@ -27,7 +27,7 @@ class StoredRollout(OneSource):
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
     path: str = Field(description="The store's folder")
-    max_new_tokens: Annotated[int, OverSteps(ge=1)] = Field(
+    max_new_tokens: Annotated[int, OverSteps(ge=1, le=10_000_000)] = Field(
         4096, description="Longest beginning of a stored trajectory that is learnt from"
     )
 

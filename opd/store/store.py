@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError
@@ -52,6 +52,8 @@ class StoreHeader(Settings):
         excluded: ids before it that were not.
         versions: of the software that made the store.
     """
+
+    names_things: ClassVar[bool] = False
 
     format: Literal[1] = 1
     prompts: int = Field(ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -56,6 +56,8 @@ class TargetsHeader(Settings):
         scale, softcap: of the head, with kind exact.
         versions: of the software that scored.
     """
+
+    names_things: ClassVar[bool] = False
 
     format: Literal[1] = 1
     kind: Kind

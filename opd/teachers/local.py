@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Categorical
+from opd.hardware import DEVICE, check_device
 from opd.language.model import LanguageModel, ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
@@ -25,7 +26,7 @@ class LocalTeacher(ModelSettings, Teacher):
 
     kind: Literal["local"] = "local"
     modality: ClassVar[str | None] = "language"
-    device: str | None = Field(None, description="Where it computes; default the student's device")
+    device: str | None = Field(None, pattern=DEVICE, description="Where it computes; default the student's device")
     offload: bool = Field(False, description="Keep the weights on the CPU and move them over for each batch")
 
     cache: MemorySettings | None = Field(
@@ -38,6 +39,7 @@ class LocalTeacher(ModelSettings, Teacher):
         return {} if value is True else None if value is False else value
 
     def build(self, context: Context, student: Any) -> LanguageTeacher:
+        check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
         language = LanguageModel.load(self, "cpu" if self.offload else device)
         language.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from opd.choice import Settings
+from opd.errors import RunError
 from opd.language.source import cache_folder
 
 OWN = re.compile(r"[0-9a-f]{64}")
@@ -67,7 +69,14 @@ class Memory:
     def keep(self, path: Path, hidden: torch.Tensor) -> None:
         """Write one answer, and make room when the folder is full."""
         data = save({"hidden": hidden.detach().cpu().contiguous()})
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"teacher.cache: cannot keep answers in {self.folder} ({error.strerror}); set teacher.cache.path"
+            ) from None
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_bytes(data)
         partial.replace(path)

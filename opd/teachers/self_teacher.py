@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
@@ -27,6 +27,13 @@ class SelfTeacher(Teacher):
         "ema", description="A running mean of the student's weights, or its weights before training"
     )
     rate: float = Field(0.05, gt=0.0, le=1.0, description="Share of the student in the running mean, each step")
+
+    @field_validator("rate")
+    @classmethod
+    def _of_a_mean(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("mode") == "frozen" and value != cls.model_fields["rate"].default:
+            raise ValueError("a frozen teacher does not follow the student; remove the key, or set mode: ema")
+        return value
 
     def build(self, context: Context, student: Any) -> LiveTeacher:
         return student.as_teacher(self, context)

@@ -40,7 +40,7 @@ class MathVerify(Verifier):
     modality: ClassVar[str | None] = "language"
     reads: ClassVar[str | None] = "answer"
     boxed: bool = Field(False, description=r"Only an answer in \boxed{} counts")
-    seconds: int = Field(5, ge=1, description="Longest time for reading a completion, and for comparing it")
+    seconds: int = Field(5, ge=1, le=3600, description="Longest time for reading a completion, and for comparing it")
 
     @model_validator(mode="after")
     def _installed(self) -> MathVerify:

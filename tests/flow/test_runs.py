@@ -77,7 +77,8 @@ def test_teachers_stay_as_they_are_and_the_anchor_weighs_in(models, tmp_path):
             assert torch.equal(p, weights[name])
             assert p.grad is None
     assert {"train/kl_step_0@expert", "train/kl_step_0@anchor"} <= run.monitor.history[1].keys()
-    assert run.monitor.history[1]["train/objective/gaussian_kl@anchor"] == 0, "the student is its own anchor at first"
+    anchored = run.monitor.history[1]["train/objective/gaussian_kl@anchor"]
+    assert anchored == pytest.approx(0, abs=1e-6), "the student is its own anchor at first"
 
 
 def test_what_is_logged_of_each_step_does_not_depend_on_how_a_batch_is_cut(models, tmp_path):
@@ -288,7 +289,9 @@ def test_members_of_a_routed_teacher_stay_and_a_student_like_its_teacher_has_no_
     run = built(recipe_for(models, tmp_path / "run", teacher=routed, prompts={"prompts": rows}))
     train(run)
     steps = [record for record in run.monitor.history if "train/loss" in record]
-    assert steps[0]["train/loss"] == steps[0]["train/divergence"] == 0
+    # A student in training mode and a teacher in eval mode may round differently.
+    assert steps[0]["train/loss"] == pytest.approx(0, abs=1e-6)
+    assert steps[0]["train/divergence"] == pytest.approx(0, abs=1e-6)
     assert steps[0]["train/empty"] == 1
     run = built(recipe_for(models[::-1], tmp_path / "other", teacher=routed, prompts={"prompts": rows}))
     members = run.teachers[0].members().values()
