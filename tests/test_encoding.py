@@ -75,7 +75,7 @@ def test_arguments_that_nobody_reads_are_refused_or_said_once():
     assert language.notes == ["the chat template of the model reads no 'enable_thinking'; it changes nothing there"]
     with pytest.raises(DataError, match=r"the row has 'tools'.*template: plain"):
         text_of(reader(turn_tokenizer(), "plain"), prompt="hi", tools=TOOLS)
-    with pytest.raises(ValidationError, match="template is plain"):
+    with pytest.raises(ValidationError, match="template: plain applies no template"):
         ModelSettings(model="a", template="plain", template_options={"enable_thinking": False})
 
 
