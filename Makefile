@@ -66,10 +66,11 @@ constraints: $(VENV)/.ready
 	mv constraints.new constraints.txt
 
 # What will break next: the newest versions in an environment of their own, which of them are newer than the tested ones,
-# which ones pyproject.toml keeps away, and what fails.
+# which ones pyproject.toml keeps away, and what fails. NEWEST=torch==2.13.0 keeps torch as it is.
+NEWEST ?= torch
 newest:
 	rm -rf .venv-newest
-	$(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null TORCH=torch .venv-newest/.ready
+	$(MAKE) VENV=.venv-newest CONSTRAINTS=/dev/null TORCH="$(NEWEST)" .venv-newest/.ready
 	.venv-newest/bin/python -m pip freeze --exclude-editable | diff constraints.txt - | grep '^[<>]' || true
 	.venv-newest/bin/python -m pip list --outdated
 	.venv-newest/bin/python -m pytest -q -p no:cacheprovider -W "default::FutureWarning" -W "default::DeprecationWarning"
