@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-import datasets
 from huggingface_hub import utils as hub
 from rich.console import Console
 from rich.progress import (
@@ -98,10 +98,12 @@ class Nothing:
 def without_library_bars() -> Iterator[None]:
     """Turn off the bars of transformers, datasets and huggingface_hub, which fight with the run's own on a terminal and
     fill a log file; afterwards they are as they were."""
-    before = {
-        (hub.disable_progress_bars, hub.enable_progress_bars): hub.are_progress_bars_disabled(),
-        (datasets.disable_progress_bars, datasets.enable_progress_bars): datasets.are_progress_bars_disabled(),
-    }
+    before = {(hub.disable_progress_bars, hub.enable_progress_bars): hub.are_progress_bars_disabled()}
+    # Imported here it would slow every start and leave a thread, which a process that forks must not have.
+    datasets = sys.modules.get("datasets")
+    if datasets is not None:
+        off_and_on = (datasets.disable_progress_bars, datasets.enable_progress_bars)
+        before[off_and_on] = datasets.are_progress_bars_disabled()
     # transformers' switch turns the hub's too, so it goes first on the way back.
     transformers_on = transformers_logging.is_progress_bar_enabled()
     with _unheard():

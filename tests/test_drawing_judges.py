@@ -169,7 +169,7 @@ def test_the_reward_is_one_less_the_share_of_edits(monkeypatch):
     picture = np.zeros((32, 32, 3))
     assert Ocr().score(Prompt("x", {"text": "4K7"}), picture) == 0.5
     assert Ocr().score(Prompt("x", {"text": "4K8X"}), picture) == 1.0
-    assert Ocr().score(Prompt("x", {"text": ""}), picture) == 0.0
+    assert Ocr().score(Prompt("x", {"text": ""}), picture) is None
     assert Ocr().score(Prompt("x", {"prompt": "one red circle"}), picture) is None
     assert Ocr().score(Prompt("x", {"text": "4K7"}), np.full((32, 32, 3), np.nan)) == 0.0
 

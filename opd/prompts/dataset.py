@@ -24,6 +24,8 @@ class DatasetPrompts(Prompts):
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         import datasets
 
+        quiet = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
         try:
             if (Path(self.path) / "dataset_info.json").exists() or (Path(self.path) / "dataset_dict.json").exists():
                 data = datasets.load_from_disk(self.path)
@@ -35,6 +37,9 @@ class DatasetPrompts(Prompts):
             raise DataError(f"prompts.split: {self.path!r} has no split {self.split!r}") from None
         except Exception as error:
             raise DataError(f"prompts.path: cannot load the dataset {self.path!r} ({first_line(error)})") from None
+        finally:
+            if not quiet:
+                datasets.enable_progress_bars()
         rows = enumerate(encoded_images(data))
         return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in rows]
 

@@ -58,7 +58,7 @@ class MathVerify(Verifier):
 
     def score(self, prompt: Prompt, completion: str) -> float | None:
         answer = prompt.fields.get("answer")
-        if answer is None:
+        if answer is None or answer == "":
             return None
         request = {"answer": as_text(answer), "completion": completion, "boxed": self.boxed, "seconds": self.seconds}
         # Reading the answer, reading the completion and comparing them each have their own alarm.
