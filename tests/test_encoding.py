@@ -97,6 +97,7 @@ def test_student_and_teacher_get_the_rows_arguments(tmp_path):
             {"model": saved(tmp_path / "t", teacher, tokenizer)},
             [{"prompt": t, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}} for t in TEXTS],
             steps=1,
+            self_test=False,
         )
     assert {who for who, _ in seen} == {"student", "teacher"}
     assert all(text.startswith("T:1") and text.endswith("<think></think>") for _, text in seen)
