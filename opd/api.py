@@ -15,7 +15,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 
-from opd.checkpoints.directory import prepare_directory, refuse_links, refuse_occupied, refuse_place
+from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.files import locked, whole_folder, write_whole
 from opd.checkpoints.ours import refuse_taken
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
@@ -170,11 +170,12 @@ def execute(
     monitor = Monitor(recipe.directory, console, quiet)
     monitor.warn_of_skipped(bad)
     with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory):
+        earlier = False
         found, going_on = None, resume or (recipe.resume == "auto" and not overwrite)
         if going_on:
             found = newest(recipe, identity(recipe, itertools.chain(*data)), force_changed, monitor.warn)
         if found is None:
-            prepare_directory(recipe.directory, overwrite, unfinished=going_on)
+            earlier = must_clear(recipe, overwrite, unfinished=going_on)
         monitor.opening(recipe)
         with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
@@ -185,6 +186,9 @@ def execute(
                 refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
                 run.restore(read(folder))
                 monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
+        if earlier:
+            # Not before everything has been checked: a mistake in the recipe costs no finished run.
+            clear(recipe.directory)
         # Events that an earlier process logged beyond the checkpoint are not shown.
         since = {"tensorboard": {"purge_step": run.step + 1}} if found is not None else {}
         run.accelerator.init_trackers(recipe.tracking.project, config=_flat(recipe.dump()), init_kwargs=since)

@@ -122,8 +122,12 @@ class Tracking(Settings):
     @classmethod
     def _inside_the_run(cls, value: str, info: ValidationInfo) -> str:
         """tensorboard makes a folder of it in the run's."""
-        if "tensorboard" in info.data.get("trackers", ()) and (Path(value).is_absolute() or ".." in Path(value).parts):
-            raise ValueError("with tensorboard this is a folder in the run directory; give a name without '..'")
+        own = ("student", "checkpoints", ".", "..")
+        if "tensorboard" in info.data.get("trackers", ()) and (Path(value).name != value or value in own):
+            raise ValueError(
+                "with tensorboard this is a folder in the run directory; give one name that is not the run's own "
+                "(student, checkpoints)"
+            )
         return value
 
 
@@ -260,7 +264,7 @@ class Recipe(Settings):
 
     @property
     def directory(self) -> Path:
-        return Path(self.output or f"runs/{self.name}")
+        return Path(self.output or f"runs/{self.name}").expanduser()
 
     def dump(self) -> dict[str, Any]:
         """The whole resolved recipe as plain data."""

@@ -67,7 +67,10 @@ def save_run(run: Run, summary: dict[str, Any]) -> str | None:
         write_whole(recipe.directory / "summary.json", json.dumps(facts, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"the student is in {target}, and summary.json cannot be written ({error})") from None
-    write_report([recipe.directory], recipe.directory / "report.html")
+    try:
+        write_report([recipe.directory], recipe.directory / "report.html")
+    except (OSError, RunError) as error:
+        monitor.warn(f"the report cannot be written ({told(error)}); opd report {recipe.directory} makes it again")
     if recipe.push_to is not None and different is None:
         failed = push(target, recipe.push_to)
         if failed is not None:

@@ -12,7 +12,7 @@ import torch
 import opd
 from opd.api import execute, export
 from opd.checkpoints.files import locked, whole_folder
-from opd.errors import RecipeError, RunError
+from opd.errors import OpdError, RecipeError, RunError
 from opd.language.creation import create_model, task_tokenizer
 from opd.recipe import parse_recipe
 from opd.teachers.memory import Memory, MemorySettings
@@ -264,3 +264,41 @@ def test_a_teachers_memory_makes_room_among_its_own_answers_alone(tmp_path):
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert (tmp_path / "ab" / "model.safetensors").is_file()
     assert sum(f.stat().st_size for f in memory._files()) <= 4000
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"student": {"model": "typo", "template": "plain"}}, "no folder with a config.json"),
+        ({"student": {"model": "RUN/student", "template": "plain"}}, r"student\.model is .* lies in .* output=PATH"),
+    ],
+)
+def test_a_mistake_under_overwrite_costs_no_finished_run(recipe, tmp_path, changes, match):
+    place = tmp_path / "run"
+    execute(recipe(place), quiet=True)
+    before = tree(place)
+    changed = json.loads(json.dumps(changes).replace("RUN", str(place)))
+    with pytest.raises(OpdError, match=match):
+        execute(recipe(place, **changed), quiet=True, overwrite=True)
+    after = tree(place)
+    assert {name: after[name] for name in before} == before
+
+
+def test_a_directory_is_that_of_the_home_that_a_shell_would_take(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe("~/of-mine").directory == tmp_path / "of-mine"
+
+
+def test_a_directory_with_a_name_that_no_system_takes_is_one_line(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"output is .*can be no directory here"):
+        execute(recipe(tmp_path / ("x" * 300)), quiet=True)
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(recipe, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RunError("cannot write the report")
+
+    monkeypatch.setattr("opd.saving.write_report", full)
+    result = execute(recipe(tmp_path / "run"), quiet=True)
+    assert "the report cannot be written" in capsys.readouterr().err
+    assert (result.directory / "summary.json").is_file()

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from opd.context import Context
 from opd.curricula.shuffled import Shuffled
 from opd.errors import DataError, RecipeError
-from opd.prompts import Prompt, load_prompts
+from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.prompts.file import FilePrompts
 from opd.prompts.inline import InlinePrompts
 from opd.recipe import parse_recipe
@@ -165,7 +165,7 @@ def test_the_last_answer_is_cut_and_offered_as_the_response():
     assert [p.fields.get("response") for p in rows] == ["hello", None, "own", "hello", None]
     with pytest.raises(DataError, match="is empty"):
         inline([REPLY], last_answer="cut").load()
-    with pytest.raises(DataError, match="end with the answer"):
+    with pytest.raises(DataError, match="end with two answers"):
         inline([USER, REPLY, REPLY], last_answer="cut").load()
 
 
@@ -210,3 +210,26 @@ def test_weights_that_change_nothing_are_refused():
     )
     with pytest.raises(RecipeError, match="'weight' is for training"):
         load_data(recipe)
+
+
+def test_files_of_one_name_are_used_together(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    prompts = load_prompts([FilePrompts(path=str(tmp_path / folder / "p.jsonl")) for folder in ("a", "b")])
+    assert [prompt.id for prompt in prompts[:2]] == ["p-1", "p-2"]
+    assert len({prompt.id for prompt in prompts}) == 4
+
+
+def test_a_column_that_is_added_replaces_none_of_a_row(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "task": "code"}\n')
+    path = str(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match=r"has a column 'task' of its own.*prompts\.add"):
+        load_prompts([FilePrompts(path=path, add={"task": "math"})])
+    assert load_prompts([FilePrompts(path=path, add={"task": "code", "kind": "x"})])[0].fields["kind"] == "x"
+
+
+def test_one_row_cannot_be_two_sets(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n')
+    with pytest.raises(DataError, match="has one row"):
+        split_held_out(load_prompts([FilePrompts(path=str(tmp_path / "p.jsonl"))]), 1, 0)

@@ -312,7 +312,7 @@ def test_a_quantised_student_that_cannot_be_trained_is_refused(folders, tmp_path
 @pytest.mark.parametrize("student", [{}, {"lora": {"rank": 4}}])
 @pytest.mark.parametrize("mode", ["frozen", "ema"])
 def test_eval_measures_against_the_teacher_that_the_run_had(folders, tmp_path, mode, student):
-    teacher = {"kind": "self", "mode": mode, "rate": 0.3}
+    teacher = {"kind": "self", "mode": mode, **({"rate": 0.3} if mode == "ema" else {})}
     rows = [{"prompt": p, "hint": f"{p} so"} for p in ("ab", "cd", "ef", "g")]
     recipe = parse_recipe(
         {
@@ -421,3 +421,28 @@ def test_a_push_that_cannot_work_is_refused_at_start(folders, tmp_path, hub, mon
         short_run(tmp_path / "run", folders["s"], folders["t"], push_to="mine")
     assert not hub
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_a_model_without_some_layers_is_not_saved_alone(folders, tmp_path, capsys):
+    student = {**folders["s"], "drop_layers": [0], "lora": {"rank": 4}}
+    result = short_run(tmp_path / "run", student, folders["t"])
+    folder = result.directory / "student"
+    assert "would fit no model" in capsys.readouterr().err
+    assert not (folder / "adapter").exists()
+    torch.testing.assert_close(logits(loaded(folder)), logits(result.student), atol=1e-3, rtol=1e-3)
+
+
+def test_an_adapter_of_another_number_of_layers_is_refused(folders, tokenizer, tmp_path):
+    short = get_peft_model(tiny_model(vocabulary=len(tokenizer), layers=1), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    short.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": folders["s"]["model"]})
+    )
+    with pytest.raises(ModelError, match=r"made for another model.*4 matrices are stored.*places for 8"):
+        short_run(tmp_path / "run", folders["s"], {"model": str(tmp_path / "a"), "template": "plain"})
+    config["base_model_name_or_path"] = str(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="an adapter of an adapter"):
+        short_run(tmp_path / "run", folders["s"], {"model": str(tmp_path / "b"), "template": "plain"})

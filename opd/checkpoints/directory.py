@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,17 @@ def refuse_place(recipe: Recipe) -> None:
     """Refuse a run directory that holds other things by its nature.
 
     Raises:
-        RecipeError: it is the working directory, one that holds it, or the home folder or one that holds that.
+        RecipeError: no directory can have its name; or it is the working directory, one that holds it, or the home
+            folder or one that holds that.
     """
-    place = recipe.directory.expanduser().resolve()
+    place = recipe.directory.resolve()
+    try:
+        recipe.directory.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        key, value = ("output", recipe.output) if recipe.output else ("name", recipe.name)
+        raise RecipeError(f"{key} is {_short(str(value))}, which can be no directory here ({error.strerror})") from None
     for other, what in ((Path.cwd(), "the working directory"), (Path.home().resolve(), "the home folder")):
         if place == other or place in other.parents:
             key, value = ("output", recipe.output) if recipe.output else ("name", recipe.name)
@@ -95,17 +104,19 @@ def refuse_links(directory: Path) -> None:
         )
 
 
-def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False) -> None:
-    """Clear a run directory of the run that it holds; refuse one that holds a run unless `overwrite`.
+def must_clear(recipe: Recipe, overwrite: bool, unfinished: bool = False) -> bool:
+    """Whether a recipe's directory holds an earlier run that `clear` has to remove once the new one stands.
 
-    Nothing but what a run wrote is removed, and a directory with something that is not, in a place where a run's files
-    lie, is refused whole.
+    With `unfinished`, a run without checkpoints is to be cleared too, if it meant to write some and wrote no student:
+    it was killed before its first.
 
-    With `unfinished`, a run without checkpoints is cleared too, if it meant to write some and wrote no student: it was
-    killed before its first.
+    Raises:
+        RunError: the directory holds a run and may not be overwritten, or something, in a place where a run's files
+            lie, that no run wrote; or the recipe reads something in it that would be removed.
     """
+    directory = recipe.directory
     if not main_process():
-        return
+        return False
     refuse_links(directory)
     if unfinished and holds_run(directory):
         if (directory / "student").exists() or not _meant_to_write_checkpoints(directory):
@@ -116,19 +127,25 @@ def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False
         overwrite = True
     if not (overwrite and holds_run(directory)):
         refuse_occupied(directory)
-        return
+        return False
+    _refuse_inputs_of(recipe)
     if (directory / "student" / LIST).is_file() and not listed(directory / "student"):
         raise RunError(
             f"{directory / 'student'} was written by an earlier version of opd, which kept no list of its files; "
             "remove it by hand, or choose another directory with output=PATH"
         )
-    project = _project(directory)
     others = [*foreign(directory / "student"), *_foreign_checkpoints(directory)]
     if others:
         raise RunError(
             f"the run in {directory} cannot be removed: {named(others)} was not written by opd; "
             "move it away, or choose another directory with output=PATH"
         )
+    return True
+
+
+def clear(directory: Path) -> None:
+    """Remove what the run in a directory wrote, as `must_clear` has found it, and nothing else."""
+    project = _project(directory)
     if project is not None:
         remove_files(project, [name for name in entries(project) if EVENTS.fullmatch(name)])
     for name in FOLDERS:
@@ -137,6 +154,38 @@ def prepare_directory(directory: Path, overwrite: bool, unfinished: bool = False
     # The recipe goes last: without it what is left is no run, and then nobody may remove it.
     for name in reversed(RUN_FILES):
         (directory / name).unlink(missing_ok=True)
+
+
+def _refuse_inputs_of(recipe: Recipe) -> None:
+    """What lies among the earlier run's own files would be gone, the only copy of it perhaps."""
+    place = recipe.directory.resolve()
+    for key, value in plain_values(recipe.dump()):
+        if key in ("name", "output", "description", "try_next") or not isinstance(value, str) or len(value) > 4096:
+            continue
+        found = Path(value).expanduser().resolve()
+        if not found.exists() or place not in found.parents:
+            continue
+        if found.relative_to(place).parts[0] in (*RUN_FILES, *FOLDERS):
+            raise RunError(
+                f"{key} is {value!r}, which lies in {recipe.directory}, and that would be cleared for the new run; "
+                "choose another directory with output=PATH"
+            )
+
+
+def plain_values(data: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """`(dotted key, value)` of everything in nested mappings and lists that is neither."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from plain_values(value, f"{prefix}{key}.")
+    elif isinstance(data, list):
+        for i, value in enumerate(data):
+            yield from plain_values(value, f"{prefix}{i}.")
+    else:
+        yield prefix.rstrip("."), data
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 60 else repr(text[:57] + "...")
 
 
 def _exists(path: Path) -> bool:

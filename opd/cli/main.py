@@ -238,7 +238,7 @@ def evaluate(
     if student is not None:
         trained = load_recipe(source, changes)
         known = type(trained.student).model_fields
-        own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null"}
+        own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null", "revision": "null"}
         changes += [
             f"student.model={json.dumps(student)}",
             *(f"student.{key}={v}" for key, v in own.items() if key in known),

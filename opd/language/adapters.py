@@ -78,12 +78,30 @@ def load_adapter(base: Any, source: AdapterSource) -> Any:
     except ImportError:
         raise ModelError(f"{source.folder} is an adapter of peft; loading it needs: pip install 'opd[lora]'") from None
     try:
-        return PeftModel.from_pretrained(base, source.folder, is_trainable=True)
+        model = PeftModel.from_pretrained(base, source.folder, is_trainable=True)
+        _check_complete(model, source)
+        return model
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"the adapter {source.folder} does not fit its model {source.base} "
             f"({' '.join(str(error).split())[:160]}); check base_model_name_or_path"
         ) from None
+
+
+def _check_complete(model: Any, source: AdapterSource) -> None:
+    """peft leaves an adapter as it was made where the file says nothing of it, and drops what the model has no place
+    for: of a model with other layers that would be another adapter."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    stored = {name for name in load_peft_weights(source.folder, device="cpu") if "lora_" in name}
+    wanted = {name for name in get_peft_model_state_dict(model, save_embedding_layers=False) if "lora_" in name}
+    if stored != wanted:
+        only = sorted(stored - wanted) or sorted(wanted - stored)
+        raise ModelError(
+            f"the adapter {source.folder} was made for another model than {source.base}: {len(stored)} matrices are "
+            f"stored and the model has places for {len(wanted)} ({only[0]} on one side alone). Take the merged model"
+        )
 
 
 def tokenizer_places(reference: str, source: AdapterSource) -> list[str]:

@@ -17,6 +17,25 @@ if TYPE_CHECKING:
 
 QUESTION, ANSWER = "Is this the question?", "This is the answer."
 """What a template is asked to write, to see what it makes of it."""
+OURS = frozenset(
+    [
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    ]
+)
+"""Arguments of `apply_chat_template` that are no variables of a template, or have a column of their own."""
 TOOLS = "a list of objects that describe a tool each"
 
 
@@ -64,6 +83,12 @@ def _arguments(language: LanguageModel, prompt: Prompt) -> dict[str, Any]:
     tools = _given(prompt, "tools", list, TOOLS)
     template = str(language.tokenizer.chat_template)
     options = {**language.template_options, **own}
+    taken = sorted(OURS & options.keys())
+    if taken:
+        raise DataError(
+            f"{prompt.where}: {taken[0]!r} among the arguments of the chat template (chat_template_kwargs, "
+            "template_options) is set by opd or is the template itself; give what the template's own text reads"
+        )
     for name in options:
         if name not in template:
             language.say(f"the chat template of {language.owner} reads no {name!r}; it changes nothing there")

@@ -23,6 +23,11 @@ def resolve(reference: str) -> str:
         return str(_converted(gguf_file))
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         folder = Path(reference).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model {reference!r} is an adapter, and an adapter of an adapter cannot be loaded; merge the first "
+                "into its model, and name that as the second one's base_model_name_or_path"
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"model {reference!r}: no folder with a config.json or adapter_config.json; "

@@ -157,8 +157,11 @@ class CausalLMStudent(Student):
                 language.model = _with_lora(language.model, settings.lora)
             self.notes.append(adapted(language.model))
         quantised = quantised_by(language.base)
+        dropped = settings is not None and bool(settings.drop_layers)
         if quantised is not None:
-            _check_quantised(quantised, is_adapted(language.model))
+            _check_quantised(quantised, is_adapted(language.model), dropped)
+        self.fits_no_model = dropped and is_adapted(language.model)
+        """Whether the adapter belongs to a model that lies nowhere: one with layers dropped."""
         self.noisy = settings is not None and (
             settings.dropout == "config" or (settings.lora is not None and settings.lora.dropout > 0)
         )
@@ -332,6 +335,8 @@ class CausalLMStudent(Student):
             told.append(
                 f"the student's weights are quantised by {method}: its adapter alone is saved, in student/adapter"
             )
+        if self.fits_no_model:
+            told.append("student.drop_layers: its adapter alone would fit no model, so the merged model alone is saved")
         return told
 
     def save(self, folder: Path, card: str) -> list[str]:
@@ -342,7 +347,9 @@ class CausalLMStudent(Student):
         if not is_adapted(model):
             problems += write_weights(folder, model)
         elif quantised_by(self.language.base) is None:
-            lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
+            lost: list[str] = []
+            if not self.fits_no_model:
+                lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
             try:
                 problems += lost + write_weights(folder, merged(model))
             except (RuntimeError, MemoryError) as error:
@@ -413,7 +420,12 @@ def _check_adapter(model: Any, settings: CausalLM) -> None:
         )
 
 
-def _check_quantised(method: str, adapted: bool) -> None:
+def _check_quantised(method: str, adapted: bool, dropped: bool) -> None:
+    if dropped:
+        raise ModelError(
+            f"student.drop_layers beside weights quantised by {method}: the adapter that is saved would fit no model; "
+            "drop the layers of plain weights"
+        )
     if "8 bits" in method:
         raise ModelError(
             f"the student's weights are quantised by {method}, whose products depend on what else is in the batch: "

@@ -62,6 +62,10 @@ def count_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
     return counted
 
 
+class Numbered(str):
+    """The id that a source gave a row without one."""
+
+
 class Prompts(Choice):
     """Base of the axis: where prompts come from."""
 
@@ -107,6 +111,12 @@ class Prompts(Choice):
     def _prompt(self, where: str, fields: dict[str, Any] | DataError) -> Prompt:
         if isinstance(fields, DataError):
             raise fields
+        for column, value in self.add.items():
+            if fields.get(column, value) != value:
+                raise DataError(
+                    f"{where}: the row has a column {column!r} of its own, which prompts.add would replace; "
+                    "take it out of prompts.add, or name another column"
+                )
         fields = {**fields, **self.add}
         for column in (self.column, self.answer):
             if column is not None and column not in fields:
@@ -119,6 +129,11 @@ class Prompts(Choice):
         check_fields(fields, where)
         if self.last_answer == "cut" and not isinstance(fields[self.column], str):
             messages = check_messages(fields[self.column], where, self.column)
+            if answers(messages[:-1]):
+                raise DataError(
+                    f"{where}: the messages in column {self.column!r} end with two answers, and last_answer: cut takes "
+                    "one off; end them with a question before the last answer"
+                )
             if answers(messages):
                 response = text_of(messages[-1].get("content"))
                 fields = {**fields, self.column: messages[:-1]}
@@ -127,7 +142,12 @@ class Prompts(Choice):
         check_view(fields[self.column], where, self.column)
         name = fields.get("id")
         return Prompt(
-            where if name is None else str(name), fields, self.column, where, weight=self.weight, folder=self.folder
+            where if name is None else str(name),
+            fields,
+            self.column,
+            where,
+            weight=self.weight,
+            folder=self.folder,
         )
 
 
@@ -147,6 +167,9 @@ def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None)
         raise DataError(f"{reason}; name a source that holds at least one prompt")
     seen: dict[str, Prompt] = {}
     for prompt in prompts:
+        if prompt.id in seen and prompt.source != seen[prompt.id].source:
+            # Rows of two files of one name are numbered alike; their places tell them apart.
+            prompt = replace(prompt, id=prompt.where) if isinstance(prompt.fields.get("id"), Numbered) else prompt
         other = seen.setdefault(prompt.id, prompt)
         if other is not prompt:
             error = DataError(
@@ -161,6 +184,11 @@ def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None)
 
 def split_held_out(prompts: list[Prompt], size: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """`(training, held out)`: `size` prompts drawn by `seed`, the order of the rest kept."""
+    if len(prompts) == 1:
+        raise DataError(
+            "the prompt set has one row, and training and held-out prompts are different ones; add rows, or give "
+            "evaluation.prompts a set of its own"
+        )
     if size >= len(prompts):
         raise DataError(
             f"evaluation.held_out is {size} and the prompt set has {len(prompts)} rows; "

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from opd.errors import DataError, first_line
-from opd.prompts.base import Prompts
+from opd.prompts.base import Numbered, Prompts
 
 
 class FilePrompts(Prompts):
@@ -57,7 +57,7 @@ class FilePrompts(Prompts):
             if isinstance(row, ValueError):
                 rows.append((where, DataError(f"{where}: {row}")))
             else:
-                rows.append((where, {"id": f"{path.stem}-{number}", **row}))
+                rows.append((where, {"id": Numbered(f"{path.stem}-{number}"), **row}))
         return rows
 
     def _texts(self, path: Path) -> Iterator[Row]:

@@ -68,6 +68,13 @@ class StoredResponses(PrefixSource):
         for prompt in prompts:
             for text in self.responses(prompt):
                 ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+                early = [i for i in ids[:-1].tolist() if i in self.context.end_ids]
+                if early:
+                    raise DataError(
+                        f"{prompt.where}: the response in column {self.settings.column!r} holds "
+                        f"{tokenizer.convert_ids_to_tokens(early[0])!r} before its end, where a completion of this run "
+                        "ends; remove it"
+                    )
                 outside = ids[self.context.outside(ids)]
                 if len(outside):
                     raise DataError(
