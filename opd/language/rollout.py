@@ -95,8 +95,8 @@ class LanguageRollout(PrefixSource):
     def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
         """The same writer with other sampling settings and nobody who watches; shares weights and copy."""
         other = copy.copy(self)
-        other.watch = None
-        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k})
+        unwatched = {"watch": None, "segment": None}
+        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k, **unwatched})
         other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
         other.own_temperature = self.own_temperature and temperature is None
         other.exact = other._is_exact()
@@ -172,7 +172,7 @@ class LanguageRollout(PrefixSource):
     def _watching(
         self, prompts: Sequence[Prompt], contexts: Sequence[EncodedPrompt], begun: Sequence[torch.Tensor] | None
     ) -> Watching | None:
-        if self.watch is None:
+        if self.watch is None or self.settings.watch is None:
             return None
         self.watch.settings, self.watch.context = self.settings.watch, self.context
         starts = [torch.zeros(0, dtype=torch.int64)] * len(prompts) if begun is None else begun
