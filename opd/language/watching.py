@@ -61,19 +61,20 @@ class Watching(Looker):
     def kept(self, trajectories: Trajectories) -> Trajectories:
         """The rollout's trajectories with all that was found."""
         owned = torch.split(torch.arange(trajectories.positions), trajectories.lengths.tolist())
+        # A batch's rows stand in the order in which they were written, which is that of their prompts' lengths.
         places = [torch.cat([owned[row] for row in rows]) for rows, _ in self.found]
         order = torch.cat(places).argsort()
-        columns = {}
+        columns: dict[str, torch.Tensor] = {}
         for name in self.found[0][1].columns:
             column = torch.cat([findings.columns[name] for _, findings in self.found])
             columns[name] = column[order.to(column.device)]
-        answers = [findings.answers for _, findings in self.found]
-        together = zip(*(each for each in answers if each is not None), strict=True)
-        return replace(
-            trajectories,
-            columns={**trajectories.columns, **columns},
-            answers=tuple(joined_targets(list(of_one), places) for of_one in together) or None,
-        )
+        said = [
+            [target.select(mine.argsort()) for target in findings.answers or ()]
+            for mine, (_, findings) in zip(places, self.found, strict=True)
+        ]
+        sorted_places = [mine.sort().values for mine in places]
+        answers = tuple(joined_targets(list(of_one), sorted_places) for of_one in zip(*said, strict=True))
+        return replace(trajectories, columns={**trajectories.columns, **columns}, answers=answers or None)
 
     def _rows(self, written: Written) -> Rows:
         own = written.rows
