@@ -65,7 +65,7 @@ def _split(model: InProcess) -> list[int]:
 def common_vocabulary(
     models: Sequence[InProcess], limit: int | None = None, excluded: Iterable[int] = ()
 ) -> Vocabulary:
-    """The ids for which every model's head has a row and every model's tokenizer a token.
+    """The ids for which every model's head has a row and every model's tokenizer a token that is no placeholder.
 
     Args:
         models: the student and its teachers; one that is only a tokenizer (without weights) has no head to ask.
@@ -74,6 +74,7 @@ def common_vocabulary(
     """
     rows = [int(m.base.get_output_embeddings().weight.shape[0]) for m in models if m.model is not None]
     known = set.intersection(*(set(_tokens(model)) for model in models)) - set(excluded)
+    known -= {i for model in models for i in model.placeholders}
     bound = min([*rows, *([limit] if limit is not None else [])])
     size = max((i for i in known if i < bound), default=-1) + 1
     return Vocabulary(size, tuple(i for i in range(size) if i not in known))

@@ -224,7 +224,7 @@ class CausalLMStudent(Student):
         if of_some:
             named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))
             self.notes.append(f"{len(of_some)} tokens that not every tokenizer has ({named}) are in no distribution")
-        holes = [i for i in common.excluded if i not in of_some]
+        holes = [i for i in common.excluded if i not in of_some and i not in self.language.placeholders]
         if holes:
             self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
         ends = agree_on_end(self.language, others, end_tokens)

@@ -40,6 +40,9 @@ class InProcess(torch.nn.Module, Engine):
     """Whether the decoder alone (`get_decoder`) computes what ids behind a prompt come to, so that keys and values can
     be kept. Where it is not so, every token that is sampled costs a pass from the row's beginning."""
 
+    placeholders: tuple[int, ...] = ()
+    """Ids that stand for other inputs than text: no distribution of a run holds them, so they are never drawn."""
+
     def __init__(
         self,
         model: Any,
