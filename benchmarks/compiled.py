@@ -21,7 +21,8 @@ from rich.table import Table
 
 from benchmarks.alternation import silence, versions_and_machine, write
 from benchmarks.sizes import SIZES, materialise
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 
 REPEATS = 7
 PASSES = {"forward": False, "forward and backward": True}

@@ -116,7 +116,7 @@ class OpdSession(Session):
 
     def __init__(self, job: Job):
         super().__init__(job)
-        from opd.language.sampler import Sampler
+        from opd.language.engines.sampler import Sampler
         from opd.recipe import parse_recipe
         from opd.run import assemble
 
@@ -131,7 +131,7 @@ class OpdSession(Session):
                 return forced.apply(super()._distribution(state), self.wanted[state.alive], state.drawn)
 
         self.patches = contextlib.ExitStack()
-        self.patches.enter_context(mock.patch("opd.language.rollout.Sampler", ForcedSampler))
+        self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", ForcedSampler))
         self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
         self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
         model = {"template": "plain", "dtype": "float32"}
@@ -174,13 +174,15 @@ class OpdSession(Session):
 
     def trajectories(self, completions: Sequence[Sequence[int]]) -> Any:
         """This process's share of the first step's prompts, each with one of these completions."""
+        from opd.language.engines.base import Row
         from opd.language.rollout import pack_rows
 
         run = self.run
         prompts = run.share(run.schedule.next(0, {}).prompts)
         device = run.context.device
         rows = [
-            (torch.tensor(y, device=device), torch.zeros(len(y), device=device), True) for y in run.share(completions)
+            Row(torch.tensor(y, device=device), torch.zeros(len(y), device=device), finished=True)
+            for y in run.share(completions)
         ]
         contexts = [run.student.language.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, 1, rows, "student")
@@ -200,7 +202,7 @@ class OpdSession(Session):
 def _made_on_device(recipe: Any, job: Job) -> dict[str, Any]:
     """Student and teacher with random weights that never were on a disk."""
     from opd.context import Context
-    from opd.language.model import LanguageModel
+    from opd.language.engines.transformers import LanguageModel
     from opd.policies.causal_lm import CausalLMStudent
     from opd.teachers.local import LanguageTeacher
 

@@ -40,7 +40,7 @@ from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
 from opd.divergences.lightning import Lightning
 from opd.language.creation import create_model, named_tokenizer
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions

@@ -87,6 +87,7 @@ class Measurement:
             "loss": sum(float(each.total.detach()) for each in losses),
             "length": float(micro.lengths.sum()),
             "truncated": float((~micro.finished).sum()),
+            "stopped": float(sum(reason is not None for reason in micro.stopped or ())),
         }
         of_each = zip(range(len(losses)), losses, counted, strict=True)
         for i, loss, here in of_each:
@@ -155,6 +156,8 @@ class Measurement:
             "length": total["length"] / trajectories,
             "truncated": total["truncated"] / trajectories,
         }
+        if total["stopped"]:
+            signals["stopped"] = total["stopped"] / trajectories
         if len(self.names) > 1:
             signals |= {f"objective/{name}": value for name, value in values.items()}
         measured = [name.removeprefix("measured/") for name in names if name.startswith("measured/")]

@@ -15,8 +15,9 @@ from opd.divergences.operator import chunk_rows
 from opd.errors import DataError, ModelError, OpdError, first_line
 from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
-from opd.language.model import LanguageModel, ModelSettings, load_config, load_tokenizer
-from opd.language.packing import common_beginning
+from opd.language.engines.cpu.packing import common_beginning
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings, load_config, load_tokenizer
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
@@ -374,7 +375,7 @@ def _sampling(settings: StudentRollout | TeacherRollout, shape: Shape, device: s
     rows = min(settings.batch, drawn)
     copied, size = _copied(settings, shape, device), shape.weight_bytes // shape.parameters
     cache = rows * longest * shape.kv_bytes_per_token // (size // 2 if copied else 1)
-    # What `opd.prepacked` holds: at most the weights that are sampled from.
+    # What `opd.language.engines.cpu.prepacked` holds: at most the weights that are sampled from.
     packed = (copied or shape.weight_bytes) if device == "cpu" else 0
     return cache + 4 * rows * shape.vocabulary * 4 + packed
 

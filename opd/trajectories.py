@@ -38,13 +38,14 @@ class Trajectories:
             included when it was reached; for flow models float32 `[N, C, H, W]`, the next latent.
         lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
         behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
-        finished: bool `[B]`, the trajectory ended by itself; False where it was cut by the budget.
+        finished: bool `[B]`, the trajectory ended by itself; False where it was cut, by the budget or by a watch.
         learn: bool `[N]`, positions that may enter a loss; others (a tool's output) never do.
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier or from the rollout itself, NaN where there is no verdict; or None.
         group_mean, group_spread: float32 `[B]`, mean and sample standard deviation of the known rewards of each one's
             group; None without rewards. They are the step's, so that a micro-batch may hold part of a group.
+        stopped: B reasons for which a watch cut a trajectory where it ends, None for one that it did not cut; or None.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
         columns: tensors `[N, ...]` by name, for what a rollout or a teacher notes of each position (drift, accepted,
             slot, executed, ...).
@@ -65,6 +66,7 @@ class Trajectories:
     rewards: ByTrajectory[torch.Tensor | None] = None
     group_mean: ByTrajectory[torch.Tensor | None] = None
     group_spread: ByTrajectory[torch.Tensor | None] = None
+    stopped: ByTrajectory[Sequence[str | None] | None] = None
     stored: ByTrajectory[torch.Tensor | None] = None
     columns: ByPosition[Mapping[str, torch.Tensor]] = field(default_factory=dict)
     answers: ByPosition[tuple[Target, ...] | None] = None
@@ -162,7 +164,13 @@ def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> 
     finished[list(which)] = rest.finished
     both = _arranged([first, rest], torch.arange(len(first)), torch.cat(rows))
     own = {name: getattr(first, name) for name, per in FIELDS.items() if per == "trajectory"}
-    return replace(both, **{**own, "lengths": lengths, "finished": finished})
+    stopped = first.stopped
+    if rest.stopped is not None:
+        reasons = list(first.stopped or [None] * len(first))
+        for index, reason in zip(which, rest.stopped, strict=True):
+            reasons[index] = reason
+        stopped = reasons
+    return replace(both, **{**own, "lengths": lengths, "finished": finished, "stopped": stopped})
 
 
 def _arranged(parts: Sequence[Trajectories], which: torch.Tensor, here: torch.Tensor) -> Trajectories:
@@ -199,12 +207,12 @@ def _together(values: Sequence[Any], counts: Sequence[int], index: torch.Tensor)
         names = dict.fromkeys(name for value in values for name in value)
         return {name: _together([value.get(name) for value in values], counts, index) for name in names}
     if isinstance(known[0], torch.Tensor):
-        filled = [_absent(known[0], n) if v is None else v for v, n in zip(values, counts, strict=True)]
-        whole = torch.cat(filled)
+        whole = torch.cat([_absent(known[0], n) if v is None else v for v, n in zip(values, counts, strict=True)])
         return whole[index.to(whole.device)]
     if isinstance(known[0], tuple) and known[0] and isinstance(known[0][0], Target):
         return _answers_together(values, counts, index)
-    return _take([entry for entries in values for entry in entries], index)
+    filled = [[None] * n if entries is None else entries for entries, n in zip(values, counts, strict=True)]
+    return _take([entry for entries in filled for entry in entries], index)
 
 
 def _answers_together(

@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opd.context import Context
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
 from opd.trajectories import Trajectories

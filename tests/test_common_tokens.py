@@ -12,8 +12,8 @@ from opd.distributions import Categorical, Head
 from opd.divergences import ReverseKLSampled, Target, compare, divergence_loss
 from opd.errors import DataError, IncompatibleError
 from opd.language.agreement import Vocabulary, check_tokenizers, common_vocabulary
-from opd.language.model import LanguageModel
-from opd.language.sampler import Sampler
+from opd.language.engines.sampler import Sampler
+from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe

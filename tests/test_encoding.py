@@ -12,7 +12,8 @@ from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.language.agreement import Vocabulary, agree_on_end, end_ids, notes_on_end
 from opd.language.encoding import turn_end
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
 from opd.rollouts.data import DataRollout, StoredResponses

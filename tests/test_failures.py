@@ -161,12 +161,12 @@ def test_one_trajectory_that_does_not_fit_is_one_message(make, monkeypatch):  # 
 
 
 def test_memory_that_runs_out_elsewhere_is_one_message(make, monkeypatch):  # noqa: F811
-    def full(self, packed=False):
+    def full(self, *_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     recipe = make("run", checkpoint={"every": 1})
     with monkeypatch.context() as patch:
-        patch.setattr("opd.rollouts.student.LanguageRollout.sampler", full)
+        patch.setattr("opd.language.engines.in_process.InProcess.sampler", full)
         with pytest.raises(RunError, match=r"outside of the micro-batches.*rollout\.batch"):
             execute(recipe, quiet=True)
 

@@ -8,15 +8,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from opd.context import Context
 from opd.errors import ModelError, SelfTestError
-from opd.language import logits, own_outputs, sampler
+from opd.language import logits, own_outputs
 from opd.language.dropout import silence
+from opd.language.engines import prefill
+from opd.language.engines.cpu.packing import can_pack
+from opd.language.engines.sampler import Sampler
+from opd.language.engines.transformers import LanguageModel
 from opd.language.experts import Experts, busiest
 from opd.language.layers import decoder_of, drop_layers
-from opd.language.model import LanguageModel
-from opd.language.own_outputs import check_draws, check_logits, own_logits
-from opd.language.packing import can_pack
+from opd.language.own_outputs import check_draws, check_logits
 from opd.language.positions import check_positions, table_size
-from opd.language.sampler import Sampler
 from opd.recipe import parse_recipe
 from opd.self_test import check_teachers
 from opd.store.sampling import sample
@@ -65,14 +66,14 @@ def test_family(name):
         with pytest.raises(SelfTestError, match=family.why):
             draw(language)
     else:
-        assert (draw(language).cache_argument is not None) == (family.draws == "cache")
+        assert (draw(language).cache_name is not None) == (family.draws == "cache")
     assert (table_size(decoder_of(model)) == POSITIONS) == family.table
     too_long = ids(POSITIONS + 6)[0]
     if family.table:
         with pytest.raises((IndexError, RuntimeError)):
-            own_logits(language, too_long, ids(5)[0])
+            language.own_logits(too_long, ids(5)[0])
     else:
-        assert bool(own_logits(language, too_long, ids(5)[0]).isfinite().all())
+        assert bool(language.own_logits(too_long, ids(5)[0]).isfinite().all())
     fresh = tiny(family)
     if family.cut:
         drop_layers(fresh, [1])
@@ -164,7 +165,7 @@ def test_whoever_writes_is_tested(llama, tmp_path, tokenizer, monkeypatch):
     mamba = saved(tmp_path / "mamba", tiny(Family("mamba", config=config)), tokenizer)
     writes = recipe_of(llama, mamba, tmp_path, rollout={"kind": "teacher", "max_new_tokens": 6})
     sample(writes, tmp_path / "right", quiet=True)
-    monkeypatch.setattr(sampler, "cache_argument", lambda body: "somewhere")
+    monkeypatch.setattr(prefill, "cache_argument", lambda body: "somewhere")
     with pytest.raises(SelfTestError, match="the teacher: rollout log-probabilities"):
         sample(writes, tmp_path / "wrong", quiet=True)
     own = {"model": mamba, **PLAIN}
@@ -178,7 +179,7 @@ def test_a_row_that_leaves_takes_its_states_along(monkeypatch):
     """Convolutions and recurrences keep their states beside keys and values (huggingface/transformers#46773)."""
     language = language_of(tiny(NAMES["lfm2"]))
     draw(language)
-    monkeypatch.setattr("opd.language.cache.STATES", ())
+    monkeypatch.setattr("opd.language.engines.cache.STATES", ())
     with pytest.raises(SelfTestError, match="cannot run the family 'lfm2'"):
         draw(language)
 
@@ -192,7 +193,7 @@ def test_what_cannot_run_is_refused_in_one_line(monkeypatch):
 
 def test_a_layout_that_no_attention_reads_is_an_error(monkeypatch):
     """Otherwise every row of a packed one would see all before it, with the start-up test switched off in silence."""
-    monkeypatch.setattr("opd.language.packing.NOT_PACKED", ())
+    monkeypatch.setattr("opd.language.engines.cpu.packing.NOT_PACKED", ())
     with pytest.raises(ModelError, match="'nemotron' does not tell its attention"):
         check_logits(language_of(tiny(NAMES["nemotron"])), ids(9, 5), ids(5, 7), "the student")
 

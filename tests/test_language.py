@@ -13,12 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from opd.context import Context
 from opd.errors import IncompatibleError, ModelError
 from opd.language.agreement import Vocabulary, agree_on_end, check_tokenizers, common_vocabulary
-from opd.language.decoder import Decoder
-from opd.language.model import LanguageModel, ModelSettings, load_model
-from opd.language.packing import SHORT, pack, packed_attention
-from opd.language.sampler import Sampler, inverse_cdf
+from opd.language.engines.base import Drawing
+from opd.language.engines.cpu.decoder import Decoder
+from opd.language.engines.cpu.packing import SHORT, pack, packed_attention
+from opd.language.engines.cpu.prepacked import prepacked, worth_packing
+from opd.language.engines.prefill import step
+from opd.language.engines.sampler import Sampler, inverse_cdf
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings, load_model
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
-from opd.prepacked import prepacked, worth_packing
 from opd.rollouts.student import StudentRollout
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
 
@@ -150,7 +153,12 @@ def test_recorded_log_probabilities_are_those_of_the_policy(student, prompts):
     torch.testing.assert_close(trajectories.behaviour_log_probs, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"batch": 1}, {"batch": 3}, {"segment": 1}, {"segment": 5}, {"batch": 64}])
+LOOKS = {"watch": {"kind": "repetition", "times": 99}}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch": 1}, {"batch": 3}, {"segment": 1, **LOOKS}, {"segment": 5, "batch": 3, **LOOKS}, LOOKS]
+)
 def test_draws_do_not_depend_on_batch_or_segment(settings, student, prompts):
     reference = rollout(student, prompts=prompts, group=2)
     other = rollout(student, prompts=prompts, group=2, **settings)
@@ -221,8 +229,7 @@ def test_inverse_cdf_never_draws_an_impossible_id():
 
 
 def test_rows_can_be_dropped_between_segments(student, prompts):
-    source = StudentRollout().build(student.context, student, [])
-    sampler = source.sampler()
+    sampler = student.language.sampler(Drawing(student.context))
     contexts = [student.language.encode(p) for p in prompts[:3]]
     state = sampler.start(contexts, 1, 20, [1, 2, 3])
     sampler.extend(state, 2)
@@ -334,9 +341,9 @@ def test_packed_layers_multiply_as_before(dtype, rows):
 @pytest.mark.parametrize("broken", [False, True])
 def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, student, prompts, monkeypatch):
     """With every layer packed, and weights that change between two rollouts; a short one packs nothing."""
-    monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
-    monkeypatch.setattr("opd.language.sampler.Decoder.known", lambda body: False)
-    monkeypatch.setattr("opd.language.rollout.FEWEST", 12)
+    monkeypatch.setattr("opd.language.engines.cpu.prepacked.SMALLEST", 1)
+    monkeypatch.setattr("opd.language.engines.sampler.Decoder.known", lambda body: False)
+    monkeypatch.setattr("opd.language.engines.in_process.FEWEST", 12)
     source = StudentRollout().build(student.context, student, [])
     packed = []
     keep = Sampler.start
@@ -390,7 +397,7 @@ def qwen2(**options):
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_without_modules_gives_the_modules_states(kind, dtype, packed, tokenizer, monkeypatch):
     """Token by token over rows of unequal length, from the same caches."""
-    monkeypatch.setattr("opd.prepacked.SMALLEST", 1)
+    monkeypatch.setattr("opd.language.engines.cpu.prepacked.SMALLEST", 1)
     model = DECODERS[kind]()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -406,7 +413,7 @@ def test_a_decoder_without_modules_gives_the_modules_states(kind, dtype, packed,
             token = torch.randint(0, 64, (6,))
             mask, position = own.mask[:, : own.width + drawn], own.prompt_lengths + drawn - 1
             got = sampler.decoder(token, mask[:, None, None], position, own.cache)
-            want = sampler._step(token[:, None], mask.long(), position, theirs.cache)
+            want = step(language, sampler.cache_name, token[:, None], mask.long(), position, theirs.cache)[:, -1]
             tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]
             assert (got - want).norm() < tolerance * want.norm()
             assert got.dtype == want.dtype

@@ -212,7 +212,7 @@ def test_tokens_that_the_student_did_not_write_have_no_influence(models, tmp_pat
         {"student": {"gradient_checkpointing": True}},
         {"hardware": {"precision": "bf16"}},
         {"rollout": {"dtype": "bfloat16"}},
-        {"rollout": {"top_p": 0.9, "segment": 3}},
+        {"rollout": {"top_p": 0.9, "segment": 3, "watch": "repetition"}},
         {"update": {"learning_rate": {"kind": "cosine", "start": 1e-2, "warmup": 1}, "clip_norm": None}},
         {"reduction": "sequence_mean"},
     ],

@@ -13,7 +13,7 @@ from opd.api import execute, export
 from opd.checkpoints.tree import flatten, unflatten
 from opd.context import Context
 from opd.errors import RecipeError
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.updates import optimizers
 from opd.updates.optimizers import Together, make_optimizer

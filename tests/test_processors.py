@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from opd import prepacked
+from opd.language.engines.cpu import prepacked
 from tests.conftest import save_tiny
 
 OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -19,11 +19,11 @@ OLDER = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABL
 TRAIN = """
 import sys
 
-import opd.prepacked
+import opd.language.engines.cpu.prepacked
 from opd.hardware import fast_in_bf16
 from tests.tiny import short_run
 
-opd.prepacked.SMALLEST = 1  # a tiny model's matrices count as large
+opd.language.engines.cpu.prepacked.SMALLEST = 1  # a tiny model's matrices count as large
 model = {"model": sys.argv[1], "template": "plain", "dtype": "bfloat16"}
 result = short_run(
     sys.argv[2], model, model, ["12+7=", "abc", "9", "what is 3?", "no", "q?"], rollout={"max_new_tokens": 40}
@@ -55,7 +55,7 @@ def test_a_torch_without_the_private_operators_multiplies_as_usual(monkeypatch):
 
     for operators in (object(), type("Operators", (), {"_reorder_linear_weight": staticmethod(refuse)})):
         prepacked.can_prepack.cache_clear()
-        monkeypatch.setattr("opd.prepacked.torch.ops.mkldnn", operators)
+        monkeypatch.setattr("opd.language.engines.cpu.prepacked.torch.ops.mkldnn", operators)
         assert not prepacked.worth_packing(weight)
         layers = torch.nn.Sequential(torch.nn.Linear(256, 1024))
         with torch.no_grad(), prepacked.prepacked(layers):

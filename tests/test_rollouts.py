@@ -10,7 +10,7 @@ import torch
 import opd
 from opd.api import execute
 from opd.context import Context
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.loop import train
 from opd.prompts import Prompt, count_repeats
 from opd.recipe import parse_recipe

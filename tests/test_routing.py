@@ -22,7 +22,7 @@ from opd.divergences.operator import divergence_loss
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import DataError, IncompatibleError, RecipeError
 from opd.evaluation import evaluate
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.plan import make_plan
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe

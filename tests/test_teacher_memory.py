@@ -9,7 +9,7 @@ import torch
 
 from opd.api import execute
 from opd.context import Context
-from opd.language.model import LanguageModel
+from opd.language.engines.transformers import LanguageModel
 from opd.recipe import parse_recipe
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.memory import Memory, MemorySettings

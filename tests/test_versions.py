@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.language.sampler import Decoder
+from opd.language.engines.sampler import Decoder
 from tests.conftest import save_tiny
 from tests.tiny import TEXTS, short_run
 

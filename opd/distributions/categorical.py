@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from opd.distributions.base import Distribution
-from opd.prepacked import Prepacked, worth_packing
+from opd.language.engines.cpu.prepacked import Prepacked, worth_packing
 
 NOWHERE = -1e9
 """Logit of an excluded id: its probability is exactly 0, and `p * log p` too, where minus infinity would give NaN."""

@@ -9,6 +9,7 @@ from typing import ClassVar, Self
 import torch
 
 from opd.distributions.base import Distribution
+from opd.distributions.categorical import Categorical, Head
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Routed(Distribution):
 def joined(parts: Sequence[Distribution], positions: Sequence[torch.Tensor]) -> Distribution:
     """One answer of several for N positions: the rows of part k, in order, belong at `positions[k]`.
 
-    Answers that are tensors of one shape a position (`Sampled`, `TopK` of one K, ...) become one such answer; others,
-    as hidden states of different widths and heads, stay apart in a `Routed`.
+    Answers that are tensors of one shape a position (`Sampled`, `TopK` of one K, ...), or hidden states under one head,
+    become one such answer; others, as hidden states of different widths and heads, stay apart in a `Routed`.
 
     Args:
         parts: of one kind.
@@ -68,7 +69,26 @@ def joined(parts: Sequence[Distribution], positions: Sequence[torch.Tensor]) -> 
     rows = {_rows_of(part) for part in parts}
     if len(rows) == 1 and None not in rows:
         return type(parts[0])(**{name: torch.cat([each[name] for each in fields])[order] for name in fields[0]})
+    alike = [part for part in parts if isinstance(part, Categorical) and _one_head(part.head, parts[0])]
+    if len(alike) == len(parts):
+        return replace(alike[0], hidden=torch.cat([part.hidden for part in alike])[order.to(alike[0].hidden.device)])
     return Routed(tuple(parts), owners[order], places[order])
+
+
+def _one_head(head: Head, first: Distribution) -> bool:
+    """Whether `head` is that of `first`: made of the same weights, under the same settings."""
+    return isinstance(first, Categorical) and all(
+        _one(value, other) for value, other in zip(vars(head).values(), vars(first.head).values(), strict=True)
+    )
+
+
+def _one(value: object, other: object) -> bool:
+    if not (isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return value is other or value == other
+    if value.device != other.device or value.shape != other.shape:
+        return False
+    # Weights are not read through: those of two models are not the same, and where they are, nothing is lost.
+    return value.data_ptr() == other.data_ptr() or (not value.is_floating_point() and torch.equal(value, other))
 
 
 def _rows_of(part: Distribution) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...] | None:

@@ -10,7 +10,7 @@ from opd.errors import IncompatibleError
 from opd.language.encoding import turn_end
 
 if TYPE_CHECKING:
-    from opd.language.model import LanguageModel
+    from opd.language.engines.in_process import InProcess
 
 PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
 """Two tokenizers of one vocabulary are the same when they split this alike."""
@@ -27,7 +27,7 @@ class Vocabulary:
         return i < self.size and i not in self.excluded
 
 
-def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str) -> None:
+def check_tokenizers(student: InProcess, teacher: InProcess, which: str) -> None:
     """Refuse a teacher whose tokenizer gives other ids; tokens on one side only are allowed."""
     ours, theirs = _tokens(student), _tokens(teacher)
     common = ours.keys() & theirs.keys()
@@ -45,7 +45,7 @@ def check_tokenizers(student: LanguageModel, teacher: LanguageModel, which: str)
         )
 
 
-def _tokens(model: LanguageModel) -> dict[int, str]:
+def _tokens(model: InProcess) -> dict[int, str]:
     """The token of every id. Of ids that read alike `get_vocab` tells of one alone, so the others are asked for."""
     tokenizer = model.tokenizer
     found = {i: token for token, i in sorted(tokenizer.get_vocab().items())}
@@ -57,15 +57,15 @@ def _tokens(model: LanguageModel) -> dict[int, str]:
     return found
 
 
-def _split(model: LanguageModel) -> list[int]:
+def _split(model: InProcess) -> list[int]:
     """The probe's ids, without what a tokenizer puts around texts: that is a matter of each model's view."""
     return list(model.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
 
 
 def common_vocabulary(
-    models: Sequence[LanguageModel], limit: int | None = None, excluded: Iterable[int] = ()
+    models: Sequence[InProcess], limit: int | None = None, excluded: Iterable[int] = ()
 ) -> Vocabulary:
-    """The ids for which every model's head has a row and every model's tokenizer a token.
+    """The ids for which every model's head has a row and every model's tokenizer a token that is no placeholder.
 
     Args:
         models: the student and its teachers; one that is only a tokenizer (without weights) has no head to ask.
@@ -74,26 +74,27 @@ def common_vocabulary(
     """
     rows = [int(m.base.get_output_embeddings().weight.shape[0]) for m in models if m.model is not None]
     known = set.intersection(*(set(_tokens(model)) for model in models)) - set(excluded)
+    known -= {i for model in models for i in model.placeholders}
     bound = min([*rows, *([limit] if limit is not None else [])])
     size = max((i for i in known if i < bound), default=-1) + 1
     return Vocabulary(size, tuple(i for i in range(size) if i not in known))
 
 
-def tokens_of_some(models: Sequence[LanguageModel]) -> dict[int, str]:
+def tokens_of_some(models: Sequence[InProcess]) -> dict[int, str]:
     """Tokens that some of the models' tokenizers have and others have not, by id."""
     each = [_tokens(model) for model in models]
     common = set.intersection(*(set(tokens) for tokens in each))
     return {i: token for tokens in each for i, token in tokens.items() if i not in common}
 
 
-def end_ids(model: LanguageModel) -> set[int]:
+def end_ids(model: InProcess) -> set[int]:
     """Ids that end a completion for this model: its generation config's, its tokenizer's, and that with which its chat
     template ends an answer."""
     end = turn_end(model)
     return _named_ends(model) | ({end} if end is not None else set())
 
 
-def _named_ends(model: LanguageModel) -> set[int]:
+def _named_ends(model: InProcess) -> set[int]:
     found: set[int] = set()
     config = getattr(model.base, "generation_config", None)
     for value in (getattr(config, "eos_token_id", None), model.tokenizer.eos_token_id):
@@ -102,7 +103,7 @@ def _named_ends(model: LanguageModel) -> set[int]:
 
 
 def agree_on_end(
-    student: LanguageModel, teachers: Sequence[tuple[str, LanguageModel]], given: Sequence[int] | None
+    student: InProcess, teachers: Sequence[tuple[str, InProcess]], given: Sequence[int] | None
 ) -> tuple[int, ...]:
     """The ids that end a completion: those given, or the student's, if every teacher can end that way too."""
     chosen = set(given) if given is not None else end_ids(student)
@@ -119,8 +120,8 @@ def agree_on_end(
 
 
 def notes_on_end(
-    student: LanguageModel,
-    teachers: Sequence[tuple[str, LanguageModel]],
+    student: InProcess,
+    teachers: Sequence[tuple[str, InProcess]],
     chosen: Sequence[int],
     given: bool,
     vocabulary: Vocabulary,
@@ -155,5 +156,5 @@ def notes_on_end(
     return notes
 
 
-def _told(model: LanguageModel, ids: Iterable[int]) -> str:
+def _told(model: InProcess, ids: Iterable[int]) -> str:
     return ", ".join(f"{model.tokenizer.convert_ids_to_tokens(i)!r} (id {i})" for i in sorted(ids))

@@ -13,7 +13,7 @@ from opd.prompts.base import Prompt
 from opd.prompts.messages import Messages, check_view, text_of
 
 if TYPE_CHECKING:
-    from opd.language.model import LanguageModel
+    from opd.language.engines.base import Engine
 
 QUESTION, ANSWER = "Is this the question?", "This is the answer."
 """What a template is asked to write, to see what it makes of it."""
@@ -39,7 +39,7 @@ OURS = frozenset(
 TOOLS = "a list of objects that describe a tool each"
 
 
-def encode(language: LanguageModel, prompt: Prompt, column: str | None = None) -> list[int]:
+def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[int]:
     """Ids of a prompt's view, up to where the completion starts.
 
     Chat templates get the row's `tools`, and its `chat_template_kwargs` over the model's `template_options`. Plain text
@@ -61,7 +61,7 @@ def encode(language: LanguageModel, prompt: Prompt, column: str | None = None) -
     return ids
 
 
-def _render(language: LanguageModel, prompt: Prompt, messages: Messages) -> str:
+def _render(language: Engine, prompt: Prompt, messages: Messages) -> str:
     tokenizer, options = language.tokenizer, _arguments(language, prompt)
     try:
         return str(
@@ -77,7 +77,7 @@ def _render(language: LanguageModel, prompt: Prompt, messages: Messages) -> str:
         ) from None
 
 
-def _arguments(language: LanguageModel, prompt: Prompt) -> dict[str, Any]:
+def _arguments(language: Engine, prompt: Prompt) -> dict[str, Any]:
     """What the template is called with besides the messages."""
     own = _given(prompt, "chat_template_kwargs", dict, "an object, e.g. {'enable_thinking': false}") or {}
     tools = _given(prompt, "tools", list, TOOLS)
@@ -121,7 +121,7 @@ def _given(prompt: Prompt, column: str, kind: type, what: str) -> Any:
     return value
 
 
-def _plain(language: LanguageModel, prompt: Prompt, view: object) -> list[int]:
+def _plain(language: Engine, prompt: Prompt, view: object) -> list[int]:
     if not isinstance(view, str):
         held = "a list of messages" if isinstance(view, list) else f"of type {type(view).__name__}"
         raise DataError(f"{prompt.where}: the prompt is {held}; template 'plain' of {language.owner} takes a string")
@@ -184,7 +184,7 @@ def _reads_parts_alone(tokenizer: PreTrainedTokenizerBase, template: str) -> boo
     return not writes(QUESTION) and writes([{"type": "text", "text": QUESTION}])
 
 
-def turn_end(language: LanguageModel) -> int | None:
+def turn_end(language: Engine) -> int | None:
     """The special token behind an answer that the chat template writes; None where there is no such token."""
     if language.template != "chat":
         return None

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from opd.errors import RecipeError, RunError, nearest
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 from opd.recipe import Recipe
 from opd.run import make_accelerator
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from opd.language.agreement import PROBE
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """`sha256:...` over every token's id and how a probe text is split."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return _of_json([vocabulary, tokenizer(PROBE)["input_ids"]])
 
 
-def template_hash(language: Any) -> str:
+def template_hash(tokenizer: PreTrainedTokenizerBase, template: str, options: Mapping[str, object]) -> str:
     """`sha256:...` over how a prompt becomes ids: the kind of template, its options and its text."""
-    text = language.tokenizer.chat_template if language.template == "chat" else None
-    return _of_json([language.template, language.template_options, text])
+    text = tokenizer.chat_template if template == "chat" else None
+    return _of_json([template, dict(options), text])
 
 
 def _of_json(value: Any) -> str:

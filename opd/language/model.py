@@ -1,8 +1,7 @@
-"""A causal language model with its tokenizer: prompts to ids, ids to final hidden states, and the output head."""
+"""How a causal language model and its tokenizer are named in a recipe and loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +16,12 @@ from transformers import (
 )
 
 from opd.choice import Settings
-from opd.distributions import Head
 from opd.errors import ModelError
 from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
-from opd.language.encoding import encode
-from opd.language.layers import decoder_of, drop_layers, drop_layers_from_config
-from opd.language.logits import scale_and_softcap
-from opd.language.packing import ATTENTION, Layout, can_pack, pack
+from opd.language.layers import drop_layers, drop_layers_from_config
 from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
-from opd.prompts import Prompt
 
 MOST_LAYERS = 10_000
 """More than any model has."""
@@ -174,165 +168,3 @@ def _cannot_load(what: str, reference: str, error: Exception) -> ModelError:
         f"{what} {reference!r} cannot be loaded ({reason.strip()[:180]}); "
         "give a folder with the files, or a hub name that this machine can reach"
     )
-
-
-class LanguageModel(torch.nn.Module):
-    """A transformers causal LM seen as `hidden states + head`; what policies, teachers and samplers share."""
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str = "chat",
-        template_options: dict[str, Any] | None = None,
-    ):
-        super().__init__()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.template = template
-        self.template_options = template_options or {}
-        self.owner = "the model"
-        """Who this model is in the run, as messages name it."""
-        self.notes: list[str] = []
-        """What was changed on the way to ids, or could not be handed on; each sentence once."""
-
-    @classmethod
-    def load(cls, settings: ModelSettings, device: torch.device | str, keep_adapter: bool = False) -> LanguageModel:
-        tokenizer = load_tokenizer(settings)
-        return cls(load_model(settings, device, keep_adapter), tokenizer, settings.template, settings.template_options)
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """The transformers model, without a peft wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The classes of decoder layers, by which `accelerate` cuts a model into groups."""
-        present = {type(part).__name__ for part in self.base.modules()}
-        return sorted(present & set(self.base._no_split_modules or ()))
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def encode(self, prompt: Prompt, column: str | None = None) -> torch.Tensor:
-        """int64 `[P]` ids of a prompt's view, up to where the completion starts; see `opd.language.encoding`."""
-        return torch.tensor(encode(self, prompt, column), dtype=torch.int64)
-
-    def say(self, note: str) -> None:
-        """Add a sentence to `notes`, unless it is there."""
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def decode(self, ids: torch.Tensor) -> str:
-        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
-
-    def head(self, temperature: float, vocabulary: int | None, excluded: Sequence[int] = ()) -> Head:
-        """The output head as it is now, with a graph where its parameters are trained."""
-        layer = self.base.get_output_embeddings()
-        if layer is None:
-            raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
-        scale, softcap = scale_and_softcap(self.base.config)
-        weight = _effective_weight(layer)
-        return Head(
-            weight,
-            getattr(layer, "bias", None),
-            scale=scale,
-            softcap=softcap,
-            temperature=temperature,
-            vocabulary=vocabulary,
-            excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
-        )
-
-    def body(self, **inputs: Any) -> Any:
-        """The decoder without the head: `last_hidden_state` is final-normed."""
-        return decoder_of(self.base)(**inputs)
-
-    def forward(
-        self,
-        contexts: Sequence[torch.Tensor],
-        completions: Sequence[torch.Tensor],
-        layout: Literal["auto", "packed", "right", "left"] = "auto",
-    ) -> torch.Tensor:
-        """Final hidden states `[N, D]` of the positions that predict the completions' tokens, packed in order.
-
-        Args:
-            contexts: B prompts, int64 `[P_i]`; neighbours with the same prompt may be computed once.
-            completions: B completions, int64 `[T_i]`; position t of a completion is predicted from the state before it.
-            layout: one packed row, or a batch padded on either side; the result does not depend on it.
-        """
-        if layout == "auto":
-            layout = "packed" if can_pack(self.base) else "right"
-        if layout == "packed":
-            return self._packed(contexts, completions)
-        # The last token of a completion predicts nothing that is scored, so it is not fed.
-        rows = [torch.cat([c.cpu(), y[:-1].cpu()]) for c, y in zip(contexts, completions, strict=True)]
-        ids, mask = pad(rows, layout)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        attention = None if bool(mask.all()) else mask
-        hidden = self.body(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        scored = torch.zeros_like(mask, dtype=torch.bool)
-        for i, (context, row) in enumerate(zip(contexts, rows, strict=True)):
-            shift = ids.shape[1] - len(row) if layout == "left" else 0
-            scored[i, shift + len(context) - 1 : shift + len(row)] = True
-        return hidden[scored]
-
-    def padding(
-        self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], layout: str = "auto"
-    ) -> torch.Tensor | None:
-        """int64 `[B, L]`, 1 where `forward` is fed a token of these rows and 0 where padding; None without padding."""
-        if layout == "packed" or (layout == "auto" and can_pack(self.base)):
-            return None
-        fed = [torch.ones(len(c) + len(y) - 1) for c, y in zip(contexts, completions, strict=True)]
-        return pad(fed, "left" if layout == "left" else "right")[1].to(self.device)
-
-    def _packed(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> torch.Tensor:
-        row = pack(contexts, completions).to(self.device)
-        return self.packed_body(row)[0, row.scored]
-
-    def packed_body(self, row: Layout, **options: Any) -> torch.Tensor:
-        """Final hidden states `[1, L, D]` of a packed row."""
-        decoder_of(self.base).config._attn_implementation = ATTENTION
-        # A mask that is already four-dimensional is passed through; packed attention makes its own.
-        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        hidden = self.body(
-            input_ids=row.ids,
-            attention_mask=nothing,
-            position_ids=row.positions,
-            opd_layout=row,
-            **{"use_cache": False, **options},
-        ).last_hidden_state
-        if not row.read.is_set():
-            raise ModelError(
-                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
-                "lie; set attention: eager"
-            )
-        return hidden
-
-
-def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[B, L]` ids and int64 mask. The filler id is 0; only the mask says what is padding."""
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, place] = row
-        mask[i, place] = 1
-    return ids, mask
-
-
-def _effective_weight(layer: Any) -> torch.Tensor:
-    """The head's matrix `[V, D]`; for a LoRA-adapted head the base plus the active adapters' product."""
-    if not hasattr(layer, "lora_A"):
-        return layer.weight
-    weight = layer.base_layer.weight
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            product = layer.lora_B[name].weight @ layer.lora_A[name].weight
-            weight = weight + layer.scaling[name] * product.to(weight.dtype)
-    return weight

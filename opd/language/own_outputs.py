@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from opd.errors import OpdError, SelfTestError
-from opd.language.model import LanguageModel
-from opd.language.packing import can_pack
-from opd.language.sampler import Sampler
+from opd.language.engines.base import EncodedPrompt, ids_of
+from opd.language.engines.cpu.packing import can_pack
+from opd.language.engines.in_process import InProcess, Layout
+from opd.language.engines.sampler import Sampler
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest mean difference in nats between log-probabilities of the same actions, and largest mean difference of logits
@@ -30,36 +30,23 @@ def compute_dtype(module: torch.nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def own_logits(language: LanguageModel, context: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
-    """float32 `[T, V]`: logits of the model's own forward pass, alone and in eval mode, that predict a completion."""
-    ids = torch.cat([context.to(language.device), completion[:-1].to(language.device)])[None]
-    # Of a long prompt and a large vocabulary all logits would take gigabytes.
-    few = "logits_to_keep" in inspect.signature(language.base.forward).parameters
-    training = language.training
-    language.eval()
-    logits = language.base(input_ids=ids, **({"logits_to_keep": len(completion)} if few else {})).logits
-    language.train(training)
-    return logits[0, -len(completion) :].float()
-
-
-@torch.no_grad()
 def check_logits(
-    language: LanguageModel, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor], which: str
+    language: InProcess, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], which: str
 ) -> None:
     """Raise `SelfTestError` when hidden states times head, of rows that share a batch and in the mode in which the
     model is, are not the model's own logits of each row alone. `which` names the model."""
     first, last = (contexts[0], completions[0]), (contexts[-1], completions[-1])
     # A group with one prompt, and rows of unequal length.
     rows = [first, (first[0], first[1].flip(0)), *zip(contexts[1:], completions[1:], strict=True)]
-    rows.append((last[0][: (len(last[0]) + 1) // 2], last[1]))
+    rows.append((_half(last[0]), last[1]))
     tolerance = max(TOLERANCE[compute_dtype(language)], 1e-3)
     with _runs(language, which):
-        own = [own_logits(language, *row) for row in rows]
-        begun = own_logits(language, first[0], first[1][: (len(first[1]) + 1) // 2])
+        own = [language.own_logits(*row) for row in rows]
+        begun = language.own_logits(first[0], first[1][: (len(first[1]) + 1) // 2])
         ahead = float((begun - own[0][: len(begun)]).abs().max() / own[0].abs().max().clamp(min=1e-6))
         if ahead > tolerance:
             raise SelfTestError(
-                f"{which}: {_family(language)} lets a position see the tokens behind it, so it is no causal language "
+                f"{which}: {language.family} lets a position see the tokens behind it, so it is no causal language "
                 "model as its config stands (is_decoder); take another model"
             )
         together = _apart(language, rows, own)
@@ -72,27 +59,27 @@ def check_logits(
             if quiet <= tolerance:
                 raise SelfTestError(
                     f"{which} computes other logits in training than in sampling, by {together:.1%}: "
-                    f"{_family(language)} has noise in its config that opd cannot turn off; student.dropout=config "
+                    f"{language.family} has noise in its config that opd cannot turn off; student.dropout=config "
                     "trains with it"
                 )
         alone = sum(_apart(language, [r], [logits], "right") for r, logits in zip(rows, own, strict=True)) / len(rows)
     if alone > tolerance:
         raise SelfTestError(
             f"{which}: the model's own logits and its hidden states times its head differ by {alone:.1%}: "
-            f"{_family(language)} changes its logits in a way that opd does not know; take another model"
+            f"{language.family} changes its logits in a way that opd does not know; take another model"
         )
     way = "attention: eager pads rows instead" if can_pack(language.base) else "take another model"
     raise SelfTestError(
-        f"{which}: rows that share a batch get other logits than each alone, by {together:.1%}: {_family(language)} "
+        f"{which}: rows that share a batch get other logits than each alone, by {together:.1%}: {language.family} "
         f"lets one row or its padding reach another; {way}"
     )
 
 
 def _apart(
-    language: LanguageModel,
+    language: InProcess,
     rows: Sequence[Any],
     own: Sequence[torch.Tensor],
-    layout: Literal["auto", "right"] = "auto",
+    layout: Layout = "auto",
 ) -> float:
     """Mean over positions of the largest difference of a logit, as a share of the largest logit."""
     hidden = language([context for context, _ in rows], [completion for _, completion in rows], layout)
@@ -106,7 +93,7 @@ def _apart(
 
 @torch.no_grad()
 def check_draws(
-    sampler: Sampler, contexts: Sequence[torch.Tensor], language: LanguageModel, which: str, tolerance: float
+    sampler: Sampler, contexts: Sequence[EncodedPrompt], language: InProcess, which: str, tolerance: float
 ) -> None:
     """Raise `SelfTestError` when a sampler's log-probabilities are not those of the model's own forward pass.
 
@@ -117,27 +104,27 @@ def check_draws(
         which: names the model.
         tolerance: in nats, on average.
     """
-    contexts = [*contexts, contexts[0][: (len(contexts[0]) + 1) // 2]]
+    contexts = [*contexts, _half(contexts[0])]
     with _runs(language, f"{which} as a writer"):
         gap = _gap(sampler, contexts, language)
     if not gap <= tolerance:
         # What is wrong with its logits is wrong with its draws, and is the better message.
-        check_logits(language, contexts, [context[-DRAWN:] for context in contexts], which)
+        check_logits(language, contexts, [ids_of(context)[-DRAWN:] for context in contexts], which)
         raise SelfTestError(
             f"{which}: rollout log-probabilities and those of the model's own forward pass differ by {gap:.2g} nats on "
-            f"average (tolerance {tolerance:g}): opd does not sample from what {_family(language)} computes; it can "
+            f"average (tolerance {tolerance:g}): opd does not sample from what {language.family} computes; it can "
             "only be a teacher that scores"
         )
 
 
-def _gap(sampler: Sampler, contexts: Sequence[torch.Tensor], language: LanguageModel) -> float:
+def _gap(sampler: Sampler, contexts: Sequence[EncodedPrompt], language: InProcess) -> float:
     state = sampler.start(contexts, 2, DRAWN, range(2 * len(contexts)))
     sampler.extend(state, 2)
     state.drop(torch.tensor([0, 3]))
     sampler.extend(state, DRAWN)
     gaps = []
     for i, (actions, log_probs, _) in enumerate(state.rows()):
-        logits = own_logits(language, contexts[i // 2], actions)[:, : sampler.head.size] / sampler.head.temperature
+        logits = language.own_logits(contexts[i // 2], actions)[:, : sampler.head.size] / sampler.head.temperature
         excluded = sampler.head.excluded
         logits = logits if excluded is None else logits.index_fill(1, excluded, float("-inf"))
         own = torch.log_softmax(logits, -1).gather(1, actions[:, None]).squeeze(1)
@@ -145,8 +132,13 @@ def _gap(sampler: Sampler, contexts: Sequence[torch.Tensor], language: LanguageM
     return float(torch.cat(gaps).mean())
 
 
+def _half(context: EncodedPrompt) -> EncodedPrompt:
+    """The first half of a text's ids. Of a prompt with other inputs all: those belong to places in it."""
+    return context[: (len(context) + 1) // 2] if isinstance(context, torch.Tensor) else context
+
+
 @contextmanager
-def _runs(language: LanguageModel, which: str) -> Iterator[None]:
+def _runs(language: InProcess, which: str) -> Iterator[None]:
     """What another library raises about a model that it or `opd` cannot run becomes one line."""
     try:
         yield
@@ -160,8 +152,4 @@ def _runs(language: LanguageModel, which: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0][:160]
     else:
         return
-    raise SelfTestError(f"{which}: opd cannot run {_family(language)} ({reason}); take another model")
-
-
-def _family(language: LanguageModel) -> str:
-    return f"the family {getattr(language.base.config, 'model_type', type(language.base).__name__)!r}"
+    raise SelfTestError(f"{which}: opd cannot run {language.family} ({reason}); take another model")

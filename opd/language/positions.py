@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from opd.errors import ModelError
+from opd.language.engines.in_process import InProcess
 from opd.language.layers import decoder_of
-from opd.language.model import LanguageModel
 
 NAMES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed", "pos_encoding")
 """What families call the table of their positions; other models turn or bias by distance."""
@@ -25,7 +25,7 @@ def table_size(body: torch.nn.Module) -> int | None:
     return min(sizes, default=None)
 
 
-def check_positions(language: LanguageModel, prompt: int, budget: int, which: str) -> str | None:
+def check_positions(language: InProcess, prompt: int, budget: int, which: str) -> str | None:
     """A warning, or None, for a model that reads prompts of up to `prompt` tokens and completions of up to `budget`.
 
     Raises:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from opd.choice import Settings
+from opd.choice import OneOf, Settings
 from opd.context import Context
 from opd.errors import RunError
 from opd.hardware import fast_in_bf16
-from opd.language.layers import decoder_of
+from opd.language.engines.base import Drawing, EncodedPrompt, Row, followed_by
+from opd.language.engines.in_process import InProcess
 from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
-from opd.language.sampler import Sampler
-from opd.prepacked import FEWEST, prepacked
+from opd.language.watching import SEGMENT, Watching
 from opd.prompts import Prompt
 from opd.rollouts.base import PrefixSource, row_seed
 from opd.schedules import OverSteps
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
+from opd.watches import LiveWatch, Watch
 
 
 class SamplingSettings(Settings):
@@ -36,7 +36,18 @@ class SamplingSettings(Settings):
         description="Sample from the model's own weights, or from a bfloat16 copy that is renewed at each rollout; "
         "auto: a copy where the device is fast at it. rollout_gap shows what the copy costs in exactness",
     )
-    segment: int | None = Field(None, ge=1, description="Tokens drawn between two looks at the rows; default all")
+    watch: Annotated[Watch, OneOf(Watch)] | None = Field(
+        None, description="Who looks at the rows while they are written, and may end some"
+    )
+    segment: int | None = Field(
+        None, ge=1, description=f"Tokens drawn between two looks of the watch; default {SEGMENT}"
+    )
+
+    @model_validator(mode="after")
+    def _looked_at(self) -> Self:
+        if self.segment is not None and self.watch is None:
+            raise ValueError("segment: without a watch nobody looks between segments; remove the key, or set watch")
+        return self
 
 
 class LanguageRollout(PrefixSource):
@@ -47,26 +58,28 @@ class LanguageRollout(PrefixSource):
         reader: the student's, whose encoding of a prompt the trajectories carry.
         author: who the writer is to the student.
         sees: column with the writer's view of a prompt; default the student's.
+        watch: sees the rows while they are written.
     """
 
     def __init__(
         self,
-        language: Any,
+        language: InProcess,
         settings: SamplingSettings,
         context: Context,
         *,
-        reader: Any = None,
+        reader: InProcess | None = None,
         author: Author = "student",
         sees: str | None = None,
+        watch: LiveWatch | None = None,
     ):
         self.language, self.settings, self.context = language, settings, context
-        self.reader, self.author, self.sees = reader or language, author, sees
+        self.reader, self.author, self.sees, self.watch = reader or language, author, sees, watch
         self.authors = frozenset({author})
         self.own_temperature = True
         self.exact = self._is_exact()
         own = next(language.parameters()).dtype
         wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
-        self.copy: Any = None
+        self.copy: InProcess | None = None
         if wanted and own != torch.bfloat16:
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
@@ -80,9 +93,10 @@ class LanguageRollout(PrefixSource):
         return whole and self.author == "student" and self.own_temperature
 
     def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
-        """The same writer with other sampling settings; shares weights and copy."""
+        """The same writer with other sampling settings and nobody who watches; shares weights and copy."""
         other = copy.copy(self)
-        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k})
+        unwatched = {"watch": None, "segment": None}
+        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k, **unwatched})
         other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
         other.own_temperature = self.own_temperature and temperature is None
         other.exact = other._is_exact()
@@ -99,19 +113,21 @@ class LanguageRollout(PrefixSource):
         # The student's view of a prompt will do: one of the writer's own may be missing where others write.
         contexts = [self.reader.encode(prompt) for prompt in prompts]
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
-        check_draws(plain.sampler(), contexts, self.language, f"the {self.author}", tolerance)
+        sampler = plain.engine().sampler(plain.manner())
+        check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
         self.language.train(training)
 
-    def sampler(self, packed: bool = False) -> Sampler:
-        """A sampler of the model as it is now, its head `packed` as it is too."""
-        language = self.language
-        if self.copy is not None:
-            for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
-                mine.copy_(live)
-            language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
-        head = head.prepacked() if packed else head
-        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k, packed)
+    def engine(self) -> InProcess:
+        """What draws: the model itself, or its copy, which is then renewed."""
+        if self.copy is None:
+            return self.language
+        for mine, live in zip(self.copy.parameters(), self.language.parameters(), strict=True):
+            mine.copy_(live)
+        return self.copy
+
+    def manner(self) -> Drawing:
+        """How tokens are drawn at this step."""
+        return Drawing(self.context, self.settings.top_p, self.settings.top_k, self.settings.batch)
 
     @torch.no_grad()
     def __call__(
@@ -133,58 +149,54 @@ class LanguageRollout(PrefixSource):
         stream: int,
         begun: Sequence[torch.Tensor] | None,
     ) -> Trajectories:
-        training = self.language.training
-        self.language.eval()
         own = [self.language.encode(p, self.sees) for p in prompts]
         views, members = own, group
         if begun is not None:
             # Every trajectory continues its own beginning, so nothing but the prompt is common to a group.
-            views = [torch.cat([views[i // group], start.cpu()]) for i, start in enumerate(begun)]
+            views = [followed_by(views[i // group], start) for i, start in enumerate(begun)]
             members = 1
-        # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
-        order = sorted(range(len(views)), key=lambda i: len(views[i]))
-        per_wave = max(1, self.settings.batch // members)
-        pays = budget * -(-len(order) // per_wave) >= FEWEST
-        sampler = self.sampler(pays)
-        actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
-        unpacked = sampler.decoder is None and pays
-        with prepacked(decoder_of(sampler.model.base)) if unpacked else contextlib.nullcontext():
-            for first in range(0, len(order), per_wave):
-                wave = order[first : first + per_wave]
-                rows = [i * members + g for i in wave for g in range(members)]
-                seeds = [row_seed(self.context.seed, stream, prompts[r // group], group, r % group) for r in rows]
-                state = sampler.start([views[i] for i in wave], members, budget, seeds)
-                while len(state.alive) and state.drawn < budget:
-                    sampler.extend(state, self.settings.segment or budget)
-                actions |= dict(zip(rows, state.rows(), strict=True))
-        self.language.train(training)
-        if not all(bool(log_probs.isfinite().all()) for _, log_probs, _ in actions.values()):
+        of_rows = [prompt for prompt in prompts for _ in range(group)]
+        seeds = [row_seed(self.context.seed, stream, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
+        watching = self._watching(of_rows, [view for view in views for _ in range(members)], begun)
+        rows = self.engine().sample(views, members, budget, seeds, self.manner(), watching)
+        if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
                 "update.learning_rate, or take hardware.precision: fp32"
             )
         same = self.reader is self.language and self.sees is None
         contexts = own if same else [self.reader.encode(p) for p in prompts]
-        return pack_rows(prompts, contexts, group, [actions[i] for i in range(len(actions))], self.author)
+        trajectories = pack_rows(prompts, contexts, group, rows, self.author)
+        return trajectories if watching is None else watching.kept(trajectories)
+
+    def _watching(
+        self, prompts: Sequence[Prompt], contexts: Sequence[EncodedPrompt], begun: Sequence[torch.Tensor] | None
+    ) -> Watching | None:
+        if self.watch is None or self.settings.watch is None:
+            return None
+        self.watch.settings, self.watch.context = self.settings.watch, self.context
+        starts = [torch.zeros(0, dtype=torch.int64)] * len(prompts) if begun is None else begun
+        return Watching(self.watch, self.settings.segment or SEGMENT, prompts, contexts, starts)
 
 
 def pack_rows(
     prompts: Sequence[Prompt],
-    contexts: Sequence[torch.Tensor],
+    contexts: Sequence[EncodedPrompt],
     group: int,
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor, bool]],
+    rows: Sequence[Row],
     author: Author,
 ) -> Trajectories:
-    """Trajectories of P prompts from P * group rows of `(actions, log-probabilities, finished)`."""
-    actions = torch.cat([tokens for tokens, _, _ in rows])
+    """Trajectories of P prompts from P * group rows."""
+    actions = torch.cat([row.actions for row in rows])
     return Trajectories(
         prompts=[p for p in prompts for _ in range(group)],
         contexts=[c for c in contexts for _ in range(group)],
         actions=actions,
-        lengths=torch.tensor([len(tokens) for tokens, _, _ in rows]),
-        behaviour_log_probs=torch.cat([log_probs for _, log_probs, _ in rows]),
-        finished=torch.tensor([end for _, _, end in rows]),
+        lengths=torch.tensor([len(row.actions) for row in rows]),
+        behaviour_log_probs=torch.cat([row.log_probs for row in rows]),
+        finished=torch.tensor([row.finished for row in rows]),
         learn=torch.ones_like(actions, dtype=torch.bool),
         authors=torch.full_like(actions, AUTHORS.index(author), dtype=torch.uint8),
         groups=torch.arange(len(prompts)).repeat_interleave(group),
+        stopped=[row.stopped for row in rows] if any(row.stopped for row in rows) else None,
     )

@@ -25,9 +25,12 @@ from opd.language.agreement import (
     tokens_of_some,
 )
 from opd.language.dropout import restore, silence
+from opd.language.engines.base import ids_of
+from opd.language.engines.in_process import InProcess, Layout
+from opd.language.engines.transformers import LanguageModel
 from opd.language.experts import Experts
 from opd.language.lora_targets import adapted, spare_routers
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
 from opd.language.saving import (
@@ -140,7 +143,7 @@ class CausalLMStudent(Student):
 
     def __init__(
         self,
-        language: LanguageModel,
+        language: InProcess,
         settings: CausalLM | None,
         context: Context,
         origin: dict[str, Any] | None = None,
@@ -180,9 +183,7 @@ class CausalLMStudent(Student):
         self.texts: dict[int, str] = {}
         """What each id reads as, alone, as far as anyone has asked: measuring asks for every token and alternative."""
 
-    def __call__(
-        self, trajectories: Trajectories, layout: Literal["auto", "packed", "right", "left"] = "auto"
-    ) -> Categorical:
+    def __call__(self, trajectories: Trajectories, layout: Layout = "auto") -> Categorical:
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
@@ -226,7 +227,7 @@ class CausalLMStudent(Student):
         if of_some:
             named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))
             self.notes.append(f"{len(of_some)} tokens that not every tokenizer has ({named}) are in no distribution")
-        holes = [i for i in common.excluded if i not in of_some]
+        holes = [i for i in common.excluded if i not in of_some and i not in self.language.placeholders]
         if holes:
             self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
         ends = agree_on_end(self.language, others, end_tokens)
@@ -238,7 +239,7 @@ class CausalLMStudent(Student):
         # Some tokenizers name the end token as the unknown one.
         unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
         for prompt in prompts:
-            ids = self.language.encode(prompt)
+            ids = ids_of(self.language.encode(prompt))
             length = len(ids)
             self.notes.extend(note for note in self.language.notes if note not in self.notes)
             if unknown is not None and bool((ids == unknown).any()):
@@ -268,8 +269,8 @@ class CausalLMStudent(Student):
         return [self.decode(actions) for actions in trajectories.completions()]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """`tokens` are the completion's; held-out rows add `alternatives` (`student` and `teacher`: for each token
-        `[text, probability]` pairs)."""
+        """`tokens` are the completion's, and where a watch cut it `stopped` says why; held-out rows add `alternatives`
+        (`student` and `teacher`: for each token `[text, probability]` pairs)."""
         rows = []
         start = 0
         for i, actions in enumerate(trajectories.completions()):
@@ -284,6 +285,8 @@ class CausalLMStudent(Student):
                 "tokens": self.tokens(actions),
                 "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
+            if trajectories.stopped is not None and trajectories.stopped[i] is not None:
+                row["stopped"] = trajectories.stopped[i]
             rows.append(row)
         return rows
 
@@ -326,7 +329,7 @@ class CausalLMStudent(Student):
 
     def unwrap(self, accelerator: Any) -> None:
         super().unwrap(accelerator)
-        assert isinstance(self.module, LanguageModel)
+        assert isinstance(self.module, InProcess)
         self.language = self.module
 
     def check_savable(self) -> list[str]:

@@ -63,6 +63,7 @@ MEANINGS = {
     "train/curriculum/length": Meaning("rung's length", "tokens", "budget of a trajectory on this rung"),
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
+    "train/stopped": Meaning("stopped", "share of rollouts", "ended by the rollout's watch"),
     "train/reward": Meaning("reward", "", "mean of the verifier's verdicts"),
     "train/rollout_gap": Meaning(
         "rollout gap",

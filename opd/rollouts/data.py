@@ -11,6 +11,7 @@ from pydantic import Field
 from opd.context import Context
 from opd.errors import DataError
 from opd.language.encoding import turn_end
+from opd.language.engines.base import Row
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
@@ -92,13 +93,13 @@ class StoredResponses(PrefixSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.turns.load_state_dict(state)
 
-    def encode(self, text: str, budget: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """`(actions, zeros, finished)` of one response from its token `skip` on."""
+    def encode(self, text: str, budget: int, skip: int = 0) -> Row:
+        """One response from its token `skip` on, with zeros for log-probabilities."""
         ids = list(self.language.tokenizer(text, add_special_tokens=False)["input_ids"])
         ids = ids if ids and ids[-1] in self.context.end_ids else [*ids, self.end]
         cut = ids[skip : skip + budget]
         actions = torch.tensor(cut or [self.end], dtype=torch.int64, device=self.language.device)
-        return actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids)
+        return Row(actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids))
 
     def __call__(
         self,

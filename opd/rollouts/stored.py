@@ -10,7 +10,6 @@ from pydantic import Field
 
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
-from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.turns import Turns
@@ -54,9 +53,9 @@ class StoredTrajectories(PrefixSource):
                 "missing; run opd rollout again, it goes on where it stopped"
             )
         refuse = f"the store {settings.path} was made with another"
-        if tokenizer_hash(language.tokenizer) != header.tokenizer:
+        if language.tokenizer_hash != header.tokenizer:
             raise IncompatibleError(f"{refuse} tokenizer than the student has; take the student that sampled it")
-        if template_hash(language) != header.template:
+        if language.template_hash != header.template:
             raise IncompatibleError(
                 f"{refuse} template; set student.template and student.template_options as when it was sampled"
             )

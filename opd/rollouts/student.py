@@ -18,4 +18,5 @@ class StudentRollout(SamplingSettings, OneSource):
     modality: ClassVar[str | None] = "language"
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
-        return LanguageRollout(student.language, self, context)
+        watch = None if self.watch is None else self.watch.build(context, student, teachers)
+        return LanguageRollout(student.language, self, context, watch=watch)

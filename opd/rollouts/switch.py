@@ -52,8 +52,9 @@ class Switched(Combination):
         if at == 0:
             return go_on(prompts, group, budget, stream, begun)
         first = begin(prompts, group, at, stream, begun)
-        # What ended by itself stays as it is; the rest goes on, each from its own beginning.
-        going = [i for i, ended in enumerate(first.finished.tolist()) if not ended]
+        # What ended by itself or was stopped stays as it is; the rest goes on, each from its own beginning.
+        stopped = first.stopped or [None] * len(first)
+        going = [i for i, ended in enumerate(first.finished.tolist()) if not ended and stopped[i] is None]
         if not going or at == budget:
             return first
         own = first.completions()

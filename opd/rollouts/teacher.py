@@ -39,9 +39,16 @@ class TeacherRollout(SamplingSettings, OneSource):
         members = writer.members()
         if not all(hasattr(member, "language") for member in members.values()):
             raise IncompatibleError("rollout 'teacher' needs a teacher in this process: kind local or self")
+        watch = None if self.watch is None else self.watch.build(context, student, teachers)
         sources = {
             route: LanguageRollout(
-                member.language, self, context, reader=student.language, author="teacher", sees=member.settings.sees
+                member.language,
+                self,
+                context,
+                reader=student.language,
+                author="teacher",
+                sees=member.settings.sees,
+                watch=watch,
             )
             for route, member in members.items()
         }

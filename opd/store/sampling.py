@@ -9,7 +9,6 @@ from rich.console import Console
 
 from opd.checkpoints.weights import weights_hash
 from opd.errors import RecipeError
-from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -78,8 +77,8 @@ def sample(
         authors=sorted(source.authors),
         student={"model": recipe.student.model_dump()["model"], "weights": weights_hash(student.language.model)},
         writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in teachers],
-        tokenizer=tokenizer_hash(student.language.tokenizer),
-        template=template_hash(student.language),
+        tokenizer=student.language.tokenizer_hash,
+        template=student.language.template_hash,
         end_ids=list(context.end_ids),
         vocabulary=context.vocabulary,
         excluded=list(context.excluded),

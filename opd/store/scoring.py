@@ -13,8 +13,9 @@ from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, nearest
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
-from opd.language.identity import template_hash, tokenizer_hash
-from opd.language.model import LanguageModel, load_tokenizer
+from opd.language.engines.in_process import InProcess
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import load_tokenizer
 from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts
 from opd.provenance import versions
@@ -76,7 +77,7 @@ class Scorer:
             dtype=dtype if kind == "exact" else None,
             teacher={"model": settings.model, "weights": identity},
             sees=settings.sees,
-            template=template_hash(language),
+            template=language.template_hash,
             temperature=context.temperature,
             vocabulary=common.size,
             excluded=list(common.excluded),
@@ -95,11 +96,11 @@ class Scorer:
                 if mine:
                     self.targets.write_head(head)
 
-    def _check_agreement(self, recipe: Recipe, language: LanguageModel) -> LanguageModel:
+    def _check_agreement(self, recipe: Recipe, language: InProcess) -> InProcess:
         """The student's side, a tokenizer alone."""
         assert isinstance(recipe.student, CausalLM)
         reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
-        if tokenizer_hash(reader.tokenizer) != self.store.header.tokenizer:
+        if reader.tokenizer_hash != self.store.header.tokenizer:
             raise IncompatibleError(f"{self.store.path} was made with another tokenizer than the recipe's student has")
         check_tokenizers(reader, language, "the teacher")
         theirs = end_ids(language)

@@ -12,7 +12,10 @@ from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.hardware import DEVICE, check_device
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.engines.base import EncodedPrompt
+from opd.language.engines.in_process import InProcess
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
 from opd.prompts import Prompt
@@ -51,7 +54,7 @@ class LanguageTeacher(LiveTeacher):
 
     answers = Categorical
 
-    def __init__(self, language: LanguageModel, settings: Teacher, device: torch.device, context: Context):
+    def __init__(self, language: InProcess, settings: Teacher, device: torch.device, context: Context):
         self.language, self.settings, self.device, self.context = language.eval(), settings, device, context
         model = getattr(settings, "model", None)
         language.owner = f"the teacher {settings.name or model or ''}".rstrip()
@@ -100,7 +103,7 @@ class LanguageTeacher(LiveTeacher):
         head = self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded).detach()
         return Categorical(torch.cat(rows).to(home), head.to(home))
 
-    def _compute(self, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _compute(self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states of each trajectory, `batch` of them in one forward pass."""
         if self.offload:
             self.language.to(self.device)
@@ -115,7 +118,7 @@ class LanguageTeacher(LiveTeacher):
         return rows
 
     def _recall_or_compute(
-        self, settings: MemorySettings, contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]
+        self, settings: MemorySettings, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         memory = self._memory(settings)
         paths = [memory.path(context, actions) for context, actions in zip(contexts, completions, strict=True)]

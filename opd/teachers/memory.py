@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 
 from opd.choice import Settings
 from opd.errors import RunError
+from opd.language.engines.base import EncodedPrompt, PromptInputs, ids_of
 from opd.language.source import cache_folder
 
 OWN = re.compile(r"[0-9a-f]{64}")
@@ -46,11 +47,15 @@ class Memory:
         self.teacher = teacher
         self._size: int | None = None
 
-    def path(self, context: torch.Tensor, actions: torch.Tensor) -> Path:
+    def path(self, context: EncodedPrompt, actions: torch.Tensor) -> Path:
         """The file of one answer."""
         key = hashlib.sha256(f"{self.teacher} {len(context)}\n".encode())
-        for ids in (context, actions):
+        for ids in (ids_of(context), actions):
             key.update(ids.detach().cpu().long().contiguous().numpy().data)
+        for part, value in sorted(context.inputs.items()) if isinstance(context, PromptInputs) else ():
+            held = value.detach().cpu().contiguous()
+            key.update(f"{part} {held.dtype} {tuple(held.shape)}\n".encode())
+            key.update(held.view(torch.uint8).numpy().data)
         name = key.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from opd.prepacked import Prepacked, worth_packing
+from opd.language.engines.cpu.prepacked import Prepacked, worth_packing
 
 KNOWN = (LlamaDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 """Layers that are written out here; whatever derives from them may compute something else."""
@@ -31,7 +31,7 @@ class Decoder:
 
     Args:
         body: what `PreTrainedModel.get_decoder` returns; see `known`.
-        packed: order large weights for oneDNN, see `opd.prepacked`.
+        packed: order large weights for oneDNN, see `opd.language.engines.cpu.prepacked`.
     """
 
     def __init__(self, body: Any, packed: bool):

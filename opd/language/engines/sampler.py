@@ -6,19 +6,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache
 
 from opd.distributions import Head
-from opd.language.cache import RoomyLayer, cache_argument, roomy_cache, take_rows
-from opd.language.decoder import Decoder
+from opd.language.engines.base import EncodedPrompt, followed_by, ids_of
+from opd.language.engines.cache import roomy_cache, take_rows
+from opd.language.engines.cpu.decoder import Decoder
+from opd.language.engines.cpu.packing import ATTENTION
+from opd.language.engines.padding import pad
+from opd.language.engines.prefill import cache_name, keeps_all, prefill, step
 from opd.language.layers import decoder_of
-from opd.language.model import LanguageModel, pad
-from opd.language.packing import ATTENTION, can_pack, pack, runs_of_equal
 
-WITHOUT_CACHE = ("nemotron_h", "recurrent_gemma")
-"""Families that compute something else with a cache: they round their states otherwise, or take padding in."""
+if TYPE_CHECKING:
+    from opd.language.engines.in_process import InProcess
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Sampling:
     prompt_lengths: torch.Tensor
     hidden: torch.Tensor
     drawn: int = 0
-    contexts: Sequence[torch.Tensor] = ()
+    contexts: Sequence[EncodedPrompt] = ()
 
     @property
     def budget(self) -> int:
@@ -92,7 +95,7 @@ class Sampling:
 
 
 class Sampler:
-    """Samples completions from a `LanguageModel`.
+    """Samples completions from a model in this process.
 
     The distribution drawn from is the head's softmax at the run's temperature, cut to `top_k` ids and `top_p` mass
     when set; `log_probs` are exact under that distribution. A row's draws depend on its own seed alone, not on the
@@ -101,36 +104,36 @@ class Sampler:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: InProcess,
         head: Head,
         end_ids: Sequence[int],
         top_p: float = 1.0,
         top_k: int = 0,
         packed: bool = False,
     ):
-        self.model, self.head = model, head
+        self.model, self.head = model, head.prepacked() if packed else head
+        self.cache_name = cache_name(model)
         body = decoder_of(model.base)
-        self.decoder = Decoder(body, packed) if Decoder.known(body) else None
-        self.cache_argument = None if body.config.model_type in WITHOUT_CACHE else cache_argument(body)
+        self.decoder = Decoder(body, packed) if model.caches and Decoder.known(body) else None
         self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
 
     @torch.no_grad()
-    def start(self, contexts: Sequence[torch.Tensor], group: int, budget: int, seeds: Sequence[int]) -> Sampling:
+    def start(self, contexts: Sequence[EncodedPrompt], group: int, budget: int, seeds: Sequence[int]) -> Sampling:
         """Prefill each prompt once and repeat its cache for `group` rows; B = len(contexts) * group."""
         rows = len(contexts) * group
         device = self.model.device
         uniforms = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(s)) for s in seeds])
         cache: DynamicCache | None = None
-        repeated: list[torch.Tensor] = []
-        if self.cache_argument is None:
-            hidden = self.model(contexts, [c[:1] for c in contexts])
-            mask = pad(list(contexts), "left")[1].to(device)
+        repeated: list[EncodedPrompt] = []
+        if self.cache_name is None:
+            hidden = self.model(contexts, [ids_of(c)[:1] for c in contexts])
+            mask = pad([ids_of(c) for c in contexts], "left")[1].to(device)
             repeated = [c for c in contexts for _ in range(group)]
         else:
             cache = roomy_cache(self.model.base.config)
-            hidden, mask = self._prefill(contexts, cache)
+            hidden, mask = prefill(self.model, self.cache_name, contexts, cache)
         if group > 1:
             each = torch.arange(len(contexts), device=device).repeat_interleave(group)
             if cache is not None:
@@ -171,7 +174,7 @@ class Sampler:
                 state._keep(~ended)
                 token = token[~ended]
             if len(token) and state.drawn < state.budget:
-                if state.cache is None:
+                if state.cache is None or self.cache_name is None:
                     state.record(latest)
                     state.hidden = self._anew(state)
                     continue
@@ -184,58 +187,23 @@ class Sampler:
                 if decoder is not None:
                     state.hidden = decoder(token, mask, position, state.cache)
                 else:
-                    state.hidden = self._step(token[:, None], mask, position, state.cache)
+                    hidden = step(self.model, self.cache_name, token[:, None], mask, position, state.cache)
+                    state.hidden = hidden[:, -1]
         state.record(latest)
         return state
 
-    def _prefill(self, contexts: Sequence[torch.Tensor], cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Last hidden state `[B, D]` and left-padded mask of the prompts; their keys and values go into the cache."""
-        ids, mask = pad(list(contexts), "left")
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        # A layer with a window keeps the end of a packed row, not that of each prompt in it.
-        if not (_keeps_all(cache) and can_pack(self.model.base)) or bool(mask.all()):
-            attention = None if bool(mask.all()) else mask
-            return self._step(ids, attention, (mask.cumsum(-1) - 1).clamp(min=0), cache), mask
-        # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
-        row = pack(contexts, [c[:1] for c in contexts]).to(self.model.device)
-        hidden = self.model.packed_body(row, use_cache=True, **{str(self.cache_argument): cache})
-        places = torch.arange(row.ids.shape[1], device=self.model.device)
-        of_group = [torch.cat([places[part] for part in parts]) for parts in row.contexts]
-        order = torch.cat(
-            [of_group[g] for g, (first, stop) in enumerate(runs_of_equal(contexts)) for _ in range(first, stop)]
-        )
-        present = mask.bool()
-        for layer in cache.layers:
-            for name in ("keys", "values"):
-                packed = getattr(layer, name)[0]
-                moved = packed.new_zeros(len(contexts), mask.shape[1], packed.shape[0], packed.shape[2])
-                moved[present] = packed.transpose(0, 1)[order]
-                setattr(layer, name, moved.transpose(1, 2).contiguous())
-        return hidden[0, row.scored], mask
-
-    def _step(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        output = self.model.body(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{str(self.cache_argument): cache},
-        )
-        return output.last_hidden_state[:, -1]
-
     def _anew(self, state: Sampling) -> torch.Tensor:
         """The states `[alive, D]` after all that has been drawn, by the pass that training makes."""
-        rows = [torch.cat([state.contexts[i], state.actions[i, : state.drawn].cpu()]) for i in state.alive.tolist()]
-        return self.model(rows, [row[:1] for row in rows])
+        rows = [followed_by(state.contexts[i], state.actions[i, : state.drawn]) for i in state.alive.tolist()]
+        hidden: torch.Tensor = self.model(rows, [ids_of(row)[:1] for row in rows])
+        return hidden
 
     def _sees_everything(self, cache: DynamicCache) -> bool:
         """Whether every layer attends to all tokens before, through an interface that takes a boolean mask."""
         config = decoder_of(self.model.base).config
         # Biases by distance are made of the mask of tokens.
         masked = config._attn_implementation in ("sdpa", ATTENTION) and not getattr(config, "alibi", False)
-        return masked and _keeps_all(cache)
+        return masked and keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
         """float32 `[alive, V]`: normalised log-probabilities of the next token."""
@@ -254,10 +222,6 @@ def _attends(cache: DynamicCache) -> bool:
     """Whether a layer looks back at tokens. A state took in the prompt without its padding, and a family of states
     alone would multiply its one new token by the mask of all tokens."""
     return any(getattr(layer, "keys", None) is not None for layer in cache.layers)
-
-
-def _keeps_all(cache: DynamicCache) -> bool:
-    return all(type(layer) is RoomyLayer for layer in cache.layers)
 
 
 def inverse_cdf(log_probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,236 @@
+"""What engines share whose model lies in this process: hidden states with a gradient, a head, and sampling."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.context import Context
+from opd.distributions import Categorical, Head
+from opd.errors import ModelError
+from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer, Written
+from opd.language.engines.cpu.packing import ATTENTION
+from opd.language.engines.cpu.packing import Layout as PackedRow
+from opd.language.engines.cpu.prepacked import FEWEST, prepacked
+from opd.language.engines.sampler import Sampler, Sampling
+from opd.language.engines.scorer import CachedScorer, WholeScorer
+from opd.language.layers import decoder_of
+from opd.language.logits import scale_and_softcap
+
+Layout = Literal["auto", "packed", "right", "left"]
+"""How rows of unequal length share a pass; what a model does not know, it does as `auto`."""
+
+
+class InProcess(torch.nn.Module, Engine):
+    """A transformers model in this process, seen as `hidden states + head`; what students are trained as.
+
+    An engine of a kind of model says how a prompt is encoded (`encode`) and how rows are computed (`forward`,
+    `own_logits`); sampling and scoring follow.
+
+    Args:
+        model: the model, perhaps in a peft wrapper; None for a reader that holds a tokenizer alone.
+    """
+
+    caches: ClassVar[bool] = False
+    """Whether the decoder alone (`get_decoder`) computes what ids behind a prompt come to, so that keys and values can
+    be kept. Where it is not so, every token that is sampled costs a pass from the row's beginning."""
+
+    placeholders: tuple[int, ...] = ()
+    """Ids that stand for other inputs than text: no distribution of a run holds them, so they are never drawn."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "chat",
+        template_options: Mapping[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.template = template
+        self.template_options = dict(template_options or {})
+        self.owner = "the model"
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def forward(
+        self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], layout: Layout = "auto"
+    ) -> torch.Tensor:
+        """Final hidden states `[N, D]` of the positions that predict the completions' tokens, packed in order.
+
+        Args:
+            contexts: B prompts; neighbours with the same prompt may be computed once.
+            completions: B completions, int64 `[T_i]`; position t of a completion is predicted from the state before it.
+            layout: one packed row, or a batch padded on either side; the result does not depend on it.
+        """
+
+    @abstractmethod
+    def own_logits(self, context: EncodedPrompt, completion: torch.Tensor) -> torch.Tensor:
+        """float32 `[T, V]`: logits of the model's own forward pass, alone and in eval mode, that predict a completion;
+        what start-up compares `forward` and the head with."""
+
+    def padding(
+        self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], layout: Layout = "auto"
+    ) -> torch.Tensor | None:
+        """int64 `[B, L]`, 1 where `forward` is fed a token of these rows and 0 where padding; None without padding."""
+        return None
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, without a peft wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of decoder layers, by which `accelerate` cuts a model into groups."""
+        present = {type(part).__name__ for part in self.base.modules()}
+        return sorted(present & set(self.base._no_split_modules or ()))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def family(self) -> str:
+        """The model's kind, as messages name it."""
+        return f"the family {getattr(self.base.config, 'model_type', type(self).__name__)!r}"
+
+    def body(self, **inputs: Any) -> Any:
+        """The decoder without the head: `last_hidden_state` is final-normed."""
+        return decoder_of(self.base)(**inputs)
+
+    def packed_body(self, row: PackedRow, **options: Any) -> torch.Tensor:
+        """Final hidden states `[1, L, D]` of a packed row."""
+        decoder_of(self.base).config._attn_implementation = ATTENTION
+        # A mask that is already four-dimensional is passed through; packed attention makes its own.
+        nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        hidden = self.body(
+            input_ids=row.ids,
+            attention_mask=nothing,
+            position_ids=row.positions,
+            opd_layout=row,
+            **{"use_cache": False, **options},
+        ).last_hidden_state
+        if not row.read.is_set():
+            raise ModelError(
+                f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
+                "lie; set attention: eager"
+            )
+        return hidden
+
+    def head(self, temperature: float, vocabulary: int | None, excluded: Sequence[int] = ()) -> Head:
+        """The output head as it is now, with a graph where its parameters are trained."""
+        layer = self.base.get_output_embeddings()
+        if layer is None:
+            raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
+        scale, softcap = scale_and_softcap(self.base.config)
+        weight = _effective_weight(layer)
+        return Head(
+            weight,
+            getattr(layer, "bias", None),
+            scale=scale,
+            softcap=softcap,
+            temperature=temperature,
+            vocabulary=vocabulary,
+            excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
+        )
+
+    def head_of(self, context: Context) -> Head:
+        """The head at a run's temperature, over the ids that count there."""
+        return self.head(context.temperature, context.vocabulary, context.excluded)
+
+    def sampler(self, drawing: Drawing, packed: bool = False) -> Sampler:
+        """A sampler of the model as it is now, its large weights `packed` as they are too."""
+        head = self.head_of(drawing.context)
+        return Sampler(self, head, drawing.context.end_ids, drawing.top_p, drawing.top_k, packed)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        contexts: Sequence[EncodedPrompt],
+        group: int,
+        budget: int,
+        seeds: Sequence[int],
+        drawing: Drawing,
+        looker: Looker | None = None,
+    ) -> list[Row]:
+        # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
+        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+        per_wave = max(1, drawing.batch // group)
+        pays = budget * -(-len(order) // per_wave) >= FEWEST
+        found: dict[int, Row] = {}
+        with self.quiet():
+            sampler = self.sampler(drawing, pays)
+            unpacked = self.caches and sampler.decoder is None and pays
+            with prepacked(decoder_of(self.base)) if unpacked else contextlib.nullcontext():
+                for first in range(0, len(order), per_wave):
+                    wave = order[first : first + per_wave]
+                    rows = [i * group + g for i in wave for g in range(group)]
+                    state = sampler.start([contexts[i] for i in wave], group, budget, [seeds[r] for r in rows])
+                    stopped = _written(sampler, state, rows, looker)
+                    for place, (row, drawn) in enumerate(zip(rows, state.rows(), strict=True)):
+                        found[row] = Row(*drawn, stopped.get(place))
+        return [found[i] for i in range(len(found))]
+
+    @torch.no_grad()
+    def score(
+        self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], context: Context
+    ) -> Categorical:
+        with self.quiet():
+            return Categorical(self(contexts, completions), self.head_of(context).detach())
+
+    def scorer(self, contexts: Sequence[EncodedPrompt], context: Context) -> Scorer:
+        if CachedScorer.fits(self):
+            return CachedScorer(self, contexts, context)
+        return WholeScorer(self, contexts, context)
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Inside, the model is in eval mode."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+
+def _written(sampler: Sampler, state: Sampling, rows: Sequence[int], looker: Looker | None) -> dict[int, str]:
+    """Draw until every row has ended; the reasons, by place, of those that the looker ended."""
+    stopped: dict[int, str] = {}
+    if looker is not None:
+        looker.begin(_seen(state, rows))
+    while len(state.alive) and state.drawn < state.budget:
+        sampler.extend(state, state.budget if looker is None else looker.segment)
+        if looker is not None and len(state.alive) and state.drawn < state.budget:
+            reasons = looker.look(_seen(state, rows))
+            going = set(state.alive.tolist())
+            stopped |= {place: reason for place, reason in reasons.items() if place in going}
+            state.drop(torch.tensor(list(reasons), dtype=torch.int64))
+    if looker is not None:
+        looker.end(_seen(state, rows))
+    return stopped
+
+
+def _seen(state: Sampling, rows: Sequence[int]) -> Written:
+    drawn = state.rows()
+    actions, log_probs = [row[0] for row in drawn], [row[1] for row in drawn]
+    return Written(rows, actions, log_probs, state.alive.tolist())
+
+
+def _effective_weight(layer: Any) -> torch.Tensor:
+    """The head's matrix `[V, D]`; for a LoRA-adapted head the base plus the active adapters' product."""
+    if not hasattr(layer, "lora_A"):
+        return layer.weight
+    weight = layer.base_layer.weight
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            product = layer.lora_B[name].weight @ layer.lora_A[name].weight
+            weight = weight + layer.scaling[name] * product.to(weight.dtype)
+    return weight

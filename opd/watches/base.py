@@ -1,0 +1,99 @@
+"""Watches: between segments of a rollout they see the rows that are being written, may end some, and keep what they
+found out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from opd.choice import Choice
+from opd.context import Context
+from opd.distributions import Target
+from opd.language.engines.base import EncodedPrompt
+from opd.prompts import Prompt
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
+
+
+@dataclass(frozen=True)
+class Rows:
+    """W rows that are written side by side, as far as they are.
+
+    Attributes:
+        prompts: W prompts; a group's rows are neighbours.
+        contexts: W prompts as the writer reads them, with what was begun behind them.
+        begun: W int64 `[B_i]`, what another source had written before this one went on; empty where none had.
+        actions: W int64 `[T_i]` that were drawn here so far, the end token included.
+        log_probs: W float32 `[T_i]`, under the distribution that they were drawn from.
+        going: places (0 to W - 1) of the rows that are still being written.
+    """
+
+    prompts: Sequence[Prompt]
+    contexts: Sequence[EncodedPrompt]
+    begun: Sequence[torch.Tensor]
+    actions: Sequence[torch.Tensor]
+    log_probs: Sequence[torch.Tensor]
+    going: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a watch knows at the end of W rows of N positions in all, packed in their order.
+
+    Attributes:
+        columns: tensors `[N, ...]` by name, for `Trajectories.columns`.
+        answers: what teachers said at every position, one target a teacher by its name, for `Trajectories.answers`;
+            these teachers are not asked again. None where none was asked.
+    """
+
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    answers: tuple[Target, ...] | None = None
+
+
+class LiveWatch(ABC):
+    """A built watch. Rows that are written side by side are watched together, one batch after the other; nothing is
+    remembered from batch to batch. To score new tokens without going over the whole again, see
+    `opd.language.engines.base.Engine.scorer`.
+
+    Attributes:
+        settings: those of the current step.
+        context: the run's, at the current step's temperature.
+    """
+
+    settings: Any
+    context: Context
+
+    def begin(self, rows: Rows) -> None:  # noqa: B027
+        """Nothing of these rows is drawn yet."""
+
+    @abstractmethod
+    def look(self, rows: Rows) -> Mapping[int, str]:
+        """Called after each segment, as long as a row is being written.
+
+        Returns:
+            By place, for the rows that shall end here: why, in a few words.
+        """
+
+    def end(self, rows: Rows) -> Findings:
+        """Every row is as long as it gets: what there is to keep."""
+        return Findings()
+
+
+class Watch(Choice):
+    """Base of the axis."""
+
+    axis: ClassVar[str] = "watch"
+    modality: ClassVar[str | None] = "language"
+
+    @abstractmethod
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LiveWatch:
+        """Make the watch of a rollout, of a built student and built teachers."""
