@@ -36,7 +36,7 @@ from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
-from opd.verifiers import Verifier
+from opd.verifiers import Scorer
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Run:
     schedule: Schedule
     rollout: PrefixSource
     sampler: PrefixSource
-    verifier: Verifier | None
+    verifier: Scorer | None
     shaping: Shaping | Shaper
     objectives: list[Objective]
     optimiser: Optimiser
@@ -148,14 +148,16 @@ class Run:
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
 
     def verify(self, trajectories: Trajectories) -> Trajectories:
-        """The trajectories with their rewards (NaN where the prompt has no verdict), when the recipe has a verifier."""
-        if self.verifier is None:
+        """The trajectories with their rewards: the verifier's verdicts, and where there is none what the rollout gave;
+        NaN where neither did. Without rewards when the recipe has no verifier and the rollout sets none."""
+        own = trajectories.rewards
+        if self.verifier is None and own is None:
             return trajectories
-        scores = [
-            self.verifier.score(prompt, outcome)
-            for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
-        ]
-        rewards = torch.tensor([float("nan") if s is None else s for s in scores])
+        rewards = own
+        if self.verifier is not None:
+            rewards = self.verifier.score(trajectories, self.student.outcomes(trajectories))
+            rewards = rewards if own is None else torch.where(rewards.isnan(), own, rewards)
+        assert rewards is not None
         return trajectories.rewarded(rewards, self._spread(rewards))
 
     def _spread(self, rewards: torch.Tensor) -> float:
@@ -205,12 +207,12 @@ def _readable(
     return kept
 
 
-def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
+def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[Prompt]) -> None:
     """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
     may go without."""
     for objective in recipe.objective:
-        if objective.needs_reward and recipe.verifier is not None:
-            recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
+        if objective.needs_reward and verifier is not None and not recipe.rollout.rewards:
+            verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
 def check_lengths(
@@ -307,7 +309,8 @@ def assemble(
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    check_verdicts(recipe, training)
+    verifier = None if recipe.verifier is None else recipe.verifier.build(context)
+    check_verdicts(recipe, verifier, training)
 
     sampler = student.held_out_sampler(recipe, rollout, context)
     if recipe.self_test:
@@ -326,7 +329,7 @@ def assemble(
         schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
         sampler=sampler,
-        verifier=recipe.verifier,
+        verifier=verifier,
         shaping=recipe.shaping.build(context),
         objectives=recipe.objective,
         optimiser=recipe.update.build(student, accelerator),

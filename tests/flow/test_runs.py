@@ -17,7 +17,7 @@ from opd.evaluation import evaluate
 from opd.flow.transition import transition
 from opd.loop import train
 from opd.objectives.grpo import GRPO
-from opd.verifiers import Verifier
+from opd.verifiers import CompletionVerifier
 from tests.flow.tiny import PROMPTS, block_for, built, recipe_for, step_of
 
 
@@ -146,7 +146,7 @@ def test_held_out_divergence_is_measured_on_the_recipes_grid(rollout, models, dr
     assert evaluate(found).metrics == evaluate(plain).metrics
 
 
-class Brightness(Verifier):
+class Brightness(CompletionVerifier):
     """Mean of an image, for prompts that have a colour."""
 
     def score(self, prompt, completion):
@@ -167,7 +167,7 @@ def test_grpo_raises_the_reward_and_scores_are_told_by_task(models, tmp_path):
         evaluation={"held_out": 4},
     )
     run = built(recipe)
-    run.verifier, run.objectives = Brightness(), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
+    run.verifier, run.objectives = Brightness().build(run.context), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
     train(run)
     before, after = run.monitor.before.metrics, run.monitor.after.metrics
     assert after["accuracy"] > before["accuracy"] + 0.02
