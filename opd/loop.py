@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from opd.asking import RunAsker
 from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
 from opd.objectives import Target
@@ -24,10 +25,12 @@ def train(run: Run) -> None:
     run.watch.read(run, run.step, held_out(measured))
 
     while not run.stop_requested() and run.watch.ended_by is None:
-        draw = run.schedule.next(run.step, run.signals)
+        clock = Clock()
+        asker = RunAsker(run, clock)
+        draw = run.course.next(run.step, run.signals, asker)
         if draw is None or run.step >= recipe.steps:
             break
-        clock, measurement = Clock(), Measurement(run.objectives)
+        measurement = Measurement(run.objectives, asker.tokens)
         scheduled = run.take_settings_of_step(run.step)
 
         with clock("rollout"):
@@ -56,6 +59,7 @@ def train(run: Run) -> None:
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | scheduled
+        run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
         run.watch.read(run, run.step, held_out(measured))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +40,11 @@ class Clock:
 
 
 class Measurement:
-    """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
+    """Sums over a step's micro-batches; means are over all positions or trajectories of all processes. `before` are the
+    tokens that were written and scored for the step's draw."""
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
+    def __init__(self, objectives: Sequence[Objective], before: Mapping[str, float] | None = None) -> None:
+        self.before = before or {}
         named = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
         # Two terms of one kind on different positions are told apart by their order.
         self.names = [n if named.count(n) == 1 else f"{n} {named[: i + 1].count(n)}" for i, n in enumerate(named)]
@@ -121,6 +123,11 @@ class Measurement:
         first, here = self.parts[0][0].rows(0, int((groups == groups[0]).sum()))
         return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """float32 `[N]` by name, the numbers by position of this process's whole step."""
+        names = self.parts[0][1] if self.parts else ()
+        return {name: torch.cat([found[name] for _, found in self.parts]) for name in names}
+
     def clear(self) -> None:
         """Forget the micro-batches taken in."""
         self.sums, self.parts = {}, []
@@ -137,6 +144,8 @@ class Measurement:
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What the step logs; a mean over no positions at all is left out."""
         self.sums |= self.answered
+        for name, tokens in self.before.items():
+            self.sums[name] += tokens
         names = list(self.sums)
         totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
         total = dict(zip(names, totals.tolist(), strict=True))

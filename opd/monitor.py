@@ -98,7 +98,7 @@ class Monitor:
         self._progress.update(run.step, numbers)
         every = run.recipe.evaluation.every
         due = every and run.step % every == 0 and run.step < run.recipe.steps
-        if not due and not run.schedule.asks_evaluation(run.step):
+        if not due and not run.course.asks_evaluation(run.step):
             return {}
         metrics = self._evaluate(run).metrics
         self.console.print(f"step {run.step}: {_line(metrics)}", soft_wrap=True)

@@ -18,10 +18,11 @@ from opd.checkpoints import Checkpoints
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.context import Context
-from opd.curricula import Schedule
+from opd.curricula import Course
 from opd.errors import DataError, RecipeError, RunError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
+from opd.kept_weights import KeptWeights
 from opd.monitor import Monitor
 from opd.objectives import Objective, Target
 from opd.policies import Student
@@ -48,7 +49,8 @@ class Run:
     accelerator: Accelerator
     student: Student
     teachers: list[LiveTeacher]
-    schedule: Schedule
+    course: Course
+    kept: KeptWeights
     rollout: PrefixSource
     sampler: PrefixSource
     verifier: Scorer | None
@@ -137,6 +139,14 @@ class Run:
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
+        """`[B, ...]` numbers of this process's trajectories, and on every process those of all, in the order of the
+        prompts that were shared out."""
+        here = torch.unique_consecutive(trajectories.groups, return_counts=True)[1].tolist()
+        of_prompts = gather_object([list(torch.split(numbers.detach().cpu(), here))])
+        count, processes = sum(len(mine) for mine in of_prompts), len(of_prompts)
+        return torch.cat([of_prompts[i % processes][i // processes] for i in range(count)])
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
@@ -326,7 +336,8 @@ def assemble(
         accelerator=accelerator,
         student=student,
         teachers=built,
-        schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
+        course=recipe.curriculum.build(training, recipe.batch.prompts, context),
+        kept=KeptWeights(student),
         rollout=rollout,
         sampler=sampler,
         verifier=verifier,

@@ -30,7 +30,7 @@ from opd.checkpoints.resume import identity
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
 from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
-from opd.curricula.shuffled import ShuffledSchedule
+from opd.curricula.shuffled import ShuffledCourse
 from opd.errors import DataError, OpdError, RunError
 from opd.monitor import Monitor
 from opd.prompts import Prompt
@@ -220,10 +220,13 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
         def __init__(self, inner):
             self.inner, self.drawn = inner, 0
 
-        def next(self, step, signals):
+        def next(self, step, signals, asker):
             self.drawn += 1
             seen.append((step, self.drawn, signals.get("divergence")))
-            return self.inner.next(step, signals)
+            return self.inner.next(step, signals, asker)
+
+        def saw(self, trajectories, values, signals, gather):
+            pass
 
         def asks_evaluation(self, step):
             return False
@@ -236,8 +239,8 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
             assert isinstance(state["pair"], tuple)
             self.drawn = state["drawn"]
 
-    def build(self, prompts, per_step, context, student):
-        return Counting(ShuffledSchedule(prompts, per_step, context.seed))
+    def build(self, prompts, per_step, context):
+        return Counting(ShuffledCourse(prompts, per_step, context.seed))
 
     monkeypatch.setattr("opd.curricula.shuffled.Shuffled.build", build)
     recipe, seen = make("run"), []

@@ -73,7 +73,7 @@ def test_the_student_trains_in_training_mode(models, tmp_path, self_test):
     """Dropout and gradient checkpointing would do nothing otherwise; rollouts and evaluations give the mode back."""
     recipe = recipe_for(models, tmp_path, self_test=self_test, student={"lora": {"rank": 2, "dropout": 0.5}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
     evaluate(run)
     assert run.student.module.training
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(reduction, models, tmp
     # Several end tokens, so that an untrained model stops at many different lengths.
     recipe = recipe_for(models, tmp_path, reduction=reduction, end_tokens=list(range(0, 64, 8)))
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 2, 12, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 12, stream=0)
     assert len(set(trajectories.lengths.tolist())) > 2
     reference = gradient(recipe, tmp_path, trajectories, 16)
     for micro, layout in [(4, "auto"), (1, "auto"), (16, "left"), (16, "right"), (4, "left"), (3, "packed")]:
@@ -244,7 +244,7 @@ def test_teacher_may_see_another_prompt_for_the_same_completion(models, tmp_path
     recipe = recipe_for(models, tmp_path, prompts={"prompts": rows})
     recipe = parse_recipe({**recipe.dump(), "teacher": {"kind": "self", "mode": "frozen", "sees": "hint"}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
     answer = run.teachers[0](trajectories)
     assert len(answer) == trajectories.positions
     own = run.student(trajectories)
