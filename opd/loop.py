@@ -44,6 +44,7 @@ def train(run: Run) -> None:
         with clock("teacher"), run.accelerator.autocast():
             targets = run.ask(trajectories)
         measurement.asked(run.teachers, trajectories)
+        trajectories = run.shaping.look(trajectories, targets, run.sum_over_processes)
 
         counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
         batch = MicroBatches(run, trajectories, measurement)
@@ -103,9 +104,10 @@ def accumulate(
             student = run.student(micro)
         with clock("loss"):
             shape = run.shaping(student.detach(), answers, micro)
-            weights = [o.shape(count, shape) for o, count in zip(run.objectives, counts, strict=True)]
+            weights = [o.shape(count, shape.weights) for o, count in zip(run.objectives, counts, strict=True)]
+            moved = shape.offset(answers)
             losses = [
-                objective(student, objective.heard(answers), weight, micro)
+                objective(student, objective.heard(moved), weight, micro)
                 for objective, weight in zip(run.objectives, weights, strict=True)
             ]
             share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
@@ -114,4 +116,4 @@ def accumulate(
     with clock("backward"):
         run.optimiser.accumulate([*losses, *own], batch.last)
     above = gradients.above(run.objectives, weights, losses)
-    measurement.add(losses, weights, micro, shape, above, run.rollout.exact)
+    measurement.add(losses, weights, micro, shape, counts, above, run.rollout.exact)

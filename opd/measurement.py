@@ -8,10 +8,21 @@ from contextlib import contextmanager
 
 import torch
 
+from opd.errors import RunError
 from opd.objectives import Loss, Objective
 from opd.objectives.base import label
+from opd.shaping import Shape
 from opd.teachers import LiveTeacher
 from opd.trajectories import AUTHORS, Trajectories
+
+SIGNALS = frozenset(
+    (
+        *("loss", "divergence", "positions", "sampled_tokens", "length", "truncated", "teacher_tokens"),
+        *("teacher_hit_rate", "drift", "drift_std", "rollout_gap", "reward", "gradient_norm", "learning_rate"),
+        *("skipped", "empty", "cpu_seconds", "tokens_per_second"),
+    )
+)
+"""Names that a step's log has of its own."""
 
 SHOWN = 4
 """Trajectories of a group that a step leaves for the report."""
@@ -65,7 +76,8 @@ class Measurement:
         losses: Sequence[Loss],
         weights: Sequence[torch.Tensor],
         micro: Trajectories,
-        shape: torch.Tensor,
+        shape: Shape,
+        counts: Sequence[torch.Tensor],
         above: torch.Tensor,
         exact_behaviour: bool,
     ) -> None:
@@ -76,11 +88,15 @@ class Measurement:
 
         Args:
             weights: float32 `[N]` of each objective, shaping included; zero where it does not count.
-            shape: float32 `[N]`, the shaping's weights alone.
+            shape: what the shaping said.
+            counts: float32 `[N]` of each objective, without the shaping.
             above: bool `[N]`, where there is something to learn (`opd.rounding`).
         """
         counted = [weight != 0 for weight in weights]
-        self.parts.append((micro, {"divergence": losses[0].values, "weight": shape * counted[0]}))
+        shown = {"divergence": losses[0].values, "weight": shape.weights * counted[0]}
+        shown |= {} if shape.offsets is None else {"offset": shape.offsets}
+        self._check_names(shape, losses, shown)
+        self.parts.append((micro, shown | shape.measured))
         added = {
             "counted": float(torch.stack(counted).any(0).sum()),
             "above": float(above.sum()),
@@ -94,9 +110,10 @@ class Measurement:
         for i, loss, here in of_each:
             added |= {f"value/{i}": float(loss.values[here].sum()), f"positions/{i}": float(here.sum())}
             for name, found in loss.measured.items():
-                known = found[here & ~found.isnan()]
-                for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
-                    added[key] = added.get(key, 0.0) + number
+                _add_mean(added, name, found, here)
+        whole = torch.stack([count != 0 for count in counts]).any(0)
+        for name, found in shape.measured.items():
+            _add_mean(added, name, found, whole)
         log_probs, computed = _looked_at(losses, counted)
         gap = log_probs - micro.behaviour_log_probs
         if exact_behaviour:
@@ -113,6 +130,14 @@ class Measurement:
             added |= {"reward": float(micro.rewards[rewarded].sum()), "rewarded": float(rewarded.sum())}
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _check_names(self, shape: Shape, losses: Sequence[Loss], shown: Mapping[str, torch.Tensor]) -> None:
+        """Raise `RunError` for what a shaping measured under a name that something else has."""
+        taken = {*shown, *SIGNALS, *(name for loss in losses for name in loss.measured)}
+        if twice := sorted(shape.measured.keys() & taken):
+            raise RunError(
+                f"the shaping measures {twice[0]!r}, and the log has something else of that name; give it another one"
+            )
 
     @property
     def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
@@ -182,6 +207,13 @@ class Measurement:
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _add_mean(added: dict[str, float], name: str, values: torch.Tensor, here: torch.Tensor) -> None:
+    """Add to sum and count of the `[N]` values that are known at the positions `here`."""
+    known = values[here & ~values.isnan()]
+    for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
+        added[key] = added.get(key, 0.0) + number
 
 
 def _looked_at(losses: Sequence[Loss], counted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

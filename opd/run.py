@@ -19,7 +19,7 @@ from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.context import Context
 from opd.curricula import Course
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
 from opd.kept_weights import KeptWeights
@@ -32,7 +32,7 @@ from opd.rollouts import PrefixSource
 from opd.rollouts.base import Combination
 from opd.same_view import nothing_to_learn
 from opd.self_test import self_test
-from opd.shaping import Shaper, Shaping
+from opd.shaping import Shaper
 from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
@@ -54,7 +54,7 @@ class Run:
     rollout: PrefixSource
     sampler: PrefixSource
     verifier: Scorer | None
-    shaping: Shaping | Shaper
+    shaping: Shaper
     objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
@@ -121,10 +121,7 @@ class Run:
         now = self.recipe.at(step, self.recipe.steps)
         context = self.context.with_(temperature=now.temperature)
         self.optimiser.settings, self.objectives = now.update, now.objective
-        if isinstance(self.shaping, Shaping):
-            self.shaping = now.shaping
-        else:
-            self.shaping.settings = now.shaping
+        self.shaping.settings = now.shaping
         for teacher, settings in zip(self.teachers, now.teacher, strict=True):
             teacher.settings, teacher.context = settings, context
         self.student.context = context
@@ -225,6 +222,17 @@ def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[P
             verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
+def check_offsets(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` when the shaping makes offsets and an objective has no place for them."""
+    for objective in recipe.objective if recipe.shaping.makes_offsets else ():
+        if not objective.takes_offsets:
+            shaping, kind = (part.model_dump()["kind"] for part in (recipe.shaping, objective))
+            raise IncompatibleError(
+                f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
+                "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
+            )
+
+
 def check_lengths(
     recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: Sequence[Prompt]
 ) -> list[str]:
@@ -297,6 +305,7 @@ def assemble(
     `student` and `teachers` may be given already built (from Python); otherwise they load here.
     """
     bad: list[DataError] = []
+    check_offsets(recipe)
     loaded = training, held_out = data or load_data(recipe, bad)
     accelerator = make_accelerator(recipe)
     student, built, context = build_models(

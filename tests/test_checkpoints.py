@@ -35,6 +35,7 @@ from opd.errors import DataError, OpdError, RunError
 from opd.monitor import Monitor
 from opd.prompts import Prompt
 from opd.recipe import differences, parse_recipe
+from opd.shaping import Shape, Shaper
 from tests.conftest import save_tiny, tiny_model
 from tests.test_loop import TEXTS, recipe_for
 
@@ -143,15 +144,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
     assert len(result.samples) == 1
 
 
-class Remembering:
+class Remembering(Shaper):
     """A built shaping with a state: positions weigh less from step to step."""
 
     def __init__(self, settings):
-        self.settings, self.asked = settings, 0
+        super().__init__(settings)
+        self.asked = 0
 
-    def __call__(self, student, targets, trajectories):
+    def __call__(self, student, targets, micro):
         self.asked += 1
-        return torch.full((trajectories.positions,), 1 / self.asked)
+        return Shape(torch.full((micro.positions,), 1 / self.asked))
 
     def state_dict(self):
         return {"asked": self.asked}

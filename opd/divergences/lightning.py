@@ -62,7 +62,9 @@ class Lightning(OnAction):
         measured = {name: torch.zeros_like(loss.values) for name in ("advantage", "advantage_size", "clamped")}
         for target in known:
             assert isinstance(target.distribution, Sampled)
-            advantage = (target.distribution.log_probs - loss.log_probs).where(live, 0.0) / len(known)
+            log_p = target.distribution.log_probs
+            log_p = log_p if target.offset is None else log_p + target.offset
+            advantage = (log_p - loss.log_probs).where(live, 0.0) / len(known)
             measured["advantage"] += advantage
             measured["advantage_size"] += advantage.abs()
             if self.clamp is not None:

@@ -91,6 +91,7 @@ class OnAction(CategoricalDivergence):
     """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
+    takes_offsets: ClassVar[bool] = True
     alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
 
     @property
@@ -105,7 +106,7 @@ class OnAction(CategoricalDivergence):
         """The estimate and the factor on `grad log q(action)`.
 
         Args:
-            log_p: float32 `[N]`, the teacher's log-probability of each action taken; detached.
+            log_p: float32 `[N]`, the teacher's log-probability of each action taken, with a shaping's offset; detached.
             log_q: float32 `[N]`, the student's; detached.
             lengths: int64 `[B]`, positions of each trajectory, summing to N.
 
@@ -532,6 +533,7 @@ def _sum_targets(
     value, coefficient = torch.zeros_like(taken), torch.zeros_like(taken)
     for target in targets:
         log_p = _by_chunks(target.distribution, actions, buffers)
+        log_p = log_p if target.offset is None else log_p + target.offset
         v, c = divergence.value_and_coefficient(log_p, taken, lengths)
         value += v * target.weight
         coefficient += c * target.weight

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from opd.choice import Choice
 from opd.distributions import Distribution, Target
+from opd.errors import IncompatibleError
 from opd.reduction import Reduction, position_weights
 from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
@@ -48,6 +49,9 @@ class Objective(Choice):
     needs_reward: ClassVar[bool] = False
     shaped: ClassVar[bool] = False
     """Whether the recipe's shaping, which compares student and teacher, weighs this objective's positions."""
+
+    takes_offsets: ClassVar[bool] = False
+    """Whether it adds `Target.offset`, what a shaping moves a teacher's log-probability of the action taken by."""
 
     compares_group: ClassVar[bool] = False
     """Whether it compares the trajectories of one prompt, of which there must be two then."""
@@ -88,7 +92,16 @@ class Objective(Choice):
         return weights * shape if self.shaped else weights
 
     def heard(self, targets: Sequence[Target]) -> list[Target]:
-        """The answers that this objective listens to."""
+        """The answers that this objective listens to.
+
+        Raises:
+            IncompatibleError: they have offsets, which this objective cannot add.
+        """
+        if not self.takes_offsets and any(target.offset is not None for target in targets):
+            raise IncompatibleError(
+                f"objective {self.model_dump()['kind']!r} has no place for the offsets that the shaping made; one "
+                "that makes them says so in makes_offsets"
+            )
         return [t for t in targets if self.teacher is None or t.teacher == self.teacher]
 
     @abstractmethod
