@@ -9,7 +9,6 @@ import torch
 
 from opd.curricula import Asker
 from opd.distributions import Categorical, Gaussian, Sampled, Target
-from opd.errors import RunError
 from opd.measurement import Clock
 from opd.prompts import Prompt, count_repeats
 from opd.rollouts import Rollout
@@ -34,12 +33,7 @@ class RunAsker(Asker):
         run = self.run
         with self.clock("curriculum"):
             self._take_settings()
-            mine = run.share(count_repeats(prompts))
-            if len(prompts) < run.accelerator.num_processes:
-                raise RunError(
-                    f"the curriculum asks about {len(prompts)} prompts and there are {run.accelerator.num_processes} "
-                    "processes, each of which needs one; ask about more, or run fewer"
-                )
+            mine = run.share_of_draw(count_repeats(prompts))
             source, most = run.sampler, run.rollout.settings.budget
             if by is not None:
                 by = by.at(run.step, run.recipe.steps)

@@ -148,6 +148,11 @@ class Measurement:
         first, here = self.parts[0][0].rows(0, int((groups == groups[0]).sum()))
         return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
 
+    @property
+    def positions(self) -> int:
+        """Of this process's whole step, whether they count or not."""
+        return sum(micro.positions for micro, _ in self.parts)
+
     def values(self) -> dict[str, torch.Tensor]:
         """float32 `[N]` by name, the numbers by position of this process's whole step."""
         names = self.parts[0][1] if self.parts else ()
@@ -168,7 +173,10 @@ class Measurement:
 
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What the step logs; a mean over no positions at all is left out."""
-        self.sums |= self.answered
+        # Of a draw without prompts nothing else is known.
+        self.sums = dict.fromkeys(("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated"), 0.0) | (
+            self.sums | self.answered
+        )
         for name, tokens in self.before.items():
             self.sums[name] += tokens
         names = list(self.sums)
@@ -179,9 +187,9 @@ class Measurement:
         values = {
             name: total[f"value/{i}"] / total[f"positions/{i}"]
             for i, name in enumerate(self.names)
-            if total[f"positions/{i}"]
+            if total.get(f"positions/{i}")
         }
-        if total["positions/0"]:
+        if total.get("positions/0"):
             signals["divergence"] = values[self.names[0]]
         signals |= {
             "positions": total["counted"],

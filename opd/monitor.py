@@ -86,7 +86,8 @@ class Monitor:
         """
         self.log(run, "train", signals)
         skipped = "skipped" in signals
-        for part in measurement.parts if skipped else measurement.example:
+        parts = measurement.parts if skipped else measurement.example
+        for part in parts if run.optimiser.writes_rollouts else ():
             rows = rows_of(run, *part)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])

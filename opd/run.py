@@ -137,6 +137,26 @@ class Run:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
 
+    def share_of_draw(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This process's part of prompts that all processes work on together.
+
+        Raises:
+            RunError: there are too few for that, or with sharded weights not equally many for each.
+        """
+        processes = self.accelerator.num_processes
+        if len(prompts) < processes or (len(prompts) % processes and self.accelerator.is_fsdp2):
+            equally = ", and with FSDP2 as many as the others" if self.accelerator.is_fsdp2 else ""
+            raise RunError(
+                f"the curriculum names {len(prompts)} prompts, and each of the {processes} processes needs one"
+                f"{equally}; name more, or run fewer processes"
+            )
+        return self.share(prompts)
+
+    @property
+    def expected(self) -> int | None:
+        """Trajectories of a step in expectation, where the update divides by them."""
+        return self.recipe.batch.prompts * self.recipe.batch.group if self.optimiser.expected else None
+
     def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
         """`[B, ...]` numbers of this process's trajectories, and on every process those of all, in the order of the
         prompts that were shared out."""
@@ -230,6 +250,18 @@ def check_offsets(recipe: Recipe) -> None:
             raise IncompatibleError(
                 f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
                 "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
+            )
+
+
+def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
+    """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
+    for objective in recipe.objective if optimiser.expected else ():
+        if (objective.reduction or recipe.reduction) == "token_mean":
+            update, kind = (part.model_dump()["kind"] for part in (recipe.update, objective))
+            raise IncompatibleError(
+                f"update {update!r} divides by the trajectories that a step has in expectation, and objective {kind!r} "
+                "takes the mean over tokens, whose number is not known before: set reduction=sequence_mean, or "
+                "sequence_sum"
             )
 
 
@@ -339,6 +371,8 @@ def assemble(
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
+    optimiser = recipe.update.build(student, accelerator)
+    check_reduction(recipe, optimiser)
     return Run(
         recipe=recipe,
         context=context,
@@ -352,7 +386,7 @@ def assemble(
         verifier=verifier,
         shaping=recipe.shaping.build(context),
         objectives=recipe.objective,
-        optimiser=recipe.update.build(student, accelerator),
+        optimiser=optimiser,
         held_out=held_out,
         monitor=monitor,
         checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),

@@ -20,6 +20,7 @@ from opd.distributions.categorical import NOWHERE
 from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
+from opd.reduction import sums_by_trajectory
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -81,9 +82,14 @@ class OnSupport(CategoricalDivergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
-        loss = _on_categorical(self, student, targets, weights, trajectories)
+        loss = _on_categorical(self, student, targets, weights, trajectories, per_example)
         return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
 
 
@@ -115,9 +121,14 @@ class OnAction(CategoricalDivergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
-        return _on_categorical(self, student, targets, weights, trajectories)
+        return _on_categorical(self, student, targets, weights, trajectories, per_example)
 
     def check_trajectories(self, rollout: Any) -> None:
         if rollout.authors != {"student"} or not rollout.current:
@@ -139,9 +150,11 @@ def _on_categorical(
     targets: Sequence[Target],
     weights: torch.Tensor,
     trajectories: Trajectories,
+    per_example: bool,
 ) -> Loss:
     assert isinstance(student, Categorical)
-    return divergence_loss(divergence, student, targets, weights, trajectories.actions, trajectories.lengths)
+    actions, lengths = trajectories.actions, trajectories.lengths
+    return divergence_loss(divergence, student, targets, weights, actions, lengths, per_example=per_example)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -219,8 +232,9 @@ def action_loss(
         values, coefficients = (
             each.where(live, 0.0) for each in rule(log_q, torch.arange(len(log_q), device=log_q.device))
         )
-        total = (weights * values).sum() + (weights * coefficients * (moving - log_q)).sum()
-        return Loss(total, values, log_q.where(live, 0.0))
+        kept, moves = weights * values, weights * coefficients * (moving - log_q)
+        apart = sums_by_trajectory(kept + moves, lengths) if per_example else None
+        return Loss(kept.sum() + moves.sum(), values, log_q.where(live, 0.0), apart)
     assert isinstance(student, Categorical)
     return divergence_loss(rule, student, (), weights, actions, lengths, rows, per_example)
 

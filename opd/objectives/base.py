@@ -74,8 +74,10 @@ class Objective(Choice):
         trajectories: Trajectories,
         reduction: Reduction,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+        expected: int | None = None,
     ) -> torch.Tensor:
-        """float32 `[N]`: this objective's positions over its own global denominator, times its weight."""
+        """float32 `[N]`: this objective's positions over its own global denominator, times its weight; the denominator
+        is `expected` trajectories where that is given."""
         learn = trajectories.learn
         if self.written_by is not None:
             wanted = torch.tensor([AUTHORS.index(a) for a in self.written_by], device=learn.device)
@@ -85,7 +87,8 @@ class Objective(Choice):
             learn = learn.index_fill(0, last.to(learn.device), False)
         if self.truncated == "mask":
             learn = learn & trajectories.finished.repeat_interleave(trajectories.lengths).to(learn.device)
-        return self.weight * position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn)
+        weights = position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn, expected)
+        return self.weight * weights
 
     def shape(self, weights: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
         """The weights with the recipe's shaping, where it concerns this objective."""
@@ -111,6 +114,7 @@ class Objective(Choice):
         targets: Sequence[Target],
         weights: torch.Tensor,
         trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         """The loss at the N positions of `trajectories`.
 
@@ -118,6 +122,7 @@ class Objective(Choice):
             student: `[N]` distributions with a graph.
             targets: detached answers for the same positions; their divergences are summed with their weights.
             weights: float32 `[N]`, detached, the global denominator included.
+            per_example: whether `Loss.per_example` is wanted.
         """
 
     def check_accepts(self, target: type[Distribution], source: str) -> None:
