@@ -30,6 +30,7 @@ from opd.reduction import position_weights
 from opd.rollouts import PrefixSource
 from opd.run import assemble
 from opd.self_test import self_test
+from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfTeacher
 from opd.verifiers.exact_match import ExactMatch
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
@@ -407,7 +408,7 @@ def test_measurement_weighs_positions_not_micro_batches():
         n = sum(lengths)
         loss = Loss(torch.tensor(0.5), torch.full((n,), value), torch.full((n,), -0.1))
         ones = torch.ones(n)
-        measurement.add([loss], [ones], part, ones, ones.bool(), exact_behaviour=True)
+        measurement.add([loss], [ones], part, Shape(ones), [ones], ones.bool(), exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)
     assert signals["loss"] == pytest.approx(1.0)

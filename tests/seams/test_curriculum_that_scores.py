@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Literal
 
+import pytest
 import torch
 from pydantic import Field
 
 import opd
 from opd.curricula import Course, Curriculum, Draw
 from opd.distributions import Sampled
+from opd.errors import RunError
 from opd.rollouts.teacher import TeacherRollout
-from tests.conftest import character_tokenizer, tiny_model
+from opd.run import Run
+from tests.conftest import character_tokenizer, tiny_model, trajectories_of
 
 TEXTS = [f"{a}+{b}=" for a in range(1, 4) for b in range(1, 5)]
 
@@ -169,3 +174,28 @@ def test_a_course_has_weights_kept_and_restored(tmp_path):
     assert len([r for r in result.history if "train/loss" in r]) == 3
     for name, weight in student.named_parameters():
         assert torch.equal(weight, after_one[name])
+
+
+def test_numbers_of_several_processes_come_in_the_order_of_the_prompts(monkeypatch):
+    """Five prompts, two trajectories each, on two processes: the first has prompts 0, 2 and 4, the second 1 and 3."""
+    found = torch.arange(10.0)
+    shares = [[found[2 * i : 2 * i + 2] for i in range(process, 5, 2)] for process in range(2)]
+    made = replace(trajectories_of([1] * 6), groups=torch.tensor([0, 0, 1, 1, 2, 2]))
+
+    def gather_object(own):
+        assert [part.tolist() for part in own[0]] == [part.tolist() for part in shares[0]]
+        return shares
+
+    monkeypatch.setattr("opd.run.gather_object", gather_object)
+    assert torch.equal(Run.gather(None, made, torch.cat(shares[0])), found)
+
+
+def test_prompts_that_processes_cannot_share_are_refused():
+    processes = SimpleNamespace(num_processes=4, process_index=1, is_fsdp2=False)
+    run = SimpleNamespace(accelerator=processes, share=lambda prompts: prompts[1::4])
+    assert Run.share_of_draw(run, list(range(6))) == [1, 5]
+    with pytest.raises(RunError, match="names 3 prompts, and each of the 4 processes needs one; name more"):
+        Run.share_of_draw(run, list(range(3)))
+    processes.is_fsdp2 = True
+    with pytest.raises(RunError, match=r"names 6 prompts, .* as many as the others"):
+        Run.share_of_draw(run, list(range(6)))
