@@ -158,7 +158,7 @@ class OpdSession(Session):
         )
         made = _made_on_device(recipe, job) if size.made else {}
         self.run = assemble(recipe, _held_monitor(self.directory, self._count), **made)
-        self.run.schedule = _in_order(recipe, self.run)
+        self.run.course = _in_order(recipe, self.run)
 
     def _count(self, signals: Mapping[str, float]) -> bool:
         self.sampled += int(signals["sampled_tokens"])
@@ -178,7 +178,7 @@ class OpdSession(Session):
         from opd.language.rollout import pack_rows
 
         run = self.run
-        prompts = run.share(run.schedule.next(0, {}).prompts)
+        prompts = run.share(run.course.next(0, {}, None).prompts)
         device = run.context.device
         rows = [
             Row(torch.tensor(y, device=device), torch.zeros(len(y), device=device), finished=True)
@@ -243,13 +243,13 @@ def _held_monitor(directory: Path, count: Callable[[Mapping[str, float]], bool])
 
 def _in_order(recipe: Any, run: Any) -> Any:
     """The prompts in the order that they are written, as the other contestants are told to take them."""
-    from opd.curricula.base import Draw, Schedule
+    from opd.curricula.base import Course, Draw
     from opd.prompts import load_prompts
 
     prompts, per_step = load_prompts(recipe.prompts), recipe.batch.prompts
 
-    class InOrder(Schedule):
-        def next(self, step, signals):  # type: ignore[no-untyped-def]
+    class InOrder(Course):
+        def next(self, step, signals, asker):  # type: ignore[no-untyped-def]
             first = step * per_step
             return Draw([prompts[i % len(prompts)] for i in range(first, first + per_step)])
 

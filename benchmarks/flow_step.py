@@ -201,7 +201,7 @@ def measure(size: Size, repeats: int, folder: Path) -> dict[str, Any]:
 
 def compared(run: Run, bare: Bare) -> tuple[float, float]:
     """The loss of opd and of the bare loop on the same trajectories."""
-    prompts = run.schedule.next(0, {}).prompts  # type: ignore[union-attr]
+    prompts = run.course.next(0, {}, None).prompts  # type: ignore[union-attr]
     made: Trajectories = run.rollout(prompts, 1, run.rollout.settings.budget, stream=0)
     objective = run.objectives[0]
     weights = objective.position_weights(made, run.recipe.reduction, run.sum_over_processes)

@@ -55,6 +55,9 @@ def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> 
 def rows_of(run: Run, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """The student's rows of trajectories, and where a teacher is routed `teacher`, the route that answered."""
     rows = run.student.rows(trajectories, values)
+    for row in rows:
+        # What a shaping did not measure at a position is not a number, which JSON does not know.
+        row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
     for row, prompt in zip(rows, trajectories.prompts, strict=True):
         routes = [route for teacher in run.teachers if (route := teacher.route(prompt)) is not None]
         row |= {"teacher": ", ".join(routes)} if routes else {}

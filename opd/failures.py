@@ -59,18 +59,20 @@ class Skips:
             return
         count, self.in_a_row = self.in_a_row, 0
         run.checkpoints.write(run)
+        shown = f" Their batches are in `opd report {run.recipe.directory}`;" if run.optimiser.writes_rollouts else ""
         raise RunError(
-            f"{what}: {count} updates in a row were not finite (failures.skips_in_a_row). Their batches are in `opd "
-            f"report {run.recipe.directory}`;\nlower update.learning_rate, or go on as it is with --resume"
+            f"{what}: {count} updates in a row were not finite (failures.skips_in_a_row).{shown}\nlower "
+            "update.learning_rate, or go on as it is with --resume"
         )
 
     def _count_empty(self, run: Run) -> None:
         self.empty += 1
-        why = (
-            "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
-            if not run.signals["positions"]
-            else "its gradient is zero up to rounding: student and teachers agree, or all rewards of a group are equal"
-        )
+        if not run.signals["length"]:
+            why = "its draw has no prompt"
+        elif not run.signals["positions"]:
+            why = "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
+        else:
+            why = "its gradient is zero up to rounding: student and teachers agree, or all rewards of a group are equal"
         limit = self.settings.empty_at_start
         if limit is not None and self.empty == run.step >= limit:
             run.checkpoints.write(run)

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from opd.asking import RunAsker
+from opd.curricula import Draw
+from opd.errors import IncompatibleError
 from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
-from opd.objectives import Target
+from opd.objectives import Loss, Target
 from opd.prompts import count_repeats
 from opd.rounding import Gradients
 from opd.run import Run
@@ -24,38 +27,24 @@ def train(run: Run) -> None:
     run.watch.read(run, run.step, held_out(measured))
 
     while not run.stop_requested() and run.watch.ended_by is None:
-        draw = run.schedule.next(run.step, run.signals)
+        clock = Clock()
+        asker = RunAsker(run, clock)
+        draw = run.course.next(run.step, run.signals, asker)
         if draw is None or run.step >= recipe.steps:
             break
-        clock, measurement = Clock(), Measurement(run.objectives)
+        measurement = Measurement(run.objectives, asker.tokens)
         scheduled = run.take_settings_of_step(run.step)
 
-        with clock("rollout"):
-            drawn = count_repeats(draw.prompts)
-            run.rollout.drawn(drawn, run.step)
-            prompts = run.share(drawn)
-            budget = run.rollout.settings.budget if draw.budget is None else draw.budget
-            trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
-            trajectories = run.verify(trajectories)
-
-        with clock("teacher"), run.accelerator.autocast():
-            targets = run.ask(trajectories)
-        measurement.asked(run.teachers, trajectories)
-
-        counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
-        batch = MicroBatches(run, trajectories, measurement)
-        for micro, here in batch:
-            with batch.fitting():
-                answers = [target.select(here) for target in targets]
-                accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
-
+        trajectories = accumulate_step(run, draw, clock, measurement) if draw.prompts else None
         with clock("update"):
             run.signals = move(run, measurement)
 
         run.step += 1
-        run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
+        run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(measurement.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | scheduled
+        if trajectories is not None:
+            run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
         run.watch.read(run, run.step, held_out(measured))
@@ -71,11 +60,37 @@ def held_out(signals: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
 
 
+def accumulate_step(run: Run, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories:
+    """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches."""
+    with clock("rollout"):
+        drawn = count_repeats(draw.prompts)
+        run.rollout.drawn(drawn, run.step)
+        prompts = run.share_of_draw(drawn)
+        budget = run.rollout.settings.budget if draw.budget is None else draw.budget
+        trajectories = run.rollout(prompts, run.recipe.batch.group, budget, stream=run.step)
+        trajectories = run.verify(trajectories)
+
+    with clock("teacher"), run.accelerator.autocast():
+        targets = run.ask(trajectories)
+    measurement.asked(run.teachers, trajectories)
+    trajectories = run.shaping.look(trajectories, targets, run.sum_over_processes)
+
+    of_each = (trajectories, run.recipe.reduction, run.sum_over_processes, run.expected)
+    counts = [objective.position_weights(*of_each) for objective in run.objectives]
+    batch = MicroBatches(run, trajectories, measurement)
+    for micro, here in batch:
+        with batch.fitting():
+            answers = [target.select(here) for target in targets]
+            accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
+    return trajectories
+
+
 def move(run: Run, measurement: Measurement) -> dict[str, float]:
     """Take the step, and have the teachers follow that are made of the student. Where nothing can be learnt, neither
-    the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1."""
+    the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1; unless the update
+    takes such steps too."""
     finite = measurement.finite(run.sum_over_processes)
-    if finite and not measurement.learns(run.sum_over_processes):
+    if finite and not run.optimiser.takes_empty and not measurement.learns(run.sum_over_processes):
         run.optimiser.discard()
         return {"empty": 1.0}
     signals = run.optimiser.apply(finite)
@@ -99,15 +114,30 @@ def accumulate(
             student = run.student(micro)
         with clock("loss"):
             shape = run.shaping(student.detach(), answers, micro)
-            weights = [o.shape(count, shape) for o, count in zip(run.objectives, counts, strict=True)]
+            weights = [o.shape(count, shape.weights) for o, count in zip(run.objectives, counts, strict=True)]
+            moved = shape.offset(answers)
             losses = [
-                objective(student, objective.heard(answers), weight, micro)
+                objective(student, objective.heard(moved), weight, micro, run.optimiser.per_example)
                 for objective, weight in zip(run.objectives, weights, strict=True)
             ]
             share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
             own = run.student.own_losses(share)
+            if run.optimiser.per_example:
+                check_apart(run, losses, own)
             gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
         run.optimiser.accumulate([*losses, *own], batch.last)
     above = gradients.above(run.objectives, weights, losses)
-    measurement.add(losses, weights, micro, shape, above, run.rollout.exact)
+    measurement.add(losses, weights, micro, shape, counts, above, run.rollout.exact)
+
+
+def check_apart(run: Run, losses: Sequence[Loss], own: Sequence[Loss]) -> None:
+    """Raise `IncompatibleError` when the update asked for the loss of each example and some loss is only a whole."""
+    kinds = [objective.model_dump()["kind"] for objective in run.objectives]
+    whole = [f"objective {kind!r}" for kind, loss in zip(kinds, losses, strict=True) if loss.per_example is None]
+    whole += ["the student's routers (router_aux_loss_coef)"] if own else []
+    if whole:
+        update = run.recipe.update.model_dump()["kind"]
+        raise IncompatibleError(
+            f"update {update!r} needs the loss of each trajectory apart, and {whole[0]} has one for all together"
+        )

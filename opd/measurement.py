@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from opd.errors import RunError
 from opd.objectives import Loss, Objective
 from opd.objectives.base import label
+from opd.shaping import Shape
 from opd.teachers import LiveTeacher
 from opd.trajectories import AUTHORS, Trajectories
+
+SIGNALS = frozenset(
+    (
+        *("loss", "divergence", "positions", "sampled_tokens", "length", "truncated", "teacher_tokens"),
+        *("teacher_hit_rate", "drift", "drift_std", "rollout_gap", "reward", "gradient_norm", "learning_rate"),
+        *("skipped", "empty", "cpu_seconds", "tokens_per_second"),
+    )
+)
+"""Names that a step's log has of its own."""
 
 SHOWN = 4
 """Trajectories of a group that a step leaves for the report."""
@@ -40,9 +51,11 @@ class Clock:
 
 
 class Measurement:
-    """Sums over a step's micro-batches; means are over all positions or trajectories of all processes."""
+    """Sums over a step's micro-batches; means are over all positions or trajectories of all processes. `before` are the
+    tokens that were written and scored for the step's draw."""
 
-    def __init__(self, objectives: Sequence[Objective]) -> None:
+    def __init__(self, objectives: Sequence[Objective], before: Mapping[str, float] | None = None) -> None:
+        self.before = before or {}
         named = [f"{label(o)}@{o.teacher}" if o.teacher else label(o) for o in objectives]
         # Two terms of one kind on different positions are told apart by their order.
         self.names = [n if named.count(n) == 1 else f"{n} {named[: i + 1].count(n)}" for i, n in enumerate(named)]
@@ -63,7 +76,8 @@ class Measurement:
         losses: Sequence[Loss],
         weights: Sequence[torch.Tensor],
         micro: Trajectories,
-        shape: torch.Tensor,
+        shape: Shape,
+        counts: Sequence[torch.Tensor],
         above: torch.Tensor,
         exact_behaviour: bool,
     ) -> None:
@@ -74,11 +88,15 @@ class Measurement:
 
         Args:
             weights: float32 `[N]` of each objective, shaping included; zero where it does not count.
-            shape: float32 `[N]`, the shaping's weights alone.
+            shape: what the shaping said.
+            counts: float32 `[N]` of each objective, without the shaping.
             above: bool `[N]`, where there is something to learn (`opd.rounding`).
         """
         counted = [weight != 0 for weight in weights]
-        self.parts.append((micro, {"divergence": losses[0].values, "weight": shape * counted[0]}))
+        shown = {"divergence": losses[0].values, "weight": shape.weights * counted[0]}
+        shown |= {} if shape.offsets is None else {"offset": shape.offsets}
+        self._check_names(shape, losses, shown)
+        self.parts.append((micro, shown | shape.measured))
         added = {
             "counted": float(torch.stack(counted).any(0).sum()),
             "above": float(above.sum()),
@@ -93,9 +111,10 @@ class Measurement:
         for i, loss, here in of_each:
             added |= {f"value/{i}": float(loss.values[here].sum()), f"positions/{i}": float(here.sum())}
             for name, found in loss.measured.items():
-                known = found[here & ~found.isnan()]
-                for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
-                    added[key] = added.get(key, 0.0) + number
+                _add_mean(added, name, found, here)
+        whole = torch.stack([count != 0 for count in counts]).any(0)
+        for name, found in shape.measured.items():
+            _add_mean(added, name, found, whole)
         log_probs, computed = _looked_at(losses, counted)
         gap = log_probs - micro.behaviour_log_probs
         if exact_behaviour:
@@ -113,6 +132,14 @@ class Measurement:
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def _check_names(self, shape: Shape, losses: Sequence[Loss], shown: Mapping[str, torch.Tensor]) -> None:
+        """Raise `RunError` for what a shaping measured under a name that something else has."""
+        taken = {*shown, *SIGNALS, *(name for loss in losses for name in loss.measured)}
+        if twice := sorted(shape.measured.keys() & taken):
+            raise RunError(
+                f"the shaping measures {twice[0]!r}, and the log has something else of that name; give it another one"
+            )
+
     @property
     def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
         """The step's first trajectories of one prompt with their numbers, as `parts` are; at most `SHOWN`."""
@@ -121,6 +148,16 @@ class Measurement:
         groups = self.parts[0][0].groups[:SHOWN]
         first, here = self.parts[0][0].rows(0, int((groups == groups[0]).sum()))
         return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
+
+    @property
+    def positions(self) -> int:
+        """Of this process's whole step, whether they count or not."""
+        return sum(micro.positions for micro, _ in self.parts)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """float32 `[N]` by name, the numbers by position of this process's whole step."""
+        names = self.parts[0][1] if self.parts else ()
+        return {name: torch.cat([found[name] for _, found in self.parts]) for name in names}
 
     def clear(self) -> None:
         """Forget the micro-batches taken in."""
@@ -137,7 +174,12 @@ class Measurement:
 
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What the step logs; a mean over no positions at all is left out."""
-        self.sums |= self.answered
+        # Of a draw without prompts nothing else is known.
+        self.sums = dict.fromkeys(("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated"), 0.0) | (
+            self.sums | self.answered
+        )
+        for name, tokens in self.before.items():
+            self.sums[name] += tokens
         names = list(self.sums)
         totals = sum_over_processes(torch.tensor([self.sums[n] for n in names], dtype=torch.float64))
         total = dict(zip(names, totals.tolist(), strict=True))
@@ -146,9 +188,9 @@ class Measurement:
         values = {
             name: total[f"value/{i}"] / total[f"positions/{i}"]
             for i, name in enumerate(self.names)
-            if total[f"positions/{i}"]
+            if total.get(f"positions/{i}")
         }
-        if total["positions/0"]:
+        if total.get("positions/0"):
             signals["divergence"] = values[self.names[0]]
         signals |= {
             "positions": total["counted"],
@@ -176,6 +218,13 @@ class Measurement:
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _add_mean(added: dict[str, float], name: str, values: torch.Tensor, here: torch.Tensor) -> None:
+    """Add to sum and count of the `[N]` values that are known at the positions `here`."""
+    known = values[here & ~values.isnan()]
+    for key, number in ((f"measured/{name}", float(known.sum())), (f"known/{name}", float(len(known)))):
+        added[key] = added.get(key, 0.0) + number
 
 
 def _looked_at(losses: Sequence[Loss], counted: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,7 +86,8 @@ class Monitor:
         """
         self.log(run, "train", signals)
         skipped = "skipped" in signals
-        for part in measurement.parts if skipped else measurement.example:
+        parts = measurement.parts if skipped else measurement.example
+        for part in parts if run.optimiser.writes_rollouts else ():
             rows = rows_of(run, *part)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
@@ -98,7 +99,7 @@ class Monitor:
         self._progress.update(run.step, numbers)
         every = run.recipe.evaluation.every
         due = every and run.step % every == 0 and run.step < run.recipe.steps
-        if not due and not run.schedule.asks_evaluation(run.step):
+        if not due and not run.course.asks_evaluation(run.step):
             return {}
         metrics = self._evaluate(run).metrics
         self.console.print(f"step {run.step}: {_line(metrics)}", soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opd.context import Context
 from opd.prompts import Prompt
 from opd.prompts.dataset import DatasetPrompts
 from opd.recipe import Recipe
@@ -39,7 +40,8 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
         notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
         return None
     training, held_out = load_data(recipe)
-    check_verdicts(recipe, training)
+    context = Context(device=torch.device("cpu"), temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
+    check_verdicts(recipe, None if recipe.verifier is None else recipe.verifier.build(context), training)
     return [*training, *held_out]
 
 

@@ -17,6 +17,7 @@ def position_weights(
     reduction: Reduction,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     learn: torch.Tensor | None = None,
+    expected: int | None = None,
 ) -> torch.Tensor:
     """float32 `[N]` weights that turn a sum over positions into the global mean.
 
@@ -24,16 +25,30 @@ def position_weights(
     tokens share its weight. `sequence_sum`: a trajectory's tokens are summed and the trajectories averaged, as papers
     write an expectation over trajectories; long ones then weigh more. The denominator counts all micro-batches and
     processes, so the gradient does not depend on how the batch is cut. Positions outside `learn` (bool `[N]`, by
-    default the trajectories' own) weigh 0.
+    default the trajectories' own) weigh 0. With `expected` that many trajectories are the denominator in place of those
+    that there are, so that what one trajectory contributes does not depend on the others.
+
+    Raises:
+        ValueError: `expected` with `token_mean`, whose denominator is a number of tokens.
     """
     learn = (trajectories.learn if learn is None else learn).float()
     if reduction == "token_mean":
+        if expected is not None:
+            raise ValueError("token_mean has no expected number of trajectories; take a reduction by sequence")
         total = sum_over_processes(learn.sum())
         return learn / total.clamp(min=1)
-    owner = torch.arange(len(trajectories), device=learn.device).repeat_interleave(
-        trajectories.lengths.to(learn.device)
-    )
-    per_trajectory = torch.zeros(len(trajectories), device=learn.device).index_add_(0, owner, learn)
+    per_trajectory = sums_by_trajectory(learn, trajectories.lengths)
+    share: float | torch.Tensor = 1.0
+    if reduction == "sequence_mean":
+        share = per_trajectory.clamp(min=1).repeat_interleave(trajectories.lengths.to(learn.device))
+    if expected is not None:
+        return learn / share / expected
     sequences = sum_over_processes((per_trajectory > 0).sum().float())
-    share = 1.0 if reduction == "sequence_sum" else per_trajectory.clamp(min=1)[owner]
     return learn / share / sequences.clamp(min=1)
+
+
+def sums_by_trajectory(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`[N]` numbers to the `[B]` sums over each trajectory's positions, with a graph where they have one."""
+    count = len(lengths)
+    owner = torch.arange(count, device=values.device).repeat_interleave(lengths.to(values.device))
+    return torch.zeros(count, device=values.device).index_add(0, owner, values)

@@ -46,7 +46,9 @@ class Gradients:
             computed.register_hook(self._take)
 
     def _take(self, gradient: torch.Tensor) -> None:
-        self.sizes = torch.linalg.vector_norm(gradient.detach().flatten(1).float(), dim=1)
+        sizes = torch.linalg.vector_norm(gradient.detach().flatten(1).float(), dim=1)
+        # Gradients that are made example by example come one by one, each zero at the positions of the others.
+        self.sizes = sizes if self.sizes is None else torch.maximum(self.sizes, sizes)
 
     def above(
         self, objectives: Sequence[Objective], weights: Sequence[torch.Tensor], losses: Sequence[Loss]

@@ -18,10 +18,11 @@ from opd.checkpoints import Checkpoints
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.context import Context
-from opd.curricula import Schedule
-from opd.errors import DataError, RecipeError, RunError
+from opd.curricula import Course
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
+from opd.kept_weights import KeptWeights
 from opd.monitor import Monitor
 from opd.objectives import Objective, Target
 from opd.policies import Student
@@ -31,12 +32,12 @@ from opd.rollouts import PrefixSource
 from opd.rollouts.base import Combination
 from opd.same_view import nothing_to_learn
 from opd.self_test import self_test
-from opd.shaping import Shaper, Shaping
+from opd.shaping import Shaper
 from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
-from opd.verifiers import Verifier
+from opd.verifiers import Scorer
 
 
 @dataclass
@@ -48,11 +49,12 @@ class Run:
     accelerator: Accelerator
     student: Student
     teachers: list[LiveTeacher]
-    schedule: Schedule
+    course: Course
+    kept: KeptWeights
     rollout: PrefixSource
     sampler: PrefixSource
-    verifier: Verifier | None
-    shaping: Shaping | Shaper
+    verifier: Scorer | None
+    shaping: Shaper
     objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
@@ -119,10 +121,7 @@ class Run:
         now = self.recipe.at(step, self.recipe.steps)
         context = self.context.with_(temperature=now.temperature)
         self.optimiser.settings, self.objectives = now.update, now.objective
-        if isinstance(self.shaping, Shaping):
-            self.shaping = now.shaping
-        else:
-            self.shaping.settings = now.shaping
+        self.shaping.settings = now.shaping
         for teacher, settings in zip(self.teachers, now.teacher, strict=True):
             teacher.settings, teacher.context = settings, context
         self.student.context = context
@@ -138,6 +137,34 @@ class Run:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
 
+    def share_of_draw(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This process's part of prompts that all processes work on together.
+
+        Raises:
+            RunError: there are too few for that, or with sharded weights not equally many for each.
+        """
+        processes = self.accelerator.num_processes
+        if len(prompts) < processes or (len(prompts) % processes and self.accelerator.is_fsdp2):
+            equally = ", and with FSDP2 as many as the others" if self.accelerator.is_fsdp2 else ""
+            raise RunError(
+                f"the curriculum names {len(prompts)} prompts, and each of the {processes} processes needs one"
+                f"{equally}; name more, or run fewer processes"
+            )
+        return self.share(prompts)
+
+    @property
+    def expected(self) -> int | None:
+        """Trajectories of a step in expectation, where the update divides by them."""
+        return self.recipe.batch.prompts * self.recipe.batch.group if self.optimiser.expected else None
+
+    def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
+        """`[B, ...]` numbers of this process's trajectories, and on every process those of all, in the order of the
+        prompts that were shared out."""
+        here = torch.unique_consecutive(trajectories.groups, return_counts=True)[1].tolist()
+        of_prompts = gather_object([list(torch.split(numbers.detach().cpu(), here))])
+        count, processes = sum(len(mine) for mine in of_prompts), len(of_prompts)
+        return torch.cat([of_prompts[i % processes][i // processes] for i in range(count)])
+
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:
             return values
@@ -148,14 +175,16 @@ class Run:
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
 
     def verify(self, trajectories: Trajectories) -> Trajectories:
-        """The trajectories with their rewards (NaN where the prompt has no verdict), when the recipe has a verifier."""
-        if self.verifier is None:
+        """The trajectories with their rewards: the verifier's verdicts, and where there is none what the rollout gave;
+        NaN where neither did. Without rewards when the recipe has no verifier and the rollout sets none."""
+        own = trajectories.rewards
+        if self.verifier is None and own is None:
             return trajectories
-        scores = [
-            self.verifier.score(prompt, outcome)
-            for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
-        ]
-        rewards = torch.tensor([float("nan") if s is None else s for s in scores])
+        rewards = own
+        if self.verifier is not None:
+            rewards = self.verifier.score(trajectories, self.student.outcomes(trajectories))
+            rewards = rewards if own is None else torch.where(rewards.isnan(), own, rewards)
+        assert rewards is not None
         return trajectories.rewarded(rewards, self._spread(rewards))
 
     def _spread(self, rewards: torch.Tensor) -> float:
@@ -205,12 +234,35 @@ def _readable(
     return kept
 
 
-def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
+def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[Prompt]) -> None:
     """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
     may go without."""
     for objective in recipe.objective:
-        if objective.needs_reward and recipe.verifier is not None:
-            recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
+        if objective.needs_reward and verifier is not None and not recipe.rollout.rewards:
+            verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
+
+
+def check_offsets(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` when the shaping makes offsets and an objective has no place for them."""
+    for objective in recipe.objective if recipe.shaping.makes_offsets else ():
+        if not objective.takes_offsets:
+            shaping, kind = (part.model_dump()["kind"] for part in (recipe.shaping, objective))
+            raise IncompatibleError(
+                f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
+                "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
+            )
+
+
+def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
+    """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
+    for objective in recipe.objective if optimiser.expected else ():
+        if (objective.reduction or recipe.reduction) == "token_mean":
+            update, kind = (part.model_dump()["kind"] for part in (recipe.update, objective))
+            raise IncompatibleError(
+                f"update {update!r} divides by the trajectories that a step has in expectation, and objective {kind!r} "
+                "takes the mean over tokens, whose number is not known before: set reduction=sequence_mean, or "
+                "sequence_sum"
+            )
 
 
 def check_lengths(
@@ -285,6 +337,7 @@ def assemble(
     `student` and `teachers` may be given already built (from Python); otherwise they load here.
     """
     bad: list[DataError] = []
+    check_offsets(recipe)
     loaded = training, held_out = data or load_data(recipe, bad)
     accelerator = make_accelerator(recipe)
     student, built, context = build_models(
@@ -307,7 +360,8 @@ def assemble(
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    check_verdicts(recipe, training)
+    verifier = None if recipe.verifier is None else recipe.verifier.build(context)
+    check_verdicts(recipe, verifier, training)
 
     sampler = student.held_out_sampler(recipe, rollout, context)
     if recipe.self_test:
@@ -317,19 +371,22 @@ def assemble(
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
+    optimiser = recipe.update.build(student, accelerator)
+    check_reduction(recipe, optimiser)
     return Run(
         recipe=recipe,
         context=context,
         accelerator=accelerator,
         student=student,
         teachers=built,
-        schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
+        course=recipe.curriculum.build(training, recipe.batch.prompts, context),
+        kept=KeptWeights(student),
         rollout=rollout,
         sampler=sampler,
-        verifier=recipe.verifier,
+        verifier=verifier,
         shaping=recipe.shaping.build(context),
         objectives=recipe.objective,
-        optimiser=recipe.update.build(student, accelerator),
+        optimiser=optimiser,
         held_out=held_out,
         monitor=monitor,
         checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),

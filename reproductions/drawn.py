@@ -239,7 +239,7 @@ def _gradient(run: Run, objective: Objective, streams: Iterable[int]) -> torch.T
     total = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float64)
     streams = list(streams)
     for stream in streams:
-        draw = run.schedule.next(stream, {})
+        draw = run.course.next(stream, {}, None)
         assert draw is not None
         prompts = count_repeats(draw.prompts)
         walked = run.rollout(prompts, run.recipe.batch.group, run.rollout.settings.budget, stream=stream)

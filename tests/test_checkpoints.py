@@ -30,11 +30,12 @@ from opd.checkpoints.resume import identity
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
 from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
-from opd.curricula.shuffled import ShuffledSchedule
+from opd.curricula.shuffled import ShuffledCourse
 from opd.errors import DataError, OpdError, RunError
 from opd.monitor import Monitor
 from opd.prompts import Prompt
 from opd.recipe import differences, parse_recipe
+from opd.shaping import Shape, Shaper
 from tests.conftest import save_tiny, tiny_model
 from tests.test_loop import TEXTS, recipe_for
 
@@ -143,15 +144,16 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
     assert len(result.samples) == 1
 
 
-class Remembering:
+class Remembering(Shaper):
     """A built shaping with a state: positions weigh less from step to step."""
 
     def __init__(self, settings):
-        self.settings, self.asked = settings, 0
+        super().__init__(settings)
+        self.asked = 0
 
-    def __call__(self, student, targets, trajectories):
+    def __call__(self, student, targets, micro):
         self.asked += 1
-        return torch.full((trajectories.positions,), 1 / self.asked)
+        return Shape(torch.full((micro.positions,), 1 / self.asked))
 
     def state_dict(self):
         return {"asked": self.asked}
@@ -220,10 +222,13 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
         def __init__(self, inner):
             self.inner, self.drawn = inner, 0
 
-        def next(self, step, signals):
+        def next(self, step, signals, asker):
             self.drawn += 1
             seen.append((step, self.drawn, signals.get("divergence")))
-            return self.inner.next(step, signals)
+            return self.inner.next(step, signals, asker)
+
+        def saw(self, trajectories, values, signals, gather):
+            pass
 
         def asks_evaluation(self, step):
             return False
@@ -236,8 +241,8 @@ def test_every_part_with_a_state_is_saved_by_having_the_two_methods(make, monkey
             assert isinstance(state["pair"], tuple)
             self.drawn = state["drawn"]
 
-    def build(self, prompts, per_step, context, student):
-        return Counting(ShuffledSchedule(prompts, per_step, context.seed))
+    def build(self, prompts, per_step, context):
+        return Counting(ShuffledCourse(prompts, per_step, context.seed))
 
     monkeypatch.setattr("opd.curricula.shuffled.Shuffled.build", build)
     recipe, seen = make("run"), []

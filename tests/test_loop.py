@@ -30,6 +30,7 @@ from opd.reduction import position_weights
 from opd.rollouts import PrefixSource
 from opd.run import assemble
 from opd.self_test import self_test
+from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfTeacher
 from opd.verifiers.exact_match import ExactMatch
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
@@ -73,7 +74,7 @@ def test_the_student_trains_in_training_mode(models, tmp_path, self_test):
     """Dropout and gradient checkpointing would do nothing otherwise; rollouts and evaluations give the mode back."""
     recipe = recipe_for(models, tmp_path, self_test=self_test, student={"lora": {"rank": 2, "dropout": 0.5}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
     evaluate(run)
     assert run.student.module.training
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(reduction, models, tmp
     # Several end tokens, so that an untrained model stops at many different lengths.
     recipe = recipe_for(models, tmp_path, reduction=reduction, end_tokens=list(range(0, 64, 8)))
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 2, 12, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 12, stream=0)
     assert len(set(trajectories.lengths.tolist())) > 2
     reference = gradient(recipe, tmp_path, trajectories, 16)
     for micro, layout in [(4, "auto"), (1, "auto"), (16, "left"), (16, "right"), (4, "left"), (3, "packed")]:
@@ -244,7 +245,7 @@ def test_teacher_may_see_another_prompt_for_the_same_completion(models, tmp_path
     recipe = recipe_for(models, tmp_path, prompts={"prompts": rows})
     recipe = parse_recipe({**recipe.dump(), "teacher": {"kind": "self", "mode": "frozen", "sees": "hint"}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
     answer = run.teachers[0](trajectories)
     assert len(answer) == trajectories.positions
     own = run.student(trajectories)
@@ -407,7 +408,7 @@ def test_measurement_weighs_positions_not_micro_batches():
         n = sum(lengths)
         loss = Loss(torch.tensor(0.5), torch.full((n,), value), torch.full((n,), -0.1))
         ones = torch.ones(n)
-        measurement.add([loss], [ones], part, ones, ones.bool(), exact_behaviour=True)
+        measurement.add([loss], [ones], part, Shape(ones), [ones], ones.bool(), exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx((1 + 12) / 7)
     assert signals["loss"] == pytest.approx(1.0)

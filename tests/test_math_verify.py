@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
 import time
 
 import pytest
+import torch
 
+from opd.context import Context
 from opd.errors import RecipeError
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
@@ -17,6 +20,12 @@ from opd.verifiers.math_verify import MathVerify
 from opd.verifiers.math_verify_worker import last_boxed
 
 pytest.importorskip("math_verify")
+
+
+@functools.cache
+def scorer(**settings):
+    """One process for all tests of the same settings."""
+    return MathVerify(**settings).build(Context(torch.device("cpu")))
 
 
 def row(answer):
@@ -41,20 +50,20 @@ def row(answer):
     ],
 )
 def test_what_means_the_same_is_equal(answer, completion, score):
-    assert MathVerify().score(row(answer), completion) == score
+    assert scorer().verdict(row(answer), completion) == score
 
 
 def test_without_an_answer_there_is_no_verdict():
-    assert MathVerify().score(Prompt("a", {"prompt": "?"}), r"\boxed{3}") is None
-    assert MathVerify().score(row(None), r"\boxed{3}") is None
-    assert MathVerify().score(row("  "), r"\boxed{3}") is None
+    assert scorer().verdict(Prompt("a", {"prompt": "?"}), r"\boxed{3}") is None
+    assert scorer().verdict(row(None), r"\boxed{3}") is None
+    assert scorer().verdict(row("  "), r"\boxed{3}") is None
 
 
 def test_a_box_can_be_demanded():
-    assert MathVerify().score(row("3"), "It is 3") == 1.0
-    assert MathVerify(boxed=True).score(row("3"), "It is 3") == 0.0
-    assert MathVerify(boxed=True).score(row("1/2"), r"\boxed{5}, no, \boxed{\frac{1}{2}}, not 7") == 1.0
-    assert MathVerify(boxed=True).score(row("3"), r"\boxed{3") == 0.0
+    assert scorer().verdict(row("3"), "It is 3") == 1.0
+    assert scorer(boxed=True).verdict(row("3"), "It is 3") == 0.0
+    assert scorer(boxed=True).verdict(row("1/2"), r"\boxed{5}, no, \boxed{\frac{1}{2}}, not 7") == 1.0
+    assert scorer(boxed=True).verdict(row("3"), r"\boxed{3") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -74,15 +83,15 @@ def test_the_last_box_has_matching_braces(text, found):
 def test_what_a_model_wrote_is_never_executed(form, tmp_path):
     trace = tmp_path / "trace"
     code = f"__import__('pathlib').Path('{trace}').touch()"
-    assert MathVerify().score(row("x"), form.format(code)) == 0.0
+    assert scorer().verdict(row("x"), form.format(code)) == 0.0
     assert not trace.exists()
 
 
 def test_a_comparison_that_takes_too_long_is_wrong_and_the_next_one_works():
     start = time.monotonic()
-    assert MathVerify(seconds=1).score(row("3"), r"\boxed{9^{9^{9^9}}}") == 0.0
+    assert scorer(seconds=1).verdict(row("3"), r"\boxed{9^{9^{9^9}}}") == 0.0
     assert time.monotonic() - start < 30
-    assert MathVerify().score(row("3"), "3") == 1.0
+    assert scorer().verdict(row("3"), "3") == 1.0
 
 
 def test_a_process_that_does_not_answer_in_time_is_replaced():
@@ -102,7 +111,7 @@ def test_a_process_that_does_not_answer_in_time_is_replaced():
 def test_it_works_outside_the_main_thread():
     found = []
     threads = [
-        threading.Thread(target=lambda text=text: found.append((text, MathVerify().score(row("0.5"), text))))
+        threading.Thread(target=lambda text=text: found.append((text, scorer().verdict(row("0.5"), text))))
         for text in (r"\boxed{\frac{1}{2}}", "3")
     ]
     for thread in threads:

@@ -12,6 +12,7 @@ from opd.api import execute
 from opd.context import Context
 from opd.curricula.length_ladder import ENTROPY, LengthLadder
 from opd.divergences import ForwardKL, ReverseKL, Target
+from opd.kept_weights import KeptWeights
 from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
 from opd.recipe import parse_recipe
@@ -157,7 +158,7 @@ def test_a_sum_of_objectives_is_the_sum_of_their_gradients(models, tmp_path):  #
     def step(objectives):
         recipe = recipe_for(models, tmp_path, objective=objectives)
         run = build(recipe, tmp_path)
-        trajectories = run.rollout(run.schedule.next(0, {}).prompts, 2, 6, stream=0)
+        trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 6, stream=0)
         targets = run.ask(trajectories)
         counts = [o.position_weights(trajectories, "token_mean", lambda x: x) for o in run.objectives]
         student = run.student(trajectories)
@@ -265,25 +266,27 @@ def test_grpo_without_a_teacher_raises_the_reward(models, tmp_path):  # noqa: F8
 
 
 class Weights:
-    """A stand-in student: one parameter."""
+    """A stand-in student: one parameter; and a stand-in of a run that keeps and restores it."""
 
     def __init__(self):
         self.module = torch.nn.Linear(1, 1, bias=False)
+        kept = KeptWeights(self)
+        self.keep_weights, self.restore_weights = kept.keep, kept.restore
 
 
 def climb(settings, entropies):
     """Walk a ladder whose held-out entropy is given after each rung; the weight counts the steps."""
     student = Weights()
     context = Context(torch.device("cpu"), steps=len(settings.lengths) * settings.steps_per_rung)
-    schedule = settings.build([opd.prompts.Prompt("p", {"prompt": "x"})], 1, context, student)
+    course = settings.build([opd.prompts.Prompt("p", {"prompt": "x"})], 1, context)
     torch.nn.init.zeros_(student.module.weight)
     signals, lengths, step = {ENTROPY: entropies[0]}, [], 0
-    while (draw := schedule.next(step, signals)) is not None and step < context.steps:
+    while (draw := course.next(step, signals, student)) is not None and step < context.steps:
         lengths.append(draw.budget)
         with torch.no_grad():
             student.module.weight += 1
         step += 1
-        signals = {ENTROPY: entropies[step // settings.steps_per_rung]} if schedule.asks_evaluation(step) else {}
+        signals = {ENTROPY: entropies[step // settings.steps_per_rung]} if course.asks_evaluation(step) else {}
     return lengths, int(student.module.weight)
 
 

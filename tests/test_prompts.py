@@ -170,8 +170,8 @@ def test_the_last_answer_is_cut_and_offered_as_the_response():
 
 
 def drawn(sources, steps, per_step=4, seed=0):
-    schedule = Shuffled().build(load_prompts(sources), per_step, Context(torch.device("cpu"), seed=seed), None)
-    return [prompt for step in range(steps) for prompt in schedule.next(step, {}).prompts]
+    course = Shuffled().build(load_prompts(sources), per_step, Context(torch.device("cpu"), seed=seed))
+    return [prompt for step in range(steps) for prompt in course.next(step, {}, None).prompts]
 
 
 def of(letter, count, **settings):
@@ -192,8 +192,8 @@ def test_weights_share_out_the_draws_however_many_rows_a_source_has():
 
 def test_a_weighted_step_does_not_depend_on_the_steps_before():
     sources = [of("a", 5, weight=0.7), of("b", 3, weight=0.2), of("c", 9, weight=0.1)]
-    schedule = Shuffled().build(load_prompts(sources), 4, Context(torch.device("cpu"), seed=1), None)
-    later = [prompt.id for prompt in schedule.next(6, {}).prompts]
+    course = Shuffled().build(load_prompts(sources), 4, Context(torch.device("cpu"), seed=1))
+    later = [prompt.id for prompt in course.next(6, {}, None).prompts]
     assert later == [prompt.id for prompt in drawn(sources, 7, seed=1)[24:]]
 
 

@@ -55,7 +55,7 @@ def test_a_prompt_that_a_step_draws_twice_gets_other_trajectories(models, studen
     run, seen = build(recipe, tmp_path), []
     verify = run.verify
     run.verify = lambda trajectories: seen.append(verify(trajectories)) or seen[-1]
-    epochs = run.schedule.epochs[0]
+    epochs = run.course.epochs[0]
     epochs.prompts = epochs.prompts[:6]
     train(run)
     made = next(trajectories for trajectories in seen if len(trajectories) == 24)

@@ -20,6 +20,7 @@ from opd.measurement import Measurement
 from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
 from opd.rounding import Gradients
+from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfLanguageTeacher
 from tests.conftest import trajectories_of
 from tests.test_checkpoints import HINTED, make, models  # noqa: F401
@@ -201,7 +202,8 @@ def test_means_run_over_the_positions_that_each_objective_counts(student):
     whole = ReverseKL()(own, answer, torch.ones(10), made)
     measurement = Measurement(objectives)
     for _ in range(2):
-        measurement.add(losses, list(weights), made, torch.ones(10), torch.ones(10).bool(), exact_behaviour=True)
+        shape, everywhere = Shape(torch.ones(10)), torch.ones(10).bool()
+        measurement.add(losses, list(weights), made, shape, list(weights), everywhere, exact_behaviour=True)
     signals = measurement.signals(lambda x: x)
     assert signals["divergence"] == pytest.approx(float(whole.values[:2].mean()), rel=1e-5)
     assert signals["objective/reverse_kl 1"] == signals["divergence"]

@@ -119,7 +119,7 @@ def test_a_source_of_prompts_says_what_its_rows_are_for(models, tmp_path):
     for tag, rows in zip(("math", "code"), texts, strict=False):
         (tmp_path / f"{tag}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in rows))
     run = build(parse_recipe(data), tmp_path)
-    routes = {p.view(): run.teachers[0].route(p) for p in [*run.held_out, *run.schedule.next(0, {}).prompts]}
+    routes = {p.view(): run.teachers[0].route(p) for p in [*run.held_out, *run.course.next(0, {}, None).prompts]}
     assert set(routes.values()) == {"math", "code"}
     assert all(route == ("math" if text in texts[0] else "code") for text, route in routes.items())
 
@@ -405,7 +405,7 @@ def test_a_routed_teacher_writes_each_prompt_by_its_own(models, tmp_path):
     recipe = routed_recipe(models, tmp_path, objective="sft").dump()
     recipe["rollout"] = {"kind": "teacher", "max_new_tokens": 8}
     run = build(parse_recipe(recipe), tmp_path)
-    prompts = run.schedule.next(0, {}).prompts
+    prompts = run.course.next(0, {}, None).prompts
     written = run.rollout(prompts, 2, 8, stream=3)
     assert [p.id for p in written.prompts] == [p.id for p in prompts for _ in range(2)]
     for i, prompt in enumerate(prompts):

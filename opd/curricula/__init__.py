@@ -1,5 +1,5 @@
 """What to practise next."""
 
-from opd.curricula.base import Curriculum, Draw, Schedule
+from opd.curricula.base import Asker, Course, Curriculum, Draw
 
-__all__ = ["Curriculum", "Draw", "Schedule"]
+__all__ = ["Asker", "Course", "Curriculum", "Draw"]

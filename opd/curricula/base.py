@@ -3,33 +3,108 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from opd.choice import Choice
 from opd.context import Context
+from opd.distributions import Target
 from opd.prompts import Prompt
+from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.rollouts import Rollout
+
+Gather = Callable[[Trajectories, torch.Tensor], torch.Tensor]
+"""Trajectories of this process and `[B, ...]` numbers of theirs to those of all processes: see `Asker.gather`."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One step's prompts, the budget of actions for each of their trajectories (None is the rollout's own), and what
-    the curriculum wants logged."""
+    """One step's prompts (any number; none is a step too, in which nothing is rolled out), the budget of actions for
+    each of their trajectories (None is the rollout's own), and what the curriculum wants logged."""
 
     prompts: list[Prompt]
     budget: int | None = None
     signals: dict[str, float] = field(default_factory=dict)
 
 
-class Schedule(ABC):
+class Asker(ABC):
+    """What a course may ask of the run when the next draw is wanted: scores of student and teachers, and that the
+    student's weights be kept or restored. Tokens and seconds are counted to the step whose draw it is.
+
+    With several processes each of them works on its share of the prompts; a course that decides by what came of it
+    gathers it first, so that all of them draw the same.
+    """
+
+    @abstractmethod
+    def roll_out(
+        self, prompts: Sequence[Prompt], group: int = 1, budget: int | None = None, by: Rollout | None = None
+    ) -> Trajectories:
+        """`group` trajectories of each of this process's share of `prompts`, with rewards where verdicts exist.
+
+        The student is sampled as on held-out prompts. The same prompts asked for twice at one step give the same draws;
+        no draw is that of training or of an evaluation.
+
+        Args:
+            prompts: of all processes; the same on each.
+            group: trajectories of each prompt.
+            budget: most actions of a trajectory; default the rollout's.
+            by: who writes instead (`TeacherRollout()`, for what the teacher itself would answer).
+
+        Raises:
+            RunError: fewer prompts than processes.
+        """
+
+    @abstractmethod
+    def ask(self, trajectories: Trajectories) -> list[Target]:
+        """Every teacher's answer at each position of `trajectories`."""
+
+    @abstractmethod
+    def log_probs(self, trajectories: Trajectories) -> torch.Tensor:
+        """float32 `[N]`, detached: the student's log-probability of each action, whoever wrote it."""
+
+    @abstractmethod
+    def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
+        """What all processes found, on each of them: `[B, ...]` numbers of this process's `trajectories` to those of
+        all, on the CPU, in the order of the prompts that were asked for."""
+
+    @abstractmethod
+    def keep_weights(self) -> None:
+        """Keep the weights that training moves as they are now, in place of those kept before."""
+
+    @abstractmethod
+    def restore_weights(self) -> bool:
+        """Give the student the weights that were kept last; False when none were. Optimiser state stays."""
+
+
+class Course(ABC):
     """A built curriculum; everything that it remembers is in `state_dict`."""
 
     @abstractmethod
-    def next(self, step: int, signals: Mapping[str, float]) -> Draw | None:
+    def next(self, step: int, signals: Mapping[str, float], asker: Asker) -> Draw | None:
         """The draw of `step` (from 0), or None when the curriculum ends the run here; also asked after the last step.
 
         `signals` are the measurements of the step before; those of an evaluation stand under `held_out/`.
+        """
+
+    def saw(  # noqa: B027
+        self,
+        trajectories: Trajectories,
+        values: Mapping[str, torch.Tensor],
+        signals: Mapping[str, float],
+        gather: Gather,
+    ) -> None:
+        """Told after each step that rolled out what came of it.
+
+        Args:
+            trajectories: this process's, with rewards and with the columns that a shaping made.
+            values: float32 `[N]` by name: `divergence`, `weight` and what a shaping measured at each position.
+            signals: the step's measurements over all processes.
+            gather: brings numbers by trajectory together from all processes.
         """
 
     def asks_evaluation(self, step: int) -> bool:
@@ -55,5 +130,5 @@ class Curriculum(Choice):
         return None
 
     @abstractmethod
-    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> Schedule:
-        """Make the schedule over a prompt set, for a built student."""
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> Course:
+        """Make the course over a prompt set; `per_step` is the recipe's `batch.prompts`."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from opd.context import Context
-from opd.curricula.base import Curriculum, Draw, Schedule
-from opd.curricula.shuffled import ShuffledSchedule
+from opd.curricula.base import Asker, Course, Curriculum, Draw
+from opd.curricula.shuffled import ShuffledCourse
 from opd.errors import RunError
 from opd.prompts import Prompt
-from opd.sharding import like
 
 ENTROPY = "held_out/student_entropy"
 
@@ -52,24 +50,24 @@ class LengthLadder(Curriculum):
     def longest(self) -> int | None:
         return self.lengths[-1]
 
-    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> LadderSchedule:
-        return LadderSchedule(self, ShuffledSchedule(prompts, per_step, context.seed), context, student)
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> LadderCourse:
+        return LadderCourse(self, ShuffledCourse(prompts, per_step, context.seed), context)
 
 
-class LadderSchedule(Schedule):
-    """A built ladder. State: the rung, the entropy before training, and the weights of the last rung that passed."""
+class LadderCourse(Course):
+    """A built ladder. State: the rung, and the entropy before training. The weights of the last rung that passed are
+    kept by the run."""
 
-    def __init__(self, settings: LengthLadder, inner: ShuffledSchedule, context: Context, student: Any):
+    def __init__(self, settings: LengthLadder, inner: ShuffledCourse, context: Context):
         whole = len(settings.lengths) * settings.steps_per_rung
         if context.steps != whole:
             raise RunError(
                 f"steps is {context.steps}; the ladder's {len(settings.lengths)} rungs of "
                 f"{settings.steps_per_rung} steps take steps: {whole}"
             )
-        self.settings, self.inner, self.student = settings, inner, student
+        self.settings, self.inner = settings, inner
         self.rung = 0
         self.before: float | None = None
-        self.stable: dict[str, torch.Tensor] | None = None
         self.ended = False
 
     @property
@@ -87,40 +85,31 @@ class LadderSchedule(Schedule):
     def asks_evaluation(self, step: int) -> bool:
         return self.gated and step % self.settings.steps_per_rung == 0
 
-    def next(self, step: int, signals: Mapping[str, float]) -> Draw | None:
+    def next(self, step: int, signals: Mapping[str, float], asker: Asker) -> Draw | None:
         if self.before is None:
             self.before = signals.get(ENTROPY)
         if not self.ended and step == (self.rung + 1) * self.settings.steps_per_rung:
-            self._end_of_rung(signals)
+            self._end_of_rung(signals, asker)
         if self.ended:
             return None
-        draw = self.inner.next(step, signals)
-        assert draw is not None
+        draw = self.inner.next(step, signals, asker)
         length = self.settings.lengths[self.rung]
         return Draw(draw.prompts, length, {"curriculum/rung": float(self.rung), "curriculum/length": float(length)})
 
-    def _end_of_rung(self, signals: Mapping[str, float]) -> None:
+    def _end_of_rung(self, signals: Mapping[str, float], asker: Asker) -> None:
         if self.gated and signals[ENTROPY] < self.minimum:
             self.ended = True
-            if self.settings.on_failure == "restore" and self.stable is not None:
-                self._restore(self.stable)
+            if self.settings.on_failure == "restore":
+                # Before the first rung passed nothing was kept, and the student stays as it is.
+                asker.restore_weights()
             return
         if self.gated:
-            self.stable = {name: p.detach().clone() for name, p in self._trained()}
+            asker.keep_weights()
         self.rung += 1
         self.ended = self.rung == len(self.settings.lengths)
 
-    def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(name, p) for name, p in self.student.module.named_parameters() if p.requires_grad]
-
-    @torch.no_grad()
-    def _restore(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self._trained():
-            parameter.copy_(like(weights[name], parameter))
-
     def state_dict(self) -> dict[str, Any]:
-        return {"rung": self.rung, "before": self.before, "ended": self.ended, "stable": self.stable}
+        return {"rung": self.rung, "before": self.before, "ended": self.ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rung, self.before, self.ended = state["rung"], state["before"], state["ended"]
-        self.stable = state["stable"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from opd.context import Context
-from opd.curricula.base import Curriculum, Draw, Schedule
+from opd.curricula.base import Asker, Course, Curriculum, Draw
 from opd.prompts import Prompt
 
 
@@ -17,11 +17,11 @@ class Shuffled(Curriculum):
 
     kind: Literal["shuffled"] = "shuffled"
 
-    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context, student: Any) -> ShuffledSchedule:
-        return ShuffledSchedule(prompts, per_step, context.seed)
+    def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> ShuffledCourse:
+        return ShuffledCourse(prompts, per_step, context.seed)
 
 
-class ShuffledSchedule(Schedule):
+class ShuffledCourse(Course):
     """Stateless: a step's prompts follow from its number."""
 
     def __init__(self, prompts: Sequence[Prompt], per_step: int, seed: int):
@@ -36,7 +36,7 @@ class ShuffledSchedule(Schedule):
         """Of every draw so far its source, and how many of that source's came before."""
         self._counts = dict.fromkeys(self.epochs, 0)
 
-    def next(self, step: int, signals: Mapping[str, float]) -> Draw:
+    def next(self, step: int, signals: Mapping[str, float], asker: Asker) -> Draw:
         first = step * self.per_step
         return Draw([self._at(i) for i in range(first, first + self.per_step)])
 

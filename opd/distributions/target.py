@@ -15,16 +15,19 @@ from opd.distributions.routed import joined
 class Target:
     """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several.
 
-    `teacher` is the name that the recipe gave to who answered.
+    `teacher` is the name that the recipe gave to who answered. `offset`, `[N]` nats or None, is what a shaping adds to
+    its log-probability of each action taken; objectives over whole distributions cannot add it.
     """
 
     distribution: Distribution
     weight: float | torch.Tensor = 1.0
     teacher: str | None = None
+    offset: torch.Tensor | None = None
 
     def select(self, index: slice | torch.Tensor) -> Target:
         weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
-        return Target(self.distribution.select(index), weight, self.teacher)
+        offset = None if self.offset is None else self.offset[index]
+        return Target(self.distribution.select(index), weight, self.teacher, offset)
 
 
 def joined_targets(parts: Sequence[Target], positions: Sequence[torch.Tensor]) -> Target:
@@ -36,4 +39,8 @@ def joined_targets(parts: Sequence[Target], positions: Sequence[torch.Tensor]) -
         weights = torch.cat([row.to(rows[0].device, torch.float32) for row in rows])
         weights = weights[torch.cat(list(positions)).argsort().to(weights.device)]
     distribution = joined([part.distribution for part in parts], positions)
-    return Target(distribution, weights, parts[0].teacher)
+    offset = None
+    if any(part.offset is not None for part in parts):
+        rows = [torch.zeros(len(p.distribution)) if p.offset is None else p.offset.cpu() for p in parts]
+        offset = torch.cat(rows)[torch.cat(list(positions)).argsort().cpu()]
+    return Target(distribution, weights, parts[0].teacher, offset)

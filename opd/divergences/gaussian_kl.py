@@ -13,6 +13,7 @@ from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
 from opd.objectives.surrogate import clipped
+from opd.reduction import sums_by_trajectory
 from opd.trajectories import Trajectories
 
 
@@ -49,7 +50,12 @@ class GaussianKL(Divergence):
         return self.estimator != "pg_detached" and self.scale == "kl"
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         assert isinstance(student, Gaussian)
         own = student.detach()
@@ -81,8 +87,10 @@ class GaussianKL(Divergence):
             moving = moving + coefficient * log_q
         value = value.where(live, 0.0)
         # The value is that of the KL under every estimator; the gradient is the estimator's.
-        total = (weights * value).sum() + (weights * (moving - moving.detach())).sum()
-        return Loss(total, value, log_q.detach().where(live, 0.0), measured=self._by_step(value, trajectories))
+        kept, moves = weights * value, weights * (moving - moving.detach())
+        apart = sums_by_trajectory(kept + moves, trajectories.lengths) if per_example else None
+        measured = self._by_step(value, trajectories)
+        return Loss(kept.sum() + moves.sum(), value, log_q.detach().where(live, 0.0), apart, measured)
 
     def _factor(self, own: Gaussian) -> torch.Tensor:
         """`[N]`, what the divergence of each position is multiplied by."""

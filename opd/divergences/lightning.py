@@ -53,16 +53,23 @@ class Lightning(OnAction):
         return bounded * (advantage - 0.5 * bounded), -bounded
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         # The taken tokens' log-probabilities are wanted twice, for the loss and for the log.
         known = [replace(t, distribution=_sampled(t.distribution, trajectories.actions)) for t in targets]
-        loss = super().__call__(student, known, weights, trajectories)
+        loss = super().__call__(student, known, weights, trajectories, per_example)
         live = weights != 0
         measured = {name: torch.zeros_like(loss.values) for name in ("advantage", "advantage_size", "clamped")}
         for target in known:
             assert isinstance(target.distribution, Sampled)
-            advantage = (target.distribution.log_probs - loss.log_probs).where(live, 0.0) / len(known)
+            log_p = target.distribution.log_probs
+            log_p = log_p if target.offset is None else log_p + target.offset
+            advantage = (log_p - loss.log_probs).where(live, 0.0) / len(known)
             measured["advantage"] += advantage
             measured["advantage_size"] += advantage.abs()
             if self.clamp is not None:

@@ -20,6 +20,7 @@ from opd.distributions.categorical import NOWHERE
 from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Loss, Target
+from opd.reduction import sums_by_trajectory
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -81,9 +82,14 @@ class OnSupport(CategoricalDivergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
-        loss = _on_categorical(self, student, targets, weights, trajectories)
+        loss = _on_categorical(self, student, targets, weights, trajectories, per_example)
         return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
 
 
@@ -91,6 +97,7 @@ class OnAction(CategoricalDivergence):
     """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
+    takes_offsets: ClassVar[bool] = True
     alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
 
     @property
@@ -105,7 +112,7 @@ class OnAction(CategoricalDivergence):
         """The estimate and the factor on `grad log q(action)`.
 
         Args:
-            log_p: float32 `[N]`, the teacher's log-probability of each action taken; detached.
+            log_p: float32 `[N]`, the teacher's log-probability of each action taken, with a shaping's offset; detached.
             log_q: float32 `[N]`, the student's; detached.
             lengths: int64 `[B]`, positions of each trajectory, summing to N.
 
@@ -114,9 +121,14 @@ class OnAction(CategoricalDivergence):
         """
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
-        return _on_categorical(self, student, targets, weights, trajectories)
+        return _on_categorical(self, student, targets, weights, trajectories, per_example)
 
     def check_trajectories(self, rollout: Any) -> None:
         if rollout.authors != {"student"} or not rollout.current:
@@ -138,9 +150,11 @@ def _on_categorical(
     targets: Sequence[Target],
     weights: torch.Tensor,
     trajectories: Trajectories,
+    per_example: bool,
 ) -> Loss:
     assert isinstance(student, Categorical)
-    return divergence_loss(divergence, student, targets, weights, trajectories.actions, trajectories.lengths)
+    actions, lengths = trajectories.actions, trajectories.lengths
+    return divergence_loss(divergence, student, targets, weights, actions, lengths, per_example=per_example)
 
 
 def chunk_rows(vocabulary: int) -> int:
@@ -218,8 +232,9 @@ def action_loss(
         values, coefficients = (
             each.where(live, 0.0) for each in rule(log_q, torch.arange(len(log_q), device=log_q.device))
         )
-        total = (weights * values).sum() + (weights * coefficients * (moving - log_q)).sum()
-        return Loss(total, values, log_q.where(live, 0.0))
+        kept, moves = weights * values, weights * coefficients * (moving - log_q)
+        apart = sums_by_trajectory(kept + moves, lengths) if per_example else None
+        return Loss(kept.sum() + moves.sum(), values, log_q.where(live, 0.0), apart)
     assert isinstance(student, Categorical)
     return divergence_loss(rule, student, (), weights, actions, lengths, rows, per_example)
 
@@ -532,6 +547,7 @@ def _sum_targets(
     value, coefficient = torch.zeros_like(taken), torch.zeros_like(taken)
     for target in targets:
         log_p = _by_chunks(target.distribution, actions, buffers)
+        log_p = log_p if target.offset is None else log_p + target.offset
         v, c = divergence.value_and_coefficient(log_p, taken, lengths)
         value += v * target.weight
         coefficient += c * target.weight

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from opd.choice import Choice
 from opd.distributions import Distribution, Target
+from opd.errors import IncompatibleError
 from opd.reduction import Reduction, position_weights
 from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
@@ -49,6 +50,9 @@ class Objective(Choice):
     shaped: ClassVar[bool] = False
     """Whether the recipe's shaping, which compares student and teacher, weighs this objective's positions."""
 
+    takes_offsets: ClassVar[bool] = False
+    """Whether it adds `Target.offset`, what a shaping moves a teacher's log-probability of the action taken by."""
+
     compares_group: ClassVar[bool] = False
     """Whether it compares the trajectories of one prompt, of which there must be two then."""
 
@@ -70,8 +74,10 @@ class Objective(Choice):
         trajectories: Trajectories,
         reduction: Reduction,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+        expected: int | None = None,
     ) -> torch.Tensor:
-        """float32 `[N]`: this objective's positions over its own global denominator, times its weight."""
+        """float32 `[N]`: this objective's positions over its own global denominator, times its weight; the denominator
+        is `expected` trajectories where that is given."""
         learn = trajectories.learn
         if self.written_by is not None:
             wanted = torch.tensor([AUTHORS.index(a) for a in self.written_by], device=learn.device)
@@ -81,14 +87,24 @@ class Objective(Choice):
             learn = learn.index_fill(0, last.to(learn.device), False)
         if self.truncated == "mask":
             learn = learn & trajectories.finished.repeat_interleave(trajectories.lengths).to(learn.device)
-        return self.weight * position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn)
+        weights = position_weights(trajectories, self.reduction or reduction, sum_over_processes, learn, expected)
+        return self.weight * weights
 
     def shape(self, weights: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
         """The weights with the recipe's shaping, where it concerns this objective."""
         return weights * shape if self.shaped else weights
 
     def heard(self, targets: Sequence[Target]) -> list[Target]:
-        """The answers that this objective listens to."""
+        """The answers that this objective listens to.
+
+        Raises:
+            IncompatibleError: they have offsets, which this objective cannot add.
+        """
+        if not self.takes_offsets and any(target.offset is not None for target in targets):
+            raise IncompatibleError(
+                f"objective {self.model_dump()['kind']!r} has no place for the offsets that the shaping made; one "
+                "that makes them says so in makes_offsets"
+            )
         return [t for t in targets if self.teacher is None or t.teacher == self.teacher]
 
     @abstractmethod
@@ -98,6 +114,7 @@ class Objective(Choice):
         targets: Sequence[Target],
         weights: torch.Tensor,
         trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         """The loss at the N positions of `trajectories`.
 
@@ -105,6 +122,7 @@ class Objective(Choice):
             student: `[N]` distributions with a graph.
             targets: detached answers for the same positions; their divergences are summed with their weights.
             weights: float32 `[N]`, detached, the global denominator included.
+            per_example: whether `Loss.per_example` is wanted.
         """
 
     def check_accepts(self, target: type[Distribution], source: str) -> None:

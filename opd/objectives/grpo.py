@@ -57,7 +57,12 @@ class GRPO(Objective):
         return advantages if self.bound is None else advantages.clamp(-self.bound, self.bound)
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         from opd.divergences.operator import action_loss
 
@@ -72,7 +77,8 @@ class GRPO(Objective):
 
         # Positions without an advantage have no gradient and need no logits.
         live = weights * (advantage != 0)
-        loss = action_loss(rule, student, live, trajectories.actions, trajectories.lengths)
+        actions = trajectories.actions
+        loss = action_loss(rule, student, live, actions, trajectories.lengths, per_example=per_example)
         return replace(loss, computed=live != 0)
 
     def check_trajectories(self, rollout: Any) -> None:

@@ -25,7 +25,12 @@ class SFT(Objective):
     kind: Literal["sft"] = "sft"
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
     ) -> Loss:
         from opd.divergences.operator import action_loss
 
@@ -35,6 +40,7 @@ class SFT(Objective):
             weights,
             trajectories.actions,
             trajectories.lengths,
+            per_example=per_example,
         )
         if isinstance(student, Gaussian):
             return replace(loss, measured={"squared_error": student.detach().square(trajectories.actions)})

@@ -140,6 +140,11 @@ class Rollout(Choice):
         return [value for _, value in self if isinstance(value, Rollout)]
 
     @property
+    def rewards(self) -> bool:
+        """Whether its trajectories come with rewards, as those of an environment do."""
+        return bool(self.parts) and all(part.rewards for part in self.parts)
+
+    @property
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""

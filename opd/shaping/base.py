@@ -1,40 +1,88 @@
-"""Shaping: how much each state counts, from what student and teachers say of it."""
+"""Shaping: how much each state counts, and by how much the teachers' word is moved there."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
 from opd.choice import Choice
 from opd.context import Context
-from opd.distributions import Distribution
-from opd.divergences import Target
+from opd.distributions import Distribution, Target
 from opd.trajectories import Trajectories
 
 
-class Shaper(Protocol):
-    """A built shaping that keeps something between steps; with `state_dict` and `load_state_dict` that is in a
-    checkpoint. `settings` are those of the current step: the loop puts the numbers of schedules in."""
+@dataclass(frozen=True)
+class Shape:
+    """What a shaping says of N positions.
 
-    settings: Shaping
+    Attributes:
+        weights: float32 `[N]`, detached; 1 leaves a position as it is, 0 takes it out of the loss.
+        offsets: float32 `[N]` in nats, detached: added to every teacher's log-probability of the action taken; None for
+            none. Only a shaping with `makes_offsets` may make them.
+        measured: float32 `[N]` by name, detached. The means over the positions that an objective counts, before
+            `weights`, are logged as train/NAME, NaN left out; rollouts.jsonl has them by position.
+    """
 
-    def __call__(
-        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
-    ) -> torch.Tensor: ...
+    weights: torch.Tensor
+    offsets: torch.Tensor | None = None
+    measured: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def offset(self, targets: Sequence[Target]) -> list[Target]:
+        """The teachers' answers with the offsets, which objectives on the action taken add."""
+        return [replace(target, offset=self.offsets) for target in targets] if self.offsets is not None else [*targets]
+
+
+class Shaper(ABC):
+    """A built shaping; with `state_dict` and `load_state_dict` what it keeps between steps is in checkpoints.
+
+    `settings` are those of the current step: the loop puts the numbers of schedules in.
+    """
+
+    def __init__(self, settings: Shaping):
+        self.settings = settings
+
+    def look(
+        self,
+        trajectories: Trajectories,
+        targets: Sequence[Target],
+        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Trajectories:
+        """See a whole step once, before its micro-batches; what it keeps from step to step moves here.
+
+        Args:
+            trajectories: B of them, whole groups, with rewards where there are any.
+            targets: every teacher's detached answer at the N positions.
+            sum_over_processes: sums a tensor over the processes, of which each sees its own trajectories; all of them
+                must call it equally often.
+
+        Returns:
+            The same trajectories. What was found by position stands in their `columns`, and so reaches the calls for
+            micro-batches, which may hold parts of a group.
+        """
+        return trajectories
+
+    @abstractmethod
+    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories) -> Shape:
+        """The shape of one micro-batch. It may be asked for again, of smaller parts, where memory did not suffice.
+
+        Args:
+            student: `[N]` detached distributions.
+            targets: every teacher's detached answer at the same positions.
+            micro: whole trajectories, with the columns that `look` made.
+        """
 
 
 class Shaping(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "shaping"
-
-    def build(self, context: Context) -> Shaping | Shaper:
-        """What weighs the positions of a run: these settings themselves, or with a state a `Shaper` of them."""
-        return self
+    makes_offsets: ClassVar[bool] = False
+    """Whether a shape may have offsets; objectives that cannot add them refuse such a shaping at the start."""
 
     @abstractmethod
-    def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:
-        """float32 `[N]` weights, detached; 1 leaves a position as it is, 0 takes it out of the loss."""
+    def build(self, context: Context) -> Shaper:
+        """Make what shapes the positions of a run."""

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from opd.distributions import Distribution
-from opd.divergences import Target
-from opd.shaping.base import Shaping
+from opd.context import Context
+from opd.distributions import Distribution, Target
+from opd.shaping.base import Shape, Shaper, Shaping
 from opd.trajectories import Trajectories
 
 
@@ -18,5 +18,12 @@ class Uniform(Shaping):
 
     kind: Literal["uniform"] = "uniform"
 
-    def __call__(self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories) -> torch.Tensor:
-        return torch.ones(trajectories.positions, device=trajectories.actions.device)
+    def build(self, context: Context) -> UniformShaper:
+        return UniformShaper(self)
+
+
+class UniformShaper(Shaper):
+    """The built shaping."""
+
+    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories) -> Shape:
+        return Shape(torch.ones(micro.positions, device=micro.actions.device))

@@ -13,9 +13,24 @@ from opd.policies.base import Student
 
 
 class Optimiser(ABC):
-    """A built update. `settings` are those of the current step: the loop puts the numbers of schedules in."""
+    """A built update.
+
+    Attributes:
+        settings: those of the current step; the loop puts the numbers of schedules in.
+        per_example: each loss has `per_example`, `[B]` with a graph, so that gradients can be made one by one.
+        expected: losses are divided by the number of trajectories that a step has in expectation, `batch.prompts *
+            batch.group`, and not by how many it has: what draws of random size need. Tokens have no such number, so the
+            recipe's `reduction` must be by sequence then.
+        takes_empty: `apply` is called for every step, also when nothing can be learnt, or nothing was drawn at all;
+            otherwise such steps are not taken.
+        writes_rollouts: trajectories of training prompts are written to rollouts.jsonl, and so are in the report.
+    """
 
     settings: Any
+    per_example: bool = False
+    expected: bool = False
+    takes_empty: bool = False
+    writes_rollouts: bool = True
 
     @abstractmethod
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:

@@ -1,5 +1,5 @@
 """Outcomes: is the completion right?"""
 
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import CompletionVerifier, OneByOne, Scorer, Verifier
 
-__all__ = ["Verifier"]
+__all__ = ["CompletionVerifier", "OneByOne", "Scorer", "Verifier"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, ClassVar
 
+import torch
+
 from opd.choice import Choice
+from opd.context import Context
 from opd.errors import DataError, nearest
 from opd.prompts import Prompt
+from opd.trajectories import Trajectories
 
 TEXTS = ("answer", "text")
 """Columns that verifiers read as one text."""
@@ -26,6 +30,52 @@ def as_text(value: object) -> str:
     return str(value)
 
 
+class Scorer(ABC):
+    """A built verifier."""
+
+    def __init__(self, settings: Verifier):
+        self.settings = settings
+
+    @abstractmethod
+    def score(self, trajectories: Trajectories, outcomes: Sequence[Any]) -> torch.Tensor:
+        """Rewards in [0, 1], float32 `[B]` on the CPU; NaN for a trajectory without a verdict, which then counts in no
+        average.
+
+        Args:
+            trajectories: B of them; rewards that the rollout set itself are in them.
+            outcomes: what the student's policy makes of each: a text, or float32 `[H, W, 3]` in 0..1.
+        """
+
+    def judges(self, prompt: Prompt) -> bool:
+        """Whether there are verdicts on trajectories of this prompt."""
+        return self.settings.judges(prompt)
+
+    def check_verdicts(self, prompts: Sequence[Prompt], learner: str) -> None:
+        """Raise `DataError` when none of the prompts has a verdict, so that `learner` would have no gradient."""
+        if any(self.judges(prompt) for prompt in prompts):
+            return
+        reads = self.settings.reads
+        columns = sorted({name for prompt in prompts for name in prompt.fields})
+        close = nearest(reads, [c for c in columns if c != reads]) if reads is not None else ""
+        raise DataError(
+            f"verifier {type(self.settings).model_fields['kind'].default!r} gives a verdict on none of the "
+            f"{len(prompts)} training prompts, and {learner} learns from verdicts: it needs {self.settings.needs}, and "
+            f"their columns are {columns}{close}. Give the rows that column, or take another verifier"
+        )
+
+
+class OneByOne(Scorer):
+    """Base of built verifiers that look at one prompt and its completion, and at nothing else."""
+
+    @abstractmethod
+    def verdict(self, prompt: Prompt, completion: Any) -> float | None:
+        """Reward in [0, 1], or None when this prompt has no verifiable answer."""
+
+    def score(self, trajectories: Trajectories, outcomes: Sequence[Any]) -> torch.Tensor:
+        verdicts = [self.verdict(*pair) for pair in zip(trajectories.prompts, outcomes, strict=True)]
+        return torch.tensor([float("nan") if verdict is None else verdict for verdict in verdicts], dtype=torch.float32)
+
+
 class Verifier(Choice):
     """Base of the axis."""
 
@@ -34,14 +84,11 @@ class Verifier(Choice):
     """Column without which a prompt has no verdict; None where that is not up to one column."""
 
     @abstractmethod
-    def score(self, prompt: Prompt, completion: Any) -> float | None:
-        """Reward in [0, 1], or None when this prompt has no verifiable answer (it then counts in no average).
-
-        `completion` is what the student's policy makes of a trajectory: a text, or float32 `[H, W, 3]` in 0..1.
-        """
+    def build(self, context: Context) -> Scorer:
+        """Make what scores; processes and models belong to it."""
 
     def judges(self, prompt: Prompt) -> bool:
-        """Whether `score` gives verdicts on completions of this prompt."""
+        """Whether there are verdicts on trajectories of this prompt, as far as the settings know."""
         if self.reads is None:
             return True
         value = prompt.fields.get(self.reads)
@@ -54,7 +101,7 @@ class Verifier(Choice):
         return f"the column {self.reads!r}"
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise `DataError` for a prompt whose columns `score` could not read; one without a verdict is none."""
+        """Raise `DataError` for a prompt whose columns could not be read; one without a verdict is none."""
         for prompt in prompts:
             value = prompt.fields.get(self.reads) if self.reads in TEXTS else None
             if value is not None and not isinstance(value, READABLE):
@@ -63,14 +110,25 @@ class Verifier(Choice):
                     "reads a text or a number there"
                 )
 
-    def check_verdicts(self, prompts: Sequence[Prompt], learner: str) -> None:
-        """Raise `DataError` when none of the prompts has a verdict, so that `learner` would have no gradient."""
-        if any(self.judges(prompt) for prompt in prompts):
-            return
-        columns = sorted({name for prompt in prompts for name in prompt.fields})
-        close = nearest(self.reads, [c for c in columns if c != self.reads]) if self.reads is not None else ""
-        raise DataError(
-            f"verifier {type(self).model_fields['kind'].default!r} gives a verdict on none of the {len(prompts)} "
-            f"training prompts, and {learner} learns from verdicts: it needs {self.needs}, and their columns are "
-            f"{columns}{close}. Give the rows that column, or take another verifier"
-        )
+
+class CompletionVerifier(Verifier):
+    """Base of verifiers that look at one prompt and its completion and keep nothing: they are one method."""
+
+    @abstractmethod
+    def score(self, prompt: Prompt, completion: Any) -> float | None:
+        """Reward in [0, 1], or None when this prompt has no verifiable answer (it then counts in no average).
+
+        `completion` is what the student's policy makes of a trajectory: a text, or float32 `[H, W, 3]` in 0..1.
+        """
+
+    def build(self, context: Context) -> Scorer:
+        return _BySettings(self)
+
+
+class _BySettings(OneByOne):
+    """What a `CompletionVerifier` builds."""
+
+    settings: CompletionVerifier
+
+    def verdict(self, prompt: Prompt, completion: Any) -> float | None:
+        return self.settings.score(prompt, completion)

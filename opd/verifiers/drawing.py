@@ -13,7 +13,7 @@ from opd.drawings import Drawing, checked
 from opd.drawings.quality import quality
 from opd.errors import DataError, nearest
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import CompletionVerifier
 
 Weights = Annotated[dict[str, PositiveFloat], BeforeValidator(lambda v: {v: 1.0} if isinstance(v, str) else v)]
 
@@ -24,7 +24,7 @@ SOUND: set[frozenset[tuple[str, str | int | float]]] = set()
 """Problems that were scored once: thousands of rows have few different ones."""
 
 
-class DrawingReward(Verifier):
+class DrawingReward(CompletionVerifier):
     """Rewards of pictures, `[H, W, 3]` in 0..1, for rows of `prompts.kind: drawings`.
 
     `task` is the reward of the row's own task; `count`, `glyph` and `scene` are verdicts on rows of that task only;

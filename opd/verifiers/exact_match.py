@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier, as_text
+from opd.verifiers.base import CompletionVerifier, as_text
 
 
-class ExactMatch(Verifier):
+class ExactMatch(CompletionVerifier):
     """1 when the completion, stripped, equals the row's `answer`; `pattern` takes its last first group instead."""
 
     kind: Literal["exact_match"] = "exact_match"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import subprocess
@@ -13,9 +12,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from opd.context import Context
 from opd.errors import RunError
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier, as_text
+from opd.verifiers.base import OneByOne, Verifier, as_text
 
 START = 120.0
 """Seconds that the comparing process may take to import sympy on a busy machine."""
@@ -48,27 +48,40 @@ class MathVerify(Verifier):
             raise ValueError("needs the package math-verify: pip install 'opd[tasks]'")
         return self
 
-    def judges(self, prompt: Prompt) -> bool:
-        # Whether an answer can be read, the process that reads them knows.
-        return self.score(prompt, "") is not None
-
     @property
     def needs(self) -> str:
         return "the column 'answer' with an answer that can be read"
 
-    def score(self, prompt: Prompt, completion: str) -> float | None:
-        answer = prompt.fields.get("answer")
+    def build(self, context: Context) -> MathScorer:
+        return MathScorer(self)
+
+
+class MathScorer(OneByOne):
+    """The built verifier, with its comparing process."""
+
+    settings: MathVerify
+
+    def __init__(self, settings: MathVerify):
+        super().__init__(settings)
+        self.judge = Judge()
+
+    def judges(self, prompt: Prompt) -> bool:
+        # Whether an answer can be read, the process that reads them knows.
+        return self.verdict(prompt, "") is not None
+
+    def verdict(self, prompt: Prompt, completion: str) -> float | None:
+        answer, settings = prompt.fields.get("answer"), self.settings
         if answer is None or answer == "":
             return None
-        request = {"answer": as_text(answer), "completion": completion, "boxed": self.boxed, "seconds": self.seconds}
+        request = {
+            "answer": as_text(answer),
+            "completion": completion,
+            "boxed": settings.boxed,
+            "seconds": settings.seconds,
+        }
         # Reading the answer, reading the completion and comparing them each have their own alarm.
-        verdict = _judge().ask(json.dumps(request), 3 * self.seconds + 2)
+        verdict = self.judge.ask(json.dumps(request), 3 * settings.seconds + 2)
         return None if verdict is None else float(verdict)
-
-
-@functools.cache
-def _judge() -> Judge:
-    return Judge()
 
 
 class Judge:

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from opd.drawings import checked
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier, as_text
+from opd.verifiers.base import CompletionVerifier, as_text
 
 
-class Ocr(Verifier):
+class Ocr(CompletionVerifier):
     """1 less the edit distance over the longer text's length, for rows with a column `text`; others have no verdict.
 
     The whole picture is read as one line, scaled to `height`, by `rapidocr-onnxruntime`, whose models come with the

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from opd.errors import DataError
 from opd.prompts import Prompt
-from opd.verifiers.base import Verifier
+from opd.verifiers.base import CompletionVerifier
 
 
-class ReasoningGym(Verifier):
+class ReasoningGym(CompletionVerifier):
     """Scores rows that `prompts.kind: reasoning_gym` made; other rows have no verdict."""
 
     kind: Literal["reasoning_gym"] = "reasoning_gym"

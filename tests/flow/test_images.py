@@ -139,7 +139,7 @@ def test_images_are_looked_for_beside_the_file_of_prompts(models, drawings, tmp_
     recipe = load_recipe(str(tmp_path / "recipe" / "recipe.yaml"))
     run = built(recipe)
     train(run)
-    prompt = next(prompt for prompt in run.schedule.prompts if prompt.id.startswith("red"))
+    prompt = next(prompt for prompt in run.course.prompts if prompt.id.startswith("red"))
     beside = run.rollout.image(prompt, 0)
     # As with the file of prompts itself, the working directory goes first.
     shutil.copytree(data / "pictures", "pictures")

@@ -111,7 +111,7 @@ def test_a_row_that_its_reward_cannot_score_is_found_before_training(models, tmp
         built(recipe_for(models, tmp_path / "run", **changes))
     run = built(recipe_for(models, tmp_path / "run", skip_bad_prompts=True, **changes))
     assert "prompts[0]: its columns" in capsys.readouterr().err
-    assert PROMPTS[0] not in {prompt.id for prompt in [*run.schedule.prompts, *run.held_out]}
+    assert PROMPTS[0] not in {prompt.id for prompt in [*run.course.prompts, *run.held_out]}
 
 
 VIEWS = [

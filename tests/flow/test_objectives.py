@@ -11,6 +11,7 @@ from opd.distributions import Gaussian
 from opd.divergences import Target
 from opd.divergences.gaussian_kl import GaussianKL
 from opd.objectives.grpo import GRPO
+from opd.objectives.sft import SFT
 from tests.flow.tiny import step_of, walk
 
 
@@ -55,6 +56,27 @@ def test_divergence_by_step_of_trajectories_of_several_lengths():
     assert torch.equal(loss.measured["kl_step_0"][[0, 4]], loss.values[[0, 4]])
     single = GaussianKL()(mine, [Target(theirs)], torch.ones(6), replace(walk(2, 3), lengths=torch.ones(6).long()))
     assert not single.measured
+
+
+@pytest.mark.parametrize(
+    "objective", [GaussianKL(), GaussianKL(estimator="pg_sample"), SFT(), GRPO(clip=0.2)], ids=lambda o: o.kind
+)
+def test_losses_of_single_trajectories_are_those_of_each_alone(objective):
+    v, x = torch.randn(6, 1, 2, 2, requires_grad=True), torch.randn(6, 1, 2, 2)
+    made, teacher = walk(2, 3, rewards=[0.0, 1.0], group=2), step_of(torch.randn(6, 1, 2, 2), x)
+    own, weights = step_of(v, x), torch.rand(6)
+    loss = objective(own, [Target(teacher)], weights, made, per_example=True)
+    assert loss.per_example.shape == (2,)
+    torch.testing.assert_close(loss.per_example.sum(), loss.total)
+    whole = objective(own, [Target(teacher)], weights, made)
+    assert whole.per_example is None
+    assert torch.equal(whole.total, loss.total)
+    for i in range(2):
+        micro, here = made.rows(i, i + 1)
+        alone = objective(step_of(v[here], x[here]), [Target(teacher.select(here))], weights[here], micro).total
+        torch.testing.assert_close(loss.per_example[i], alone)
+        (mine,) = torch.autograd.grad(loss.per_example[i], v, retain_graph=True)
+        torch.testing.assert_close(mine, torch.autograd.grad(alone, v)[0])
 
 
 def test_with_an_anchor_the_optimum_lies_between_the_two_teachers():

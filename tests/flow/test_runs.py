@@ -17,7 +17,7 @@ from opd.evaluation import evaluate
 from opd.flow.transition import transition
 from opd.loop import train
 from opd.objectives.grpo import GRPO
-from opd.verifiers import Verifier
+from opd.verifiers import CompletionVerifier
 from tests.flow.tiny import PROMPTS, block_for, built, recipe_for, step_of
 
 
@@ -146,7 +146,7 @@ def test_held_out_divergence_is_measured_on_the_recipes_grid(rollout, models, dr
     assert evaluate(found).metrics == evaluate(plain).metrics
 
 
-class Brightness(Verifier):
+class Brightness(CompletionVerifier):
     """Mean of an image, for prompts that have a colour."""
 
     def score(self, prompt, completion):
@@ -167,7 +167,7 @@ def test_grpo_raises_the_reward_and_scores_are_told_by_task(models, tmp_path):
         evaluation={"held_out": 4},
     )
     run = built(recipe)
-    run.verifier, run.objectives = Brightness(), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
+    run.verifier, run.objectives = Brightness().build(run.context), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
     train(run)
     before, after = run.monitor.before.metrics, run.monitor.after.metrics
     assert after["accuracy"] > before["accuracy"] + 0.02
@@ -184,7 +184,7 @@ def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, t
     }
     recipe = recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, teacher=routed, steps=2)
     run = built(recipe)
-    prompts = run.schedule.next(0, {}).prompts
+    prompts = run.course.next(0, {}, None).prompts
     trajectories = run.rollout(prompts, 2, 3, stream=0)
     (target,) = run.ask(trajectories)
     own = run.student(trajectories).kl(target.distribution).view(-1, 3).sum(1)
@@ -270,7 +270,7 @@ def test_the_command_line_end_to_end(models, tmp_path, monkeypatch, capsys):
 
 def test_a_teacher_is_asked_with_the_students_guidance(models, tmp_path):
     run = built(recipe_for(models, tmp_path / "run", student={"guidance": 3.0}))
-    made = run.rollout(run.schedule.next(0, {}).prompts, 1, 3, stream=0)
+    made = run.rollout(run.course.next(0, {}, None).prompts, 1, 3, stream=0)
     (target,) = run.ask(made)
     teacher, x = run.teachers[0].model, made.contexts[0].start[None]
     t, conditions = made.contexts[0].times[:1], run.student.model.encoder.encode([made.prompts[0].view(), ""])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-import torch
 
 from opd.choice import choices_of
 from opd.errors import RecipeError
@@ -25,7 +24,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from opd.shaping import Shaping
+from opd.shaping import Shape, Shaper, Shaping
 
 
 class Halved(Shaping):
@@ -34,16 +33,21 @@ class Halved(Shaping):
     kind: Literal["halved_elsewhere"] = "halved_elsewhere"
     share: float = Field(0.5, ge=0, description="Of each weight that is left")
 
-    def __call__(self, student, targets, trajectories):
-        return torch.full((trajectories.positions,), self.share)
+    def build(self, context):
+        return HalvedShaper(self)
+
+
+class HalvedShaper(Shaper):
+    def __call__(self, student, targets, micro):
+        return Shape(torch.full((micro.positions,), self.settings.share))
 '''
 
 
 class Halved(Shaping):
     kind: Literal["halved"] = "halved"
 
-    def __call__(self, student, targets, trajectories):
-        return torch.full((trajectories.positions,), 0.5)
+    def build(self, context):
+        raise NotImplementedError
 
 
 def installed(folder: Path, module: str) -> dict[str, str]:
@@ -93,8 +97,8 @@ def test_two_choices_of_one_kind_are_refused_with_both_places():
     class Other(Shaping):
         kind: Literal["uniform"] = "uniform"
 
-        def __call__(self, student, targets, trajectories):
-            return torch.ones(trajectories.positions)
+        def build(self, context):
+            raise NotImplementedError
 
     try:
         with pytest.raises(RecipeError, match=r"'uniform' is defined in opd\.shaping\.uniform.*Other"):
