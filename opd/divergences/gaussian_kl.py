@@ -62,12 +62,14 @@ class GaussianKL(Divergence):
         log_q = student.log_prob(trajectories.actions)
         live = weights != 0
         value = torch.zeros_like(own.std)
-        moving = torch.zeros_like(value)
+        moving, gap = torch.zeros_like(value), torch.zeros_like(value)
         for target in targets:
             teacher = target.distribution
             assert isinstance(teacher, Gaussian)
             factor = self._factor(own) * target.weight
-            kl = factor * student.kl(teacher)
+            apart = student.kl(teacher)
+            kl = factor * apart
+            gap = torch.maximum(gap, apart.detach() * (factor != 0))
             value = value + kl.detach()
             if self.estimator == "kl_direct":
                 moving = moving + kl
@@ -88,9 +90,9 @@ class GaussianKL(Divergence):
         value = value.where(live, 0.0)
         # The value is that of the KL under every estimator; the gradient is the estimator's.
         kept, moves = weights * value, weights * (moving - moving.detach())
-        apart = sums_by_trajectory(kept + moves, trajectories.lengths) if per_example else None
-        measured = self._by_step(value, trajectories)
-        return Loss(kept.sum() + moves.sum(), value, log_q.detach().where(live, 0.0), apart, measured)
+        each = sums_by_trajectory(kept + moves, trajectories.lengths) if per_example else None
+        measured, log_q = self._by_step(value, trajectories), log_q.detach().where(live, 0.0)
+        return Loss(kept.sum() + moves.sum(), value, log_q, each, measured, gap=gap.where(live, 0.0))
 
     def _factor(self, own: Gaussian) -> torch.Tensor:
         """`[N]`, what the divergence of each position is multiplied by."""

@@ -111,10 +111,10 @@ class Prompts(Choice):
     def _prompt(self, where: str, fields: dict[str, Any] | DataError) -> Prompt:
         if isinstance(fields, DataError):
             raise fields
-        for column, value in self.add.items():
-            if fields.get(column, value) != value:
+        for added, value in self.add.items():
+            if fields.get(added, value) != value:
                 raise DataError(
-                    f"{where}: the row has a column {column!r} of its own, which prompts.add would replace; "
+                    f"{where}: the row has a column {added!r} of its own, which prompts.add would replace; "
                     "take it out of prompts.add, or name another column"
                 )
         fields = {**fields, **self.add}
