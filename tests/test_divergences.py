@@ -16,8 +16,8 @@ from opd.divergences import (
     compare,
     divergence_loss,
 )
-from opd.divergences.operator import LARGEST_BUFFER, SMALLEST_CHUNK, chunk_rows, memory_bound
 from opd.divergences.reverse_kl_sampled import discounted_return
+from opd.operator.chunks import LARGEST_BUFFER, SMALLEST_CHUNK, chunk_rows, memory_bound
 
 Z = torch.tensor([[1.0, 0.0, -1.0]])
 P = torch.tensor([[0.2, 0.5, 0.3]])

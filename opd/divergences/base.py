@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from opd.distributions import Distribution
+from opd.distributions import Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.objectives.base import Objective
+from opd.operator import Chunk, Compared, Loss, Whole, divergence_loss
+from opd.trajectories import Trajectories
 
 
 class Divergence(Objective):
@@ -50,11 +53,23 @@ class CategoricalDivergence(Divergence):
     """Of distributions over ids."""
 
     modality: ClassVar[str | None] = "language"
+    buffers: ClassVar[int] = 1
+    """How many scratch tensors `[C, S]` its chunks need; the first is there anyway."""
 
     @property
     def sequence_level(self) -> bool:
         """Whether the promise is about whole sequences, `sum_y q(y) exact(y)`, instead of each state visited."""
         return False
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        assert isinstance(student, Categorical)
+        return divergence_loss(self, student, targets, weights, trajectories.actions, trajectories.lengths)
+
+    @abstractmethod
+    def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
+        """The function that compares a chunk of positions, as the operator asks for it; see `opd.operator`."""
 
     @abstractmethod
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

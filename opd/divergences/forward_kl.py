@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 
 
 class ForwardKL(OnSupport):

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Distribution, Gaussian
+from opd.distributions import Distribution, Gaussian, Target
 from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Target
 from opd.objectives.surrogate import clipped
+from opd.operator import Loss
 from opd.trajectories import Trajectories
 
 

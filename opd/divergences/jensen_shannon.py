@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from opd.divergences.forward_kl import ForwardKL
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
 from opd.schedules import OverSteps
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 from opd.schedules import OverSteps
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from opd.distributions import Categorical, Distribution, Routed, Sampled, TopK, append_tail
-from opd.divergences.operator import chunk_rows
+from opd.operator import chunk_rows
 
 MEANS = ("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy")
 KNOWN = {

@@ -1,0 +1,103 @@
+"""Base of divergences of two whole distributions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+
+from opd.distributions import Categorical, Distribution, Target, TopK, append_tail
+from opd.divergences.base import CategoricalDivergence
+from opd.operator import Chunk, Compared, Loss, Whole
+from opd.schedules import OverSteps
+from opd.trajectories import Trajectories
+
+
+class OnSupport(CategoricalDivergence):
+    """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
+
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
+    alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
+
+    top_k: Annotated[int, OverSteps(ge=1)] | None = Field(
+        None, description="Compare over K ids and a tail bucket; default the vocabulary"
+    )
+    support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
+    clip: Annotated[float, OverSteps(gt=0)] | None = Field(
+        None,
+        description="Most that a position may contribute, in nats: a larger value is scaled down to it, its "
+        "gradient with it; default no bound",
+    )
+
+    @field_validator("support_from")
+    @classmethod
+    def _of_a_support(cls, value: str, info: ValidationInfo) -> str:
+        if value == "student" and "top_k" in info.data and info.data["top_k"] is None:
+            raise ValueError("without top_k the support is the whole vocabulary; set top_k, or remove the key")
+        return value
+
+    @property
+    def unbiased(self) -> bool:
+        """Over K ids and a tail the gradient is exact for that coarser support, not for the vocabulary; clipped
+        positions weigh less."""
+        return self.top_k is None and self.clip is None
+
+    @abstractmethod
+    def value_and_grad(
+        self, log_p: torch.Tensor, log_q: torch.Tensor, scratch: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The divergence and its gradient in the student's logits.
+
+        Args:
+            log_p: float32 `[C, S]`, the teacher's normalised log-probabilities on a support of S ids; overwritten.
+            log_q: float32 `[C, S]`, the student's; overwritten.
+            scratch: `buffers` uninitialised tensors of the same shape.
+
+        Returns:
+            `[C]` values in nats and `[C, S]` gradients with respect to logits whose softmax is `exp(log_q)`; the
+            gradient may lie in any of the tensors that were passed.
+        """
+
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], weights: torch.Tensor, trajectories: Trajectories
+    ) -> Loss:
+        loss = super().__call__(student, targets, weights, trajectories)
+        return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
+
+    def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
+        return self._compare
+
+    def _compare(self, chunk: Chunk) -> Compared:
+        values, gradient = chunk.over_targets(partial(self._with_one, chunk))
+        if self.clip is None:
+            return Compared(values, gradient)
+        return Compared(values, gradient, float(self.clip) / values.clamp(min=float(self.clip)))
+
+    def _with_one(self, chunk: Chunk, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(answer, Categorical) and self.top_k is None:
+            return self.value_and_grad(chunk.log_p(answer), chunk.log_q, chunk.scratch(self.buffers))
+        return self._on_buckets(chunk, answer)
+
+    def _on_buckets(self, chunk: Chunk, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
+        log_q = chunk.log_q
+        if isinstance(answer, Categorical):
+            assert self.top_k is not None
+            full = chunk.log_p(answer)
+            source = log_q if self.support_from == "student" else full
+            ids = source.topk(min(self.top_k, source.shape[-1] - 1), dim=-1).indices
+            log_p = append_tail(full.gather(1, ids))
+        else:
+            assert isinstance(answer, TopK)
+            log_p, ids = answer.with_tail(), answer.ids
+        bucket_q = append_tail(log_q.gather(1, ids))
+        log_tail = bucket_q[:, -1:].clone()
+        scratch = [torch.empty_like(bucket_q) for _ in range(self.buffers)]
+        value, bucket_grad = self.value_and_grad(log_p, bucket_q, scratch)
+        grad = log_q.sub_(log_tail).exp_().mul_(bucket_grad[:, -1:])
+        return value, grad.scatter_(1, ids, bucket_grad[:, :-1])
