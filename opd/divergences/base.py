@@ -12,6 +12,7 @@ from opd.distributions import Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.objectives.base import Objective
 from opd.operator import Chunk, Compared, Loss, Whole, divergence_loss
+from opd.scenes import Scene, SequenceScene
 from opd.trajectories import Trajectories
 
 
@@ -26,6 +27,9 @@ class Divergence(Objective):
 
     alternative: ClassVar[str] = ""
     """What to do when the teacher answers another kind."""
+
+    scene: ClassVar[type[Scene]]
+    """What the table of objectives measures this choice in."""
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Settings under which the table of objectives measures this choice."""
@@ -53,6 +57,7 @@ class CategoricalDivergence(Divergence):
     """Of distributions over ids."""
 
     modality: ClassVar[str | None] = "language"
+    scene: ClassVar[type[Scene]] = SequenceScene
     buffers: ClassVar[int] = 1
     """How many scratch tensors `[C, S]` its chunks need; the first is there anyway."""
 

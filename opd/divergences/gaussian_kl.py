@@ -13,6 +13,7 @@ from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
 from opd.objectives.surrogate import clipped
 from opd.operator import Loss
+from opd.scenes import LatentScene, Scene
 from opd.trajectories import Trajectories
 
 
@@ -27,6 +28,7 @@ class GaussianKL(Divergence):
 
     kind: Literal["gaussian_kl"] = "gaussian_kl"
     modality: ClassVar[str | None] = "flow"
+    scene: ClassVar[type[Scene]] = LatentScene
     accepts: ClassVar[tuple[str, ...]] = ("gaussian",)
     alternative: ClassVar[str] = "divergences of language are reverse_kl, forward_kl and the like"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"estimator": "pg_sample"}, {"estimator": "pg_detached"})

@@ -24,7 +24,7 @@ class Mixture(OnSupport):
 
     @property
     def descends(self) -> str:
-        return f"{self.reverse_weight:g} reverse_kl + {1 - self.reverse_weight:g} forward_kl"
+        return self.given_ids(f"{self.reverse_weight:g} reverse_kl + {1 - self.reverse_weight:g} forward_kl")
 
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         ratio = log_q - log_p

@@ -13,21 +13,32 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from opd.distributions import Categorical, Distribution, Target, TopK, append_tail
 from opd.divergences.base import CategoricalDivergence
+from opd.errors import IncompatibleError
 from opd.operator import Chunk, Compared, Loss, Whole
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 
 class OnSupport(CategoricalDivergence):
-    """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
+    """Divergences of two whole distributions: over the vocabulary, or over K ids with the rest as one bucket or
+    without it.
+
+    With `tail: none` both sides are renormalised over the K ids, as the released code of Prune-OPD compares candidates.
+    What is descended then is the divergence of the two distributions *given* one of these ids, exactly: no term asks for
+    mass on them, and the gradient can point against that over the vocabulary.
+    """
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
     alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
 
     top_k: Annotated[int, OverSteps(ge=1)] | None = Field(
-        None, description="Compare over K ids and a tail bucket; default the vocabulary"
+        None, description="Compare over K ids and the tail; default the vocabulary"
     )
     support_from: Literal["teacher", "student"] = Field("teacher", description="Whose K most likely ids, with top_k")
+    tail: Literal["bucket", "none"] = Field(
+        "bucket",
+        description="What stands for all ids but the K: one bucket, or none, with both sides renormalised over the K",
+    )
     clip: Annotated[float, OverSteps(gt=0)] | None = Field(
         None,
         description="Most that a position may contribute, in nats: a larger value is scaled down to it, its "
@@ -42,8 +53,16 @@ class OnSupport(CategoricalDivergence):
         return value
 
     @property
+    def descends(self) -> str:
+        return self.given_ids(super().descends)
+
+    def given_ids(self, name: str) -> str:
+        """A divergence's name, with the ids that it is conditioned on where there is no tail."""
+        return f"{name} given the {self.top_k or 'K'} ids" if self.tail == "none" else name
+
+    @property
     def unbiased(self) -> bool:
-        """Over K ids and a tail the gradient is exact for that coarser support, not for the vocabulary; clipped
+        """Over K ids, with a tail or without, the gradient is exact for that support, not for the vocabulary; clipped
         positions weigh less."""
         return self.top_k is None and self.clip is None
 
@@ -69,6 +88,14 @@ class OnSupport(CategoricalDivergence):
         loss = super().__call__(student, targets, weights, trajectories)
         return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
 
+    def check_accepts(self, target: type[Distribution], source: str) -> None:
+        super().check_accepts(target, source)
+        if self.tail == "none" and self.top_k is None and target.kind != "top_k":
+            raise IncompatibleError(
+                f"objective {self.model_dump()['kind']!r} with tail: none compares K ids, and {source} answers for "
+                "all: set top_k, or remove the key"
+            )
+
     def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
         return self._compare
 
@@ -81,21 +108,27 @@ class OnSupport(CategoricalDivergence):
     def _with_one(self, chunk: Chunk, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
         if isinstance(answer, Categorical) and self.top_k is None:
             return self.value_and_grad(chunk.log_p(answer), chunk.log_q, chunk.scratch(self.buffers))
-        return self._on_buckets(chunk, answer)
+        return self._on_ids(chunk, answer)
 
-    def _on_buckets(self, chunk: Chunk, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
-        """Over K ids and the tail; the tail's gradient is shared out in proportion to the student's probability."""
+    def _on_ids(self, chunk: Chunk, answer: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over K ids and the tail, whose gradient is shared out in proportion to the student's probability; without a
+        tail the other ids have none."""
         log_q = chunk.log_q
         if isinstance(answer, Categorical):
             assert self.top_k is not None
             full = chunk.log_p(answer)
             source = log_q if self.support_from == "student" else full
             ids = source.topk(min(self.top_k, source.shape[-1] - 1), dim=-1).indices
-            log_p = append_tail(full.gather(1, ids))
+            known = full.gather(1, ids)
         else:
             assert isinstance(answer, TopK)
-            log_p, ids = answer.with_tail(), answer.ids
-        bucket_q = append_tail(log_q.gather(1, ids))
+            known, ids = answer.log_probs.float(), answer.ids
+        if self.tail == "none":
+            own = log_q.gather(1, ids).log_softmax(-1)
+            scratch = [torch.empty_like(own) for _ in range(self.buffers)]
+            value, own_grad = self.value_and_grad(known.log_softmax(-1), own, scratch)
+            return value, log_q.zero_().scatter_(1, ids, own_grad)
+        log_p, bucket_q = append_tail(known), append_tail(log_q.gather(1, ids))
         log_tail = bucket_q[:, -1:].clone()
         scratch = [torch.empty_like(bucket_q) for _ in range(self.buffers)]
         value, bucket_grad = self.value_and_grad(log_p, bucket_q, scratch)
