@@ -55,7 +55,10 @@ class Row:
 def selectable() -> list[Divergence]:
     """Every choice of the axis, under each of the settings that it asks to be measured with; those that are measured
     in one kind of scene stand together."""
-    found = [cls(**settings) for cls in choices_of(Divergence).values() for settings in cls.variants]  # type: ignore[attr-defined]
+    found: list[Divergence] = []
+    for cls in choices_of(Divergence).values():
+        assert issubclass(cls, Divergence)
+        found += [cls(**settings) for settings in cls.variants]
     order = list(dict.fromkeys(divergence.scene for divergence in found))
     return sorted(found, key=lambda divergence: order.index(divergence.scene))
 

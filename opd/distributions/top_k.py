@@ -43,7 +43,7 @@ class TopK(Distribution):
         for start in range(0, len(full), rows):
             top = full.select(slice(start, start + rows)).log_probs().topk(k, dim=-1)
             values.append(top.values)
-            ids.append(top.indices)
+            ids.append(full.vocabulary.named(top.indices))
         return TopK(torch.cat(values), torch.cat(ids))
 
 

@@ -24,8 +24,8 @@ class OnSupport(CategoricalDivergence):
     without it.
 
     With `tail: none` both sides are renormalised over the K ids, as the released code of Prune-OPD compares candidates.
-    What is descended then is the divergence of the two distributions *given* one of these ids, exactly: no term asks for
-    mass on them, and the gradient can point against that over the vocabulary.
+    What is descended then is the divergence of the two distributions *given* one of these ids, exactly: no term asks
+    for mass on them, and the gradient can point against that over the vocabulary.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
@@ -118,19 +118,19 @@ class OnSupport(CategoricalDivergence):
             assert self.top_k is not None
             full = chunk.log_p(answer)
             source = log_q if self.support_from == "student" else full
-            ids = source.topk(min(self.top_k, source.shape[-1] - 1), dim=-1).indices
-            known = full.gather(1, ids)
+            columns = source.topk(min(self.top_k, source.shape[-1] - 1), dim=-1).indices
+            known = full.gather(1, columns)
         else:
             assert isinstance(answer, TopK)
-            known, ids = answer.log_probs.float(), answer.ids
+            known, columns = answer.log_probs.float(), chunk.vocabulary.columns(answer.ids)
         if self.tail == "none":
-            own = log_q.gather(1, ids).log_softmax(-1)
+            own = log_q.gather(1, columns).log_softmax(-1)
             scratch = [torch.empty_like(own) for _ in range(self.buffers)]
             value, own_grad = self.value_and_grad(known.log_softmax(-1), own, scratch)
-            return value, log_q.zero_().scatter_(1, ids, own_grad)
-        log_p, bucket_q = append_tail(known), append_tail(log_q.gather(1, ids))
+            return value, log_q.zero_().scatter_(1, columns, own_grad)
+        log_p, bucket_q = append_tail(known), append_tail(log_q.gather(1, columns))
         log_tail = bucket_q[:, -1:].clone()
         scratch = [torch.empty_like(bucket_q) for _ in range(self.buffers)]
         value, bucket_grad = self.value_and_grad(log_p, bucket_q, scratch)
         grad = log_q.sub_(log_tail).exp_().mul_(bucket_grad[:, -1:])
-        return value, grad.scatter_(1, ids, bucket_grad[:, :-1])
+        return value, grad.scatter_(1, columns, bucket_grad[:, :-1])

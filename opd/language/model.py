@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from opd.choice import Settings
-from opd.distributions import Head
+from opd.distributions import EVERY_ID, Head, Vocabulary
 from opd.errors import ModelError
 from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
@@ -228,22 +228,20 @@ class LanguageModel(torch.nn.Module):
     def decode(self, ids: torch.Tensor) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=True))
 
-    def head(self, temperature: float, vocabulary: int | None, excluded: Sequence[int] = ()) -> Head:
-        """The output head as it is now, with a graph where its parameters are trained."""
+    def head(self, temperature: float, vocabulary: Vocabulary = EVERY_ID) -> Head:
+        """The output head over these ids as it is now, with a graph where its parameters are trained."""
         layer = self.base.get_output_embeddings()
         if layer is None:
             raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
         scale, softcap = scale_and_softcap(self.base.config)
-        weight = _effective_weight(layer)
-        return Head(
-            weight,
+        whole = Head(
+            _effective_weight(layer),
             getattr(layer, "bias", None),
             scale=scale,
             softcap=softcap,
             temperature=temperature,
-            vocabulary=vocabulary,
-            excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
         )
+        return whole.over(vocabulary, self.owner)
 
     def body(self, **inputs: Any) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""

@@ -103,14 +103,13 @@ class LanguageRollout(PrefixSource):
         self.language.train(training)
 
     def sampler(self, packed: bool = False) -> Sampler:
-        """A sampler of the model as it is now, its head `packed` as it is too."""
+        """A sampler of the model as it is now; `packed` where its weights stay so for many tokens."""
         language = self.language
         if self.copy is not None:
             for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
                 mine.copy_(live)
             language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
-        head = head.prepacked() if packed else head
+        head = language.head(self.context.temperature, self.context.vocabulary)
         return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k, packed)
 
     @torch.no_grad()

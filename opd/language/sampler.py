@@ -16,6 +16,7 @@ from opd.language.decoder import Decoder
 from opd.language.layers import decoder_of
 from opd.language.model import LanguageModel, pad
 from opd.language.packing import ATTENTION, can_pack, pack, runs_of_equal
+from opd.prepacked import Prepacked, worth_packing
 
 WITHOUT_CACHE = ("nemotron_h", "recurrent_gemma")
 """Families that compute something else with a cache: they round their states otherwise, or take padding in."""
@@ -112,7 +113,10 @@ class Sampler:
         body = decoder_of(model.base)
         self.decoder = Decoder(body, packed) if Decoder.known(body) else None
         self.cache_argument = None if body.config.model_type in WITHOUT_CACHE else cache_argument(body)
-        self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
+        matrix = head.masked_weight()
+        self.product = Prepacked(matrix) if packed and worth_packing(matrix) else None
+        last = head.size if head.vocabulary.ids is None else head.vocabulary.ids[-1] + 1
+        self.ends = torch.zeros(max([last, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
 
@@ -161,8 +165,9 @@ class Sampler:
         latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         while state.drawn < stop and len(state.alive):
             log_probs = self._distribution(state)
-            token = inverse_cdf(log_probs, state.uniforms[state.drawn])
-            latest.append((token, log_probs.gather(1, token[:, None])))
+            column = inverse_cdf(log_probs, state.uniforms[state.drawn])
+            token = self.head.vocabulary.named(column)
+            latest.append((token, log_probs.gather(1, column[:, None])))
             state.drawn += 1
             ended = self.ends[token]
             if bool(ended.any()):
@@ -238,8 +243,8 @@ class Sampler:
         return masked and _keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
-        """float32 `[alive, V]`: normalised log-probabilities of the next token."""
-        logits = self.head.logits(state.hidden)
+        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each."""
+        logits = self.head.logits(state.hidden, self.product)
         if self.top_k:
             floor = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))

@@ -22,7 +22,7 @@ def along_actions(chunk: Chunk, values: torch.Tensor, coefficients: torch.Tensor
     chunk's `log_q` is written over."""
     # d log q(a) / d logits = onehot(a) - q
     grad = chunk.log_q.exp_().mul_(-coefficients[:, None])
-    return Compared(values, grad.scatter_add_(1, chunk.actions[:, None], coefficients[:, None]))
+    return Compared(values, grad.scatter_add_(1, chunk.columns[:, None], coefficients[:, None]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from opd.distributions import Categorical, Distribution, Sampled, Target
+from opd.distributions import Categorical, Distribution, Sampled, Target, Vocabulary
 from opd.operator.head import KEPT, RAW, SCRATCH, SUM, Buffers, answer_log_probs
 
 CHUNK_BYTES = 16 * 2**20
@@ -44,26 +44,28 @@ class Chunk:
     Attributes:
         log_q: float32 `[C, V]`, the student's log-probabilities; the comparison may write over them.
         index: int64 `[C]`, which of the N positions these are.
-        actions: int64 `[C]`, the ids taken.
+        columns: int64 `[C]`, those of the actions taken.
+        vocabulary: the ids that student and teachers are over, a column each.
         targets: the teachers' answers here; each is one distribution (routed answers are cut so).
     """
 
     log_q: torch.Tensor
     index: torch.Tensor
-    actions: torch.Tensor
+    columns: torch.Tensor
+    vocabulary: Vocabulary
     targets: tuple[Target, ...]
     buffers: Buffers
 
     def taken(self) -> torch.Tensor:
         """float32 `[C]`, the student's log-probability of each action taken."""
-        return self.log_q.gather(1, self.actions[:, None]).squeeze(1)
+        return self.log_q.gather(1, self.columns[:, None]).squeeze(1)
 
     def answered(self, target: Target) -> torch.Tensor:
         """float32 `[C]`, a teacher's log-probability of each action taken."""
-        return action_log_probs(target.distribution, self.actions, self.buffers)
+        return action_log_probs(target.distribution, self.columns, self.buffers)
 
     def log_p(self, answer: Categorical) -> torch.Tensor:
-        """float32 `[C, V]`, what a teacher says of every id; may be written over, and is by the next call."""
+        """float32 `[C, V]`, what a teacher says of every column; may be written over, and is by the next call."""
         return answer_log_probs(answer, self.buffers)
 
     def scratch(self, count: int) -> list[torch.Tensor]:
@@ -107,24 +109,24 @@ class Whole:
 
     Attributes:
         student: `[N]` distributions.
-        actions: int64 `[N]`, the ids taken.
+        columns: int64 `[N]`, those of the actions taken.
         targets: the teachers' answers.
         lengths: int64 `[B]`, positions of each trajectory, summing to N.
     """
 
     student: Categorical
-    actions: torch.Tensor
+    columns: torch.Tensor
     targets: tuple[Target, ...]
     lengths: torch.Tensor
     buffers: Buffers
 
     def taken(self) -> torch.Tensor:
         """float32 `[N]`, the student's log-probability of each action taken."""
-        return action_log_probs(self.student, self.actions, self.buffers)
+        return action_log_probs(self.student, self.columns, self.buffers)
 
     def answered(self, target: Target) -> torch.Tensor:
         """float32 `[N]`, a teacher's log-probability of each action taken."""
-        return action_log_probs(target.distribution, self.actions, self.buffers)
+        return action_log_probs(target.distribution, self.columns, self.buffers)
 
 
 class Comparison(Protocol):
@@ -138,22 +140,23 @@ class Comparison(Protocol):
         """Called once, before the chunks: the function that compares one chunk."""
 
 
-def action_log_probs(answer: Distribution, actions: torch.Tensor, buffers: Buffers) -> torch.Tensor:
-    """float32 `[N]`, what an answer for N positions says of the `actions` taken there, a chunk at a time."""
-    found = torch.empty(len(actions), device=actions.device)
+def action_log_probs(answer: Distribution, columns: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """float32 `[N]`, what an answer for N positions says of the actions taken there (their `columns`), a chunk at a
+    time."""
+    found = torch.empty(len(columns), device=columns.device)
     for mine, piece in answer.pieces():
         for start in range(0, len(piece), buffers.rows):
             here = slice(start, start + buffers.rows)
-            positions = mine[here].to(actions.device)
-            found[positions] = _of_actions(piece.select(here), actions[positions], buffers)
+            positions = mine[here].to(columns.device)
+            found[positions] = _of_actions(piece.select(here), columns[positions], buffers)
     return found
 
 
-def _of_actions(answer: Distribution, actions: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+def _of_actions(answer: Distribution, columns: torch.Tensor, buffers: Buffers) -> torch.Tensor:
     if isinstance(answer, Sampled):
         return answer.log_probs.float()
     assert isinstance(answer, Categorical)
-    return answer_log_probs(answer, buffers).gather(1, actions[:, None]).squeeze(1)
+    return answer_log_probs(answer, buffers).gather(1, columns[:, None]).squeeze(1)
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from opd.distributions import Categorical, Head, Routed, Target
 from opd.operator.chunks import Chunk, Comparison, Whole, chunk_rows
-from opd.operator.head import STUDENT, Buffers, answer_in, head_in, project
+from opd.operator.head import STUDENT, Buffers, answer_in, check_same_ids, head_in, project
 from opd.operator.loss import Loss
 
 
@@ -40,12 +40,17 @@ def divergence_loss(
         student: `[N]` distributions with a graph through hidden states and head.
         targets: detached answers for the same N positions; their divergences are summed with their weights.
         weights: float32 `[N]`, detached, global denominator included; rows of weight zero are never projected.
-        actions: int64 `[N]`, the ids taken.
+        actions: int64 `[N]`, the ids taken: at positions that count, ids of the student's vocabulary.
         lengths: int64 `[B]`, positions of each trajectory, summing to N.
         rows: rows R of a chunk; by default what `chunk_rows` says.
         per_example: also return `Loss.per_example`, whose entries can be differentiated one by one or with any
             weights. The head's gradient is then made in the backward pass, by projecting the rows concerned again.
+
+    Raises:
+        IncompatibleError: a target is over other ids than the student, or an action is none of its vocabulary.
     """
+    for target in targets:
+        check_same_ids(student.head, target)
     rows = rows or chunk_rows(student.head.size)
     plan = _Plan(comparison, student.head, tuple(targets), weights.float(), actions, lengths, rows)
     function = _PerExample if per_example else _Total
@@ -69,6 +74,15 @@ class _Plan:
         """int64 `[N]`: the trajectory that each position belongs to."""
         lengths = self.lengths.to(self.weights.device)
         return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def columns(self, live: torch.Tensor) -> torch.Tensor:
+        """int64 `[N]`: the columns of the actions taken; where a position does not count, of a slice the first."""
+        vocabulary = self.head.vocabulary
+        if vocabulary.ids is None:
+            return self.actions
+        found = torch.zeros_like(self.actions)
+        found[live] = vocabulary.columns(self.actions[live])
+        return found
 
     def resolved(self, hidden: torch.Tensor) -> _Plan:
         """Heads without a graph, under autocast in its dtype."""
@@ -158,14 +172,15 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
     weights = plan.weights.clone()
     live = weights.nonzero().squeeze(1)
     buffers = Buffers(min(plan.rows, max(1, len(live))), size, device)
-    whole = Whole(Categorical(hidden.detach(), head), plan.actions, plan.targets, plan.lengths, buffers)
+    columns = plan.columns(live)
+    whole = Whole(Categorical(hidden.detach(), head), columns, plan.targets, plan.lengths, buffers)
     compare = plan.comparison.begin(whole)
 
     for index in plan.parts(live):
         rows = hidden[index].detach().to(dtype)
         log_q, slope = project(rows, head, buffers, STUDENT)
         targets = tuple(target.select(index) for target in plan.targets)
-        chunk = Chunk(log_q, index, plan.actions[index], targets, buffers)
+        chunk = Chunk(log_q, index, columns[index], head.vocabulary, targets, buffers)
         log_probs[index] = chunk.taken()
         compared = compare(chunk)
         values[index] = compared.values

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
-from opd.distributions import Categorical, Distribution, Head, Routed
+from opd.distributions import Categorical, Distribution, Head, Routed, Target
 from opd.distributions.categorical import NOWHERE
+from opd.errors import IncompatibleError
 
 RAW, STUDENT, TEACHER, SCRATCH, SUM, KEPT = range(6)
 """Numbers of the buffers: logits before normalisation (scratch afterwards), each side's log-probabilities, more
@@ -73,3 +74,19 @@ def answer_in(given: Distribution, dtype: torch.dtype) -> Distribution:
     if isinstance(given, Routed):
         return replace(given, parts=tuple(answer_in(part, dtype) for part in given.parts))
     return replace(given, head=head_in(given.head, dtype)) if isinstance(given, Categorical) else given
+
+
+def check_same_ids(head: Head, target: Target) -> None:
+    """Raise `IncompatibleError` when an answer is over other ids than the student's head: a column would be another
+    token on either side."""
+    given = target.distribution
+    for part in given.parts if isinstance(given, Routed) else (given,):
+        if not isinstance(part, Categorical):
+            continue
+        theirs, ours = part.vocabulary, head.vocabulary
+        if (theirs.ids, theirs.excluded, part.head.size) != (ours.ids, ours.excluded, head.size):
+            who = "a teacher" if target.teacher is None else f"teacher {target.teacher!r}"
+            raise IncompatibleError(
+                f"{who} answers over {theirs} ({part.head.size} columns) and the student is over {ours} "
+                f"({head.size}): give both the run's one vocabulary"
+            )
