@@ -178,9 +178,7 @@ def test_without_a_tail_both_sides_are_renormalised_over_the_ids(divergence, sup
 
 
 def test_a_tail_that_nobody_has_is_refused():
-    with pytest.raises(
-        IncompatibleError, match="compares K ids, and the teacher answers for all: set top_k"
-    ):
+    with pytest.raises(IncompatibleError, match="compares K ids, and the teacher answers for all: set top_k"):
         ReverseKL(tail="none").check_accepts(Categorical, "the teacher")
     ReverseKL(tail="none").check_accepts(TopK, "the teacher")
     ReverseKL(tail="none", top_k=3).check_accepts(Categorical, "the teacher")

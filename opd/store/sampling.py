@@ -19,7 +19,7 @@ from opd.rollouts.teacher import TeacherRollout
 from opd.run import build_models, check_lengths, compute_device, make_accelerator
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
-from opd.store.store import OverIds, Store, StoreHeader
+from opd.store.store import Store, StoreHeader, VocabularyHeader
 from opd.store.work import work_through
 
 
@@ -81,7 +81,7 @@ def sample(
         tokenizer=tokenizer_hash(student.language.tokenizer),
         template=template_hash(student.language),
         end_ids=list(context.end_ids),
-        **OverIds.of(context.vocabulary),
+        **VocabularyHeader.of(context.vocabulary),
         versions=versions(),
     )
     store = Store.create_or_continue(path, header, [p.id for p in prompts])

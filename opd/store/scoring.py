@@ -21,7 +21,7 @@ from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.run import compute_device, make_accelerator
 from opd.store.shards import claim, tidy
-from opd.store.store import OverIds, Store
+from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.store.work import work_through
 from opd.teachers.local import LocalTeacher
@@ -78,7 +78,7 @@ class Scorer:
             sees=settings.sees,
             template=template_hash(language),
             temperature=context.temperature,
-            **OverIds.of(common),
+            **VocabularyHeader.of(common),
             scale=head.scale,
             softcap=head.softcap,
             versions=versions(),

@@ -33,7 +33,7 @@ from opd.store.shards import (
 from opd.trajectories import Author, Trajectories
 
 
-class OverIds(Settings):
+class VocabularyHeader(Settings):
     """Part of a header: the ids that log-probabilities are over.
 
     Attributes:
@@ -59,7 +59,7 @@ class OverIds(Settings):
         return Vocabulary(self.vocabulary, tuple(self.excluded), None if self.ids is None else tuple(self.ids))
 
 
-class StoreHeader(OverIds):
+class StoreHeader(VocabularyHeader):
     """`store.json`.
 
     Attributes:

@@ -21,7 +21,7 @@ from opd.store.shards import (
     write_json,
     write_shard,
 )
-from opd.store.store import OverIds, Store, damaged, shortened
+from opd.store.store import Store, VocabularyHeader, damaged, shortened
 from opd.trajectories import Trajectories
 
 Kind = Literal["sampled", "top_k", "exact"]
@@ -39,7 +39,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Tensors of a shard with an entry a position."""
 
 
-class TargetsHeader(OverIds):
+class TargetsHeader(VocabularyHeader):
     """`targets.json`.
 
     Attributes:
