@@ -35,8 +35,8 @@ from rich.table import Table
 from benchmarks import isolated, peers
 from benchmarks.phases import synchronise
 from opd.distributions import Categorical, Head
-from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target, divergence_loss
-from opd.divergences.operator import OnSupport, memory_bound
+from opd.divergences import ForwardKL, JensenShannon, OnSupport, ReverseKL, Target, divergence_loss
+from opd.operator import memory_bound
 
 POSITIONS = 1024
 STUDENT_WIDTH, TEACHER_WIDTH = 256, 512

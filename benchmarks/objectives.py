@@ -16,7 +16,8 @@ import torch
 
 from opd.cli.display import show_objectives
 from opd.divergences import ForwardKL, ReverseKL
-from opd.truth_table import Gradients, Row, Scene, measure, measure_all, save_table
+from opd.scenes import SequenceScene
+from opd.truth_table import Gradients, Row, measure, measure_all, save_table
 
 COSINE, BIAS = 0.999, 1e-3
 
@@ -24,7 +25,7 @@ COSINE, BIAS = 0.999, 1e-3
 def from_loss(loss: object) -> Gradients:
     """Gradients of a control `loss(log_p, log_q, actions) -> [Y, L]`, which is differentiated by autograd."""
 
-    def gradients(scene: Scene) -> torch.Tensor:
+    def gradients(scene: SequenceScene) -> torch.Tensor:
         rows = []
         for y in range(len(scene.actions)):
             z = scene.student.clone().requires_grad_()

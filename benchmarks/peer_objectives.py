@@ -22,7 +22,8 @@ from benchmarks import peers
 from benchmarks.objectives import BIAS, COSINE, from_loss
 from opd.cli.display import show_objectives
 from opd.divergences import Divergence, JensenShannon, ReverseKL
-from opd.truth_table import Row, Scene, load_table, measure, save_table
+from opd.scenes import Scene
+from opd.truth_table import Row, load_table, measure, save_table
 
 TABLE = Path(__file__).parent / "results" / "peer_objectives.json"
 BETAS = (0.0, 0.5, 1.0)

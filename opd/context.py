@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from opd.distributions import EVERY_ID, Vocabulary
+
 
 @dataclass(frozen=True)
 class Context:
@@ -16,8 +18,7 @@ class Context:
         device: where the student lives.
         temperature: the recipe's one temperature, for sampling, student and teacher alike.
         seed: the recipe's seed.
-        vocabulary: number of leading ids common to student and teachers, or None for all.
-        excluded: ids before it that are not common to all, ascending; they have probability zero on every side.
+        vocabulary: the ids that student and teachers are over; others have probability zero on every side.
         end_ids: ids that end a completion.
         guidance: of flow models: the scale of classifier-free guidance, for student and teachers alike; 1 = without.
         steps: optimiser steps of the run.
@@ -26,16 +27,10 @@ class Context:
     device: torch.device
     temperature: float = 1.0
     seed: int = 0
-    vocabulary: int | None = None
-    excluded: tuple[int, ...] = ()
+    vocabulary: Vocabulary = EVERY_ID
     end_ids: tuple[int, ...] = ()
     guidance: float = 1.0
     steps: int = 1
-
-    def outside(self, ids: torch.Tensor) -> torch.Tensor:
-        """bool, of the shape of `ids`: which of them no distribution of this run holds."""
-        beyond = ids >= self.vocabulary if self.vocabulary is not None else torch.zeros_like(ids, dtype=torch.bool)
-        return beyond | torch.isin(ids, torch.tensor(self.excluded, dtype=ids.dtype, device=ids.device))
 
     def with_(self, **changes: Any) -> Context:
         return replace(self, **changes)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.divergences.operator import chunk_rows
 from opd.errors import DataError, ModelError, OpdError, first_line
 from opd.flow.plan import FlowPlan, make_flow_plan
 from opd.hardware import fast_in_bf16
@@ -20,6 +19,7 @@ from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_config, load_tokenizer
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
+from opd.operator import chunk_rows
 from opd.planning import bytes_text, count_text, prompts_at_hand, saved_bytes
 from opd.policies.causal_lm import CausalLM, _with_lora, freeze
 from opd.policies.flow_transformer import FlowTransformer

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from opd.context import Context
-from opd.distributions import Categorical, Head
+from opd.distributions import Categorical, Head, Vocabulary
 from opd.divergences import ReverseKLSampled, Target, compare, divergence_loss
 from opd.errors import DataError, IncompatibleError
-from opd.language.agreement import Vocabulary, check_tokenizers, common_vocabulary
+from opd.language.agreement import check_tokenizers, common_vocabulary
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
@@ -30,15 +31,13 @@ EXCLUDED = [0, 7, 8, 33]
 
 
 def without(head: Head, left_out=EXCLUDED) -> Head:
-    return Head(
-        head.weight, head.bias, head.scale, head.softcap, head.temperature, head.vocabulary, torch.tensor(left_out)
-    )
+    return replace(head, vocabulary=replace(head.vocabulary, excluded=tuple(left_out)))
 
 
 def subset(distribution, hidden, weight, bias):
     """float64 log-probabilities of the ids that count, by the definition of a head, and those ids."""
     head = distribution.head
-    ids = [i for i in range(head.size) if i not in head.excluded.tolist()]
+    ids = [i for i in range(head.size) if i not in head.vocabulary.excluded]
     logits = head.scale * (hidden @ weight[ids].T + (0 if bias is None else bias[ids]))
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
@@ -125,9 +124,9 @@ def test_no_excluded_id_is_drawn(width):
     for top_p, top_k in ((1.0, 0), (0.9, 0), (1.0, 450)):
         drawn = {}
         for excluded in ((), tuple(left_out)):
-            head = language.head(1.0, None, excluded).prepacked()
-            assert (head.product is not None) == (width == 512)
-            sampler = Sampler(language, head, (1,), top_p, top_k)
+            head = language.head(1.0, Vocabulary(excluded=excluded))
+            sampler = Sampler(language, head, (1,), top_p, top_k, packed=True)
+            assert (sampler.product is not None) == (width == 512)
             state = sampler.start([torch.tensor([9, 10, 11])], 16, 12, list(range(16)))
             sampler.extend(state, 12)
             drawn[excluded] = {int(i) for actions, _, _ in state.rows() for i in actions}
@@ -161,7 +160,7 @@ def test_the_common_vocabulary_is_the_tokens_that_all_have():
     assert common_vocabulary(models(plain, holed)) == Vocabulary(size, holes)
     assert common_vocabulary(models(holed, extra)) == Vocabulary(size, holes)
     assert common_vocabulary(models(plain, vocabulary=60)) == Vocabulary(60)
-    assert common_vocabulary(models(plain), 50, [49, 3]) == Vocabulary(49, (3,))
+    assert common_vocabulary(models(plain), [Vocabulary(50, (3, 49))]) == Vocabulary(49, (3,))
     check_tokenizers(*models(plain, holed), "the teacher")
     check_tokenizers(*models(holed, extra), "the teacher")
     check_tokenizers(*models(turn_tokenizer(begins=True), plain), "the teacher")
@@ -181,11 +180,16 @@ def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
     settings = LocalTeacher(model="t", template="plain")
     agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device, context)], None)
     holes = sorted(turn_tokenizer().convert_tokens_to_ids(["{", "}"]))
-    assert agreed.excluded == tuple(holes)
+    assert agreed.vocabulary.excluded == tuple(holes)
     one_sided, hole = built.notes
     assert one_sided == "1 tokens that not every tokenizer has ('}') are in no distribution"
     assert hole == f"1 ids between tokens (the first: {holes[0]}) are in no distribution"
-    assert agreed.outside(torch.tensor([9, *holes, agreed.vocabulary])).tolist() == [False, True, True, True]
+    assert agreed.vocabulary.outside(torch.tensor([9, *holes, agreed.vocabulary.size])).tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_mass_does_not_move_to_tokens_that_the_teacher_alone_has(tmp_path, capsys):
@@ -250,16 +254,16 @@ def test_stored_targets_know_which_tokens_they_are_over(tmp_path):
     holes = sorted(plain.convert_tokens_to_ids(["{", "}"]))
     targets = score(recipe, tmp_path / "store", "top_k", quiet=True, top_k=5)
     assert (targets.header.vocabulary, targets.header.excluded) == (len(plain), holes)
-    context = Context(torch.device("cpu"), vocabulary=len(plain), excluded=tuple(holes))
+    context = Context(torch.device("cpu"), vocabulary=Vocabulary(len(plain), tuple(holes)))
     answers = StoredAnswers(StoredTeacher(path=str(tmp_path / "store"), consistency="ignored"), context)
-    assert (answers.vocabulary, answers.excluded) == (len(plain), tuple(holes))
+    assert answers.vocabulary == context.vocabulary
     answers.check_student(None, context)
     with pytest.raises(IncompatibleError, match="another vocabulary"):
-        answers.check_student(None, context.with_(excluded=()))
+        answers.check_student(None, context.with_(vocabulary=Vocabulary(len(plain))))
     # And its trajectories serve no run in which a token of theirs has no probability.
     language = LanguageModel.load(recipe.student, "cpu")
     for left_out, fits in ((tuple(holes), True), ((int(store.actions(0)[0]),), False)):
-        run = context.with_(excluded=left_out, end_ids=tuple(store.header.end_ids))
+        run = context.with_(vocabulary=Vocabulary(len(plain), left_out), end_ids=tuple(store.header.end_ids))
         source = StoredTrajectories(StoredRollout(path=str(store.path), max_new_tokens=3), language, run)
         with contextlib.nullcontext() if fits else pytest.raises(DataError, match=r"prompts\[0\].*holds a token"):
             source.check_prompts(load_prompts(recipe.prompts)[:1])

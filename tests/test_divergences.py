@@ -16,8 +16,9 @@ from opd.divergences import (
     compare,
     divergence_loss,
 )
-from opd.divergences.operator import LARGEST_BUFFER, SMALLEST_CHUNK, chunk_rows, memory_bound
 from opd.divergences.reverse_kl_sampled import discounted_return
+from opd.errors import IncompatibleError
+from opd.operator.chunks import LARGEST_BUFFER, SMALLEST_CHUNK, chunk_rows, memory_bound
 
 Z = torch.tensor([[1.0, 0.0, -1.0]])
 P = torch.tensor([[0.2, 0.5, 0.3]])
@@ -149,6 +150,38 @@ def test_student_support_uses_the_students_ids():
     chosen = divergence_loss(ReverseKL(), student, [Target(TopK(rows, ids))], weights, actions, lengths)
     torch.testing.assert_close(by_student.values, chosen.values)
     assert not torch.allclose(by_teacher.values, by_student.values)
+
+
+@pytest.mark.parametrize("divergence", ON_SUPPORT, ids=lambda d: f"{d.kind}-{getattr(d, 'beta', '')}")
+@pytest.mark.parametrize("support_from", ["teacher", "student"])
+def test_without_a_tail_both_sides_are_renormalised_over_the_ids(divergence, support_from):
+    student, teacher, weights, actions, lengths = scene(softcap=3.0)
+    settings = {"top_k": 6, "tail": "none", "support_from": support_from}
+    bare = divergence.model_copy(update=settings)
+    loss = divergence_loss(bare, student, [Target(teacher)], weights, actions, lengths, rows=5)
+    log_p, log_q = teacher.log_probs(), student.log_probs()
+    ids = (log_p if support_from == "teacher" else log_q).topk(6).indices
+    values = definition(divergence, *(each.gather(1, ids).log_softmax(-1) for each in (log_p, log_q)))
+    torch.testing.assert_close(loss.values, values.detach(), atol=1e-5, rtol=1e-4)
+    for got, want in zip(
+        torch.autograd.grad(loss.total, leaves(student)),
+        torch.autograd.grad((values * weights).sum(), leaves(student)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert not bare.unbiased
+    assert bare.descends == f"{divergence.descends} given the 6 ids"
+    answer = TopK.of(teacher, 6)
+    if support_from == "teacher":
+        stored = divergence_loss(bare, student, [Target(answer)], weights, actions, lengths)
+        torch.testing.assert_close(stored.values, loss.values)
+
+
+def test_a_tail_that_nobody_has_is_refused():
+    with pytest.raises(IncompatibleError, match="compares K ids, and the teacher answers for all: set top_k"):
+        ReverseKL(tail="none").check_accepts(Categorical, "the teacher")
+    ReverseKL(tail="none").check_accepts(TopK, "the teacher")
+    ReverseKL(tail="none", top_k=3).check_accepts(Categorical, "the teacher")
 
 
 def test_several_teachers_are_a_weighted_sum_of_divergences():

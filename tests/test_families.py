@@ -42,7 +42,7 @@ def language_of(model):
 
 
 def draw(language, tolerance=2e-3):
-    made = Sampler(language, language.head(1.0, None), [2])
+    made = Sampler(language, language.head(1.0), [2])
     check_draws(made, ids(9, 5), language, "the student", tolerance)
     return made
 

@@ -11,8 +11,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from opd.context import Context
+from opd.distributions import Vocabulary
 from opd.errors import IncompatibleError, ModelError
-from opd.language.agreement import Vocabulary, agree_on_end, check_tokenizers, common_vocabulary
+from opd.language.agreement import agree_on_end, check_tokenizers, common_vocabulary
 from opd.language.engines.base import Drawing
 from opd.language.engines.cpu.decoder import Decoder
 from opd.language.engines.cpu.packing import SHORT, pack, packed_attention
@@ -87,7 +88,7 @@ def test_a_common_beginning_of_all_prompts_is_computed_once(window, tokenizer):
 def test_prefill_of_prompts_with_a_common_beginning(student):
     """Unequal prompts, two of them the same and apart: the cache holds each prompt's own keys in the right place."""
     contexts = [torch.tensor([5, 6, 7, *own]) for own in ([10], [11, 12, 13], [10], [10], [4, 4])]
-    sampler = Sampler(student.language, student.language.head(1.0, None), [0])
+    sampler = Sampler(student.language, student.language.head(1.0), [0])
     together = sampler.extend(sampler.start(contexts, 1, 8, list(range(5))), 8)
     for i, context in enumerate(contexts):
         alone = sampler.extend(sampler.start([context], 1, 8, [i]), 8)
@@ -202,7 +203,7 @@ def test_a_padding_token_equal_to_the_end_token_is_scored_like_any_other(student
 
 def test_sampling_follows_the_distribution(student):
     """4,000 first tokens of one prompt against the exact probabilities (chi-square, five sigma)."""
-    head = student.language.head(1.0, None)
+    head = student.language.head(1.0)
     sampler = Sampler(student.language, head, [0])
     state = sampler.start([torch.tensor([5, 6, 7])], 4000, 1, list(range(4000)))
     p = torch.softmax(head.logits(state.hidden[:1])[0], -1).detach()
@@ -242,7 +243,7 @@ def test_rows_can_be_dropped_between_segments(student, prompts):
 def test_padded_vocabularies_are_cut_to_the_common_ids(tokenizer):
     models = [LanguageModel(tiny_model(vocabulary=v), tokenizer, "plain") for v in (64, 80)]
     assert common_vocabulary(models) == Vocabulary(len(tokenizer))
-    student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), vocabulary=64))
+    student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), vocabulary=Vocabulary(64)))
     assert student(trajectories_of([3])).log_probs().shape == (3, 64)
 
 
@@ -405,7 +406,7 @@ def test_a_decoder_without_modules_gives_the_modules_states(kind, dtype, packed,
                 weight.add_(torch.randn(weight.shape) / 4)
     model.to(dtype)
     language = LanguageModel(model, tokenizer, "plain")
-    sampler = Sampler(language, language.head(1.0, None), [0], packed=packed)
+    sampler = Sampler(language, language.head(1.0), [0], packed=packed)
     contexts = [torch.arange(3, 3 + n) for n in (2, 9, 5)]
     own, theirs = (sampler.start(contexts, 2, 40, range(6)) for _ in range(2))
     with torch.no_grad():

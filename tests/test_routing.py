@@ -12,17 +12,19 @@ import pytest
 import torch
 import yaml
 
+import opd.operator.gradient
+import opd.operator.head
 from opd.api import execute
 from opd.checkpoints.store import folder_of
 from opd.cli.main import main
 from opd.context import Context
 from opd.distributions import Routed, Sampled, TopK, joined
 from opd.divergences import ForwardKL, ReverseKL, Target, compare
-from opd.divergences.operator import divergence_loss
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import DataError, IncompatibleError, RecipeError
 from opd.evaluation import evaluate
 from opd.language.engines.transformers import LanguageModel
+from opd.operator import divergence_loss
 from opd.plan import make_plan
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
@@ -154,16 +156,15 @@ def test_returns_over_whole_trajectories_see_each_teacher_at_its_own(student):
 
 
 def test_rows_are_projected_once_and_by_their_own_head_alone(student, monkeypatch):
-    from opd.divergences import operator
-
     counted = []
-    project = operator._log_probs
+    project = opd.operator.head.project
 
     def counting(rows, head, buffers, place):
         counted.append((rows.shape[1], len(rows)))
         return project(rows, head, buffers, place)
 
-    monkeypatch.setattr(operator, "_log_probs", counting)
+    monkeypatch.setattr(opd.operator.head, "project", counting)
+    monkeypatch.setattr(opd.operator.gradient, "project", counting)
     teacher, trajectories = experts(), mixed()
     weights = torch.full((trajectories.positions,), 1.0)
     weights[:2] = 0.0  # of a math trajectory

@@ -7,8 +7,10 @@ from opd.distributions.routed import Routed, joined
 from opd.distributions.sampled import Sampled
 from opd.distributions.target import Target, joined_targets
 from opd.distributions.top_k import TopK, append_tail
+from opd.distributions.vocabulary import EVERY_ID, Vocabulary
 
 __all__ = [
+    "EVERY_ID",
     "Categorical",
     "Distribution",
     "Gaussian",
@@ -17,6 +19,7 @@ __all__ = [
     "Sampled",
     "Target",
     "TopK",
+    "Vocabulary",
     "append_tail",
     "joined",
     "joined_targets",

@@ -10,6 +10,7 @@ import torch
 
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
+from opd.distributions.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Routed(Distribution):
         for owner in self.owners.unique().tolist():
             mine = (self.owners == owner).nonzero().squeeze(1)
             yield mine, self.parts[owner].select(self.places[mine])
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of parts that are `Categorical`: one for all."""
+        return self.parts[0].vocabulary  # type: ignore[attr-defined]
 
     def log_probs(self) -> torch.Tensor:
         """float32 `[N, V']` of parts that are `Categorical`: for small N only (reports, tests), as theirs."""

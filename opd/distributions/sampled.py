@@ -31,10 +31,11 @@ class Sampled(Distribution):
     @staticmethod
     def of(full: Categorical | Routed, actions: torch.Tensor, rows: int = 128) -> Sampled:
         """What a full distribution says about `actions` `[N]`, `rows` positions at a time."""
+        columns = full.vocabulary.columns(actions)
         parts = [
             full.select(slice(start, start + rows))
             .log_probs()
-            .gather(1, actions[start : start + rows, None])
+            .gather(1, columns[start : start + rows, None])
             .squeeze(1)
             for start in range(0, len(full), rows)
         ]

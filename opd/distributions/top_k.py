@@ -15,8 +15,8 @@ from opd.distributions.categorical import Categorical
 class TopK(Distribution):
     """Log-probabilities `[N, K]` of the ids `[N, K]`, normalised over the **whole** vocabulary; the rest is the tail.
 
-    The tail is one bucket of mass `1 - sum(exp(log_probs))`. Dropping it (renormalising both sides over the K ids)
-    gives a different objective that barely moves the student on to the teacher's ids; it is not offered.
+    The tail is one bucket of mass `1 - sum(exp(log_probs))`. Leaving it out, with both sides renormalised over the K
+    ids, is another objective, which asks for no mass on the teacher's ids: see `OnSupport.tail`.
     """
 
     kind: ClassVar[str] = "top_k"
@@ -43,7 +43,7 @@ class TopK(Distribution):
         for start in range(0, len(full), rows):
             top = full.select(slice(start, start + rows)).log_probs().topk(k, dim=-1)
             values.append(top.values)
-            ids.append(top.indices)
+            ids.append(full.vocabulary.named(top.indices))
         return TopK(torch.cat(values), torch.cat(ids))
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from opd.distributions import Distribution
+from opd.distributions import Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.objectives.base import Objective
+from opd.operator import Chunk, Compared, Loss, Whole, divergence_loss
+from opd.scenes import Scene, SequenceScene
+from opd.trajectories import Trajectories
+
+LEFT_BY_SUMS = 32 * torch.finfo(torch.float32).eps
+"""Nats by which a divergence or log-ratio of two equal distributions may differ from zero, summed in float32."""
 
 
 class Divergence(Objective):
@@ -23,6 +30,9 @@ class Divergence(Objective):
 
     alternative: ClassVar[str] = ""
     """What to do when the teacher answers another kind."""
+
+    scene: ClassVar[type[Scene]]
+    """What the table of objectives measures this choice in."""
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Settings under which the table of objectives measures this choice."""
@@ -50,11 +60,30 @@ class CategoricalDivergence(Divergence):
     """Of distributions over ids."""
 
     modality: ClassVar[str | None] = "language"
+    scene: ClassVar[type[Scene]] = SequenceScene
+    buffers: ClassVar[int] = 1
+    """How many scratch tensors `[C, S]` its chunks need; the first is there anyway."""
 
     @property
     def sequence_level(self) -> bool:
         """Whether the promise is about whole sequences, `sum_y q(y) exact(y)`, instead of each state visited."""
         return False
+
+    def __call__(
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
+    ) -> Loss:
+        assert isinstance(student, Categorical)
+        actions, lengths = trajectories.actions, trajectories.lengths
+        return divergence_loss(self, student, targets, weights, actions, lengths, per_example=per_example)
+
+    @abstractmethod
+    def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
+        """The function that compares a chunk of positions, as the operator asks for it; see `opd.operator`."""
 
     @abstractmethod
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -7,14 +7,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 
 
 class ForwardKL(OnSupport):
     """`KL(p || q) = sum_v p (log p - log q)`; gradient in the logits `q - p`."""
 
     kind: Literal["forward_kl"] = "forward_kl"
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"top_k": 4}, {"top_k": 4, "support_from": "student"})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"top_k": 4},
+        {"top_k": 4, "support_from": "student"},
+        {"top_k": 4, "tail": "none"},
+    )
 
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return (log_p.exp() * (log_p - log_q)).sum(-1)

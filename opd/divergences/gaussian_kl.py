@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Distribution, Gaussian
+from opd.distributions import Distribution, Gaussian, Target
 from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Target
 from opd.objectives.surrogate import clipped
+from opd.operator import Loss
 from opd.reduction import sums_by_trajectory
+from opd.scenes import LatentScene, Scene
 from opd.trajectories import Trajectories
 
 
@@ -28,6 +29,7 @@ class GaussianKL(Divergence):
 
     kind: Literal["gaussian_kl"] = "gaussian_kl"
     modality: ClassVar[str | None] = "flow"
+    scene: ClassVar[type[Scene]] = LatentScene
     accepts: ClassVar[tuple[str, ...]] = ("gaussian",)
     alternative: ClassVar[str] = "divergences of language are reverse_kl, forward_kl and the like"
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"estimator": "pg_sample"}, {"estimator": "pg_detached"})

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from opd.divergences.forward_kl import ForwardKL
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
 from opd.schedules import OverSteps
 
@@ -27,6 +27,7 @@ class JensenShannon(OnSupport):
         *({"beta": beta} for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
         {"beta": 0.5, "top_k": 4},
         {"beta": 0.5, "top_k": 4, "support_from": "student"},
+        {"beta": 0.5, "top_k": 4, "tail": "none"},
     )
     beta: Annotated[float, OverSteps(ge=0, le=1)] = Field(
         0.5, description="Weight of the teacher in the mean distribution"
@@ -34,7 +35,8 @@ class JensenShannon(OnSupport):
 
     @property
     def descends(self) -> str:
-        return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, f"jensen_shannon({self.beta:g})")
+        ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+        return self.given_ids(ends.get(self.beta, f"jensen_shannon({self.beta:g})"))
 
     @property
     def curvature(self) -> float:

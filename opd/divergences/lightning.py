@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Categorical, Distribution, Sampled
-from opd.divergences.operator import OnAction
+from opd.distributions import Categorical, Distribution, Sampled, Target
+from opd.divergences.on_action import OnAction
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Target
+from opd.operator import Loss
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 

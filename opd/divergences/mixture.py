@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 from opd.schedules import OverSteps
 
 
@@ -24,7 +24,7 @@ class Mixture(OnSupport):
 
     @property
     def descends(self) -> str:
-        return f"{self.reverse_weight:g} reverse_kl + {1 - self.reverse_weight:g} forward_kl"
+        return self.given_ids(f"{self.reverse_weight:g} reverse_kl + {1 - self.reverse_weight:g} forward_kl")
 
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         ratio = log_q - log_p

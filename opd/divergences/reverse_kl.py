@@ -7,14 +7,20 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.divergences.operator import OnSupport
+from opd.divergences.on_support import OnSupport
 
 
 class ReverseKL(OnSupport):
     """`KL(q || p) = sum_v q (log q - log p)`; gradient in the logits `q * (log(q/p) - KL)`."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
-    variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"top_k": 4}, {"top_k": 4, "support_from": "student"})
+    variants: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"top_k": 4},
+        {"top_k": 4, "support_from": "student"},
+        {"top_k": 4, "tail": "none"},
+        {"top_k": 4, "support_from": "student", "tail": "none"},
+    )
 
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)

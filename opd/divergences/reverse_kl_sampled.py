@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.divergences.operator import OnAction
+from opd.divergences.on_action import OnAction
 from opd.schedules import OverSteps
 
 

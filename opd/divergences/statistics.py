@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from opd.distributions import Categorical, Distribution, Routed, Sampled, TopK, append_tail
-from opd.divergences.operator import chunk_rows
+from opd.operator import chunk_rows
 
 MEANS = ("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy")
 KNOWN = {
@@ -91,15 +91,15 @@ def _known(student: Categorical, answer: Distribution, actions: torch.Tensor) ->
     log_q = student.log_probs()
     if isinstance(answer, Sampled):
         log_p = answer.log_probs.float()
-        taken = log_q.gather(1, actions[:, None]).squeeze(1)
+        taken = log_q.gather(1, student.vocabulary.columns(actions)[:, None]).squeeze(1)
         return [("log_p", log_p), ("reverse_kl_sampled", taken - log_p)]
     assert isinstance(answer, TopK)
-    p, q = answer.with_tail(), append_tail(log_q.gather(1, answer.ids))
+    p, q = answer.with_tail(), append_tail(log_q.gather(1, student.vocabulary.columns(answer.ids)))
     best = answer.ids.gather(1, answer.log_probs.argmax(1, keepdim=True)).squeeze(1)
     return [
         ("forward_kl_top_k", torch.linalg.vecdot(p.exp(), p - q)),
         ("reverse_kl_top_k", torch.linalg.vecdot(q.exp(), q - p)),
-        ("top1_agreement", (log_q.argmax(1) == best).float()),
+        ("top1_agreement", (student.vocabulary.named(log_q.argmax(1)) == best).float()),
     ]
 
 
@@ -114,8 +114,8 @@ def _look(
     """Probabilities and log-probabilities of one side of a chunk, with what is known of it alone added."""
     log_probs = one.log_probs()
     probabilities = log_probs.exp()
-    values.setdefault(log_name, []).append(log_probs.gather(1, actions[:, None]).squeeze(1))
+    values.setdefault(log_name, []).append(log_probs.gather(1, one.vocabulary.columns(actions)[:, None]).squeeze(1))
     values.setdefault(f"{side}_entropy", []).append(-torch.linalg.vecdot(probabilities, log_probs))
     best, ids = probabilities.topk(min(ALTERNATIVES, probabilities.shape[-1]), dim=-1)
-    tops.setdefault(side, []).append((ids, best))
+    tops.setdefault(side, []).append((one.vocabulary.named(ids), best))
     return probabilities, log_probs

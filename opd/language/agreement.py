@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from opd.distributions import Vocabulary
 from opd.errors import IncompatibleError
 from opd.language.encoding import turn_end
 
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
 
 PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
 """Two tokenizers of one vocabulary are the same when they split this alike."""
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The ids that distributions are over: the first `size` without those `excluded`, ascending."""
-
-    size: int
-    excluded: tuple[int, ...] = ()
-
-    def holds(self, i: int) -> bool:
-        return i < self.size and i not in self.excluded
 
 
 def check_tokenizers(student: InProcess, teacher: InProcess, which: str) -> None:
@@ -62,20 +51,20 @@ def _split(model: InProcess) -> list[int]:
     return list(model.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
 
 
-def common_vocabulary(
-    models: Sequence[InProcess], limit: int | None = None, excluded: Iterable[int] = ()
-) -> Vocabulary:
+def common_vocabulary(models: Sequence[InProcess], fixed: Sequence[Vocabulary] = ()) -> Vocabulary:
     """The ids for which every model's head has a row and every model's tokenizer a token that is no placeholder.
 
     Args:
         models: the student and its teachers; one that is only a tokenizer (without weights) has no head to ask.
-        limit: leading ids that others, who are not here, have answers for.
-        excluded: ids that those others leave out.
+        fixed: ids that others, who are not here, have answers for; with a slice among them the result is one.
     """
     rows = [int(m.base.get_output_embeddings().weight.shape[0]) for m in models if m.model is not None]
-    known = set.intersection(*(set(_tokens(model)) for model in models)) - set(excluded)
+    known = set.intersection(*(set(_tokens(model)) for model in models)).difference(*(v.excluded for v in fixed))
     known -= {i for model in models for i in model.placeholders}
-    bound = min([*rows, *([limit] if limit is not None else [])])
+    bound = min([*rows, *(v.size for v in fixed if v.size is not None)])
+    slices = [v.ids for v in fixed if v.ids is not None]
+    if slices:
+        return Vocabulary.of(i for i in known.intersection(*slices) if i < bound)
     size = max((i for i in known if i < bound), default=-1) + 1
     return Vocabulary(size, tuple(i for i in range(size) if i not in known))
 

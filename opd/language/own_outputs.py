@@ -83,7 +83,7 @@ def _apart(
 ) -> float:
     """Mean over positions of the largest difference of a logit, as a share of the largest logit."""
     hidden = language([context for context, _ in rows], [completion for _, completion in rows], layout)
-    ours = language.head(1.0, None).logits(hidden)
+    ours = language.head(1.0).logits(hidden)
     theirs = torch.cat(list(own))
     width = min(ours.shape[1], theirs.shape[1])
     apart = (ours[:, :width] - theirs[:, :width]).abs().amax(1).mean()
@@ -122,12 +122,12 @@ def _gap(sampler: Sampler, contexts: Sequence[EncodedPrompt], language: InProces
     sampler.extend(state, 2)
     state.drop(torch.tensor([0, 3]))
     sampler.extend(state, DRAWN)
-    gaps = []
+    gaps, head = [], sampler.head
     for i, (actions, log_probs, _) in enumerate(state.rows()):
-        logits = language.own_logits(contexts[i // 2], actions)[:, : sampler.head.size] / sampler.head.temperature
-        excluded = sampler.head.excluded
-        logits = logits if excluded is None else logits.index_fill(1, excluded, float("-inf"))
-        own = torch.log_softmax(logits, -1).gather(1, actions[:, None]).squeeze(1)
+        logits = language.own_logits(contexts[i // 2], actions) / head.temperature
+        logits = logits[:, : head.size] if head.vocabulary.ids is None else logits[:, list(head.vocabulary.ids)]
+        logits = logits if head.excluded is None else logits.index_fill(1, head.excluded, float("-inf"))
+        own = torch.log_softmax(logits, -1).gather(1, head.vocabulary.columns(actions)[:, None]).squeeze(1)
         gaps.append((own - log_probs).abs())
     return float(torch.cat(gaps).mean())
 

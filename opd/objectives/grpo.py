@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Distribution
+from opd.distributions import Distribution, Target
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Objective, Target
+from opd.objectives.base import Objective
 from opd.objectives.surrogate import clipped
+from opd.operator import Loss, action_loss
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -64,8 +65,6 @@ class GRPO(Objective):
         trajectories: Trajectories,
         per_example: bool = False,
     ) -> Loss:
-        from opd.divergences.operator import action_loss
-
         device = trajectories.actions.device
         lengths = trajectories.lengths.to(device)
         advantage = self.advantages(trajectories).to(device).repeat_interleave(lengths)

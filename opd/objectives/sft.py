@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 
-from opd.distributions import Distribution, Gaussian
+from opd.distributions import Distribution, Gaussian, Target
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Objective, Target
+from opd.objectives.base import Objective
+from opd.operator import Loss, action_loss
 from opd.trajectories import Trajectories
 
 
@@ -32,8 +33,6 @@ class SFT(Objective):
         trajectories: Trajectories,
         per_example: bool = False,
     ) -> Loss:
-        from opd.divergences.operator import action_loss
-
         loss = action_loss(
             lambda log_q, index: (-log_q, -torch.ones_like(log_q)),
             student,

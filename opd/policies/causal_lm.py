@@ -190,7 +190,7 @@ class CausalLMStudent(Student):
         contexts, completions = trajectories.contexts, trajectories.completions()
         with self.experts.watched(self.language.padding(contexts, completions, layout)):
             hidden = module(contexts, completions, layout)
-        head = self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
+        head = self.language.head(self.context.temperature, self.context.vocabulary)
         return Categorical(hidden, head)
 
     def own_losses(self, share: float) -> list[Loss]:
@@ -212,15 +212,11 @@ class CausalLMStudent(Student):
         for which, other in others:
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]
-        fixed = [member for _, member in members if member.vocabulary is not None]
-        common = common_vocabulary(
-            models,
-            min((member.vocabulary for member in fixed), default=None),
-            [i for member in fixed for i in member.excluded],
-        )
-        if unknown := [i for i in end_tokens or () if i >= common.size]:
+        common = common_vocabulary(models, [m.vocabulary for _, m in members if m.vocabulary is not None])
+        last = common.ids[-1] if common.ids is not None else (common.size or 0) - 1
+        if unknown := [i for i in end_tokens or () if i > last]:
             raise IncompatibleError(
-                f"end_tokens names {unknown[0]}, and no model has a token beyond {common.size - 1}: no completion "
+                f"end_tokens names {unknown[0]}, and no model has a token beyond {last}: no completion "
                 "would end. Take ids of the student's tokenizer"
             )
         of_some = tokens_of_some(models)
@@ -232,7 +228,7 @@ class CausalLMStudent(Student):
             self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
         ends = agree_on_end(self.language, others, end_tokens)
         self.notes.extend(notes_on_end(self.language, others, ends, end_tokens is not None, common))
-        return context.with_(vocabulary=common.size, excluded=common.excluded, end_ids=ends)
+        return context.with_(vocabulary=common, end_ids=ends)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         tokenizer = self.language.tokenizer

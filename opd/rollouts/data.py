@@ -49,7 +49,7 @@ class StoredResponses(PrefixSource):
         """The id that is put behind a response: that of the chat template, or else the tokenizer's, if completions of
         this run end with it."""
         ends = torch.tensor(sorted(self.context.end_ids))
-        possible: list[int] = ends[~self.context.outside(ends)].tolist() or ends.tolist()
+        possible: list[int] = ends[~self.context.vocabulary.outside(ends)].tolist() or ends.tolist()
         named = (turn_end(self.language), self.language.tokenizer.eos_token_id)
         return next((i for i in named if i is not None and i in possible), possible[0])
 
@@ -76,7 +76,7 @@ class StoredResponses(PrefixSource):
                         f"{tokenizer.convert_ids_to_tokens(early[0])!r} before its end, where a completion of this run "
                         "ends; remove it"
                     )
-                outside = ids[self.context.outside(ids)]
+                outside = ids[self.context.vocabulary.outside(ids)]
                 if len(outside):
                     raise DataError(
                         f"{prompt.where}: the response in column {self.settings.column!r} holds "

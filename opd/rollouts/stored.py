@@ -66,7 +66,7 @@ class StoredTrajectories(PrefixSource):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         header = self.store.header
-        wider = (header.vocabulary, tuple(header.excluded)) != (self.context.vocabulary, self.context.excluded)
+        wider = header.covered() != self.context.vocabulary
         for prompt in prompts:
             if prompt.id not in self.store.index:
                 raise DataError(
@@ -80,7 +80,7 @@ class StoredTrajectories(PrefixSource):
                     "the template changed since"
                 )
             for row in self.store.rows_of(prompt.id) if wider else ():
-                if bool(self.context.outside(self.store.actions(row)).any()):
+                if bool(self.context.vocabulary.outside(self.store.actions(row)).any()):
                     raise DataError(
                         f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token "
                         "that not every tokenizer of this run has; leave the prompt out, or sample the store again"

@@ -18,7 +18,7 @@ from opd.rollouts.teacher import TeacherRollout
 from opd.run import build_models, check_lengths, compute_device, make_accelerator
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
-from opd.store.store import Store, StoreHeader
+from opd.store.store import Store, StoreHeader, VocabularyHeader
 from opd.store.work import work_through
 
 
@@ -80,8 +80,7 @@ def sample(
         tokenizer=student.language.tokenizer_hash,
         template=student.language.template_hash,
         end_ids=list(context.end_ids),
-        vocabulary=context.vocabulary,
-        excluded=list(context.excluded),
+        **VocabularyHeader.of(context.vocabulary),
         versions=versions(),
     )
     store = Store.create_or_continue(path, header, [p.id for p in prompts])

@@ -22,7 +22,7 @@ from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.run import compute_device, make_accelerator
 from opd.store.shards import claim, tidy
-from opd.store.store import Store
+from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.store.work import work_through
 from opd.teachers.local import LocalTeacher
@@ -67,20 +67,19 @@ class Scorer:
         language = self.teacher.language
         reader = self._check_agreement(recipe, language)
         stored = self.store.header
-        common = common_vocabulary([reader, language], stored.vocabulary, stored.excluded)
-        self.teacher.context = context.with_(vocabulary=common.size, excluded=common.excluded)
-        head = language.head(context.temperature, common.size, common.excluded)
+        common = common_vocabulary([reader, language], [stored.covered()])
+        self.teacher.context = context.with_(vocabulary=common)
+        head = language.head(context.temperature, common)
         identity = weights_hash(language.model)
         header = TargetsHeader(
             kind=kind,
-            top_k=min(top_k, common.size - len(common.excluded) - 1) if kind == "top_k" else None,
+            top_k=min(top_k, head.size - len(common.excluded) - 1) if kind == "top_k" else None,
             dtype=dtype if kind == "exact" else None,
             teacher={"model": settings.model, "weights": identity},
             sees=settings.sees,
             template=language.template_hash,
             temperature=context.temperature,
-            vocabulary=common.size,
-            excluded=list(common.excluded),
+            **VocabularyHeader.of(common),
             scale=head.scale,
             softcap=head.softcap,
             versions=versions(),
@@ -121,7 +120,7 @@ class Scorer:
             ids = self.store.part(shard)[1]
             prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
             trajectories = self.store.trajectories(rows, prompts, self.teacher.context.device)
-            outside = self.teacher.context.outside(trajectories.actions).nonzero()
+            outside = self.teacher.context.vocabulary.outside(trajectories.actions).nonzero()
             if len(outside):
                 row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
                 raise DataError(

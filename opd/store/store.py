@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from opd.choice import Settings
+from opd.distributions import Vocabulary
 from opd.errors import DataError, RunError
 from opd.prompts import Prompt
 from opd.store.shards import (
@@ -32,7 +33,33 @@ from opd.store.shards import (
 from opd.trajectories import Author, Trajectories
 
 
-class StoreHeader(Settings):
+class VocabularyHeader(Settings):
+    """Part of a header: the ids that log-probabilities are over.
+
+    Attributes:
+        vocabulary: number of leading ids; None with a slice.
+        excluded: ids before it that are left out.
+        ids: the ids of a slice, or None.
+    """
+
+    names_things: ClassVar[bool] = False
+
+    vocabulary: int | None
+    excluded: list[int] = Field([])
+    ids: list[int] | None = None
+
+    @staticmethod
+    def of(vocabulary: Vocabulary) -> dict[str, Any]:
+        """The fields of this part."""
+        ids = None if vocabulary.ids is None else list(vocabulary.ids)
+        return {"vocabulary": vocabulary.size, "excluded": list(vocabulary.excluded), "ids": ids}
+
+    def covered(self) -> Vocabulary:
+        """The fields as one."""
+        return Vocabulary(self.vocabulary, tuple(self.excluded), None if self.ids is None else tuple(self.ids))
+
+
+class StoreHeader(VocabularyHeader):
     """`store.json`.
 
     Attributes:
@@ -48,12 +75,8 @@ class StoreHeader(Settings):
         writers: names and hashes of the teachers that wrote in it.
         tokenizer, template: hashes of the student's.
         end_ids: ids that end a completion.
-        vocabulary: leading ids that were sampled from.
-        excluded: ids before it that were not.
         versions: of the software that made the store.
     """
-
-    names_things: ClassVar[bool] = False
 
     format: Literal[1] = 1
     prompts: int = Field(ge=1)
@@ -71,8 +94,6 @@ class StoreHeader(Settings):
     tokenizer: str
     template: str
     end_ids: list[int]
-    vocabulary: int
-    excluded: list[int] = Field([])
     versions: dict[str, str]
 
     @property

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
-from opd.choice import Settings
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
 from opd.errors import DataError, RunError, nearest
 from opd.store.shards import (
@@ -22,7 +21,7 @@ from opd.store.shards import (
     write_json,
     write_shard,
 )
-from opd.store.store import Store, damaged, shortened
+from opd.store.store import Store, VocabularyHeader, damaged, shortened
 from opd.trajectories import Trajectories
 
 Kind = Literal["sampled", "top_k", "exact"]
@@ -40,7 +39,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """Tensors of a shard with an entry a position."""
 
 
-class TargetsHeader(Settings):
+class TargetsHeader(VocabularyHeader):
     """`targets.json`.
 
     Attributes:
@@ -51,13 +50,9 @@ class TargetsHeader(Settings):
         sees: column with the teacher's view of a prompt; None is the student's.
         template: hash of the teacher's template.
         temperature: of the stored log-probabilities; with kind exact of nothing, the head has it.
-        vocabulary: leading ids over which they are normalised.
-        excluded: ids before it that are left out.
         scale, softcap: of the head, with kind exact.
         versions: of the software that scored.
     """
-
-    names_things: ClassVar[bool] = False
 
     format: Literal[1] = 1
     kind: Kind
@@ -67,8 +62,6 @@ class TargetsHeader(Settings):
     sees: str | None = None
     template: str
     temperature: float
-    vocabulary: int
-    excluded: list[int] = Field([])
     scale: float = 1.0
     softcap: float | None = None
     versions: dict[str, str]
@@ -177,8 +170,7 @@ class Targets:
                 found.get("bias"),
                 scale=self.header.scale,
                 softcap=self.header.softcap,
-                vocabulary=self.header.vocabulary,
-                excluded=torch.tensor(self.header.excluded) if self.header.excluded else None,
+                vocabulary=self.header.covered(),
             )
         return self._head
 

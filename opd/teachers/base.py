@@ -11,7 +11,7 @@ from pydantic import Field
 
 from opd.choice import Choice
 from opd.context import Context
-from opd.distributions import Distribution
+from opd.distributions import Distribution, Vocabulary
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.schedules import OverSteps
@@ -29,11 +29,8 @@ class LiveTeacher(ABC):
     everywhere: bool = True
     """Whether it answers at any state, or only at those that it scored before."""
 
-    vocabulary: int | None = None
-    """Leading ids that its answers give probability to, where that is fixed and it has no language model to ask."""
-
-    excluded: tuple[int, ...] = ()
-    """Ids before that to which they give none."""
+    vocabulary: Vocabulary | None = None
+    """The ids that its answers give probability to, where that is fixed and it has no language model to ask."""
 
     asked: float = 1.0
     """Share of the last call's positions for which the teacher's model was run."""

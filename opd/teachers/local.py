@@ -18,6 +18,7 @@ from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
+from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
@@ -74,6 +75,10 @@ class LanguageTeacher(LiveTeacher):
     def notes(self) -> list[str]:
         return self.language.notes
 
+    def check_student(self, student: Student, context: Context) -> None:
+        # Refuses ids that the teacher's head has no row for.
+        self.language.head(context.temperature, context.vocabulary)
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             self.language.encode(prompt, self.settings.sees)
@@ -100,7 +105,7 @@ class LanguageTeacher(LiveTeacher):
             rows = self._compute(contexts, completions)
         else:
             rows = self._recall_or_compute(self.cache, contexts, completions)
-        head = self.language.head(self.context.temperature, self.context.vocabulary, self.context.excluded).detach()
+        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
         return Categorical(torch.cat(rows).to(home), head.to(home))
 
     def _compute(self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -48,8 +48,7 @@ class StoredAnswers(LiveTeacher):
         self.store = Store.open(settings.path)
         self.targets = Targets.open(self.store, settings.targets)
         self.answers = ANSWERS[self.targets.header.kind]
-        self.vocabulary = self.targets.header.vocabulary
-        self.excluded = tuple(self.targets.header.excluded)
+        self.vocabulary = self.targets.header.covered()
         self._head: Head | None = None
 
     def identity(self) -> str | None:
@@ -68,13 +67,14 @@ class StoredAnswers(LiveTeacher):
                 f"{path} was scored at temperature {header.temperature:g} and the recipe has {context.temperature:g}; "
                 "only targets of kind exact can be read at another one"
             )
-        theirs, ours = (header.vocabulary, self.excluded), (context.vocabulary, context.excluded)
-        if header.kind != "exact" and theirs != ours:
-            told = " and ".join(f"{size} ids without {len(left_out)} of them" for size, left_out in (theirs, ours))
+        if header.kind != "exact" and self.vocabulary != context.vocabulary:
             raise IncompatibleError(
-                f"{path} is normalised over another vocabulary than this run compares ({told}); run opd score again "
-                "with --name, or score targets of kind exact, which can be read so"
+                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and "
+                f"{context.vocabulary}); run opd score again with --name, or score targets of kind exact, which can be "
+                "read so"
             )
+        if header.kind == "exact":
+            self.targets.head().over(context.vocabulary, str(path))
         if self.settings.consistency == "required":
             self._check_consistency(student)
 
@@ -107,9 +107,8 @@ class StoredAnswers(LiveTeacher):
 
     def _head_on(self, home: torch.device) -> Head:
         if self._head is None or self._head.weight.device != home:
-            left_out = torch.tensor(self.context.excluded, dtype=torch.int64)
-            self._head = replace(self.targets.head(), excluded=left_out if len(left_out) else None).to(home)
-        return replace(self._head, temperature=self.context.temperature, vocabulary=self.context.vocabulary)
+            self._head = self.targets.head().over(self.context.vocabulary, str(self.targets.path)).to(home)
+        return replace(self._head, temperature=self.context.temperature)
 
     def _check_rows(self, trajectories: Trajectories) -> None:
         """The trajectories must be beginnings of the store's rows, id by id."""

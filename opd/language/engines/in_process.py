@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.context import Context
-from opd.distributions import Categorical, Head
+from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import ModelError
 from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer, Written
 from opd.language.engines.cpu.packing import ATTENTION
@@ -124,26 +124,24 @@ class InProcess(torch.nn.Module, Engine):
             )
         return hidden
 
-    def head(self, temperature: float, vocabulary: int | None, excluded: Sequence[int] = ()) -> Head:
-        """The output head as it is now, with a graph where its parameters are trained."""
+    def head(self, temperature: float, vocabulary: Vocabulary = EVERY_ID) -> Head:
+        """The output head over these ids as it is now, with a graph where its parameters are trained."""
         layer = self.base.get_output_embeddings()
         if layer is None:
             raise ModelError(f"model {self.base.config.name_or_path!r} has no output embeddings: not a causal LM")
         scale, softcap = scale_and_softcap(self.base.config)
-        weight = _effective_weight(layer)
-        return Head(
-            weight,
+        whole = Head(
+            _effective_weight(layer),
             getattr(layer, "bias", None),
             scale=scale,
             softcap=softcap,
             temperature=temperature,
-            vocabulary=vocabulary,
-            excluded=torch.tensor(excluded, dtype=torch.int64, device=weight.device) if len(excluded) else None,
         )
+        return whole.over(vocabulary, self.owner)
 
     def head_of(self, context: Context) -> Head:
         """The head at a run's temperature, over the ids that count there."""
-        return self.head(context.temperature, context.vocabulary, context.excluded)
+        return self.head(context.temperature, context.vocabulary)
 
     def sampler(self, drawing: Drawing, packed: bool = False) -> Sampler:
         """A sampler of the model as it is now, its large weights `packed` as they are too."""

@@ -16,6 +16,7 @@ from opd.language.engines.base import EncodedPrompt, followed_by, ids_of
 from opd.language.engines.cache import roomy_cache, take_rows
 from opd.language.engines.cpu.decoder import Decoder
 from opd.language.engines.cpu.packing import ATTENTION
+from opd.language.engines.cpu.prepacked import Prepacked, worth_packing
 from opd.language.engines.padding import pad
 from opd.language.engines.prefill import cache_name, keeps_all, prefill, step
 from opd.language.layers import decoder_of
@@ -111,11 +112,14 @@ class Sampler:
         top_k: int = 0,
         packed: bool = False,
     ):
-        self.model, self.head = model, head.prepacked() if packed else head
+        self.model, self.head = model, head
         self.cache_name = cache_name(model)
         body = decoder_of(model.base)
         self.decoder = Decoder(body, packed) if model.caches and Decoder.known(body) else None
-        self.ends = torch.zeros(max([head.size, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
+        matrix = head.masked_weight()
+        self.product = Prepacked(matrix) if packed and worth_packing(matrix) else None
+        last = head.size if head.vocabulary.ids is None else head.vocabulary.ids[-1] + 1
+        self.ends = torch.zeros(max([last, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
 
@@ -164,8 +168,9 @@ class Sampler:
         latest: list[tuple[torch.Tensor, torch.Tensor]] = []
         while state.drawn < stop and len(state.alive):
             log_probs = self._distribution(state)
-            token = inverse_cdf(log_probs, state.uniforms[state.drawn])
-            latest.append((token, log_probs.gather(1, token[:, None])))
+            column = inverse_cdf(log_probs, state.uniforms[state.drawn])
+            token = self.head.vocabulary.named(column)
+            latest.append((token, log_probs.gather(1, column[:, None])))
             state.drawn += 1
             ended = self.ends[token]
             if bool(ended.any()):
@@ -206,8 +211,8 @@ class Sampler:
         return masked and keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> torch.Tensor:
-        """float32 `[alive, V]`: normalised log-probabilities of the next token."""
-        logits = self.head.logits(state.hidden)
+        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each."""
+        logits = self.head.logits(state.hidden, self.product)
         if self.top_k:
             floor = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))
