@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from opd.distributions import Categorical, Vocabulary
 from opd.language.engines.sampler import Sampler
-from opd.language.model import LanguageModel, ModelSettings
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource, row_seed
