@@ -175,9 +175,8 @@ class Measurement:
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What the step logs; a mean over no positions at all is left out."""
         # Of a draw without prompts nothing else is known.
-        self.sums = dict.fromkeys(("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated"), 0.0) | (
-            self.sums | self.answered
-        )
+        known = ("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated", "stopped")
+        self.sums = dict.fromkeys(known, 0.0) | self.sums | self.answered
         for name, tokens in self.before.items():
             self.sums[name] += tokens
         names = list(self.sums)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opd.distributions import Categorical, Vocabulary
+from opd.language.engines.base import Row
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
@@ -81,7 +82,7 @@ class Acting(PrefixSource):
                     done, step = ended or cut, step + 1
                     states.append(state)
                     contexts.append(self.language.encode(state))
-                    rows.append(row)
+                    rows.append(Row(*row))
         self.language.train()
         found = pack_rows(states, contexts, 1, rows, "student")
         self.seen.append(found)

@@ -118,7 +118,7 @@ def run(tmp_path):
     def make(rollout):
         (tmp_path / "run").mkdir(exist_ok=True)
         made = assemble(recipe_for(tmp_path, rollout), Monitor(tmp_path / "run", quiet=True))
-        return made, made.rollout(made.schedule.next(0, {}).prompts, 2, 24, stream=0)
+        return made, made.rollout(made.course.next(0, {}, None).prompts, 2, 24, stream=0)
 
     return make
 
