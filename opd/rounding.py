@@ -11,8 +11,11 @@ from opd.distributions import Categorical, Distribution, Gaussian, Routed
 from opd.objectives import Loss, Objective, Target
 
 IN_COMPUTE_DTYPE, IN_FLOAT32 = 4, 32
-"""Roundings by which two passes of one model may differ: of what the model computes in, and of the float32 in which
-sums over width and vocabulary are made."""
+"""Roundings by which gradients of two passes of one model may differ: of what the model computes in, and of the float32
+in which sums over width and vocabulary are made."""
+
+APART = 16
+"""Roundings of what a log-probability is computed from, by which that of two passes of one model may differ."""
 
 
 class Gradients:
@@ -21,7 +24,11 @@ class Gradients:
     Where student and teacher are the same model, the gradient of a divergence is a difference of equal parts: zero up
     to rounding. Adam would turn that into steps of a whole learning rate, of a direction that the processor chose. The
     size of the parts is that of the gradient of an action's log-probability (for latents: and of the mean over its
-    standard deviation); a difference below `4 eps(compute dtype) + 32 eps(float32)` of it is taken for rounding.
+    standard deviation); a difference below `4 eps(compute dtype) + 32 eps(float32)` of it may be rounding.
+
+    Clips, clamps, temperatures and weights make small gradients of large differences too. So it is taken for rounding
+    only where both sides agree as well: a log-probability is rounded by `r = 16 eps(compute dtype)` of the logits'
+    size, which makes a KL of `r^2 / 2`, and what a loss says to be further apart has something to learn.
 
     Made before the backward pass and read after it.
 
@@ -32,7 +39,8 @@ class Gradients:
     """
 
     def __init__(self, student: Distribution, answers: Sequence[Target], processes: int):
-        computed, part, part_in_float32 = _parts(student)
+        computed, part, part_in_float32, log_prob, log_prob_in_float32 = _parts(student)
+        self.answers = answers
         self.sizes: torch.Tensor | None = None
         self.watched = computed is not None and computed.requires_grad
         if computed is not None and self.watched:
@@ -43,6 +51,7 @@ class Gradients:
             coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
             finest = torch.finfo(torch.float32).eps
             self.limit = processes * (IN_COMPUTE_DTYPE * coarsest * part + IN_FLOAT32 * finest * part_in_float32)
+            self.agreeing = 0.5 * (APART * coarsest * log_prob + IN_FLOAT32 * finest * log_prob_in_float32).square()
             computed.register_hook(self._take)
 
     def _take(self, gradient: torch.Tensor) -> None:
@@ -62,31 +71,40 @@ class Gradients:
             # Only the head trains, or the distribution is of another kind: nobody saw the gradient.
             return counted
         allowed = torch.zeros_like(self.sizes)
-        alone = torch.zeros_like(counted)
+        alone, apart = torch.zeros_like(counted), torch.zeros_like(counted)
         for objective, weight, loss in zip(objectives, weights, losses, strict=True):
-            if objective.needs_teacher:
-                allowed += weight.abs() * self.limit
-            else:
+            if not objective.needs_teacher:
                 alone |= (weight != 0) if loss.computed is None else loss.computed
-        return counted & ~(self.sizes <= allowed.where(~alone, 0.0))
+                continue
+            for target in objective.heard(self.answers):
+                allowed += weight.abs() * self.limit * torch.as_tensor(target.weight, device=weight.device).abs()
+            apart |= (weight != 0) & (True if loss.gap is None else ~(loss.gap <= self.agreeing))
+        return counted & (apart | ~(self.sizes <= allowed.where(~alone, 0.0)))
 
 
-def _parts(student: Distribution) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-    """What the model computed, and the sizes, each a number or `[N]`, of the gradient's parts that are rounded as the
-    model computes and as float32."""
+def _parts(student: Distribution) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the model computed; the sizes, each a number or `[N]`, of the gradient's parts that are rounded as the model
+    computes and as float32; and those of a log-probability's."""
     if isinstance(student, Categorical):
         head = student.head
         weight = head.masked_weight().detach()
         rows = torch.linalg.vector_norm(weight, dtype=torch.float32) / math.sqrt(head.size)
         size = rows * abs(head.scale) / head.temperature
-        return student.hidden, size, size
+        # The roundings of D numbers average out in a logit, which grows with the root of D as they do.
+        logits = (
+            size * torch.linalg.vector_norm(student.hidden.detach().float(), dim=1) / student.hidden.shape[1] ** 0.5
+        )
+        # A gradient's parts differ by as much as the logits do, and far less where a temperature makes those small.
+        return student.hidden, size * logits.clamp(max=1), size, logits, logits
     if isinstance(student, Gaussian):
         mean, std = student.mean.detach().flatten(1), student.std.detach()
         size = 1 / (std * math.sqrt(mean.shape[1]))
         # The mean is the latent, in float32, less the model's velocity, of a size about one, times the gain. Of so many
         # numbers the roundings average out, and half of the allowance is enough.
-        return student.mean, size * student.gain.abs() / std / 2, size * (1 + mean.square().mean(1).sqrt() / std)
-    return None, torch.tensor(0.0), torch.tensor(0.0)
+        gain, rms = student.gain.abs() / std, mean.square().mean(1).sqrt() / std
+        return student.mean, size * gain / 2, size * (1 + rms), gain, rms
+    none = torch.tensor(0.0)
+    return None, none, none, none, none
 
 
 def _dtypes(answer: Distribution) -> list[torch.dtype]:

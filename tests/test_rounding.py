@@ -14,6 +14,7 @@ from opd.checkpoints.store import folder_of, steps_stored
 from opd.distributions import Categorical, Gaussian
 from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target
 from opd.divergences.gaussian_kl import GaussianKL
+from opd.divergences.lightning import Lightning
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import RunError
 from opd.measurement import Measurement
@@ -32,11 +33,12 @@ def rounded_otherwise(hidden, seed=0, ulps=3):
     return (hidden * (1 + steps * eps)).to(hidden.dtype)
 
 
-def above(student, objective, trajectories, hidden=None, weights=None, processes=1):
-    """Positions of a micro-batch with something to learn, for a teacher that answers `hidden` with the own head."""
+def above(student, objective, trajectories, hidden=None, weights=None, processes=1, weight=1.0):
+    """Positions of a micro-batch with something to learn, for a teacher that answers `hidden` with the own head and has
+    that `weight`."""
     weights = torch.full((trajectories.positions,), 1 / 50) if weights is None else weights
     own = student(trajectories)
-    answers = [] if hidden is None else [Target(Categorical(hidden, own.head.detach()))]
+    answers = [] if hidden is None else [Target(Categorical(hidden, own.head.detach()), weight)]
     gradients = Gradients(own, answers, processes)
     loss = objective(own, answers, weights, trajectories)
     (loss.total * processes).backward()
@@ -68,6 +70,55 @@ def test_coarser_dtypes_round_more(student):
     with torch.autocast("cpu", torch.bfloat16):
         assert not above(student, ReverseKL(), made, coarse.float()).any()
         assert above(student, ReverseKL(), made, hidden * 1.3).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("objective", "weight", "temperature"),
+    [
+        (ReverseKL(clip=0.05), 1.0, 1.0),
+        (ReverseKL(clip=1e-6), 1.0, 1.0),
+        (ReverseKL(clip=1e-6, top_k=4), 1.0, 1.0),
+        (JensenShannon(beta=0.05), 1.0, 1.0),
+        (JensenShannon(beta=0.002), 1.0, 1.0),
+        (ReverseKLSampled(clamp=0.01), 1.0, 1.0),
+        (ReverseKLSampled(clamp=0.01, discount=1.0), 1.0, 1.0),
+        (Lightning(clamp=1e-6), 1.0, 1.0),
+        (ReverseKL(), 0.02, 1.0),
+        (ReverseKL(), 1e-6, 1.0),
+        (ReverseKL(), torch.full((17,), 1e-6), 1.0),
+        (ReverseKLSampled(), 1e-6, 1.0),
+        (ForwardKL(), 1.0, 30.0),
+        (ReverseKL(), 1.0, 300.0),
+        (ReverseKLSampled(), 1.0, 30.0),
+    ],
+)
+def test_what_makes_a_gradient_small_makes_no_difference_rounding(objective, weight, temperature, precision, student):
+    """Clips, clamps, means that are the student's almost, weights of teachers, high temperatures: another teacher has
+    something to say under all of them, and one that is the student has nothing."""
+    student.context = student.context.with_(temperature=temperature)
+    made = trajectories_of([5, 9, 3])
+    with torch.no_grad():
+        hidden = student(made).hidden
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.no_grad():
+            own = student(made).hidden.float()
+        assert not above(student, objective, made, rounded_otherwise(own), weight=weight).any()
+        another = above(student, objective, made, hidden.roll(1, 0), weight=weight)
+    # An action may happen to be as likely on both sides.
+    assert another.float().mean() > 0.8
+
+
+def test_another_latent_is_no_rounding_under_any_weight():
+    mean = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sides = [torch.full((6,), 0.7), torch.full((6,), 0.1), torch.full((6,), 0.1)]
+    own, answers = Gaussian(mean, *sides), [Target(Gaussian(mean.detach() + 0.1, *sides), 1e-8)]
+    weights = torch.full((6,), 1 / 6)
+    gradients = Gradients(own, answers, 1)
+    made = replace(trajectories_of([6]), actions=torch.zeros(6, 3, 8, 8))
+    loss = GaussianKL(scale="uniform")(own, answers, weights, made)
+    loss.total.backward()
+    assert gradients.above([GaussianKL()], [weights], [loss]).all()
 
 
 def test_what_compares_with_no_teacher_has_no_rounding_to_allow_for(student):

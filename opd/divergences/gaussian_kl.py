@@ -56,12 +56,14 @@ class GaussianKL(Divergence):
         log_q = student.log_prob(trajectories.actions)
         live = weights != 0
         value = torch.zeros_like(own.std)
-        moving = torch.zeros_like(value)
+        moving, gap = torch.zeros_like(value), torch.zeros_like(value)
         for target in targets:
             teacher = target.distribution
             assert isinstance(teacher, Gaussian)
             factor = self._factor(own) * target.weight
-            kl = factor * student.kl(teacher)
+            apart = student.kl(teacher)
+            kl = factor * apart
+            gap = torch.maximum(gap, apart.detach() * (factor != 0))
             value = value + kl.detach()
             if self.estimator == "kl_direct":
                 moving = moving + kl
@@ -82,7 +84,8 @@ class GaussianKL(Divergence):
         value = value.where(live, 0.0)
         # The value is that of the KL under every estimator; the gradient is the estimator's.
         total = (weights * value).sum() + (weights * (moving - moving.detach())).sum()
-        return Loss(total, value, log_q.detach().where(live, 0.0), measured=self._by_step(value, trajectories))
+        measured = self._by_step(value, trajectories)
+        return Loss(total, value, log_q.detach().where(live, 0.0), measured=measured, gap=gap.where(live, 0.0))
 
     def _factor(self, own: Gaussian) -> torch.Tensor:
         """`[N]`, what the divergence of each position is multiplied by."""

@@ -36,6 +36,10 @@ class JensenShannon(OnSupport):
     def descends(self) -> str:
         return {0.0: "forward_kl", 1.0: "reverse_kl"}.get(self.beta, f"jensen_shannon({self.beta:g})")
 
+    @property
+    def curvature(self) -> float:
+        return 1.0 if self.beta in (0.0, 1.0) else self.beta * (1 - self.beta)
+
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         if self.beta in (0.0, 1.0):
             return (ReverseKL() if self.beta else ForwardKL()).exact(log_p, log_q)

@@ -32,6 +32,9 @@ SMALLEST_CHUNK = 128
 LARGEST_BUFFER = 48 * 2**20
 """Bytes that no buffer exceeds however large the vocabulary; from V = 98,304 on a chunk has fewer rows instead."""
 
+LEFT_BY_SUMS = 32 * torch.finfo(torch.float32).eps
+"""Nats by which a divergence or log-ratio of two equal distributions may differ from zero, summed in float32."""
+
 
 class OnSupport(CategoricalDivergence):
     """Divergences of two whole distributions: over the vocabulary, or over K ids and a tail bucket."""
@@ -57,6 +60,11 @@ class OnSupport(CategoricalDivergence):
         if value == "student" and "top_k" in info.data and info.data["top_k"] is None:
             raise ValueError("without top_k the support is the whole vocabulary; set top_k, or remove the key")
         return value
+
+    @property
+    def curvature(self) -> float:
+        """The divergence of two distributions that nearly agree, over their KL."""
+        return 1.0
 
     @property
     def unbiased(self) -> bool:
@@ -193,10 +201,11 @@ def divergence_loss(
     rows = rows or chunk_rows(student.head.size)
     plan = _Plan(divergence, student.head, tuple(targets), weights.float(), actions, lengths, rows)
     function = _PerExample if per_example else _Total
-    result, values, log_probs = function.apply(student.hidden, student.head.weight, student.head.bias, plan)
+    result, values, log_probs, gap = function.apply(student.hidden, student.head.weight, student.head.bias, plan)
+    apart = gap if targets else None
     if per_example:
-        return Loss(result.sum(), values, log_probs, result)
-    return Loss(result, values, log_probs)
+        return Loss(result.sum(), values, log_probs, result, gap=apart)
+    return Loss(result, values, log_probs, gap=apart)
 
 
 def action_loss(
@@ -272,11 +281,11 @@ class _Total(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             done = _run(hidden, weight, bias, plan, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*done.grads)
-        ctx.mark_non_differentiable(done.values, done.log_probs)
-        return (done.values * done.weights).sum(), done.values, done.log_probs
+        ctx.mark_non_differentiable(done.values, done.log_probs, done.gaps)
+        return (done.values * done.weights).sum(), done.values, done.log_probs, done.gaps
 
     @staticmethod
-    def backward(ctx, grad_total, _values, _log_probs):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_total, _values, _log_probs, _gaps):  # type: ignore[no-untyped-def]
         return (*(None if g is None else g.mul_(grad_total) for g in ctx.saved_tensors), None)
 
 
@@ -293,11 +302,11 @@ class _PerExample(torch.autograd.Function):
         totals.index_add_(0, owners, done.values * done.weights)
         ctx.plan, ctx.owners = plan, owners
         ctx.save_for_backward(hidden, weight, bias, done.grads[0])
-        ctx.mark_non_differentiable(done.values, done.log_probs)
-        return totals, done.values, done.log_probs
+        ctx.mark_non_differentiable(done.values, done.log_probs, done.gaps)
+        return totals, done.values, done.log_probs, done.gaps
 
     @staticmethod
-    def backward(ctx, grad_totals, _values, _log_probs):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_totals, _values, _log_probs, _gaps):  # type: ignore[no-untyped-def]
         hidden, weight, bias, grad_hidden = ctx.saved_tensors
         share = grad_totals[ctx.owners]
         needs = (False, *ctx.needs_input_grad[1:3])
@@ -325,6 +334,7 @@ class _Done:
     weights: torch.Tensor
     values: torch.Tensor
     log_probs: torch.Tensor
+    gaps: torch.Tensor
     grads: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
@@ -350,7 +360,7 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
     head, divergence, device = plan.head, plan.divergence, hidden.device
     matrix = head.masked_weight()
     dtype, size = matrix.dtype, head.size
-    values, log_probs = torch.zeros(2, len(hidden), device=device)
+    values, log_probs, gaps = torch.zeros(3, len(hidden), device=device)
     grad_hidden = torch.zeros_like(hidden) if needs[0] else None
     grad_weight = torch.zeros(weight.shape, device=device) if needs[1] else None
     grad_bias = torch.zeros(bias.shape, device=device) if bias is not None and needs[2] else None
@@ -368,10 +378,10 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
         log_q, slope = _log_probs(rows, head, buffers, STUDENT)
         log_probs[index] = log_q.gather(1, plan.actions[index, None]).squeeze(1)
         if isinstance(divergence, OnSupport):
-            value, grad = _on_support(divergence, log_q, plan, index, buffers)
+            value, grad, gap = _on_support(divergence, log_q, plan, index, buffers)
         else:
-            value, grad = _on_action(divergence, log_q, plan, index, known, buffers)
-        values[index] = value
+            value, grad, gap = _on_action(divergence, log_q, plan, index, known, buffers)
+        values[index], gaps[index] = value, gap
         if clip is not None:
             weights[index] *= clip / value.clamp(min=clip)
         if not any(needs):
@@ -397,6 +407,7 @@ def _run(hidden, weight, bias, plan: _Plan, needs: tuple[bool, bool, bool]) -> _
         weights,
         values,
         log_probs,
+        gaps,
         (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -439,35 +450,39 @@ def _answer_log_probs(full: Categorical, buffers: _Buffers) -> torch.Tensor:
 
 def _on_support(
     divergence: OnSupport, log_q: torch.Tensor, plan: _Plan, index: torch.Tensor, buffers: _Buffers
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[C]` values, `[C, V]` gradients and `[C]` gaps, see `Loss`."""
     rows = len(index)
     scratch = [buffers.get(place, rows) for place in (RAW, SCRATCH)[: divergence.buffers]]
     if len(plan.targets) == 1:
         return _weighted(divergence, log_q, plan.targets[0].select(index), buffers, scratch)
-    value = torch.zeros(rows, device=log_q.device)
+    value, gap = torch.zeros(2, rows, device=log_q.device)
     total = buffers.get(SUM, rows).zero_()
     kept = buffers.get(KEPT, rows).copy_(log_q)
     for target in plan.targets:
         log_q.copy_(kept)
-        v, g = _weighted(divergence, log_q, target.select(index), buffers, scratch)
+        v, g, apart = _weighted(divergence, log_q, target.select(index), buffers, scratch)
         value += v
         total += g
-    return value, total
+        gap = torch.maximum(gap, apart)
+    return value, total, gap
 
 
 def _weighted(
     divergence: OnSupport, log_q: torch.Tensor, target: Target, buffers: _Buffers, scratch: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ((_, answer),) = target.distribution.pieces()
     if isinstance(answer, Categorical) and divergence.top_k is None:
         value, grad = divergence.value_and_grad(_answer_log_probs(answer, buffers), log_q, scratch)
     else:
         value, grad = _on_buckets(divergence, log_q, answer, buffers)
+    gap = (value.abs() - LEFT_BY_SUMS).clamp_(min=0) / divergence.curvature
     if not (isinstance(target.weight, float) and target.weight == 1.0):
         weight = torch.as_tensor(target.weight, device=value.device, dtype=value.dtype)
         value = value * weight
         grad.mul_(weight[:, None] if weight.ndim else weight)
-    return value, grad
+        gap = gap * (weight != 0)
+    return value, grad, gap
 
 
 def _on_buckets(
@@ -503,22 +518,24 @@ def _on_action(
     log_q: torch.Tensor,
     plan: _Plan,
     index: torch.Tensor,
-    known: tuple[torch.Tensor, torch.Tensor] | None,
+    known: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     buffers: _Buffers,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[C]` values, `[C, V]` gradients and `[C]` gaps, see `Loss`."""
     actions = plan.actions[index]
     taken = log_q.gather(1, actions[:, None]).squeeze(1)
     if not isinstance(divergence, OnAction):
         value, coefficient = divergence(taken, index)  # type: ignore[call-arg, arg-type, misc]
+        gap = torch.zeros_like(taken)
     elif known is None:
-        targets = [t.select(index) for t in plan.targets]
-        value, coefficient = _sum_targets(divergence, taken, targets, actions, torch.ones(len(index)).long(), buffers)
+        targets, ones = [t.select(index) for t in plan.targets], torch.ones(len(index)).long()
+        value, coefficient, gap = _sum_targets(divergence, taken, targets, actions, ones, buffers)
     else:
-        value, coefficient = known[0][index], known[1][index]
+        value, coefficient, gap = (each[index] for each in known)
     # d log q(a) / d logits = onehot(a) - q
     grad = log_q.exp_().mul_(-coefficient[:, None])
     grad.scatter_add_(1, actions[:, None], coefficient[:, None])
-    return value, grad
+    return value, grad, gap
 
 
 def _sum_targets(
@@ -528,14 +545,18 @@ def _sum_targets(
     actions: torch.Tensor,
     lengths: torch.Tensor,
     buffers: _Buffers,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    value, coefficient = torch.zeros_like(taken), torch.zeros_like(taken)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[N]` values, coefficients and gaps: half the square of a log-ratio is its size as a KL."""
+    value, coefficient, gap = torch.zeros(3, len(taken), device=taken.device)
     for target in targets:
         log_p = _by_chunks(target.distribution, actions, buffers)
         v, c = divergence.value_and_coefficient(log_p, taken, lengths)
         value += v * target.weight
         coefficient += c * target.weight
-    return value, coefficient
+        counts = torch.as_tensor(target.weight, device=taken.device) != 0
+        ratio = ((log_p - taken).abs() - LEFT_BY_SUMS).clamp_(min=0)
+        gap = torch.maximum(gap, 0.5 * ratio.square() * counts)
+    return value, coefficient, gap
 
 
 def _by_chunks(answer: Distribution, actions: torch.Tensor, buffers: _Buffers) -> torch.Tensor:
@@ -548,8 +569,8 @@ def _by_chunks(answer: Distribution, actions: torch.Tensor, buffers: _Buffers) -
     return found
 
 
-def _returns(hidden: torch.Tensor, plan: _Plan, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and coefficients of all N positions, for estimators that credit a position with what follows it."""
+def _returns(hidden: torch.Tensor, plan: _Plan, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, coefficients and gaps of all N positions, for estimators that credit a position with what follows it."""
     taken = _by_chunks(Categorical(hidden.detach(), plan.head), plan.actions, buffers)
     assert isinstance(plan.divergence, OnAction)
     return _sum_targets(plan.divergence, taken, plan.targets, plan.actions, plan.lengths, buffers)

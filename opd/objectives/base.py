@@ -30,6 +30,9 @@ class Loss:
         measured: float32 `[N]` by name, detached; their means over the positions that the objective counts are
             logged, NaN left out.
         computed: bool `[N]`, where the student was looked at; None where that is wherever the weight is not zero.
+        gap: float32 `[N]`, detached: how far student and teachers are apart, in nats of a KL beyond what its own
+            arithmetic leaves, before weights of any kind, clips and clamps (`opd.rounding`). None says nothing of it,
+            and then every position has something to learn.
     """
 
     total: torch.Tensor
@@ -38,6 +41,7 @@ class Loss:
     per_example: torch.Tensor | None = None
     measured: dict[str, torch.Tensor] = field(default_factory=dict)
     computed: torch.Tensor | None = None
+    gap: torch.Tensor | None = None
 
 
 class Objective(Choice):
