@@ -326,6 +326,7 @@ def assemble(
     for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
         monitor.warn(note)
     for objective in recipe.objective:
+        objective.check_authors(rollout.authors)
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):

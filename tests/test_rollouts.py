@@ -291,6 +291,25 @@ def test_a_policy_gradient_on_anothers_samples_is_refused(models, tmp_path):  # 
         execute(recipe, quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("rollout", "written_by", "known"),
+    [
+        ({"kind": "student"}, ["data"], "student"),
+        ({"kind": "student"}, ["student", "teacher"], "student"),
+        ({"kind": "mixture"}, ["environment"], "student and teacher"),
+        ({"kind": "data"}, ["student"], "data"),
+        ({"kind": "data", "author": "teacher"}, ["data"], "teacher"),
+    ],
+)
+def test_somebody_who_never_writes_is_refused(rollout, written_by, known, models, tmp_path):  # noqa: F811
+    prompts = {"kind": "inline", "prompts": [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(24)]}
+    recipe = recipe_for(models, tmp_path, prompts=prompts)
+    objective = [{"kind": "reverse_kl", "written_by": written_by}]
+    with pytest.raises(opd.OpdError, match=rf"written_by names '{written_by[-1]}', .* written by {known}: ") as error:
+        build(parse_recipe({**recipe.dump(), "rollout": rollout, "objective": objective}), tmp_path)
+    assert len(str(error.value).splitlines()) <= 2
+
+
 def test_join_numbers_groups_by_place():
     from opd.trajectories import join
 
