@@ -132,7 +132,7 @@ def pixels_seen(language, call):
 
 def test_student_and_teacher_read_the_image_of_their_own_view(prompts, tmp_path):
     run = built(prompts, tmp_path, "crop")
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 2, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 6, stream=0)
     assert not bool((trajectories.actions == IMAGE).any())
     mine, student = pixels_seen(run.student.language, lambda: run.student(trajectories))
     theirs, (target,) = pixels_seen(run.teachers[0].language, lambda: run.ask(trajectories))
@@ -156,7 +156,7 @@ def test_student_and_teacher_read_the_image_of_their_own_view(prompts, tmp_path)
 def test_a_copy_that_sees_the_same_says_the_same(sees, prompts, tmp_path):
     run = built(prompts, tmp_path, "crop", same_weights=True)
     run.teachers[0].settings = run.teachers[0].settings.model_copy(update={"sees": sees})
-    trajectories = run.rollout(run.schedule.next(0, {}).prompts, 1, 6, stream=0)
+    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
     student, answer = run.student(trajectories).detach(), run.teachers[0](trajectories)
     weights = torch.full((trajectories.positions,), 1 / trajectories.positions)
     value = float(ReverseKL()(student, [Target(answer)], weights, trajectories).values.abs().max())
