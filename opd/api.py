@@ -33,7 +33,7 @@ from opd.prompts.dataset import encoded_images
 from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.report.run_directory import read_json
-from opd.run import Run, assemble, load_data
+from opd.run import Run, assemble, load_data, not_held_out
 from opd.saving import save_run
 from opd.teachers.again import device_of, self_teachers
 from opd.trackers import check_trackers
@@ -169,6 +169,8 @@ def execute(
     data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)
     monitor.warn_of_skipped(bad)
+    for warning in not_held_out(recipe, *data):
+        monitor.warn(warning)
     with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory):
         earlier = False
         found, going_on = None, resume or (recipe.resume == "auto" and not overwrite)

@@ -10,6 +10,7 @@ import torch
 
 from opd.prompts import Prompt
 from opd.rollouts import PrefixSource
+from opd.rollouts.base import Combination
 from opd.sharding import whole
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
@@ -47,9 +48,18 @@ def evaluate(run: Run) -> HeldOut:
 
 
 def roll_out(run: Run, sampler: PrefixSource, prompts: list[Prompt], k: int) -> Trajectories:
-    """`k` trajectories of each held-out prompt, with verdicts."""
-    budget = run.recipe.evaluation.max_new_tokens or run.rollout.settings.budget
+    """`k` trajectories of each held-out prompt, with verdicts; unless the recipe says how long, as long as the student
+    writes in training, or where it does not write, as long as others do."""
+    own = max(_bounds_of_student(run.rollout), default=run.rollout.settings.budget)
+    budget = run.recipe.evaluation.max_new_tokens or own
     return run.verify(sampler(prompts, k, budget, stream=STREAM))
+
+
+def _bounds_of_student(source: PrefixSource) -> list[int]:
+    """Most actions of each source in this one that draws from the student as it is now."""
+    if isinstance(source, Combination):
+        return [bound for part in source.sources for bound in _bounds_of_student(part)]
+    return [source.settings.budget] if source.current and source.authors == {"student"} else []
 
 
 def rows_of(run: Run, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
+from opd.rollouts.switch import SwitchRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
@@ -78,7 +79,9 @@ class Evaluation(Settings):
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(_as_list)] = Field(
         default=[], description="A held-out set of its own, instead of a share of the prompt set"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default: the rollout's")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=10_000_000, description="Default: the student's in the rollout, or the rollout's"
+    )
     steps: int = Field(40, ge=1, description="Of a flow model's deterministic sampler")
     samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
     stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
@@ -252,13 +255,22 @@ class Recipe(Settings):
                 continue
             if weights and not any(weights) and not any(isinstance(weight, Scheduled) for weight in weights):
                 raise ValueError(f"{key}.weight is 0 wherever there is one: nothing would be learnt; give one a weight")
-        if isinstance(self.curriculum, LengthLadder) and isinstance(self.rollout, MixtureRollout):
-            # Its sources keep to their own lengths; elsewhere a rung's length is what counts.
-            longest, shortest = self.curriculum.lengths[-1], min(part.budget for part in self.rollout.parts)
-            if longest > shortest and not self.rollout.scheduled():
+        if isinstance(self.curriculum, LengthLadder) and not self.rollout.scheduled():
+            # Where there are several sources, they keep to their own lengths; elsewhere a rung's length is what counts.
+            longest = own = self.curriculum.lengths[-1]
+            if isinstance(self.rollout, MixtureRollout):
+                own = min(part.budget for part in self.rollout.parts)
+            elif isinstance(self.rollout, SwitchRollout):
+                own = self.rollout.budget
+                if self.rollout.position >= longest:
+                    raise ValueError(
+                        f"rollout.position is {self.rollout.position} and curriculum.lengths goes up to {longest}: "
+                        "rollout.then would never write; lower position"
+                    )
+            if longest > own:
                 raise ValueError(
-                    f"curriculum.lengths goes up to {longest} and a source of the mixture to {shortest} tokens; raise "
-                    "its max_new_tokens, or leave out the longer rungs"
+                    f"curriculum.lengths goes up to {longest} and a source of the {_kind(self.rollout)} to {own} "
+                    "tokens; raise its max_new_tokens, or leave out the longer rungs"
                 )
         return self
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from accelerate.utils import gather_object, set_seed
 
 from opd import sharding
 from opd.checkpoints import Checkpoints
+from opd.checkpoints.content import content_of
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.context import Context
@@ -213,6 +214,28 @@ def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
 
 
+def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
+    """A warning where rows of `evaluation.prompts` are training prompts too: the student sees the same, or a row of the
+    same id holds the same."""
+
+    def seen(prompt: Prompt) -> set[str]:
+        view = prompt.view()
+        messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
+        rows = (Prompt("", {"prompt": messages}), replace(prompt, column=""))
+        return {content_of([row], lambda _: []) for row in rows}
+
+    if not recipe.evaluation.prompts:
+        return []
+    trained = {key for prompt in training for key in seen(prompt)}
+    shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
+    if not shared:
+        return []
+    return [
+        f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
+        "first): measurements on them are not held out; take them out of one of the two sets"
+    ]
+
+
 def _readable(
     recipe: Recipe, prompts: list[Prompt], bad: list[DataError], student: Student, *parts: Any
 ) -> list[Prompt]:
@@ -356,6 +379,7 @@ def assemble(
     for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
         monitor.warn(note)
     for objective in recipe.objective:
+        objective.check_authors(rollout.authors)
         objective.check_trajectories(rollout)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):

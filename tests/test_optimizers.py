@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from opd.api import execute, export
 from opd.checkpoints.tree import flatten, unflatten
 from opd.context import Context
-from opd.errors import RecipeError
+from opd.errors import RecipeError, RunError
 from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.updates import optimizers
@@ -115,6 +115,53 @@ def test_moments_of_8_bits_stay_such_through_a_checkpoint(tokenizer):
         step(one, its)
     for (name, a), b in zip(student.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("now", THERE)
+@pytest.mark.parametrize("then", THERE)
+def test_what_an_optimiser_keeps_is_stored_by_name_and_fits_no_other_one(then, now, tokenizer):
+    """Optimisers number parameters otherwise: Muon has the matrices first."""
+
+    def built(kind, **options):
+        language = LanguageModel(tiny_model(width=96, **options), tokenizer, template="plain")
+        student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+        return student, PlainUpdate(optimizer=kind, learning_rate=1e-2).build(student, Accelerator(cpu=True))
+
+    student, update = built(then)
+    student.language.model(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
+    update.apply()
+    state = unflatten(*flatten(update.state_dict()))
+    parameters = dict(student.language.model.named_parameters())
+    assert all(any(whole.endswith(name) or name.endswith(whole) for whole in parameters) for name in state["moments"])
+    if then == now:
+        _, other = built(now)
+        other.load_state_dict(state)
+        before, after = (flatten(each.state_dict()) for each in (update, other))
+        assert before[0] == after[0]
+        assert all(torch.equal(before[1][name], after[1][name]) for name in before[1] if "/average/" not in name)
+        for options in ({"layers": 1}, {"layers": 3}, {"intermediate_size": 32}):
+            with pytest.raises(RunError, match=r"does not fit the update: the trained .* (there|here)"):
+                built(now, **options)[1].load_state_dict(state)
+    else:
+        with pytest.raises(RunError, match=rf"update.optimizer is '{now}'.*set update.optimizer={then}"):
+            built(now)[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        ({}, {"optimizer": "muon"}, "update.optimizer is 'muon', and the checkpoint holds what 'adamw' kept"),
+        ({"optimizer": "muon"}, {}, "update.optimizer is 'adamw', and the checkpoint holds what 'muon' kept"),
+        ({}, {"average": {"every": 1}}, "update.average is set, and the checkpoint holds no mean"),
+    ],
+)
+def test_another_update_is_refused_even_if_changes_are_accepted(then, now, words, make):  # noqa: F811
+    execute(make("run", update=then, steps=1), quiet=True)
+    with pytest.raises(RunError, match="--force-changed"):
+        execute(make("run", update=now, steps=2), quiet=True, resume=True)
+    with pytest.raises(RunError, match=words) as error:
+        execute(make("run", update=now, steps=2), quiet=True, resume=True, force_changed=True)
+    assert len(str(error.value).splitlines()) <= 2
 
 
 def test_momentum_is_the_recipes():

@@ -18,7 +18,7 @@ from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.prompts.file import FilePrompts
 from opd.prompts.inline import InlinePrompts
 from opd.recipe import parse_recipe
-from opd.run import load_data
+from opd.run import load_data, not_held_out
 from opd.verifiers.base import as_text
 from opd.verifiers.exact_match import ExactMatch
 
@@ -195,6 +195,35 @@ def test_a_weighted_step_does_not_depend_on_the_steps_before():
     course = Shuffled().build(load_prompts(sources), 4, Context(torch.device("cpu"), seed=1))
     later = [prompt.id for prompt in course.next(6, {}, None).prompts]
     assert later == [prompt.id for prompt in drawn(sources, 7, seed=1)[24:]]
+
+
+def test_held_out_prompts_that_are_trained_on_are_counted_in_one_line():
+    def rows(*texts):
+        return {"kind": "inline", "prompts": [{"prompt": text} for text in texts]}
+
+    def warnings(held_out, training=None):
+        recipe = parse_recipe(
+            {
+                "student": {"model": "a"},
+                "teacher": {"model": "b"},
+                "prompts": training or rows("one", "two", "three"),
+                **({"evaluation": {"prompts": held_out}} if held_out else {}),
+            }
+        )
+        return not_held_out(recipe, *load_data(recipe))
+
+    assert warnings(rows("four", "five")) == []
+    assert warnings(None, rows("one", "one", *map(str, range(40)))) == [], "a share of the prompt set"
+    (line,) = warnings(rows("four", "two", "one"))
+    assert line.startswith("evaluation.prompts: 2 of 3 are training prompts too (")
+    assert "\n" not in line
+    # A text is a message of the user, and a row the same whatever column is looked at.
+    assert warnings(rows([{"role": "user", "content": "two"}, {"role": "user", "content": "six"}])) == []
+    assert len(warnings(rows([{"role": "user", "content": "two"}]))) == 1
+    row = {"id": "x", "prompt": "seven", "question": "eight"}
+    same, other = ({"kind": "inline", "prompts": [r]} for r in (row, {**row, "question": "nine"}))
+    for held_out, expected in ((same, 1), (other, 0)):
+        assert len(warnings({**held_out, "column": "question"}, same)) == expected
 
 
 def test_weights_that_change_nothing_are_refused():

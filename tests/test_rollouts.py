@@ -10,6 +10,7 @@ import torch
 import opd
 from opd.api import execute
 from opd.context import Context
+from opd.evaluation import roll_out
 from opd.language.engines.transformers import LanguageModel
 from opd.loop import train
 from opd.prompts import Prompt, count_repeats
@@ -181,6 +182,72 @@ def test_the_switch_continues_what_the_first_source_began(student, teacher, prom
     torch.testing.assert_close(log_q[mine], whole.behaviour_log_probs[mine], atol=1e-4, rtol=1e-4)
 
 
+def test_each_source_of_a_switch_keeps_its_own_bound(student, teacher, prompts):
+    def lengths(budget=None, **settings):
+        made = SwitchRollout(**settings)
+        source = made.build(student.context, student, [teacher])
+        return source(prompts, 4, budget or made.budget, stream=1)
+
+    long, short = TeacherRollout(max_new_tokens=30), StudentRollout(max_new_tokens=4)
+    whole = lengths(first=long, then=short, position=3)
+    assert SwitchRollout(first=long, then=short, position=3).budget == 7
+    assert int(whole.lengths.max()) == 7
+    for authors in whole.authors.split(whole.lengths.tolist()):
+        assert (authors == TEACHER).sum() <= 3
+        assert (authors == STUDENT).sum() <= 4
+    assert int(lengths(budget=30, first=long, then=short, position=0).lengths.max()) == 4
+    # A schedule may begin beyond what the first source writes.
+    first, then = TeacherRollout(max_new_tokens=2), StudentRollout(max_new_tokens=9)
+    early = SwitchRollout(first=first, then=then, position={"kind": "linear", "start": 40, "steps": 4})
+    whole = early.build(student.context, student, [teacher])(prompts, 4, 9, stream=1)
+    assert max(int((a == TEACHER).sum()) for a in whole.authors.split(whole.lengths.tolist())) == 2
+    assert int(whole.lengths.max()) == 9
+    assert (early.budget, early.longest) == (9, 9)
+
+
+SIX = {"first": {"kind": "teacher", "max_new_tokens": 6}, "then": {"kind": "student", "max_new_tokens": 6}}
+LADDER = {"kind": "length_ladder", "lengths": [2, 4], "steps_per_rung": 1}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "curriculum", "words"),
+    [
+        ({**SIX, "position": 6}, None, "position is 6, and a trajectory has at most 6 tokens"),
+        (SIX, None, "position is 16, and a trajectory has at most 6 tokens: 'then' would never write"),
+        ({**SIX, "position": {"kind": "linear", "start": 20, "end": 7}}, None, "position is 7, and a trajectory"),
+        ({**SIX, "then": {"kind": "student"}}, None, "position is 16, and 'first' writes at most 6 tokens"),
+        ({**SIX, "position": 5}, LADDER, r"rollout.position is 5 and curriculum.lengths goes up to 4"),
+        ({**SIX, "position": 1}, {**LADDER, "lengths": [2, 9]}, "a source of the switch to 6 tokens"),
+    ],
+)
+def test_a_switch_whose_second_source_never_writes_is_refused(rollout, curriculum, words, models, tmp_path):  # noqa: F811
+    data = recipe_for(models, tmp_path).dump()
+    data |= {"rollout": {"kind": "switch", **rollout}} | ({"curriculum": curriculum} if curriculum else {})
+    with pytest.raises(opd.OpdError, match=words) as error:
+        parse_recipe(data)
+    assert len(str(error.value).splitlines()) <= 2
+    for position in ([[0, 30], [2, 0]], 5, 0):
+        parse_recipe({**data, "rollout": {"kind": "switch", **SIX, "position": position}, "curriculum": "shuffled"})
+
+
+@pytest.mark.parametrize(
+    ("rollout", "longest"),
+    [
+        ({"kind": "switch", "first": {"kind": "data"}, "then": {"kind": "student", "max_new_tokens": 5}}, 5),
+        ({"kind": "mixture", "first": {"kind": "student", "max_new_tokens": 5}, "second": {"kind": "data"}}, 5),
+        ({"kind": "data", "max_new_tokens": 7}, 7),
+    ],
+)
+def test_held_out_samples_are_as_long_as_the_students_own(rollout, longest, models, tmp_path):  # noqa: F811
+    prompts = {"kind": "inline", "prompts": [{"prompt": f"{i}+1=", "response": "1" * 40} for i in range(24)]}
+    recipe = recipe_for(models, tmp_path, prompts=prompts, objective="forward_kl")
+    data = {**recipe.dump(), "rollout": rollout | ({"position": 3} if rollout["kind"] == "switch" else {})}
+    data["evaluation"] |= {"max_new_tokens": None, "held_out": 8}
+    run = build(parse_recipe(data), tmp_path)
+    drawn = roll_out(run, run.sampler, run.held_out, 4)
+    assert int(drawn.lengths.max()) == longest
+
+
 def test_a_switch_at_zero_is_the_second_source(student, teacher, prompts):
     source = SwitchRollout(then=StudentRollout(max_new_tokens=5), position=0).build(student.context, student, [teacher])
     assert torch.equal(source(prompts, 1, 5, stream=2).actions, source.sources[1](prompts, 1, 5, stream=2).actions)
@@ -222,6 +289,25 @@ def test_a_policy_gradient_on_anothers_samples_is_refused(models, tmp_path):  # 
     recipe = parse_recipe({**recipe.dump(), "rollout": {"kind": "teacher", "max_new_tokens": 4}})
     with pytest.raises(opd.OpdError, match="student's own samples"):
         execute(recipe, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "written_by", "known"),
+    [
+        ({"kind": "student"}, ["data"], "student"),
+        ({"kind": "student"}, ["student", "teacher"], "student"),
+        ({"kind": "mixture"}, ["environment"], "student and teacher"),
+        ({"kind": "data"}, ["student"], "data"),
+        ({"kind": "data", "author": "teacher"}, ["data"], "teacher"),
+    ],
+)
+def test_somebody_who_never_writes_is_refused(rollout, written_by, known, models, tmp_path):  # noqa: F811
+    prompts = {"kind": "inline", "prompts": [{"prompt": f"{i}+1=", "response": f"{i + 1}"} for i in range(24)]}
+    recipe = recipe_for(models, tmp_path, prompts=prompts)
+    objective = [{"kind": "reverse_kl", "written_by": written_by}]
+    with pytest.raises(opd.OpdError, match=rf"written_by names '{written_by[-1]}', .* written by {known}: ") as error:
+        build(parse_recipe({**recipe.dump(), "rollout": rollout, "objective": objective}), tmp_path)
+    assert len(str(error.value).splitlines()) <= 2
 
 
 def test_join_numbers_groups_by_place():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -104,6 +104,17 @@ class Objective(Choice):
 
     def check_accepts(self, target: type[Distribution], source: str) -> None:
         """Raise `IncompatibleError` at start-up when this cannot be computed from what `source` answers."""
+
+    def check_authors(self, authors: Collection[Author]) -> None:
+        """Raise `IncompatibleError` at start-up when `written_by` names somebody who is not among the `authors` of the
+        rollout."""
+        absent = next((name for name in self.written_by or () if name not in authors), None)
+        if absent is not None:
+            kind, known = self.model_dump()["kind"], [name for name in AUTHORS if name in authors]
+            raise IncompatibleError(
+                f"objective {kind!r}: written_by names {absent!r}, who writes nothing in this rollout, written by "
+                f"{' and '.join(known)}: name those, or take another rollout"
+            )
 
     def check_trajectories(self, rollout: Any) -> None:
         """Raise `IncompatibleError` at start-up when it is not what it says on the states of this prefix source."""

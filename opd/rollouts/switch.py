@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd.choice import OneOf
 from opd.context import Context
@@ -15,13 +15,15 @@ from opd.prompts import Prompt
 from opd.rollouts.base import Combination, Rollout, SeveralSources
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Trajectories, continued
 
 
 class SwitchRollout(SeveralSources):
-    """`first` writes up to `position` actions, `then` goes on to the budget. With a schedule of `position` the student
-    takes over earlier and earlier."""
+    """`first` writes up to `position` actions, `then` goes on. With a schedule of `position` the student takes over
+    earlier and earlier.
+
+    Each source writes at most its own `max_new_tokens`, and a trajectory is no longer than the larger of both."""
 
     kind: Literal["switch"] = "switch"
     modality: ClassVar[str | None] = "language"
@@ -29,11 +31,43 @@ class SwitchRollout(SeveralSources):
     then: Annotated[Rollout, OneOf(Rollout)] = Field(StudentRollout(), description="Goes on from there")
     position: Annotated[int, OverSteps(ge=0)] = Field(16, description="Actions that the first source writes")
 
+    @model_validator(mode="after")
+    def _both_write(self) -> SwitchRollout:
+        at, longest = _extremes(self.position)[0], max(self.first.longest, self.then.longest)
+        if at >= longest:
+            raise ValueError(
+                f"position is {at}, and a trajectory has at most {longest} tokens: 'then' would never write; lower "
+                "position, or raise then.max_new_tokens"
+            )
+        if at > self.first.longest:
+            raise ValueError(
+                f"position is {at}, and 'first' writes at most {self.first.longest} tokens; lower position, or raise "
+                "first.max_new_tokens"
+            )
+        return self
+
+    @property
+    def budget(self) -> int:
+        return self._most(self.position, self.first.budget, self.then.budget)
+
+    @property
+    def longest(self) -> int:
+        return self._most(_extremes(self.position)[1], self.first.longest, self.then.longest)
+
+    def _most(self, position: int, first: int, then: int) -> int:
+        return min(max(first, then), min(position, first) + then)
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Switched:
         sources = [part.build(context, student, teachers) for part in self.parts]
         if "data" in sources[1].authors:
             raise IncompatibleError("rollout.then is 'data'; a stored response cannot go on what another source began")
         return Switched(self, context, sources)
+
+
+def _extremes(tokens: int) -> tuple[int, int]:
+    """The least and the largest of all steps."""
+    low, high = tokens.shape.extremes() if isinstance(tokens, Scheduled) else (tokens, tokens)
+    return round(low), round(high)
 
 
 class Switched(Combination):
@@ -48,9 +82,10 @@ class Switched(Combination):
         begun: Sequence[torch.Tensor] | None = None,
     ) -> Trajectories:
         begin, go_on = self.sources
-        at = min(self.settings.position, budget)
+        at = min(self.settings.position, budget, begin.settings.budget)
+        left = min(budget - at, go_on.settings.budget)
         if at == 0:
-            return go_on(prompts, group, budget, stream, begun)
+            return go_on(prompts, group, left, stream, begun)
         first = begin(prompts, group, at, stream, begun)
         # What ended by itself or was stopped stays as it is; the rest goes on, each from its own beginning.
         stopped = first.stopped or [None] * len(first)
@@ -59,7 +94,7 @@ class Switched(Combination):
             return first
         own = first.completions()
         starts = [own[i] if begun is None else torch.cat([begun[i].to(own[i].device), own[i]]) for i in going]
-        rest = go_on([first.prompts[i] for i in going], 1, budget - at, stream, starts)
+        rest = go_on([first.prompts[i] for i in going], 1, left, stream, starts)
         return continued(first, going, rest)
 
     def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:

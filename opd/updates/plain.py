@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
-from opd.errors import RecipeError
+from opd.errors import RecipeError, RunError
 from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.schedules import OverSteps
@@ -185,26 +185,63 @@ class PlainOptimiser(Optimiser):
             weight.copy_(self.mean[name])
             self.mean[name].copy_(live)
 
+    def _names(self) -> list[str]:
+        """Names of the parameters, in the order in which the optimiser numbers them."""
+        names = {id(p): name for name, p in self._trained()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
+
     def state_dict(self) -> dict[str, Any]:
-        """What the optimiser keeps of each parameter, and the mean of the weights where there is one; rates and the
-        like are the recipe's."""
+        """What the optimiser keeps of each parameter, by the parameter's name, and the mean of the weights where there
+        is one; rates and the like are the recipe's."""
         averages = {"average": self.mean, "taken": self.taken} if self.mean else {}
         if self.schedule_free:
             counts = [{name: group[name] for name in COUNTED} for group in self.optimizer.param_groups]
             with self._at_its_mean():
                 averages = {"average": {name: p.detach().clone() for name, p in self._trained()}, "counts": counts}
-        return {"moments": self.optimizer.state_dict()["state"], **averages}
+        names, kept = self._names(), self.optimizer.state_dict()["state"]
+        shapes = {name: list(p.shape) for name, p in self._trained()}
+        return {
+            "optimizer": self.settings.optimizer,
+            "shapes": shapes,
+            "moments": {names[i]: of for i, of in kept.items()},
+            **averages,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._check_fits(state)
         if self.mean:
             copy_into(self.mean, state["average"], "average")
             self.taken = state["taken"]
         for group, counts in zip(self.optimizer.param_groups, state.get("counts", ()), strict=False):
             group.update(counts)
         own = self.optimizer.state_dict()["param_groups"]
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        trained, numbers = dict(self._trained()), {name: i for i, name in enumerate(self._names())}
         moments = {
-            i: {name: like(v, trained[i]) if isinstance(v, torch.Tensor) and v.ndim else v for name, v in of.items()}
-            for i, of in state["moments"].items()
+            numbers[name]: {
+                key: like(v, trained[name]) if isinstance(v, torch.Tensor) and v.ndim else v for key, v in of.items()
+            }
+            for name, of in state["moments"].items()
         }
         self.optimizer.load_state_dict({"state": moments, "param_groups": own})
+
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        """Raise `RunError` for what another optimiser kept, or this one of other parameters."""
+        kind = self.settings.optimizer
+        if state["optimizer"] != kind:
+            raise RunError(
+                f"update.optimizer is {kind!r}, and the checkpoint holds what {state['optimizer']!r} kept, which no "
+                f"other can go on with; set update.optimizer={state['optimizer']}, or start another run from the saved "
+                "student"
+            )
+        if self.mean and "average" not in state:
+            raise RunError(
+                "update.average is set, and the checkpoint holds no mean of the weights; remove update.average, or "
+                "start another run from the saved student"
+            )
+        here = {name: list(p.shape) for name, p in self._trained()}
+        for name in dict.fromkeys([*here, *state["shapes"]]):
+            shape, stored = (side.get(name, "absent") for side in (here, state["shapes"]))
+            if shape != stored:
+                raise RunError(
+                    f"the checkpoint does not fit the update: the trained {name} is {stored} there and {shape} here"
+                )
