@@ -329,7 +329,7 @@ def test_a_student_made_for_another_task_is_refused(tmp_path):
         ({"kind": "running_sum", "terms": [9, 3]}, "prompts.task.terms .*9 is more than 3"),
         ({"kind": "running_sum", "terms": 0}, "prompts.task.terms.*greater than or equal to 1"),
         ({"kind": "running_sum", "terms": "many"}, "prompts.task.terms"),
-        ({"kind": "running_sum", "term": 3}, "did you mean 'terms'"),
+        ({"kind": "running_sum", "term": 3}, "did you mean 'prompts.task.terms'"),
         ({"kind": "running_sum", "formats": "swaped"}, "no writing 'swaped' .did you mean 'swapped'"),
         ({"kind": "running_sum", "formats": {"sum": 0}}, "all weights are 0"),
         ({"kind": "running_sum", "formats": {"sum": -1}}, "prompts.task.formats.sum"),
@@ -399,7 +399,7 @@ def test_the_page_shows_every_task():
     ("words", "message"),
     [
         (["procedural", "runing_sum"], "did you mean 'running_sum'"),
-        (["procedural", "running_sum", "term=3"], "did you mean 'terms'"),
+        (["procedural", "running_sum", "term=3"], "did you mean 'prompts.task.terms'"),
         (["procedural", "running_sum", "terms"], "form key=value"),
         (["procedural", "running_sum", "--split", "tests"], "prompts.split"),
         (["procedural", "running_sum", "--size", "0"], "prompts.size"),
