@@ -289,6 +289,8 @@ def finish(run: Run) -> Result:
         "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    if run.skips.empty and run.accelerator.is_main_process:
+        monitor.warn(f"{run.skips.empty} of {run.step} steps had nothing to learn, and their updates were not taken")
     # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
     run.optimiser.settle()
     # The wrapper of several processes goes before their group does: whoever frees the group last waits for its threads,

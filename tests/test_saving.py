@@ -423,6 +423,19 @@ def test_a_push_that_cannot_work_is_refused_at_start(folders, tmp_path, hub, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_a_target_of_adapters_that_no_module_has_is_refused(folders, tmp_path):
+    student = {**folders["s"], "lora": {"rank": 4, "targets": ["q_proj", "v_pro"]}}
+    with pytest.raises(ModelError, match=r"no module is named 'v_pro' \(did you mean 'v_proj'\?\)"):
+        short_run(tmp_path / "run", student, folders["t"])
+
+
+def test_a_folder_with_a_misspelt_name_is_not_looked_for_on_a_hub(folders, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"'models/studnet': models/ is here and holds no such folder"):
+        short_run(tmp_path / "run", folders["s"], {"model": "models/studnet", "template": "plain"})
+
+
 def test_an_adapter_of_a_model_without_some_layers_is_not_saved_alone(folders, tmp_path, capsys):
     student = {**folders["s"], "drop_layers": [0], "lora": {"rank": 4}}
     result = short_run(tmp_path / "run", student, folders["t"])

@@ -34,6 +34,10 @@ def resolve(reference: str) -> str:
                 "give a model folder or a hub name"
             )
         return str(folder)
+    beside = Path(reference.partition("/")[0])
+    if beside.is_dir() and not Path(reference).exists():
+        # A hub name looks the same, but nobody has a folder by the name of its owner in the working directory.
+        raise ModelError(f"model {reference!r}: {beside}/ is here and holds no such folder; mend the name")
     return reference
 
 

@@ -16,7 +16,7 @@ from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import DataError, IncompatibleError, ModelError, RunError
+from opd.errors import DataError, IncompatibleError, ModelError, RunError, nearest
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,
@@ -482,6 +482,12 @@ def _with_lora(model: Any, lora: LoRA) -> Any:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             raise ModelError(
                 f"student.lora.modules_to_save: no module is named {wanted!r}; names look like {names[-1]!r}"
+            )
+    for wanted in lora.targets if isinstance(lora.targets, list) else ():
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            raise ModelError(
+                f"student.lora.targets: no module is named {wanted!r}"
+                f"{nearest(wanted, {name.rpartition('.')[2] for name in names})}; take names of the model's modules"
             )
     spare_routers(config, model)
     try:
