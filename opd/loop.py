@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
+from opd.now import Now
 from opd.objectives import Target
 from opd.prompts import count_repeats
 from opd.rounding import Gradients
@@ -27,35 +29,34 @@ def train(run: Run) -> None:
         draw = run.schedule.next(run.step, run.signals)
         if draw is None or run.step >= recipe.steps:
             break
-        clock, measurement = Clock(), Measurement(run.objectives)
-        scheduled = run.take_settings_of_step(run.step)
+        now = run.at(run.step)
+        objectives = now.recipe.objective
+        clock, measurement = Clock(), Measurement(objectives)
 
         with clock("rollout"):
-            drawn = count_repeats(draw.prompts)
-            run.rollout.drawn(drawn, run.step)
-            prompts = run.share(drawn)
-            budget = run.rollout.settings.budget if draw.budget is None else draw.budget
-            trajectories = run.rollout(prompts, recipe.batch.group, budget, stream=run.step)
+            request = now.request(count_repeats(draw.prompts), draw.budget, stream=run.step)
+            run.rollout.drawn(request)
+            trajectories = run.rollout(replace(request, prompts=run.share(request.prompts)))
             trajectories = run.verify(trajectories)
 
         with clock("teacher"), run.accelerator.autocast():
-            targets = run.ask(trajectories)
+            targets = run.ask(trajectories, now)
         measurement.asked(run.teachers, trajectories)
 
-        counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in run.objectives]
+        counts = [o.position_weights(trajectories, recipe.reduction, run.sum_over_processes) for o in objectives]
         batch = MicroBatches(run, trajectories, measurement)
         for micro, here in batch:
             with batch.fitting():
                 answers = [target.select(here) for target in targets]
-                accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
+                accumulate(run, now, micro, answers, [count[here] for count in counts], batch, clock, measurement)
 
         with clock("update"):
-            run.signals = move(run, measurement)
+            run.signals = move(run, now, measurement)
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(trajectories.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
-        run.signals |= draw.signals | scheduled
+        run.signals |= draw.signals | now.scheduled
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
         run.watch.read(run, run.step, held_out(measured))
@@ -71,14 +72,14 @@ def held_out(signals: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
 
 
-def move(run: Run, measurement: Measurement) -> dict[str, float]:
+def move(run: Run, now: Now, measurement: Measurement) -> dict[str, float]:
     """Take the step, and have the teachers follow that are made of the student. Where nothing can be learnt, neither
     the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1."""
     finite = measurement.finite(run.sum_over_processes)
     if finite and not measurement.learns(run.sum_over_processes):
         run.optimiser.discard()
         return {"empty": 1.0}
-    signals = run.optimiser.apply(finite)
+    signals = run.optimiser.apply(now.recipe.update, finite)
     for teacher in run.teachers if "skipped" not in signals else ():
         teacher.follow(run.student)
     return signals
@@ -86,6 +87,7 @@ def move(run: Run, measurement: Measurement) -> dict[str, float]:
 
 def accumulate(
     run: Run,
+    now: Now,
     micro: Trajectories,
     answers: Sequence[Target],
     counts: Sequence[torch.Tensor],
@@ -94,20 +96,21 @@ def accumulate(
     measurement: Measurement,
 ) -> None:
     """Add the gradients of one micro-batch of a step's `batch`; `counts` are each objective's weights."""
+    objectives = now.recipe.objective
     with run.accelerator.autocast():
         with clock("student"):
-            student = run.student(micro)
+            student = run.student(micro, now.context)
         with clock("loss"):
-            shape = run.shaping(student.detach(), answers, micro)
-            weights = [o.shape(count, shape) for o, count in zip(run.objectives, counts, strict=True)]
+            shape = run.shape(now, student.detach(), answers, micro)
+            weights = [o.shape(count, shape) for o, count in zip(objectives, counts, strict=True)]
             losses = [
                 objective(student, objective.heard(answers), weight, micro)
-                for objective, weight in zip(run.objectives, weights, strict=True)
+                for objective, weight in zip(objectives, weights, strict=True)
             ]
             share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
             own = run.student.own_losses(share)
             gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
         run.optimiser.accumulate([*losses, *own], batch.last)
-    above = gradients.above(run.objectives, weights, losses)
-    measurement.add(losses, weights, micro, shape, above, run.rollout.exact)
+    above = gradients.above(objectives, weights, losses)
+    measurement.add(losses, weights, micro, shape, above, run.rollout.exact(now.recipe.rollout))

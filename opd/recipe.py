@@ -227,7 +227,7 @@ class Recipe(Settings):
                     f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "
                     f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
                 )
-            if objective.needs_reward and self.verifier is None:
+            if objective.needs_reward and self.verifier is None and not self.rollout.rewards:
                 raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
             if objective.compares_group and self.batch.group == 1:
                 raise ValueError(

@@ -26,7 +26,7 @@ def position_weights(
     processes, so the gradient does not depend on how the batch is cut. Positions outside `learn` (bool `[N]`, by
     default the trajectories' own) weigh 0.
     """
-    learn = (trajectories.learn if learn is None else learn).float()
+    learn = (trajectories.learnt if learn is None else learn).float()
     if reduction == "token_mean":
         total = sum_over_processes(learn.sum())
         return learn / total.clamp(min=1)

@@ -19,21 +19,23 @@ from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.context import Context
 from opd.curricula import Schedule
-from opd.errors import DataError, RecipeError, RunError
+from opd.distributions import Distribution
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
 from opd.monitor import Monitor
-from opd.objectives import Objective, Target
+from opd.now import Now
+from opd.objectives import Target
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
-from opd.rollouts import PrefixSource
+from opd.rollouts import HeldOutSampler, PrefixSource
 from opd.rollouts.base import Combination
 from opd.same_view import nothing_to_learn
-from opd.self_test import self_test
+from opd.self_test import PROBE, PROBE_POSITIONS, self_test
 from opd.shaping import Shaper, Shaping
 from opd.stopping import Watch
-from opd.teachers import LiveTeacher
+from opd.teachers import LiveTeacher, answers_of
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
 from opd.verifiers import Verifier
@@ -50,10 +52,8 @@ class Run:
     teachers: list[LiveTeacher]
     schedule: Schedule
     rollout: PrefixSource
-    sampler: PrefixSource
     verifier: Verifier | None
     shaping: Shaping | Shaper
-    objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitor
@@ -106,33 +106,40 @@ class Run:
                 raise RunError(f"the checkpoint does not fit: {name} cannot take its state ({error})") from None
         self.step, self.signals, self.micro = state["step"], state["signals"], state["micro"]
         randoms = state["random"]
-        # A run that is at its end measures as its last step did.
-        self.take_settings_of_step(max(0, self.step - 1))
         set_random_state(randoms[self.accelerator.process_index % len(randoms)], self.accelerator.device)
 
-    def take_settings_of_step(self, step: int) -> dict[str, float]:
-        """Put the numbers of a step (from 0) in the places of the recipe's schedules, in every part that reads them,
-        and return them by their keys."""
-        schedules = self.recipe.scheduled()
-        if not schedules:
-            return {}
-        now = self.recipe.at(step, self.recipe.steps)
-        context = self.context.with_(temperature=now.temperature)
-        self.optimiser.settings, self.objectives = now.update, now.objective
-        if isinstance(self.shaping, Shaping):
-            self.shaping = now.shaping
-        else:
-            self.shaping.settings = now.shaping
-        for teacher, settings in zip(self.teachers, now.teacher, strict=True):
-            teacher.settings, teacher.context = settings, context
-        self.student.context = context
-        self.rollout.take(now.rollout, context)
-        self.sampler = self.student.held_out_sampler(now, self.rollout, context)
-        return {f"schedule/{key}": float(s.at(step, self.recipe.steps)) for key, s in schedules.items()}
+    def at(self, step: int) -> Now:
+        """The recipe and the facts of a step (from 0), for all that takes part in it."""
+        return Now.at(self.recipe, self.context, step)
 
-    def ask(self, trajectories: Trajectories) -> list[Target]:
-        """Every teacher's answer."""
-        return [Target(t(trajectories), t.weights(trajectories), t.settings.name) for t in self.teachers]
+    def sampler(self, now: Now) -> HeldOutSampler:
+        """Who writes when the student is measured."""
+        return held_out_sampler(self.student, self.rollout, now)
+
+    def ask(self, trajectories: Trajectories, now: Now) -> list[Target]:
+        """Every teacher's answers; where they came with the trajectories they are read.
+
+        Raises:
+            IncompatibleError: an answer came whose teacher is none of the recipe's, or could be several.
+        """
+        names = [settings.name for settings in now.recipe.teacher]
+        for target in trajectories.answers or ():
+            if names.count(target.teacher) != 1:
+                raise IncompatibleError(
+                    f"the rollout brought an answer of teacher {target.teacher!r}, and the recipe's teachers are "
+                    f"called {names}; name each answer after one of them, and each of several teachers"
+                )
+        pairs = zip(self.teachers, now.recipe.teacher, strict=True)
+        return [target for t, settings in pairs for target in answers_of(t, trajectories, settings, now.context)]
+
+    def shape(
+        self, now: Now, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
+    ) -> torch.Tensor:
+        """The shaping's weights at N positions."""
+        settings = now.recipe.shaping
+        if isinstance(self.shaping, Shaping):
+            return settings(student, targets, trajectories)
+        return self.shaping(student, targets, trajectories, settings)
 
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
@@ -148,14 +155,19 @@ class Run:
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
 
     def verify(self, trajectories: Trajectories) -> Trajectories:
-        """The trajectories with their rewards (NaN where the prompt has no verdict), when the recipe has a verifier."""
-        if self.verifier is None:
+        """The trajectories with their rewards, compared within the step: the recipe's verifier's, and where it gives no
+        verdict those that the rollout set (NaN where there are none either)."""
+        if self.verifier is None and trajectories.rewards is None:
             return trajectories
+        own = torch.full((len(trajectories),), torch.nan) if trajectories.rewards is None else trajectories.rewards
+        if self.verifier is None:
+            return trajectories.rewarded(own, self._spread(own))
         scores = [
             self.verifier.score(prompt, outcome)
             for prompt, outcome in zip(trajectories.prompts, self.student.outcomes(trajectories), strict=True)
         ]
-        rewards = torch.tensor([float("nan") if s is None else s for s in scores])
+        verdicts = torch.tensor([torch.nan if s is None else s for s in scores])
+        rewards = verdicts.where(~verdicts.isnan(), own)
         return trajectories.rewarded(rewards, self._spread(rewards))
 
     def _spread(self, rewards: torch.Tensor) -> float:
@@ -170,6 +182,12 @@ def _able(name: str, part: Any, able_to: str) -> Iterator[tuple[str, Any]]:
         yield name, part
     for i, source in enumerate(part.sources if isinstance(part, Combination) else ()):
         yield from _able(f"{name}.{i}", source, able_to)
+
+
+def held_out_sampler(student: Student, rollout: PrefixSource, now: Now) -> HeldOutSampler:
+    """The rollout's own sampler for measurements of the student, under the recipe's settings for them."""
+    sampler = rollout.held_out(now.recipe.rollout, now.context, student)
+    return student.measured_by(sampler, now.recipe.evaluation)
 
 
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
@@ -209,7 +227,7 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
     """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
     may go without."""
     for objective in recipe.objective:
-        if objective.needs_reward and recipe.verifier is not None:
+        if objective.needs_reward and recipe.verifier is not None and not recipe.rollout.rewards:
             recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
 
 
@@ -263,8 +281,7 @@ def build_models(
     student.check_settings(recipe)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
-    for part in (student, *built):
-        part.context = context
+    student.context = context
     return student, built, context
 
 
@@ -309,11 +326,13 @@ def assemble(
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
     check_verdicts(recipe, training)
 
-    sampler = student.held_out_sampler(recipe, rollout, context)
+    now = Now.at(recipe, context, 0)
+    sampler = held_out_sampler(student, rollout, now)
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
+        asked = now.request(probe, PROBE_POSITIONS, stream=PROBE, group=1)
         with accelerator.autocast():
-            self_test(student, built, rollout, recipe.objective, probe, sampler)
+            self_test(student, built, rollout, now.recipe.objective, asked, sampler)
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
@@ -325,10 +344,8 @@ def assemble(
         teachers=built,
         schedule=recipe.curriculum.build(training, recipe.batch.prompts, context, student),
         rollout=rollout,
-        sampler=sampler,
         verifier=recipe.verifier,
         shaping=recipe.shaping.build(context),
-        objectives=recipe.objective,
         optimiser=recipe.update.build(student, accelerator),
         held_out=held_out,
         monitor=monitor,

@@ -21,10 +21,10 @@ def spoilt(monkeypatch, steps, value=float("nan")):
     """Put `value` into a gradient when the optimiser has been asked to move so often."""
     apply, count = PlainOptimiser.apply, iter(range(1, 1000))
 
-    def spoiling(self, finite=True):
+    def spoiling(self, settings, finite):
         if next(count) in steps:
             next(p for p in self.student.module.parameters() if p.requires_grad).grad[0] = value
-        return apply(self, finite)
+        return apply(self, settings, finite)
 
     monkeypatch.setattr(PlainOptimiser, "apply", spoiling)
 
@@ -161,7 +161,7 @@ def test_one_trajectory_that_does_not_fit_is_one_message(make, monkeypatch):  # 
 
 
 def test_memory_that_runs_out_elsewhere_is_one_message(make, monkeypatch):  # noqa: F811
-    def full(self, packed):
+    def full(self, settings, context, packed):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     recipe = make("run", checkpoint={"every": 1})

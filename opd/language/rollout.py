@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,10 +19,14 @@ from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
 from opd.language.sampler import Sampler
 from opd.prepacked import FEWEST, prepacked
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.request import Request
 from opd.schedules import OverSteps
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
 
 
 class SamplingSettings(Settings):
@@ -37,6 +41,10 @@ class SamplingSettings(Settings):
         "auto: a copy where the device is fast at it. rollout_gap shows what the copy costs in exactness",
     )
     segment: int | None = Field(None, ge=1, description="Tokens drawn between two looks at the rows; default all")
+
+
+GREEDY = {"top_p": 1.0, "top_k": 1}
+"""Cuts that leave the likeliest token alone."""
 
 
 class LanguageRollout(PrefixSource):
@@ -59,11 +67,9 @@ class LanguageRollout(PrefixSource):
         author: Author = "student",
         sees: str | None = None,
     ):
-        self.language, self.settings, self.context = language, settings, context
+        self.language = language
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
-        self.own_temperature = True
-        self.exact = self._is_exact()
         own = next(language.parameters()).dtype
         wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
         self.copy: Any = None
@@ -71,68 +77,48 @@ class LanguageRollout(PrefixSource):
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
 
-    def take(self, settings: Any, context: Context) -> None:
-        super().take(settings, context)
-        self.exact = self._is_exact()
+    def exact(self, settings: Settings) -> bool:
+        assert isinstance(settings, SamplingSettings)
+        return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"
 
-    def _is_exact(self) -> bool:
-        whole = self.settings.top_p == 1.0 and self.settings.top_k == 0
-        return whole and self.author == "student" and self.own_temperature
-
-    def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
-        """The same writer with other sampling settings; shares weights and copy."""
-        other = copy.copy(self)
-        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k})
-        other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
-        other.own_temperature = self.own_temperature and temperature is None
-        other.exact = other._is_exact()
-        return other
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """This writer itself, where the student is it."""
+        if self.author != "student":
+            return super().held_out(settings, context, student)
+        return HeldOutSampler(self, settings, context)
 
     def writers(self) -> list[PrefixSource]:
         return [self]
 
     @torch.no_grad()
-    def check_draws(self, prompts: Sequence[Prompt]) -> None:
-        plain = self.drawing(None, 1.0, 0)
+    def check_draws(self, prompts: Sequence[Prompt], context: Context) -> None:
         training = self.language.training
         self.language.eval()
         # The student's view of a prompt will do: one of the writer's own may be missing where others write.
         contexts = [self.reader.encode(prompt) for prompt in prompts]
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
-        check_draws(plain.sampler(), contexts, self.language, f"the {self.author}", tolerance)
+        check_draws(self.sampler(SamplingSettings(), context), contexts, self.language, f"the {self.author}", tolerance)
         self.language.train(training)
 
-    def sampler(self, packed: bool = False) -> Sampler:
+    def sampler(self, settings: SamplingSettings, context: Context, packed: bool = False) -> Sampler:
         """A sampler of the model as it is now, its head `packed` as it is too."""
         language = self.language
         if self.copy is not None:
             for mine, live in zip(self.copy.parameters(), language.parameters(), strict=True):
                 mine.copy_(live)
             language = self.copy
-        head = language.head(self.context.temperature, self.context.vocabulary, self.context.excluded)
+        head = language.head(context.temperature, context.vocabulary, context.excluded)
         head = head.prepacked() if packed else head
-        return Sampler(language, head, self.context.end_ids, self.settings.top_p, self.settings.top_k, packed)
+        return Sampler(language, head, context.end_ids, settings.top_p, settings.top_k, packed)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
+    def __call__(self, request: Request[SamplingSettings]) -> Trajectories:
         with whole(self.language):
-            return self._sampled(prompts, group, budget, stream, begun)
+            return self._sampled(request)
 
-    def _sampled(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None,
-    ) -> Trajectories:
+    def _sampled(self, request: Request[SamplingSettings]) -> Trajectories:
+        prompts, group, budget, begun = request.prompts, request.group, request.budget, request.begun
+        settings, context = request.settings, request.context
         training = self.language.training
         self.language.eval()
         own = [self.language.encode(p, self.sees) for p in prompts]
@@ -143,19 +129,19 @@ class LanguageRollout(PrefixSource):
             members = 1
         # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
         order = sorted(range(len(views)), key=lambda i: len(views[i]))
-        per_wave = max(1, self.settings.batch // members)
+        per_wave = max(1, settings.batch // members)
         pays = budget * -(-len(order) // per_wave) >= FEWEST
-        sampler = self.sampler(pays)
+        sampler = self.sampler(settings, context, pays)
         actions: dict[int, tuple[torch.Tensor, torch.Tensor, bool]] = {}
         unpacked = sampler.decoder is None and pays
         with prepacked(decoder_of(sampler.model.base)) if unpacked else contextlib.nullcontext():
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 rows = [i * members + g for i in wave for g in range(members)]
-                seeds = [row_seed(self.context.seed, stream, prompts[r // group], group, r % group) for r in rows]
+                seeds = [row_seed(context.seed, request.stream, prompts[r // group], group, r % group) for r in rows]
                 state = sampler.start([views[i] for i in wave], members, budget, seeds)
                 while len(state.alive) and state.drawn < budget:
-                    sampler.extend(state, self.settings.segment or budget)
+                    sampler.extend(state, settings.segment or budget)
                 actions |= dict(zip(rows, state.rows(), strict=True))
         self.language.train(training)
         if not all(bool(log_probs.isfinite().all()) for _, log_probs, _ in actions.values()):

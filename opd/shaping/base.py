@@ -17,12 +17,10 @@ from opd.trajectories import Trajectories
 
 class Shaper(Protocol):
     """A built shaping that keeps something between steps; with `state_dict` and `load_state_dict` that is in a
-    checkpoint. `settings` are those of the current step: the loop puts the numbers of schedules in."""
-
-    settings: Shaping
+    checkpoint. `settings` are the shaping's at this step, numbers in the places of schedules."""
 
     def __call__(
-        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories
+        self, student: Distribution, targets: Sequence[Target], trajectories: Trajectories, settings: Shaping
     ) -> torch.Tensor: ...
 
 

@@ -13,9 +13,7 @@ from opd.policies.base import Student
 
 
 class Optimiser(ABC):
-    """A built update. `settings` are those of the current step: the loop puts the numbers of schedules in."""
-
-    settings: Any
+    """A built update. The numbers of a step, a rate that follows a schedule, come with `apply`."""
 
     @abstractmethod
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
@@ -27,8 +25,9 @@ class Optimiser(ABC):
         """Forget what was accumulated since the last step."""
 
     @abstractmethod
-    def apply(self, finite: bool = True) -> dict[str, float]:
-        """Take the step and clear the gradients; returns `gradient_norm`, `learning_rate` and the like.
+    def apply(self, settings: Update, finite: bool = True) -> dict[str, float]:
+        """Take the step under its `settings` and clear the gradients; returns `gradient_norm`, `learning_rate` and the
+        like.
 
         When the loss was not `finite`, or the gradient is not, the weights and all that belongs to them stay as they
         are, and `skipped` is 1.
