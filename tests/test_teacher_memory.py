@@ -92,7 +92,7 @@ def test_the_folder_stays_within_its_bound_and_the_longest_unused_go(tmp_path):
 def test_a_file_that_cannot_be_read_is_asked_again(tmp_path):
     trajectories = trajectories_of([3])
     one = teacher(tmp_path)
-    first = one(trajectories)
+    first = said(one, trajectories)
     (file,) = (tmp_path / "answers").rglob("*.safetensors")
     file.write_bytes(b"torn")
     again, passes = asked_of(one, trajectories)
