@@ -59,7 +59,7 @@ def sample_images(
     # Before the other teachers are left out, so that a mistyped name is told with those that there are.
     recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
     prompts = load_prompts(recipe.prompts)
-    writer = recipe.rollout.teacher
+    writer, dtype = recipe.rollout.teacher, recipe.rollout.dtype
     asked = [teacher for teacher in recipe.teacher if writer is not None and teacher.name == writer]
     recipe = recipe.model_copy(update={"teacher": asked})
     student, teachers, context = build_models(recipe, compute_device(recipe, make_accelerator(recipe)))
@@ -81,7 +81,7 @@ def sample_images(
         "writer": {route: weights_hash(model) for route, model in writers.items()},
         "times": {route: model.grid(steps).tolist() for route, model in writers.items()},
         "encoders": _encoders(student.model.pipeline),
-        "dtype": recipe.rollout.dtype,
+        "dtype": dtype,
         "settings": {
             "seed": recipe.seed,
             "steps": steps,
