@@ -161,7 +161,7 @@ def test_one_trajectory_that_does_not_fit_is_one_message(make, monkeypatch):  # 
 
 
 def test_memory_that_runs_out_elsewhere_is_one_message(make, monkeypatch):  # noqa: F811
-    def full(self, settings, context, packed):
+    def full(self, settings, context, packed=False):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     recipe = make("run", checkpoint={"every": 1})
