@@ -189,10 +189,11 @@ class OpdSession(Session):
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
         run, trajectories = self.run, self.trajectories(completions)
-        objective = run.objectives[0]
+        now = run.at(run.step)
+        objective = now.recipe.objective[0]
         weights = objective.position_weights(trajectories, run.recipe.reduction, run.sum_over_processes)
         with run.accelerator.autocast():
-            loss = objective(run.student(trajectories), run.ask(trajectories), weights, trajectories)
+            loss = objective(run.student(trajectories), run.ask(trajectories, now), weights, trajectories)
         run.optimiser.accumulate([loss], last=True)
         score = Score.of(loss.total.detach(), run.student.module.parameters())
         run.optimiser.optimizer.zero_grad()
@@ -218,7 +219,7 @@ def _made_on_device(recipe: Any, job: Job) -> dict[str, Any]:
     teacher.requires_grad_(False)
     return {
         "student": CausalLMStudent(student.eval(), recipe.student, context),
-        "teachers": [LanguageTeacher(teacher, recipe.teacher[0], device, context)],
+        "teachers": [LanguageTeacher(teacher, recipe.teacher[0], device)],
     }
 
 

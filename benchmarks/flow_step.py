@@ -202,13 +202,14 @@ def measure(size: Size, repeats: int, folder: Path) -> dict[str, Any]:
 def compared(run: Run, bare: Bare) -> tuple[float, float]:
     """The loss of opd and of the bare loop on the same trajectories."""
     prompts = run.course.next(0, {}, None).prompts  # type: ignore[union-attr]
-    made: Trajectories = run.rollout(prompts, 1, run.rollout.settings.budget, stream=0)
-    objective = run.objectives[0]
+    now = run.at(0)
+    made: Trajectories = run.rollout(now.request(prompts, stream=0, group=1))
+    objective = now.recipe.objective[0]
     weights = objective.position_weights(made, run.recipe.reduction, run.sum_over_processes)
     with torch.no_grad():
         own = run.student(made)
         assert isinstance(own, Gaussian)
-        ours = float(objective(own, run.ask(made), weights, made).total)
+        ours = float(objective(own, run.ask(made, now), weights, made).total)
         starts = torch.stack([context.start for context in made.contexts])
         actions = torch.stack(made.completions())
         states = torch.cat([starts[:, None], actions[:, :-1]], 1).transpose(0, 1)

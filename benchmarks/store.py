@@ -107,9 +107,9 @@ def write(scorer: Scorer, prompts: Sequence[Any]) -> tuple[float, float]:
         here = [by_id[name] for name in store.part(shard)[1]]
         trajectories = store.trajectories(store.rows_of_shard(shard), here, CPU)
         with torch.no_grad():
-            answer = scorer.teacher(trajectories)
+            (target,) = scorer.teacher.answer(trajectories, scorer.settings, scorer.context)
         begun = time.perf_counter()
-        scorer.targets.write(shard, answer, trajectories)
+        scorer.targets.write(shard, target.distribution, trajectories)
         spent += time.perf_counter() - begun
         tokens += trajectories.positions
     return tokens / (time.perf_counter() - start), over(tokens, spent)
@@ -278,14 +278,14 @@ def measure(quick: bool, folder: Path) -> list[dict[str, Any]]:
     recipe = recipe_of(quick, folder)
     store = sample(recipe, folder / "store", prompts_per_shard=8, quiet=True)
     prompts = load_prompts(recipe.prompts)
-    student, (teacher,), _ = build_models(recipe, CPU)
+    student, (teacher,), context = build_models(recipe, CPU)
     student.module.eval()
     trajectories = store.trajectories(range(8), prompts[:8], CPU)
     lengths = trajectories.lengths.tolist()
     with torch.no_grad():
-        live = teacher(trajectories)
+        live = teacher.answer(trajectories, recipe.teacher[0], context)[0].distribution
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            in_half = teacher(trajectories)
+            in_half = teacher.answer(trajectories, recipe.teacher[0], context)[0].distribution
     in_half = replace(in_half, hidden=in_half.hidden.bfloat16())
     whole = gradient(student, ReverseKL(), live, trajectories)
     rows = []

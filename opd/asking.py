@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,11 @@ from opd.curricula import Asker
 from opd.distributions import Categorical, Gaussian, Sampled, Target
 from opd.measurement import Clock
 from opd.prompts import Prompt, count_repeats
-from opd.rollouts import Rollout
+from opd.rollouts import HeldOutSampler, Rollout
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
+    from opd.now import Now
     from opd.run import Run
 
 
@@ -24,30 +26,34 @@ class RunAsker(Asker):
     def __init__(self, run: Run, clock: Clock):
         self.run, self.clock = run, clock
         self.tokens: dict[str, float] = {}
-        self._ready = False
+
+    @functools.cached_property
+    def now(self) -> Now:
+        """Temperatures and the like are those of the step that comes."""
+        return self.run.at(min(self.run.step, self.run.recipe.steps - 1))
 
     @torch.no_grad()
     def roll_out(
         self, prompts: Sequence[Prompt], group: int = 1, budget: int | None = None, by: Rollout | None = None
     ) -> Trajectories:
-        run = self.run
+        run, now = self.run, self.now
         with self.clock("curriculum"):
-            self._take_settings()
             mine = run.share_of_draw(count_repeats(prompts))
-            source, most = run.sampler, run.rollout.settings.budget
-            if by is not None:
+            if by is None:
+                sampler, most = run.sampler(now), now.recipe.rollout.budget
+            else:
                 by = by.at(run.step, run.recipe.steps)
-                source, most = by.build(run.rollout.context, run.student, run.teachers), by.budget
+                source = by.build(now.context, run.student, run.teachers)
+                sampler, most = HeldOutSampler(source, by, now.context), by.budget
             # Streams from 0 are those of training, and -1 is that of evaluations.
-            made = run.verify(source(mine, group, most if budget is None else budget, stream=-2 - run.step))
+            made = run.verify(sampler(mine, group, most if budget is None else budget, stream=-2 - run.step))
             self._count("sampled_tokens", float((made.authors != AUTHORS.index("data")).sum()))
             return made
 
     @torch.no_grad()
     def ask(self, trajectories: Trajectories) -> list[Target]:
         with self.clock("curriculum"), self.run.accelerator.autocast():
-            self._take_settings()
-            answers = self.run.ask(trajectories)
+            answers = self.run.ask(trajectories, self.now)
             self._count("teacher_tokens", sum(t.asked for t in self.run.teachers) * trajectories.positions)
             return answers
 
@@ -55,11 +61,10 @@ class RunAsker(Asker):
     def log_probs(self, trajectories: Trajectories) -> torch.Tensor:
         run, found = self.run, []
         with self.clock("curriculum"), run.accelerator.autocast():
-            self._take_settings()
             training = run.student.module.training
             run.student.module.eval()
             for micro, _ in trajectories.split(run.micro):
-                own = run.student(micro)
+                own = run.student(micro, self.now.context)
                 assert isinstance(own, Categorical | Gaussian)
                 of_actions = own.log_prob if isinstance(own, Gaussian) else lambda a, o=own: Sampled.of(o, a).log_probs
                 found.append(of_actions(micro.actions).float())
@@ -77,9 +82,3 @@ class RunAsker(Asker):
 
     def _count(self, name: str, tokens: float) -> None:
         self.tokens[name] = self.tokens.get(name, 0.0) + tokens
-
-    def _take_settings(self) -> None:
-        """Temperatures and the like are those of the step that comes."""
-        if not self._ready:
-            self.run.take_settings_of_step(min(self.run.step, self.run.recipe.steps - 1))
-        self._ready = True

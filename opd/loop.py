@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from opd.curricula import Draw
 from opd.errors import IncompatibleError
 from opd.failures import MicroBatches
 from opd.measurement import Clock, Measurement
+from opd.now import Now
 from opd.objectives import Loss, Target
 from opd.prompts import count_repeats
 from opd.rounding import Gradients
@@ -32,17 +34,17 @@ def train(run: Run) -> None:
         draw = run.course.next(run.step, run.signals, asker)
         if draw is None or run.step >= recipe.steps:
             break
-        measurement = Measurement(run.objectives, asker.tokens)
-        scheduled = run.take_settings_of_step(run.step)
+        now = run.at(run.step)
+        measurement = Measurement(now.recipe.objective, asker.tokens)
 
-        trajectories = accumulate_step(run, draw, clock, measurement) if draw.prompts else None
+        trajectories = accumulate_step(run, now, draw, clock, measurement) if draw.prompts else None
         with clock("update"):
-            run.signals = move(run, measurement)
+            run.signals = move(run, now, measurement)
 
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(measurement.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
-        run.signals |= draw.signals | scheduled
+        run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
             run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
         measured = run.monitor.after_step(run, run.signals, measurement)
@@ -60,32 +62,30 @@ def held_out(signals: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
 
 
-def accumulate_step(run: Run, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories:
+def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories:
     """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches."""
     with clock("rollout"):
-        drawn = count_repeats(draw.prompts)
-        run.rollout.drawn(drawn, run.step)
-        prompts = run.share_of_draw(drawn)
-        budget = run.rollout.settings.budget if draw.budget is None else draw.budget
-        trajectories = run.rollout(prompts, run.recipe.batch.group, budget, stream=run.step)
+        request = now.request(count_repeats(draw.prompts), draw.budget, stream=run.step)
+        run.rollout.drawn(request)
+        trajectories = run.rollout(replace(request, prompts=run.share_of_draw(request.prompts)))
         trajectories = run.verify(trajectories)
 
     with clock("teacher"), run.accelerator.autocast():
-        targets = run.ask(trajectories)
+        targets = run.ask(trajectories, now)
     measurement.asked(run.teachers, trajectories)
-    trajectories = run.shaping.look(trajectories, targets, run.sum_over_processes)
+    trajectories = run.shaping.look(trajectories, targets, now.recipe.shaping, run.sum_over_processes)
 
     of_each = (trajectories, run.recipe.reduction, run.sum_over_processes, run.expected)
-    counts = [objective.position_weights(*of_each) for objective in run.objectives]
+    counts = [objective.position_weights(*of_each) for objective in now.recipe.objective]
     batch = MicroBatches(run, trajectories, measurement)
     for micro, here in batch:
         with batch.fitting():
             answers = [target.select(here) for target in targets]
-            accumulate(run, micro, answers, [count[here] for count in counts], batch, clock, measurement)
+            accumulate(run, now, micro, answers, [count[here] for count in counts], batch, clock, measurement)
     return trajectories
 
 
-def move(run: Run, measurement: Measurement) -> dict[str, float]:
+def move(run: Run, now: Now, measurement: Measurement) -> dict[str, float]:
     """Take the step, and have the teachers follow that are made of the student. Where nothing can be learnt, neither
     the weights nor what belongs to them (moments, averages, such teachers) move, and `empty` is 1; unless the update
     takes such steps too."""
@@ -93,7 +93,7 @@ def move(run: Run, measurement: Measurement) -> dict[str, float]:
     if finite and not run.optimiser.takes_empty and not measurement.learns(run.sum_over_processes):
         run.optimiser.discard()
         return {"empty": 1.0}
-    signals = run.optimiser.apply(finite)
+    signals = run.optimiser.apply(now.recipe.update, finite)
     for teacher in run.teachers if "skipped" not in signals else ():
         teacher.follow(run.student)
     return signals
@@ -101,6 +101,7 @@ def move(run: Run, measurement: Measurement) -> dict[str, float]:
 
 def accumulate(
     run: Run,
+    now: Now,
     micro: Trajectories,
     answers: Sequence[Target],
     counts: Sequence[torch.Tensor],
@@ -109,16 +110,17 @@ def accumulate(
     measurement: Measurement,
 ) -> None:
     """Add the gradients of one micro-batch of a step's `batch`; `counts` are each objective's weights."""
+    objectives = now.recipe.objective
     with run.accelerator.autocast():
         with clock("student"):
-            student = run.student(micro)
+            student = run.student(micro, now.context)
         with clock("loss"):
-            shape = run.shaping(student.detach(), answers, micro)
-            weights = [o.shape(count, shape.weights) for o, count in zip(run.objectives, counts, strict=True)]
+            shape = run.shaping(student.detach(), answers, micro, now.recipe.shaping)
+            weights = [o.shape(count, shape.weights) for o, count in zip(objectives, counts, strict=True)]
             moved = shape.offset(answers)
             losses = [
                 objective(student, objective.heard(moved), weight, micro, run.optimiser.per_example)
-                for objective, weight in zip(run.objectives, weights, strict=True)
+                for objective, weight in zip(objectives, weights, strict=True)
             ]
             share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
             own = run.student.own_losses(share)
@@ -127,13 +129,13 @@ def accumulate(
             gradients = Gradients(student, answers, run.accelerator.num_processes)
     with clock("backward"):
         run.optimiser.accumulate([*losses, *own], batch.last)
-    above = gradients.above(run.objectives, weights, losses)
-    measurement.add(losses, weights, micro, shape, counts, above, run.rollout.exact)
+    above = gradients.above(objectives, weights, losses)
+    measurement.add(losses, weights, micro, shape, counts, above, run.rollout.exact(now.recipe.rollout))
 
 
 def check_apart(run: Run, losses: Sequence[Loss], own: Sequence[Loss]) -> None:
     """Raise `IncompatibleError` when the update asked for the loss of each example and some loss is only a whole."""
-    kinds = [objective.model_dump()["kind"] for objective in run.objectives]
+    kinds = [objective.model_dump()["kind"] for objective in run.recipe.objective]
     whole = [f"objective {kind!r}" for kind, loss in zip(kinds, losses, strict=True) if loss.per_example is None]
     whole += ["the student's routers (router_aux_loss_coef)"] if own else []
     if whole:

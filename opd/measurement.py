@@ -64,9 +64,12 @@ class Measurement:
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
 
     def asked(self, teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
-        """Count the positions that the step's teachers scored, and those whose answers they had already."""
+        """Count the positions that the step's teachers scored, while rolling out or afterwards, and those whose answers
+        they had already."""
         wanted = len(teachers) * trajectories.positions
-        scored = sum(t.asked for t in teachers) * trajectories.positions
+        while_rolling_out = {target.teacher for target in trajectories.answers or ()}
+        shares = [1.0 if t.settings.name in while_rolling_out else t.asked for t in teachers]
+        scored = sum(shares) * trajectories.positions
         self.answered = {"teacher_tokens": float(scored)}
         if any(t.remembers for t in teachers):
             self.answered |= {"remembered": float(wanted - scored), "wanted": float(wanted)}
@@ -97,11 +100,12 @@ class Measurement:
         shown |= {} if shape.offsets is None else {"offset": shape.offsets}
         self._check_names(shape, losses, shown)
         self.parts.append((micro, shown | shape.measured))
+        drawn = micro.chosen & (micro.authors != AUTHORS.index("data"))
         added = {
             "counted": float(torch.stack(counted).any(0).sum()),
             "above": float(above.sum()),
             "trajectories": float(len(micro)),
-            "sampled_tokens": float((micro.authors != AUTHORS.index("data")).sum()) if micro.stored is None else 0.0,
+            "sampled_tokens": float(drawn.sum()) if micro.stored is None else 0.0,
             "loss": sum(float(each.total.detach()) for each in losses),
             "length": float(micro.lengths.sum()),
             "truncated": float((~micro.finished).sum()),

@@ -31,7 +31,7 @@ def position_weights(
     Raises:
         ValueError: `expected` with `token_mean`, whose denominator is a number of tokens.
     """
-    learn = (trajectories.learn if learn is None else learn).float()
+    learn = (trajectories.learnt if learn is None else learn).float()
     if reduction == "token_mean":
         if expected is not None:
             raise ValueError("token_mean has no expected number of trajectories; take a reduction by sequence")

@@ -25,17 +25,18 @@ from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
 from opd.kept_weights import KeptWeights
 from opd.monitor import Monitor
-from opd.objectives import Objective, Target
+from opd.now import Now
+from opd.objectives import Target
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe
-from opd.rollouts import PrefixSource
+from opd.rollouts import HeldOutSampler, PrefixSource
 from opd.rollouts.base import Combination
 from opd.same_view import nothing_to_learn
-from opd.self_test import self_test
+from opd.self_test import PROBE, PROBE_POSITIONS, self_test
 from opd.shaping import Shaper
 from opd.stopping import Watch
-from opd.teachers import LiveTeacher
+from opd.teachers import LiveTeacher, answers_of
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
 from opd.verifiers import Scorer
@@ -53,10 +54,8 @@ class Run:
     course: Course
     kept: KeptWeights
     rollout: PrefixSource
-    sampler: PrefixSource
     verifier: Scorer | None
     shaping: Shaper
-    objectives: list[Objective]
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitor
@@ -109,30 +108,31 @@ class Run:
                 raise RunError(f"the checkpoint does not fit: {name} cannot take its state ({error})") from None
         self.step, self.signals, self.micro = state["step"], state["signals"], state["micro"]
         randoms = state["random"]
-        # A run that is at its end measures as its last step did.
-        self.take_settings_of_step(max(0, self.step - 1))
         set_random_state(randoms[self.accelerator.process_index % len(randoms)], self.accelerator.device)
 
-    def take_settings_of_step(self, step: int) -> dict[str, float]:
-        """Put the numbers of a step (from 0) in the places of the recipe's schedules, in every part that reads them,
-        and return them by their keys."""
-        schedules = self.recipe.scheduled()
-        if not schedules:
-            return {}
-        now = self.recipe.at(step, self.recipe.steps)
-        context = self.context.with_(temperature=now.temperature)
-        self.optimiser.settings, self.objectives = now.update, now.objective
-        self.shaping.settings = now.shaping
-        for teacher, settings in zip(self.teachers, now.teacher, strict=True):
-            teacher.settings, teacher.context = settings, context
-        self.student.context = context
-        self.rollout.take(now.rollout, context)
-        self.sampler = self.student.held_out_sampler(now, self.rollout, context)
-        return {f"schedule/{key}": float(s.at(step, self.recipe.steps)) for key, s in schedules.items()}
+    def at(self, step: int) -> Now:
+        """The recipe and the facts of a step (from 0), for all that takes part in it."""
+        return Now.at(self.recipe, self.context, step)
 
-    def ask(self, trajectories: Trajectories) -> list[Target]:
-        """Every teacher's answer."""
-        return [Target(t(trajectories), t.weights(trajectories), t.settings.name) for t in self.teachers]
+    def sampler(self, now: Now) -> HeldOutSampler:
+        """Who writes when the student is measured."""
+        return held_out_sampler(self.student, self.rollout, now)
+
+    def ask(self, trajectories: Trajectories, now: Now) -> list[Target]:
+        """Every teacher's answers; where they came with the trajectories they are read.
+
+        Raises:
+            IncompatibleError: an answer came whose teacher is none of the recipe's, or could be several.
+        """
+        names = [settings.name for settings in now.recipe.teacher]
+        for target in trajectories.answers or ():
+            if names.count(target.teacher) != 1:
+                raise IncompatibleError(
+                    f"the rollout brought an answer of teacher {target.teacher!r}, and the recipe's teachers are "
+                    f"called {names}; name each answer after one of them, and each of several teachers"
+                )
+        pairs = zip(self.teachers, now.recipe.teacher, strict=True)
+        return [target for t, settings in pairs for target in answers_of(t, trajectories, settings, now.context)]
 
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
@@ -176,8 +176,9 @@ class Run:
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
 
     def verify(self, trajectories: Trajectories) -> Trajectories:
-        """The trajectories with their rewards: the verifier's verdicts, and where there is none what the rollout gave;
-        NaN where neither did. Without rewards when the recipe has no verifier and the rollout sets none."""
+        """The trajectories with their rewards, compared within the step: the verifier's verdicts, and where there is
+        none what the rollout gave; NaN where neither did. Without rewards when the recipe has no verifier and the
+        rollout sets none."""
         own = trajectories.rewards
         if self.verifier is None and own is None:
             return trajectories
@@ -200,6 +201,12 @@ def _able(name: str, part: Any, able_to: str) -> Iterator[tuple[str, Any]]:
         yield name, part
     for i, source in enumerate(part.sources if isinstance(part, Combination) else ()):
         yield from _able(f"{name}.{i}", source, able_to)
+
+
+def held_out_sampler(student: Student, rollout: PrefixSource, now: Now) -> HeldOutSampler:
+    """The rollout's own sampler for measurements of the student, under the recipe's settings for them."""
+    sampler = rollout.held_out(now.recipe.rollout, now.context, student)
+    return student.measured_by(sampler, now.recipe.evaluation)
 
 
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
@@ -338,8 +345,7 @@ def build_models(
     student.check_settings(recipe)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
-    for part in (student, *built):
-        part.context = context
+    student.context = context
     return student, built, context
 
 
@@ -387,11 +393,13 @@ def assemble(
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     check_verdicts(recipe, verifier, training)
 
-    sampler = student.held_out_sampler(recipe, rollout, context)
+    now = Now.at(recipe, context, 0)
+    sampler = held_out_sampler(student, rollout, now)
     if recipe.self_test:
         probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
+        asked = now.request(probe, PROBE_POSITIONS, stream=PROBE, group=1)
         with accelerator.autocast():
-            self_test(student, built, rollout, recipe.objective, probe, sampler)
+            self_test(student, built, rollout, now.recipe.objective, asked, sampler)
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 
@@ -406,10 +414,8 @@ def assemble(
         course=recipe.curriculum.build(training, recipe.batch.prompts, context),
         kept=KeptWeights(student),
         rollout=rollout,
-        sampler=sampler,
         verifier=verifier,
         shaping=recipe.shaping.build(context),
-        objectives=recipe.objective,
         optimiser=optimiser,
         held_out=held_out,
         monitor=monitor,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from opd.distributions import Distribution
+from opd.context import Context
 from opd.divergences import Divergence, Target
 from opd.errors import SelfTestError
 from opd.language.own_outputs import TOLERANCE, compute_dtype
@@ -14,11 +15,15 @@ from opd.objectives import Objective
 from opd.objectives.sft import SFT
 from opd.policies import Student
 from opd.prompts import Prompt
-from opd.rollouts import PrefixSource
+from opd.rollouts import HeldOutSampler, PrefixSource, Request
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
 PROBE_POSITIONS = 16
+"""Length of the tiny rollout's trajectories."""
+
+PROBE = -2
+"""Its random stream."""
 
 
 def self_test(
@@ -26,8 +31,8 @@ def self_test(
     teachers: Sequence[LiveTeacher],
     rollout: PrefixSource,
     objectives: Sequence[Objective],
-    prompts: Sequence[Prompt],
-    measured: PrefixSource | None = None,
+    probe: Request[Any],
+    measured: HeldOutSampler | None = None,
 ) -> None:
     """Raise `SelfTestError` with the reason when a tiny rollout shows a wrong pipeline. Costs one small step.
 
@@ -40,23 +45,25 @@ def self_test(
     5. Every teacher answers one finite distribution for every position.
 
     Args:
+        probe: asks the rollout for a few short trajectories.
         measured: the student's rollouts for evaluation.
     """
     student.module.train(not student.noisy)
     # Rollouts run outside of autocast.
     with torch.autocast(next(student.module.parameters()).device.type, enabled=False):
-        check_writers([rollout, *([] if measured is None else [measured])], prompts)
-    trajectories = rollout(prompts, 1, PROBE_POSITIONS, stream=-2)
+        sources = [rollout, *([] if measured is None else [measured.source])]
+        check_writers(sources, probe.prompts, probe.context)
+    trajectories = rollout(probe)
     tolerance = TOLERANCE[compute_dtype(student.module)]
 
     student.check_outputs(trajectories, tolerance)
     check_teachers(teachers, trajectories)
 
-    mine = student(trajectories)
+    mine = student(trajectories, probe.context)
     ones = torch.full((trajectories.positions,), 1.0 / trajectories.positions, device=trajectories.actions.device)
     own = SFT()(mine, [], ones, trajectories)
-    if rollout.exact:
-        gap = float((own.log_probs - trajectories.behaviour_log_probs).abs().mean())
+    if rollout.exact(probe.settings):
+        gap = float((own.log_probs - trajectories.behaviour_log_probs)[trajectories.learnt].abs().mean())
         allowed = max(tolerance, TOLERANCE[rollout.dtype])
         if not gap <= allowed:
             raise SelfTestError(
@@ -75,17 +82,17 @@ def self_test(
                 f"both must be 0. The divergence {objective.model_dump()['kind']!r} does not vanish where it should"
             )
     for i, teacher in enumerate(teachers):
-        _check_answer(teacher(trajectories), trajectories, i)
+        _check_answers(teacher.answer(trajectories, teacher.settings, probe.context), trajectories, i)
 
 
-def check_writers(sources: Sequence[PrefixSource], prompts: Sequence[Prompt]) -> None:
+def check_writers(sources: Sequence[PrefixSource], prompts: Sequence[Prompt], context: Context) -> None:
     """Let everyone who writes draw a little; once where several sources draw from one model."""
     seen = set()
     for writer in (writer for source in sources for writer in source.writers()):
         model = id(getattr(writer, "language", writer))
         if model not in seen:
             seen.add(model)
-            writer.check_draws(prompts)
+            writer.check_draws(prompts, context)
 
 
 def check_teachers(teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
@@ -102,13 +109,17 @@ def _largest_gradient(student: Student, total: torch.Tensor) -> float:
     return max((float(g.abs().max()) for g in grads if g is not None), default=0.0)
 
 
-def _check_answer(answer: Distribution, trajectories: Trajectories, index: int) -> None:
-    if len(answer) != trajectories.positions:
-        raise SelfTestError(
-            f"teacher {index} answered {len(answer)} positions for {trajectories.positions} actions of the student"
-        )
-    for _, piece in answer.pieces():
-        found = (getattr(piece, name, None) for name in ("hidden", "log_probs", "mean"))
-        values = [each for each in found if isinstance(each, torch.Tensor)]
-        if not all(bool(torch.isfinite(each).all()) for each in values):
-            raise SelfTestError(f"teacher {index} answered with NaN or infinity; try another dtype (teacher.dtype)")
+def _check_answers(targets: Sequence[Target], trajectories: Trajectories, index: int) -> None:
+    if not targets:
+        raise SelfTestError(f"teacher {index} gave no answer; a teacher answers with one target or several")
+    for target in targets:
+        answer = target.distribution
+        if len(answer) != trajectories.positions:
+            raise SelfTestError(
+                f"teacher {index} answered {len(answer)} positions for {trajectories.positions} actions of the student"
+            )
+        for _, piece in answer.pieces():
+            found = (getattr(piece, name, None) for name in ("hidden", "log_probs", "mean"))
+            values = [each for each in found if isinstance(each, torch.Tensor)]
+            if not all(bool(torch.isfinite(each).all()) for each in values):
+                raise SelfTestError(f"teacher {index} answered with NaN or infinity; try another dtype (teacher.dtype)")

@@ -39,7 +39,7 @@ class Trajectories:
         lengths: int64 `[B]` on the CPU; the only thing that decides where a completion ends.
         behaviour_log_probs: float32 `[N]`, log-probability of each action under the distribution it was drawn from.
         finished: bool `[B]`, the trajectory ended by itself; False where it was cut, by the budget or by a watch.
-        learn: bool `[N]`, positions that may enter a loss; others (a tool's output) never do.
+        learn: bool `[N]`, positions that may enter a loss, unless the environment wrote them (`learnt`).
         authors: uint8 `[N]`, who chose each action, as an index into `AUTHORS`.
         groups: int64 `[B]`, index of the prompt that each trajectory belongs to.
         rewards: float32 `[B]` from a verifier or from the rollout itself, NaN where there is no verdict; or None.
@@ -79,6 +79,16 @@ class Trajectories:
     def positions(self) -> int:
         """N."""
         return self.actions.shape[0]
+
+    @property
+    def chosen(self) -> torch.Tensor:
+        """bool `[N]`: positions whose action somebody chose who can be learnt from; the environment is nobody."""
+        return self.authors != AUTHORS.index("environment")
+
+    @property
+    def learnt(self) -> torch.Tensor:
+        """bool `[N]`: positions that may enter a loss; what the environment wrote never does, whatever `learn` says."""
+        return self.learn & self.chosen.to(self.learn.device)
 
     def rewarded(self, rewards: torch.Tensor, spread: float) -> Trajectories:
         """These with float32 `[B]` rewards, NaN where there is no verdict; `spread` is that of all of the step's."""
@@ -134,12 +144,16 @@ FIELDS: dict[str, str] = {
 """`"position"` or `"trajectory"` by name; fields of the whole step are not in it."""
 
 
+OF_STEP = ("group_mean", "group_spread", "reward_spread")
+"""What compares rewards with others of the step: of parts that are put together it is made anew."""
+
+
 def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
     """One batch of several: trajectory i of the parts, in their order, takes place `order[i]`; groups are numbered by
     place, so a group's trajectories must end up next to each other.
 
-    What some parts lack: rewards are then dropped (and given anew), answers too (and asked for anew); `stored` is -1,
-    columns are NaN, -1 or False there.
+    What some parts lack: answers are then dropped (and asked for anew); rewards are NaN there, `stored` is -1, columns
+    are NaN, -1 or False. What compares the rewards of a step is dropped (and made anew).
     """
     offset, numbered = 0, []
     for part in parts:
@@ -154,7 +168,8 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
 
 def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> Trajectories:
     """`first`, where the trajectories `which` go on with those of `rest`, one each; what belongs to a whole trajectory
-    is the first's, but for its length and whether it ended."""
+    is the first's, but for its length, whether it ended, and its reward: one that goes on has that of `rest`, if any.
+    """
     place = {index: k for k, index in enumerate(which)}
     heads = torch.split(torch.arange(first.positions), first.lengths.tolist())
     tails = torch.split(torch.arange(rest.positions) + first.positions, rest.lengths.tolist())
@@ -163,14 +178,19 @@ def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> 
     lengths[list(which)] += rest.lengths
     finished[list(which)] = rest.finished
     both = _arranged([first, rest], torch.arange(len(first)), torch.cat(rows))
-    own = {name: getattr(first, name) for name, per in FIELDS.items() if per == "trajectory"}
-    stopped = first.stopped
+    own = {name: getattr(first, name) for name, per in FIELDS.items() if per == "trajectory" and name not in OF_STEP}
+    own |= {"lengths": lengths, "finished": finished}
+    if both.rewards is not None:
+        # The outcome of a beginning is not that of the whole.
+        rewards = both.rewards.clone()
+        rewards[list(which)] = torch.nan if rest.rewards is None else rest.rewards
+        own["rewards"] = rewards
     if rest.stopped is not None:
         reasons = list(first.stopped or [None] * len(first))
         for index, reason in zip(which, rest.stopped, strict=True):
             reasons[index] = reason
-        stopped = reasons
-    return replace(both, **{**own, "lengths": lengths, "finished": finished, "stopped": stopped})
+        own["stopped"] = reasons
+    return replace(both, **own)
 
 
 def _arranged(parts: Sequence[Trajectories], which: torch.Tensor, here: torch.Tensor) -> Trajectories:
@@ -180,9 +200,7 @@ def _arranged(parts: Sequence[Trajectories], which: torch.Tensor, here: torch.Te
         name: _together([getattr(p, name) for p in parts], counts[per], which if per == "trajectory" else here)
         for name, per in FIELDS.items()
     }
-    if any(p.rewards is None for p in parts):
-        found |= {"rewards": None, "group_mean": None, "group_spread": None}
-    return replace(parts[0], **found, reward_spread=None)
+    return replace(parts[0], **{**found, **dict.fromkeys(OF_STEP)})
 
 
 def _take(value: Any, index: slice | torch.Tensor) -> Any:

@@ -27,13 +27,14 @@ from opd.drawings.judges import (
     nearest_distance,
     train_classifier,
 )
-from opd.evaluation import STREAM
+from opd.evaluation import STREAM, first_answer
 from opd.objectives import Objective
 from opd.prompts import Prompt, count_repeats
 from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
+from opd.rollouts import Request
 from opd.run import Run
 from opd.verifiers.drawing import DrawingReward
 from reproductions.running_sum import reached
@@ -87,7 +88,7 @@ def opened(recipe: Mapping[str, Any], inputs: Mapping[str, Path], model: str, se
 
 def drawn_of(run: Run, prompts: Sequence[Prompt], each: int) -> Drawn:
     """`each` pictures of every prompt, by the ODE of the run's student."""
-    made = run.sampler(prompts, each, 1, stream=STREAM)
+    made = run.sampler(run.at(0))(prompts, each, 1, stream=STREAM)
     return Drawn(run, list(made.prompts), np.stack(run.student.outcomes(made)))
 
 
@@ -206,11 +207,12 @@ def divergence(made: Drawn) -> Figures:
 
 def _by_step(run: Run, grid: Any) -> list[float]:
     """Mean divergence of each step along the trajectories of a rollout, from the run's first teacher."""
-    walked = grid.build(run.context, run.student, run.teachers)(run.held_out, 1, grid.budget, stream=STREAM)
+    source, now = grid.build(run.context, run.student, run.teachers), run.at(0)
+    walked = source(Request(run.held_out, 1, grid.budget, STREAM, grid, now.context))
     parts = []
     with torch.no_grad():
         for micro, _ in walked.split(64):
-            own, theirs = run.student(micro), run.teachers[0](micro)
+            own, theirs = run.student(micro), first_answer(run, now, run.teachers[0], micro)
             assert isinstance(own, Gaussian)
             assert isinstance(theirs, Gaussian)
             parts.append(own.kl(theirs).view(-1, grid.budget))
@@ -227,7 +229,8 @@ def gradients(
     squared length of the first: 1 where both have one expectation and enough batches, 0 where the objective's is zero.
     """
     run = assembled(parse_recipe({**filled(recipe, inputs), "seed": seed, "tracking": {"trackers": []}}, "recipe"))
-    direct, own = GaussianKL(teacher=run.objectives[0].teacher), run.objectives[0]
+    own = run.recipe.objective[0]
+    direct = GaussianKL(teacher=own.teacher)
     truth = _gradient(run, direct, range(batches))
     found = _gradient(run, own, range(batches, 2 * batches))
     return {**dict.fromkeys(COSTS, 0.0), "along": float((found @ truth) / (truth @ truth))}
@@ -242,8 +245,9 @@ def _gradient(run: Run, objective: Objective, streams: Iterable[int]) -> torch.T
         draw = run.course.next(stream, {}, None)
         assert draw is not None
         prompts = count_repeats(draw.prompts)
-        walked = run.rollout(prompts, run.recipe.batch.group, run.rollout.settings.budget, stream=stream)
-        answers = run.ask(walked)
+        now = run.at(0)
+        walked = run.rollout(now.request(prompts, stream=stream))
+        answers = run.ask(walked, now)
         weights = objective.position_weights(walked, run.recipe.reduction, run.sum_over_processes)
         for micro, here in walked.split(run.micro):
             heard = objective.heard([answer.select(here) for answer in answers])

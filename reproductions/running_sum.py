@@ -17,6 +17,7 @@ from opd.recipe import parse_recipe
 from opd.reproductions import train
 from opd.reproductions.definition import Figures, merged
 from opd.reproductions.training import filled
+from opd.rollouts import HeldOutSampler, Request
 from opd.rollouts.teacher import TeacherRollout
 
 QUARTERS = 4
@@ -90,9 +91,9 @@ def student_tested(
     figures |= {f"test_{name}": value for name, value in found.metrics.items()}
     if states:
         own = by_quarter(found.rows)
-        source = TeacherRollout(max_new_tokens=run.recipe.rollout.budget)
-        run.sampler = source.build(run.context, run.student, run.teachers)
-        theirs = by_quarter(evaluate(run).rows)
+        writing = TeacherRollout(max_new_tokens=run.recipe.rollout.budget)
+        source = writing.build(run.context, run.student, run.teachers)
+        theirs = by_quarter(evaluate(run, HeldOutSampler(source, writing, run.at(0).context)).rows)
         figures |= {f"own_q{i + 1}": v for i, v in enumerate(own)}
         figures |= {f"teacher_q{i + 1}": v for i, v in enumerate(theirs)}
         figures["exposure"] = own[-1] - theirs[-1]
@@ -127,12 +128,14 @@ def responses_of_teacher(
     started = time.process_time()
     run = assembled(parse_recipe(merged(block, {"output": str(folder / "run")}), "recipe of the responses"))
     budget = run.recipe.rollout.budget
-    source = TeacherRollout(max_new_tokens=budget).build(run.context, run.student, run.teachers)
+    writing = TeacherRollout(max_new_tokens=budget)
+    source = writing.build(run.context, run.student, run.teachers)
     asked = load_prompts(run.recipe.prompts)
     tokens = 0
     with (folder / "responses.jsonl").open("w", encoding="utf-8") as file:
         for first in range(0, len(asked), 64):
-            trajectories = source(asked[first : first + 64], 1, budget, stream=0)
+            request = Request(asked[first : first + 64], 1, budget, 0, writing, run.at(0).context)
+            trajectories = source(request)
             tokens += trajectories.positions
             for prompt, actions in zip(trajectories.prompts, trajectories.completions(), strict=True):
                 fields = {k: prompt.fields[k] for k in ("id", "prompt", "answer")}

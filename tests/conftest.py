@@ -22,6 +22,7 @@ from opd.context import Context
 from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
+from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
 
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-=?.,#"
@@ -81,6 +82,24 @@ def student(tokenizer):
 def prompts():
     texts = ["12+7=", "spell a word", "9", "what is 3?", "abc def ghi jkl mno", "1+1=", "no", "q?"]
     return [Prompt(f"p{i}", {"prompt": text}, where=f"test:{i}") for i, text in enumerate(texts)]
+
+
+def writing(settings, student, teachers=(), context=None):
+    """A rollout, built, as tests ask it: with prompts, group, budget and stream."""
+    context = context or student.context
+    return HeldOutSampler(settings.build(context, student, teachers), settings, context)
+
+
+def rolled_out(run, prompts, group, budget, stream=0):
+    """What a run's rollout writes in its first step's settings."""
+    return run.rollout(run.at(0).request(prompts, budget, stream=stream, group=group))
+
+
+def said(teacher, trajectories, context=None):
+    """The distribution of a teacher that gives one answer."""
+    context = context or Context(torch.device("cpu"), end_ids=(0,))
+    (target,) = teacher.answer(trajectories, teacher.settings, context)
+    return target.distribution
 
 
 def trajectories_of(lengths, contexts=None, seed=0, vocabulary=47, prompts=None):

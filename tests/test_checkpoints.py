@@ -147,11 +147,10 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(way, make, monkey
 class Remembering(Shaper):
     """A built shaping with a state: positions weigh less from step to step."""
 
-    def __init__(self, settings):
-        super().__init__(settings)
+    def __init__(self):
         self.asked = 0
 
-    def __call__(self, student, targets, micro):
+    def __call__(self, student, targets, micro, settings):
         self.asked += 1
         return Shape(torch.full((micro.positions,), 1 / self.asked))
 
@@ -165,7 +164,7 @@ class Remembering(Shaper):
 @pytest.mark.parametrize("kind", ["mixture", "switch"])
 def test_states_of_a_shaping_and_of_sources_in_a_combination_are_in_it(kind, make, monkeypatch):
     """Two responses a row take turns by the visits of the row, which only the source inside the combination counts."""
-    monkeypatch.setattr("opd.shaping.uniform.Uniform.build", lambda self, context: Remembering(self), raising=False)
+    monkeypatch.setattr("opd.shaping.uniform.Uniform.build", lambda self, context: Remembering(), raising=False)
     rows = [{"prompt": text, "response": [f"{text}1", f"{text}22", f"{text}333"]} for text in TEXTS[:6]]
     data, student = {"kind": "data", "max_new_tokens": 6}, {"kind": "student", "max_new_tokens": 6}
     rollout = {

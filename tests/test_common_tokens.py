@@ -178,7 +178,7 @@ def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
     context = Context(torch.device("cpu"))
     built = CausalLMStudent(student, None, context)
     settings = LocalTeacher(model="t", template="plain")
-    agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device, context)], None)
+    agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device)], None)
     holes = sorted(turn_tokenizer().convert_tokens_to_ids(["{", "}"]))
     assert agreed.vocabulary.excluded == tuple(holes)
     one_sided, hole = built.notes
@@ -255,7 +255,7 @@ def test_stored_targets_know_which_tokens_they_are_over(tmp_path):
     targets = score(recipe, tmp_path / "store", "top_k", quiet=True, top_k=5)
     assert (targets.header.vocabulary, targets.header.excluded) == (len(plain), holes)
     context = Context(torch.device("cpu"), vocabulary=Vocabulary(len(plain), tuple(holes)))
-    answers = StoredAnswers(StoredTeacher(path=str(tmp_path / "store"), consistency="ignored"), context)
+    answers = StoredAnswers(StoredTeacher(path=str(tmp_path / "store"), consistency="ignored"))
     assert answers.vocabulary == context.vocabulary
     answers.check_student(None, context)
     with pytest.raises(IncompatibleError, match="another vocabulary"):

@@ -19,13 +19,14 @@ from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.engines.transformers import LanguageModel
 from opd.language.rollout import LanguageRollout
 from opd.recipe import parse_recipe
+from opd.rollouts import Request
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.switch import SwitchRollout
 from opd.teachers.memory import Memory, MemorySettings
 from opd.watches import LiveWatch, Watch
 from opd.watches.repetition import Repetition, repeated
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, writing
 from tests.families import FAMILIES, tiny
 from tests.tiny import turn_tokenizer
 
@@ -177,8 +178,8 @@ def test_a_piece_longer_than_the_longest_is_none():
 
 def test_a_completion_that_goes_round_in_circles_is_ended(student, looping):
     settings = {"watch": {"kind": "repetition", "times": 4, "longest": 5}, "segment": 10}
-    watched = StudentRollout(**settings).build(student.context, student, [])(looping, 2, 200, stream=0)
-    plain = StudentRollout().build(student.context, student, [])(looping, 2, 200, stream=0)
+    watched = writing(StudentRollout(**settings), student)(looping, 2, 200, stream=0)
+    plain = writing(StudentRollout(), student)(looping, 2, 200, stream=0)
     assert plain.stopped is None
     assert plain.lengths.float().mean() > 100
     assert watched.lengths.max() <= 40
@@ -191,26 +192,27 @@ def test_a_completion_that_goes_round_in_circles_is_ended(student, looping):
 
 def test_mixtures_and_switches_watch_what_their_parts_write(student, looping):
     watched = {"kind": "student", "watch": {"kind": "repetition", "times": 4}, "segment": 8}
-    mixed = MixtureRollout(first=watched, second="student", share=0.5).build(student.context, student, [])
+    mixed = writing(MixtureRollout(first=watched, second="student", share=0.5), student)
     trajectories = mixed(looping, 2, 64, stream=0)
     stopped = [reason is not None for reason in trajectories.stopped]
     assert 0 < sum(stopped) < len(stopped)
     assert all((n < 64) == cut for n, cut in zip(trajectories.lengths.tolist(), stopped, strict=True))
-    switched = SwitchRollout(first=watched, then="student", position=32).build(student.context, student, [])
+    switched = writing(SwitchRollout(first=watched, then="student", position=32), student)
     trajectories = switched(looping, 1, 64, stream=0)
     # A row that was ended goes on under nobody.
     assert trajectories.lengths.max() < 32
     assert all(trajectories.stopped)
-    later = SwitchRollout(first="student", then=watched, position=5).build(student.context, student, [])
+    later = writing(SwitchRollout(first="student", then=watched, position=5), student)
     trajectories = later(looping, 1, 64, stream=0)
     assert trajectories.lengths.min() > 5
     assert all(trajectories.stopped)
 
 
 def test_nobody_watches_held_out_samples(student, looping):
-    source = StudentRollout(watch={"kind": "repetition", "times": 3}).build(student.context, student, [])
-    assert source(looping, 1, 64, stream=0).stopped is not None
-    assert source.drawing(None, 1.0, 0)(looping, 1, 64, stream=0).stopped is None
+    watched = writing(StudentRollout(watch={"kind": "repetition", "times": 3}), student)
+    assert watched(looping, 1, 64, stream=0).stopped is not None
+    measured = watched.source.held_out(watched.settings, student.context, student)
+    assert measured(looping, 1, 64, stream=0).stopped is None
 
 
 def test_the_watch_on_the_page_ends_what_its_teacher_finds_unlikely(student, prompts):
@@ -232,7 +234,7 @@ def test_the_watch_on_the_page_ends_what_its_teacher_finds_unlikely(student, pro
         watch = settings.build(student.context, student, [teacher])
         rollout = StudentRollout().model_copy(update={"watch": settings, "segment": 4})
         source = LanguageRollout(student.language, rollout, student.context, watch=watch)
-        return source(prompts, 1, 12, stream=0)
+        return source(Request(prompts, 1, 12, 0, rollout, student.context))
 
     assert drawn(-99.0).stopped is None
     stopped = drawn(0.0)

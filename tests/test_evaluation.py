@@ -13,7 +13,7 @@ import yaml
 
 from opd.api import execute
 from opd.cli.main import main
-from opd.distributions import Sampled, TopK
+from opd.distributions import Sampled, Target, TopK
 from opd.errors import RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.language import harness
@@ -92,9 +92,10 @@ class Less(LiveTeacher):
     def __init__(self, inner, answers):
         self.inner, self.answers, self.settings = inner, answers, inner.settings
 
-    def __call__(self, trajectories):
-        whole = self.inner(trajectories)
-        return TopK.of(whole, 1) if self.answers is TopK else Sampled.of(whole, trajectories.actions)
+    def answer(self, trajectories, settings, context):
+        (target,) = self.inner.answer(trajectories, settings, context)
+        whole = target.distribution
+        return [Target(TopK.of(whole, 1) if self.answers is TopK else Sampled.of(whole, trajectories.actions))]
 
 
 @pytest.mark.parametrize("answers", [TopK, Sampled])

@@ -21,10 +21,10 @@ def spoilt(monkeypatch, steps, value=float("nan")):
     """Put `value` into a gradient when the optimiser has been asked to move so often."""
     apply, count = PlainOptimiser.apply, iter(range(1, 1000))
 
-    def spoiling(self, finite=True):
+    def spoiling(self, settings, finite):
         if next(count) in steps:
             next(p for p in self.student.module.parameters() if p.requires_grad).grad[0] = value
-        return apply(self, finite)
+        return apply(self, settings, finite)
 
     monkeypatch.setattr(PlainOptimiser, "apply", spoiling)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from opd.context import Context
 from opd.errors import ModelError, SelfTestError
 from opd.language import logits, own_outputs
 from opd.language.dropout import silence
@@ -106,15 +105,15 @@ def test_a_teacher_whose_logits_are_not_known_is_refused_wherever_it_stands():
         output.logits = torch.tanh(output.logits)
         return output
 
-    right = LanguageTeacher(language_of(tiny_model(vocabulary=90)), LocalTeacher(model="x"), torch.device("cpu"), None)
+    right = LanguageTeacher(language_of(tiny_model(vocabulary=90)), LocalTeacher(model="x"), torch.device("cpu"))
     model.forward = capped
-    wrong = LanguageTeacher(language_of(model), LocalTeacher(model="y"), torch.device("cpu"), None)
+    wrong = LanguageTeacher(language_of(model), LocalTeacher(model="y"), torch.device("cpu"))
     trajectories = trajectories_of([6, 4])
     check_teachers([right], trajectories)
     with pytest.raises(SelfTestError, match=r"teacher 1: the model's own logits .* 'llama'"):
         check_teachers([right, wrong], trajectories)
     settings = RoutedTeacher(by="tag", routes={"a": {"model": "x"}, "b": {"model": "y"}})
-    routed = RoutedTeachers(settings, Context(torch.device("cpu")), {"a": right, "b": wrong})
+    routed = RoutedTeachers(settings, {"a": right, "b": wrong})
     with pytest.raises(SelfTestError, match="the teacher of route 'b'"):
         check_teachers([routed], trajectories)
 

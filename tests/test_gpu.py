@@ -15,6 +15,7 @@ from opd.distributions import Categorical, Head
 from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target, divergence_loss
 from opd.language.rollout import LanguageRollout
 from opd.policies.causal_lm import CausalLMStudent
+from opd.rollouts import HeldOutSampler
 from opd.rollouts.student import StudentRollout
 from tests.conftest import save_tiny
 from tests.test_loop import recipe_for
@@ -84,7 +85,7 @@ def test_rollouts_and_their_log_probabilities_are_those_of_the_cpu(device, stude
     there = copy.deepcopy(student.language).to(device)
     context = Context(torch.device(device), end_ids=(0,))
     rollouts = [
-        LanguageRollout(language, StudentRollout(), at)(prompts, 4, 24, stream=0)
+        HeldOutSampler(LanguageRollout(language, StudentRollout(), at), StudentRollout(), at)(prompts, 4, 24, stream=0)
         for language, at in ((student.language, student.context), (there, context))
     ]
     here, found = rollouts

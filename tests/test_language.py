@@ -24,7 +24,7 @@ from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.rollouts.student import StudentRollout
-from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
+from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of, writing
 
 
 def plain(model):
@@ -49,7 +49,7 @@ def test_every_layout_gives_the_models_own_log_probabilities(kind, layout, token
     with torch.no_grad():
         expected = plain(model)(trajectories)
         student = CausalLMStudent(LanguageModel(model, tokenizer, "plain"), None, Context(torch.device("cpu")))
-        got = student(trajectories, layout).log_probs().gather(1, trajectories.actions[:, None]).squeeze(1)
+        got = student(trajectories, layout=layout).log_probs().gather(1, trajectories.actions[:, None]).squeeze(1)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_gradients_do_not_depend_on_the_layout(student):
     grads = []
     for layout in ("packed", "right", "left"):
         student.module.zero_grad()
-        student(trajectories, layout).log_probs().gather(1, trajectories.actions[:, None]).sum().backward()
+        student(trajectories, layout=layout).log_probs().gather(1, trajectories.actions[:, None]).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in student.module.parameters()]))
     for other in grads[1:]:
         assert (other - grads[0]).norm() / grads[0].norm() < 1e-5
@@ -144,7 +144,7 @@ def test_impossible_layer_removal_is_refused(layers, message, tmp_path):
 
 
 def rollout(student, group=1, budget=12, prompts=None, stream=0, **settings):
-    return StudentRollout(**settings).build(student.context, student, [])(prompts, group, budget, stream)
+    return writing(StudentRollout(**settings), student)(prompts, group, budget, stream)
 
 
 def test_recorded_log_probabilities_are_those_of_the_policy(student, prompts):
@@ -192,7 +192,7 @@ def test_a_padding_token_equal_to_the_end_token_is_scored_like_any_other(student
     trajectories = trajectories_of([3, 6], contexts=contexts)
     trajectories.actions[2] = 0
     trajectories.actions[-1] = 0
-    got = {layout: student(trajectories, layout).log_probs() for layout in ("packed", "right", "left")}
+    got = {layout: student(trajectories, layout=layout).log_probs() for layout in ("packed", "right", "left")}
     assert len(got["right"]) == 9
     expected = plain(student.language.model)(trajectories)
     for log_probs in got.values():
@@ -345,7 +345,7 @@ def test_rollouts_pack_the_weights_as_they_are_now_and_give_them_back(broken, st
     monkeypatch.setattr("opd.language.engines.cpu.prepacked.SMALLEST", 1)
     monkeypatch.setattr("opd.language.engines.sampler.Decoder.known", lambda body: False)
     monkeypatch.setattr("opd.language.engines.in_process.FEWEST", 12)
-    source = StudentRollout().build(student.context, student, [])
+    source = writing(StudentRollout(), student)
     packed = []
     keep = Sampler.start
 

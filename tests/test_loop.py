@@ -27,13 +27,14 @@ from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
 from opd.recipe import load_recipe, parse_recipe
 from opd.reduction import position_weights
-from opd.rollouts import PrefixSource
+from opd.rollouts import PrefixSource, Request
+from opd.rollouts.student import StudentRollout
 from opd.run import assemble
 from opd.self_test import self_test
 from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfTeacher
 from opd.verifiers.exact_match import ExactMatch
-from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
+from tests.conftest import character_tokenizer, rolled_out, said, save_tiny, tiny_model, trajectories_of
 
 TEXTS = [f"{a}+{b}=" for a in range(1, 6) for b in range(1, 5)]
 
@@ -74,7 +75,7 @@ def test_the_student_trains_in_training_mode(models, tmp_path, self_test):
     """Dropout and gradient checkpointing would do nothing otherwise; rollouts and evaluations give the mode back."""
     recipe = recipe_for(models, tmp_path, self_test=self_test, student={"lora": {"rank": 2, "dropout": 0.5}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
+    trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 1, 6)
     evaluate(run)
     assert run.student.module.training
     with torch.no_grad():
@@ -131,10 +132,10 @@ def gradient(recipe, tmp_path, trajectories, micro, layout="auto", order=None):
     """The whole step's gradient as one vector, with micro-batches of `micro` trajectories."""
     run = build(recipe, tmp_path)
     weights = position_weights(trajectories, recipe.reduction)
-    target = Target(run.teachers[0](trajectories))
+    (target,) = run.ask(trajectories, run.at(0))
     for part, here in trajectories.split(micro):
-        student = run.student(part, layout)
-        loss = run.objectives[0](student, [target.select(here)], weights[here], part)
+        student = run.student(part, layout=layout)
+        loss = recipe.objective[0](student, [target.select(here)], weights[here], part)
         run.optimiser.accumulate([loss], last=True)
     return torch.cat([p.grad.flatten() for p in run.student.module.parameters()])
 
@@ -144,7 +145,7 @@ def test_gradient_does_not_depend_on_how_the_batch_is_cut(reduction, models, tmp
     # Several end tokens, so that an untrained model stops at many different lengths.
     recipe = recipe_for(models, tmp_path, reduction=reduction, end_tokens=list(range(0, 47, 8)))
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 12, stream=0)
+    trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 2, 12)
     assert len(set(trajectories.lengths.tolist())) > 2
     reference = gradient(recipe, tmp_path, trajectories, 16)
     for micro, layout in [(4, "auto"), (1, "auto"), (16, "left"), (16, "right"), (4, "left"), (3, "packed")]:
@@ -171,7 +172,7 @@ def test_gradient_does_not_depend_on_the_order_of_trajectories(models, tmp_path)
         run = build(recipe, tmp_path)
         answer = run.student(trajectories).detach()
         shifted = type(answer)(answer.hidden.roll(1, -1), answer.head)
-        loss = run.objectives[0](
+        loss = recipe.objective[0](
             run.student(trajectories),
             [Target(shifted)],
             position_weights(trajectories, "sequence_mean"),
@@ -198,7 +199,7 @@ def test_tokens_that_the_student_did_not_write_have_no_influence(models, tmp_pat
     assert weights[2:4].tolist() == [0, 0]
     per_sequence = position_weights(masked, "sequence_mean")
     assert per_sequence[:6].sum().item() == pytest.approx(0.5)
-    loss = run.objectives[0](run.student(masked), [Target(run.teachers[0](masked))], weights, masked)
+    loss = recipe.objective[0](run.student(masked), run.ask(masked, run.at(0)), weights, masked)
     assert loss.values[2:4].abs().sum() == 0
 
 
@@ -245,8 +246,8 @@ def test_teacher_may_see_another_prompt_for_the_same_completion(models, tmp_path
     recipe = recipe_for(models, tmp_path, prompts={"prompts": rows})
     recipe = parse_recipe({**recipe.dump(), "teacher": {"kind": "self", "mode": "frozen", "sees": "hint"}})
     run = build(recipe, tmp_path)
-    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
-    answer = run.teachers[0](trajectories)
+    trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 1, 6)
+    answer = said(run.teachers[0], trajectories, run.context)
     assert len(answer) == trajectories.positions
     own = run.student(trajectories)
     assert not torch.allclose(answer.log_probs(), own.log_probs(), atol=1e-3)
@@ -270,16 +271,18 @@ def test_ema_teacher_follows_at_its_rate(models, tmp_path):
             assert not p.requires_grad
 
 
+def probe_of(student, prompts):
+    return Request(prompts, 1, 16, -2, StudentRollout(), student.context)
+
+
 def test_self_test_catches_a_sampler_that_runs_another_model(student, prompts):
     class Other(PrefixSource):
-        exact, dtype = True, torch.float32
-
-        def __call__(self, prompts, group, budget, stream, begun=None):
+        def __call__(self, request):
             trajectories = trajectories_of([6, 4])
             return trajectories
 
     with pytest.raises(SelfTestError, match="rollout and training log-probabilities"):
-        self_test(student, [], Other(), [ReverseKL()], prompts)
+        self_test(student, [], Other(), [ReverseKL()], probe_of(student, prompts))
 
 
 def test_self_test_catches_a_divergence_that_does_not_vanish(student, prompts):
@@ -287,17 +290,13 @@ def test_self_test_catches_a_divergence_that_does_not_vanish(student, prompts):
         def value_and_coefficient(self, log_p, log_q, lengths):
             return log_q - log_p, torch.ones_like(log_p)
 
-    from opd.rollouts.student import StudentRollout
-
     rollout = StudentRollout().build(student.context, student, [])
-    self_test(student, [], rollout, [ReverseKLSampled()], prompts)
+    self_test(student, [], rollout, [ReverseKLSampled()], probe_of(student, prompts))
     with pytest.raises(SelfTestError, match="gradient"):
-        self_test(student, [], rollout, [Wrong()], prompts)
+        self_test(student, [], rollout, [Wrong()], probe_of(student, prompts))
 
 
 def test_self_test_catches_a_model_that_changes_its_logits(student, prompts):
-    from opd.rollouts.student import StudentRollout
-
     forward = student.language.model.forward
 
     def doubled(*args, **kwargs):
@@ -308,7 +307,7 @@ def test_self_test_catches_a_model_that_changes_its_logits(student, prompts):
     student.language.model.forward = doubled
     rollout = StudentRollout().build(student.context, student, [])
     with pytest.raises(SelfTestError, match="logits"):
-        self_test(student, [], rollout, [ReverseKL()], prompts)
+        self_test(student, [], rollout, [ReverseKL()], probe_of(student, prompts))
 
 
 def test_a_pair_of_kinds_that_makes_no_sense_is_refused_with_the_alternative():

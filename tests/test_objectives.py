@@ -17,7 +17,7 @@ from opd.objectives.grpo import GRPO
 from opd.objectives.sft import SFT
 from opd.recipe import parse_recipe
 from opd.reduction import position_weights
-from tests.conftest import trajectories_of
+from tests.conftest import rolled_out, trajectories_of
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 
@@ -158,11 +158,11 @@ def test_a_sum_of_objectives_is_the_sum_of_their_gradients(models, tmp_path):  #
     def step(objectives):
         recipe = recipe_for(models, tmp_path, objective=objectives)
         run = build(recipe, tmp_path)
-        trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 6, stream=0)
-        targets = run.ask(trajectories)
-        counts = [o.position_weights(trajectories, "token_mean", lambda x: x) for o in run.objectives]
+        trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 2, 6)
+        targets = run.ask(trajectories, run.at(0))
+        counts = [o.position_weights(trajectories, "token_mean", lambda x: x) for o in recipe.objective]
         student = run.student(trajectories)
-        losses = [o(student, targets, c, trajectories) for o, c in zip(run.objectives, counts, strict=True)]
+        losses = [o(student, targets, c, trajectories) for o, c in zip(recipe.objective, counts, strict=True)]
         run.optimiser.accumulate(losses, last=True)
         return torch.cat([p.grad.flatten() for p in run.student.module.parameters()])
 

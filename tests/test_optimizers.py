@@ -101,7 +101,7 @@ def test_moments_of_8_bits_stay_such_through_a_checkpoint(tokenizer):
 
     def step(student, update):
         student.language.model(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
-        update.apply()
+        update.apply(update.settings)
 
     student, update = built()
     step(student, update)

@@ -735,9 +735,9 @@ def test_inputs_fill_a_recipes_texts():
 
 def test_verdicts_of_a_prompt_are_averaged():
     rewards = torch.tensor([1.0, 0.0, float("nan"), float("nan"), 1.0, 1.0])
-    measured = replace(trajectories_of([1, 2, 1, 1, 3, 1]), rewards=rewards)
-    assert by_prompt(measured, 2) == {"t0": 0.5, "t4": 1.0}
-    assert by_prompt(trajectories_of([1]), 1) == {}
+    measured = replace(trajectories_of([1, 2, 1, 1, 3, 1]), rewards=rewards, groups=torch.tensor([0, 0, 1, 1, 2, 2]))
+    assert by_prompt(measured) == {"t0": 0.5, "t4": 1.0}
+    assert by_prompt(trajectories_of([1])) == {}
 
 
 DISTILLED = """

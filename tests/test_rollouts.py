@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from opd.language.engines.transformers import LanguageModel
 from opd.loop import train
 from opd.prompts import Prompt, count_repeats
 from opd.recipe import parse_recipe
+from opd.rollouts import Request
 from opd.rollouts.data import DataRollout
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
@@ -22,7 +24,7 @@ from opd.rollouts.switch import SwitchRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.trajectories import AUTHORS
-from tests.conftest import character_tokenizer, tiny_model, trajectories_of
+from tests.conftest import character_tokenizer, tiny_model, trajectories_of, writing
 from tests.test_loop import build, models, recipe_for  # noqa: F401
 
 STUDENT, TEACHER, DATA = (AUTHORS.index(a) for a in ("student", "teacher", "data"))
@@ -32,7 +34,7 @@ STUDENT, TEACHER, DATA = (AUTHORS.index(a) for a in ("student", "teacher", "data
 def teacher(tokenizer):
     language = LanguageModel(tiny_model(seed=5), tokenizer, template="plain")
     settings = LocalTeacher(model="(live)", template="plain", name="t")
-    return LanguageTeacher(language, settings, torch.device("cpu"), Context(torch.device("cpu"), end_ids=(0,)))
+    return LanguageTeacher(language, settings, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -41,14 +43,13 @@ def rows():
 
 
 def test_the_teachers_trajectories_are_those_that_it_would_write_as_a_student(student, teacher, prompts):
-    context = student.context
-    source = TeacherRollout(max_new_tokens=9).build(context, student, [teacher])
-    mine = StudentRollout(max_new_tokens=9).build(context, teacher, [])
+    source = writing(TeacherRollout(max_new_tokens=9), student, [teacher])
+    mine = writing(StudentRollout(max_new_tokens=9), teacher, context=student.context)
     ours, theirs = source(prompts, 2, 9, stream=3), mine(prompts, 2, 9, stream=3)
     assert torch.equal(ours.actions, theirs.actions)
     assert set(ours.authors.tolist()) == {TEACHER}
-    assert not source.exact
-    assert source.authors == {"teacher"}
+    assert not source.source.exact(source.settings)
+    assert source.source.authors == {"teacher"}
 
 
 def test_a_prompt_that_a_step_draws_twice_gets_other_trajectories(models, student, prompts, tmp_path):  # noqa: F811
@@ -64,7 +65,7 @@ def test_a_prompt_that_a_step_draws_twice_gets_other_trajectories(models, studen
     assert len({p.id for p in made.prompts}) == 6
     assert set(drawn.values()) == {1}
     # Those of a prompt that occurs once are what they are without the others.
-    source = StudentRollout(max_new_tokens=9).build(student.context, student, [])
+    source = writing(StudentRollout(max_new_tokens=9), student)
     alone, both = (source(count_repeats(some), 2, 9, stream=3) for some in (prompts[:2], [*prompts[:2], prompts[0]]))
     assert torch.equal(both.rows(0, 4)[0].actions, alone.actions)
 
@@ -77,7 +78,7 @@ def test_a_teacher_that_is_not_there_is_refused(student, teacher):
 
 
 def test_stored_responses_end_with_the_end_token_unless_cut(student, rows):
-    source = DataRollout().build(student.context, student, [])
+    source = writing(DataRollout(), student)
     whole = source(rows, 1, 8, stream=0)
     ids = student.language.tokenizer("3.")["input_ids"]
     assert whole.completions()[2].tolist() == [*ids, 0]
@@ -96,7 +97,7 @@ def test_a_padding_token_that_is_the_end_token_never_deletes_it(models, tmp_path
 
     language = LanguageModel(tiny_model(), tokenizer, "plain")
     student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
-    trajectories = DataRollout().build(student.context, student, [])(rows, 1, 8, stream=0)
+    trajectories = writing(DataRollout(), student)(rows, 1, 8, stream=0)
     from opd.objectives.sft import SFT
     from opd.reduction import position_weights
 
@@ -110,27 +111,28 @@ def test_a_padding_token_that_is_the_end_token_never_deletes_it(models, tmp_path
 
 def test_several_responses_take_turns(student):
     row = Prompt("r", {"prompt": "1=", "response": ["a", "b", "c"]}, where="t:0")
-    source = DataRollout().build(student.context, student, [])
+    source = writing(DataRollout(), student)
 
     def visit(stream):
-        source.drawn([row, Prompt("other", {"prompt": "2=", "response": ["x", "y"]}, where="t:2")], stream)
+        both = [row, Prompt("other", {"prompt": "2=", "response": ["x", "y"]}, where="t:2")]
+        source.source.drawn(Request(both, 2, 8, stream, source.settings, source.context))
         return [student.decode(c) for c in source([row], 2, 8, stream).completions()]
 
     # By visits and not by steps: a prompt that comes every third step would always get the same response.
     assert [visit(stream) for stream in (0, 3, 6)] == [["a", "b"], ["c", "a"], ["b", "c"]]
-    again = DataRollout().build(student.context, student, [])
-    again.load_state_dict(source.state_dict())
+    again = writing(DataRollout(), student)
+    again.source.load_state_dict(source.source.state_dict())
     source = again
     assert visit(9) == ["a", "b"]
     with pytest.raises(opd.DataError, match="holds int"):
-        source.check_prompts([Prompt("x", {"prompt": "1=", "response": 3}, where="t:1")])
+        source.source.check_prompts([Prompt("x", {"prompt": "1=", "response": 3}, where="t:1")])
 
 
 @pytest.mark.parametrize("by", ["prompt", "batch"])
 def test_a_mixture_keeps_the_order_of_prompts_and_its_share(student, teacher, prompts, by):
     settings = MixtureRollout(first=StudentRollout(max_new_tokens=6), second=TeacherRollout(max_new_tokens=6), by=by)
-    source = settings.build(student.context, student, [teacher])
-    alone = [part(prompts, 2, 6, stream=4) for part in source.sources]
+    source = writing(settings, student, [teacher])
+    alone = [writing(part, student, [teacher])(prompts, 2, 6, stream=4) for part in settings.parts]
     mixed = source(prompts, 2, 6, stream=4)
     assert [p.id for p in mixed.prompts] == [p.id for p in alone[0].prompts]
     assert mixed.groups.tolist() == alone[0].groups.tolist()
@@ -142,32 +144,28 @@ def test_a_mixture_keeps_the_order_of_prompts_and_its_share(student, teacher, pr
         assert torch.equal(completion, alone[0 if author == STUDENT else 1].completions()[i])
     assert len(set(chosen)) == (2 if by == "prompt" else 1)
     for share, author in ((0.0, TEACHER), (1.0, STUDENT)):
-        source.take(settings.model_copy(update={"share": share}), student.context)
-        assert set(source(prompts, 1, 6, stream=0).authors.tolist()) == {author}
+        assert set(source.changed(share=share)(prompts, 1, 6, stream=0).authors.tolist()) == {author}
 
 
 def test_a_mixtures_share_is_what_it_says(student, teacher, rows):
-    source = MixtureRollout(
-        first=StudentRollout(max_new_tokens=1), second=TeacherRollout(max_new_tokens=1), share=0.25
-    ).build(student.context, student, [teacher])
+    parts = {"first": StudentRollout(max_new_tokens=1), "second": TeacherRollout(max_new_tokens=1)}
+    source = writing(MixtureRollout(**parts, share=0.25), student, [teacher])
     authors = torch.cat([source(rows, 1, 1, stream=s).authors for s in range(60)])
     assert float((authors == STUDENT).float().mean()) == pytest.approx(0.25, abs=0.07)
 
 
-def test_a_schedule_of_the_temperature_reaches_the_sources_of_a_mixture(student, teacher, prompts):
+def test_the_temperature_of_a_step_reaches_the_sources_of_a_mixture(student, teacher, prompts):
     parts = {"first": StudentRollout(max_new_tokens=6), "second": TeacherRollout(max_new_tokens=6)}
-    source = MixtureRollout(**parts).build(student.context, student, [teacher])
-    before = source(prompts, 1, 6, stream=0)
-    source.take(source.settings, student.context.with_(temperature=1e-3))
-    assert (
-        source(prompts, 1, 6, stream=0).behaviour_log_probs.exp().min() > 0.99 > before.behaviour_log_probs.exp().min()
-    )
+    warm = writing(MixtureRollout(**parts), student, [teacher])
+    cold = replace(warm, context=student.context.with_(temperature=1e-3))
+    least = [source(prompts, 1, 6, stream=0).behaviour_log_probs.exp().min() for source in (cold, warm)]
+    assert least[0] > 0.99 > least[1]
 
 
 def test_the_switch_continues_what_the_first_source_began(student, teacher, prompts):
     first, then = TeacherRollout(max_new_tokens=12), StudentRollout(max_new_tokens=12)
-    source = SwitchRollout(first=first, then=then, position=4).build(student.context, student, [teacher])
-    begun = source.sources[0](prompts, 2, 4, stream=1)
+    source = writing(SwitchRollout(first=first, then=then, position=4), student, [teacher])
+    begun = writing(first, student, [teacher])(prompts, 2, 4, stream=1)
     whole = source(prompts, 2, 12, stream=1)
     start = 0
     for head, n, done in zip(begun.completions(), whole.lengths.tolist(), begun.finished.tolist(), strict=True):
@@ -185,8 +183,7 @@ def test_the_switch_continues_what_the_first_source_began(student, teacher, prom
 def test_each_source_of_a_switch_keeps_its_own_bound(student, teacher, prompts):
     def lengths(budget=None, **settings):
         made = SwitchRollout(**settings)
-        source = made.build(student.context, student, [teacher])
-        return source(prompts, 4, budget or made.budget, stream=1)
+        return writing(made, student, [teacher])(prompts, 4, budget or made.budget, stream=1)
 
     long, short = TeacherRollout(max_new_tokens=30), StudentRollout(max_new_tokens=4)
     whole = lengths(first=long, then=short, position=3)
@@ -199,7 +196,7 @@ def test_each_source_of_a_switch_keeps_its_own_bound(student, teacher, prompts):
     # A schedule may begin beyond what the first source writes.
     first, then = TeacherRollout(max_new_tokens=2), StudentRollout(max_new_tokens=9)
     early = SwitchRollout(first=first, then=then, position={"kind": "linear", "start": 40, "steps": 4})
-    whole = early.build(student.context, student, [teacher])(prompts, 4, 9, stream=1)
+    whole = writing(early.at(0, 4), student, [teacher])(prompts, 4, 9, stream=1)
     assert max(int((a == TEACHER).sum()) for a in whole.authors.split(whole.lengths.tolist())) == 2
     assert int(whole.lengths.max()) == 9
     assert (early.budget, early.longest) == (9, 9)
@@ -244,21 +241,21 @@ def test_held_out_samples_are_as_long_as_the_students_own(rollout, longest, mode
     data = {**recipe.dump(), "rollout": rollout | ({"position": 3} if rollout["kind"] == "switch" else {})}
     data["evaluation"] |= {"max_new_tokens": None, "held_out": 8}
     run = build(parse_recipe(data), tmp_path)
-    drawn = roll_out(run, run.sampler, run.held_out, 4)
+    drawn = roll_out(run, run.at(0), run.sampler(run.at(0)), run.held_out, 4)
     assert int(drawn.lengths.max()) == longest
 
 
 def test_a_switch_at_zero_is_the_second_source(student, teacher, prompts):
-    source = SwitchRollout(then=StudentRollout(max_new_tokens=5), position=0).build(student.context, student, [teacher])
-    assert torch.equal(source(prompts, 1, 5, stream=2).actions, source.sources[1](prompts, 1, 5, stream=2).actions)
+    then = StudentRollout(max_new_tokens=5)
+    source, alone = writing(SwitchRollout(then=then, position=0), student, [teacher]), writing(then, student)
+    assert torch.equal(source(prompts, 1, 5, stream=2).actions, alone(prompts, 1, 5, stream=2).actions)
     with pytest.raises(opd.OpdError, match="stored response"):
         SwitchRollout(then=DataRollout()).build(student.context, student, [teacher])
 
 
 def test_data_then_student_is_a_hint_of_given_length(student, rows):
-    source = SwitchRollout(first=DataRollout(), then=StudentRollout(max_new_tokens=6), position=1).build(
-        student.context, student, []
-    )
+    settings = SwitchRollout(first=DataRollout(), then=StudentRollout(max_new_tokens=6), position=1)
+    source = writing(settings, student)
     whole = source(rows, 1, 6, stream=0)
     ids = [student.language.tokenizer(f"{i + 1}")["input_ids"][0] for i in range(6)]
     starts = (whole.lengths.cumsum(0) - whole.lengths).tolist()
@@ -296,7 +293,6 @@ def test_a_policy_gradient_on_anothers_samples_is_refused(models, tmp_path):  # 
     [
         ({"kind": "student"}, ["data"], "student"),
         ({"kind": "student"}, ["student", "teacher"], "student"),
-        ({"kind": "mixture"}, ["environment"], "student and teacher"),
         ({"kind": "data"}, ["student"], "data"),
         ({"kind": "data", "author": "teacher"}, ["data"], "teacher"),
     ],
@@ -308,6 +304,12 @@ def test_somebody_who_never_writes_is_refused(rollout, written_by, known, models
     with pytest.raises(opd.OpdError, match=rf"written_by names '{written_by[-1]}', .* written by {known}: ") as error:
         build(parse_recipe({**recipe.dump(), "rollout": rollout, "objective": objective}), tmp_path)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_what_the_environment_wrote_is_in_no_loss_whatever_written_by_says(models, tmp_path):  # noqa: F811
+    data = recipe_for(models, tmp_path).dump()
+    with pytest.raises(opd.OpdError, match=r"written_by.0 is 'environment'.*'student', 'teacher' or 'data'"):
+        parse_recipe({**data, "objective": [{"kind": "reverse_kl", "written_by": ["environment"]}]})
 
 
 def test_join_numbers_groups_by_place():

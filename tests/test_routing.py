@@ -31,7 +31,7 @@ from opd.recipe import parse_recipe
 from opd.saving import origin
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
-from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of
+from tests.conftest import character_tokenizer, rolled_out, said, save_tiny, tiny_model, trajectories_of
 from tests.test_loop import build, recipe_for
 
 CPU = Context(torch.device("cpu"), end_ids=(0,))
@@ -53,11 +53,10 @@ def experts(weight=1.0, **changes):
             ),
             settings.routes[tag],
             torch.device("cpu"),
-            CPU,
         )
         for tag, width in WIDTHS.items()
     }
-    return RoutedTeachers(settings, CPU, built)
+    return RoutedTeachers(settings, built)
 
 
 def mixed(lengths=(3, 5, 2, 4, 1, 6), seed=0, tags=("math", "code", "code", "math", "code", "math")):
@@ -99,7 +98,7 @@ def test_each_trajectory_is_answered_by_its_own_teacher_after_shuffling(seed):
     seen = {tag: [] for tag in WIDTHS}
     for tag, route in teacher.routes.items():
         route.language.register_forward_hook(lambda _, given, __, tag=tag: seen[tag].append(len(given[1])))
-    answer = teacher(trajectories)
+    answer = said(teacher, trajectories)
     assert {tag: sum(counts) for tag, counts in seen.items()} == {"math": 3, "code": 3}
     assert teacher.asked == 1.0
     assert isinstance(answer, Routed)
@@ -107,7 +106,7 @@ def test_each_trajectory_is_answered_by_its_own_teacher_after_shuffling(seed):
     found = answer.log_probs()
     for i, prompt in enumerate(trajectories.prompts):
         one, here = trajectories.rows(i, i + 1)
-        own = teacher.routes[prompt.fields["task"]](one)
+        own = said(teacher.routes[prompt.fields["task"]], one)
         torch.testing.assert_close(found[here], own.log_probs(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(answer.select(here).log_probs(), found[here])
 
@@ -130,12 +129,12 @@ def test_a_source_of_prompts_says_what_its_rows_are_for(models, tmp_path):
 def test_the_gradient_is_that_of_the_halves_apart_with_one_denominator(student, objective):
     teacher, trajectories = experts(), mixed()
     weights = torch.full((trajectories.positions,), 1 / trajectories.positions)
-    got, loss = gradients(student, [Target(teacher(trajectories))], trajectories, weights, objective)
+    got, loss = gradients(student, [Target(said(teacher, trajectories))], trajectories, weights, objective)
     want, values = 0.0, torch.zeros(trajectories.positions)
     for tag, route in teacher.routes.items():
         mine = [i for i, p in enumerate(trajectories.prompts) if p.fields["task"] == tag]
         part, here = trajectories.pick(mine)
-        grad, own = gradients(student, [Target(route(part))], part, weights[here], objective)
+        grad, own = gradients(student, [Target(said(route, part))], part, weights[here], objective)
         want, values[here] = want + grad, own.values
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(loss.values, values, atol=1e-5, rtol=1e-4)
@@ -146,11 +145,11 @@ def test_returns_over_whole_trajectories_see_each_teacher_at_its_own(student):
     assert objective.sees_whole_trajectories
     teacher, trajectories = experts(), mixed()
     weights = torch.full((trajectories.positions,), 1 / trajectories.positions)
-    got, _ = gradients(student, [Target(teacher(trajectories))], trajectories, weights, objective)
+    got, _ = gradients(student, [Target(said(teacher, trajectories))], trajectories, weights, objective)
     want = 0.0
     for i, prompt in enumerate(trajectories.prompts):
         part, here = trajectories.rows(i, i + 1)
-        answer = teacher.routes[prompt.fields["task"]](part)
+        answer = said(teacher.routes[prompt.fields["task"]], part)
         want = want + gradients(student, [Target(answer)], part, weights[here], objective)[0]
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
 
@@ -168,7 +167,7 @@ def test_rows_are_projected_once_and_by_their_own_head_alone(student, monkeypatc
     teacher, trajectories = experts(), mixed()
     weights = torch.full((trajectories.positions,), 1.0)
     weights[:2] = 0.0  # of a math trajectory
-    answer = teacher(trajectories)
+    answer = said(teacher, trajectories)
     divergence_loss(
         ReverseKL(),
         student(trajectories),
@@ -189,23 +188,23 @@ def test_a_routed_teacher_beside_another_one_and_with_weights(student):
     teacher, trajectories = experts(weight=0.25), mixed()
     weights = torch.full((trajectories.positions,), 1 / trajectories.positions)
     anchor = teacher.routes["math"]
-    own = teacher.weights(trajectories)
+    (own,) = (target.weight for target in teacher.answer(trajectories, teacher.settings, CPU))
     assert own.unique().tolist() == [0.25, 1.0]
-    targets = [Target(teacher(trajectories), own), Target(anchor(trajectories), 0.5)]
+    targets = [Target(said(teacher, trajectories), own), Target(said(anchor, trajectories), 0.5)]
     got, _ = gradients(student, targets, trajectories, weights, ReverseKL())
     parts = [
         gradients(student, [Target(each.distribution)], trajectories, weights * each.weight, ReverseKL())[0]
         for each in targets
     ]
     torch.testing.assert_close(got, parts[0] + parts[1], atol=1e-6, rtol=1e-4)
-    assert (teacher.weights(mixed(tags=("math",) * 6)) == 1.0).all()
+    assert teacher.answer(mixed(tags=("math",) * 6), teacher.settings, CPU)[0].weight == 1.0
 
 
 def test_per_example_gradients_of_a_routed_answer(student):
     teacher, trajectories = experts(), mixed()
     weights = torch.full((trajectories.positions,), 0.1)
     mine = student(trajectories)
-    arguments = ([Target(teacher(trajectories))], weights, trajectories.actions, trajectories.lengths)
+    arguments = ([Target(said(teacher, trajectories))], weights, trajectories.actions, trajectories.lengths)
     loss = divergence_loss(ReverseKL(), mine, *arguments, per_example=True)
     total = divergence_loss(ReverseKL(), mine, *arguments)
     torch.testing.assert_close(loss.per_example.sum(), total.total)
@@ -238,7 +237,7 @@ def test_answers_of_one_shape_become_one_tensor_and_others_stay_apart():
 
 def test_every_comparison_reads_a_routed_answer(student):
     teacher, trajectories = experts(), mixed()
-    answer = teacher(trajectories)
+    answer = said(teacher, trajectories)
     values = compare(student(trajectories).detach(), answer, trajectories.actions).values
     sampled = Sampled.of(answer, trajectories.actions, rows=4)
     torch.testing.assert_close(values["log_p"], sampled.log_probs)
@@ -308,8 +307,8 @@ def test_evaluation_judges_each_prompt_by_its_own_teacher(models, tmp_path):
     run = build(routed_recipe(models, tmp_path), tmp_path)
     for row in evaluate(run).rows:
         (prompt,) = [p for p in run.held_out if p.id == row["id"]]
-        trajectories = run.sampler([prompt], 1, 12, stream=-1)
-        own = run.teachers[0].routes[prompt.fields["task"]](trajectories)
+        trajectories = run.sampler(run.at(0))([prompt], 1, 12, stream=-1)
+        own = said(run.teachers[0].routes[prompt.fields["task"]], trajectories, run.context)
         value = compare(run.student(trajectories).detach(), own, trajectories.actions).values["reverse_kl"]
         assert row["values"]["reverse_kl"] == pytest.approx(value.tolist(), abs=1e-3)
 
@@ -386,7 +385,7 @@ def test_routes_that_answer_otherwise_are_refused(models, tmp_path):
     teacher = experts()
     teacher.routes["code"].answers = Sampled
     with pytest.raises(IncompatibleError, match="math categorical, code sampled"):
-        RoutedTeachers(teacher.settings, CPU, teacher.routes)
+        RoutedTeachers(teacher.settings, teacher.routes)
 
 
 def test_a_route_with_another_tokenizer_is_refused_by_its_name(models, tmp_path):
@@ -407,11 +406,11 @@ def test_a_routed_teacher_writes_each_prompt_by_its_own(models, tmp_path):
     recipe["rollout"] = {"kind": "teacher", "max_new_tokens": 8}
     run = build(parse_recipe(recipe), tmp_path)
     prompts = run.course.next(0, {}, None).prompts
-    written = run.rollout(prompts, 2, 8, stream=3)
+    written = rolled_out(run, prompts, 2, 8, stream=3)
     assert [p.id for p in written.prompts] == [p.id for p in prompts for _ in range(2)]
     for i, prompt in enumerate(prompts):
         source = run.rollout.sources[prompt.fields["task"]]
-        alone = source([prompt], 2, 8, stream=3)
+        alone = source(run.at(0).request([prompt], 8, stream=3, group=2))
         mine, _ = written.rows(2 * i, 2 * i + 2)
         assert torch.equal(mine.actions, alone.actions)
 

@@ -10,8 +10,11 @@ from pydantic import Field, ValidationError
 import opd
 from opd.api import execute
 from opd.choice import Settings
+from opd.errors import RunError
+from opd.language.rollout import LanguageRollout
 from opd.recipe import parse_recipe
 from opd.schedules import OverSteps
+from tests.conftest import rolled_out
 from tests.test_loop import build, models, recipe_for  # noqa: F401
 
 
@@ -96,8 +99,9 @@ def test_held_out_samples_follow_the_schedules_that_training_follows(models, tmp
     seen, evaluate = [], opd.monitor.evaluate
 
     def looking(run):
-        sampler = run.sampler
-        seen.append((run.step, sampler.context.temperature, sampler.settings.top_p, run.rollout.settings.budget))
+        now = run.at(max(0, run.step - 1))
+        sampler = run.sampler(now)
+        seen.append((run.step, sampler.context.temperature, sampler.settings.top_p, now.recipe.rollout.budget))
         return evaluate(run)
 
     monkeypatch.setattr("opd.monitor.evaluate", looking)
@@ -121,14 +125,32 @@ def test_held_out_samples_follow_the_schedules_that_training_follows(models, tmp
     assert seen[-1] == (3, 0.25, 0.9, 5)
 
 
-def test_a_schedule_reaches_the_sources_of_a_switch_in_a_mixture(models, tmp_path):  # noqa: F811
+def test_a_schedule_reaches_the_sources_of_a_switch_in_a_mixture(models, tmp_path, monkeypatch):  # noqa: F811
     top_p = {"kind": "hold", "points": [[0, 1.0], [1, 0.5]]}
     switch = {"kind": "switch", "first": {"kind": "teacher"}, "then": {"kind": "student", "top_p": top_p}}
     rollout = {"kind": "mixture", "first": switch, "second": {"kind": "student", "top_k": [[0, 0], [2, 8]]}}
     recipe = recipe_for(models, tmp_path, temperature=[[0, 1.0], [2, 0.5]])
-    run = build(parse_recipe({**recipe.dump(), "rollout": rollout}), tmp_path)
-    run.take_settings_of_step(2)
-    inner, student = run.rollout.sources
-    assert (inner.sources[1].settings.top_p, student.settings.top_k) == (0.5, 8)
-    assert {source.context.temperature for source in (inner, *inner.sources, student)} == {0.5}
-    assert [inner.sources[1].exact, student.exact] == [False, False]
+    run, seen = build(parse_recipe({**recipe.dump(), "rollout": rollout}), tmp_path), []
+
+    def watched(source, request):
+        seen.append((source.author, request.settings.top_p, request.settings.top_k, request.context.temperature))
+        return sample(source, request)
+
+    sample = LanguageRollout.__call__
+    monkeypatch.setattr(LanguageRollout, "__call__", watched)
+    rolled_out(run, run.course.next(0, {}, None).prompts, 1, 20)
+    assert set(seen) == {("teacher", 1.0, 0, 1.0), ("student", 1.0, 0, 1.0)}
+    seen.clear()
+    run.rollout(run.at(2).request(run.course.next(0, {}, None).prompts, 20, stream=0))
+    assert set(seen) == {("teacher", 1.0, 0, 0.5), ("student", 0.5, 0, 0.5), ("student", 1.0, 8, 0.5)}
+    inner, student = run.at(2).recipe.rollout.parts
+    assert not run.rollout.sources[1].exact(student)
+    assert not run.rollout.sources[0].sources[1].exact(inner.then)
+
+
+def test_a_student_is_asked_with_a_steps_temperature_where_that_is_scheduled(models, tmp_path):  # noqa: F811
+    run = build(recipe_for(models, tmp_path, temperature=[[0, 1.0], [2, 0.5]]), tmp_path)
+    made = rolled_out(run, run.course.next(0, {}, None).prompts, 1, 6)
+    with pytest.raises(RunError, match="temperature follows a schedule"):
+        run.student(made)
+    assert [run.student(made, run.at(step).context).head.temperature for step in (0, 2)] == [1.0, 0.5]

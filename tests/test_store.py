@@ -24,6 +24,7 @@ from opd.store import Store, Targets
 from opd.store.sampling import sample
 from opd.store.scoring import score
 from opd.store.shards import claim, is_written
+from tests.conftest import said, writing
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -41,17 +42,17 @@ def store(recipe, tmp_path):
 
 def everything(recipe, store):
     """The store's trajectories and the live teacher's answer to them."""
-    _, (teacher,), _ = build_models(recipe, CPU)
+    _, (teacher,), context = build_models(recipe, CPU)
     prompts = {p.id: p for p in load_prompts(recipe.prompts)}
     members = [prompts[name] for name in store.prompt_ids for _ in range(store.header.group)]
     trajectories = store.trajectories(range(store.header.rows), members, CPU)
     with torch.no_grad():
-        return trajectories, teacher(trajectories)
+        return trajectories, said(teacher, trajectories, context)
 
 
 def test_rows_are_what_the_student_writes_in_step_0(recipe, store):
     student, _, context = build_models(recipe.model_copy(update={"teacher": []}), CPU)
-    source = recipe.rollout.build(context, student, [])
+    source = writing(recipe.rollout, student, context=context)
     prompts = load_prompts(recipe.prompts)
     live = source(prompts[:8], 2, 12, stream=0)
     stored = store.trajectories(range(16), [p for p in prompts[:8] for _ in range(2)], CPU)

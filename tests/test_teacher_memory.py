@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from opd.api import execute
-from opd.context import Context
 from opd.language.engines.transformers import LanguageModel
 from opd.recipe import parse_recipe
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.memory import Memory, MemorySettings
-from tests.conftest import character_tokenizer, tiny_model, trajectories_of
+from tests.conftest import character_tokenizer, said, tiny_model, trajectories_of
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 
@@ -21,14 +20,14 @@ def teacher(tmp_path, seed=5, gigabytes=1.0, **settings):
     language = LanguageModel(tiny_model(seed=seed).requires_grad_(False), character_tokenizer(), template="plain")
     cache = {"path": str(tmp_path / "answers"), "gigabytes": gigabytes}
     block = LocalTeacher(model="(live)", template="plain", cache=cache, batch=2, **settings)
-    return LanguageTeacher(language, block, torch.device("cpu"), Context(torch.device("cpu"), end_ids=(0,)))
+    return LanguageTeacher(language, block, torch.device("cpu"))
 
 
 def asked_of(one, trajectories):
     """The answer and how many forward passes it took."""
     passes = []
     handle = one.language.register_forward_hook(lambda *_: passes.append(1))
-    answer = one(trajectories)
+    answer = said(one, trajectories)
     handle.remove()
     return answer, len(passes)
 
@@ -55,12 +54,12 @@ def test_the_second_answer_is_the_first_and_costs_no_forward_pass(tmp_path):
     _, passes = asked_of(again, mixed)
     assert passes == 1
     assert again.asked == pytest.approx(6 / 13)
-    torch.testing.assert_close(again(mixed).hidden[:2], first.hidden[8:10])
+    torch.testing.assert_close(said(again, mixed).hidden[:2], first.hidden[8:10])
 
 
 def test_another_teacher_dtype_or_token_is_another_answer(tmp_path):
     trajectories = trajectories_of([3, 5])
-    teacher(tmp_path)(trajectories)
+    said(teacher(tmp_path), trajectories)
     for other in (teacher(tmp_path, seed=6), teacher(tmp_path)):
         if other.identity() == teacher(tmp_path).identity():
             other.language.to(torch.bfloat16)
@@ -68,7 +67,7 @@ def test_another_teacher_dtype_or_token_is_another_answer(tmp_path):
         assert passes == 1
     one = teacher(tmp_path)
     trajectories.actions[0] = (trajectories.actions[0] + 1) % 64
-    one(trajectories)
+    said(one, trajectories)
     assert one.asked == pytest.approx(3 / 8)
     # The border between prompt and completion is part of the question.
     memory = Memory(MemorySettings(path=str(tmp_path)), "t")
@@ -93,7 +92,7 @@ def test_the_folder_stays_within_its_bound_and_the_longest_unused_go(tmp_path):
 def test_a_file_that_cannot_be_read_is_asked_again(tmp_path):
     trajectories = trajectories_of([3])
     one = teacher(tmp_path)
-    first = one(trajectories)
+    first = said(one, trajectories)
     (file,) = (tmp_path / "answers").rglob("*.safetensors")
     file.write_bytes(b"torn")
     again, passes = asked_of(one, trajectories)

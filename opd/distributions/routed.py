@@ -68,8 +68,6 @@ def joined(parts: Sequence[Distribution], positions: Sequence[torch.Tensor]) -> 
     """
     if len(parts) == 1:
         return parts[0]
-    places = torch.cat([torch.arange(len(mine), device=mine.device) for mine in positions])
-    owners = torch.repeat_interleave(torch.tensor([len(mine) for mine in positions])).to(places.device)
     order = torch.cat(list(positions)).argsort()
     fields = [vars(part) for part in parts]
     rows = {_rows_of(part) for part in parts}
@@ -78,7 +76,15 @@ def joined(parts: Sequence[Distribution], positions: Sequence[torch.Tensor]) -> 
     alike = [part for part in parts if isinstance(part, Categorical) and _one_head(part.head, parts[0])]
     if len(alike) == len(parts):
         return replace(alike[0], hidden=torch.cat([part.hidden for part in alike])[order.to(alike[0].hidden.device)])
-    return Routed(tuple(parts), owners[order], places[order])
+    flat: list[Distribution] = []
+    owners, places = [], []
+    for part, mine in zip(parts, positions, strict=True):
+        # One that is in parts already gives its parts, so that none lies within another.
+        own = part.owners if isinstance(part, Routed) else torch.zeros(len(mine), dtype=torch.int64)
+        owners.append((own + len(flat)).to(mine.device))
+        places.append((part.places if isinstance(part, Routed) else torch.arange(len(mine))).to(mine.device))
+        flat += part.parts if isinstance(part, Routed) else (part,)
+    return Routed(tuple(flat), torch.cat(owners)[order], torch.cat(places)[order])
 
 
 def _one_head(head: Head, first: Distribution) -> bool:

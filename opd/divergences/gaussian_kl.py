@@ -113,7 +113,7 @@ class GaussianKL(Divergence):
         return {f"kl_step_{k}{suffix}": value.where(place == k, torch.nan) for k in range(steps if steps > 1 else 0)}
 
     def check_trajectories(self, rollout: Any) -> None:
-        if self.estimator != "kl_direct" and (rollout.authors != {"student"} or not rollout.current):
+        if self.estimator != "kl_direct" and (rollout.learners != {"student"} or not rollout.current):
             raise IncompatibleError(
                 f"objective 'gaussian_kl' with estimator {self.estimator!r} needs the student's own samples: on others "
                 "its expectation is not what it says. Take rollout: sde without a teacher, or estimator: kl_direct"

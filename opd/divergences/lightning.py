@@ -77,7 +77,7 @@ class Lightning(OnAction):
         return replace(loss, measured=measured)
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors != {"student"}:
+        if rollout.learners != {"student"}:
             raise IncompatibleError(
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "
                 "store that opd rollout sampled from the student, or rollout: student"

@@ -67,7 +67,7 @@ class OnAction(CategoricalDivergence):
         return value, coefficient, gap
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors != {"student"} or not rollout.current:
+        if rollout.learners != {"student"} or not rollout.current:
             kind = self.model_dump()["kind"]
             raise IncompatibleError(
                 f"objective {kind!r} needs the student's own samples: on others its expectation is not what it says. "

@@ -35,9 +35,13 @@ class Comparison:
     values: dict[str, torch.Tensor]
     tops: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
-    def sums(self) -> dict[str, float]:
-        """Sums over the tokens of the divergences, the agreement and the entropies."""
-        return {name: float(value.double().sum()) for name, value in self.values.items() if not name.startswith("log_")}
+    def sums(self, counted: torch.Tensor) -> dict[str, float]:
+        """Sums over the tokens that count (bool `[N]`) of the divergences, the agreement and the entropies."""
+        return {
+            name: float(value.double()[counted].sum())
+            for name, value in self.values.items()
+            if not name.startswith("log_")
+        }
 
 
 @torch.no_grad()

@@ -7,12 +7,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from opd.distributions import Gaussian
-from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, rows_of, totals
-from opd.flow.rollout import FlowRollout, measured_on
+from opd.evaluation import (
+    COUNTS,
+    STREAM,
+    HeldOut,
+    accuracies,
+    by_prompt,
+    first_answer,
+    firsts,
+    judge,
+    outcomes,
+    rows_of,
+    totals,
+)
+from opd.flow.rollout import GridSettings
 from opd.policies.flow_transformer import digits, labels
+from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
+    from opd.now import Now
     from opd.policies.flow_transformer import FlowStudent
     from opd.run import Run
 
@@ -20,19 +34,20 @@ TASK = "task"
 """Column by which accuracies are told apart."""
 
 
-def measure(run: Run, student: FlowStudent) -> HeldOut:
+def measure(run: Run, now: Now, sampler: HeldOutSampler, student: FlowStudent) -> HeldOut:
     """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is
-    the same at each evaluation; and one trajectory of the SDE (`measured_on`), to compare the student with the first
-    teacher that can be asked there.
+    the same at each evaluation; and one trajectory of the rollout's SDE, to compare the student with the first teacher
+    that can be asked there.
 
     Metrics: `reverse_kl`, the mean over steps of the divergence of the next latent (mean over its numbers; with equal
     standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores
     those of `accuracies`, and `accuracy/TASK` by the prompts' column `task` where it has several values.
     """
-    settings = run.recipe.evaluation
+    settings = now.recipe.evaluation
     prompts = run.share(run.held_out)
-    grid = measured_on(run.recipe.rollout)
-    steps = grid.trained_steps
+    walker = run.rollout.held_out(now.recipe.rollout, now.context, student)
+    assert isinstance(walker.settings, GridSettings)
+    steps = walker.settings.trained_steps
     tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
     tasks = tasks if len(tasks) > 1 else []
     sums: dict[str, float] = {}
@@ -40,22 +55,20 @@ def measure(run: Run, student: FlowStudent) -> HeldOut:
     items: dict[str, dict[str, float]] = {}
     teacher = judge(run)
     if prompts:
-        sampler = run.sampler
-        assert isinstance(sampler, FlowRollout)
         drawn = run.verify(sampler(prompts, settings.k, 1, stream=STREAM))
-        sums |= outcomes(drawn, settings.k)
-        items["accuracy"] = by_prompt(drawn, settings.k)
+        sums |= outcomes(drawn)
+        items["accuracy"] = by_prompt(drawn)
         for task in tasks:
             sums |= _of_task(drawn, task)
-        for i in range(0, len(drawn), settings.k):
+        for i in firsts(drawn):
             rows += rows_of(run, drawn.rows(i, i + 1)[0], {})
         if teacher is not None:
-            walked = sampler.drawing(grid.steps, grid.noise)(prompts, 1, steps, stream=STREAM)
+            walked = walker(prompts, 1, steps, stream=STREAM)
             start = 0
             for micro, _ in walked.split(run.micro):
-                answer = teacher(micro)
+                answer = first_answer(run, now, teacher, micro)
                 assert isinstance(answer, Gaussian)
-                kl = student(micro).kl(answer)
+                kl = student(micro, now.context).kl(answer)
                 for k, value in enumerate(kl.view(-1, steps).double().sum(0).tolist()):
                     sums[f"step_{k}"] = sums.get(f"step_{k}", 0.0) + value
                 sums["walked"] = sums.get("walked", 0.0) + len(micro)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
-from opd.choice import Settings, nested
+from opd.choice import Settings
 from opd.context import Context
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
 from opd.flow.transition import transition
-from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.request import Request
 from opd.trajectories import Author, Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
 
 
 class GridSettings(Settings):
@@ -45,17 +47,6 @@ class SamplerSettings(GridSettings):
     )
 
 
-def measured_on(rollout: Rollout) -> SamplerSettings:
-    """The sampler that a student is measured with: the recipe's `sde`, in a mixture too, or one on the grid of its
-    `noised`."""
-    parts = list(nested(rollout))
-    for part in parts:
-        if isinstance(part, SamplerSettings):
-            return part
-    grid = next((part for part in parts if isinstance(part, GridSettings)), GridSettings())
-    return SamplerSettings(**{name: getattr(grid, name) for name in GridSettings.model_fields})
-
-
 class FlowRollout(PrefixSource):
     """Rollouts of one flow model.
 
@@ -65,51 +56,42 @@ class FlowRollout(PrefixSource):
         author: who the writer is to the student.
     """
 
-    settings: SamplerSettings
-
     def __init__(
         self,
         model: FlowModel,
         settings: SamplerSettings,
-        context: Context,
         *,
         reader: FlowModel | None = None,
         author: Author = "student",
     ):
-        self.model, self.settings, self.context = model, settings, context
-        self.reader, self.author = reader or model, author
+        self.model, self.reader, self.author = model, reader or model, author
         self.authors = frozenset({author})
-        self.exact = author == "student"
         self.dtype = torch.bfloat16 if settings.dtype == "bfloat16" else next(model.parameters()).dtype
 
-    def drawing(self, steps: int, noise: float) -> FlowRollout:
-        """The same writer on another grid; with noise 0 it follows the ODE."""
-        other = copy.copy(self)
-        other.settings = self.settings.model_copy(update={"steps": steps, "noise": noise})
-        return other
+    def exact(self, settings: Settings) -> bool:
+        return self.author == "student"
+
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """The student by the settings of this rollout, whoever denoises in it."""
+        mine = self if self.author == "student" else student.own_sampler(context).source
+        return HeldOutSampler(mine, settings, context)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        if begun is not None:
+    def __call__(self, request: Request[SamplerSettings]) -> Trajectories:
+        if request.begun is not None:
             raise IncompatibleError("rollout 'sde' begins with noise and cannot go on what another source began")
+        prompts, group, size = request.prompts, request.group, request.settings.batch
         texts = [str(prompt.view()) for prompt in prompts]
         conditions = [c for c in self.reader.encoder.encode(texts) for _ in range(group)]
-        seeds = [row_seed(self.context.seed, stream, p, group, g) for p in prompts for g in range(group)]
+        seeds = [row_seed(request.context.seed, request.stream, p, group, g) for p in prompts for g in range(group)]
         rows: list[Denoising] = []
         actions, log_probs = [], []
         training = self.model.training
         self.model.eval()
         try:
-            for first in range(0, len(seeds), self.settings.batch):
-                part = slice(first, first + self.settings.batch)
-                drawn, taken, density = self._sample(conditions[part], seeds[part], budget)
+            for first in range(0, len(seeds), size):
+                part = slice(first, first + size)
+                drawn, taken, density = self._sample(request, conditions[part], seeds[part])
                 rows += drawn
                 actions.append(taken)
                 log_probs.append(density)
@@ -118,37 +100,34 @@ class FlowRollout(PrefixSource):
         return pack(prompts, group, rows, torch.cat(actions), torch.cat(log_probs), self.author)
 
     def _sample(
-        self, conditions: Sequence[Any], seeds: Sequence[int], budget: int
+        self, request: Request[SamplerSettings], conditions: Sequence[Any], seeds: Sequence[int]
     ) -> tuple[list[Denoising], torch.Tensor, torch.Tensor]:
-        """Trajectories of B rows, their first `budget` actions `[B, K, C, H, W]` and log-densities `[B, K]`."""
-        device, count, steps = self.model.device, len(seeds), self.settings.steps
-        times, noise = self.model.grid(steps), self.settings.noise
+        """Trajectories of B rows of a request, their first `budget` actions `[B, K, C, H, W]` and log-densities
+        `[B, K]`."""
+        device, count, steps = self.model.device, len(seeds), request.settings.steps
+        times, noise, guidance = self.model.grid(steps), request.settings.noise, request.context.guidance
         # A row's noise depends on its own seed alone, and is drawn where every machine draws the same.
         shape = (steps + 1 if noise else 1, *self.model.shape)
         draws = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
         level = torch.full((count,), noise, device=device)
-        guidance = [self.context.guidance] * count
         x = start = draws[:, 0]
         actions, log_probs = [], []
         for k in range(steps):
             t, following = times[k].expand(count), times[k + 1].expand(count)
-            with self._autocast():
-                velocity = self.model(x, t, conditions, [1] * count, guidance)
+            with self._autocast(request.settings):
+                velocity = self.model(x, t, conditions, [1] * count, [guidance] * count)
             belief = transition(x, velocity, t, following, level)
             x = belief.mean
             if noise:
                 x = x + belief.std.view(-1, 1, 1, 1) * draws[:, k + 1]
-            if k < budget:
+            if k < request.budget:
                 actions.append(x)
                 log_probs.append(belief.log_prob(x))
         kept = times[: len(actions) + 1]
-        rows = [
-            Denoising(condition, start[i], kept, noise, self.context.guidance, x[i])
-            for i, condition in enumerate(conditions)
-        ]
+        rows = [Denoising(condition, start[i], kept, noise, guidance, x[i]) for i, condition in enumerate(conditions)]
         return rows, torch.stack(actions, 1), torch.stack(log_probs, 1)
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.dtype == "bfloat16":
+    def _autocast(self, settings: SamplerSettings) -> contextlib.AbstractContextManager[Any]:
+        if settings.dtype == "bfloat16":
             return torch.autocast(self.model.device.type, torch.bfloat16)
         return contextlib.nullcontext()

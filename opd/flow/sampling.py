@@ -15,6 +15,7 @@ from opd.checkpoints.weights import fingerprint, weights_hash
 from opd.errors import RecipeError, RunError
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
+from opd.rollouts import Request
 from opd.rollouts.sde import SDERollout
 from opd.run import build_models, compute_device, make_accelerator
 from opd.store.shards import claim, digest, tidy, write_atomically, write_json
@@ -58,7 +59,7 @@ def sample_images(
     # Before the other teachers are left out, so that a mistyped name is told with those that there are.
     recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
     prompts = load_prompts(recipe.prompts)
-    writer = recipe.rollout.teacher
+    writer, dtype = recipe.rollout.teacher, recipe.rollout.dtype
     asked = [teacher for teacher in recipe.teacher if writer is not None and teacher.name == writer]
     recipe = recipe.model_copy(update={"teacher": asked})
     student, teachers, context = build_models(recipe, compute_device(recipe, make_accelerator(recipe)))
@@ -68,7 +69,8 @@ def sample_images(
             member.check_writer(student.model)
         teacher.check_prompts(prompts)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
-    source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
+    settings = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0})
+    source = settings.build(context, student, teachers)
     writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
     writers = writers or {"": student.model}
     header = {
@@ -79,7 +81,7 @@ def sample_images(
         "writer": {route: weights_hash(model) for route, model in writers.items()},
         "times": {route: model.grid(steps).tolist() for route, model in writers.items()},
         "encoders": _encoders(student.model.pipeline),
-        "dtype": source.settings.dtype,
+        "dtype": dtype,
         "settings": {
             "seed": recipe.seed,
             "steps": steps,
@@ -100,7 +102,7 @@ def sample_images(
                 return
             draw, place = divmod(shard, per_draw)
             here = prompts[place * size : (place + 1) * size]
-            made = student.outcomes(source(here, group, 1, stream=draw))
+            made = student.outcomes(source(Request(here, group, 1, draw, settings, context)))
             rows = []
             (path / "images" / f"{shard:06d}").mkdir(parents=True, exist_ok=True)
             for i, image in enumerate(made):

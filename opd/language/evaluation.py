@@ -8,10 +8,25 @@ import torch
 
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
-from opd.evaluation import COUNTS, HeldOut, accuracies, by_prompt, judge, outcomes, roll_out, rows_of, totals
+from opd.evaluation import (
+    COUNTS,
+    HeldOut,
+    accuracies,
+    by_prompt,
+    first_answer,
+    firsts,
+    judge,
+    outcomes,
+    roll_out,
+    rows_of,
+    totals,
+)
+from opd.language.rollout import GREEDY
+from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
+    from opd.now import Now
     from opd.policies.causal_lm import CausalLMStudent
     from opd.run import Run
 
@@ -31,9 +46,10 @@ ROW_VALUES = (
 MOVED = ("moved", "moved_squared", "moved_positions")
 
 
-def measure(run: Run, student: CausalLMStudent) -> HeldOut:
+def measure(run: Run, now: Now, sampler: HeldOutSampler, student: CausalLMStudent) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
-    position; where that one is routed, with each prompt's own.
+    position that the environment did not write; where that one is routed, with each prompt's own, and where it gives
+    several answers, with the first.
 
     Metrics: `forward_kl`, `reverse_kl`, `student_entropy`, `teacher_entropy` in nats a token, `top1_agreement` (means
     over all tokens; without a teacher the student's entropy alone, and with one that answers less than whole
@@ -42,15 +58,15 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
     `greedy_accuracy` and `greedy_length`.
     """
-    settings = run.recipe.evaluation
+    settings = now.recipe.evaluation
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
     if prompts:
-        trajectories = roll_out(run, run.sampler, prompts, settings.k)
-        sums |= outcomes(trajectories, settings.k)
-        items["accuracy"] = by_prompt(trajectories, settings.k)
+        trajectories = roll_out(run, now, sampler, prompts, settings.k)
+        sums |= outcomes(trajectories)
+        items["accuracy"] = by_prompt(trajectories)
         teacher = judge(run)
         if teacher is not None and teacher.answers.kind != "categorical":
             names = ", ".join(KNOWN[teacher.answers.kind])
@@ -59,28 +75,29 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
                 f"{names}; the others of a teacher are left out"
             )
         for micro, _ in trajectories.split(run.micro):
-            own = student(micro)
-            answer = teacher(micro) if teacher is not None else None
+            own = student(micro, now.context)
+            answer = None if teacher is None else first_answer(run, now, teacher, micro)
             comparison = compare(own, answer, micro.actions)
-            for name, value in comparison.sums().items():
+            for name, value in comparison.sums(micro.chosen).items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, student, micro, comparison)
-        before = run.rollout.written_before(prompts, run.rollout.settings.budget)
+        # The rows of a group share an id; the first sample of a prompt stands for it in reports.
+        rows = [rows[i] for i in firsts(trajectories)]
+        before = run.rollout.written_before(prompts, now.recipe.rollout.budget)
         if before is not None:
-            sums |= _moved(run, student, before)
+            sums |= _moved(run, now, student, before)
         if settings.greedy:
-            greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)  # type: ignore[attr-defined]
-            sums |= {f"greedy_{name}": value for name, value in outcomes(greedy, 1).items()}
-            items["greedy_accuracy"] = by_prompt(greedy, 1)
-    # The rows of a group share an id; the first sample of a prompt stands for it in reports.
-    return HeldOut(_means(run, sums), rows[:: settings.k], {name: values for name, values in items.items() if values})
+            greedy = roll_out(run, now, sampler.changed(**GREEDY), prompts, 1)
+            sums |= {f"greedy_{name}": value for name, value in outcomes(greedy).items()}
+            items["greedy_accuracy"] = by_prompt(greedy)
+    return HeldOut(_means(run, sums), rows, {name: values for name, values in items.items() if values})
 
 
-def _moved(run: Run, student: CausalLMStudent, before: Trajectories) -> dict[str, float]:
+def _moved(run: Run, now: Now, student: CausalLMStudent, before: Trajectories) -> dict[str, float]:
     """Sums over the tokens that an earlier student wrote of `q(a) / q_then(a)` and its square."""
     sums = dict.fromkeys(MOVED, 0.0)
     for micro, _ in before.split(run.recipe.batch.micro):
-        log_q = compare(student(micro), None, micro.actions).values["log_q"]
+        log_q = compare(student(micro, now.context), None, micro.actions).values["log_q"]
         ratio = (log_q - micro.behaviour_log_probs).exp().double()
         for name, value in zip(MOVED, (ratio, ratio**2, torch.ones_like(ratio)), strict=True):
             sums[name] += float(value.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -18,11 +18,15 @@ from opd.language.engines.in_process import InProcess
 from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
 from opd.language.watching import SEGMENT, Watching
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.request import Request
 from opd.schedules import OverSteps
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
 from opd.watches import LiveWatch, Watch
+
+if TYPE_CHECKING:
+    from opd.policies import Student
 
 
 class SamplingSettings(Settings):
@@ -50,6 +54,10 @@ class SamplingSettings(Settings):
         return self
 
 
+GREEDY = {"top_p": 1.0, "top_k": 1}
+"""Cuts that leave the likeliest token alone."""
+
+
 class LanguageRollout(PrefixSource):
     """Rollouts of one language model.
 
@@ -72,11 +80,9 @@ class LanguageRollout(PrefixSource):
         sees: str | None = None,
         watch: LiveWatch | None = None,
     ):
-        self.language, self.settings, self.context = language, settings, context
-        self.reader, self.author, self.sees, self.watch = reader or language, author, sees, watch
+        self.language, self.watch = language, watch
+        self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
-        self.own_temperature = True
-        self.exact = self._is_exact()
         own = next(language.parameters()).dtype
         wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
         self.copy: InProcess | None = None
@@ -84,36 +90,27 @@ class LanguageRollout(PrefixSource):
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
 
-    def take(self, settings: Any, context: Context) -> None:
-        super().take(settings, context)
-        self.exact = self._is_exact()
+    def exact(self, settings: Settings) -> bool:
+        assert isinstance(settings, SamplingSettings)
+        return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"
 
-    def _is_exact(self) -> bool:
-        whole = self.settings.top_p == 1.0 and self.settings.top_k == 0
-        return whole and self.author == "student" and self.own_temperature
-
-    def drawing(self, temperature: float | None, top_p: float, top_k: int) -> LanguageRollout:
-        """The same writer with other sampling settings and nobody who watches; shares weights and copy."""
-        other = copy.copy(self)
-        unwatched = {"watch": None, "segment": None}
-        other.settings = self.settings.model_copy(update={"top_p": top_p, "top_k": top_k, **unwatched})
-        other.context = self.context if temperature is None else self.context.with_(temperature=temperature)
-        other.own_temperature = self.own_temperature and temperature is None
-        other.exact = other._is_exact()
-        return other
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """This writer itself, where the student is it, and nobody who watches."""
+        if self.author != "student":
+            return super().held_out(settings, context, student)
+        return HeldOutSampler(self, settings.model_copy(update={"watch": None, "segment": None}), context)
 
     def writers(self) -> list[PrefixSource]:
         return [self]
 
     @torch.no_grad()
-    def check_draws(self, prompts: Sequence[Prompt]) -> None:
-        plain = self.drawing(None, 1.0, 0)
+    def check_draws(self, prompts: Sequence[Prompt], context: Context) -> None:
         training = self.language.training
         self.language.eval()
         # The student's view of a prompt will do: one of the writer's own may be missing where others write.
         contexts = [self.reader.encode(prompt) for prompt in prompts]
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
-        sampler = plain.engine().sampler(plain.manner())
+        sampler = self.engine().sampler(Drawing(context))
         check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
         self.language.train(training)
 
@@ -125,30 +122,13 @@ class LanguageRollout(PrefixSource):
             mine.copy_(live)
         return self.copy
 
-    def manner(self) -> Drawing:
-        """How tokens are drawn at this step."""
-        return Drawing(self.context, self.settings.top_p, self.settings.top_k, self.settings.batch)
-
     @torch.no_grad()
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
+    def __call__(self, request: Request[SamplingSettings]) -> Trajectories:
         with whole(self.language):
-            return self._sampled(prompts, group, budget, stream, begun)
+            return self._sampled(request)
 
-    def _sampled(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None,
-    ) -> Trajectories:
+    def _sampled(self, request: Request[SamplingSettings]) -> Trajectories:
+        prompts, group, begun, settings = request.prompts, request.group, request.begun, request.settings
         own = [self.language.encode(p, self.sees) for p in prompts]
         views, members = own, group
         if begun is not None:
@@ -156,9 +136,11 @@ class LanguageRollout(PrefixSource):
             views = [followed_by(views[i // group], start) for i, start in enumerate(begun)]
             members = 1
         of_rows = [prompt for prompt in prompts for _ in range(group)]
-        seeds = [row_seed(self.context.seed, stream, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
-        watching = self._watching(of_rows, [view for view in views for _ in range(members)], begun)
-        rows = self.engine().sample(views, members, budget, seeds, self.manner(), watching)
+        of = (request.context.seed, request.stream)
+        seeds = [row_seed(*of, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
+        drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch)
+        watching = self._watching(request, of_rows, [view for view in views for _ in range(members)])
+        rows = self.engine().sample(views, members, request.budget, seeds, drawing, watching)
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
@@ -170,13 +152,14 @@ class LanguageRollout(PrefixSource):
         return trajectories if watching is None else watching.kept(trajectories)
 
     def _watching(
-        self, prompts: Sequence[Prompt], contexts: Sequence[EncodedPrompt], begun: Sequence[torch.Tensor] | None
+        self, request: Request[SamplingSettings], prompts: Sequence[Prompt], contexts: Sequence[EncodedPrompt]
     ) -> Watching | None:
-        if self.watch is None or self.settings.watch is None:
+        settings = request.settings
+        if self.watch is None or settings.watch is None:
             return None
-        self.watch.settings, self.watch.context = self.settings.watch, self.context
-        starts = [torch.zeros(0, dtype=torch.int64)] * len(prompts) if begun is None else begun
-        return Watching(self.watch, self.settings.segment or SEGMENT, prompts, contexts, starts)
+        starts = [torch.zeros(0, dtype=torch.int64)] * len(prompts) if request.begun is None else request.begun
+        segment = settings.segment or SEGMENT
+        return Watching(self.watch, settings.watch, request.context, segment, prompts, contexts, starts)
 
 
 def pack_rows(

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import torch
 
+from opd.context import Context
 from opd.distributions.target import joined_targets
 from opd.errors import RunError
 from opd.language.engines.base import EncodedPrompt, Looker, Written
 from opd.prompts import Prompt
 from opd.trajectories import Trajectories
-from opd.watches import Findings, LiveWatch, Rows
+from opd.watches import Findings, LiveWatch, Rows, Watch
 
 SEGMENT = 32
 """Tokens between two looks, unless the recipe says otherwise."""
@@ -22,19 +23,22 @@ class Watching(Looker):
     """One rollout under a watch.
 
     Args:
-        prompts, contexts, begun: of each of the B rows, as `Rows` has them.
+        settings, context: of the step, as `Rows` has them.
         segment: tokens between two looks.
+        prompts, contexts, begun: of each of the B rows, as `Rows` has them.
     """
 
     def __init__(
         self,
         watch: LiveWatch,
+        settings: Watch,
+        context: Context,
         segment: int,
         prompts: Sequence[Prompt],
         contexts: Sequence[EncodedPrompt],
         begun: Sequence[torch.Tensor],
     ):
-        self.watch, self.segment = watch, segment
+        self.watch, self.settings, self.context, self.segment = watch, settings, context, segment
         self.prompts, self.contexts, self.begun = prompts, contexts, begun
         self.found: list[tuple[Sequence[int], Findings]] = []
 
@@ -51,7 +55,7 @@ class Watching(Looker):
         held |= {f"answer of teacher {t.teacher!r}": len(t.distribution) for t in findings.answers or ()}
         wrong = next((name for name, count in held.items() if count != positions), None)
         if wrong is not None:
-            kind = self.watch.settings.kind
+            kind = self.settings.model_dump()["kind"]
             raise RunError(
                 f"rollout.watch {kind!r} keeps {held[wrong]} entries of {wrong} for {positions} positions; it has to "
                 "keep one for each"
@@ -79,6 +83,8 @@ class Watching(Looker):
     def _rows(self, written: Written) -> Rows:
         own = written.rows
         return Rows(
+            settings=self.settings,
+            context=self.context,
             prompts=[self.prompts[row] for row in own],
             contexts=[self.contexts[row] for row in own],
             begun=[self.begun[row] for row in own],

@@ -35,10 +35,10 @@ class Objective(Choice):
 
     weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
-    written_by: list[Author] | None = Field(
+    written_by: list[Literal["student", "teacher", "data"]] | None = Field(
         None,
         min_length=1,
-        description="Only positions whose action one of these wrote: student, teacher, data, environment; default all",
+        description="Only positions whose action one of these wrote: student, teacher, data; default all of them",
     )
     end: Literal["learn", "mask"] = Field("learn", description="Whether the end token's position counts")
     truncated: Literal["learn", "mask"] = Field(
@@ -55,7 +55,7 @@ class Objective(Choice):
     ) -> torch.Tensor:
         """float32 `[N]`: this objective's positions over its own global denominator, times its weight; the denominator
         is `expected` trajectories where that is given."""
-        learn = trajectories.learn
+        learn = trajectories.learnt
         if self.written_by is not None:
             wanted = torch.tensor([AUTHORS.index(a) for a in self.written_by], device=learn.device)
             learn = learn & torch.isin(trajectories.authors.to(learn.device), wanted)

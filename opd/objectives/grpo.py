@@ -81,7 +81,7 @@ class GRPO(Objective):
         return replace(loss, computed=live != 0)
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors != {"student"} or not rollout.current:
+        if rollout.learners != {"student"} or not rollout.current:
             raise IncompatibleError(
                 "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student, "
                 "or sde for a flow model"

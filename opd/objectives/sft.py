@@ -46,7 +46,7 @@ class SFT(Objective):
         return loss
 
     def check_trajectories(self, rollout: Any) -> None:
-        if rollout.authors == {"student"}:
+        if rollout.learners == {"student"}:
             raise IncompatibleError(
                 "objective 'sft' on the student's own samples has no expected gradient: take rollout: data, "
                 "rollout: teacher or a mixture (of a flow model: noised, or sde with a teacher)"

@@ -15,15 +15,18 @@ from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
+from opd.errors import RunError
 from opd.prompts import Prompt
+from opd.schedules import Scheduled
 from opd.sharding import fill
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut
+    from opd.now import Now
     from opd.objectives import Loss
-    from opd.recipe import Recipe
-    from opd.rollouts import PrefixSource
+    from opd.recipe import Evaluation, Recipe
+    from opd.rollouts import HeldOutSampler
     from opd.run import Run
     from opd.teachers import LiveTeacher, Teacher
 
@@ -62,8 +65,21 @@ class Student(ABC):
         return []
 
     @abstractmethod
-    def __call__(self, trajectories: Trajectories) -> Distribution:
-        """The student's distribution at the N positions of `trajectories`, with a graph when gradients are on."""
+    def __call__(self, trajectories: Trajectories, context: Context | None = None) -> Distribution:
+        """The student's distribution at the N positions of `trajectories`, with a graph when gradients are on.
+
+        `context` has the facts of a step; without one they are those of the run (`facts`).
+        """
+
+    def facts(self, context: Context | None) -> Context:
+        """What was passed for a step, or what holds at all steps.
+
+        Raises:
+            RunError: nothing was passed, and the temperature follows a schedule.
+        """
+        if context is None and isinstance(self.context.temperature, Scheduled):
+            raise RunError("the temperature follows a schedule: pass the student the context of a step (Run.at)")
+        return context or self.context
 
     @abstractmethod
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
@@ -108,12 +124,20 @@ class Student(ABC):
         """
 
     @abstractmethod
-    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> PrefixSource:
-        """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
+    def own_sampler(self, context: Context) -> HeldOutSampler:
+        """The student's rollouts by the defaults of its kind, for recipes in which others write."""
 
     @abstractmethod
-    def measure(self, run: Run) -> HeldOut:
-        """Held-out metrics and rows, from `run.sampler` and `run.teachers`."""
+    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+        """The rollout's held-out sampler under the recipe's settings for evaluation.
+
+        Raises:
+            IncompatibleError: a setting that this sampler does not have.
+        """
+
+    @abstractmethod
+    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
+        """Held-out metrics and rows at one step, from what `sampler` writes and `run.teachers` say of it."""
 
     @abstractmethod
     def as_teacher(self, settings: Teacher, context: Context) -> LiveTeacher:

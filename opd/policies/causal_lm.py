@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -46,13 +47,13 @@ from opd.objectives.base import Loss
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
-from opd.trajectories import Trajectories
+from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut
-    from opd.language.rollout import LanguageRollout
-    from opd.recipe import Recipe
-    from opd.rollouts import PrefixSource
+    from opd.now import Now
+    from opd.recipe import Evaluation
+    from opd.rollouts import HeldOutSampler
     from opd.run import Run
     from opd.teachers import Teacher
     from opd.teachers.local import LanguageTeacher
@@ -119,7 +120,7 @@ class CausalLM(ModelSettings, Policy):
 
         language = _live(model.eval().requires_grad_(False), tokenizer, context)
         template: Literal["chat", "plain"] = "chat" if tokenizer.chat_template else "plain"
-        return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device, context)
+        return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device)
 
 
 def _live(model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageModel:
@@ -183,14 +184,17 @@ class CausalLMStudent(Student):
         self.texts: dict[int, str] = {}
         """What each id reads as, alone, as far as anyone has asked: measuring asks for every token and alternative."""
 
-    def __call__(self, trajectories: Trajectories, layout: Layout = "auto") -> Categorical:
+    def __call__(
+        self, trajectories: Trajectories, context: Context | None = None, layout: Layout = "auto"
+    ) -> Categorical:
+        now = self.facts(context)
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
         contexts, completions = trajectories.contexts, trajectories.completions()
         with self.experts.watched(self.language.padding(contexts, completions, layout)):
             hidden = module(contexts, completions, layout)
-        head = self.language.head(self.context.temperature, self.context.vocabulary)
+        head = self.language.head(now.temperature, now.vocabulary)
         return Categorical(hidden, head)
 
     def own_losses(self, share: float) -> list[Loss]:
@@ -265,10 +269,12 @@ class CausalLMStudent(Student):
         return [self.decode(actions) for actions in trajectories.completions()]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """`tokens` are the completion's, and where a watch cut it `stopped` says why; held-out rows add `alternatives`
-        (`student` and `teacher`: for each token `[text, probability]` pairs)."""
+        """`tokens` are the completion's; where a watch cut it `stopped` says why, and where the environment wrote some
+        `authors` says who wrote each. Held-out rows add `alternatives` (`student` and `teacher`: for each token `[text,
+        probability]` pairs)."""
         rows = []
         start = 0
+        names = [AUTHORS[author] for author in trajectories.authors.tolist()]
         for i, actions in enumerate(trajectories.completions()):
             here = slice(start, start + len(actions))
             start = here.stop
@@ -283,33 +289,38 @@ class CausalLMStudent(Student):
             }
             if trajectories.stopped is not None and trajectories.stopped[i] is not None:
                 row["stopped"] = trajectories.stopped[i]
+            if "environment" in (authors := names[here]):
+                row["authors"] = authors
             rows.append(row)
         return rows
 
-    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> LanguageRollout:
+    def own_sampler(self, context: Context) -> HeldOutSampler:
         from opd.language.rollout import LanguageRollout
+        from opd.rollouts import HeldOutSampler
         from opd.rollouts.student import StudentRollout
 
-        settings = recipe.rollout if isinstance(recipe.rollout, StudentRollout) else StudentRollout()
-        if not isinstance(recipe.rollout, StudentRollout):
-            rollout = settings.build(context, self, ())
-        assert isinstance(rollout, LanguageRollout)
-        wanted = recipe.evaluation
-        return rollout.drawing(
-            wanted.temperature,
-            settings.top_p if wanted.top_p is None else wanted.top_p,
-            settings.top_k if wanted.top_k is None else wanted.top_k,
-        )
+        settings = StudentRollout()
+        return HeldOutSampler(LanguageRollout(self.language, settings, context), settings, context)
 
-    def measure(self, run: Run) -> HeldOut:
+    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+        from opd.language.rollout import GREEDY
+
+        if evaluation.greedy:
+            sampler.changed(**GREEDY)
+        if evaluation.temperature is not None:
+            sampler = replace(sampler, context=sampler.context.with_(temperature=evaluation.temperature))
+        cuts = {"top_p": evaluation.top_p, "top_k": evaluation.top_k}
+        return sampler.changed(**{name: value for name, value in cuts.items() if value is not None})
+
+    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
         from opd.language.evaluation import measure
 
-        return measure(run, self)
+        return measure(run, now, sampler, self)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
         from opd.teachers.self_teacher import SelfLanguageTeacher
 
-        return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device, context)
+        return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device)
 
     def live(self) -> tuple[Any, Any]:
         # Whoever passed it gets its rates of dropout back.

@@ -26,9 +26,9 @@ from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut
-    from opd.flow.rollout import FlowRollout
-    from opd.recipe import Recipe
-    from opd.rollouts import PrefixSource
+    from opd.now import Now
+    from opd.recipe import Evaluation, Recipe
+    from opd.rollouts import HeldOutSampler
     from opd.run import Run
     from opd.teachers import Teacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
@@ -104,7 +104,7 @@ class FlowTransformer(FlowSettings, Policy):
     def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
         from opd.teachers.flow import FlowTeacher, LiveFlowTeacher
 
-        return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE), context)
+        return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE))
 
 
 def _live(model: Any, context: Context) -> FlowModel:
@@ -151,11 +151,11 @@ class FlowStudent(Student):
                 model.base.enable_gradient_checkpointing()
         self.module: torch.nn.Module = model
 
-    def __call__(self, trajectories: Trajectories) -> Gaussian:
+    def __call__(self, trajectories: Trajectories, context: Context | None = None) -> Gaussian:
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.model
-        return believe(module, trajectories, [context.condition for context in trajectories.contexts])
+        return believe(module, trajectories, [start.condition for start in trajectories.contexts])
 
     def check_settings(self, recipe: Recipe) -> None:
         check_settings(recipe)
@@ -209,20 +209,26 @@ class FlowStudent(Student):
             rows.append(row | ({"task": prompt.fields["task"]} if "task" in prompt.fields else {}))
         return rows
 
-    def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> FlowRollout:
-        from opd.flow.rollout import FlowRollout, measured_on
+    def own_sampler(self, context: Context) -> HeldOutSampler:
+        from opd.flow.rollout import FlowRollout, SamplerSettings
+        from opd.rollouts import HeldOutSampler
 
-        return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(recipe.evaluation.steps, 0.0)
+        settings = SamplerSettings()
+        return HeldOutSampler(FlowRollout(self.model, settings), settings, context)
 
-    def measure(self, run: Run) -> HeldOut:
+    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+        # Without noise it follows the ODE.
+        return sampler.changed(steps=evaluation.steps, noise=0.0)
+
+    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
         from opd.flow.evaluation import measure
 
-        return measure(run, self)
+        return measure(run, now, sampler, self)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
-        return SelfFlowTeacher(copy.deepcopy(self.model), settings, context, self.model)
+        return SelfFlowTeacher(copy.deepcopy(self.model), settings, self.model)
 
     def unwrap(self, accelerator: Any) -> None:
         super().unwrap(accelerator)

@@ -141,6 +141,7 @@ for _layer in (
         "green",
     ),
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
+    Layer("authors", "written by", "token", "author"),
     Layer("image", "picture", "row", "picture"),
 ):
     register(_layer)

@@ -1,5 +1,6 @@
 """On whose states the student learns."""
 
-from opd.rollouts.base import PrefixSource, Rollout
+from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout
+from opd.rollouts.request import Request
 
-__all__ = ["PrefixSource", "Rollout"]
+__all__ = ["HeldOutSampler", "PrefixSource", "Request", "Rollout"]

@@ -5,63 +5,58 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, Settings
 from opd.context import Context
+from opd.errors import IncompatibleError
 from opd.prompts import Prompt
+from opd.rollouts.request import Request
 from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Author, Trajectories, join
 
+if TYPE_CHECKING:
+    from opd.policies import Student
+
 
 class PrefixSource(ABC):
-    """A built rollout.
+    """A built rollout. The settings and facts of a step come with each request; what is built keeps none of them.
 
     Attributes:
-        settings: those of the current step, as `take` put them there.
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
-        exact: actions are drawn from the student's whole distribution, up to the rounding of `dtype`.
         dtype: what the sampler computes in.
     """
 
-    settings: Any
-    context: Context
     authors: frozenset[Author] = frozenset({"student"})
     current: bool = True
-    exact: bool = True
     dtype: torch.dtype = torch.float32
 
     @abstractmethod
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        """`group` trajectories of each prompt, at most `budget` actions long.
+    def __call__(self, request: Request[Any]) -> Trajectories:
+        """The trajectories that `request` asks for: those of one prompt next to each other, in the order of prompts."""
 
-        Args:
-            prompts: P prompts.
-            group: G, trajectories of each.
-            budget: most actions of a trajectory, those in `begun` not counted.
-            stream: names the random stream (the loop passes the step); the same recipe seed, stream and prompts give
-                the same trajectories.
-            begun: P * G sequences of actions that another source has written already; they stand before the actions
-                drawn here and are not part of what is returned.
-        """
+    @property
+    def learners(self) -> frozenset[Author]:
+        """The authors whose positions can be learnt from: all but the environment."""
+        return self.authors - {"environment"}
 
-    def take(self, settings: Any, context: Context) -> None:
-        """Take the settings and the context of a step, and hand on what parts of this one need."""
-        self.settings, self.context = settings, context
+    def exact(self, settings: Settings) -> bool:
+        """Whether under these settings actions are drawn from the student's whole distribution, up to the rounding of
+        `dtype`."""
+        return True
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:  # noqa: B027
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """Who writes when the student is measured, whoever writes what it trains on: by default the student alone, as
+        its policy samples."""
+        return student.own_sampler(context)
+
+    def drawn(self, request: Request[Any]) -> None:  # noqa: B027
         """Told of all prompts of a step, those of every process, before it is asked for this process's share."""
 
     def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
@@ -79,39 +74,64 @@ class PrefixSource(ABC):
         """The sources in this one that draw from a language model."""
         return []
 
-    def check_draws(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+    def check_draws(self, prompts: Sequence[Prompt], context: Context) -> None:  # noqa: B027
         """Raise `SelfTestError` when a writer's log-probabilities are not those of the model that it draws from."""
 
 
-def divided(
-    shares: Sequence[tuple[PrefixSource, Sequence[int]]],
-    prompts: Sequence[Prompt],
-    group: int,
-    budget: int,
-    stream: int,
-    begun: Sequence[torch.Tensor] | None,
-) -> Trajectories:
-    """One batch from several sources: each extends the prompts of its own indices, all of which are shared out, and the
-    trajectories come in the order of `prompts`; the other arguments are those of a source."""
+@dataclass(frozen=True)
+class HeldOutSampler:
+    """Who writes held-out trajectories, with the settings and facts that go into every request."""
+
+    source: PrefixSource
+    settings: Settings
+    context: Context
+
+    def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:
+        return self.source(Request(prompts, group, budget, stream, self.settings, self.context))
+
+    def changed(self, **values: float) -> HeldOutSampler:
+        """The same writer under other settings.
+
+        Raises:
+            IncompatibleError: a setting that its rollout does not have.
+        """
+        lacking = next((name for name in values if name not in type(self.settings).model_fields), None)
+        if lacking is not None:
+            kind = self.settings.model_dump().get("kind", type(self.settings).__name__)
+            raise IncompatibleError(
+                f"held-out trajectories are to be drawn with {lacking}={values[lacking]:g}, and {kind!r}, which writes "
+                f"them, has no {lacking!r}; leave evaluation.{lacking} and evaluation.greedy out"
+            )
+        return replace(self, settings=self.settings.model_copy(update=values))
+
+
+def divided(shares: Sequence[tuple[PrefixSource, Rollout, Sequence[int]]], request: Request[Any]) -> Trajectories:
+    """One batch from several sources, each with its settings and the indices of the prompts that it extends: all are
+    shared out, and the trajectories come in the order of the request's prompts."""
     parts, order = [], []
-    for source, mine in shares:
+    for source, settings, mine in shares:
         if mine:
-            starts = None if begun is None else [begun[i * group + g] for i in mine for g in range(group)]
-            least = min(budget, source.settings.budget)
-            parts.append(source([prompts[i] for i in mine], group, least, stream, starts))
-            order += [i * group + g for i in mine for g in range(group)]
+            parts.append(source(request.to(settings, mine, min(request.budget, settings.budget))))
+            order += [i * request.group + g for i in mine for g in range(request.group)]
     return join(parts, order)
 
 
 class Combination(PrefixSource):
     """Base of built sources that are made of others, in the order of their settings."""
 
-    exact = False
-
-    def __init__(self, settings: Any, context: Context, sources: Sequence[PrefixSource]):
-        self.settings, self.context, self.sources = settings, context, sources
+    def __init__(self, sources: Sequence[PrefixSource]):
+        self.sources = sources
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
+
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """That of the first part in which the student alone writes, with its cuts; else that of the first part."""
+        pairs = list(zip(self.sources, settings.parts, strict=True))
+        source, part = next((pair for pair in pairs if pair[0].learners == {"student"} and pair[0].current), pairs[0])
+        return source.held_out(part, context, student)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for source in self.sources:
@@ -119,11 +139,6 @@ class Combination(PrefixSource):
 
     def teachers(self) -> list[str]:
         return [name for source in self.sources for name in source.teachers()]
-
-    def take(self, settings: Any, context: Context) -> None:
-        super().take(settings, context)
-        for source, part in zip(self.sources, settings.parts, strict=True):
-            source.take(part, context)
 
     def writers(self) -> list[PrefixSource]:
         return [writer for source in self.sources for writer in source.writers()]

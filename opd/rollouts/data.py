@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError
 from opd.language.encoding import turn_end
@@ -15,6 +16,7 @@ from opd.language.engines.base import Row
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
+from opd.rollouts.request import Request
 from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
 
@@ -35,8 +37,6 @@ class DataRollout(OneSource):
 
 class StoredResponses(PrefixSource):
     """The built source. Nothing is drawn: its log-probabilities are not known and stand as 0."""
-
-    exact = False
 
     def __init__(self, settings: DataRollout, language: Any, context: Context):
         self.settings, self.language, self.context = settings, language, context
@@ -84,8 +84,11 @@ class StoredResponses(PrefixSource):
                         "has; remove it, or the row"
                     )
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
-        self.turns.drawn([prompt for prompt in prompts if len(self.responses(prompt)) > 1])
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def drawn(self, request: Request[DataRollout]) -> None:
+        self.turns.drawn([prompt for prompt in request.prompts if len(self.responses(prompt)) > 1])
 
     def state_dict(self) -> dict[str, Any]:
         return self.turns.state_dict()
@@ -101,20 +104,13 @@ class StoredResponses(PrefixSource):
         actions = torch.tensor(cut or [self.end], dtype=torch.int64, device=self.language.device)
         return Row(actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids))
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        rows = []
+    def __call__(self, request: Request[DataRollout]) -> Trajectories:
+        prompts, group, begun, rows = request.prompts, request.group, request.begun, []
         for i, prompt in enumerate(prompts):
-            texts, turn = self.responses(prompt), self.turns.of(prompt, stream)
+            texts, turn = self.responses(prompt), self.turns.of(prompt, request.stream)
             for g in range(group):
                 skip = len(begun[i * group + g]) if begun is not None else 0
                 # With fewer responses than members, and over the visits of a prompt, they take turns.
-                rows.append(self.encode(texts[(turn * group + g) % len(texts)], budget, skip))
+                rows.append(self.encode(texts[(turn * group + g) % len(texts)], request.budget, skip))
         contexts = [self.language.encode(p) for p in prompts]
         return pack_rows(prompts, contexts, group, rows, self.settings.author)

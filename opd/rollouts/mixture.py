@@ -6,13 +6,12 @@ import random
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 
 from opd.choice import OneOf
 from opd.context import Context
-from opd.prompts import Prompt
 from opd.rollouts.base import Combination, PrefixSource, Rollout, SeveralSources, divided
+from opd.rollouts.request import Request
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps
@@ -32,31 +31,25 @@ class MixtureRollout(SeveralSources):
     by: Literal["prompt", "batch"] = Field("prompt", description="Whether each prompt or each batch draws its source")
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Mixed:
-        return Mixed(self, context, [part.build(context, student, teachers) for part in self.parts])
+        return Mixed([part.build(context, student, teachers) for part in self.parts])
 
 
 class Mixed(Combination):
     """The built mixture."""
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        return divided(self._shares(prompts, stream), prompts, group, budget, stream, begun)
+    def __call__(self, request: Request[MixtureRollout]) -> Trajectories:
+        return divided(self._shares(request), request)
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
-        for source, mine in self._shares(prompts, stream):
-            source.drawn([prompts[i] for i in mine], stream)
+    def drawn(self, request: Request[MixtureRollout]) -> None:
+        for source, settings, mine in self._shares(request):
+            source.drawn(request.to(settings, mine))
 
-    def _shares(self, prompts: Sequence[Prompt], stream: int) -> list[tuple[PrefixSource, list[int]]]:
+    def _shares(self, request: Request[MixtureRollout]) -> list[tuple[PrefixSource, Rollout, list[int]]]:
         """Each source with the indices of the prompts that it extends; the same whoever else is in the list."""
-        names = [p.id if self.settings.by == "prompt" else "" for p in prompts]
-        draws = [random.Random(f"{self.context.seed}/{stream}/{name}").random() for name in names]
+        settings = request.settings
+        names = [p.id if settings.by == "prompt" else "" for p in request.prompts]
+        draws = [random.Random(f"{request.context.seed}/{request.stream}/{name}").random() for name in names]
         return [
-            (source, [i for i, draw in enumerate(draws) if (draw < self.settings.share) == wanted])
-            for source, wanted in zip(self.sources, (True, False), strict=True)
+            (source, part, [i for i, draw in enumerate(draws) if (draw < settings.share) == wanted])
+            for source, part, wanted in zip(self.sources, settings.parts, (True, False), strict=True)
         ]

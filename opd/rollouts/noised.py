@@ -6,22 +6,27 @@ import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 
+from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
 from opd.flow.rollout import GridSettings
 from opd.prompts import Prompt
-from opd.rollouts.base import PrefixSource, Rollout, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.request import Request
 from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
 
 
 class NoisedRollout(GridSettings, Rollout):
@@ -53,16 +58,14 @@ class NoisedRollout(GridSettings, Rollout):
         return [_place(path, prompt) for path in paths if isinstance(path, str)]
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
-        return NoisedImages(self, student.model, context)
+        return NoisedImages(self, student.model)
 
 
 class NoisedImages(PrefixSource):
     """The built source. Nothing is drawn from a model: log-probabilities are not known and stand as 0."""
 
-    exact = False
-
-    def __init__(self, settings: NoisedRollout, model: FlowModel, context: Context):
-        self.settings, self.model, self.context = settings, model, context
+    def __init__(self, settings: NoisedRollout, model: FlowModel):
+        self.settings, self.model = settings, model
         author: Author = settings.author
         self.authors = frozenset({author})
         self.turns = Turns()
@@ -77,8 +80,16 @@ class NoisedImages(PrefixSource):
                 else:
                     self.pixels(found, prompt)
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
-        self.turns.drawn([prompt for prompt in prompts if len(self.images(prompt)) > 1])
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        """The student's sampler on this rollout's grid."""
+        own = student.own_sampler(context)
+        return own.changed(**{name: getattr(settings, name) for name in GridSettings.model_fields})
+
+    def drawn(self, request: Request[NoisedRollout]) -> None:
+        self.turns.drawn([prompt for prompt in request.prompts if len(self.images(prompt)) > 1])
 
     def state_dict(self) -> dict[str, Any]:
         return self.turns.state_dict()
@@ -122,19 +133,13 @@ class NoisedImages(PrefixSource):
         pixels = self.pixels(found[turn % len(found)], prompt)
         return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        if begun is not None:
+    def __call__(self, request: Request[NoisedRollout]) -> Trajectories:
+        if request.begun is not None:
             raise IncompatibleError("rollout 'noised' cannot go on what another source began")
-        settings, device = self.settings, self.model.device
+        settings, device = request.settings, self.model.device
+        prompts, group, stream = request.prompts, request.group, request.stream
         members = [(p, g) for p in prompts for g in range(group)]
-        seeds = [row_seed(self.context.seed, stream, p, group, g) for p, g in members]
+        seeds = [row_seed(request.context.seed, stream, p, group, g) for p, g in members]
         streams = [torch.Generator().manual_seed(seed) for seed in seeds]
         turns = [self.turns.of(p, stream) * group + g for p, g in members]
         images = self.model.latents(torch.stack([self.image(p, t) for (p, _), t in zip(members, turns, strict=True)]))
@@ -146,8 +151,8 @@ class NoisedImages(PrefixSource):
             times = torch.stack([at, torch.zeros_like(at)], 1).to(device)
             level, guidance = 0.0, 1.0
         else:
-            times = self.model.grid(settings.steps)[: budget + 1].repeat(len(members), 1)
-            level, guidance = settings.noise, self.context.guidance
+            times = self.model.grid(settings.steps)[: request.budget + 1].repeat(len(members), 1)
+            level, guidance = settings.noise, request.context.guidance
         t = times.view(*times.shape, 1, 1, 1)
         line = (1 - t) * images[:, None] + t * noise[:, None]
         rows = [

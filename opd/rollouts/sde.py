@@ -37,13 +37,13 @@ class SDERollout(SamplerSettings, Rollout):
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         if self.teacher is None:
-            return FlowRollout(student.model, self, context)
+            return FlowRollout(student.model, self)
         names = [t.settings.name for t in teachers]
         self.check_teacher(names)
         writer = teachers[names.index(self.teacher)]
         members = writer.members()
         sources = {
-            route: FlowRollout(member.model, self, context, reader=student.model, author="teacher")
+            route: FlowRollout(member.model, self, reader=student.model, author="teacher")
             for route, member in members.items()
         }
-        return RoutedWriters(self, context, writer, sources) if writer is not members.get("") else sources[""]
+        return RoutedWriters(writer, sources) if writer is not members.get("") else sources[""]

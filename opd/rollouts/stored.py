@@ -8,10 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
+from opd.rollouts.request import Request
 from opd.rollouts.turns import Turns
 from opd.schedules import OverSteps
 from opd.store.store import Store
@@ -38,7 +40,6 @@ class StoredTrajectories(PrefixSource):
     """The built source."""
 
     current = False
-    exact = False
 
     def __init__(self, settings: StoredRollout, language: Any, context: Context):
         self.settings, self.language, self.context = settings, language, context
@@ -86,26 +87,23 @@ class StoredTrajectories(PrefixSource):
                         "that not every tokenizer of this run has; leave the prompt out, or sample the store again"
                     )
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        if begun is not None:
+    def __call__(self, request: Request[StoredRollout]) -> Trajectories:
+        if request.begun is not None:
             raise IncompatibleError("a stored trajectory cannot go on what another source began; put it first")
-        rows = []
-        for prompt in prompts:
+        group, rows = request.group, list[int]()
+        for prompt in request.prompts:
             mine = self.store.rows_of(prompt.id)
-            turn = self.turns.of(prompt, stream)
+            turn = self.turns.of(prompt, request.stream)
             rows += [mine[(turn * group + member) % len(mine)] for member in range(group)]
-        members = [prompt for prompt in prompts for _ in range(group)]
-        return self.store.trajectories(rows, members, self.context.device, min(budget, self.settings.max_new_tokens))
+        members = [prompt for prompt in request.prompts for _ in range(group)]
+        longest = min(request.budget, request.settings.max_new_tokens)
+        return self.store.trajectories(rows, members, request.context.device, longest)
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
-        self.turns.drawn(prompts)
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def drawn(self, request: Request[StoredRollout]) -> None:
+        self.turns.drawn(request.prompts)
 
     def state_dict(self) -> dict[str, Any]:
         return self.turns.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -11,8 +12,8 @@ from pydantic import Field, model_validator
 from opd.choice import OneOf
 from opd.context import Context
 from opd.errors import IncompatibleError
-from opd.prompts import Prompt
 from opd.rollouts.base import Combination, Rollout, SeveralSources
+from opd.rollouts.request import Request
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
@@ -61,7 +62,7 @@ class SwitchRollout(SeveralSources):
         sources = [part.build(context, student, teachers) for part in self.parts]
         if "data" in sources[1].authors:
             raise IncompatibleError("rollout.then is 'data'; a stored response cannot go on what another source began")
-        return Switched(self, context, sources)
+        return Switched(sources)
 
 
 def _extremes(tokens: int) -> tuple[int, int]:
@@ -73,31 +74,25 @@ def _extremes(tokens: int) -> tuple[int, int]:
 class Switched(Combination):
     """The built switch."""
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
+    def __call__(self, request: Request[SwitchRollout]) -> Trajectories:
         begin, go_on = self.sources
-        at = min(self.settings.position, budget, begin.settings.budget)
-        left = min(budget - at, go_on.settings.budget)
+        before, after = request.settings.parts
+        at = min(request.settings.position, request.budget, before.budget)
+        left = min(request.budget - at, after.budget)
         if at == 0:
-            return go_on(prompts, group, left, stream, begun)
-        first = begin(prompts, group, at, stream, begun)
+            return go_on(request.to(after, budget=left))
+        first = begin(request.to(before, budget=at))
         # What ended by itself or was stopped stays as it is; the rest goes on, each from its own beginning.
         stopped = first.stopped or [None] * len(first)
         going = [i for i, ended in enumerate(first.finished.tolist()) if not ended and stopped[i] is None]
-        if not going or at == budget:
+        if not going or at == request.budget:
             return first
-        own = first.completions()
+        own, begun = first.completions(), request.begun
         starts = [own[i] if begun is None else torch.cat([begun[i].to(own[i].device), own[i]]) for i in going]
-        rest = go_on([first.prompts[i] for i in going], 1, left, stream, starts)
-        return continued(first, going, rest)
+        asked = replace(request.to(after, budget=left), prompts=[first.prompts[i] for i in going])
+        return continued(first, going, go_on(replace(asked, group=1, begun=starts)))
 
-    def drawn(self, prompts: Sequence[Prompt], stream: int) -> None:
+    def drawn(self, request: Request[SwitchRollout]) -> None:
         # What goes on is no stored trajectory, so only the one that begins takes turns.
-        begin, go_on = self.sources
-        (begin if self.settings.position else go_on).drawn(prompts, stream)
+        place = 0 if request.settings.position else 1
+        self.sources[place].drawn(request.to(request.settings.parts[place]))

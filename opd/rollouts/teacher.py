@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
+from opd.choice import Settings
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.prompts import Prompt
-from opd.rollouts.base import OneSource, PrefixSource, Rollout, divided
+from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Rollout, divided
+from opd.rollouts.request import Request
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
 
 
 class TeacherRollout(SamplingSettings, OneSource):
@@ -52,32 +55,30 @@ class TeacherRollout(SamplingSettings, OneSource):
             )
             for route, member in members.items()
         }
-        return RoutedWriters(self, context, writer, sources) if writer is not members.get("") else sources[""]
+        return RoutedWriters(writer, sources) if writer is not members.get("") else sources[""]
 
 
 class RoutedWriters(PrefixSource):
     """The built rollout of a routed teacher."""
 
     authors = frozenset({"teacher"})
-    exact = False
 
-    def __init__(self, settings: Rollout, context: Context, teacher: LiveTeacher, sources: Mapping[str, PrefixSource]):
-        self.settings, self.context, self.teacher, self.sources = settings, context, teacher, sources
+    def __init__(self, teacher: LiveTeacher, sources: Mapping[str, PrefixSource]):
+        self.teacher, self.sources = teacher, sources
 
     def writers(self) -> list[PrefixSource]:
         return list(self.sources.values())
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        group: int,
-        budget: int,
-        stream: int,
-        begun: Sequence[torch.Tensor] | None = None,
-    ) -> Trajectories:
-        routes = [self.teacher.route(prompt) for prompt in prompts]
-        shares = []
-        for name, source in self.sources.items():
-            source.settings, source.context = self.settings, self.context
-            shares.append((source, [i for i, route in enumerate(routes) if route == name]))
-        return divided(shares, prompts, group, budget, stream, begun)
+    def exact(self, settings: Settings) -> bool:
+        return False
+
+    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+        return next(iter(self.sources.values())).held_out(settings, context, student)
+
+    def __call__(self, request: Request[Any]) -> Trajectories:
+        routes = [self.teacher.route(prompt) for prompt in request.prompts]
+        shares = [
+            (source, request.settings, [i for i, route in enumerate(routes) if route == name])
+            for name, source in self.sources.items()
+        ]
+        return divided(shares, request)

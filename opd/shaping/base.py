@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -37,18 +37,14 @@ class Shape:
 
 
 class Shaper(ABC):
-    """A built shaping; with `state_dict` and `load_state_dict` what it keeps between steps is in checkpoints.
-
-    `settings` are those of the current step: the loop puts the numbers of schedules in.
-    """
-
-    def __init__(self, settings: Shaping):
-        self.settings = settings
+    """A built shaping; with `state_dict` and `load_state_dict` what it keeps between steps is in checkpoints. The
+    settings of a step, numbers in the places of schedules, come with each call."""
 
     def look(
         self,
         trajectories: Trajectories,
         targets: Sequence[Target],
+        settings: Any,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     ) -> Trajectories:
         """See a whole step once, before its micro-batches; what it keeps from step to step moves here.
@@ -56,6 +52,7 @@ class Shaper(ABC):
         Args:
             trajectories: B of them, whole groups, with rewards where there are any.
             targets: every teacher's detached answer at the N positions.
+            settings: the shaping's at this step.
             sum_over_processes: sums a tensor over the processes, of which each sees its own trajectories; all of them
                 must call it equally often.
 
@@ -66,13 +63,14 @@ class Shaper(ABC):
         return trajectories
 
     @abstractmethod
-    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories) -> Shape:
+    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: Any) -> Shape:
         """The shape of one micro-batch. It may be asked for again, of smaller parts, where memory did not suffice.
 
         Args:
             student: `[N]` detached distributions.
             targets: every teacher's detached answer at the same positions.
             micro: whole trajectories, with the columns that `look` made.
+            settings: the shaping's at this step.
         """
 
 

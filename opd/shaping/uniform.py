@@ -19,11 +19,13 @@ class Uniform(Shaping):
     kind: Literal["uniform"] = "uniform"
 
     def build(self, context: Context) -> UniformShaper:
-        return UniformShaper(self)
+        return UniformShaper()
 
 
 class UniformShaper(Shaper):
     """The built shaping."""
 
-    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories) -> Shape:
+    def __call__(
+        self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: Uniform
+    ) -> Shape:
         return Shape(torch.ones(micro.positions, device=micro.actions.device))

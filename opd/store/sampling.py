@@ -12,7 +12,7 @@ from opd.errors import RecipeError
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
-from opd.rollouts import Rollout
+from opd.rollouts import Request, Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.run import build_models, check_lengths, compute_device, make_accelerator
@@ -52,9 +52,9 @@ def sample(
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
     accelerator = make_accelerator(recipe)
-    asked = recipe.teacher if _asks_teacher(recipe.rollout) else []
+    writing = recipe.teacher if _asks_teacher(recipe.rollout) else []
     student, teachers, context = build_models(
-        recipe.model_copy(update={"teacher": asked}), compute_device(recipe, accelerator)
+        recipe.model_copy(update={"teacher": writing}), compute_device(recipe, accelerator)
     )
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     for note in student.notes:
@@ -63,7 +63,7 @@ def sample(
     for warning in check_lengths(recipe, student, teachers, prompts):
         print(f"opd: {warning}", file=sys.stderr)
     if recipe.self_test:
-        check_writers([source], prompts[:2])
+        check_writers([source], prompts[:2], context)
     header = StoreHeader(
         prompts=len(prompts),
         group=recipe.batch.group,
@@ -73,7 +73,7 @@ def sample(
         rollout=recipe.dump()["rollout"],
         temperature=float(recipe.temperature),
         seed=recipe.seed,
-        budget=source.settings.budget,
+        budget=recipe.rollout.budget,
         authors=sorted(source.authors),
         student={"model": recipe.student.model_dump()["model"], "weights": weights_hash(student.language.model)},
         writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in teachers],
@@ -91,7 +91,8 @@ def sample(
             if mine:
                 draw, ids = store.part(shard)
                 here = [by_id[name] for name in ids]
-                store.write(shard, source(here, store.header.group, store.header.budget, stream=draw))
+                asked = Request(here, store.header.group, store.header.budget, draw, recipe.rollout, context)
+                store.write(shard, source(asked))
 
     work_through(store.missing(), store.header.shards, write, "sampling", console, quiet)
     tidy(store.shard_path(0).parent)

@@ -63,12 +63,12 @@ class Scorer:
         settings = chosen_teacher(recipe, teacher)
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
-        self.teacher = settings.build(context, None)
+        self.settings, self.teacher = settings, settings.build(context, None)
         language = self.teacher.language
         reader = self._check_agreement(recipe, language)
         stored = self.store.header
         common = common_vocabulary([reader, language], [stored.covered()])
-        self.teacher.context = context.with_(vocabulary=common)
+        self.context = context.with_(vocabulary=common)
         head = language.head(context.temperature, common)
         identity = weights_hash(language.model)
         header = TargetsHeader(
@@ -119,8 +119,8 @@ class Scorer:
             rows = self.store.rows_of_shard(shard)
             ids = self.store.part(shard)[1]
             prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
-            trajectories = self.store.trajectories(rows, prompts, self.teacher.context.device)
-            outside = self.teacher.context.vocabulary.outside(trajectories.actions).nonzero()
+            trajectories = self.store.trajectories(rows, prompts, self.context.device)
+            outside = self.context.vocabulary.outside(trajectories.actions).nonzero()
             if len(outside):
                 row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
                 raise DataError(
@@ -130,8 +130,8 @@ class Scorer:
                 if self.unchecked:
                     self.teacher.check_outputs(trajectories.rows(0, min(2, len(trajectories)))[0], "the teacher")
                     self.unchecked = False
-                answer = self.teacher(trajectories)
-            self.targets.write(shard, answer, trajectories)
+                (target,) = self.teacher.answer(trajectories, self.settings, self.context)
+            self.targets.write(shard, target.distribution, trajectories)
 
 
 def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from opd.choice import Choice
 from opd.context import Context
-from opd.distributions import Distribution, Vocabulary
+from opd.distributions import Distribution, Target, Vocabulary
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.schedules import OverSteps
@@ -22,9 +22,10 @@ class LiveTeacher(ABC):
     """A built teacher. One that moves has `state_dict` and `load_state_dict` besides."""
 
     answers: type[Distribution]
-    context: Context
-    settings: Any
-    """Those of the current step; the loop puts the numbers of schedules in."""
+    """The kind of its answers."""
+
+    settings: Teacher
+    """As the recipe has them, with its schedules; those of a step come with each question."""
 
     everywhere: bool = True
     """Whether it answers at any state, or only at those that it scored before."""
@@ -43,17 +44,18 @@ class LiveTeacher(ABC):
         """What a person should know of this teacher before the run, one sentence each."""
         return []
 
-    @property
-    def weight(self) -> float:
-        return float(self.settings.weight)
-
     @abstractmethod
-    def __call__(self, trajectories: Trajectories) -> Distribution:
-        """Detached distributions at the N positions of `trajectories`, under the teacher's own view of the prompt."""
+    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+        """What it says at the N positions of `trajectories`, under its own view of the prompt: one target, or several
+        whose divergences are summed, as of a debate.
 
-    def weights(self, trajectories: Trajectories) -> float | torch.Tensor:
-        """Of its answer at these trajectories: a number, or float32 `[N]` where it is not the same at all positions."""
-        return self.weight
+        Each is detached, lies on `context.device` and bears the name of `settings`. Its weight, a number or float32
+        `[N]`, is that beside `settings.weight`, which whoever asks multiplies (`answers_of`).
+
+        Args:
+            settings: the teacher's at this step, numbers in the places of schedules.
+            context: facts of the run at this step.
+        """
 
     def members(self) -> dict[str, LiveTeacher]:
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""
@@ -88,6 +90,16 @@ class LiveTeacher(ABC):
 
     def follow(self, student: Student) -> None:  # noqa: B027
         """Called after every optimiser step; a teacher that is made of the student moves here."""
+
+
+def answers_of(teacher: LiveTeacher, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+    """What a teacher says of trajectories, with its name and its weight: read where that came with them, since whoever
+    wrote them has asked already, and else asked for. Arguments are those of `LiveTeacher.answer`."""
+    came = [target for target in trajectories.answers or () if target.teacher == settings.name]
+    return [
+        replace(target, weight=settings.weight * target.weight, teacher=settings.name)
+        for target in came or teacher.answer(trajectories, settings, context)
+    ]
 
 
 class Teacher(Choice):

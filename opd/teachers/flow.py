@@ -9,7 +9,7 @@ import torch
 
 from opd.checkpoints.weights import weights_hash
 from opd.context import Context
-from opd.distributions import Gaussian
+from opd.distributions import Gaussian, Target
 from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
 from opd.flow.encoder import check_prompts, same_vocabulary
@@ -30,7 +30,7 @@ class FlowTeacher(FlowSettings, Teacher):
 
     def build(self, context: Context, student: Any) -> LiveFlowTeacher:
         model = load_flow_model(self, context.device, student.model.resolution, like=student.model)
-        return LiveFlowTeacher(model.requires_grad_(False), self, context, student.model)
+        return LiveFlowTeacher(model.requires_grad_(False), self, student.model)
 
 
 GRID = 4
@@ -50,8 +50,8 @@ class LiveFlowTeacher(LiveTeacher):
 
     answers = Gaussian
 
-    def __init__(self, model: FlowModel, settings: Teacher, context: Context, reader: FlowModel | None = None):
-        self.model, self.settings, self.context, self.reader = model.eval(), settings, context, reader or model
+    def __init__(self, model: FlowModel, settings: Teacher, reader: FlowModel | None = None):
+        self.model, self.settings, self.reader = model.eval(), settings, reader or model
         self._identity: str | None = None
 
     def identity(self) -> str | None:
@@ -90,22 +90,23 @@ class LiveFlowTeacher(LiveTeacher):
             )
 
     @torch.no_grad()
-    def __call__(self, trajectories: Trajectories) -> Gaussian:
-        if self.settings.sees is None:
-            conditions = [context.condition for context in trajectories.contexts]
+    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+        if settings.sees is None:
+            conditions = [start.condition for start in trajectories.contexts]
         else:
-            views = [str(prompt.view(self.settings.sees)) for prompt in trajectories.prompts]
+            views = [str(prompt.view(settings.sees)) for prompt in trajectories.prompts]
             conditions = self.reader.encoder.encode(views)
         parts, done = [], 0
-        for part, _ in trajectories.split(self.settings.batch):
+        for part, _ in trajectories.split(settings.batch):
             parts.append(believe(self.model, part, conditions[done : done + len(part)]))
             done += len(part)
-        return Gaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])))
+        whole = Gaussian(*(torch.cat([getattr(p, name) for p in parts]) for name in vars(parts[0])))
+        return [Target(whole, teacher=settings.name)]
 
 
 class SelfFlowTeacher(OwnCopy, LiveFlowTeacher):
     """A copy of the student's model."""
 
-    def __init__(self, model: FlowModel, settings: Any, context: Context, reader: FlowModel):
+    def __init__(self, model: FlowModel, settings: Any, reader: FlowModel):
         self.take(model, settings)
-        LiveFlowTeacher.__init__(self, model, settings, context, reader)
+        LiveFlowTeacher.__init__(self, model, settings, reader)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from opd.checkpoints.weights import weights_hash
 from opd.context import Context
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Target
 from opd.hardware import DEVICE, check_device
 from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.in_process import InProcess
@@ -47,7 +47,7 @@ class LocalTeacher(ModelSettings, Teacher):
         device = torch.device(self.device) if self.device else context.device
         language = LanguageModel.load(self, "cpu" if self.offload else device)
         language.requires_grad_(False)
-        return LanguageTeacher(language, self, device, context)
+        return LanguageTeacher(language, self, device)
 
 
 class LanguageTeacher(LiveTeacher):
@@ -55,8 +55,8 @@ class LanguageTeacher(LiveTeacher):
 
     answers = Categorical
 
-    def __init__(self, language: InProcess, settings: Teacher, device: torch.device, context: Context):
-        self.language, self.settings, self.device, self.context = language.eval(), settings, device, context
+    def __init__(self, language: InProcess, settings: Teacher, device: torch.device):
+        self.language, self.settings, self.device = language.eval(), settings, device
         model = getattr(settings, "model", None)
         language.owner = f"the teacher {settings.name or model or ''}".rstrip()
         self.offload = getattr(settings, "offload", False)
@@ -97,16 +97,16 @@ class LanguageTeacher(LiveTeacher):
             self.language.to("cpu")
 
     @torch.no_grad()
-    def __call__(self, trajectories: Trajectories) -> Categorical:
-        home = self.context.device
-        contexts = [self.language.encode(prompt, self.settings.sees) for prompt in trajectories.prompts]
+    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+        home = context.device
+        contexts = [self.language.encode(prompt, settings.sees) for prompt in trajectories.prompts]
         completions = trajectories.completions()
         if self.cache is None:
             rows = self._compute(contexts, completions)
         else:
-            rows = self._recall_or_compute(self.cache, contexts, completions)
-        head = self.language.head(self.context.temperature, self.context.vocabulary).detach()
-        return Categorical(torch.cat(rows).to(home), head.to(home))
+            rows = self._recall_or_compute(self.cache, contexts, completions, home)
+        head = self.language.head(context.temperature, context.vocabulary).detach()
+        return [Target(Categorical(torch.cat(rows).to(home), head.to(home)), teacher=settings.name)]
 
     def _compute(self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states of each trajectory, `batch` of them in one forward pass."""
@@ -123,7 +123,11 @@ class LanguageTeacher(LiveTeacher):
         return rows
 
     def _recall_or_compute(
-        self, settings: MemorySettings, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]
+        self,
+        settings: MemorySettings,
+        contexts: Sequence[EncodedPrompt],
+        completions: Sequence[torch.Tensor],
+        home: torch.device,
     ) -> list[torch.Tensor]:
         memory = self._memory(settings)
         paths = [memory.path(context, actions) for context, actions in zip(contexts, completions, strict=True)]
@@ -136,7 +140,6 @@ class LanguageTeacher(LiveTeacher):
                 rows[i] = hidden
         asked = sum(len(completions[i]) for i in new)
         self.asked = asked / max(1, sum(len(actions) for actions in completions))
-        home = self.context.device
         return [hidden.to(home) for hidden in rows if hidden is not None]
 
     def _memory(self, settings: MemorySettings) -> Memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,11 +12,11 @@ from pydantic import Field, model_validator
 
 from opd.choice import OneOf
 from opd.context import Context
-from opd.distributions import Distribution, joined
+from opd.distributions import Target, joined_targets
 from opd.errors import DataError, IncompatibleError, nearest
 from opd.policies.base import Student
 from opd.prompts import Prompt
-from opd.teachers.base import LiveTeacher, Teacher
+from opd.teachers.base import LiveTeacher, Teacher, answers_of
 from opd.trajectories import Trajectories
 
 
@@ -51,7 +52,7 @@ class RoutedTeacher(Teacher):
         return self
 
     def build(self, context: Context, student: Any) -> RoutedTeachers:
-        return RoutedTeachers(self, context, {tag: r.build(context, student) for tag, r in self.routes.items()})
+        return RoutedTeachers(self, {tag: r.build(context, student) for tag, r in self.routes.items()})
 
 
 class RoutedTeachers(LiveTeacher):
@@ -63,8 +64,8 @@ class RoutedTeachers(LiveTeacher):
 
     settings: RoutedTeacher
 
-    def __init__(self, settings: RoutedTeacher, context: Context, routes: Mapping[str, LiveTeacher]):
-        self.settings, self.context, self.routes = settings, context, dict(routes)
+    def __init__(self, settings: RoutedTeacher, routes: Mapping[str, LiveTeacher]):
+        self.settings, self.routes = settings, dict(routes)
         kinds = {tag: route.answers.kind for tag, route in self.routes.items()}
         if len(set(kinds.values())) > 1:
             told = ", ".join(f"{tag} {kind}" for tag, kind in kinds.items())
@@ -99,28 +100,28 @@ class RoutedTeachers(LiveTeacher):
             )
         return tag if tag in self.routes else str(default)
 
-    def weights(self, trajectories: Trajectories) -> float | torch.Tensor:
-        each = {tag: float(route.weight) for tag, route in self.settings.routes.items()}
-        if set(each.values()) == {1.0}:
-            return self.weight
-        mine = torch.tensor([self.weight * each[self.route(prompt)] for prompt in trajectories.prompts])
-        return mine.repeat_interleave(trajectories.lengths).to(self.context.device)
-
     @torch.no_grad()
-    def __call__(self, trajectories: Trajectories) -> Distribution:
+    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+        assert isinstance(settings, RoutedTeacher)
         rows: dict[str, list[int]] = {}
         for i, prompt in enumerate(trajectories.prompts):
             rows.setdefault(self.route(prompt), []).append(i)
-        parts, positions, scored = [], [], 0.0
+        parts, positions, scored = {}, [], 0.0
         for tag, mine in rows.items():
-            route = self.routes[tag]
-            route.settings, route.context = self.settings.routes[tag], self.context
             part, here = trajectories.pick(mine)
-            parts.append(route(part))
-            positions.append(here.to(self.context.device))
-            scored += route.asked * part.positions
+            parts[tag] = answers_of(self.routes[tag], part, settings.routes[tag], context)
+            positions.append(here.to(context.device))
+            scored += self.routes[tag].asked * part.positions
         self.asked = scored / max(1, trajectories.positions)
-        return joined(parts, positions)
+        counts = {tag: len(said) for tag, said in parts.items()}
+        if len(set(counts.values())) > 1:
+            told = ", ".join(f"{tag} {count}" for tag, count in counts.items())
+            raise IncompatibleError(
+                f"the routes of a teacher must give equally many answers, and these do not: {told}; make them teachers "
+                "of their own"
+            )
+        each = [joined_targets(said, positions) for said in zip(*parts.values(), strict=True)]
+        return [replace(target, teacher=settings.name) for target in each]
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

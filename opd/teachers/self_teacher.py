@@ -76,6 +76,6 @@ class OwnCopy(LiveTeacher):
 class SelfLanguageTeacher(OwnCopy, LanguageTeacher):
     """A copy of the student's language model."""
 
-    def __init__(self, language: Any, settings: Any, device: torch.device, context: Context):
+    def __init__(self, language: Any, settings: Any, device: torch.device):
         self.take(language, settings)
-        LanguageTeacher.__init__(self, language, settings, device, context)
+        LanguageTeacher.__init__(self, language, settings, device)

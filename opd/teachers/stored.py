@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from opd.context import Context
-from opd.distributions import Categorical, Distribution, Head
+from opd.distributions import Categorical, Distribution, Head, Target
 from opd.errors import IncompatibleError
 from opd.policies.base import Student
 from opd.store.store import Store
@@ -34,7 +34,7 @@ class StoredTeacher(Teacher):
     )
 
     def build(self, context: Context, student: Any) -> StoredAnswers:
-        return StoredAnswers(self, context)
+        return StoredAnswers(self)
 
 
 class StoredAnswers(LiveTeacher):
@@ -43,8 +43,10 @@ class StoredAnswers(LiveTeacher):
     everywhere = False
     asked = 0.0
 
-    def __init__(self, settings: StoredTeacher, context: Context):
-        self.settings, self.context = settings, context
+    settings: StoredTeacher
+
+    def __init__(self, settings: StoredTeacher):
+        self.settings = settings
         self.store = Store.open(settings.path)
         self.targets = Targets.open(self.store, settings.targets)
         self.answers = ANSWERS[self.targets.header.kind]
@@ -96,19 +98,21 @@ class StoredAnswers(LiveTeacher):
         )
 
     @torch.no_grad()
-    def __call__(self, trajectories: Trajectories) -> Distribution:
+    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
         self._check_rows(trajectories)
         assert trajectories.stored is not None
-        answer = self.targets.answer(trajectories.stored.tolist(), trajectories.lengths.tolist())
-        home = self.context.device
-        if isinstance(answer, Categorical):
-            return Categorical(answer.hidden.to(home), self._head_on(home))
-        return type(answer)(**{name: value.to(home) for name, value in vars(answer).items()})
+        found = self.targets.answer(trajectories.stored.tolist(), trajectories.lengths.tolist())
+        home = context.device
+        if isinstance(found, Categorical):
+            answer: Distribution = Categorical(found.hidden.to(home), self._head_for(context))
+        else:
+            answer = type(found)(**{name: value.to(home) for name, value in vars(found).items()})
+        return [Target(answer, teacher=settings.name)]
 
-    def _head_on(self, home: torch.device) -> Head:
-        if self._head is None or self._head.weight.device != home:
-            self._head = self.targets.head().over(self.context.vocabulary, str(self.targets.path)).to(home)
-        return replace(self._head, temperature=self.context.temperature)
+    def _head_for(self, context: Context) -> Head:
+        if self._head is None or self._head.weight.device != context.device:
+            self._head = self.targets.head().over(context.vocabulary, str(self.targets.path)).to(context.device)
+        return replace(self._head, temperature=context.temperature)
 
     def _check_rows(self, trajectories: Trajectories) -> None:
         """The trajectories must be beginnings of the store's rows, id by id."""

@@ -13,10 +13,9 @@ from opd.policies.base import Student
 
 
 class Optimiser(ABC):
-    """A built update.
+    """A built update. The numbers of a step, a rate that follows a schedule, come with `apply`.
 
     Attributes:
-        settings: those of the current step; the loop puts the numbers of schedules in.
         per_example: each loss has `per_example`, `[B]` with a graph, so that gradients can be made one by one.
         expected: losses are divided by the number of trajectories that a step has in expectation, `batch.prompts *
             batch.group`, and not by how many it has: what draws of random size need. Tokens have no such number, so the
@@ -26,7 +25,6 @@ class Optimiser(ABC):
         writes_rollouts: trajectories of training prompts are written to rollouts.jsonl, and so are in the report.
     """
 
-    settings: Any
     per_example: bool = False
     expected: bool = False
     takes_empty: bool = False
@@ -42,8 +40,9 @@ class Optimiser(ABC):
         """Forget what was accumulated since the last step."""
 
     @abstractmethod
-    def apply(self, finite: bool = True) -> dict[str, float]:
-        """Take the step and clear the gradients; returns `gradient_norm`, `learning_rate` and the like.
+    def apply(self, settings: Update, finite: bool = True) -> dict[str, float]:
+        """Take the step under its `settings` and clear the gradients; returns `gradient_norm`, `learning_rate` and the
+        like.
 
         When the loss was not `finite`, or the gradient is not, the weights and all that belongs to them stay as they
         are, and `skipped` is 1.

@@ -122,14 +122,15 @@ class PlainOptimiser(Optimiser):
     def discard(self) -> None:
         self.optimizer.zero_grad()
 
-    def apply(self, finite: bool = True) -> dict[str, float]:
+    def apply(self, settings: Update, finite: bool = True) -> dict[str, float]:
+        assert isinstance(settings, PlainUpdate)
         trained = [p for p in self.student.module.parameters() if p.requires_grad]
-        limit = self.settings.clip_norm if self.settings.clip_norm is not None else float("inf")
+        limit = settings.clip_norm if settings.clip_norm is not None else float("inf")
         norm = float(full(self.accelerator.clip_grad_norm_(trained, limit)))
-        signals = {"gradient_norm": norm, "learning_rate": float(self.settings.learning_rate)}
+        signals = {"gradient_norm": norm, "learning_rate": float(settings.learning_rate)}
         if finite and math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate
+                group["lr"] = settings.learning_rate
             self.optimizer.step()
             self._look()
         else:

@@ -26,6 +26,8 @@ class Rows:
     """W rows that are written side by side, as far as they are.
 
     Attributes:
+        settings: the watch's at the step, numbers in the places of schedules.
+        context: the run's at the step, with its temperature.
         prompts: W prompts; a group's rows are neighbours.
         contexts: W prompts as the writer reads them, with what was begun behind them.
         begun: W int64 `[B_i]`, what another source had written before this one went on; empty where none had.
@@ -34,6 +36,8 @@ class Rows:
         going: places (0 to W - 1) of the rows that are still being written.
     """
 
+    settings: Any
+    context: Context
     prompts: Sequence[Prompt]
     contexts: Sequence[EncodedPrompt]
     begun: Sequence[torch.Tensor]
@@ -63,14 +67,7 @@ class LiveWatch(ABC):
     """A built watch. Rows that are written side by side are watched together, one batch after the other; nothing is
     remembered from batch to batch. To score new tokens without going over the whole again, see
     `opd.language.engines.base.Engine.scorer`.
-
-    Attributes:
-        settings: those of the current step.
-        context: the run's, at the current step's temperature.
     """
-
-    settings: Any
-    context: Context
 
     def begin(self, rows: Rows) -> None:  # noqa: B027
         """Nothing of these rows is drawn yet."""

@@ -25,17 +25,14 @@ class Repetition(Watch):
     longest: int = Field(16, ge=1, description="Most tokens of the piece that repeats")
 
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> RepetitionWatch:
-        return RepetitionWatch(self, context)
+        return RepetitionWatch()
 
 
 class RepetitionWatch(LiveWatch):
     """The built watch."""
 
-    def __init__(self, settings: Repetition, context: Context):
-        self.settings, self.context = settings, context
-
     def look(self, rows: Rows) -> Mapping[int, str]:
-        times, longest = self.settings.times, self.settings.longest
+        times, longest = rows.settings.times, rows.settings.longest
         sizes = {place: repeated(rows.actions[place], times, longest) for place in rows.going}
         return {place: f"{size} tokens {times} times over" for place, size in sizes.items() if size is not None}
 

@@ -25,6 +25,7 @@ from opd.prompts import Prompt, count_repeats, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
 from opd.store.sampling import sample
+from tests.conftest import writing
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
 
 
@@ -49,7 +50,7 @@ def test_flow_matching_learns_images_and_the_prompt_table_where_asked(models, dr
 
 def test_images_may_be_arrays_of_the_right_size_or_lists_that_take_turns(models, drawings, tmp_path):
     student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
-    source = NoisedRollout().build(student.context, student, [])
+    source = writing(NoisedRollout(), student)
     dark, light = np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)
     turns = Prompt("p", {"prompt": "red circle", "image": [dark, light]})
     assert [float(source([turns], 1, 1, stream=s).actions.mean()) for s in (0, 1, 2)] == [-1, 1, -1]
@@ -208,7 +209,7 @@ def test_images_are_sampled_once_and_learnt_from(writer, models, tmp_path, monke
 @pytest.mark.parametrize("rollout", [{"kind": "sde", "steps": 4}, {"kind": "noised"}])
 def test_a_prompt_that_a_step_draws_twice_gets_other_noise(rollout, models, drawings):
     student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
-    source = parse_recipe(block_for(models, "run", rollout=rollout)).rollout.build(student.context, student, [])
+    source = writing(parse_recipe(block_for(models, "run", rollout=rollout)).rollout, student)
     one, other = (Prompt(row["id"], row) for row in drawings[:2])
     made = source(count_repeats([one, other, one]), 2, 3, stream=0)
     starts = torch.stack([context.start for context in made.contexts])

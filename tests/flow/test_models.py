@@ -26,6 +26,7 @@ from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.recipe import load_recipe
 from opd.rollouts.sde import SDERollout
+from tests.conftest import writing
 from tests.flow.tiny import PROMPTS, WORDS, block_for, recipe_for, step_of, tiny_pipeline
 
 
@@ -232,8 +233,8 @@ def test_what_breaks_off_leaves_a_live_model_as_it_was(tmp_path, monkeypatch):
         student.save(tmp_path / "full", "")
     assert pipe.transformer is own
     student.module.train()
-    source = SDERollout(steps=4).build(student.context, student, [])
-    monkeypatch.setattr(source, "_sample", full)
+    source = writing(SDERollout(steps=4), student)
+    monkeypatch.setattr(source.source, "_sample", full)
     with pytest.raises(OSError, match="No space"):
         source([Prompt("p", {"prompt": "red circle"})], 1, 3, stream=0)
     assert student.model.training

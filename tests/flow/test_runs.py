@@ -18,6 +18,7 @@ from opd.flow.transition import transition
 from opd.loop import train
 from opd.objectives.grpo import GRPO
 from opd.verifiers import CompletionVerifier
+from tests.conftest import rolled_out
 from tests.flow.tiny import PROMPTS, block_for, built, recipe_for, step_of
 
 
@@ -167,7 +168,8 @@ def test_grpo_raises_the_reward_and_scores_are_told_by_task(models, tmp_path):
         evaluation={"held_out": 4},
     )
     run = built(recipe)
-    run.verifier, run.objectives = Brightness().build(run.context), [GRPO(spread="batch", bound=5.0, clip=1e-4)]
+    run.verifier = Brightness().build(run.context)
+    run.recipe = recipe.model_copy(update={"objective": [GRPO(spread="batch", bound=5.0, clip=1e-4)]})
     train(run)
     before, after = run.monitor.before.metrics, run.monitor.after.metrics
     assert after["accuracy"] > before["accuracy"] + 0.02
@@ -185,8 +187,8 @@ def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, t
     recipe = recipe_for(models, tmp_path / "run", prompts={"prompts": rows}, teacher=routed, steps=2)
     run = built(recipe)
     prompts = run.course.next(0, {}, None).prompts
-    trajectories = run.rollout(prompts, 2, 3, stream=0)
-    (target,) = run.ask(trajectories)
+    trajectories = rolled_out(run, prompts, 2, 3)
+    (target,) = run.ask(trajectories, run.at(0))
     own = run.student(trajectories).kl(target.distribution).view(-1, 3).sum(1)
     tasks = [p.fields["task"] for p in trajectories.prompts]
     assert len(set(tasks)) == 2
@@ -204,8 +206,9 @@ def test_routing_sends_every_trajectory_to_its_teacher_and_its_sampler(models, t
             rollout={"kind": "sde", "steps": 4, "teacher": "experts"},
         )
     )
-    walked = writer.rollout(prompts, 1, 3, stream=0)
-    alone = writer.rollout.sources["square"]([p for p in prompts if p.fields["task"] == "square"], 1, 3, stream=0)
+    walked = rolled_out(writer, prompts, 1, 3)
+    squares = [p for p in prompts if p.fields["task"] == "square"]
+    alone = writer.rollout.sources["square"](writer.at(0).request(squares, 3, stream=0, group=1))
     mine = [i for i, p in enumerate(walked.prompts) if p.fields["task"] == "square"]
     torch.testing.assert_close(torch.cat([walked.completions()[i] for i in mine]), alone.actions)
 
@@ -217,8 +220,8 @@ def test_averaged_weights_are_measured_saved_and_resumed(models, tmp_path):
     expected = weights[0].detach().clone()
     apply = run.optimiser.apply
 
-    def taken(finite):
-        signals = apply(finite)
+    def taken(settings, finite):
+        signals = apply(settings, finite)
         if run.step % 2 == 1:
             expected.lerp_(weights[0].detach(), 0.25)
         return signals
@@ -270,8 +273,8 @@ def test_the_command_line_end_to_end(models, tmp_path, monkeypatch, capsys):
 
 def test_a_teacher_is_asked_with_the_students_guidance(models, tmp_path):
     run = built(recipe_for(models, tmp_path / "run", student={"guidance": 3.0}))
-    made = run.rollout(run.course.next(0, {}, None).prompts, 1, 3, stream=0)
-    (target,) = run.ask(made)
+    made = rolled_out(run, run.course.next(0, {}, None).prompts, 1, 3)
+    (target,) = run.ask(made, run.at(0))
     teacher, x = run.teachers[0].model, made.contexts[0].start[None]
     t, conditions = made.contexts[0].times[:1], run.student.model.encoder.encode([made.prompts[0].view(), ""])
     with torch.no_grad():

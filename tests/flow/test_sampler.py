@@ -14,6 +14,7 @@ from opd.flow.transition import diffusion, transition
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.rollouts.sde import SDERollout
+from tests.conftest import writing
 from tests.flow.tiny import TIMES, step_of
 
 
@@ -91,7 +92,7 @@ def test_weights_of_the_steps_on_the_schedulers_own_grid(models):
 
 def test_a_step_is_float32_whatever_the_model_computes_in(models):
     student = FlowTransformer(model=models[0], dtype="bfloat16").build(Context(torch.device("cpu")))
-    source = SDERollout(steps=4, dtype="bfloat16").build(student.context, student, [])
+    source = writing(SDERollout(steps=4, dtype="bfloat16"), student)
     with torch.autocast("cpu", torch.bfloat16):
         made = source([Prompt("p", {"prompt": "red circle"})], 2, 3, stream=0)
         own = student(made)

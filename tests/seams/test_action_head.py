@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.distributions import Categorical, Vocabulary
+from opd.distributions import Categorical, Target, Vocabulary
 from opd.language.engines.base import Row
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
@@ -53,24 +53,25 @@ class Acts(OneSource):
     modality: ClassVar[str | None] = "language"
 
     def build(self, context, student, teachers):
-        return Acting(self, context, student.language)
+        return Acting(student.language)
 
 
 class Acting(PrefixSource):
     seen: ClassVar[list[Any]] = []
 
-    def __init__(self, settings, context, language):
-        self.settings, self.context, self.language = settings, context, language
+    def __init__(self, language):
+        self.language = language
 
     @torch.no_grad()
-    def __call__(self, prompts, group, budget, stream, begun=None):
+    def __call__(self, request):
+        context = request.context
         self.language.eval()
-        head = self.language.head(self.context.temperature, self.context.vocabulary)
-        sampler = Sampler(self.language, head, self.context.end_ids)
+        head = self.language.head(context.temperature, context.vocabulary)
+        sampler = Sampler(self.language, head, context.end_ids)
         states, contexts, rows = [], [], []
-        for prompt in prompts:
-            for member in range(group):
-                seed = row_seed(self.context.seed, stream, prompt, group, member)
+        for prompt in request.prompts:
+            for member in range(request.group):
+                seed = row_seed(context.seed, request.stream, prompt, request.group, member)
                 line, done, step = Line(), False, 0
                 text, _ = line.reset(seed % 2**31)
                 while not done:
@@ -104,14 +105,15 @@ class Answering(LiveTeacher):
     vocabulary = SLICE
 
     def __init__(self, settings, context):
-        self.settings, self.context = settings, context
+        self.settings = settings
         self.language = LanguageModel.load(settings, context.device).requires_grad_(False).eval()
 
     @torch.no_grad()
-    def __call__(self, trajectories):
+    def answer(self, trajectories, settings, context):
         contexts = [self.language.encode(prompt) for prompt in trajectories.prompts]
         hidden = self.language(contexts, trajectories.completions())
-        return Categorical(hidden, self.language.head(self.context.temperature, self.context.vocabulary))
+        head = self.language.head(context.temperature, context.vocabulary)
+        return [Target(Categorical(hidden, head), teacher=settings.name)]
 
 
 @pytest.mark.parametrize("objective", ["reverse_kl", "reverse_kl_sampled"])

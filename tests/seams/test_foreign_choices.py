@@ -34,12 +34,12 @@ class Halved(Shaping):
     share: float = Field(0.5, ge=0, description="Of each weight that is left")
 
     def build(self, context):
-        return HalvedShaper(self)
+        return HalvedShaper()
 
 
 class HalvedShaper(Shaper):
-    def __call__(self, student, targets, micro):
-        return Shape(torch.full((micro.positions,), self.settings.share))
+    def __call__(self, student, targets, micro, settings):
+        return Shape(torch.full((micro.positions,), settings.share))
 '''
 
 

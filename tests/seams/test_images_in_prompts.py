@@ -24,7 +24,7 @@ from opd.policies.causal_lm import CausalLMStudent
 from opd.recipe import parse_recipe
 from opd.run import assemble
 from opd.teachers.local import LanguageTeacher, LocalTeacher
-from tests.conftest import character_tokenizer
+from tests.conftest import character_tokenizer, rolled_out, said
 
 IMAGE = 2
 """The id of which an image takes four in a prompt."""
@@ -115,7 +115,7 @@ def built(prompts, tmp_path, sees, same_weights=False):
     other = copy.deepcopy(model) if same_weights else tiny_image_text(1)
     student = CausalLMStudent(ImageTextModel(model), None, Context(CPU))
     settings = LocalTeacher(model="tiny", template="plain", sees=sees)
-    teacher = LanguageTeacher(ImageTextModel(other).requires_grad_(False), settings, CPU, Context(CPU))
+    teacher = LanguageTeacher(ImageTextModel(other).requires_grad_(False), settings, CPU)
     (tmp_path / "run").mkdir(exist_ok=True)
     return assemble(recipe, Monitor(tmp_path / "run", quiet=True), student=student, teachers=[teacher])
 
@@ -132,10 +132,10 @@ def pixels_seen(language, call):
 
 def test_student_and_teacher_read_the_image_of_their_own_view(prompts, tmp_path):
     run = built(prompts, tmp_path, "crop")
-    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 2, 6, stream=0)
+    trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 2, 6)
     assert not bool((trajectories.actions == IMAGE).any())
     mine, student = pixels_seen(run.student.language, lambda: run.student(trajectories))
-    theirs, (target,) = pixels_seen(run.teachers[0].language, lambda: run.ask(trajectories))
+    theirs, (target,) = pixels_seen(run.teachers[0].language, lambda: run.ask(trajectories, run.at(0)))
     for seen, column in ((mine, None), (theirs, "crop")):
         views = [run.student.language.encode(p, column).inputs["pixel_values"][0, 0] for p in trajectories.prompts]
         assert torch.equal(seen, torch.stack(views))
@@ -156,8 +156,8 @@ def test_student_and_teacher_read_the_image_of_their_own_view(prompts, tmp_path)
 def test_a_copy_that_sees_the_same_says_the_same(sees, prompts, tmp_path):
     run = built(prompts, tmp_path, "crop", same_weights=True)
     run.teachers[0].settings = run.teachers[0].settings.model_copy(update={"sees": sees})
-    trajectories = run.rollout(run.course.next(0, {}, None).prompts, 1, 6, stream=0)
-    student, answer = run.student(trajectories).detach(), run.teachers[0](trajectories)
+    trajectories = rolled_out(run, run.course.next(0, {}, None).prompts, 1, 6)
+    student, answer = run.student(trajectories).detach(), said(run.teachers[0], trajectories, run.context)
     weights = torch.full((trajectories.positions,), 1 / trajectories.positions)
     value = float(ReverseKL()(student, [Target(answer)], weights, trajectories).values.abs().max())
     assert value < 1e-5 if sees is None else value > 1e-3

@@ -28,15 +28,14 @@ class Margin(Shaping):
     size: float = Field(0.5, gt=0, description="Nats, either way")
 
     def build(self, context):
-        return MarginShaper(self)
+        return MarginShaper()
 
 
 class MarginShaper(Shaper):
-    def __init__(self, settings):
-        super().__init__(settings)
+    def __init__(self):
         self.steps = 0
 
-    def look(self, trajectories, targets, sum_over_processes):
+    def look(self, trajectories, targets, settings, sum_over_processes):
         self.steps += 1
         assert len(trajectories) == 12, "the whole step"
         assert len(targets[0].distribution) == trajectories.positions
@@ -47,11 +46,11 @@ class MarginShaper(Shaper):
         by_position = lead.repeat_interleave(trajectories.lengths)
         return replace(trajectories, columns={**trajectories.columns, "lead": by_position})
 
-    def __call__(self, student, targets, micro):
+    def __call__(self, student, targets, micro, settings):
         lead = micro.columns["lead"]
         margin = Sampled.of(targets[0].distribution, micro.actions).log_probs - micro.behaviour_log_probs
         measured = {"margin": margin, "led": torch.where(lead == 0, torch.nan, lead)}
-        return Shape(torch.ones(micro.positions), self.settings.size * lead, measured)
+        return Shape(torch.ones(micro.positions), settings.size * lead, measured)
 
     def state_dict(self):
         return {"steps": self.steps}
@@ -66,11 +65,11 @@ class Sly(Shaping):
     kind: Literal["sly_of_a_test"] = "sly_of_a_test"
 
     def build(self, context):
-        return SlyShaper(self)
+        return SlyShaper()
 
 
 class SlyShaper(Shaper):
-    def __call__(self, student, targets, micro):
+    def __call__(self, student, targets, micro, settings):
         return Shape(torch.ones(micro.positions), torch.ones(micro.positions))
 
 
@@ -80,11 +79,11 @@ class Namesake(Shaping):
     kind: Literal["namesake_of_a_test"] = "namesake_of_a_test"
 
     def build(self, context):
-        return NamesakeShaper(self)
+        return NamesakeShaper()
 
 
 class NamesakeShaper(Shaper):
-    def __call__(self, student, targets, micro):
+    def __call__(self, student, targets, micro, settings):
         ones = torch.ones(micro.positions)
         return Shape(ones, measured={"loss": ones})
 
@@ -123,8 +122,8 @@ def seen(monkeypatch):
     SEEN.clear()
     look = MarginShaper.look
 
-    def keep(self, trajectories, targets, sum_over_processes):
-        SEEN.append(look(self, trajectories, targets, sum_over_processes))
+    def keep(self, trajectories, targets, settings, sum_over_processes):
+        SEEN.append(look(self, trajectories, targets, settings, sum_over_processes))
         return SEEN[-1]
 
     monkeypatch.setattr(MarginShaper, "look", keep)

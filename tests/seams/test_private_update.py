@@ -59,9 +59,9 @@ class Clipped(Optimiser):
         self.clipped = self.examples = 0
 
     @torch.no_grad()
-    def apply(self, finite=True):
+    def apply(self, settings, finite=True):
         for weight, gradient in zip(self.weights, self.total, strict=True):
-            weight -= gradient + self.settings.added
+            weight -= gradient + settings.added
         self.steps += 1
         signals = {"examples": float(self.examples), "clipped_examples": float(self.clipped)}
         self.discard()
@@ -100,7 +100,7 @@ SEEN = []
 def seen(monkeypatch):
     SEEN.clear()
 
-    def keep(self, trajectories, targets, sum_over_processes):
+    def keep(self, trajectories, targets, settings, sum_over_processes):
         SEEN.append(trajectories)
         return trajectories
 

@@ -49,15 +49,11 @@ class Scored(PrefixSource):
     """The student's rollout, with a reward of the rollout's own: the share of even tokens."""
 
     def __init__(self, inner):
-        self.inner, self.settings, self.context = inner, inner.settings, inner.context
+        self.inner = inner
 
-    def __call__(self, *arguments, **named):
-        made = self.inner(*arguments, **named)
+    def __call__(self, request):
+        made = self.inner(request.to(request.settings.inner))
         return replace(made, rewards=torch.stack([(row % 2 == 0).float().mean() for row in made.completions()]))
-
-    def take(self, settings, context):
-        super().take(settings, context)
-        self.inner.take(settings.inner, context)
 
 
 class ScoredRollout(OneSource):

@@ -16,7 +16,7 @@ from opd.monitor import Monitor
 from opd.recipe import parse_recipe
 from opd.run import assemble
 from opd.watches import Findings, LiveWatch, Watch
-from tests.conftest import save_tiny
+from tests.conftest import rolled_out, save_tiny
 
 TEXTS = [f"{a}+{b}=" + "?" * (a % 3) for a in range(1, 6) for b in range(1, 5)]
 
@@ -47,7 +47,7 @@ class OverlapWatch(LiveWatch):
         begun = list(zip(rows.prompts, rows.begun, strict=True))
         views = [followed_by(reader.encode(prompt, sees), start) for prompt, start in begun]
         own = [followed_by(self.student.encode(prompt), start) for prompt, start in begun]
-        self.scorers = self.student.scorer(own, self.context), reader.scorer(views, self.context)
+        self.scorers = self.student.scorer(own, rows.context), reader.scorer(views, rows.context)
         self.scored = [0] * len(rows)
         self.overlaps, self.answers = [[[] for _ in range(len(rows))] for _ in range(2)]
 
@@ -62,7 +62,7 @@ class OverlapWatch(LiveWatch):
             return {}
         mine, said = (scorer.extend(new) for scorer in self.scorers)
         lengths = [len(tokens) for tokens in new.values()]
-        overlaps = torch.split(shared(mine, said, self.settings.k), lengths)
+        overlaps = torch.split(shared(mine, said, rows.settings.k), lengths)
         for place, overlap, hidden in zip(new, overlaps, torch.split(said.hidden, lengths), strict=True):
             self.scored[place] += len(overlap)
             self.overlaps[place].append(overlap)
@@ -71,7 +71,7 @@ class OverlapWatch(LiveWatch):
 
     def look(self, rows):
         overlaps = self.score(rows)
-        parted = {p: "student and teacher part" for p in rows.going if overlaps[p].mean() < self.settings.least}
+        parted = {p: "student and teacher part" for p in rows.going if overlaps[p].mean() < rows.settings.least}
         over = sorted((set(overlaps) - set(rows.going)) | parted.keys())
         for scorer in self.scorers:
             scorer.drop(over)
@@ -80,8 +80,8 @@ class OverlapWatch(LiveWatch):
     def end(self, rows):
         self.score(rows)
         hidden = torch.cat([part for row in self.answers for part in row])
-        head = self.teacher.language.head_of(self.context).detach()
-        answer = Target(Categorical(hidden, head), self.teacher.weight, self.teacher.settings.name)
+        head = self.teacher.language.head_of(rows.context).detach()
+        answer = Target(Categorical(hidden, head), teacher=self.teacher.settings.name)
         return Findings({"overlap": torch.cat([part for row in self.overlaps for part in row])}, (answer,))
 
 
@@ -118,7 +118,7 @@ def run(tmp_path):
     def make(rollout):
         (tmp_path / "run").mkdir(exist_ok=True)
         made = assemble(recipe_for(tmp_path, rollout), Monitor(tmp_path / "run", quiet=True))
-        return made, made.rollout(made.course.next(0, {}, None).prompts, 2, 24, stream=0)
+        return made, rolled_out(made, made.course.next(0, {}, None).prompts, 2, 24)
 
     return make
 
@@ -139,7 +139,7 @@ def test_rows_end_where_student_and_teacher_part_and_what_was_scored_is_kept(run
         assert [look < 0.2 for look in looks] == [False] * (len(looks) - 1) + [stopped[i]] * bool(looks)
 
     with torch.no_grad():
-        student, (asked,) = made.student(watched), made.ask(watched)
+        student, (asked,) = made.student(watched), made.ask(watched, made.at(0))
     (kept,) = watched.answers
     assert (kept.teacher, kept.weight) == (asked.teacher, asked.weight) == ("expert", 1.0)
     torch.testing.assert_close(kept.distribution.log_probs(), asked.distribution.log_probs(), atol=1e-4, rtol=1e-4)
