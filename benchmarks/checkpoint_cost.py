@@ -26,8 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from opd.checkpoints.files import flush
 from opd.checkpoints.store import folder_of, read, verify
+from opd.files.whole import flush
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe

@@ -39,6 +39,8 @@ from opd.api import execute
 from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
 from opd.divergences.lightning import Lightning
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import Scorer, score
 from opd.language.creation import create_model, named_tokenizer
 from opd.language.model import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
@@ -48,8 +50,6 @@ from opd.recipe import Recipe, parse_recipe
 from opd.reduction import position_weights
 from opd.run import build_models
 from opd.store import Store, Targets
-from opd.store.sampling import sample
-from opd.store.scoring import Scorer, score
 from opd.trajectories import Trajectories
 
 CPU = torch.device("cpu")

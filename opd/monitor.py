@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from opd.checkpoints.files import flush, main_process
 from opd.errors import RecipeError, RunError
 from opd.evaluation import HeldOut, evaluate, rows_of
+from opd.files.run_directory import lines
+from opd.files.whole import flush, main_process
 from opd.progress import Bar, Lines, Nothing, shows_bars
 from opd.provenance import models_of
-from opd.report.run_directory import lines
 
 if TYPE_CHECKING:
     from opd.measurement import Measurement

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from opd.choice import kind_of
 from opd.divergences.operator import chunk_rows
 from opd.errors import DataError, ModelError, OpdError, first_line
 from opd.flow.plan import FlowPlan, make_flow_plan
@@ -126,7 +127,7 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     if isinstance(recipe.student, FlowTransformer):
         return make_flow_plan(recipe)
     if not isinstance(recipe.student, CausalLM):
-        raise OpdError(f"opd check has no plan for student.kind {recipe.student.model_dump()['kind']!r} yet")
+        raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     notes = nothing_to_learn(recipe)
     student = _shape(recipe.student, notes, trainable=True)
     teachers = [found for teacher in recipe.teacher if (found := _members(teacher, recipe, student, notes))]

@@ -17,6 +17,7 @@ from opd import sharding
 from opd.checkpoints import Checkpoints
 from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
+from opd.choice import kind_of
 from opd.context import Context
 from opd.curricula import Schedule
 from opd.errors import DataError, RecipeError, RunError
@@ -210,7 +211,7 @@ def check_verdicts(recipe: Recipe, training: Sequence[Prompt]) -> None:
     may go without."""
     for objective in recipe.objective:
         if objective.needs_reward and recipe.verifier is not None:
-            recipe.verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
+            recipe.verifier.check_verdicts(training, f"objective {kind_of(objective)!r}")
 
 
 def check_lengths(

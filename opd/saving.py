@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opd.checkpoints.files import attempt, told, whole_folder, write_whole
-from opd.checkpoints.ours import foreign
 from opd.errors import RunError
+from opd.files.ours import foreign
+from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
 from opd.monitor import Monitor
 from opd.provenance import ORIGIN, models_of, write_origin

@@ -11,6 +11,8 @@ from opd.context import Context
 from opd.distributions import Categorical, Head
 from opd.divergences import ReverseKLSampled, Target, compare, divergence_loss
 from opd.errors import DataError, IncompatibleError
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.language.agreement import Vocabulary, check_tokenizers, common_vocabulary
 from opd.language.model import LanguageModel
 from opd.language.sampler import Sampler
@@ -18,8 +20,6 @@ from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.rollouts.stored import StoredRollout, StoredTrajectories
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.stored import StoredAnswers, StoredTeacher
 from tests.conftest import tiny_model

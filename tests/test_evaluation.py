@@ -16,7 +16,7 @@ from opd.cli.main import main
 from opd.distributions import Sampled, TopK
 from opd.errors import RecipeError, RunError
 from opd.evaluation import evaluate
-from opd.language import harness
+from opd.jobs import harness
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe
 from opd.run import assemble

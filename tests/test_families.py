@@ -8,6 +8,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 
 from opd.context import Context
 from opd.errors import ModelError, SelfTestError
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.language import logits, own_outputs, sampler
 from opd.language.dropout import silence
 from opd.language.experts import Experts, busiest
@@ -19,8 +21,6 @@ from opd.language.positions import check_positions, table_size
 from opd.language.sampler import Sampler
 from opd.recipe import parse_recipe
 from opd.self_test import check_teachers
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import tiny_model, trajectories_of

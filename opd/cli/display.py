@@ -84,7 +84,7 @@ def show_drawings(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, sc
     import numpy as np
 
     from opd.errors import DataError
-    from opd.report.pictures import png, sheet
+    from opd.pictures import png, sheet
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, kind_of
 from opd.distributions import Distribution, Target
 from opd.reduction import Reduction, position_weights
 from opd.schedules import OverSteps
@@ -122,5 +122,5 @@ def label(objective: Objective) -> str:
     """`kind(setting=value, ...)` with the settings that differ from the defaults."""
     data = objective.model_dump(exclude_defaults=True, exclude=set(SHARED))
     inside = ", ".join(f"{k}={v}" for k, v in data.items())
-    kind = str(objective.model_dump()["kind"])
+    kind = kind_of(objective)
     return f"{kind}({inside})" if inside else kind

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.prompts import Prompt
 from opd.sharding import fill
 from opd.trajectories import Trajectories
+from opd.weights import copy_into, fingerprint, frozen, trained
 
 if TYPE_CHECKING:
     from opd.evaluation import HeldOut

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.errors import DataError, IncompatibleError, ModelError, RunError
+from opd.files.whole import attempt, told
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,

@@ -18,10 +18,10 @@ from opd.flow.denoising import Denoising, believe
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.transition import transition
+from opd.pictures import data_address
 from opd.policies.base import LIVE, Policy, Student
 from opd.prompts import Prompt
 from opd.provenance import read_origin
-from opd.report.pictures import data_address
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from opd.checkpoints.files import flush
 from opd.errors import DataError, RunError
+from opd.files.whole import flush
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Gaussian
 from opd.errors import IncompatibleError
@@ -19,6 +18,7 @@ from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.self_teacher import OwnCopy
 from opd.trajectories import Trajectories
+from opd.weights import weights_hash
 
 
 class FlowTeacher(FlowSettings, Teacher):

@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
-from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.hardware import DEVICE, check_device
@@ -19,6 +18,7 @@ from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
 from opd.trajectories import Trajectories
+from opd.weights import weights_hash
 
 
 class LocalTeacher(ModelSettings, Teacher):

@@ -8,12 +8,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, ValidationInfo, field_validator
 
-from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
 from opd.policies.base import Student
 from opd.sharding import full
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.local import LanguageTeacher
+from opd.weights import copy_into, fingerprint
 
 
 class SelfTeacher(Teacher):

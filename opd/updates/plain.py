@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, model_validator
 
-from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
 from opd.errors import RecipeError
 from opd.objectives import Loss
@@ -20,6 +19,7 @@ from opd.schedules import OverSteps
 from opd.sharding import full, like, settle_root, skeleton
 from opd.updates.base import Optimiser, Update
 from opd.updates.optimizers import MOMENTUM, SHARDED, Kind, make_optimizer
+from opd.weights import copy_into
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from opd.checkpoints.weights import fingerprint, weights_hash
 from opd.errors import RecipeError, RunError
+from opd.jobs.work import work_through
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
 from opd.run import build_models, compute_device, make_accelerator
 from opd.store.shards import claim, digest, tidy, write_atomically, write_json
 from opd.store.store import shortened
-from opd.store.work import work_through
+from opd.weights import fingerprint, weights_hash
 
 NO_IDENTITY = {"draws"}
 """What may differ when a folder is continued."""

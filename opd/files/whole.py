@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from opd.checkpoints.ours import FILLING, refuse_foreign, remove
 from opd.errors import RunError
+from opd.files.ours import FILLING, refuse_foreign, remove
 
 HOLDER = r"(\d+ on [^\n]*\n)?"
 """What the lock of a run directory holds."""

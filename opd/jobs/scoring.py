@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, nearest
+from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.identity import template_hash, tokenizer_hash
 from opd.language.model import LanguageModel, load_tokenizer
@@ -23,9 +23,9 @@ from opd.run import compute_device, make_accelerator
 from opd.store.shards import claim, tidy
 from opd.store.store import Store
 from opd.store.targets import Kind, Targets, TargetsHeader
-from opd.store.work import work_through
 from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import RoutedTeacher
+from opd.weights import weights_hash
 
 
 class Scorer:

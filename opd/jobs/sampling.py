@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opd.checkpoints.weights import weights_hash
 from opd.errors import RecipeError
+from opd.jobs.work import work_through
 from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import load_prompts
 from opd.provenance import versions
@@ -20,7 +20,7 @@ from opd.run import build_models, check_lengths, compute_device, make_accelerato
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
-from opd.store.work import work_through
+from opd.weights import weights_hash
 
 
 def sample(
@@ -48,7 +48,7 @@ def sample(
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
         raise RecipeError(
-            f"a store holds texts and the student is a {recipe.student.modality} model: see opd.flow.sampling"
+            f"a store holds texts and the student is a {recipe.student.modality} model: see opd.jobs.images"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
