@@ -36,6 +36,7 @@ import torch
 from benchmarks.loss_operator import describe_machine
 from benchmarks.phases import over
 from opd.api import execute
+from opd.assembly import build_models
 from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
 from opd.divergences.lightning import Lightning
@@ -48,7 +49,6 @@ from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe, parse_recipe
 from opd.reduction import position_weights
-from opd.run import build_models
 from opd.store import Store, Targets
 from opd.trajectories import Trajectories
 

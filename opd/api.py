@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 
+from opd.assembly import assemble, load_data
 from opd.checkpoints.directory import prepare_directory, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
@@ -22,7 +23,7 @@ from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import choices_of, kind_of
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
-from opd.evaluation import HeldOut, evaluate
+from opd.evaluation import evaluate
 from opd.files.ours import refuse_taken
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, whole_folder, write_whole
@@ -30,11 +31,12 @@ from opd.hub import check_push
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
+from opd.policies.held_out import HeldOut
 from opd.progress import without_library_bars
 from opd.prompts.dataset import encoded_images
 from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
-from opd.run import Run, assemble, load_data
+from opd.run import Run
 from opd.saving import save_run
 from opd.trackers import check_trackers
 

@@ -6,7 +6,7 @@ import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -14,10 +14,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from opd.errors import RunError
 from opd.measurement import Measurement
 from opd.recipe import Failures
+from opd.run import Run
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.run import Run
 
 
 class Skips:

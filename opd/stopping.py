@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from opd.policies.evaluation import Alarm, Stop
-
-if TYPE_CHECKING:
-    from opd.run import Run
-
-HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
-"""Metrics of which more is better; of the others less is."""
+from opd.policies.evaluation import HIGHER, Alarm, Stop
+from opd.run import Run
 
 WATCHED = {"length": "length", "entropy": "student_entropy"}
 """What an alarm may watch, and the held-out metric that it is."""

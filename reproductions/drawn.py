@@ -27,8 +27,8 @@ from opd.drawings.judges import (
     nearest_distance,
     train_classifier,
 )
-from opd.evaluation import STREAM
 from opd.objectives import Objective
+from opd.policies.held_out import STREAM
 from opd.prompts import Prompt, count_repeats
 from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe

@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 import opd
 from opd.api import execute
 from opd.checkpoints.content import content_of
-from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
@@ -33,6 +32,7 @@ from opd.errors import DataError, OpdError, RunError
 from opd.files.whole import locked, whole_folder, write_whole
 from opd.monitor import Monitor
 from opd.prompts import Prompt
+from opd.randomness import random_state, set_random_state
 from opd.recipe import differences, parse_recipe
 from opd.weights import copy_into, fingerprint, frozen, trained
 from tests.conftest import save_tiny, tiny_model

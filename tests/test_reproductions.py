@@ -20,7 +20,7 @@ from rich.console import Console
 
 from opd.cli import main
 from opd.errors import RecipeError, RunError
-from opd.evaluation import by_prompt
+from opd.policies.held_out import by_prompt
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
 from opd.reproductions.catalogue import find, shipped
 from opd.reproductions.chart import ticks

@@ -16,12 +16,12 @@ import torch
 import yaml
 
 import opd
+from opd.assembly import build_models
 from opd.distributions import Categorical, Sampled, TopK
 from opd.jobs.sampling import sample
 from opd.jobs.scoring import score
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
-from opd.run import build_models
 from opd.store import Store, Targets
 from opd.store.shards import claim, is_written
 from tests.test_loop import models, recipe_for  # noqa: F401

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opd.checkpoints.store import FILES, LEFTOVER, UnusableError, facts_of, folder_of, steps_stored, write
 from opd.errors import RunError
 from opd.files.ours import foreign, remove
+from opd.policies.evaluation import HIGHER
 from opd.recipe import Checkpoint
-
-if TYPE_CHECKING:
-    from opd.run import Run
+from opd.run import Run
 
 
 class Checkpoints:
@@ -100,7 +99,7 @@ class Checkpoints:
         return max(found, key=lambda item: self._rank(item[1]), default=None)
 
     def _rank(self, value: float) -> float:
-        return value if self.settings.keep_best in ("top1_agreement", "accuracy") else -value
+        return value if self.settings.keep_best in HIGHER else -value
 
 
 def _number(measured: Mapping[str, float], metric: str | None) -> float | None:

@@ -17,8 +17,7 @@ from opd.provenance import models_of
 
 if TYPE_CHECKING:
     from opd.api import Result
-    from opd.flow.plan import FlowPlan
-    from opd.plan import Plan
+    from opd.plan import FlowPlan, Plan
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
     from opd.store import Store

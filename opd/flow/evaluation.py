@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from opd.distributions import Gaussian
-from opd.evaluation import COUNTS, STREAM, HeldOut, accuracies, by_prompt, judge, outcomes, rows_of, totals
+from opd.flow.denoising import digits, labels
 from opd.flow.rollout import FlowRollout, measured_on
-from opd.policies.flow_transformer import digits, labels
+from opd.policies.base import Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import (
+    COUNTS,
+    STREAM,
+    HeldOut,
+    Measured,
+    accuracies,
+    by_prompt,
+    judge,
+    outcomes,
+    totals,
+    with_routes,
+)
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.policies.flow_transformer import FlowStudent
-    from opd.run import Run
 
 TASK = "task"
 """Column by which accuracies are told apart."""
 
 
-def measure(run: Run, student: FlowStudent) -> HeldOut:
+def measure(run: Measured, student: Student, settings: Evaluation) -> HeldOut:
     """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is
     the same at each evaluation; and one trajectory of the SDE (`measured_on`), to compare the student with the first
     teacher that can be asked there.
@@ -29,9 +38,8 @@ def measure(run: Run, student: FlowStudent) -> HeldOut:
     standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores
     those of `accuracies`, and `accuracy/TASK` by the prompts' column `task` where it has several values.
     """
-    settings = run.recipe.evaluation
     prompts = run.share(run.held_out)
-    grid = measured_on(run.recipe.rollout)
+    grid = measured_on(run.rollout.settings)
     steps = grid.trained_steps
     tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
     tasks = tasks if len(tasks) > 1 else []
@@ -48,21 +56,24 @@ def measure(run: Run, student: FlowStudent) -> HeldOut:
         for task in tasks:
             sums |= _of_task(drawn, task)
         for i in range(0, len(drawn), settings.k):
-            rows += rows_of(run, drawn.rows(i, i + 1)[0], {})
+            first, _ = drawn.rows(i, i + 1)
+            rows += with_routes(student.rows(first, {}), first.prompts, run.teachers)
         if teacher is not None:
             walked = sampler.drawing(grid.steps, grid.noise)(prompts, 1, steps, stream=STREAM)
             start = 0
             for micro, _ in walked.split(run.micro):
                 answer = teacher(micro)
+                own = student(micro)
                 assert isinstance(answer, Gaussian)
-                kl = student(micro).kl(answer)
+                assert isinstance(own, Gaussian)
+                kl = own.kl(answer)
                 for k, value in enumerate(kl.view(-1, steps).double().sum(0).tolist()):
                     sums[f"step_{k}"] = sums.get(f"step_{k}", 0.0) + value
                 sums["walked"] = sums.get("walked", 0.0) + len(micro)
                 for context, value in zip(micro.contexts, kl.split(steps), strict=True):
                     rows[start] |= {"tokens": labels(context), "values": {"reverse_kl": digits(value)}}
                     start += 1
-    metrics = _metrics(run, sums, tasks, steps if teacher is not None else 0)
+    metrics = _metrics(run, sums, tasks, steps if teacher is not None else 0, settings.k)
     return HeldOut(metrics, rows, {name: values for name, values in items.items() if values})
 
 
@@ -75,14 +86,14 @@ def _of_task(trajectories: Trajectories, task: str) -> dict[str, float]:
     return {f"accuracy/{task}": float(known.sum()), f"verified/{task}": float(len(known))}
 
 
-def _metrics(run: Run, sums: dict[str, float], tasks: list[str], steps: int) -> dict[str, float]:
+def _metrics(run: Measured, sums: dict[str, float], tasks: list[str], steps: int, k: int) -> dict[str, float]:
     by_step = [f"step_{k}" for k in range(steps)]
     by_task = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
     total = totals(run, sums, [*COUNTS, *by_step, "walked", *by_task])
     metrics: dict[str, float] = {}
     if steps:
         metrics["reverse_kl"] = sum(total[name] for name in by_step) / (steps * total["walked"])
-    metrics |= accuracies(total, run.recipe.evaluation.k)
+    metrics |= accuracies(total, k)
     for task in tasks:
         if total[f"verified/{task}"]:
             metrics[f"accuracy/{task}"] = total[f"accuracy/{task}"] / total[f"verified/{task}"]

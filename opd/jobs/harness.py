@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from opd.assembly import make_accelerator
 from opd.errors import RecipeError, RunError, nearest
 from opd.language.model import LanguageModel, ModelSettings
 from opd.recipe import Recipe
-from opd.run import make_accelerator
 
 FILE = "lm_eval.json"
 

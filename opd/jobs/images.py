@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from opd.assembly import build_models, compute_device, make_accelerator
 from opd.errors import RecipeError, RunError
 from opd.jobs.work import work_through
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
-from opd.run import build_models, compute_device, make_accelerator
 from opd.store.shards import claim, digest, tidy, write_atomically, write_json
 from opd.store.store import shortened
 from opd.weights import fingerprint, weights_hash

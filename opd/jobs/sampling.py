@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
 from opd.errors import RecipeError
 from opd.jobs.work import work_through
 from opd.language.identity import template_hash, tokenizer_hash
@@ -16,7 +17,6 @@ from opd.recipe import Recipe
 from opd.rollouts import Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.run import build_models, check_lengths, compute_device, make_accelerator
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader

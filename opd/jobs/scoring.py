@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from opd.assembly import compute_device, make_accelerator
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, nearest
 from opd.jobs.work import work_through
@@ -19,7 +20,6 @@ from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
-from opd.run import compute_device, make_accelerator
 from opd.store.shards import claim, tidy
 from opd.store.store import Store
 from opd.store.targets import Kind, Targets, TargetsHeader

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from opd.distributions import Categorical
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
-from opd.evaluation import COUNTS, HeldOut, accuracies, by_prompt, judge, outcomes, roll_out, rows_of, totals
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import (
+    COUNTS,
+    HeldOut,
+    Measured,
+    accuracies,
+    by_prompt,
+    judge,
+    outcomes,
+    roll_out,
+    totals,
+    with_routes,
+)
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.policies.causal_lm import CausalLMStudent
-    from opd.run import Run
 
 ROW_VALUES = (
     "reverse_kl",
@@ -31,7 +40,18 @@ ROW_VALUES = (
 MOVED = ("moved", "moved_squared", "moved_positions")
 
 
-def measure(run: Run, student: CausalLMStudent) -> HeldOut:
+class Writer(Protocol):
+    """A student of language, as far as it is measured."""
+
+    def __call__(self, trajectories: Trajectories) -> Categorical: ...
+
+    def tokens(self, ids: torch.Tensor) -> list[str]:
+        """The text of each id of `[N]`."""
+
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]: ...
+
+
+def measure(run: Measured, student: Writer, settings: Evaluation) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
     position; where that one is routed, with each prompt's own.
 
@@ -42,13 +62,12 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
     `greedy_accuracy` and `greedy_length`.
     """
-    settings = run.recipe.evaluation
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
     if prompts:
-        trajectories = roll_out(run, run.sampler, prompts, settings.k)
+        trajectories = roll_out(run, settings, run.sampler, prompts, settings.k)
         sums |= outcomes(trajectories, settings.k)
         items["accuracy"] = by_prompt(trajectories, settings.k)
         teacher = judge(run)
@@ -69,17 +88,19 @@ def measure(run: Run, student: CausalLMStudent) -> HeldOut:
         if before is not None:
             sums |= _moved(run, student, before)
         if settings.greedy:
-            greedy = roll_out(run, run.sampler.drawing(None, 1.0, 1), prompts, 1)  # type: ignore[attr-defined]
+            greedy = roll_out(run, settings, run.sampler.drawing(None, 1.0, 1), prompts, 1)  # type: ignore[attr-defined]
             sums |= {f"greedy_{name}": value for name, value in outcomes(greedy, 1).items()}
             items["greedy_accuracy"] = by_prompt(greedy, 1)
     # The rows of a group share an id; the first sample of a prompt stands for it in reports.
-    return HeldOut(_means(run, sums), rows[:: settings.k], {name: values for name, values in items.items() if values})
+    return HeldOut(
+        _means(run, sums, settings.k), rows[:: settings.k], {name: values for name, values in items.items() if values}
+    )
 
 
-def _moved(run: Run, student: CausalLMStudent, before: Trajectories) -> dict[str, float]:
+def _moved(run: Measured, student: Writer, before: Trajectories) -> dict[str, float]:
     """Sums over the tokens that an earlier student wrote of `q(a) / q_then(a)` and its square."""
     sums = dict.fromkeys(MOVED, 0.0)
-    for micro, _ in before.split(run.recipe.batch.micro):
+    for micro, _ in before.split(run.micro):
         log_q = compare(student(micro), None, micro.actions).values["log_q"]
         ratio = (log_q - micro.behaviour_log_probs).exp().double()
         for name, value in zip(MOVED, (ratio, ratio**2, torch.ones_like(ratio)), strict=True):
@@ -87,14 +108,14 @@ def _moved(run: Run, student: CausalLMStudent, before: Trajectories) -> dict[str
     return sums
 
 
-def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
+def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     teacher = judge(run)
     known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
     total = totals(run, sums, [*known, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
     metrics = {name: total[name] / total["positions"] for name in known}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
-    metrics |= accuracies(total, run.recipe.evaluation.k)
+    metrics |= accuracies(total, k)
     if total["moved_positions"]:
         metrics["drift"] = total["moved"] / total["moved_positions"]
         square = total["moved_squared"] / total["moved_positions"]
@@ -106,9 +127,9 @@ def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _rows(run: Run, student: CausalLMStudent, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+def _rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = rows_of(run, micro, values)
+    rows = with_routes(student.rows(micro, values), micro.prompts, run.teachers)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))
@@ -119,9 +140,7 @@ def _rows(run: Run, student: CausalLMStudent, micro: Trajectories, comparison: C
     return rows
 
 
-def _alternatives(
-    student: CausalLMStudent, ids: torch.Tensor, probabilities: torch.Tensor
-) -> list[list[tuple[str, float]]]:
+def _alternatives(student: Writer, ids: torch.Tensor, probabilities: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For each position its K most likely tokens and their probabilities."""
     texts = iter(student.tokens(ids.flatten()))
     return [[(next(texts), round(p, 4)) for p in row] for row in probabilities.tolist()]

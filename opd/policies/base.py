@@ -14,17 +14,18 @@ from accelerate.utils import extract_model_from_parallel
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
+from opd.planning import Shape
+from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
 from opd.sharding import fill
 from opd.trajectories import Trajectories
 from opd.weights import copy_into, fingerprint, frozen, trained
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
     from opd.objectives import Loss
+    from opd.policies.held_out import HeldOut, Measured
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
-    from opd.run import Run
     from opd.teachers import LiveTeacher, Teacher
 
 
@@ -112,7 +113,7 @@ class Student(ABC):
         """The student's own rollouts for evaluation, whoever writes the trajectories that it trains on."""
 
     @abstractmethod
-    def measure(self, run: Run) -> HeldOut:
+    def measure(self, run: Measured, settings: Evaluation) -> HeldOut:
         """Held-out metrics and rows, from `run.sampler` and `run.teachers`."""
 
     @abstractmethod
@@ -172,12 +173,19 @@ class Policy(Choice):
     axis: ClassVar[str] = "policy"
     teacher: ClassVar[str]
     """Kind of the teacher that is a model like this one."""
+    answers: ClassVar[type[Distribution]]
+    """Kind of the student's distributions."""
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
 
     @abstractmethod
     def build(self, context: Context) -> Any:
         """Load the student on to `context.device`."""
+
+    @abstractmethod
+    def shape(self, notes: list[str]) -> Shape:
+        """What the student takes, without its weights; what a person should know of how that was found goes to
+        `notes`."""
 
     @classmethod
     @abstractmethod

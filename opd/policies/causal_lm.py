@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.choice import Settings
 from opd.context import Context
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Distribution
 from opd.errors import DataError, IncompatibleError, ModelError, RunError
 from opd.files.whole import attempt, told
+from opd.language import evaluation
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,
@@ -39,18 +40,20 @@ from opd.language.saving import (
     quantised_by,
     write_weights,
 )
+from opd.language.shape import model_shape
 from opd.objectives.base import Loss
+from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import HeldOut, Measured
 from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
     from opd.language.rollout import LanguageRollout
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
-    from opd.run import Run
     from opd.teachers import Teacher
     from opd.teachers.local import LanguageTeacher
     from opd.teachers.self_teacher import SelfLanguageTeacher
@@ -77,6 +80,7 @@ class CausalLM(ModelSettings, Policy):
     kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
+    answers: ClassVar[type[Distribution]] = Categorical
     of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
@@ -98,6 +102,15 @@ class CausalLM(ModelSettings, Policy):
         folder = Path(self.model)
         beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder
         return CausalLMStudent(language, self, context, read_origin(beside))
+
+    def shape(self, notes: list[str]) -> Shape:
+        return model_shape(self, notes, self._adapted)
+
+    def _adapted(self, model: Any) -> Any:
+        if self.lora is not None:
+            model = _with_lora(model, self.lora)
+        freeze(model, self.freeze)
+        return model
 
     @classmethod
     def takes(cls, model: Any) -> bool:
@@ -299,10 +312,8 @@ class CausalLMStudent(Student):
             settings.top_k if wanted.top_k is None else wanted.top_k,
         )
 
-    def measure(self, run: Run) -> HeldOut:
-        from opd.language.evaluation import measure
-
-        return measure(run, self)
+    def measure(self, run: Measured, settings: Evaluation) -> HeldOut:
+        return evaluation.measure(run, self, settings)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
         from opd.teachers.self_teacher import SelfLanguageTeacher

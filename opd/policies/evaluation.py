@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from opd.choice import OneOf, Settings, as_list
 from opd.prompts import Prompts
 
+HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
+"""Metrics of which more is better; of the others less is."""
+
 
 class Stop(Settings):
     """When a run ends before its last step because it gains no more."""

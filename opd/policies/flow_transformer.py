@@ -12,24 +12,27 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from opd.choice import Settings
 from opd.context import Context
-from opd.distributions import Gaussian
+from opd.distributions import Distribution, Gaussian
 from opd.errors import IncompatibleError, ModelError, SelfTestError
-from opd.flow.denoising import Denoising, believe
+from opd.flow import evaluation
+from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
+from opd.flow.outline import student_shape
 from opd.flow.transition import transition
 from opd.pictures import data_address
+from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import HeldOut, Measured
 from opd.prompts import Prompt
 from opd.provenance import read_origin
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
     from opd.flow.rollout import FlowRollout
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
-    from opd.run import Run
     from opd.teachers import Teacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
 
@@ -63,6 +66,7 @@ class FlowTransformer(FlowSettings, Policy):
     kind: Literal["flow_transformer"] = "flow_transformer"
     modality: ClassVar[str | None] = "flow"
     teacher: ClassVar[str] = "flow"
+    answers: ClassVar[type[Distribution]] = Gaussian
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
@@ -87,6 +91,10 @@ class FlowTransformer(FlowSettings, Policy):
     def build(self, context: Context) -> FlowStudent:
         model = load_flow_model(self, context.device, self.resolution)
         return FlowStudent(model, self, context, read_origin(Path(self.model)))
+
+    def shape(self, notes: list[str]) -> Shape:
+        lora = self.lora
+        return student_shape(self, self.resolution, notes, lambda m: m if lora is None else with_lora(m, lora))
 
     @classmethod
     def takes(cls, model: Any) -> bool:
@@ -214,10 +222,8 @@ class FlowStudent(Student):
 
         return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(recipe.evaluation.steps, 0.0)
 
-    def measure(self, run: Run) -> HeldOut:
-        from opd.flow.evaluation import measure
-
-        return measure(run, self)
+    def measure(self, run: Measured, settings: Evaluation) -> HeldOut:
+        return evaluation.measure(run, self, settings)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
@@ -276,13 +282,3 @@ def check_settings(recipe: Recipe) -> None:
                 raise IncompatibleError(
                     f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
                 )
-
-
-def labels(context: Denoising) -> list[str]:
-    """What a person calls each step of a trajectory: its time."""
-    return [f"t={t:.3f}" for t in context.times[:-1].tolist()]
-
-
-def digits(values: torch.Tensor) -> list[float]:
-    """Numbers for a log: a step's divergence, averaged over pixels, is small, so digits count and not decimals."""
-    return [float(f"{value:.5g}") for value in values.tolist()]

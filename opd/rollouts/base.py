@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 
 from opd.choice import Choice
 from opd.context import Context
+from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Author, Trajectories, join
@@ -129,6 +130,16 @@ class Combination(PrefixSource):
         return [writer for source in self.sources for writer in source.writers()]
 
 
+class Sampling(Protocol):
+    """How a language model samples, as far as its memory goes."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
 class Rollout(Choice):
     """Base of the axis."""
 
@@ -152,6 +163,23 @@ class Rollout(Choice):
     def longest(self) -> int:
         """The largest budget of all steps."""
         return self.budget
+
+    @property
+    def sampled(self) -> int:
+        """Most actions that models draw for one trajectory; 0 where it is written already."""
+        return max((part.sampled for part in self.parts), default=self.budget)
+
+    def samplers(
+        self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
+    ) -> Iterator[tuple[Sampling, Shape]]:
+        """Which models write, and how, for a plan; `teachers` with their names."""
+        for part in self.parts:
+            yield from part.samplers(student, teachers)
+
+    def check_teacher(self, names: Sequence[str | None]) -> None:
+        """Raise `IncompatibleError` where it names a teacher that is none of `names`."""
+        for part in self.parts:
+            part.check_teacher(names)
 
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:

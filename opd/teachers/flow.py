@@ -13,6 +13,8 @@ from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
 from opd.flow.encoder import check_prompts, same_vocabulary
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.outline import teacher_shape
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
@@ -27,6 +29,9 @@ class FlowTeacher(FlowSettings, Teacher):
 
     kind: Literal["flow"] = "flow"
     modality: ClassVar[str | None] = "flow"
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [teacher_shape(self, student, notes)]
 
     def build(self, context: Context, student: Any) -> LiveFlowTeacher:
         model = load_flow_model(self, context.device, student.model.resolution, like=student.model)

@@ -9,11 +9,13 @@ import torch
 from pydantic import Field, field_validator
 
 from opd.context import Context
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Distribution
 from opd.hardware import DEVICE, check_device
 from opd.language.model import LanguageModel, ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
+from opd.language.shape import model_shape
+from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
@@ -37,6 +39,12 @@ class LocalTeacher(ModelSettings, Teacher):
     @classmethod
     def _switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False else value
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [model_shape(self, notes)]
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(Categorical, "the teacher")]
 
     def build(self, context: Context, student: Any) -> LanguageTeacher:
         check_device(self.device, "teacher.device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from opd.choice import OneOf
 from opd.context import Context
 from opd.distributions import Distribution, joined
 from opd.errors import DataError, IncompatibleError, nearest
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
@@ -49,6 +51,16 @@ class RoutedTeacher(Teacher):
         if self.sees is not None or self.batch != Teacher.model_fields["batch"].default:
             raise ValueError("'sees' and 'batch' are settings of each route; move them there")
         return self
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [each for route in self.routes.values() for each in route.answered(student)]
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [
+            replace(shape, name=f"{shape.name} for {tag}")
+            for tag, route in self.routes.items()
+            for shape in route.shapes(student, notes)
+        ]
 
     def build(self, context: Context, student: Any) -> RoutedTeachers:
         return RoutedTeachers(self, context, {tag: r.build(context, student) for tag, r in self.routes.items()})

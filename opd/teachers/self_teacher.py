@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,8 @@ from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, ValidationInfo, field_validator
 
 from opd.context import Context
+from opd.distributions import Distribution
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.sharding import full
 from opd.teachers.base import LiveTeacher, Teacher
@@ -34,6 +37,12 @@ class SelfTeacher(Teacher):
         if info.data.get("mode") == "frozen" and value != cls.model_fields["rate"].default:
             raise ValueError("a frozen teacher does not follow the student; remove the key, or set mode: ema")
         return value
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [replace(student, name=f"{student.name} ({self.mode} copy)", trainable=0)]
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(student, "the teacher")]
 
     def build(self, context: Context, student: Any) -> LiveTeacher:
         return student.as_teacher(self, context)
