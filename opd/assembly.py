@@ -77,7 +77,7 @@ def check_lengths(
 ) -> list[str]:
     """Warnings about models that were made for less than the longest prompt with the longest completion of a run;
     raises `ModelError` where one cannot read that at all."""
-    budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)
+    budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.longest or 1)
     warnings = student.check_lengths(prompts, budget)
     for i, teacher in enumerate(teachers):
         which = f"teacher {i}" if len(teachers) > 1 else "the teacher"
@@ -119,7 +119,6 @@ def build_models(
     """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     student = student or recipe.student.build(context)
-    student.check_settings(recipe)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
     for part in (student, *built):

@@ -19,14 +19,6 @@ from scipy.stats import false_discovery_control, fisher_exact
 from opd.api import assembled
 from opd.distributions import Gaussian
 from opd.divergences.gaussian_kl import GaussianKL
-from opd.drawings.judges import (
-    Classifier,
-    background_entropy,
-    edge_sharpness,
-    frechet_distance,
-    nearest_distance,
-    train_classifier,
-)
 from opd.objectives import Objective
 from opd.policies.held_out import STREAM
 from opd.prompts import Prompt, count_repeats
@@ -36,6 +28,14 @@ from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.run import Run
 from opd.verifiers.drawing import DrawingReward
+from reproductions.drawing_judges import (
+    Classifier,
+    background_entropy,
+    edge_sharpness,
+    frechet_distance,
+    nearest_distance,
+    train_classifier,
+)
 from reproductions.running_sum import reached
 
 TASKS = ("count", "glyph", "scene")

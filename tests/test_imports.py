@@ -12,7 +12,7 @@ AXES = ("prompts", "curricula", "rollouts", "teachers", "policies", "shaping", "
 ORDER = (
     ("what a user calls", "__main__ cli reproductions"),
     ("from Python", "__init__ api"),
-    ("what works through a recipe", "plan jobs loop saving truth_table report"),
+    ("what works through a recipe", "plan jobs loop saving truth_table report catalogue"),
     ("building a run", "assembly"),
     ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints"),
     ("a run", "run measurement rounding"),

@@ -183,6 +183,25 @@ def schema() -> None:
 
 
 @app.command()
+def choices(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[AXIS[.KIND]]", help="One axis, or one choice with its settings.", show_default=False),
+    ] = None,
+) -> None:
+    """List what recipes can name: each axis and its choices, those of other packages too; or one choice's settings."""
+    from opd.catalogue import axes, find
+    from opd.cli.display import show_choices, show_settings
+
+    if name is None:
+        show_choices([kind for kinds in axes().values() for kind in kinds])
+    elif "." in name:
+        show_settings(*find(name))
+    else:
+        show_choices(find(name))
+
+
+@app.command()
 def objectives() -> None:
     """What each divergence descends: its expected gradient against the exact one, by enumeration."""
     from opd.cli.display import show_objectives

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from opd.distributions import Gaussian
 from opd.flow.denoising import digits, labels
@@ -27,6 +28,12 @@ from opd.trajectories import Trajectories
 
 TASK = "task"
 """Column by which accuracies are told apart."""
+
+
+class FlowEvaluation(Evaluation):
+    """Held-out images of the deterministic sampler."""
+
+    steps: int = Field(40, ge=1, description="Of the deterministic sampler")
 
 
 def measure(run: Measured, student: Student, settings: Evaluation) -> HeldOut:

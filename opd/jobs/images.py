@@ -13,11 +13,12 @@ from rich.console import Console
 
 from opd.assembly import build_models, compute_device, make_accelerator
 from opd.errors import RecipeError, RunError
+from opd.flow.evaluation import FlowEvaluation
 from opd.jobs.work import work_through
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
 from opd.rollouts.sde import SDERollout
-from opd.store.shards import claim, digest, tidy, write_atomically, write_json
+from opd.store.shards import claim, digest, tidy, write_in_store, write_json
 from opd.store.store import shortened
 from opd.weights import fingerprint, weights_hash
 
@@ -67,6 +68,7 @@ def sample_images(
         for member in teacher.members().values():
             member.check_writer(student.model)
         teacher.check_prompts(prompts)
+    assert isinstance(recipe.evaluation, FlowEvaluation)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     source = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0}).build(context, student, teachers)
     writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
@@ -108,7 +110,7 @@ def sample_images(
                 name = f"images/{shard:06d}/{i:06d}.png"
                 Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8)).save(path / name)
                 rows.append({**_plain(prompt.fields), "id": f"{prompt.id}-{draw}-{member}", "file_name": name})
-            write_atomically(parts[shard], "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_in_store(parts[shard], "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     missing = [shard for shard, part in enumerate(parts) if not part.is_file()]
     work_through(missing, len(parts), write, "sampling", console, quiet)
@@ -116,7 +118,7 @@ def sample_images(
         return 0
     tidy(path / ".opd", Path.is_file)
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-    write_atomically(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    write_in_store(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)
 
 

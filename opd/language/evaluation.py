@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 
 from opd.distributions import Categorical
 from opd.divergences import Comparison, compare
@@ -40,6 +41,20 @@ ROW_VALUES = (
 MOVED = ("moved", "moved_squared", "moved_positions")
 
 
+class LanguageEvaluation(Evaluation):
+    """Held-out completions, scored token by token."""
+
+    greedy: bool = Field(False, description="Also measure greedy decoding")
+    temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
+    top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
+    top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default: the rollout's")
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_new_tokens
+
+
 class Writer(Protocol):
     """A student of language, as far as it is measured."""
 
@@ -51,7 +66,7 @@ class Writer(Protocol):
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]: ...
 
 
-def measure(run: Measured, student: Writer, settings: Evaluation) -> HeldOut:
+def measure(run: Measured, student: Writer, settings: LanguageEvaluation) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
     position; where that one is routed, with each prompt's own.
 

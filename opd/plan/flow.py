@@ -10,7 +10,7 @@ from opd.flow.encoder import check_prompts
 from opd.flow.outline import Outline
 from opd.plan.at_hand import prompts_at_hand
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
-from opd.policies.flow_transformer import FlowTransformer, check_settings
+from opd.policies.flow_transformer import FlowTransformer
 from opd.recipe import Recipe
 
 
@@ -77,7 +77,6 @@ def plan_flow(recipe: Recipe) -> FlowPlan:
     outline = own.model
     assert isinstance(outline, Outline)
     recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
-    check_settings(recipe)
     check_prompts(prompts_at_hand(recipe, notes) or [], outline.encoder, recipe.max_prompt_tokens)
     trajectories = recipe.batch.prompts * recipe.batch.group
     learnt = trajectories * recipe.rollout.budget

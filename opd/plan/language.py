@@ -202,7 +202,7 @@ def _memory(
         parts["Python and libraries"] = peak_memory_bytes()
     else:
         notes.append("device memory of the CUDA context itself is not counted")
-    longest = prompt + max(completion, recipe.evaluation.max_new_tokens or 0)
+    longest = prompt + max(completion, recipe.evaluation.longest or 0)
     drawn = max(recipe.batch.prompts * recipe.batch.group, recipe.evaluation.held_out * recipe.evaluation.k)
     # Samplers of several sources, and of evaluations, work one after the other.
     rollout = max(_sampling(settings, shape, device, drawn, longest) for settings, shape in samplers)

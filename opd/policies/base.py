@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,9 +69,6 @@ class Student(ABC):
     @abstractmethod
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
-
-    def check_settings(self, recipe: Recipe) -> None:  # noqa: B027
-        """Raise `IncompatibleError` for a setting of the recipe that would change nothing for students of this kind."""
 
     @abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -173,6 +170,10 @@ class Policy(Choice):
     axis: ClassVar[str] = "policy"
     teacher: ClassVar[str]
     """Kind of the teacher that is a model like this one."""
+    evaluation: ClassVar[type[Evaluation]]
+    """What a recipe may say of held-out measurements of students of this kind."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Keys at the top of a recipe that would change nothing for students of this kind, with the reason."""
     answers: ClassVar[type[Distribution]]
     """Kind of the student's distributions."""
     of_live: ClassVar[tuple[str, ...]]

@@ -81,6 +81,7 @@ class CausalLM(ModelSettings, Policy):
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
     answers: ClassVar[type[Distribution]] = Categorical
+    evaluation: ClassVar[type[Evaluation]] = evaluation.LanguageEvaluation
     of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
@@ -306,6 +307,7 @@ class CausalLMStudent(Student):
             rollout = settings.build(context, self, ())
         assert isinstance(rollout, LanguageRollout)
         wanted = recipe.evaluation
+        assert isinstance(wanted, evaluation.LanguageEvaluation)
         return rollout.drawing(
             wanted.temperature,
             settings.top_p if wanted.top_p is None else wanted.top_p,
@@ -313,6 +315,7 @@ class CausalLMStudent(Student):
         )
 
     def measure(self, run: Measured, settings: Evaluation) -> HeldOut:
+        assert isinstance(settings, evaluation.LanguageEvaluation)
         return evaluation.measure(run, self, settings)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:

@@ -51,23 +51,23 @@ class Alarm(Settings):
 
 
 class Evaluation(Settings):
-    """Measured on held-out prompts before and after training, and every `every` steps between."""
+    """Base of what is measured on held-out prompts before and after training, and every `every` steps between: what
+    every kind of student knows. Each policy names its own (`Policy.evaluation`)."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
     k: int = Field(1, ge=1, le=10_000, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
-    greedy: bool = Field(False, description="Also measure greedy decoding")
-    temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
-    top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
-    top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
     held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
     prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(as_list)] = Field(
         default=[], description="A held-out set of its own, instead of a share of the prompt set"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default: the rollout's")
-    steps: int = Field(40, ge=1, description="Of a flow model's deterministic sampler")
     samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
     stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
     alarm: Alarm | None = Field(Alarm(), description="Warn when held-out samples degenerate; null never warns")
+
+    @property
+    def longest(self) -> int | None:
+        """Most actions of a held-out rollout, where it is not the training rollout's."""
+        return None
 
     @model_validator(mode="after")
     def _stops_on_evaluations(self) -> Evaluation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Distribution, Gaussian
-from opd.errors import IncompatibleError, ModelError, SelfTestError
+from opd.errors import ModelError, SelfTestError
 from opd.flow import evaluation
 from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
@@ -43,9 +43,7 @@ TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bflo
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-TOKENS = ("end_tokens", "temperature")
-TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
-"""Keys of a recipe, and of its evaluation, that say how tokens are drawn."""
+NO_TOKENS = "it is for language, and a flow model draws no tokens"
 
 
 class FlowLoRA(Settings):
@@ -67,6 +65,8 @@ class FlowTransformer(FlowSettings, Policy):
     modality: ClassVar[str | None] = "flow"
     teacher: ClassVar[str] = "flow"
     answers: ClassVar[type[Distribution]] = Gaussian
+    evaluation: ClassVar[type[Evaluation]] = evaluation.FlowEvaluation
+    unused: ClassVar[Mapping[str, str]] = {"end_tokens": NO_TOKENS, "temperature": NO_TOKENS}
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
@@ -165,9 +165,6 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
-    def check_settings(self, recipe: Recipe) -> None:
-        check_settings(recipe)
-
     def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
         return context.with_(guidance=self.guidance)
 
@@ -220,7 +217,9 @@ class FlowStudent(Student):
     def held_out_sampler(self, recipe: Recipe, rollout: PrefixSource, context: Context) -> FlowRollout:
         from opd.flow.rollout import FlowRollout, measured_on
 
-        return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(recipe.evaluation.steps, 0.0)
+        wanted = recipe.evaluation
+        assert isinstance(wanted, evaluation.FlowEvaluation)
+        return FlowRollout(self.model, measured_on(recipe.rollout), context).drawing(wanted.steps, 0.0)
 
     def measure(self, run: Measured, settings: Evaluation) -> HeldOut:
         return evaluation.measure(run, self, settings)
@@ -270,15 +269,3 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
-
-
-def check_settings(recipe: Recipe) -> None:
-    """Raise `IncompatibleError` for a setting of how tokens are drawn."""
-    for block, prefix, names in ((recipe, "", TOKENS), (recipe.evaluation, "evaluation.", TOKENS_HELD_OUT)):
-        for name in names:
-            value, default = getattr(block, name), type(block).model_fields[name].default
-            # A schedule equals its first value.
-            if value != default or name in block.scheduled():
-                raise IncompatibleError(
-                    f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
-                )

@@ -72,7 +72,7 @@ class Measured(Protocol):
 
 def roll_out(run: Measured, settings: Evaluation, sampler: PrefixSource, prompts: list[Prompt], k: int) -> Trajectories:
     """`k` trajectories of each held-out prompt, with verdicts."""
-    budget = settings.max_new_tokens or run.rollout.settings.budget
+    budget = settings.longest or run.rollout.settings.budget
     return run.verify(sampler(prompts, k, budget, stream=STREAM))
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from opd.choice import Choice, OneOf, Settings, choices_of
 from opd.errors import nearest
 from opd.policies import Policy
 from opd.prompts import Prompts
-from opd.recipe.tree import Recipe
+from opd.recipe.tree import OfStudent, Recipe
 from opd.teachers import Teacher
 
 
@@ -26,6 +27,9 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     key = _dotted(loc, data)
     more = error.error_count() - 1
     tail = f" ({more} more mistake{'s' if more > 1 else ''} in this recipe)" if more else ""
+    if kind == "extra_forbidden" and (others := _of_others(loc)):
+        value, kinds = short(first.get("input")), ", ".join(others)
+        return f"{origin}: {key} is {value}: it is for students of kind {kinds}; remove the key{tail}"
     if kind == "extra_forbidden":
         return f"{origin}: unknown key {key!r}{_meant(loc, key)}{tail}"
     if kind == "missing":
@@ -41,7 +45,7 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
             return f"{origin}: {key} is {short(tag)}, which is no kind; write {item} {{{place}: {tag}}}{tail}"
         return f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
     if kind == "union_tag_not_found":
-        return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_kinds_at(loc))}{tail}"
+        return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_at(loc)[1])}{tail}"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first.get("input"), date):
         message += "; quote what YAML takes for a date"
@@ -72,18 +76,26 @@ def _dotted(loc: Sequence[int | str], data: Any) -> str:
     return ".".join(keys) or "(the recipe)"
 
 
+Blocks = tuple[type[BaseModel], ...]
+"""What may stand at a place of a recipe; of several, the student says which."""
+
+
+def _fields(blocks: Blocks) -> dict[str, FieldInfo]:
+    return {name: info for block in blocks for name, info in block.model_fields.items()}
+
+
 def _walk(loc: Sequence[int | str]) -> Iterator[tuple[int | str, bool]]:
     """`(part, whether it is the tag of a union)` for each part of a location."""
-    model: type[BaseModel] | None = Recipe
+    blocks: Blocks = (Recipe,)
     kinds: dict[str, type[Choice]] = {}
     for part in loc:
         if isinstance(part, str) and part in kinds:
-            model, kinds = kinds[part], {}
+            blocks, kinds = (kinds[part],), {}
             yield part, True
             continue
         yield part, False
-        if isinstance(part, str) and model is not None and part in model.model_fields:
-            model, kinds = _models_in(model.model_fields[part])
+        if isinstance(part, str) and part in _fields(blocks):
+            blocks, kinds = _models_in(_fields(blocks)[part])
 
 
 def _annotations(annotation: Any) -> Iterator[Any]:
@@ -98,43 +110,37 @@ def _axes_in(metadata: Sequence[Any]) -> Iterator[type[Choice]]:
             yield item.axis
 
 
-def _models_in(info: Any) -> tuple[type[BaseModel] | None, dict[str, type[Choice]]]:
+def _models_in(info: FieldInfo) -> tuple[Blocks, dict[str, type[Choice]]]:
     """What a field holds: a settings block, or the choices of an axis."""
     found = [*info.metadata]
     for annotation in _annotations(info.annotation):
         found += getattr(annotation, "__metadata__", ())
+    for item in found:
+        if isinstance(item, OfStudent):
+            return item.blocks(), {}
+    for annotation in _annotations(info.annotation):
         if isinstance(annotation, type) and issubclass(annotation, Settings) and not issubclass(annotation, Choice):
-            return annotation, {}
+            return (annotation,), {}
     for axis in _axes_in(found):
-        return None, choices_of(axis)
-    return None, {}
+        return (), choices_of(axis)
+    return (), {}
 
 
-def _fields_at(loc: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] | None = Recipe
+def _at(loc: Sequence[int | str]) -> tuple[Blocks, dict[str, type[Choice]]]:
+    """What may stand at a location, and where that is a choice, those of its axis."""
+    blocks: Blocks = (Recipe,)
     kinds: dict[str, type[Choice]] = {}
     for part in loc:
-        if isinstance(part, int):
-            continue
-        if part in kinds:
-            model, kinds = kinds[part], {}
-        elif model is not None and part in model.model_fields:
-            model, kinds = _models_in(model.model_fields[part])
-    return list(model.model_fields) if model is not None else []
-
-
-def _kinds_at(loc: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] | None = Recipe
-    kinds: dict[str, type[Choice]] = {}
-    for part in loc:
-        if isinstance(part, str) and model is not None and part in model.model_fields:
-            model, kinds = _models_in(model.model_fields[part])
-    return list(kinds)
+        if isinstance(part, str) and part in kinds:
+            blocks, kinds = (kinds[part],), {}
+        elif isinstance(part, str) and part in _fields(blocks):
+            blocks, kinds = _models_in(_fields(blocks)[part])
+    return blocks, kinds
 
 
 def _meant(loc: Sequence[int | str], key: str) -> str:
     """Which key was meant: the same word elsewhere in a recipe, or the nearest here, or what is accepted here."""
-    valid, leaf = _fields_at(loc[:-1]), str(loc[-1])
+    valid, leaf = list(_fields(_at(loc[:-1])[0])), str(loc[-1])
     block = key.rsplit(".", 1)[0] + "." if "." in key else ""
     elsewhere = sorted((k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf), key=lambda k: k.count("."))
     if elsewhere:
@@ -156,8 +162,8 @@ def all_keys() -> tuple[str, ...]:
     def keys(block: type[BaseModel], above: str, seen: frozenset[type[BaseModel]]) -> Iterator[str]:
         for name, info in block.model_fields.items():
             yield above + name
-            model, kinds = _models_in(info)
-            inner = [block for block in dict.fromkeys([model, *kinds.values()]) if block is not None]
+            blocks, kinds = _models_in(info)
+            inner = dict.fromkeys([*blocks, *kinds.values()])
             for part in inner:
                 if part not in seen:
                     yield from keys(part, f"{above}{name}.", seen | set(inner))
@@ -165,16 +171,17 @@ def all_keys() -> tuple[str, ...]:
     return tuple(sorted(dict.fromkeys(keys(Recipe, "", frozenset())), key=lambda k: k.count(".")))
 
 
+def _of_others(loc: Sequence[int | str]) -> list[str]:
+    """Kinds of the students whose block has the key at `loc`, which this recipe's has not."""
+    if len(loc) != 2 or loc[0] not in Recipe.model_fields or str(loc[1]) not in _fields(_at(loc[:1])[0]):
+        return []
+    key, policies = str(loc[1]), choices_of(Policy).items()
+    return [k for k, each in policies if issubclass(each, Policy) and key in each.evaluation.model_fields]
+
+
 def _place_key(loc: Sequence[int | str]) -> str | None:
     """The field that says where a choice of the axis at `loc` lies: a model, or a file of prompts."""
-    model: type[BaseModel] | None = Recipe
-    kinds: dict[str, type[Choice]] = {}
-    for part in loc:
-        if isinstance(part, str) and part in kinds:
-            model, kinds = kinds[part], {}
-        elif isinstance(part, str) and model is not None and part in model.model_fields:
-            model, kinds = _models_in(model.model_fields[part])
-    axes = {choice.axis for choice in kinds.values()}
+    axes = {choice.axis for choice in _at(loc)[1].values()}
     return "model" if axes & {Policy.axis, Teacher.axis} else "path" if Prompts.axis in axes else None
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    NonNegativeInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from opd.choice import OneOf, Settings, as_list, choices_of, kind_of, nested
 from opd.curricula import Curriculum
@@ -31,6 +40,25 @@ from opd.teachers import Teacher
 from opd.updates import Update
 from opd.updates.plain import PlainUpdate
 from opd.verifiers import Verifier
+
+
+class OfStudent:
+    """Annotation of the evaluation's block: it is the one that the student's policy names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        blocks = core_schema.union_schema([handler.generate_schema(block) for block in self.blocks()])
+        return core_schema.with_info_before_validator_function(self._taken, blocks)
+
+    @staticmethod
+    def blocks() -> tuple[type[Evaluation], ...]:
+        policies = (each for each in choices_of(Policy).values() if issubclass(each, Policy))
+        return tuple(dict.fromkeys(policy.evaluation for policy in policies))
+
+    def _taken(self, value: Any, info: ValidationInfo) -> Any:
+        student = info.data.get("student")
+        # Without a student, which is the mistake to tell of, there is nothing to compare with.
+        block = self.blocks()[0] if student is None else student.evaluation
+        return block.model_validate({} if student is None else value, context=info.context)
 
 
 class Recipe(Settings):
@@ -66,7 +94,9 @@ class Recipe(Settings):
     reduction: Reduction = Field("token_mean", description="How a step's losses become one number")
     update: Annotated[Update, OneOf(Update, "plain")] = Field(PlainUpdate(), description="How gradients become a step")
     batch: Batch = Field(Batch(), description="Trajectories of a step")
-    evaluation: Evaluation = Field(Evaluation(), description="Held-out measurements")
+    evaluation: Annotated[Evaluation, OfStudent()] = Field(  # type: ignore[assignment]  # it becomes the student's
+        default={}, description="Held-out measurements"
+    )
     checkpoint: Checkpoint = Field(Checkpoint(), description="What `--resume` goes on from")
     resume: Literal["never", "auto"] = Field(
         "never", description="auto: go on where an earlier process of this run ended, if there was one"
@@ -109,6 +139,15 @@ class Recipe(Settings):
                         f"{key} {kind_of(part)!r} is for {part.modality} models and student {kind_of(student)!r} is of "
                         f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Recipe:
+        for key, why in self.student.unused.items():
+            value = getattr(self, key)
+            # A schedule equals its first value.
+            if value != type(self).model_fields[key].default or key in self.scheduled():
+                raise ValueError(f"{key} is {value!r}: {why}; remove the key")
         return self
 
     @model_validator(mode="after")
