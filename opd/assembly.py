@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -43,8 +43,19 @@ def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
 
 
+class ChecksPrompts(Protocol):
+    """A part that reads prompts."""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `DataError` for a prompt that it cannot read."""
+
+
 def _readable(
-    recipe: Recipe, prompts: list[Prompt], bad: list[DataError], student: Student, *parts: Any
+    recipe: Recipe,
+    prompts: list[Prompt],
+    bad: list[DataError],
+    student: Student,
+    *parts: ChecksPrompts,
 ) -> list[Prompt]:
     """The prompts that the student and the other parts can read; another one is an error, or joins the `bad` where the
     recipe skips those."""
@@ -114,15 +125,20 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def build_models(
-    recipe: Recipe, device: torch.device, *, student: Any = None, teachers: Sequence[Any] | None = None
-) -> tuple[Any, list[Any], Context]:
+    recipe: Recipe,
+    device: torch.device,
+    *,
+    student: Student | None = None,
+    teachers: Sequence[LiveTeacher] | None = None,
+) -> tuple[Student, list[LiveTeacher], Context]:
     """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     student = student or recipe.student.build(context)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
-    for part in (student, *built):
-        part.context = context
+    student.context = context
+    for teacher in built:
+        teacher.context = context
     return student, built, context
 
 
@@ -134,8 +150,8 @@ def assemble(
     recipe: Recipe,
     monitor: Monitor,
     *,
-    student: Any = None,
-    teachers: Sequence[Any] | None = None,
+    student: Student | None = None,
+    teachers: Sequence[LiveTeacher] | None = None,
     data: tuple[list[Prompt], list[Prompt]] | None = None,
 ) -> Run:
     """Build every part of a recipe and check that they fit together; nothing is trained yet.

@@ -12,7 +12,7 @@ from pydantic import Field
 from opd.distributions import Categorical, Distribution, Sampled
 from opd.divergences.operator import OnAction
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Target
+from opd.objectives.base import Loss, Target, Writing
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -69,7 +69,7 @@ class Lightning(OnAction):
                 measured["clamped"] += (advantage.abs() * len(known) > self.clamp).float() / len(known)
         return replace(loss, measured=measured)
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.authors != {"student"}:
             raise IncompatibleError(
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "

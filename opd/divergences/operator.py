@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -19,7 +19,7 @@ from opd.distributions import Categorical, Distribution, Gaussian, Head, Routed,
 from opd.distributions.categorical import NOWHERE
 from opd.divergences.base import CategoricalDivergence, Divergence
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Target
+from opd.objectives.base import Loss, Target, Writing
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -118,7 +118,7 @@ class OnAction(CategoricalDivergence):
     ) -> Loss:
         return _on_categorical(self, student, targets, weights, trajectories)
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.authors != {"student"} or not rollout.current:
             kind = self.model_dump()["kind"]
             raise IncompatibleError(

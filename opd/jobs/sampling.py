@@ -11,6 +11,7 @@ from opd.assembly import build_models, check_lengths, compute_device, make_accel
 from opd.errors import RecipeError
 from opd.jobs.work import work_through
 from opd.language.identity import template_hash, tokenizer_hash
+from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -20,6 +21,7 @@ from opd.rollouts.teacher import TeacherRollout
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader
+from opd.teachers.local import LanguageTeacher
 from opd.weights import weights_hash
 
 
@@ -57,6 +59,7 @@ def sample(
     student, teachers, context = build_models(
         recipe.model_copy(update={"teacher": asked}), compute_device(recipe, accelerator)
     )
+    assert isinstance(student, CausalLMStudent)
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
@@ -65,6 +68,7 @@ def sample(
         print(f"opd: {warning}", file=sys.stderr)
     if recipe.self_test:
         check_writers([source], prompts[:2])
+    writers = [teacher for teacher in teachers if isinstance(teacher, LanguageTeacher)]
     header = StoreHeader(
         prompts=len(prompts),
         group=recipe.batch.group,
@@ -77,7 +81,7 @@ def sample(
         budget=source.settings.budget,
         authors=sorted(source.authors),
         student={"model": recipe.student.model_dump()["model"], "weights": weights_hash(student.language.model)},
-        writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in teachers],
+        writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in writers],
         tokenizer=tokenizer_hash(student.language.tokenizer),
         template=template_hash(student.language),
         end_ids=list(context.end_ids),

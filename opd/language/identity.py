@@ -6,10 +6,12 @@ import hashlib
 import json
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from opd.language.agreement import PROBE
 
 
-def tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """`sha256:...` over every token's id and how a probe text is split."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return _of_json([vocabulary, tokenizer(PROBE)["input_ids"]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -38,6 +38,22 @@ class Loss:
     per_example: torch.Tensor | None = None
     measured: dict[str, torch.Tensor] = field(default_factory=dict)
     computed: torch.Tensor | None = None
+
+
+class Writing(Protocol):
+    """What an objective may ask of whoever writes the trajectories (`opd.rollouts.PrefixSource`)."""
+
+    @property
+    def authors(self) -> frozenset[Author]:
+        """Who may have chosen an action."""
+
+    @property
+    def current(self) -> bool:
+        """What the student writes, it writes now."""
+
+    @property
+    def exact(self) -> bool:
+        """Actions are drawn from the student's whole distribution."""
 
 
 class Objective(Choice):
@@ -110,7 +126,7 @@ class Objective(Choice):
     def check_accepts(self, target: type[Distribution], source: str) -> None:
         """Raise `IncompatibleError` at start-up when this cannot be computed from what `source` answers."""
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         """Raise `IncompatibleError` at start-up when it is not what it says on the states of this prefix source."""
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from opd.distributions import Distribution
 from opd.errors import IncompatibleError
-from opd.objectives.base import Loss, Objective, Target
+from opd.objectives.base import Loss, Objective, Target, Writing
 from opd.objectives.surrogate import clipped
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
@@ -75,7 +75,7 @@ class GRPO(Objective):
         loss = action_loss(rule, student, live, trajectories.actions, trajectories.lengths)
         return replace(loss, computed=live != 0)
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.authors != {"student"} or not rollout.current:
             raise IncompatibleError(
                 "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student, "

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
+from transformers import PreTrainedTokenizerBase
 
 from opd.choice import Choice
 from opd.context import Context
@@ -67,7 +69,7 @@ class Student(ABC):
         """The student's distribution at the N positions of `trajectories`, with a graph when gradients are on."""
 
     @abstractmethod
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
 
     @abstractmethod
@@ -132,7 +134,7 @@ class Student(ABC):
         """Of the weights that `state_dict` leaves out."""
         return fingerprint(frozen(extract_model_from_parallel(self.module)))
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         """After training: `module` without what `accelerate` put around it. Of sharded weights the main process gets
         the whole, on the CPU; all must call."""
         self.module = accelerator.unwrap_model(self.module)
@@ -180,7 +182,7 @@ class Policy(Choice):
     """Settings that a live model takes too; the others say how one is loaded."""
 
     @abstractmethod
-    def build(self, context: Context) -> Any:
+    def build(self, context: Context) -> Student:
         """Load the student on to `context.device`."""
 
     @abstractmethod
@@ -190,7 +192,7 @@ class Policy(Choice):
 
     @classmethod
     @abstractmethod
-    def takes(cls, model: Any) -> bool:
+    def takes(cls, model: object) -> bool:
         """Whether a live object, passed from Python, is a model of this kind."""
 
     @classmethod
@@ -199,10 +201,10 @@ class Policy(Choice):
         """Of a live model, those that a student like it trains."""
 
     @abstractmethod
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> Student:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> Student:
         """The student that a live model is, under these settings; trained in place."""
 
     @classmethod
     @abstractmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
         """The teacher that a live model is."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from opd.language.rollout import LanguageRollout
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
-    from opd.teachers import Teacher
+    from opd.teachers import LiveTeacher, Teacher
     from opd.teachers.local import LanguageTeacher
     from opd.teachers.self_teacher import SelfLanguageTeacher
 
@@ -114,22 +115,23 @@ class CausalLM(ModelSettings, Policy):
         return model
 
     @classmethod
-    def takes(cls, model: Any) -> bool:
-        return isinstance(model.get_base_model() if is_adapted(model) else model, PreTrainedModel)
+    def takes(cls, model: object) -> bool:
+        base = model.get_base_model() if is_adapted(model) and hasattr(model, "get_base_model") else model
+        return isinstance(base, PreTrainedModel)
 
     @classmethod
     def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
         return iter(model.parameters())
 
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> CausalLMStudent:
         return CausalLMStudent(_live(model, tokenizer, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LanguageTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageTeacher:
         from opd.teachers.local import LanguageTeacher, LocalTeacher
 
         language = _live(model.eval().requires_grad_(False), tokenizer, context)
-        template: Literal["chat", "plain"] = "chat" if tokenizer.chat_template else "plain"
+        template: Literal["chat", "plain"] = "chat" if language.tokenizer.chat_template else "plain"
         return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device, context)
 
 
@@ -209,7 +211,7 @@ class CausalLMStudent(Student):
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         return self.experts.signals(sum_over_processes)
 
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         members = [
             (
                 (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else ""),
@@ -225,7 +227,7 @@ class CausalLMStudent(Student):
         fixed = [member for _, member in members if member.vocabulary is not None]
         common = common_vocabulary(
             models,
-            min((member.vocabulary for member in fixed), default=None),
+            min((member.vocabulary for member in fixed if member.vocabulary is not None), default=None),
             [i for member in fixed for i in member.excluded],
         )
         if unknown := [i for i in end_tokens or () if i >= common.size]:
@@ -335,7 +337,7 @@ class CausalLMStudent(Student):
             self.texts[i] = str(self.language.tokenizer.decode([i]))
         return [self.texts[i] for i in ids]
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         super().unwrap(accelerator)
         assert isinstance(self.module, LanguageModel)
         self.language = self.module

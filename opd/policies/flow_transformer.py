@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field, ValidationInfo, field_validator
+from transformers import PreTrainedTokenizerBase
 
 from opd.choice import Settings
 from opd.context import Context
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from opd.flow.rollout import FlowRollout
     from opd.recipe import Recipe
     from opd.rollouts import PrefixSource
-    from opd.teachers import Teacher
+    from opd.teachers import LiveTeacher, Teacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
 
 SHOWN_PIXELS = 128
@@ -97,7 +99,7 @@ class FlowTransformer(FlowSettings, Policy):
         return student_shape(self, self.resolution, notes, lambda m: m if lora is None else with_lora(m, lora))
 
     @classmethod
-    def takes(cls, model: Any) -> bool:
+    def takes(cls, model: object) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
 
     @classmethod
@@ -105,11 +107,11 @@ class FlowTransformer(FlowSettings, Policy):
         # A pipeline of another kind has no transformer; it is refused where it is built.
         return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
 
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveFlowTeacher:
         from opd.teachers.flow import FlowTeacher, LiveFlowTeacher
 
         return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE), context)
@@ -165,7 +167,7 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [context.condition for context in trajectories.contexts])
 
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -229,7 +231,7 @@ class FlowStudent(Student):
 
         return SelfFlowTeacher(copy.deepcopy(self.model), settings, context, self.model)
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         super().unwrap(accelerator)
         assert isinstance(self.module, FlowModel)
         self.model = self.module

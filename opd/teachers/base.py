@@ -114,5 +114,5 @@ class Teacher(Choice):
         return []
 
     @abstractmethod
-    def build(self, context: Context, student: Any) -> LiveTeacher:
+    def build(self, context: Context, student: Student) -> LiveTeacher:
         """Load the teacher, or make it from the student."""

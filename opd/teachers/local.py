@@ -16,6 +16,7 @@ from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
 from opd.language.shape import model_shape
 from opd.planning import Shape
+from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
@@ -46,7 +47,7 @@ class LocalTeacher(ModelSettings, Teacher):
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(Categorical, "the teacher")]
 
-    def build(self, context: Context, student: Any) -> LanguageTeacher:
+    def build(self, context: Context, student: Student | None) -> LanguageTeacher:
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
         language = LanguageModel.load(self, "cpu" if self.offload else device)

@@ -62,7 +62,7 @@ class RoutedTeacher(Teacher):
             for shape in route.shapes(student, notes)
         ]
 
-    def build(self, context: Context, student: Any) -> RoutedTeachers:
+    def build(self, context: Context, student: Student) -> RoutedTeachers:
         return RoutedTeachers(self, context, {tag: r.build(context, student) for tag, r in self.routes.items()})
 
 

@@ -44,7 +44,7 @@ class SelfTeacher(Teacher):
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(student, "the teacher")]
 
-    def build(self, context: Context, student: Any) -> LiveTeacher:
+    def build(self, context: Context, student: Student) -> LiveTeacher:
         return student.as_teacher(self, context)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -52,7 +52,7 @@ class StoredTeacher(Teacher):
     def _targets(self) -> Targets:
         return Targets.open(Store.open(self.path), self.targets)
 
-    def build(self, context: Context, student: Any) -> StoredAnswers:
+    def build(self, context: Context, student: Student) -> StoredAnswers:
         return StoredAnswers(self, context)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, model_validator
 
@@ -64,14 +65,14 @@ class PlainUpdate(Update):
             raise ValueError("schedule_free measures and saves a mean of the weights itself; leave average out")
         return self
 
-    def build(self, student: Student, accelerator: Any) -> PlainOptimiser:
+    def build(self, student: Student, accelerator: Accelerator) -> PlainOptimiser:
         return PlainOptimiser(self, student, accelerator)
 
 
 class PlainOptimiser(Optimiser):
     """The built update."""
 
-    def __init__(self, settings: PlainUpdate, student: Student, accelerator: Any):
+    def __init__(self, settings: PlainUpdate, student: Student, accelerator: Accelerator):
         self.settings, self.accelerator, self.student = settings, accelerator, student
         if accelerator.is_fsdp2 and settings.optimizer not in SHARDED:
             raise RecipeError(
