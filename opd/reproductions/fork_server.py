@@ -2,7 +2,7 @@
 
 Importing torch and transformers takes more CPU time than a small job does. `multiprocessing` has such a server too; it
 takes longer a job (`benchmarks/job_start.py`), forks beside other threads, and leaves behind what a job started. The
-modules of `opd` are those of the moment when the command started; a reproduction's own file is loaded by each of its jobs.
+modules of `opd` are those of the moment when the command started; a reproduction's own file is loaded by each job.
 `python -m opd.reproductions.fork_server FD MODULE...` is that process; FD is its end of the connection.
 """
 
