@@ -26,9 +26,10 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.contestants import Job, open_session
+from benchmarks.contestants import open_session
 from benchmarks.isolated import M_MMAP_THRESHOLD, _allocator, _status
 from benchmarks.loss_operator import describe_machine, versions
+from benchmarks.session import Job
 
 MEMORY_STEPS = 2
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "100000", "TOKENIZERS_PARALLELISM": "false"}

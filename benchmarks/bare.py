@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 from transformers import AutoModelForCausalLM
 
-from benchmarks.contestants import LEARNING_RATE, AfterStep, Job, Score, Session
+from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
 
 CHUNK = 2**22
 """Entries of one chunk of logits."""

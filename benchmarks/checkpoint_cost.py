@@ -26,12 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from opd.checkpoints.files import flush
+from opd.assembly import assemble
 from opd.checkpoints.store import folder_of, read, verify
+from opd.files.whole import flush
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe
-from opd.run import Run, assemble
+from opd.run import Run
 from tests.conftest import save_tiny
 
 SIZES = ((128, 8), (384, 9), (768, 9), (1024, 11))

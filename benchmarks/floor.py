@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.alternation import compete, versions_and_machine, write
-from benchmarks.contestants import FLOOR, OPD, Job
+from benchmarks.contestants import FLOOR, OPD
 from benchmarks.head_to_head import QUICK, last_line, progress
 from benchmarks.loss_operator import finished_cells
 from benchmarks.phases import over
+from benchmarks.session import Job
 from benchmarks.sizes import SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 

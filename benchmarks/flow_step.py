@@ -26,16 +26,17 @@ from rich.table import Table
 from benchmarks.alternation import silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line
 from benchmarks.phases import over
+from opd.assembly import assemble
 from opd.distributions import Gaussian
 from opd.drawings.vocabulary import drawing_tokenizer
-from opd.evaluation import HeldOut
 from opd.flow.creation import create_flow_model
 from opd.flow.encoder import PromptTable
 from opd.flow.model import import_diffusers
 from opd.loop import train
 from opd.monitor import Monitor
+from opd.policies.held_out import HeldOut
 from opd.recipe import parse_recipe
-from opd.run import Run, assemble
+from opd.run import Run
 from opd.trajectories import Trajectories
 
 GOAL = 0.9

@@ -30,9 +30,10 @@ from rich.table import Table
 
 from benchmarks import peers
 from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
-from benchmarks.contestants import GKD, OPD, TILES, TRL, TRL_TILED, Job
+from benchmarks.contestants import GKD, OPD, TILES, TRL, TRL_TILED
 from benchmarks.loss_operator import finished_cells
 from benchmarks.phases import over
+from benchmarks.session import Job
 from benchmarks.sizes import ON_DEVICE, SIZES, Size, materialise
 from benchmarks.utilisation import peak_throughput, products
 

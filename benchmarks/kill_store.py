@@ -27,10 +27,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from benchmarks.kill_test import fork
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.recipe import Recipe, parse_recipe
 from opd.store import Store, Targets
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from tests.conftest import save_tiny
 
 WORKERS = 2

@@ -14,28 +14,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import peer_objectives
+from benchmarks.enumerated import BIAS, COSINE, from_loss
 from opd.cli.display import show_objectives
 from opd.divergences import ForwardKL, ReverseKL
-from opd.scenes import SequenceScene
-from opd.truth_table import Gradients, Row, measure, measure_all, save_table
-
-COSINE, BIAS = 0.999, 1e-3
-
-
-def from_loss(loss: object) -> Gradients:
-    """Gradients of a control `loss(log_p, log_q, actions) -> [Y, L]`, which is differentiated by autograd."""
-
-    def gradients(scene: SequenceScene) -> torch.Tensor:
-        rows = []
-        for y in range(len(scene.actions)):
-            z = scene.student.clone().requires_grad_()
-            log_q = torch.log_softmax(z, -1)[scene.states[y]]
-            log_p = torch.log_softmax(scene.teacher, -1)[scene.states[y]]
-            value = loss(log_p, log_q, scene.actions[y]).sum()  # type: ignore[operator]
-            rows.append(torch.autograd.grad(value, z)[0])
-        return torch.stack(rows)
-
-    return gradients
+from opd.truth_table import Row, measure, measure_all, save_table
 
 
 def _taken(log_probs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -94,8 +77,6 @@ def main() -> int:
     parser.add_argument("--peers", action="store_true", help="measure other libraries' loss functions instead")
     arguments = parser.parse_args()
     if arguments.peers:
-        from benchmarks import peer_objectives  # which imports this module
-
         return peer_objectives.run(arguments.json or peer_objectives.TABLE, sys.argv[1:])
     rows = measure_all()
     table = [*rows, *measure_controls()]

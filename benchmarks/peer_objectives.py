@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.objectives import BIAS, COSINE, from_loss
+from benchmarks.enumerated import BIAS, COSINE, from_loss
 from opd.cli.display import show_objectives
 from opd.divergences import Divergence, JensenShannon, ReverseKL
 from opd.scenes import Scene

@@ -28,9 +28,10 @@ from rich.table import Table
 
 from benchmarks import peers
 from benchmarks.alternation import Worker, compete, peak_memory, versions_and_machine, write
-from benchmarks.contestants import OPD, TRL, Job
+from benchmarks.contestants import OPD, TRL
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.loss_operator import finished_cells
+from benchmarks.session import Job
 from benchmarks.sizes import Shape, Size, materialise
 
 LENGTHS = (64, 256, 1024, 4096)

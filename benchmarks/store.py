@@ -36,9 +36,12 @@ import torch
 from benchmarks.loss_operator import describe_machine
 from benchmarks.phases import over
 from opd.api import execute
+from opd.assembly import build_models
 from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
 from opd.divergences.lightning import Lightning
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import Scorer, score
 from opd.language.creation import create_model, named_tokenizer
 from opd.language.engines.transformers import LanguageModel
 from opd.policies.causal_lm import CausalLMStudent
@@ -46,10 +49,7 @@ from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe, parse_recipe
 from opd.reduction import position_weights
-from opd.run import build_models
 from opd.store import Store, Targets
-from opd.store.sampling import sample
-from opd.store.scoring import Scorer, score
 from opd.trajectories import Trajectories
 
 CPU = torch.device("cpu")

@@ -107,10 +107,10 @@ def smoothed(points: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def train_own(recipe: dict[str, Any], folder: Path, goal: float | None) -> list[dict[str, float]]:
     """A recipe through opd's own loop."""
+    from opd.assembly import assemble
     from opd.loop import train
     from opd.monitor import Monitor
     from opd.recipe import parse_recipe
-    from opd.run import assemble
 
     curve, evaluate = Curve(goal), Monitor._evaluate
 

@@ -1,18 +1,23 @@
-"""A hook of mkdocs: what typer knows about the commands becomes the rest of `cli.md`."""
+"""A hook of mkdocs: what typer knows about the commands becomes the rest of `cli.md`, and what recipes can name that of
+`choices.md`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import typer
 from typer.cli import get_docs_for_click
 
+from opd.catalogue import Kind, axes, settings_of
 from opd.cli.main import app
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page with a section for each command."""
+    """The page with a section for each command, or for each axis."""
+    if page.file.src_uri == "choices.md":
+        return "\n".join([markdown, *choices()])
     if page.file.src_uri != "cli.md":
         return markdown
     command = typer.main.get_command(app)
@@ -20,3 +25,23 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     commands = text[text.index("## `opd ") :]
     # Of a yes-or-no option both names; the one that is default says nothing.
     return f"{markdown}\n{re.sub(r' / --no-[a-z-]+', '', commands)}"
+
+
+def choices() -> Iterator[str]:
+    """Lines: a section for each axis, with a table of each choice's settings."""
+    for axis, kinds in axes().items():
+        yield f"## {axis}\n"
+        for kind in kinds:
+            yield from _choice(kind)
+
+
+def _choice(kind: Kind) -> Iterator[str]:
+    whose = f" (package {kind.package})" if kind.package else ""
+    yield f"### {kind.axis}.{kind.kind}{whose}\n\n{kind.line}.\n"
+    rows = list(settings_of(kind.choice))
+    if rows:
+        yield "| setting | type | default | bounds | |\n|---|---|---|---|---|"
+    for row in rows:
+        cells = (row.key, row.type, row.default, row.bounds, row.description)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield ""

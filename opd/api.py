@@ -15,27 +15,29 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 
+from opd.assembly import assemble, load_data, not_held_out
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
-from opd.checkpoints.files import locked, whole_folder, write_whole
-from opd.checkpoints.ours import refuse_taken
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
+from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
-from opd.choice import choices_of
+from opd.choice import choices_of, kind_of
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
-from opd.evaluation import HeldOut, evaluate
+from opd.evaluation import evaluate
+from opd.files.ours import refuse_taken
+from opd.files.run_directory import read_json
+from opd.files.whole import locked, whole_folder, write_whole
 from opd.hub import check_push
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy
+from opd.policies.held_out import HeldOut
 from opd.progress import without_library_bars
 from opd.prompts.dataset import encoded_images
 from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
-from opd.report.run_directory import read_json
-from opd.run import Run, assemble, load_data, not_held_out
+from opd.run import Run
 from opd.saving import save_run
-from opd.teachers.again import device_of, self_teachers
 from opd.trackers import check_trackers
 
 
@@ -406,20 +408,20 @@ def _student_block(student: Any) -> Any:
     """A live model may come with settings, except for those that say how one is loaded."""
     policy = _policy_of(_model_of(student))
     if policy is None or not isinstance(student, Mapping):
-        return _block(student, lambda policy: policy.model_fields["kind"].default)
+        return _block(student, kind_of)
     strange = [key for key in student if key not in ("model", *policy.of_live)]
     if strange:
         raise RecipeError(
             f"student.{strange[0]} is {student[strange[0]]!r} beside a live model, which takes "
             f"{', '.join(policy.of_live)}; remove the key, or give a folder as student.model"
         )
-    return {**student, "kind": policy.model_fields["kind"].default, "model": LIVE}
+    return {**student, "kind": kind_of(policy), "model": LIVE}
 
 
-def _block(model: Any, kind_of: Callable[[type[Policy]], str]) -> Any:
+def _block(model: Any, kind: Callable[[type[Policy]], str]) -> Any:
     policy = _policy_of(model)
     if policy is not None:
-        return {"kind": kind_of(policy), "model": LIVE}
+        return {"kind": kind(policy), "model": LIVE}
     if isinstance(model, str) and model != "self":
         return {"model": model}
     return model

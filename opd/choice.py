@@ -108,6 +108,19 @@ class Choice(Settings):
     """What kind of student this is for, `language` or `flow`; None fits any."""
 
 
+def kind_of(choice: Choice | type[Choice]) -> str:
+    """What recipes call a choice."""
+    fields = (choice if isinstance(choice, type) else type(choice)).model_fields
+    return str(fields["kind"].default)
+
+
+def as_list(value: Any) -> Any:
+    """One item as a list of it, and none as an empty one, for fields that take one or several."""
+    if value is None:
+        return []
+    return value if isinstance(value, list | tuple) else [value]
+
+
 def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
     """The choices of an axis by `kind`, found by importing every module of the folder that the axis is defined in.
 
@@ -125,7 +138,7 @@ def choices_of(axis: type[Choice]) -> dict[str, type[Choice]]:
     for each in _descendants(axis):
         if "kind" not in vars(each).get("__annotations__", {}):
             continue
-        kind = each.model_fields["kind"].default
+        kind = kind_of(each)
         other = found.get(kind, each)
         # A cell of a notebook that is run again defines its class anew: the newest counts.
         if _place(other) != _place(each):

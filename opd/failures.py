@@ -6,30 +6,16 @@ import gc
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from pydantic import Field
 
-from opd.choice import Settings
 from opd.errors import RunError
 from opd.measurement import Measurement
+from opd.recipe import Failures
+from opd.run import Run
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.run import Run
-
-
-class Failures(Settings):
-    """When a run gives up."""
-
-    skips_in_a_row: int = Field(
-        3, ge=1, description="Updates skipped in a row, for a loss or gradient that is not finite, before the run stops"
-    )
-    empty_at_start: int | None = Field(
-        50, ge=1, description="Steps from the start without anything to learn before the run stops; null never stops"
-    )
 
 
 class Skips:

@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants
 
-from opd.checkpoints.files import told
 from opd.errors import RecipeError
+from opd.files.whole import told
 
 
 def check_push(repository: str) -> None:

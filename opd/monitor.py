@@ -11,21 +11,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-from opd.checkpoints.files import flush, main_process
 from opd.errors import RecipeError, RunError
-from opd.evaluation import HeldOut, evaluate, rows_of
+from opd.evaluation import evaluate
+from opd.files.run_directory import lines
+from opd.files.whole import flush, main_process
+from opd.measurement import Measurement
+from opd.policies.held_out import HeldOut, as_logged
 from opd.progress import Bar, Lines, Nothing, shows_bars
 from opd.provenance import models_of
-from opd.report.run_directory import lines
-
-if TYPE_CHECKING:
-    from opd.measurement import Measurement
-    from opd.recipe import Recipe
-    from opd.run import Run
+from opd.recipe import Recipe
+from opd.run import Run
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 """What a run adds lines to."""
@@ -87,8 +86,8 @@ class Monitor:
         self.log(run, "train", signals)
         skipped = "skipped" in signals
         parts = measurement.parts if skipped else measurement.example
-        for part in parts if run.optimiser.writes_rollouts else ():
-            rows = rows_of(run, *part)
+        for trajectories, values in parts if run.optimiser.writes_rollouts else ():
+            rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         numbers = f"divergence {signals['divergence']:.3f}  " if "divergence" in signals else ""

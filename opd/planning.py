@@ -1,18 +1,46 @@
-"""What plans of every modality share: memory counted on the meta device, and numbers as a person reads them."""
+"""What a model takes, as far as its configuration says: the currency of plans; and numbers as a person reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from opd.context import Context
-from opd.prompts import Prompt
-from opd.prompts.dataset import DatasetPrompts
-from opd.recipe import Recipe
-from opd.run import check_verdicts, load_data
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model as its configuration describes it.
+
+    Attributes:
+        trainable: parameters that are trained.
+        weight_bytes: of all parameters.
+        width, vocabulary, layers, kv_bytes_per_token: of a language model; 0 for others.
+        offload: the weights lie on the CPU while they are not used.
+        model: on the meta device.
+    """
+
+    name: str
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    width: int = 0
+    vocabulary: int = 0
+    layers: int = 0
+    kv_bytes_per_token: int = 0
+    offload: bool = field(default=False, repr=False)
+    model: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a parameter."""
+        return self.weight_bytes // self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("model", "offload")}
 
 
 def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
@@ -31,18 +59,6 @@ def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         forward()
     return sum(seen.values())
-
-
-def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
-    """Training and held-out prompts, checked as a run does; None where they would have to be downloaded."""
-    remote = [p.path for p in recipe.prompts if isinstance(p, DatasetPrompts) and not Path(p.path).exists()]
-    if remote:
-        notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
-        return None
-    training, held_out = load_data(recipe)
-    context = Context(device=torch.device("cpu"), temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
-    check_verdicts(recipe, None if recipe.verifier is None else recipe.verifier.build(context), training)
-    return [*training, *held_out]
 
 
 def count_text(value: float) -> str:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opd.checkpoints.ours import FILLING, LIST, entries
 from opd.errors import ModelError
+from opd.files.ours import FILLING, LIST, entries
 
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 

@@ -1,45 +1,90 @@
-"""A run: the recipe's choices, built and checked against each other before the first step."""
+"""A run: everything that the loop touches."""
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
+from rich.console import Console
 
 from opd import sharding
-from opd.checkpoints import Checkpoints
-from opd.checkpoints.content import content_of
-from opd.checkpoints.randomness import random_state, set_random_state
-from opd.checkpoints.resume import identity
 from opd.context import Context
 from opd.curricula import Course
-from opd.errors import DataError, IncompatibleError, RecipeError, RunError
-from opd.failures import Skips
-from opd.hardware import check_device, fast_in_bf16
+from opd.errors import IncompatibleError, RunError
 from opd.kept_weights import KeptWeights
-from opd.monitor import Monitor
+from opd.measurement import Measurement
 from opd.now import Now
 from opd.objectives import Target
 from opd.policies import Student
-from opd.prompts import Prompt, load_prompts, split_held_out
+from opd.policies.held_out import HeldOut
+from opd.prompts import Prompt
+from opd.randomness import random_state, set_random_state
 from opd.recipe import Recipe
 from opd.rollouts import HeldOutSampler, PrefixSource
 from opd.rollouts.base import Combination
-from opd.same_view import nothing_to_learn
-from opd.self_test import PROBE, PROBE_POSITIONS, self_test
 from opd.shaping import Shaper
-from opd.stopping import Watch
 from opd.teachers import LiveTeacher, answers_of
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
 from opd.verifiers import Scorer
+
+
+class Monitoring(Protocol):
+    """What a person sees of a run (`opd.monitor`)."""
+
+    console: Console
+    stop_requested: bool
+    stopped_by: int | None
+    before: HeldOut | None
+    after: HeldOut | None
+    history: list[dict[str, float]]
+    seconds: float
+
+    def begin(self, run: Run) -> dict[str, float]: ...
+
+    def after_step(self, run: Run, signals: dict[str, float], measurement: Measurement) -> dict[str, float]: ...
+
+    def end(self, run: Run) -> dict[str, float]: ...
+
+    def held_out_at(self, step: int) -> dict[str, float]: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def warn_once(self, text: str) -> None: ...
+
+
+class Keeping(Protocol):
+    """What writes the state of a run (`opd.checkpoints`)."""
+
+    written: int | None
+
+    def facts(self, run: Run) -> dict[str, Any]: ...
+
+    def after_step(self, run: Run) -> None: ...
+
+    def write(self, run: Run) -> None: ...
+
+
+class Counting(Protocol):
+    """What counts the steps of a run that were not taken (`opd.failures`)."""
+
+    total: int
+    empty: int
+
+    def after_step(self, run: Run) -> None: ...
+
+
+class Watching(Protocol):
+    """What reads the evaluations of a run (`opd.stopping`)."""
+
+    ended_by: str | None
+    alarms: list[str]
+
+    def read(self, run: Run, step: int, measured: Mapping[str, float]) -> None: ...
 
 
 @dataclass
@@ -58,10 +103,10 @@ class Run:
     shaping: Shaper
     optimiser: Optimiser
     held_out: list[Prompt]
-    monitor: Monitor
-    checkpoints: Checkpoints
-    skips: Skips
-    watch: Watch
+    monitor: Monitoring
+    checkpoints: Keeping
+    skips: Counting
+    watch: Watching
     micro: int
     step: int = 0
     signals: dict[str, float] = field(default_factory=dict)
@@ -207,220 +252,3 @@ def held_out_sampler(student: Student, rollout: PrefixSource, now: Now) -> HeldO
     """The rollout's own sampler for measurements of the student, under the recipe's settings for them."""
     sampler = rollout.held_out(now.recipe.rollout, now.context, student)
     return student.measured_by(sampler, now.recipe.evaluation)
-
-
-def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
-    """`(training, held out)` prompts of a recipe, checked; rows that cannot be used are left out where the recipe says
-    so, and then put into `bad`."""
-    bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
-    prompts = load_prompts(recipe.prompts, bad)
-    if any(source.weight is not None for source in recipe.evaluation.prompts or ()):
-        raise RecipeError("evaluation.prompts: 'weight' is for training, held-out prompts are all measured; remove it")
-    if recipe.evaluation.prompts:
-        return prompts, load_prompts(recipe.evaluation.prompts, bad)
-    return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
-
-
-def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
-    """A warning where rows of `evaluation.prompts` are training prompts too: the student sees the same, or a row of the
-    same id holds the same."""
-
-    def seen(prompt: Prompt) -> set[str]:
-        view = prompt.view()
-        messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-        rows = (Prompt("", {"prompt": messages}), replace(prompt, column=""))
-        return {content_of([row], lambda _: []) for row in rows}
-
-    if not recipe.evaluation.prompts:
-        return []
-    trained = {key for prompt in training for key in seen(prompt)}
-    shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
-    if not shared:
-        return []
-    return [
-        f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
-        "first): measurements on them are not held out; take them out of one of the two sets"
-    ]
-
-
-def _readable(
-    recipe: Recipe, prompts: list[Prompt], bad: list[DataError], student: Student, *parts: Any
-) -> list[Prompt]:
-    """The prompts that the student and the other parts can read; another one is an error, or joins the `bad` where the
-    recipe skips those."""
-    kept = []
-    for prompt in prompts:
-        try:
-            student.check_prompts([prompt], recipe.max_prompt_tokens)
-            for part in parts:
-                part.check_prompts([prompt])
-            kept.append(prompt)
-        except DataError as error:
-            if not recipe.skip_bad_prompts:
-                raise
-            bad.append(error)
-    if not kept:
-        raise DataError(f"skip_bad_prompts leaves no prompt at all; the last one: {bad[-1]}")
-    return kept
-
-
-def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[Prompt]) -> None:
-    """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
-    may go without."""
-    for objective in recipe.objective:
-        if objective.needs_reward and verifier is not None and not recipe.rollout.rewards:
-            verifier.check_verdicts(training, f"objective {type(objective).model_fields['kind'].default!r}")
-
-
-def check_offsets(recipe: Recipe) -> None:
-    """Raise `IncompatibleError` when the shaping makes offsets and an objective has no place for them."""
-    for objective in recipe.objective if recipe.shaping.makes_offsets else ():
-        if not objective.takes_offsets:
-            shaping, kind = (part.model_dump()["kind"] for part in (recipe.shaping, objective))
-            raise IncompatibleError(
-                f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
-                "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
-            )
-
-
-def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
-    """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
-    for objective in recipe.objective if optimiser.expected else ():
-        if (objective.reduction or recipe.reduction) == "token_mean":
-            update, kind = (part.model_dump()["kind"] for part in (recipe.update, objective))
-            raise IncompatibleError(
-                f"update {update!r} divides by the trajectories that a step has in expectation, and objective {kind!r} "
-                "takes the mean over tokens, whose number is not known before: set reduction=sequence_mean, or "
-                "sequence_sum"
-            )
-
-
-def check_lengths(
-    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: Sequence[Prompt]
-) -> list[str]:
-    """Warnings about models that were made for less than the longest prompt with the longest completion of a run;
-    raises `ModelError` where one cannot read that at all."""
-    budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.max_new_tokens or 1)
-    warnings = student.check_lengths(prompts, budget)
-    for i, teacher in enumerate(teachers):
-        which = f"teacher {i}" if len(teachers) > 1 else "the teacher"
-        warnings += teacher.check_lengths(prompts, budget, which)
-    return warnings
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """`accelerate` for the recipe's device and precision, with its trackers."""
-    hardware = recipe.hardware
-    if hardware.threads is not None:
-        torch.set_num_threads(hardware.threads)
-    check_device(hardware.device, "hardware.device")
-    device = "cuda" if hardware.device == "auto" and torch.cuda.is_available() else hardware.device
-    fast = fast_in_bf16("cpu" if device == "auto" else device)
-    in_bf16 = hardware.precision == "bf16" or (hardware.precision == "auto" and fast)
-    # A second run in one process may ask for another precision.
-    AcceleratorState._reset_state()
-    set_seed(recipe.seed)
-    sharded = sharding.plugin()
-    accelerator = Accelerator(
-        cpu=hardware.device == "cpu",
-        mixed_precision="bf16" if in_bf16 else "no",
-        log_with=list(recipe.tracking.trackers) or None,
-        project_dir=str(recipe.directory),
-        fsdp_plugin=sharded,
-    )
-    sharding.settle(accelerator, sharded)
-    if recipe.batch.prompts % accelerator.num_processes:
-        raise RecipeError(
-            f"batch.prompts is {recipe.batch.prompts}; make it a multiple of the {accelerator.num_processes} processes"
-        )
-    return accelerator
-
-
-def build_models(
-    recipe: Recipe, device: torch.device, *, student: Any = None, teachers: Sequence[Any] | None = None
-) -> tuple[Any, list[Any], Context]:
-    """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
-    context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
-    student = student or recipe.student.build(context)
-    student.check_settings(recipe)
-    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
-    context = student.agree(context, built, recipe.end_tokens)
-    student.context = context
-    return student, built, context
-
-
-def compute_device(recipe: Recipe, accelerator: Accelerator) -> torch.device:
-    return accelerator.device if recipe.hardware.device == "auto" else torch.device(recipe.hardware.device)
-
-
-def assemble(
-    recipe: Recipe,
-    monitor: Monitor,
-    *,
-    student: Any = None,
-    teachers: Sequence[Any] | None = None,
-    data: tuple[list[Prompt], list[Prompt]] | None = None,
-) -> Run:
-    """Build every part of a recipe and check that they fit together; nothing is trained yet.
-
-    `student` and `teachers` may be given already built (from Python); otherwise they load here.
-    """
-    bad: list[DataError] = []
-    check_offsets(recipe)
-    loaded = training, held_out = data or load_data(recipe, bad)
-    accelerator = make_accelerator(recipe)
-    student, built, context = build_models(
-        recipe, compute_device(recipe, accelerator), student=student, teachers=teachers
-    )
-    for teacher in built:
-        teacher.check_student(student, context)
-    for warning in nothing_to_learn(recipe, student, built):
-        monitor.warn(warning)
-    rollout = recipe.rollout.build(context, student, built)
-    verifiers = [] if recipe.verifier is None else [recipe.verifier]
-    training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
-    held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
-    monitor.warn_of_skipped(bad)
-    lengths = check_lengths(recipe, student, built, [*training, *held_out])
-    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
-        monitor.warn(note)
-    for objective in recipe.objective:
-        objective.check_authors(rollout.authors)
-        objective.check_trajectories(rollout)
-        for i, teacher in enumerate(built):
-            if objective.teacher in (None, teacher.settings.name):
-                objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    verifier = None if recipe.verifier is None else recipe.verifier.build(context)
-    check_verdicts(recipe, verifier, training)
-
-    now = Now.at(recipe, context, 0)
-    sampler = held_out_sampler(student, rollout, now)
-    if recipe.self_test:
-        probe = random.Random(recipe.seed).sample(training, min(2, len(training)))
-        asked = now.request(probe, PROBE_POSITIONS, stream=PROBE, group=1)
-        with accelerator.autocast():
-            self_test(student, built, rollout, now.recipe.objective, asked, sampler)
-    # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
-    student.module.train()
-
-    optimiser = recipe.update.build(student, accelerator)
-    check_reduction(recipe, optimiser)
-    return Run(
-        recipe=recipe,
-        context=context,
-        accelerator=accelerator,
-        student=student,
-        teachers=built,
-        course=recipe.curriculum.build(training, recipe.batch.prompts, context),
-        kept=KeptWeights(student),
-        rollout=rollout,
-        verifier=verifier,
-        shaping=recipe.shaping.build(context),
-        optimiser=optimiser,
-        held_out=held_out,
-        monitor=monitor,
-        checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),
-        skips=Skips(recipe.failures),
-        watch=Watch(recipe.evaluation.stop, recipe.evaluation.alarm),
-        micro=recipe.batch.micro,
-    )

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from opd.policies.base import LIVE
+from opd.policies.base import LIVE, Student
+from opd.recipe import Recipe
+from opd.teachers import LiveTeacher, Teacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.self_teacher import SelfTeacher
-
-if TYPE_CHECKING:
-    from opd.recipe import Recipe
-    from opd.teachers import Teacher
 
 WEIGHTS = ("model", "adapter", "revision", "tokenizer")
 """Settings that say which weights a model has; dtypes differ by rounding only."""
 
 
-def nothing_to_learn(recipe: Recipe, student: Any = None, teachers: Sequence[Any] = ()) -> list[str]:
+def nothing_to_learn(recipe: Recipe, student: Student | None = None, teachers: Sequence[LiveTeacher] = ()) -> list[str]:
     """A warning where every teacher is the student under the student's own view, and nothing else teaches.
 
     Args:

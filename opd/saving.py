@@ -12,15 +12,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opd.checkpoints.files import attempt, told, whole_folder, write_whole
-from opd.checkpoints.ours import foreign
 from opd.errors import RunError
+from opd.files.ours import foreign
+from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
-from opd.monitor import Monitor
 from opd.provenance import ORIGIN, models_of, write_origin
 from opd.recipe import Recipe
 from opd.report import write_report
-from opd.run import Run
+from opd.run import Monitoring, Run
 
 
 def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
@@ -91,7 +90,7 @@ def _rescued(run: Run, card: str) -> str:
         return "there is no checkpoint to go on from; set checkpoint.every"
 
 
-def _set_aside(target: Path, monitor: Monitor) -> None:
+def _set_aside(target: Path, monitor: Monitoring) -> None:
     """Keep what somebody has put into an earlier student, or in the way of the new one, under another name."""
     for folder in (target, *(target.with_name(f".{target.name}.{end}") for end in ("partial", "old"))):
         if foreign(folder):

@@ -3,57 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator
-
-from opd.choice import Settings
-
-if TYPE_CHECKING:
-    from opd.run import Run
-
-HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
-"""Metrics of which more is better; of the others less is."""
+from opd.policies.evaluation import HIGHER, Alarm, Stop
+from opd.run import Run
 
 WATCHED = {"length": "length", "entropy": "student_entropy"}
 """What an alarm may watch, and the held-out metric that it is."""
-
-
-class Stop(Settings):
-    """When a run ends before its last step because it gains no more."""
-
-    metric: Literal[
-        "reverse_kl",
-        "forward_kl",
-        "reverse_kl_top_k",
-        "forward_kl_top_k",
-        "reverse_kl_sampled",
-        "top1_agreement",
-        "accuracy",
-        "pass_at_k",
-        "greedy_accuracy",
-    ] = Field("reverse_kl", description="Held-out metric that has to gain")
-    patience: int = Field(3, ge=1, description="Evaluations in a row without a gain before the run ends")
-    least_gain: float = Field(0.0, ge=0, description="By how much the best value has to be beaten")
-
-
-class Alarm(Settings):
-    """Bands for held-out samples, as multiples of what they were before training. Outside of one a line warns: a
-    student that teaches itself, or follows reverse KL for long, may collapse to short or endless and repetitive texts
-    while its divergence still falls."""
-
-    length: tuple[float, float] | None = Field((0.33, 3.0), description="Of the mean length; null does not watch it")
-    entropy: tuple[float, float] | None = Field(
-        (0.33, 3.0), description="Of the student's mean entropy; null does not watch it"
-    )
-    stop: bool = Field(False, description="End the run at an alarm, instead of only warning")
-
-    @field_validator("length", "entropy")
-    @classmethod
-    def _is_a_band(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0 <= value[0] < 1 < value[1]:
-            raise ValueError("a band is [low, high] around 1, what was measured before training, e.g. [0.5, 2]")
-        return value
 
 
 class Watch:

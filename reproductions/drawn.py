@@ -19,16 +19,8 @@ from scipy.stats import false_discovery_control, fisher_exact
 from opd.api import assembled
 from opd.distributions import Gaussian
 from opd.divergences.gaussian_kl import GaussianKL
-from opd.drawings.judges import (
-    Classifier,
-    background_entropy,
-    edge_sharpness,
-    frechet_distance,
-    nearest_distance,
-    train_classifier,
-)
-from opd.evaluation import STREAM, first_answer
 from opd.objectives import Objective
+from opd.policies.held_out import STREAM
 from opd.prompts import Prompt, count_repeats
 from opd.prompts.drawings import DrawingPrompts
 from opd.recipe import parse_recipe
@@ -36,7 +28,16 @@ from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.rollouts import Request
 from opd.run import Run
+from opd.teachers import answers_of
 from opd.verifiers.drawing import DrawingReward
+from reproductions.drawing_judges import (
+    Classifier,
+    background_entropy,
+    edge_sharpness,
+    frechet_distance,
+    nearest_distance,
+    train_classifier,
+)
 from reproductions.running_sum import reached
 
 TASKS = ("count", "glyph", "scene")
@@ -209,10 +210,11 @@ def _by_step(run: Run, grid: Any) -> list[float]:
     """Mean divergence of each step along the trajectories of a rollout, from the run's first teacher."""
     source, now = grid.build(run.context, run.student, run.teachers), run.at(0)
     walked = source(Request(run.held_out, 1, grid.budget, STREAM, grid, now.context))
-    parts = []
+    parts, settings = [], now.recipe.teacher[0]
     with torch.no_grad():
         for micro, _ in walked.split(64):
-            own, theirs = run.student(micro), first_answer(run, now, run.teachers[0], micro)
+            own = run.student(micro)
+            theirs = answers_of(run.teachers[0], micro, settings, now.context)[0].distribution
             assert isinstance(own, Gaussian)
             assert isinstance(theirs, Gaussian)
             parts.append(own.kl(theirs).view(-1, grid.budget))

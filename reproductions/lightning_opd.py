@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from opd.distributions import Sampled
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.recipe import Recipe, parse_recipe
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.store import Store, Targets
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from reproductions.enumeration import gradient_gap
 from reproductions.on_policy import at_rate, best_rate, supervised
 from reproductions.running_sum import figures_of, new_model, prompts, recipe, tested

@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks import flow_step, pages, phases, scaling, sizes, store
 from benchmarks.bare import FloorSession
-from benchmarks.contestants import Job, OpdSession
+from benchmarks.contestants import OpdSession
 from benchmarks.head_to_head import utilisation
 from benchmarks.phases import Phases
+from benchmarks.session import Job
 from benchmarks.sizes import ON_DEVICE, ForcedLengths, Shape, Size, materialise
 from benchmarks.time_to_quality import Curve, judge, prune, smoothed
 from benchmarks.utilisation import body

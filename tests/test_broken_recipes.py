@@ -10,7 +10,7 @@ import yaml
 from opd.cli import main
 from opd.errors import RecipeError
 from opd.recipe import all_keys, load_recipe, parse_recipe
-from opd.recipe_text import LARGEST
+from opd.recipe.reading import LARGEST
 from tests.conftest import save_tiny
 from tests.tiny import TEXTS, short_run
 

@@ -24,18 +24,18 @@ from safetensors.torch import load_file
 import opd
 from opd.api import execute
 from opd.checkpoints.content import content_of
-from opd.checkpoints.files import locked, whole_folder, write_whole
-from opd.checkpoints.randomness import random_state, set_random_state
 from opd.checkpoints.resume import identity
 from opd.checkpoints.store import UnusableError, folder_of, read, steps_stored, verify, write
 from opd.checkpoints.tree import flatten, unflatten
-from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.curricula.shuffled import ShuffledCourse
 from opd.errors import DataError, OpdError, RunError
+from opd.files.whole import locked, whole_folder, write_whole
 from opd.monitor import Monitor
 from opd.prompts import Prompt
+from opd.randomness import random_state, set_random_state
 from opd.recipe import differences, parse_recipe
 from opd.shaping import Shape, Shaper
+from opd.weights import copy_into, fingerprint, frozen, trained
 from tests.conftest import save_tiny, tiny_model
 from tests.test_loop import TEXTS, recipe_for
 

@@ -12,6 +12,8 @@ from opd.context import Context
 from opd.distributions import Categorical, Head, Vocabulary
 from opd.divergences import ReverseKLSampled, Target, compare, divergence_loss
 from opd.errors import DataError, IncompatibleError
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.language.agreement import check_tokenizers, common_vocabulary
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
@@ -19,8 +21,6 @@ from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.rollouts.stored import StoredRollout, StoredTrajectories
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.stored import StoredAnswers, StoredTeacher
 from tests.conftest import tiny_model

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from docs import commands_page
+from opd.catalogue import axes
 from opd.cli.main import app
 from opd.recipe import parse_recipe
 
@@ -67,6 +68,12 @@ def test_the_page_of_commands_has_all_of_them():
     names = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert {"train", "watch", "store"} <= names
     assert all(f"## `opd {name}`" in page for name in names)
+
+
+def test_the_choices_page_has_every_axis_and_choice():
+    page = commands_page.on_page_markdown("# Choices\n", SimpleNamespace(file=SimpleNamespace(src_uri="choices.md")))
+    assert all(f"### {axis}.{kind.kind}" in page for axis, kinds in axes().items() for kind in kinds)
+    assert r"| template | chat \| plain | chat |" in page
 
 
 def test_the_log_is_newest_first_with_outcomes_and_links_every_older_entry():

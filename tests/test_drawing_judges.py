@@ -14,14 +14,6 @@ from transformers import AutoTokenizer
 from opd.choice import choices_of
 from opd.drawings import Drawing
 from opd.drawings.glyph import Glyph
-from opd.drawings.judges import (
-    Classifier,
-    background_entropy,
-    edge_sharpness,
-    frechet_distance,
-    nearest_distance,
-    train_classifier,
-)
 from opd.drawings.palette import GRADIENTS, GREYS, gradient
 from opd.drawings.vocabulary import drawing_tokenizer
 from opd.errors import DataError, ModelError, RecipeError
@@ -29,6 +21,14 @@ from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.verifiers import ocr
 from opd.verifiers.ocr import Ocr, edit_distance
+from reproductions.drawing_judges import (
+    Classifier,
+    background_entropy,
+    edge_sharpness,
+    frechet_distance,
+    nearest_distance,
+    train_classifier,
+)
 
 TASKS = choices_of(Drawing)
 installed = importlib.util.find_spec("rapidocr_onnxruntime") is not None

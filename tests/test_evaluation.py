@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from opd.api import execute
+from opd.assembly import assemble
 from opd.cli.main import main
 from opd.distributions import Sampled, Target, TopK
 from opd.errors import RecipeError, RunError
 from opd.evaluation import evaluate
-from opd.language import harness
+from opd.jobs import harness
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe
-from opd.run import assemble
 from opd.teachers import LiveTeacher
 from tests.conftest import CHARACTERS, character_tokenizer, tiny_model
 

@@ -7,6 +7,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from opd.errors import ModelError, SelfTestError
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.language import logits, own_outputs
 from opd.language.dropout import silence
 from opd.language.engines import prefill
@@ -19,8 +21,6 @@ from opd.language.own_outputs import check_draws, check_logits
 from opd.language.positions import check_positions, table_size
 from opd.recipe import parse_recipe
 from opd.self_test import check_teachers
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import tiny_model, trajectories_of

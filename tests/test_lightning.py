@@ -12,18 +12,18 @@ import torch
 
 import opd
 from opd.api import execute
-from opd.checkpoints.weights import weights_hash
 from opd.distributions import Categorical, Head, Sampled
 from opd.divergences import Target, divergence_loss
 from opd.divergences.lightning import Lightning
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.objectives.sft import SFT
 from opd.plan import make_plan
 from opd.recipe import parse_recipe
 from opd.reduction import position_weights
 from opd.rollouts.stored import StoredTrajectories
 from opd.store import Targets
-from opd.store.sampling import sample
-from opd.store.scoring import score
+from opd.weights import weights_hash
 from reproductions.enumeration import ACTIONS, PREFIXES, STATES, Gap, L, V, gradient_gap, table, taken, updates
 from tests.conftest import save_tiny, trajectories_of
 from tests.test_checkpoints import assert_same_run, killed_at

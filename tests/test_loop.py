@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 from opd.api import execute
+from opd.assembly import assemble
 from opd.context import Context
 from opd.divergences import Loss, ReverseKL, Target
 from opd.divergences.reverse_kl_sampled import ReverseKLSampled
@@ -29,7 +30,6 @@ from opd.recipe import load_recipe, parse_recipe
 from opd.reduction import position_weights
 from opd.rollouts import PrefixSource, Request
 from opd.rollouts.student import StudentRollout
-from opd.run import assemble
 from opd.self_test import self_test
 from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfTeacher

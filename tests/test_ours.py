@@ -11,8 +11,8 @@ import torch
 
 import opd
 from opd.api import execute, export
-from opd.checkpoints.files import locked, whole_folder
 from opd.errors import OpdError, RecipeError, RunError
+from opd.files.whole import locked, whole_folder
 from opd.language.creation import create_model, task_tokenizer
 from opd.recipe import parse_recipe
 from opd.teachers.memory import Memory, MemorySettings

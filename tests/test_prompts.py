@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from opd.assembly import load_data, not_held_out
 from opd.context import Context
 from opd.curricula.shuffled import Shuffled
 from opd.errors import DataError, RecipeError
@@ -18,7 +19,6 @@ from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.prompts.file import FilePrompts
 from opd.prompts.inline import InlinePrompts
 from opd.recipe import parse_recipe
-from opd.run import load_data, not_held_out
 from opd.verifiers.base import as_text
 from opd.verifiers.exact_match import ExactMatch
 

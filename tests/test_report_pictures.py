@@ -12,9 +12,9 @@ from PIL import Image
 
 from opd.choice import choices_of
 from opd.drawings import Drawing
+from opd.pictures import ADDRESS, data_address, png, sheet
 from opd.report import write_report
 from opd.report.page import collect, page
-from opd.report.pictures import ADDRESS, data_address, png, sheet
 from opd.report.rows import encode, scan
 from tests.test_report import ATTACK, browser, data_of, unpack, write_lines, write_run  # noqa: F401
 

@@ -20,12 +20,12 @@ from rich.console import Console
 
 from opd.cli import main
 from opd.errors import RecipeError, RunError
-from opd.evaluation import by_prompt
+from opd.policies.held_out import by_prompt
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage
 from opd.reproductions.catalogue import find, shipped
 from opd.reproductions.chart import ticks
 from opd.reproductions.definition import COSTS
-from opd.reproductions.fork_server import ONE_THREAD, fork_server
+from opd.reproductions.fork_server import MODULES, ONE_THREAD, fork_server
 from opd.reproductions.jobs import Job, graph
 from opd.reproductions.page import BEGIN, END, pages, title, with_verdicts
 from opd.reproductions.reproduce import reproduce
@@ -839,6 +839,17 @@ def test_where_a_fork_is_not_safe_a_job_is_a_fresh_process(toy, tmp_path):
             assert server.poll(60)
             assert server.recv() == (str(worker.folder), 0)
         assert job.figures(tmp_path) == {"seen": seen}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="jobs are forked on Linux only")
+def test_what_jobs_import_lets_them_be_forked():
+    code = (
+        f"import os, importlib\nfor module in {MODULES!r}:\n    importlib.import_module(module)\n"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | ONE_THREAD, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == ["1"]
 
 
 def figures_without_times(folder):

@@ -11,9 +11,10 @@ import torch
 import opd
 from opd.api import execute
 from opd.context import Context
-from opd.evaluation import roll_out
+from opd.evaluation import moment
 from opd.language.engines.transformers import LanguageModel
 from opd.loop import train
+from opd.policies.held_out import roll_out
 from opd.prompts import Prompt, count_repeats
 from opd.recipe import parse_recipe
 from opd.rollouts import Request
@@ -241,7 +242,7 @@ def test_held_out_samples_are_as_long_as_the_students_own(rollout, longest, mode
     data = {**recipe.dump(), "rollout": rollout | ({"position": 3} if rollout["kind"] == "switch" else {})}
     data["evaluation"] |= {"max_new_tokens": None, "held_out": 8}
     run = build(parse_recipe(data), tmp_path)
-    drawn = roll_out(run, run.at(0), run.sampler(run.at(0)), run.held_out, 4)
+    drawn = roll_out(run, moment(run), run.sampler(run.at(0)), run.held_out, 4)
     assert int(drawn.lengths.max()) == longest
 
 

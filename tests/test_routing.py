@@ -350,8 +350,8 @@ def test_a_moving_route_goes_on_bit_for_bit(models, tmp_path):
 
 def test_stored_routes_pass_the_gate_each_for_itself(models, tmp_path):
     """Both experts score one store; a student that was fine-tuned by only one of them is refused."""
-    from opd.store.sampling import sample
-    from opd.store.scoring import score
+    from opd.jobs.sampling import sample
+    from opd.jobs.scoring import score
 
     recipe = routed_recipe(models, tmp_path)
     store = tmp_path / "store"

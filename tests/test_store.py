@@ -16,13 +16,13 @@ import torch
 import yaml
 
 import opd
+from opd.assembly import build_models
 from opd.distributions import Categorical, Sampled, TopK
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
-from opd.run import build_models
 from opd.store import Store, Targets
-from opd.store.sampling import sample
-from opd.store.scoring import score
 from opd.store.shards import claim, is_written
 from tests.conftest import said, writing
 from tests.test_loop import models, recipe_for  # noqa: F401
@@ -232,7 +232,7 @@ def command(*words, cwd):
 @pytest.mark.slow
 def test_a_ray_data_job_writes_the_same_targets(recipe, store, monkeypatch):
     pytest.importorskip("ray")
-    from opd.store.ray_job import score_with_ray
+    from opd.jobs.ray_job import score_with_ray
 
     # Workers import opd from where this test does.
     monkeypatch.setenv("PYTHONPATH", str(Path(opd.__file__).parent.parent))
@@ -241,7 +241,7 @@ def test_a_ray_data_job_writes_the_same_targets(recipe, store, monkeypatch):
 
 
 def test_without_ray_the_extra_is_named(recipe, store, monkeypatch):
-    from opd.store.ray_job import score_with_ray
+    from opd.jobs.ray_job import score_with_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(opd.RunError, match=r"pip install 'opd\[ray\]'"):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import peer_objectives
-from benchmarks.objectives import detached_kl_as_reward, from_loss, k1_direct, k2_direct, k3_direct
+from benchmarks.enumerated import from_loss
+from benchmarks.objectives import detached_kl_as_reward, k1_direct, k2_direct, k3_direct
 from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled
 from opd.divergences.gaussian_kl import GaussianKL
 from opd.objectives.base import label

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.checkpoints.files import main_process
-from opd.checkpoints.ours import LIST, entries, foreign, listed, named, remove_files
 from opd.checkpoints.store import FILES, LEFTOVER
 from opd.errors import RecipeError, RunError
-from opd.report.run_directory import read_yaml
+from opd.files.ours import LIST, entries, foreign, listed, named, remove_files
+from opd.files.run_directory import read_yaml
+from opd.files.whole import main_process
 
 if TYPE_CHECKING:
     from opd.recipe import Recipe

@@ -5,27 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from opd.checkpoints.ours import foreign, remove
 from opd.checkpoints.store import FILES, LEFTOVER, UnusableError, facts_of, folder_of, steps_stored, write
-from opd.choice import Settings
 from opd.errors import RunError
-
-if TYPE_CHECKING:
-    from opd.run import Run
-
-
-class Checkpoint(Settings):
-    """What makes a run survive being killed: `opd train RECIPE --resume` goes on from the newest checkpoint."""
-
-    every: int = Field(50, ge=0, description="Steps between checkpoints; one more at the end. 0 = none at all")
-    keep_last: int = Field(2, ge=1, description="How many of the newest stay on the disk")
-    keep_best: Literal["reverse_kl", "forward_kl", "top1_agreement", "accuracy"] | None = Field(
-        None, description="A held-out metric: its best evaluation is written too and stays"
-    )
+from opd.files.ours import foreign, remove
+from opd.policies.evaluation import HIGHER
+from opd.recipe import Checkpoint
+from opd.run import Run
 
 
 class Checkpoints:
@@ -112,7 +99,7 @@ class Checkpoints:
         return max(found, key=lambda item: self._rank(item[1]), default=None)
 
     def _rank(self, value: float) -> float:
-        return value if self.settings.keep_best in ("top1_agreement", "accuracy") else -value
+        return value if self.settings.keep_best in HIGHER else -value
 
 
 def _number(measured: Mapping[str, float], metric: str | None) -> float | None:

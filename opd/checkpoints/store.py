@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from opd.checkpoints.files import whole_folder
 from opd.checkpoints.tree import flatten, unflatten
 from opd.errors import RunError
+from opd.files.whole import whole_folder
 
 FORMAT = 1
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"

@@ -17,8 +17,8 @@ from opd.provenance import models_of
 
 if TYPE_CHECKING:
     from opd.api import Result
-    from opd.flow.plan import FlowPlan
-    from opd.plan import Plan
+    from opd.catalogue import Kind
+    from opd.plan import FlowPlan, Plan
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
     from opd.store import Store
@@ -84,7 +84,7 @@ def show_drawings(rows: Sequence[Mapping[str, Any]], out: Path, columns: int, sc
     import numpy as np
 
     from opd.errors import DataError
-    from opd.report.pictures import png, sheet
+    from opd.pictures import png, sheet
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +149,31 @@ def show_images(path: Path, count: int) -> None:
     )
     out.print(f"  prompts: {{kind: dataset, path: {path}}}", highlight=False, soft_wrap=True)
     out.print("  rollout: {kind: noised}", highlight=False)
+
+
+def show_choices(kinds: Sequence[Kind]) -> None:
+    """Each choice in a line: its axis where that begins, its kind, what it does, and whose it is where not ours."""
+    table = Table("axis", "kind", Column("", overflow="fold"))
+    for i, each in enumerate(kinds):
+        first = i == 0 or kinds[i - 1].axis != each.axis
+        if first and i:
+            table.add_section()
+        whose = f" (package {each.package})" if each.package else ""
+        table.add_row(each.axis if first else "", each.kind, escape(each.line + whose))
+    console().print(table)
+
+
+def show_settings(kind: Kind) -> None:
+    """What a choice does, and its settings."""
+    from opd.catalogue import settings_of
+
+    out = console()
+    whose = f", of package {kind.package}" if kind.package else ""
+    out.print(f"{kind.axis} {kind.kind}{whose}: {kind.line}", highlight=False, markup=False, soft_wrap=True)
+    table = Table("setting", "type", "default", "bounds", Column("", overflow="fold"))
+    for each in settings_of(kind.choice):
+        table.add_row(*(escape(text) for text in (each.key, each.type, each.default, each.bounds, each.description)))
+    out.print(table)
 
 
 def show_store(store: Store, verify: bool = False) -> None:

@@ -92,13 +92,13 @@ def rollout(
     """Sample a recipe's trajectories into a store, or its images into a folder, to train on later; goes on where it
     stopped, several may work."""
     from opd.cli.display import show_images, show_store
+    from opd.jobs.sampling import sample
     from opd.recipe import load_recipe
-    from opd.store.sampling import sample
 
     resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     if resolved.student.modality == "flow":
-        from opd.flow.sampling import sample_images
+        from opd.jobs.images import sample_images
 
         path = out or Path("images") / resolved.name
         show_images(path, sample_images(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
@@ -129,8 +129,8 @@ def score(
     """Write what a recipe's teacher says about a store's trajectories; goes on where it stopped, several may work."""
     from opd.cli.display import show_store
     from opd.errors import RecipeError
+    from opd.jobs.scoring import score as run
     from opd.recipe import load_recipe
-    from opd.store.scoring import score as run
     from opd.store.targets import KINDS
 
     if not recipe:
@@ -144,7 +144,7 @@ def score(
     if ray is None:
         targets = run(resolved, store, kind, quiet=quiet, **options)  # type: ignore[arg-type]  # checked above
     else:
-        from opd.store.ray_job import score_with_ray
+        from opd.jobs.ray_job import score_with_ray
 
         targets = score_with_ray(resolved, store, kind, ray, **options)  # type: ignore[arg-type]
     show_store(targets.store)
@@ -183,6 +183,25 @@ def schema() -> None:
 
 
 @app.command()
+def choices(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[AXIS[.KIND]]", help="One axis, or one choice with its settings.", show_default=False),
+    ] = None,
+) -> None:
+    """List what recipes can name: each axis and its choices, those of other packages too; or one choice's settings."""
+    from opd.catalogue import axes, find
+    from opd.cli.display import show_choices, show_settings
+
+    if name is None:
+        show_choices([kind for kinds in axes().values() for kind in kinds])
+    elif "." in name:
+        show_settings(*find(name))
+    else:
+        show_choices(find(name))
+
+
+@app.command()
 def objectives() -> None:
     """What each divergence descends: its expected gradient against the exact one, by enumeration."""
     from opd.cli.display import show_objectives
@@ -198,7 +217,7 @@ def recipes(
     """List the recipes that come with opd, or show one."""
     from opd.cli.display import show_recipes
     from opd.recipe import find_recipe, shipped_recipes
-    from opd.recipe_text import read_text
+    from opd.recipe.reading import read_text
 
     if name is not None:
         print(read_text(find_recipe(name)), end="")
@@ -248,7 +267,7 @@ def evaluate(
     if lm_eval is None:
         show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
         return
-    from opd.language.harness import run_harness
+    from opd.jobs.harness import run_harness
 
     results = run_harness(resolved, lm_eval.split(","), limit=limit, include_path=include_path)
     shown = {f"{task} {name}": value for task, row in results.items() for name, value in row["metrics"].items()}

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from opd.choice import kind_of
 from opd.distributions import Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.objectives.base import Objective
@@ -40,7 +41,7 @@ class Divergence(Objective):
     @property
     def descends(self) -> str:
         """Name of the exact divergence whose gradient this objective has in expectation on the student's own states."""
-        return str(self.model_dump()["kind"])
+        return kind_of(self)
 
     @property
     def unbiased(self) -> bool:

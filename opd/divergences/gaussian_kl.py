@@ -11,6 +11,7 @@ from pydantic import Field
 from opd.distributions import Distribution, Gaussian, Target
 from opd.divergences.base import Divergence
 from opd.errors import IncompatibleError
+from opd.objectives.base import Writing
 from opd.objectives.surrogate import clipped
 from opd.operator import Loss
 from opd.reduction import sums_by_trajectory
@@ -112,7 +113,7 @@ class GaussianKL(Divergence):
         suffix = "" if self.teacher is None else f"@{self.teacher}"
         return {f"kl_step_{k}{suffix}": value.where(place == k, torch.nan) for k in range(steps if steps > 1 else 0)}
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if self.estimator != "kl_direct" and (rollout.learners != {"student"} or not rollout.current):
             raise IncompatibleError(
                 f"objective 'gaussian_kl' with estimator {self.estimator!r} needs the student's own samples: on others "

@@ -12,6 +12,7 @@ from pydantic import Field
 from opd.distributions import Categorical, Distribution, Sampled, Target
 from opd.divergences.on_action import OnAction
 from opd.errors import IncompatibleError
+from opd.objectives.base import Writing
 from opd.operator import Loss
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
@@ -76,7 +77,7 @@ class Lightning(OnAction):
                 measured["clamped"] += (advantage.abs() * len(known) > self.clamp).float() / len(known)
         return replace(loss, measured=measured)
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.learners != {"student"}:
             raise IncompatibleError(
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
 from opd.errors import IncompatibleError
+from opd.objectives.base import Writing
 from opd.operator import Chunk, Compared, Whole, along_actions
 
 
@@ -66,7 +67,7 @@ class OnAction(CategoricalDivergence):
             gap = torch.maximum(gap, 0.5 * ratio.square() * counts)
         return value, coefficient, gap
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.learners != {"student"} or not rollout.current:
             kind = self.model_dump()["kind"]
             raise IncompatibleError(

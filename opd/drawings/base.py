@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, kind_of
 from opd.errors import DataError
 
 Split = Literal["train", "validation", "test", "unseen"]
@@ -59,7 +59,7 @@ class Drawing(Choice):
         Raises:
             DataError: the split has hardly any drawings under these settings.
         """
-        kind = str(type(self).model_fields["kind"].default)
+        kind = kind_of(self)
         rng = random.Random(f"{kind} {split} {seed}")
         rows: list[Row] = []
         misses = 0

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opd.checkpoints.files import whole_folder
-from opd.checkpoints.ours import refuse_taken
 from opd.drawings.vocabulary import drawing_tokenizer
 from opd.errors import ModelError
+from opd.files.ours import refuse_taken
+from opd.files.whole import whole_folder
 from opd.flow.encoder import PromptTable
 from opd.flow.model import FlowModel, import_diffusers
 from opd.language.model import ModelSettings, load_tokenizer

@@ -76,3 +76,13 @@ def believe(module: torch.nn.Module, trajectories: Trajectories, conditions: Seq
     guidance = [context.guidance for context in trajectories.contexts]
     velocity = module(x, at, conditions, trajectories.lengths.tolist(), guidance)
     return transition(x, velocity, at, torch.cat(following), torch.cat(noise))
+
+
+def labels(context: Denoising) -> list[str]:
+    """What a person calls each step of a trajectory: its time."""
+    return [f"t={t:.3f}" for t in context.times[:-1].tolist()]
+
+
+def digits(values: torch.Tensor) -> list[float]:
+    """Numbers for a log: a step's divergence, averaged over pixels, is small, so digits count and not decimals."""
+    return [float(f"{value:.5g}") for value in values.tolist()]

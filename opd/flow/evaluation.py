@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from pydantic import Field
 
 from opd.distributions import Gaussian
-from opd.evaluation import (
+from opd.flow.denoising import digits, labels
+from opd.flow.rollout import GridSettings
+from opd.policies.base import Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import (
     COUNTS,
     STREAM,
     HeldOut,
+    Measured,
+    Moment,
     accuracies,
+    as_logged,
     by_prompt,
     first_answer,
     firsts,
     judge,
     outcomes,
-    rows_of,
     totals,
 )
-from opd.flow.rollout import GridSettings
-from opd.policies.flow_transformer import digits, labels
-from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.now import Now
-    from opd.policies.flow_transformer import FlowStudent
-    from opd.run import Run
 
 TASK = "task"
 """Column by which accuracies are told apart."""
 
 
-def measure(run: Run, now: Now, sampler: HeldOutSampler, student: FlowStudent) -> HeldOut:
+class FlowEvaluation(Evaluation):
+    """Held-out images of the deterministic sampler."""
+
+    steps: int = Field(40, ge=1, description="Of the deterministic sampler")
+
+
+def measure(run: Measured, student: Student, at: Moment) -> HeldOut:
     """Draw `evaluation.k` images of every held-out prompt by `evaluation.steps` steps of the ODE, from noise that is
     the same at each evaluation; and one trajectory of the rollout's SDE, to compare the student with the first teacher
     that can be asked there.
@@ -43,9 +48,9 @@ def measure(run: Run, now: Now, sampler: HeldOutSampler, student: FlowStudent) -
     standard deviations it is the forward KL too), and `reverse_kl/step_K` of each step; where a verifier gave scores
     those of `accuracies`, and `accuracy/TASK` by the prompts' column `task` where it has several values.
     """
-    settings = now.recipe.evaluation
+    settings = at.settings
     prompts = run.share(run.held_out)
-    walker = run.rollout.held_out(now.recipe.rollout, now.context, student)
+    walker = run.rollout.held_out(at.rollout, at.context, student)
     assert isinstance(walker.settings, GridSettings)
     steps = walker.settings.trained_steps
     tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
@@ -55,27 +60,30 @@ def measure(run: Run, now: Now, sampler: HeldOutSampler, student: FlowStudent) -
     items: dict[str, dict[str, float]] = {}
     teacher = judge(run)
     if prompts:
-        drawn = run.verify(sampler(prompts, settings.k, 1, stream=STREAM))
+        drawn = run.verify(at.sampler(prompts, settings.k, 1, stream=STREAM))
         sums |= outcomes(drawn)
         items["accuracy"] = by_prompt(drawn)
         for task in tasks:
             sums |= _of_task(drawn, task)
         for i in firsts(drawn):
-            rows += rows_of(run, drawn.rows(i, i + 1)[0], {})
+            one, _ = drawn.rows(i, i + 1)
+            rows += as_logged(student.rows(one, {}), one.prompts, run.teachers)
         if teacher is not None:
             walked = walker(prompts, 1, steps, stream=STREAM)
             start = 0
             for micro, _ in walked.split(run.micro):
-                answer = first_answer(run, now, teacher, micro)
+                answer = first_answer(run, at, teacher, micro)
                 assert isinstance(answer, Gaussian)
-                kl = student(micro, now.context).kl(answer)
+                own = student(micro, at.context)
+                assert isinstance(own, Gaussian)
+                kl = own.kl(answer)
                 for k, value in enumerate(kl.view(-1, steps).double().sum(0).tolist()):
                     sums[f"step_{k}"] = sums.get(f"step_{k}", 0.0) + value
                 sums["walked"] = sums.get("walked", 0.0) + len(micro)
                 for context, value in zip(micro.contexts, kl.split(steps), strict=True):
                     rows[start] |= {"tokens": labels(context), "values": {"reverse_kl": digits(value)}}
                     start += 1
-    metrics = _metrics(run, sums, tasks, steps if teacher is not None else 0)
+    metrics = _metrics(run, sums, tasks, steps if teacher is not None else 0, settings.k)
     return HeldOut(metrics, rows, {name: values for name, values in items.items() if values})
 
 
@@ -88,14 +96,14 @@ def _of_task(trajectories: Trajectories, task: str) -> dict[str, float]:
     return {f"accuracy/{task}": float(known.sum()), f"verified/{task}": float(len(known))}
 
 
-def _metrics(run: Run, sums: dict[str, float], tasks: list[str], steps: int) -> dict[str, float]:
-    by_step = [f"step_{k}" for k in range(steps)]
+def _metrics(run: Measured, sums: dict[str, float], tasks: list[str], steps: int, k: int) -> dict[str, float]:
+    by_step = [f"step_{step}" for step in range(steps)]
     by_task = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
     total = totals(run, sums, [*COUNTS, *by_step, "walked", *by_task])
     metrics: dict[str, float] = {}
     if steps:
         metrics["reverse_kl"] = sum(total[name] for name in by_step) / (steps * total["walked"])
-    metrics |= accuracies(total, run.recipe.evaluation.k)
+    metrics |= accuracies(total, k)
     for task in tasks:
         if total[f"verified/{task}"]:
             metrics[f"accuracy/{task}"] = total[f"accuracy/{task}"] / total[f"verified/{task}"]

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from opd.checkpoints.files import whole_folder
-from opd.checkpoints.ours import refuse_taken
 from opd.choice import choices_of
 from opd.errors import ModelError, nearest
+from opd.files.ours import refuse_taken
+from opd.files.whole import whole_folder
 from opd.language.model import ModelSettings, load_tokenizer
 from opd.procedural.base import Task, symbols_of
 from opd.provenance import write_origin

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 
+from opd.context import Context
+from opd.distributions import Categorical
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
-from opd.evaluation import (
+from opd.language.rollout import GREEDY
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import (
     COUNTS,
     HeldOut,
+    Measured,
+    Moment,
     accuracies,
+    as_logged,
     by_prompt,
     first_answer,
     firsts,
     judge,
     outcomes,
     roll_out,
-    rows_of,
     totals,
 )
-from opd.language.rollout import GREEDY
-from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
-
-if TYPE_CHECKING:
-    from opd.now import Now
-    from opd.policies.causal_lm import CausalLMStudent
-    from opd.run import Run
 
 ROW_VALUES = (
     "reverse_kl",
@@ -46,7 +46,34 @@ ROW_VALUES = (
 MOVED = ("moved", "moved_squared", "moved_positions")
 
 
-def measure(run: Run, now: Now, sampler: HeldOutSampler, student: CausalLMStudent) -> HeldOut:
+class LanguageEvaluation(Evaluation):
+    """Held-out completions, scored token by token."""
+
+    greedy: bool = Field(False, description="Also measure greedy decoding")
+    temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
+    top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
+    top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=10_000_000, description="Default: the student's in the rollout, or the rollout's"
+    )
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_new_tokens
+
+
+class Writer(Protocol):
+    """A student of language, as far as it is measured."""
+
+    def __call__(self, trajectories: Trajectories, context: Context | None = None) -> Categorical: ...
+
+    def tokens(self, ids: torch.Tensor) -> list[str]:
+        """The text of each id of `[N]`."""
+
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]: ...
+
+
+def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
     position that the environment did not write; where that one is routed, with each prompt's own, and where it gives
     several answers, with the first.
@@ -58,13 +85,14 @@ def measure(run: Run, now: Now, sampler: HeldOutSampler, student: CausalLMStuden
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
     `greedy_accuracy` and `greedy_length`.
     """
-    settings = now.recipe.evaluation
+    settings = at.settings
+    assert isinstance(settings, LanguageEvaluation)
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
     if prompts:
-        trajectories = roll_out(run, now, sampler, prompts, settings.k)
+        trajectories = roll_out(run, at, at.sampler, prompts, settings.k)
         sums |= outcomes(trajectories)
         items["accuracy"] = by_prompt(trajectories)
         teacher = judge(run)
@@ -75,43 +103,43 @@ def measure(run: Run, now: Now, sampler: HeldOutSampler, student: CausalLMStuden
                 f"{names}; the others of a teacher are left out"
             )
         for micro, _ in trajectories.split(run.micro):
-            own = student(micro, now.context)
-            answer = None if teacher is None else first_answer(run, now, teacher, micro)
+            own = student(micro, at.context)
+            answer = None if teacher is None else first_answer(run, at, teacher, micro)
             comparison = compare(own, answer, micro.actions)
             for name, value in comparison.sums(micro.chosen).items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, student, micro, comparison)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         rows = [rows[i] for i in firsts(trajectories)]
-        before = run.rollout.written_before(prompts, now.recipe.rollout.budget)
+        before = run.rollout.written_before(prompts, at.rollout.budget)
         if before is not None:
-            sums |= _moved(run, now, student, before)
+            sums |= _moved(run, at, student, before)
         if settings.greedy:
-            greedy = roll_out(run, now, sampler.changed(**GREEDY), prompts, 1)
+            greedy = roll_out(run, at, at.sampler.changed(**GREEDY), prompts, 1)
             sums |= {f"greedy_{name}": value for name, value in outcomes(greedy).items()}
             items["greedy_accuracy"] = by_prompt(greedy)
-    return HeldOut(_means(run, sums), rows, {name: values for name, values in items.items() if values})
+    return HeldOut(_means(run, sums, settings.k), rows, {name: values for name, values in items.items() if values})
 
 
-def _moved(run: Run, now: Now, student: CausalLMStudent, before: Trajectories) -> dict[str, float]:
+def _moved(run: Measured, at: Moment, student: Writer, before: Trajectories) -> dict[str, float]:
     """Sums over the tokens that an earlier student wrote of `q(a) / q_then(a)` and its square."""
     sums = dict.fromkeys(MOVED, 0.0)
-    for micro, _ in before.split(run.recipe.batch.micro):
-        log_q = compare(student(micro, now.context), None, micro.actions).values["log_q"]
+    for micro, _ in before.split(run.micro):
+        log_q = compare(student(micro, at.context), None, micro.actions).values["log_q"]
         ratio = (log_q - micro.behaviour_log_probs).exp().double()
         for name, value in zip(MOVED, (ratio, ratio**2, torch.ones_like(ratio)), strict=True):
             sums[name] += float(value.sum())
     return sums
 
 
-def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
+def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     teacher = judge(run)
     known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
     total = totals(run, sums, [*known, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
     metrics = {name: total[name] / total["positions"] for name in known}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
-    metrics |= accuracies(total, run.recipe.evaluation.k)
+    metrics |= accuracies(total, k)
     if total["moved_positions"]:
         metrics["drift"] = total["moved"] / total["moved_positions"]
         square = total["moved_squared"] / total["moved_positions"]
@@ -123,9 +151,9 @@ def _means(run: Run, sums: dict[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _rows(run: Run, student: CausalLMStudent, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+def _rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = rows_of(run, micro, values)
+    rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))
@@ -136,9 +164,7 @@ def _rows(run: Run, student: CausalLMStudent, micro: Trajectories, comparison: C
     return rows
 
 
-def _alternatives(
-    student: CausalLMStudent, ids: torch.Tensor, probabilities: torch.Tensor
-) -> list[list[tuple[str, float]]]:
+def _alternatives(student: Writer, ids: torch.Tensor, probabilities: torch.Tensor) -> list[list[tuple[str, float]]]:
     """For each position its K most likely tokens and their probabilities."""
     texts = iter(student.tokens(ids.flatten()))
     return [[(next(texts), round(p, 4)) for p in row] for row in probabilities.tolist()]

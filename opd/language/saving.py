@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from transformers import GenerationConfig, PreTrainedModel
 
-from opd.checkpoints.files import told
 from opd.errors import ModelError
+from opd.files.whole import told
 
 PROBE = 24
 """Tokens of the sequence on which a saved model and the live one are compared."""

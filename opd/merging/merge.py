@@ -14,9 +14,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from opd.checkpoints.files import whole_folder
-from opd.checkpoints.ours import refuse_taken
 from opd.errors import ModelError, RunError
+from opd.files.ours import refuse_taken
+from opd.files.whole import whole_folder
 from opd.language.source import resolve
 from opd.merging import weights as files
 from opd.merging.adapters import Adapter, Factors, check_alike, find, of_factors, of_products, save

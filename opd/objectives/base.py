@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, kind_of
 from opd.distributions import Distribution, Target
 from opd.errors import IncompatibleError
 from opd.operator import Loss
 from opd.reduction import Reduction, position_weights
 from opd.schedules import OverSteps
 from opd.trajectories import AUTHORS, Author, Trajectories
+
+
+class Writing(Protocol):
+    """What an objective may ask of whoever writes the trajectories (`opd.rollouts.PrefixSource`)."""
+
+    @property
+    def learners(self) -> frozenset[Author]:
+        """The authors whose positions can be learnt from."""
+
+    @property
+    def current(self) -> bool:
+        """What the student writes, it writes now."""
 
 
 class Objective(Choice):
@@ -110,14 +122,14 @@ class Objective(Choice):
         rollout."""
         absent = next((name for name in self.written_by or () if name not in authors), None)
         if absent is not None:
-            kind, known = self.model_dump()["kind"], [name for name in AUTHORS if name in authors]
+            known = " and ".join(name for name in AUTHORS if name in authors)
             raise IncompatibleError(
-                f"objective {kind!r}: written_by names {absent!r}, who writes nothing in this rollout, written by "
-                f"{' and '.join(known)}: name those, or take another rollout"
+                f"objective {kind_of(self)!r}: written_by names {absent!r}, who writes nothing in this rollout, "
+                f"written by {known}: name those, or take another rollout"
             )
 
-    def check_trajectories(self, rollout: Any) -> None:
-        """Raise `IncompatibleError` at start-up when it is not what it says on the states of this prefix source."""
+    def check_trajectories(self, rollout: Writing) -> None:
+        """Raise `IncompatibleError` at start-up when it is not what it says on what this source writes."""
 
 
 SHARED = frozenset({"kind", "weight", "reduction", "written_by", "end", "truncated", "teacher"})
@@ -128,5 +140,5 @@ def label(objective: Objective) -> str:
     """`kind(setting=value, ...)` with the settings that differ from the defaults."""
     data = objective.model_dump(exclude_defaults=True, exclude=set(SHARED))
     inside = ", ".join(f"{k}={v}" for k, v in data.items())
-    kind = str(objective.model_dump()["kind"])
+    kind = kind_of(objective)
     return f"{kind}({inside})" if inside else kind

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from opd.distributions import Distribution, Target
 from opd.errors import IncompatibleError
-from opd.objectives.base import Objective
+from opd.objectives.base import Objective, Writing
 from opd.objectives.surrogate import clipped
 from opd.operator import Loss, action_loss
 from opd.schedules import OverSteps
@@ -80,7 +80,7 @@ class GRPO(Objective):
         loss = action_loss(rule, student, live, actions, trajectories.lengths, per_example=per_example)
         return replace(loss, computed=live != 0)
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.learners != {"student"} or not rollout.current:
             raise IncompatibleError(
                 "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from opd.distributions import Distribution, Gaussian, Target
 from opd.errors import IncompatibleError
-from opd.objectives.base import Objective
+from opd.objectives.base import Objective, Writing
 from opd.operator import Loss, action_loss
 from opd.trajectories import Trajectories
 
@@ -45,7 +45,7 @@ class SFT(Objective):
             return replace(loss, measured={"squared_error": student.detach().square(trajectories.actions)})
         return loss
 
-    def check_trajectories(self, rollout: Any) -> None:
+    def check_trajectories(self, rollout: Writing) -> None:
         if rollout.learners == {"student"}:
             raise IncompatibleError(
                 "objective 'sft' on the student's own samples has no expected gradient: take rollout: data, "

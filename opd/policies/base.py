@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
+from transformers import PreTrainedTokenizerBase
 
-from opd.checkpoints.weights import copy_into, fingerprint, frozen, trained
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.errors import RunError
+from opd.planning import Shape
+from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
 from opd.schedules import Scheduled
 from opd.sharding import fill
 from opd.trajectories import Trajectories
+from opd.weights import copy_into, fingerprint, frozen, trained
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
-    from opd.now import Now
     from opd.objectives import Loss
-    from opd.recipe import Evaluation, Recipe
+    from opd.policies.held_out import HeldOut, Measured, Moment
     from opd.rollouts import HeldOutSampler
-    from opd.run import Run
     from opd.teachers import LiveTeacher, Teacher
 
 
@@ -82,11 +83,8 @@ class Student(ABC):
         return context or self.context
 
     @abstractmethod
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         """Settle what student and teachers must share (vocabulary, end tokens), or raise what does not fit."""
-
-    def check_settings(self, recipe: Recipe) -> None:  # noqa: B027
-        """Raise `IncompatibleError` for a setting of the recipe that would change nothing for students of this kind."""
 
     @abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -128,7 +126,7 @@ class Student(ABC):
         """The student's rollouts by the defaults of its kind, for recipes in which others write."""
 
     @abstractmethod
-    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+    def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
         """The rollout's held-out sampler under the recipe's settings for evaluation.
 
         Raises:
@@ -136,8 +134,8 @@ class Student(ABC):
         """
 
     @abstractmethod
-    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
-        """Held-out metrics and rows at one step, from what `sampler` writes and `run.teachers` say of it."""
+    def measure(self, run: Measured, at: Moment) -> HeldOut:
+        """Held-out metrics and rows at one step, from what `at.sampler` writes and `run.teachers` say of it."""
 
     @abstractmethod
     def as_teacher(self, settings: Teacher, context: Context) -> LiveTeacher:
@@ -158,7 +156,7 @@ class Student(ABC):
         """Of the weights that `state_dict` leaves out."""
         return fingerprint(frozen(extract_model_from_parallel(self.module)))
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         """After training: `module` without what `accelerate` put around it. Of sharded weights the main process gets
         the whole, on the CPU; all must call."""
         self.module = accelerator.unwrap_model(self.module)
@@ -196,16 +194,27 @@ class Policy(Choice):
     axis: ClassVar[str] = "policy"
     teacher: ClassVar[str]
     """Kind of the teacher that is a model like this one."""
+    evaluation: ClassVar[type[Evaluation]]
+    """What a recipe may say of held-out measurements of students of this kind."""
+    unused: ClassVar[Mapping[str, str]] = {}
+    """Keys at the top of a recipe that would change nothing for students of this kind, with the reason."""
+    answers: ClassVar[type[Distribution]]
+    """Kind of the student's distributions."""
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
 
     @abstractmethod
-    def build(self, context: Context) -> Any:
+    def build(self, context: Context) -> Student:
         """Load the student on to `context.device`."""
+
+    @abstractmethod
+    def shape(self, notes: list[str]) -> Shape:
+        """What the student takes, without its weights; what a person should know of how that was found goes to
+        `notes`."""
 
     @classmethod
     @abstractmethod
-    def takes(cls, model: Any) -> bool:
+    def takes(cls, model: object) -> bool:
         """Whether a live object, passed from Python, is a model of this kind."""
 
     @classmethod
@@ -214,10 +223,10 @@ class Policy(Choice):
         """Of a live model, those that a student like it trains."""
 
     @abstractmethod
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> Student:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> Student:
         """The student that a live model is, under these settings; trained in place."""
 
     @classmethod
     @abstractmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
         """The teacher that a live model is."""

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.checkpoints.files import attempt, told
 from opd.choice import Settings
 from opd.context import Context
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Distribution
 from opd.errors import DataError, IncompatibleError, ModelError, RunError, nearest
+from opd.files.whole import attempt, told
+from opd.language import evaluation
 from opd.language.agreement import (
     agree_on_end,
     check_tokenizers,
@@ -43,19 +45,19 @@ from opd.language.saving import (
     quantised_by,
     write_weights,
 )
+from opd.language.shape import model_shape
 from opd.objectives.base import Loss
+from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import HeldOut, Measured, Moment
 from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
-    from opd.now import Now
-    from opd.recipe import Evaluation
     from opd.rollouts import HeldOutSampler
-    from opd.run import Run
-    from opd.teachers import Teacher
+    from opd.teachers import LiveTeacher, Teacher
     from opd.teachers.local import LanguageTeacher
     from opd.teachers.self_teacher import SelfLanguageTeacher
 
@@ -81,6 +83,8 @@ class CausalLM(ModelSettings, Policy):
     kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
     teacher: ClassVar[str] = "local"
+    answers: ClassVar[type[Distribution]] = Categorical
+    evaluation: ClassVar[type[Evaluation]] = evaluation.LanguageEvaluation
     of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32",
@@ -103,23 +107,33 @@ class CausalLM(ModelSettings, Policy):
         beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder
         return CausalLMStudent(language, self, context, read_origin(beside))
 
+    def shape(self, notes: list[str]) -> Shape:
+        return model_shape(self, notes, self._adapted)
+
+    def _adapted(self, model: Any) -> Any:
+        if self.lora is not None:
+            model = _with_lora(model, self.lora)
+        freeze(model, self.freeze)
+        return model
+
     @classmethod
-    def takes(cls, model: Any) -> bool:
-        return isinstance(model.get_base_model() if is_adapted(model) else model, PreTrainedModel)
+    def takes(cls, model: object) -> bool:
+        base = model.get_base_model() if is_adapted(model) and hasattr(model, "get_base_model") else model
+        return isinstance(base, PreTrainedModel)
 
     @classmethod
     def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
         return iter(model.parameters())
 
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> CausalLMStudent:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> CausalLMStudent:
         return CausalLMStudent(_live(model, tokenizer, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LanguageTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageTeacher:
         from opd.teachers.local import LanguageTeacher, LocalTeacher
 
         language = _live(model.eval().requires_grad_(False), tokenizer, context)
-        template: Literal["chat", "plain"] = "chat" if tokenizer.chat_template else "plain"
+        template: Literal["chat", "plain"] = "chat" if language.tokenizer.chat_template else "plain"
         return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device)
 
 
@@ -203,7 +217,7 @@ class CausalLMStudent(Student):
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         return self.experts.signals(sum_over_processes)
 
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         members = [
             (
                 (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else ""),
@@ -302,20 +316,19 @@ class CausalLMStudent(Student):
         settings = StudentRollout()
         return HeldOutSampler(LanguageRollout(self.language, settings, context), settings, context)
 
-    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+    def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
         from opd.language.rollout import GREEDY
 
-        if evaluation.greedy:
+        assert isinstance(settings, evaluation.LanguageEvaluation)
+        if settings.greedy:
             sampler.changed(**GREEDY)
-        if evaluation.temperature is not None:
-            sampler = replace(sampler, context=sampler.context.with_(temperature=evaluation.temperature))
-        cuts = {"top_p": evaluation.top_p, "top_k": evaluation.top_k}
+        if settings.temperature is not None:
+            sampler = replace(sampler, context=sampler.context.with_(temperature=settings.temperature))
+        cuts = {"top_p": settings.top_p, "top_k": settings.top_k}
         return sampler.changed(**{name: value for name, value in cuts.items() if value is not None})
 
-    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
-        from opd.language.evaluation import measure
-
-        return measure(run, now, sampler, self)
+    def measure(self, run: Measured, at: Moment) -> HeldOut:
+        return evaluation.measure(run, self, at)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
         from opd.teachers.self_teacher import SelfLanguageTeacher
@@ -334,7 +347,7 @@ class CausalLMStudent(Student):
             self.texts[i] = str(self.language.tokenizer.decode([i]))
         return [self.texts[i] for i in ids]
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         super().unwrap(accelerator)
         assert isinstance(self.module, InProcess)
         self.language = self.module

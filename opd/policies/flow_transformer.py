@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from accelerate import Accelerator
 from pydantic import Field, ValidationInfo, field_validator
+from transformers import PreTrainedTokenizerBase
 
 from opd.choice import Settings
 from opd.context import Context
-from opd.distributions import Gaussian
-from opd.errors import IncompatibleError, ModelError, SelfTestError
-from opd.flow.denoising import Denoising, believe
+from opd.distributions import Distribution, Gaussian
+from opd.errors import ModelError, SelfTestError
+from opd.flow import evaluation
+from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
+from opd.flow.outline import student_shape
 from opd.flow.transition import transition
+from opd.pictures import data_address
+from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import HeldOut, Measured, Moment
 from opd.prompts import Prompt
 from opd.provenance import read_origin
-from opd.report.pictures import data_address
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.evaluation import HeldOut
-    from opd.now import Now
-    from opd.recipe import Evaluation, Recipe
     from opd.rollouts import HeldOutSampler
-    from opd.run import Run
-    from opd.teachers import Teacher
+    from opd.teachers import LiveTeacher, Teacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
 
 SHOWN_PIXELS = 128
@@ -40,9 +43,7 @@ TOO_NARROW = "float16 is too narrow for weights that are trained whole; use bflo
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
-TOKENS = ("end_tokens", "temperature")
-TOKENS_HELD_OUT = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens")
-"""Keys of a recipe, and of its evaluation, that say how tokens are drawn."""
+NO_TOKENS = "it is for language, and a flow model draws no tokens"
 
 
 class FlowLoRA(Settings):
@@ -63,6 +64,9 @@ class FlowTransformer(FlowSettings, Policy):
     kind: Literal["flow_transformer"] = "flow_transformer"
     modality: ClassVar[str | None] = "flow"
     teacher: ClassVar[str] = "flow"
+    answers: ClassVar[type[Distribution]] = Gaussian
+    evaluation: ClassVar[type[Evaluation]] = evaluation.FlowEvaluation
+    unused: ClassVar[Mapping[str, str]] = {"end_tokens": NO_TOKENS, "temperature": NO_TOKENS}
     of_live: ClassVar[tuple[str, ...]] = ("guidance", "lora", "train_prompts", "gradient_checkpointing")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the weights; adapters are float32 in any case. float16 with lora alone"
@@ -88,8 +92,12 @@ class FlowTransformer(FlowSettings, Policy):
         model = load_flow_model(self, context.device, self.resolution)
         return FlowStudent(model, self, context, read_origin(Path(self.model)))
 
+    def shape(self, notes: list[str]) -> Shape:
+        lora = self.lora
+        return student_shape(self, self.resolution, notes, lambda m: m if lora is None else with_lora(m, lora))
+
     @classmethod
-    def takes(cls, model: Any) -> bool:
+    def takes(cls, model: object) -> bool:
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
 
     @classmethod
@@ -97,11 +105,11 @@ class FlowTransformer(FlowSettings, Policy):
         # A pipeline of another kind has no transformer; it is refused where it is built.
         return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
 
-    def live_student(self, model: Any, tokenizer: Any, context: Context) -> FlowStudent:
+    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: Any, context: Context) -> LiveFlowTeacher:
+    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveFlowTeacher:
         from opd.teachers.flow import FlowTeacher, LiveFlowTeacher
 
         return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE))
@@ -157,10 +165,7 @@ class FlowStudent(Student):
         module = self.module if torch.is_grad_enabled() else self.model
         return believe(module, trajectories, [start.condition for start in trajectories.contexts])
 
-    def check_settings(self, recipe: Recipe) -> None:
-        check_settings(recipe)
-
-    def agree(self, context: Context, teachers: Sequence[Any], end_tokens: Sequence[int] | None) -> Context:
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         return context.with_(guidance=self.guidance)
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
@@ -216,21 +221,20 @@ class FlowStudent(Student):
         settings = SamplerSettings()
         return HeldOutSampler(FlowRollout(self.model, settings), settings, context)
 
-    def measured_by(self, sampler: HeldOutSampler, evaluation: Evaluation) -> HeldOutSampler:
+    def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
+        assert isinstance(settings, evaluation.FlowEvaluation)
         # Without noise it follows the ODE.
-        return sampler.changed(steps=evaluation.steps, noise=0.0)
+        return sampler.changed(steps=settings.steps, noise=0.0)
 
-    def measure(self, run: Run, now: Now, sampler: HeldOutSampler) -> HeldOut:
-        from opd.flow.evaluation import measure
-
-        return measure(run, now, sampler, self)
+    def measure(self, run: Measured, at: Moment) -> HeldOut:
+        return evaluation.measure(run, self, at)
 
     def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
         return SelfFlowTeacher(copy.deepcopy(self.model), settings, self.model)
 
-    def unwrap(self, accelerator: Any) -> None:
+    def unwrap(self, accelerator: Accelerator) -> None:
         super().unwrap(accelerator)
         assert isinstance(self.module, FlowModel)
         self.model = self.module
@@ -270,25 +274,3 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
     # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted
-
-
-def check_settings(recipe: Recipe) -> None:
-    """Raise `IncompatibleError` for a setting of how tokens are drawn."""
-    for block, prefix, names in ((recipe, "", TOKENS), (recipe.evaluation, "evaluation.", TOKENS_HELD_OUT)):
-        for name in names:
-            value, default = getattr(block, name), type(block).model_fields[name].default
-            # A schedule equals its first value.
-            if value != default or name in block.scheduled():
-                raise IncompatibleError(
-                    f"{prefix}{name} is {value!r}: it is for language, and a flow model draws no tokens; remove the key"
-                )
-
-
-def labels(context: Denoising) -> list[str]:
-    """What a person calls each step of a trajectory: its time."""
-    return [f"t={t:.3f}" for t in context.times[:-1].tolist()]
-
-
-def digits(values: torch.Tensor) -> list[float]:
-    """Numbers for a log: a step's divergence, averaged over pixels, is small, so digits count and not decimals."""
-    return [float(f"{value:.5g}") for value in values.tolist()]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, field_validator
 
-from opd.choice import Choice
+from opd.choice import Choice, kind_of
 from opd.errors import DataError, nearest
 
 Split = Literal["train", "validation", "test"]
@@ -117,7 +117,7 @@ class Task(Choice):
         Raises:
             DataError: the split has too few problems.
         """
-        kind, rng, found, misses = self._kind, random.Random(f"{self._kind} {seed}"), dict[str, Example](), 0
+        kind, rng, found, misses = kind_of(self), random.Random(f"{kind_of(self)} {seed}"), dict[str, Example](), 0
         while len(found) < size:
             prompt = self.draw(rng)
             if prompt in found or split_of(prompt) != split:
@@ -156,10 +156,6 @@ class Task(Choice):
         right = mark and not rest and len(written) == len(steps) and given.strip() == self.answer(prompt)
         return None if right else len(steps)
 
-    @property
-    def _kind(self) -> str:
-        return str(type(self).model_fields["kind"].default)
-
     def _response(self, prompt: str, rng: random.Random) -> str:
         answer = self.answer(prompt)
         if rng.random() < self.wrong_answers:
@@ -179,7 +175,9 @@ class Task(Choice):
             other = self.answer(self.draw(rng))
             if other != answer:
                 return other
-        raise DataError(f"wrong_answers: every problem of task {self._kind!r} has the answer {answer!r}; set it to 0")
+        raise DataError(
+            f"wrong_answers: every problem of task {kind_of(self)!r} has the answer {answer!r}; set it to 0"
+        )
 
 
 def split_of(prompt: str) -> Split:

@@ -87,6 +87,11 @@ class Prompts(Choice):
     )
     add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
 
+    @property
+    def remote(self) -> str | None:
+        """What would have to be downloaded, by name; None where the rows are on this machine."""
+        return None
+
     @abstractmethod
     def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
         """`(where, fields)` of every row, or what is wrong with it; `where` names file and row for error messages."""

@@ -21,6 +21,10 @@ class DatasetPrompts(Prompts):
     split: str = Field("train", description="Of the dataset")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
 
+    @property
+    def remote(self) -> str | None:
+        return None if Path(self.path).exists() else self.path
+
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         import datasets
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opd.choice import OneOf
+from opd.choice import OneOf, kind_of
 from opd.drawings import Drawing, Split
 from opd.prompts.base import Prompts
 
@@ -26,7 +26,7 @@ class DrawingPrompts(Prompts):
     split: Split = Field("train", description="Rows of one split occur in no other")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
-        kind = self.task.model_dump()["kind"]
+        kind = kind_of(self.task)
         return [
             (f"{kind} {self.split}[{i}]", {**row, self.column: row["prompt"]})
             for i, row in enumerate(self.task.rows(self.size, self.seed, self.split))

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from opd.choice import OneOf
+from opd.choice import OneOf, kind_of
 from opd.procedural import Split, Task
 from opd.prompts.base import Prompts
 
@@ -27,7 +27,7 @@ class ProceduralPrompts(Prompts):
     split: Split = Field("train", description="Rows of one split occur in no other")
 
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
-        kind = self.task.model_dump()["kind"]
+        kind = kind_of(self.task)
         return [
             (f"{kind} {self.split}[{i}]", {**asdict(row), self.column: row.prompt, "task": kind})
             for i, row in enumerate(self.task.examples(self.size, self.seed, self.split))

@@ -16,9 +16,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from opd.errors import RunError
+from opd.files.run_directory import check_run
 from opd.report.page import page, updates
 from opd.report.rows import finite
-from opd.report.run_directory import check_run
 
 OFFSETS = ("metrics", "samples", "rollouts")
 

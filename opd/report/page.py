@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import RunError
+from opd.files.run_directory import check_run, lines, read_json, read_yaml
 from opd.provenance import models_of
 from opd.report.curves import curves, number
 from opd.report.glossary import glossary
 from opd.report.layers import ASSETS, registered, scripts
 from opd.report.rows import RowFile, choose_held_out, choose_training, encode, finite, scan
-from opd.report.run_directory import check_run, lines, read_json, read_yaml
 
 LARGEST = 9_500_000
 """Bytes of a page; rollouts are left out, evenly and with a note, where they would not fit."""

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opd.files.run_directory import lines
 from opd.report.curves import number
-from opd.report.run_directory import lines
 
 CHUNK_ROWS = 64
 CHUNK_TOKENS = 4096

@@ -1,7 +1,8 @@
 """Starts jobs warm: a process that has imported `MODULES` forks one for each job.
 
-Importing torch and transformers takes more CPU time than a small job does. The modules of `opd` are those of the moment
-when the command started; a reproduction's own file is loaded by each of its jobs.
+Importing torch and transformers takes more CPU time than a small job does. `multiprocessing` has such a server too; it
+takes longer a job (`benchmarks/job_start.py`), forks beside other threads, and leaves behind what a job started. The
+modules of `opd` are those of the moment when the command started; a reproduction's own file is loaded by each job.
 `python -m opd.reproductions.fork_server FD MODULE...` is that process; FD is its end of the connection.
 """
 
@@ -30,6 +31,8 @@ ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
+    # The allocator that pyarrow brings starts a thread when it is loaded, and then nothing may be forked.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opd.errors import RunError, nearest
+from opd.files.whole import write_whole
 from opd.reproductions.catalogue import Entry
 from opd.reproductions.definition import COSTS, Figures, Gate, Reproduction
 from opd.reproductions.jobs import Graph, Job
@@ -98,9 +98,7 @@ def write(results: Mapping[str, Any], path: Path) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     text = re.sub(r"([\[{])\n\s*((?:[^\[\]{}\"]|\"(?:[^\"\\]|\\.)*\")*?)\n\s*([\]}])", _on_one_line, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text + "\n")
 
 
 def read(path: Path) -> dict[str, Any] | None:

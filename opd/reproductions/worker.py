@@ -35,6 +35,7 @@ def run(folder: Path, parent: int) -> None:
 
 def work(folder: Path) -> None:
     """Call the task's function; job.json appears whole and last, so a folder without it is unfinished."""
+    from opd.files.whole import write_whole
     from opd.provenance import git_state, versions
     from opd.reproductions.catalogue import open_folder
 
@@ -52,9 +53,7 @@ def work(folder: Path) -> None:
         "versions": versions(),
         "git": git_state(),
     }
-    part = folder / "job.json.part"
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, folder / "job.json")
+    write_whole(folder / "job.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def end_with(parent: int) -> None:

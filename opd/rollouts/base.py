@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from pydantic import Field
 from opd.choice import Choice, Settings
 from opd.context import Context
 from opd.errors import IncompatibleError
+from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.request import Request
 from opd.schedules import OverSteps, Scheduled
@@ -144,6 +145,16 @@ class Combination(PrefixSource):
         return [writer for source in self.sources for writer in source.writers()]
 
 
+class Sampling(Protocol):
+    """How a language model samples, as far as its memory goes."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
 class Rollout(Choice):
     """Base of the axis."""
 
@@ -172,6 +183,23 @@ class Rollout(Choice):
     def longest(self) -> int:
         """The largest budget of all steps."""
         return self.budget
+
+    @property
+    def sampled(self) -> int:
+        """Most actions that models draw for one trajectory; 0 where it is written already."""
+        return max((part.sampled for part in self.parts), default=self.budget)
+
+    def samplers(
+        self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
+    ) -> Iterator[tuple[Sampling, Shape]]:
+        """Which models write, and how, for a plan; `teachers` with their names."""
+        for part in self.parts:
+            yield from part.samplers(student, teachers)
+
+    def check_teacher(self, names: Sequence[str | None]) -> None:
+        """Raise `IncompatibleError` where it names a teacher that is none of `names`."""
+        for part in self.parts:
+            part.check_teacher(names)
 
     @abstractmethod
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:

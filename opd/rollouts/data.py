@@ -31,6 +31,10 @@ class DataRollout(OneSource):
     column: str = Field("response", description="Column with the response, or a list of responses")
     author: Literal["data", "teacher"] = Field("data", description="Who wrote them, for objectives that ask")
 
+    @property
+    def sampled(self) -> int:
+        return 0
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredResponses:
         return StoredResponses(self, student.language, context)
 

@@ -57,6 +57,10 @@ class NoisedRollout(GridSettings, Rollout):
         paths = [one.get("path") if isinstance(one, dict) and one.get("bytes") is None else one for one in found]
         return [_place(path, prompt) for path in paths if isinstance(path, str)]
 
+    @property
+    def sampled(self) -> int:
+        return 0
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
         return NoisedImages(self, student.model)
 

@@ -26,6 +26,10 @@ class SDERollout(SamplerSettings, Rollout):
     def budget(self) -> int:
         return self.trained_steps
 
+    @property
+    def sampled(self) -> int:
+        return self.steps
+
     def check_teacher(self, names: Sequence[str | None]) -> None:
         """Refuse a `teacher` that is none of the recipe's."""
         known = [n for n in names if n]

@@ -32,6 +32,10 @@ class StoredRollout(OneSource):
         4096, description="Longest beginning of a stored trajectory that is learnt from"
     )
 
+    @property
+    def sampled(self) -> int:
+        return 0
+
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredTrajectories:
         return StoredTrajectories(self, student.language, context)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 from opd.context import Context
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.rollouts.base import OneSource
+from opd.planning import Shape
+from opd.rollouts.base import OneSource, Sampling
 
 
 class StudentRollout(SamplingSettings, OneSource):
@@ -16,6 +17,11 @@ class StudentRollout(SamplingSettings, OneSource):
 
     kind: Literal["student"] = "student"
     modality: ClassVar[str | None] = "language"
+
+    def samplers(
+        self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
+    ) -> Iterator[tuple[Sampling, Shape]]:
+        yield self, student
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
         watch = None if self.watch is None else self.watch.build(context, student, teachers)

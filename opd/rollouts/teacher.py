@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,7 +11,8 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
 from opd.language.rollout import LanguageRollout, SamplingSettings
-from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Rollout, divided
+from opd.planning import Shape
+from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Rollout, Sampling, divided
 from opd.rollouts.request import Request
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
@@ -27,6 +28,13 @@ class TeacherRollout(SamplingSettings, OneSource):
     kind: Literal["teacher"] = "teacher"
     modality: ClassVar[str | None] = "language"
     teacher: str | None = Field(None, description="Name of the teacher that writes; default the first")
+
+    def samplers(
+        self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
+    ) -> Iterator[tuple[Sampling, Shape]]:
+        named = [shapes for name, shapes in teachers if shapes and name == self.teacher and name is not None]
+        for shape in next(iter(named or [shapes for _, shapes in teachers if shapes]), ()):
+            yield self, shape
 
     def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
         names = [t.settings.name for t in teachers]

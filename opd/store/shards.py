@@ -16,22 +16,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from opd.checkpoints.files import flush
 from opd.errors import DataError, RunError
+from opd.files.whole import write_whole
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, then rename: a reader sees the whole file or none."""
-    # The name holds the process, since workers may write one header at the same time.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+def write_in_store(path: Path, data: bytes) -> None:
+    """`write_whole` of a store's file, in a folder that may not be there yet; raises `RunError` where it fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        flush(partial)
-        partial.replace(path)
-        flush(path.parent)
+        write_whole(path, data)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RunError(f"cannot write {path} ({error.strerror}); free some space or choose another place") from None
 
 
@@ -47,8 +41,8 @@ def is_written(path: Path) -> bool:
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors (on any device) as one shard and its checksum; equal tensors give equal bytes."""
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    write_atomically(path, data)
-    write_atomically(checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
+    write_in_store(path, data)
+    write_in_store(checksum_file(path), f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode())
 
 
 def recorded_checksum(path: Path) -> str:
@@ -64,7 +58,7 @@ def check_shard(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_in_store(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution, Target, Vocabulary
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.schedules import OverSteps
@@ -111,6 +112,16 @@ class Teacher(Choice):
     sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
     batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
 
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        """What its models take, without their weights; one of them answers at each position. None are counted of a
+        teacher that holds no model. What a person should know goes to `notes`."""
+        return []
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        """Of which kinds its answers will be, with what gives them, as far as that is known before it is built;
+        `student` is the kind of the student's own."""
+        return []
+
     @abstractmethod
-    def build(self, context: Context, student: Any) -> LiveTeacher:
+    def build(self, context: Context, student: Student) -> LiveTeacher:
         """Load the teacher, or make it from the student."""

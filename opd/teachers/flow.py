@@ -7,18 +7,20 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from opd.checkpoints.weights import weights_hash
 from opd.context import Context
 from opd.distributions import Gaussian, Target
 from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
 from opd.flow.encoder import check_prompts, same_vocabulary
 from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.outline import teacher_shape
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.self_teacher import OwnCopy
 from opd.trajectories import Trajectories
+from opd.weights import weights_hash
 
 
 class FlowTeacher(FlowSettings, Teacher):
@@ -27,6 +29,9 @@ class FlowTeacher(FlowSettings, Teacher):
 
     kind: Literal["flow"] = "flow"
     modality: ClassVar[str | None] = "flow"
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [teacher_shape(self, student, notes)]
 
     def build(self, context: Context, student: Any) -> LiveFlowTeacher:
         model = load_flow_model(self, context.device, student.model.resolution, like=student.model)

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field, field_validator
 
-from opd.checkpoints.weights import weights_hash
 from opd.context import Context
-from opd.distributions import Categorical, Target
+from opd.distributions import Categorical, Distribution, Target
 from opd.hardware import DEVICE, check_device
 from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.in_process import InProcess
@@ -18,11 +17,14 @@ from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
+from opd.language.shape import model_shape
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.memory import Memory, MemorySettings
 from opd.trajectories import Trajectories
+from opd.weights import weights_hash
 
 
 class LocalTeacher(ModelSettings, Teacher):
@@ -42,7 +44,13 @@ class LocalTeacher(ModelSettings, Teacher):
     def _switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False else value
 
-    def build(self, context: Context, student: Any) -> LanguageTeacher:
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [model_shape(self, notes)]
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(Categorical, "the teacher")]
+
+    def build(self, context: Context, student: Student | None) -> LanguageTeacher:
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
         language = LanguageModel.load(self, "cpu" if self.offload else device)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 
 from opd.choice import Settings
 from opd.errors import RunError
+from opd.files.whole import write_whole
 from opd.language.engines.base import EncodedPrompt, PromptInputs, ids_of
 from opd.language.source import cache_folder
 
@@ -82,9 +83,8 @@ class Memory:
             raise RunError(
                 f"teacher.cache: cannot keep answers in {self.folder} ({error.strerror}); set teacher.cache.path"
             ) from None
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(data)
-        partial.replace(path)
+        # A lost answer is asked for again.
+        write_whole(path, data, durable=False)
         if self._size is None:
             self._size = sum(file.stat().st_size for file in self._files())
         else:

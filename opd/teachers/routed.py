@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from opd.choice import OneOf
 from opd.context import Context
-from opd.distributions import Target, joined_targets
+from opd.distributions import Distribution, Target, joined_targets
 from opd.errors import DataError, IncompatibleError, nearest
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher, answers_of
@@ -51,7 +52,17 @@ class RoutedTeacher(Teacher):
             raise ValueError("'sees' and 'batch' are settings of each route; move them there")
         return self
 
-    def build(self, context: Context, student: Any) -> RoutedTeachers:
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [each for route in self.routes.values() for each in route.answered(student)]
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [
+            replace(shape, name=f"{shape.name} for {tag}")
+            for tag, route in self.routes.items()
+            for shape in route.shapes(student, notes)
+        ]
+
+    def build(self, context: Context, student: Student) -> RoutedTeachers:
         return RoutedTeachers(self, {tag: r.build(context, student) for tag, r in self.routes.items()})
 
 

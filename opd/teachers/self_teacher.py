@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, ValidationInfo, field_validator
 
-from opd.checkpoints.weights import copy_into, fingerprint
 from opd.context import Context
+from opd.distributions import Distribution
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.sharding import full
 from opd.teachers.base import LiveTeacher, Teacher
 from opd.teachers.local import LanguageTeacher
+from opd.weights import copy_into, fingerprint
 
 
 class SelfTeacher(Teacher):
@@ -35,7 +38,13 @@ class SelfTeacher(Teacher):
             raise ValueError("a frozen teacher does not follow the student; remove the key, or set mode: ema")
         return value
 
-    def build(self, context: Context, student: Any) -> LiveTeacher:
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [replace(student, name=f"{student.name} ({self.mode} copy)", trainable=0)]
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(student, "the teacher")]
+
+    def build(self, context: Context, student: Student) -> LiveTeacher:
         return student.as_teacher(self, context)
 
 

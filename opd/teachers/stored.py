@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +12,7 @@ from pydantic import Field
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Target
 from opd.errors import IncompatibleError
+from opd.planning import Shape
 from opd.policies.base import Student
 from opd.store.store import Store
 from opd.store.targets import ANSWERS, Targets
@@ -33,7 +35,24 @@ class StoredTeacher(Teacher):
         None, description="Hash of the teacher that wrote the fine-tuning data; default what the student's folder says"
     )
 
-    def build(self, context: Context, student: Any) -> StoredAnswers:
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        here = self._is_here()
+        notes.append(
+            f"{self.path}: its answers are read from the disk, "
+            + (f"kind {self._targets().header.kind}" if here else "and it is not on this machine")
+        )
+        return []
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(ANSWERS[self._targets().header.kind], "the store")] if self._is_here() else []
+
+    def _is_here(self) -> bool:
+        return (Path(self.path) / "store.json").is_file()
+
+    def _targets(self) -> Targets:
+        return Targets.open(Store.open(self.path), self.targets)
+
+    def build(self, context: Context, student: Student) -> StoredAnswers:
         return StoredAnswers(self)
 
 

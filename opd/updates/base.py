@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
+from accelerate import Accelerator
+
 from opd.choice import Choice
 from opd.objectives import Loss
 from opd.policies.base import Student
@@ -71,5 +73,5 @@ class Update(Choice):
     axis: ClassVar[str] = "update"
 
     @abstractmethod
-    def build(self, student: Student, accelerator: Any) -> Optimiser:
+    def build(self, student: Student, accelerator: Accelerator) -> Optimiser:
         """Make the optimiser over the student's trainable parameters and wrap `student.module`."""

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from pydantic import Field, model_validator
 
-from opd.checkpoints.weights import copy_into
 from opd.choice import Settings
 from opd.errors import RecipeError, RunError
 from opd.objectives import Loss
@@ -20,6 +20,7 @@ from opd.schedules import OverSteps
 from opd.sharding import full, like, settle_root, skeleton
 from opd.updates.base import Optimiser, Update
 from opd.updates.optimizers import MOMENTUM, SHARDED, Kind, make_optimizer
+from opd.weights import copy_into
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -64,14 +65,14 @@ class PlainUpdate(Update):
             raise ValueError("schedule_free measures and saves a mean of the weights itself; leave average out")
         return self
 
-    def build(self, student: Student, accelerator: Any) -> PlainOptimiser:
+    def build(self, student: Student, accelerator: Accelerator) -> PlainOptimiser:
         return PlainOptimiser(self, student, accelerator)
 
 
 class PlainOptimiser(Optimiser):
     """The built update."""
 
-    def __init__(self, settings: PlainUpdate, student: Student, accelerator: Any):
+    def __init__(self, settings: PlainUpdate, student: Student, accelerator: Accelerator):
         self.settings, self.accelerator, self.student = settings, accelerator, student
         if accelerator.is_fsdp2 and settings.optimizer not in SHARDED:
             raise RecipeError(

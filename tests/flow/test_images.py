@@ -17,14 +17,14 @@ from opd.cli.main import main
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.flow.creation import create_flow_model
-from opd.flow.sampling import sample_images
+from opd.jobs.images import sample_images
+from opd.jobs.sampling import sample
 from opd.language.creation import symbol_tokenizer
 from opd.loop import train
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt, count_repeats, load_prompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.noised import NoisedRollout
-from opd.store.sampling import sample
 from tests.conftest import writing
 from tests.flow.tiny import PROMPTS, WORDS, block_for, built, recipe_for, tiny_pipeline
 

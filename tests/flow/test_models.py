@@ -67,7 +67,7 @@ def test_the_plan_counts_what_the_models_are(models, tmp_path):
     plan = make_plan(recipe)
     student = FlowTransformer(model=models[0]).build(Context(torch.device("cpu")))
     count = sum(p.numel() for p in student.model.transformer.parameters())
-    assert plan.models["student"]["trainable"] == plan.models["teacher 0"]["parameters"] == count
+    assert plan.models["student"].trainable == plan.models["teacher 0"].parameters == count
     assert plan.as_dict()["denoising_steps_per_step"] == {"sampled": 32, "trained": 24}
     assert plan.memory["student weights"] == plan.memory["teacher 1 weights"] == 4 * count
     kept = saved_bytes(
@@ -93,12 +93,12 @@ def test_a_teachers_dtype_is_the_students_unless_it_is_said(dtype, kept, models,
 
 def test_the_recipe_for_the_real_model_is_planned_without_it():
     plan = make_plan(load_recipe("flow_opd_sd3_5_medium"))
-    assert plan.models["student"]["parameters"] == pytest.approx(2.25e9, rel=0.05)
-    assert plan.models["student"]["trainable"] == pytest.approx(2e7, rel=0.3)
+    assert plan.models["student"].parameters == pytest.approx(2.25e9, rel=0.05)
+    assert plan.models["student"].trainable == pytest.approx(2e7, rel=0.3)
     assert len(plan.models) == 5
     assert any("comes with opd" in note for note in plan.notes)
     expert = make_plan(load_recipe("flow_opd_expert_sd3_5_medium"))
-    assert expert.models["student"]["trainable"] == plan.models["student"]["trainable"]
+    assert expert.models["student"].trainable == plan.models["student"].trainable
 
 
 def test_both_branches_of_a_guided_velocity_are_trained(models):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from opd.assembly import assemble
 from opd.flow.denoising import Denoising, pack
 from opd.flow.transition import transition
 from opd.language.creation import symbol_tokenizer
 from opd.monitor import Monitor
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
-from opd.run import assemble
 
 WORDS = ("red", "green", "blue", "square", "circle")
 PROMPTS = [f"{colour} {shape}" for colour in WORDS[:3] for shape in WORDS[3:]]

@@ -11,8 +11,10 @@ from typing import Literal
 
 import pytest
 
+from opd.catalogue import axes, find, settings_of
 from opd.choice import choices_of
 from opd.errors import RecipeError
+from opd.objectives import Objective
 from opd.recipe import json_schema, parse_recipe
 from opd.shaping import Shaping
 
@@ -83,6 +85,31 @@ def test_a_package_adds_a_choice_by_an_entry_point(tmp_path):
     refused = opd_of(environment, "check", str(tmp_path / "r.yaml"))
     assert refused.returncode == 2
     assert "shaping.share is -1" in refused.stderr
+
+
+def test_foreign_kinds_are_listed_with_their_package_and_settings(tmp_path):
+    environment = {**installed(tmp_path, MODULE), "COLUMNS": "200"}
+    listed = opd_of(environment, "choices", "shaping").stdout
+    (line,) = [line for line in listed.splitlines() if "halved_elsewhere" in line]
+    assert "Every position at half its weight (package their" in line
+    assert "uniform" in listed
+    shown = opd_of(environment, "choices", "shaping.halved_elsewhere").stdout
+    (line,) = [line for line in shown.splitlines() if "share" in line]
+    assert all(text in line for text in ("float", "0.5", ">= 0", "Of each weight that is left"))
+    refused = opd_of(environment, "choices", "shaping.halfed_elsewhere")
+    assert refused.returncode == 2
+    assert "did you mean 'halved_elsewhere'" in refused.stderr
+
+
+def test_every_axis_lists_its_choices_and_their_settings():
+    listed = axes()
+    assert list(listed)[:3] == ["policy", "teacher", "prompts"]
+    assert {each.kind for each in listed["objective"]} == set(choices_of(Objective))
+    assert all(each.line for kinds in listed.values() for each in kinds if not each.package and each.kind != "halved")
+    settings = {each.key: each for kind in find("policy.causal_lm") for each in settings_of(kind.choice)}
+    assert settings["model"].default == "required"
+    assert settings["lora.dropout"].bounds == ">= 0.0, < 1.0"
+    assert settings["template"].type == "chat | plain"
 
 
 def test_a_package_that_cannot_be_imported_is_named(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3ImageProcessorPil
 
+from opd.assembly import assemble
 from opd.context import Context
 from opd.distributions import Categorical
 from opd.divergences import ReverseKL, Target
@@ -22,7 +23,6 @@ from opd.loop import train
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLMStudent
 from opd.recipe import parse_recipe
-from opd.run import assemble
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from tests.conftest import character_tokenizer, rolled_out, said
 

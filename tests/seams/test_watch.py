@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 
 from opd.api import execute
+from opd.assembly import assemble
 from opd.distributions import Categorical, Target
 from opd.language.engines.base import followed_by
 from opd.monitor import Monitor
 from opd.recipe import parse_recipe
-from opd.run import assemble
 from opd.watches import Findings, LiveWatch, Watch
 from tests.conftest import rolled_out, save_tiny
 

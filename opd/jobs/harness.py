@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from opd.assembly import make_accelerator
 from opd.errors import RecipeError, RunError, nearest
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
 from opd.recipe import Recipe
-from opd.run import make_accelerator
 
 FILE = "lm_eval.json"
 

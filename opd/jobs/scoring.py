@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from opd.checkpoints.weights import weights_hash
+from opd.assembly import compute_device, make_accelerator
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError, RecipeError, nearest
+from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
@@ -20,13 +21,12 @@ from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
-from opd.run import compute_device, make_accelerator
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
-from opd.store.work import work_through
 from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import RoutedTeacher
+from opd.weights import weights_hash
 
 
 class Scorer:

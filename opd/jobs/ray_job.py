@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from opd.errors import RunError
+from opd.jobs.scoring import Scorer
 from opd.recipe import Recipe
-from opd.store.scoring import Scorer
 from opd.store.shards import tidy
 from opd.store.store import Store
 from opd.store.targets import Kind, Targets

@@ -11,8 +11,8 @@ from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import nested
 from opd.context import Context
 from opd.errors import RunError
+from opd.files.run_directory import read_json
 from opd.policies.base import LIVE
-from opd.report.run_directory import read_json
 from opd.teachers.base import LiveTeacher
 from opd.teachers.self_teacher import SelfTeacher
 

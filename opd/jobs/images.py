@@ -11,16 +11,20 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from opd.checkpoints.weights import fingerprint, weights_hash
+from opd.assembly import build_models, compute_device, make_accelerator
 from opd.errors import RecipeError, RunError
+from opd.flow.evaluation import FlowEvaluation
+from opd.flow.model import FlowModel
+from opd.jobs.work import work_through
+from opd.policies.flow_transformer import FlowStudent
 from opd.prompts import load_prompts
 from opd.recipe import Recipe
 from opd.rollouts import Request
 from opd.rollouts.sde import SDERollout
-from opd.run import build_models, compute_device, make_accelerator
-from opd.store.shards import claim, digest, tidy, write_atomically, write_json
+from opd.store.shards import claim, digest, tidy, write_in_store, write_json
 from opd.store.store import shortened
-from opd.store.work import work_through
+from opd.teachers.flow import LiveFlowTeacher
+from opd.weights import fingerprint, weights_hash
 
 NO_IDENTITY = {"draws"}
 """What may differ when a folder is continued."""
@@ -63,16 +67,20 @@ def sample_images(
     asked = [teacher for teacher in recipe.teacher if writer is not None and teacher.name == writer]
     recipe = recipe.model_copy(update={"teacher": asked})
     student, teachers, context = build_models(recipe, compute_device(recipe, make_accelerator(recipe)))
+    assert isinstance(student, FlowStudent)
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    models: dict[str, FlowModel] = {}
     for teacher in teachers:
-        for member in teacher.members().values():
+        for route, member in teacher.members().items():
+            assert isinstance(member, LiveFlowTeacher)
             member.check_writer(student.model)
+            models[route] = member.model
         teacher.check_prompts(prompts)
+    assert isinstance(recipe.evaluation, FlowEvaluation)
     steps, size, group = recipe.evaluation.steps, min(prompts_per_shard, len(prompts)), recipe.batch.group
     settings = recipe.rollout.model_copy(update={"steps": steps, "noise": 0.0})
     source = settings.build(context, student, teachers)
-    writers: dict[str, Any] = {route: m.model for t in teachers for route, m in t.members().items()}
-    writers = writers or {"": student.model}
+    writers = models or {"": student.model}
     header = {
         "prompts": _hash([[prompt.id, prompt.view()] for prompt in prompts]),
         # What else metadata.jsonl holds of a prompt, and who draws it.
@@ -110,7 +118,7 @@ def sample_images(
                 name = f"images/{shard:06d}/{i:06d}.png"
                 Image.fromarray((np.asarray(image) * 255).round().astype(np.uint8)).save(path / name)
                 rows.append({**_plain(prompt.fields), "id": f"{prompt.id}-{draw}-{member}", "file_name": name})
-            write_atomically(parts[shard], "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_in_store(parts[shard], "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     missing = [shard for shard, part in enumerate(parts) if not part.is_file()]
     work_through(missing, len(parts), write, "sampling", console, quiet)
@@ -118,7 +126,7 @@ def sample_images(
         return 0
     tidy(path / ".opd", Path.is_file)
     lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
-    write_atomically(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    write_in_store(path / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return len(lines)
 
 

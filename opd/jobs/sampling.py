@@ -7,19 +7,21 @@ from pathlib import Path
 
 from rich.console import Console
 
-from opd.checkpoints.weights import weights_hash
+from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
 from opd.errors import RecipeError
+from opd.jobs.work import work_through
+from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.rollouts import Request, Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.run import build_models, check_lengths, compute_device, make_accelerator
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader, VocabularyHeader
-from opd.store.work import work_through
+from opd.teachers.local import LanguageTeacher
+from opd.weights import weights_hash
 
 
 def sample(
@@ -47,7 +49,7 @@ def sample(
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
         raise RecipeError(
-            f"a store holds texts and the student is a {recipe.student.modality} model: see opd.flow.sampling"
+            f"a store holds texts and the student is a {recipe.student.modality} model: see opd.jobs.images"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
@@ -56,6 +58,7 @@ def sample(
     student, teachers, context = build_models(
         recipe.model_copy(update={"teacher": writing}), compute_device(recipe, accelerator)
     )
+    assert isinstance(student, CausalLMStudent)
     student.check_prompts(prompts, recipe.max_prompt_tokens)
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
@@ -64,6 +67,7 @@ def sample(
         print(f"opd: {warning}", file=sys.stderr)
     if recipe.self_test:
         check_writers([source], prompts[:2], context)
+    writers = [teacher for teacher in teachers if isinstance(teacher, LanguageTeacher)]
     header = StoreHeader(
         prompts=len(prompts),
         group=recipe.batch.group,
@@ -76,7 +80,9 @@ def sample(
         budget=recipe.rollout.budget,
         authors=sorted(source.authors),
         student={"model": recipe.student.model_dump()["model"], "weights": weights_hash(student.language.model)},
-        writers=[{"model": t.settings.model, "weights": weights_hash(t.language.model)} for t in teachers],
+        writers=[
+            {"model": t.settings.model_dump()["model"], "weights": weights_hash(t.language.model)} for t in writers
+        ],
         tokenizer=student.language.tokenizer_hash,
         template=student.language.template_hash,
         end_ids=list(context.end_ids),

@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from opd.checkpoints.ours import FILLING, refuse_foreign, remove
 from opd.errors import RunError
+from opd.files.ours import FILLING, refuse_foreign, remove
 
 HOLDER = r"(\d+ on [^\n]*\n)?"
 """What the lock of a run directory holds."""
@@ -45,17 +45,28 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a crash, meets the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a file at once: a reader, or a crash, meets the old content or the new one.
+
+    It is written beside, as `.NAME.PROCESS`, since several processes may write one file at the same time.
+
+    Args:
+        durable: on the disk when this returns; without, a failing machine may lose it, but never half of it is seen.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        flush(partial)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            flush(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    flush(path.parent)
+    if durable:
+        flush(path.parent)
 
 
 @contextmanager

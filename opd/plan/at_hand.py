@@ -1,0 +1,22 @@
+"""The prompts of a recipe, as far as a plan can read them."""
+
+from __future__ import annotations
+
+import torch
+
+from opd.assembly import check_verdicts, load_data
+from opd.context import Context
+from opd.prompts import Prompt
+from opd.recipe import Recipe
+
+
+def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
+    """Training and held-out prompts, checked as a run does; None where they would have to be downloaded."""
+    remote = [path for source in recipe.prompts if (path := source.remote) is not None]
+    if remote:
+        notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
+        return None
+    training, held_out = load_data(recipe)
+    context = Context(device=torch.device("cpu"), temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
+    check_verdicts(recipe, None if recipe.verifier is None else recipe.verifier.build(context), training)
+    return [*training, *held_out]

@@ -1,0 +1,77 @@
+"""What a recipe says of held-out measurements, and of what they are a reason for."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from opd.choice import OneOf, Settings, as_list
+from opd.prompts import Prompts
+
+HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
+"""Metrics of which more is better; of the others less is."""
+
+
+class Stop(Settings):
+    """When a run ends before its last step because it gains no more."""
+
+    metric: Literal[
+        "reverse_kl",
+        "forward_kl",
+        "reverse_kl_top_k",
+        "forward_kl_top_k",
+        "reverse_kl_sampled",
+        "top1_agreement",
+        "accuracy",
+        "pass_at_k",
+        "greedy_accuracy",
+    ] = Field("reverse_kl", description="Held-out metric that has to gain")
+    patience: int = Field(3, ge=1, description="Evaluations in a row without a gain before the run ends")
+    least_gain: float = Field(0.0, ge=0, description="By how much the best value has to be beaten")
+
+
+class Alarm(Settings):
+    """Bands for held-out samples, as multiples of what they were before training. Outside of one a line warns: a
+    student that teaches itself, or follows reverse KL for long, may collapse to short or endless and repetitive texts
+    while its divergence still falls."""
+
+    length: tuple[float, float] | None = Field((0.33, 3.0), description="Of the mean length; null does not watch it")
+    entropy: tuple[float, float] | None = Field(
+        (0.33, 3.0), description="Of the student's mean entropy; null does not watch it"
+    )
+    stop: bool = Field(False, description="End the run at an alarm, instead of only warning")
+
+    @field_validator("length", "entropy")
+    @classmethod
+    def _is_a_band(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] < 1 < value[1]:
+            raise ValueError("a band is [low, high] around 1, what was measured before training, e.g. [0.5, 2]")
+        return value
+
+
+class Evaluation(Settings):
+    """Base of what is measured on held-out prompts before and after training, and every `every` steps between: what
+    every kind of student knows. Each policy names its own (`Policy.evaluation`)."""
+
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
+    k: int = Field(1, ge=1, le=10_000, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
+    held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
+    prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(as_list)] = Field(
+        default=[], description="A held-out set of its own, instead of a share of the prompt set"
+    )
+    samples: int = Field(3, ge=0, description="Completions shown side by side, before and after")
+    stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
+    alarm: Alarm | None = Field(Alarm(), description="Warn when held-out samples degenerate; null never warns")
+
+    @property
+    def longest(self) -> int | None:
+        """Most actions of a held-out rollout, where it is not the training rollout's."""
+        return None
+
+    @model_validator(mode="after")
+    def _stops_on_evaluations(self) -> Evaluation:
+        key = "stop" if self.stop is not None else "alarm.stop" if self.alarm is not None and self.alarm.stop else ""
+        if key and not self.every:
+            raise ValueError(f"{key} ends a run by its evaluations, and evaluation.every is 0; set evaluation.every")
+        return self

@@ -1,0 +1,185 @@
+"""What held-out measurements of every kind of student are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from opd.context import Context
+from opd.distributions import Distribution
+from opd.policies.evaluation import Evaluation
+from opd.prompts import Prompt
+from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
+from opd.rollouts.base import Combination
+from opd.teachers import LiveTeacher, Teacher, answers_of
+from opd.trajectories import Trajectories
+
+STREAM = -1
+"""Random stream of held-out rollouts: the same draws at every evaluation of a run."""
+
+COUNTS = ("positions", "trajectories", "truncated", "accuracy", "verified", "passed", "prompts")
+"""Names of the sums that `outcomes` makes."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Metrics over all processes; this process's rollouts position by position for samples and reports; and `items`,
+    the values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    items: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The step at which a student is measured: the settings of what takes part, numbers in the places of schedules.
+
+    Attributes:
+        settings: the recipe's evaluation.
+        rollout: the recipe's.
+        teachers: the recipe's.
+        context: facts of the run, with the step's temperature.
+        sampler: who writes, under `settings`.
+    """
+
+    settings: Evaluation
+    rollout: Rollout
+    teachers: Sequence[Teacher]
+    context: Context
+    sampler: HeldOutSampler
+
+
+class Warns(Protocol):
+    def warn_once(self, text: str) -> None:
+        """Show a person a line, the first time alone."""
+
+
+class Measured(Protocol):
+    """What held-out measurements need of a run."""
+
+    @property
+    def held_out(self) -> Sequence[Prompt]:
+        """Those of all processes."""
+
+    @property
+    def rollout(self) -> PrefixSource:
+        """Who writes what the student trains on."""
+
+    @property
+    def teachers(self) -> Sequence[LiveTeacher]: ...
+
+    @property
+    def micro(self) -> int:
+        """Trajectories of one forward pass."""
+
+    @property
+    def monitor(self) -> Warns: ...
+
+    def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """This process's part."""
+
+    def verify(self, trajectories: Trajectories) -> Trajectories:
+        """The trajectories with their rewards, where there is a verifier."""
+
+    def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor: ...
+
+
+def roll_out(run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[Prompt], k: int) -> Trajectories:
+    """`k` trajectories of each held-out prompt, with verdicts; unless the recipe says how long, as long as the student
+    writes in training, or where it does not write, as long as others do."""
+    own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
+    return run.verify(sampler(prompts, k, at.settings.longest or own, stream=STREAM))
+
+
+def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:
+    """Most actions of each source in this one that draws from the student as it is now."""
+    if isinstance(source, Combination):
+        pairs = zip(source.sources, settings.parts, strict=True)
+        return [bound for part, own in pairs for bound in _bounds_of_student(part, own)]
+    return [settings.budget] if source.current and source.authors == {"student"} else []
+
+
+def as_logged(
+    rows: list[dict[str, Any]], prompts: Sequence[Prompt], teachers: Sequence[LiveTeacher]
+) -> list[dict[str, Any]]:
+    """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
+    route that answered, and values that are not numbers, as what a shaping did not measure, are None."""
+    for row, prompt in zip(rows, prompts, strict=True):
+        row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
+        routes = [route for teacher in teachers if (route := teacher.route(prompt)) is not None]
+        row |= {"teacher": ", ".join(routes)} if routes else {}
+    return rows
+
+
+def judge(run: Measured) -> LiveTeacher | None:
+    """The first teacher that can be asked at new states."""
+    return next((teacher for teacher in run.teachers if teacher.everywhere), None)
+
+
+def first_answer(run: Measured, at: Moment, teacher: LiveTeacher, trajectories: Trajectories) -> Distribution:
+    """What one of the run's teachers says first of trajectories."""
+    settings = at.teachers[run.teachers.index(teacher)]
+    return answers_of(teacher, trajectories, settings, at.context)[0].distribution
+
+
+def firsts(trajectories: Trajectories) -> list[int]:
+    """The first trajectory of each group, in the order of groups."""
+    found: dict[int, int] = {}
+    for i, group in enumerate(trajectories.groups.tolist()):
+        found.setdefault(group, i)
+    return [found[group] for group in sorted(found)]
+
+
+def by_prompt(trajectories: Trajectories) -> dict[str, float]:
+    """Mean verdict of each prompt that has one, by the prompt's id."""
+    if trajectories.rewards is None:
+        return {}
+    found = {
+        trajectories.prompts[first].id: float(trajectories.rewards[_group_of(trajectories, first)].nanmean())
+        for first in firsts(trajectories)
+    }
+    return {name: mean for name, mean in found.items() if mean == mean}
+
+
+def outcomes(trajectories: Trajectories) -> dict[str, float]:
+    """Sums over this process's trajectories; positions that the environment wrote are not counted."""
+    sums = {
+        "positions": float(trajectories.chosen.sum()),
+        "trajectories": float(len(trajectories)),
+        "truncated": float((~trajectories.finished).sum()),
+    }
+    if trajectories.rewards is not None:
+        verdicts = trajectories.rewards
+        known = ~verdicts.isnan()
+        groups = [_group_of(trajectories, first) for first in firsts(trajectories)]
+        sums |= {
+            "accuracy": float(verdicts[known].sum()),
+            "verified": float(known.sum()),
+            "passed": float(sum(bool((verdicts[mine] >= 1).any()) for mine in groups)),
+            "prompts": float(sum(bool(known[mine].any()) for mine in groups)),
+        }
+    return sums
+
+
+def _group_of(trajectories: Trajectories, index: int) -> torch.Tensor:
+    """bool `[B]`: the trajectories of one's group."""
+    return trajectories.groups == trajectories.groups[index]
+
+
+def totals(run: Measured, sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """The named sums over all processes; a process without a prompt adds nothing."""
+    mine = torch.tensor([float(sums.get(name, 0.0)) for name in names], dtype=torch.float64)
+    return dict(zip(names, run.sum_over_processes(mine).tolist(), strict=True))
+
+
+def accuracies(total: Mapping[str, float], k: int) -> dict[str, float]:
+    """`accuracy` (Avg@k: the mean over prompts and samples) and with k > 1 `pass_at_k` (share of prompts with a right
+    answer among k); nothing where no verdict was given."""
+    if not total["verified"]:
+        return {}
+    found = {"accuracy": total["accuracy"] / total["verified"]}
+    return found | ({"pass_at_k": total["passed"] / total["prompts"]} if k > 1 else {})

@@ -1,0 +1,32 @@
+"""The recipe: its tree (the types), its reading (YAML, overrides, limits) and its explaining (what is wrong)."""
+
+from opd.recipe.blocks import Batch, Checkpoint, Failures, Hardware, Tracking
+from opd.recipe.explaining import all_keys
+from opd.recipe.reading import (
+    apply_override,
+    find_recipe,
+    json_schema,
+    load_recipe,
+    parse_recipe,
+    recipe_folder,
+    shipped_recipes,
+)
+from opd.recipe.tree import Recipe, differences
+
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Failures",
+    "Hardware",
+    "Recipe",
+    "Tracking",
+    "all_keys",
+    "apply_override",
+    "differences",
+    "find_recipe",
+    "json_schema",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_folder",
+    "shipped_recipes",
+]

@@ -1,0 +1,252 @@
+"""The recipe: one choice per axis, typed and validated whole before anything heavy loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    NonNegativeInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from opd.choice import OneOf, Settings, as_list, choices_of, kind_of, nested
+from opd.curricula import Curriculum
+from opd.curricula.length_ladder import LengthLadder
+from opd.curricula.shuffled import Shuffled
+from opd.divergences import ReverseKL
+from opd.errors import nearest
+from opd.objectives import Objective
+from opd.policies import Policy
+from opd.policies.evaluation import Evaluation
+from opd.prompts import Prompts
+from opd.recipe.blocks import Batch, Checkpoint, Failures, Hardware, Tracking
+from opd.reduction import Reduction
+from opd.rollouts import Rollout
+from opd.rollouts.mixture import MixtureRollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.switch import SwitchRollout
+from opd.rollouts.teacher import TeacherRollout
+from opd.schedules import OverSteps, Scheduled
+from opd.shaping import Shaping
+from opd.shaping.uniform import Uniform
+from opd.teachers import Teacher
+from opd.updates import Update
+from opd.updates.plain import PlainUpdate
+from opd.verifiers import Verifier
+
+
+class OfStudent:
+    """Annotation of the evaluation's block: it is the one that the student's policy names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        blocks = core_schema.union_schema([handler.generate_schema(block) for block in self.blocks()])
+        return core_schema.with_info_before_validator_function(self._taken, blocks)
+
+    @staticmethod
+    def blocks() -> tuple[type[Evaluation], ...]:
+        policies = (each for each in choices_of(Policy).values() if issubclass(each, Policy))
+        return tuple(dict.fromkeys(policy.evaluation for policy in policies))
+
+    def _taken(self, value: Any, info: ValidationInfo) -> Any:
+        student = info.data.get("student")
+        # Without a student, which is the mistake to tell of, there is nothing to compare with.
+        block = self.blocks()[0] if student is None else student.evaluation
+        return block.model_validate({} if student is None else value, context=info.context)
+
+
+class Recipe(Settings):
+    """A choice per axis and the few settings that belong to none. Fields are in the order of the loop."""
+
+    name: str = Field("run", pattern=r"^[\w.-]+$", description="Of the run")
+    description: str = Field("", description="Shown by `opd recipes`")
+    output: str | None = Field(None, description="Run directory; default runs/NAME")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of sampling, order of prompts and new weights")
+    steps: int = Field(100, ge=1, description="Optimiser steps")
+    temperature: Annotated[float, OverSteps(ge=1e-6, le=1e6)] = Field(
+        1.0, description="Softmax temperature of sampling, student and teacher alike"
+    )
+    student: Annotated[Policy, OneOf(Policy, "causal_lm")] = Field(description="The model that learns")
+    teacher: Annotated[list[Annotated[Teacher, OneOf(Teacher, "local")]], BeforeValidator(as_list)] = Field(
+        default=[], description="Who supervises; may be missing when no objective and no rollout asks a teacher"
+    )
+    prompts: Annotated[list[Annotated[Prompts, OneOf(Prompts, "file")]], BeforeValidator(as_list)] = Field(
+        min_length=1, description="What the student answers; several sets are joined"
+    )
+    max_prompt_tokens: int = Field(1024, ge=1, description="A longer prompt is an error")
+    skip_bad_prompts: bool = Field(False, description="Leave out rows that cannot be used, and say which")
+    curriculum: Annotated[Curriculum, OneOf(Curriculum)] = Field(Shuffled(), description="Which prompts, how long")
+    rollout: Annotated[Rollout, OneOf(Rollout, "student")] = Field(StudentRollout(), description="Who writes")
+    end_tokens: list[NonNegativeInt] | None = Field(
+        None, min_length=1, description="Ids that end a completion; default from the student"
+    )
+    verifier: Annotated[Verifier, OneOf(Verifier)] | None = Field(None, description="What a completion is worth")
+    shaping: Annotated[Shaping, OneOf(Shaping)] = Field(Uniform(), description="What a position weighs")
+    objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(as_list)] = Field(
+        default=[ReverseKL()], min_length=1, description="What a step descends; several are summed"
+    )
+    reduction: Reduction = Field("token_mean", description="How a step's losses become one number")
+    update: Annotated[Update, OneOf(Update, "plain")] = Field(PlainUpdate(), description="How gradients become a step")
+    batch: Batch = Field(Batch(), description="Trajectories of a step")
+    evaluation: Annotated[Evaluation, OfStudent()] = Field(  # type: ignore[assignment]  # it becomes the student's
+        default={}, description="Held-out measurements"
+    )
+    checkpoint: Checkpoint = Field(Checkpoint(), description="What `--resume` goes on from")
+    resume: Literal["never", "auto"] = Field(
+        "never", description="auto: go on where an earlier process of this run ended, if there was one"
+    )
+    failures: Failures = Field(Failures(), description="What to do about bad steps")
+    tracking: Tracking = Field(Tracking(), description="Where metrics go")
+    push_to: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="Repository on the hub, ORG/NAME, that the saved student is uploaded to; a new one is private",
+    )
+    hardware: Hardware = Field(Hardware(), description="Device and precision")
+    self_test: bool = Field(True, description="Check the pipeline on a tiny rollout before step one")
+    try_next: str | None = Field(None, description="A command to suggest when the run ends")
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise ValueError("it names the folder of the run, runs/NAME, and must be a folder of its own")
+        return value
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _best_is_measured(cls, value: Checkpoint, info: ValidationInfo) -> Checkpoint:
+        evaluation = info.data.get("evaluation")
+        if value.keep_best and not (value.every and evaluation is not None and evaluation.every):
+            raise ValueError("keep_best needs evaluations to choose from; set evaluation.every (and checkpoint.every)")
+        return value
+
+    @model_validator(mode="after")
+    def _one_modality(self) -> Recipe:
+        student = self.student
+        for key in type(self).model_fields:
+            for part in nested(getattr(self, key)):
+                if part.modality not in (None, student.modality):
+                    axis = next(c for c in type(part).__mro__ if "axis" in vars(c))
+                    fitting = [k for k, c in choices_of(axis).items() if c.modality in (None, student.modality)]
+                    raise ValueError(
+                        f"{key} {kind_of(part)!r} is for {part.modality} models and student {kind_of(student)!r} is of "
+                        f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Recipe:
+        for key, why in self.student.unused.items():
+            value = getattr(self, key)
+            # A schedule equals its first value.
+            if value != type(self).model_fields[key].default or key in self.scheduled():
+                raise ValueError(f"{key} is {value!r}: {why}; remove the key")
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        names = [t.name for t in self.teacher if t.name is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers have the names {names}; each name must be its own")
+        for part in nested(self.rollout):
+            if isinstance(part, TeacherRollout) and not self.teacher:
+                raise ValueError("key 'teacher' is required: rollout 'teacher' lets a teacher write")
+            if isinstance(part, TeacherRollout) and part.teacher not in (None, *names):
+                raise ValueError(
+                    f"rollout.teacher is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
+                    f"{names or 'none'}: give that teacher a name"
+                )
+        for objective in self.objective:
+            kind = kind_of(objective)
+            if objective.needs_teacher and not self.teacher:
+                raise ValueError(f"key 'teacher' is required: objective {kind!r} compares the student with a teacher")
+            if objective.teacher is not None and objective.teacher not in names:
+                raise ValueError(
+                    f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "
+                    f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
+                )
+            if objective.needs_reward and self.verifier is None and not self.rollout.rewards:
+                raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
+            if objective.compares_group and self.batch.group == 1:
+                raise ValueError(
+                    f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
+                    "nothing; take 2 or more"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _does_what_it_says(self) -> Recipe:
+        plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
+        twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
+        if twice is not None:
+            raise ValueError(f"objective {kind_of(twice)!r} is listed twice alike; list it once, with weight: 2")
+        for key, parts in (("objective", self.objective), ("teacher", self.teacher)):
+            weights = [part.weight for part in parts]
+            if key == "teacher" and not all(objective.needs_teacher for objective in self.objective):
+                continue
+            if weights and not any(weights) and not any(isinstance(weight, Scheduled) for weight in weights):
+                raise ValueError(f"{key}.weight is 0 wherever there is one: nothing would be learnt; give one a weight")
+        if isinstance(self.curriculum, LengthLadder) and not self.rollout.scheduled():
+            # Where there are several sources, they keep to their own lengths; elsewhere a rung's length is what counts.
+            longest = own = self.curriculum.lengths[-1]
+            if isinstance(self.rollout, MixtureRollout):
+                own = min(part.budget for part in self.rollout.parts)
+            elif isinstance(self.rollout, SwitchRollout):
+                own = self.rollout.budget
+                if self.rollout.position >= longest:
+                    raise ValueError(
+                        f"rollout.position is {self.rollout.position} and curriculum.lengths goes up to {longest}: "
+                        "rollout.then would never write; lower position"
+                    )
+            if longest > own:
+                raise ValueError(
+                    f"curriculum.lengths goes up to {longest} and a source of the {kind_of(self.rollout)} to {own} "
+                    "tokens; raise its max_new_tokens, or leave out the longer rungs"
+                )
+        return self
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output or f"runs/{self.name}").expanduser()
+
+    def dump(self) -> dict[str, Any]:
+        """The whole resolved recipe as plain data."""
+        data = self.model_dump(mode="json", serialize_as_any=True)
+        for key, schedule in self.scheduled().items():
+            *parents, leaf = key.split(".")
+            place: Any = data
+            for part in parents:
+                place = place[int(part) if isinstance(place, list) else part]
+            place[int(leaf) if isinstance(place, list) else leaf] = schedule.plain()
+        return data
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """`(dotted key, value in a, value in b)` wherever two dumped recipes differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*a, *b]):
+        left, right = a.get(key), b.get(key)
+        left, right = (_by_index(side) for side in (left, right))
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append((prefix + key, left, right))
+    return found
+
+
+def _by_index(value: Any) -> Any:
+    """A list of mappings as a mapping, so that only the items that differ are named."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return {str(i): item for i, item in enumerate(value)}
+    return value
