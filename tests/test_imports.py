@@ -7,24 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-AXES = ("prompts", "curricula", "rollouts", "teachers", "policies", "shaping", "updates", "verifiers")
+AXES = ("prompts", "curricula", "rollouts", "teachers", "policies", "shaping", "updates", "verifiers", "watches")
 
 ORDER = (
     ("what a user calls", "__main__ cli reproductions"),
     ("from Python", "__init__ api"),
     ("what works through a recipe", "plan jobs loop saving truth_table report catalogue"),
     ("building a run", "assembly"),
-    ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints"),
-    ("a run", "run measurement rounding"),
+    ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints asking"),
+    ("a run", "run measurement rounding now kept_weights"),
     ("the recipe", "recipe"),
     ("the choices of the axes", " ".join(AXES)),
-    ("what choices of one modality share", "language flow drawings procedural merging store prepacked"),
+    ("what choices of one modality share", "language flow drawings procedural merging store"),
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")
-        + " policies.evaluation policies.held_out",
+        + " policies.evaluation policies.held_out rollouts.request language.engines.base language.engines.__init__ language.identity",
     ),
     ("objectives, divergences among them", "objectives divergences"),
+    ("projection, divergence and gradient, chunk by chunk", "operator scenes"),
     ("what the axes trade in", "distributions trajectories reduction context"),
     ("prompts", "prompts.base prompts.messages prompts.__init__"),
     ("facts about files, weights and machines", "files weights sharding provenance randomness pictures planning hub"),
@@ -36,12 +37,8 @@ folder holds and no longer name says otherwise. A file may import from its own l
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("policies.base", "teachers.__init__"): "types: a student says what teacher it makes, and teachers follow students",
     ("policies.held_out", "teachers.__init__"): "types: the same, where a student is measured against a teacher",
-    ("policies.base", "recipe.__init__"): "types: a student's held-out sampler is made of two blocks of a recipe",
-    ("policies.causal_lm", "recipe.__init__"): "types: the same",
-    ("policies.flow_transformer", "recipe.__init__"): "types: the same",
-    ("distributions.categorical", "prepacked"): "the head's product asks the packed weights of a CPU",
-    ("objectives.grpo", "divergences.operator"): "the operator lies among divergences, and objectives need it too",
-    ("objectives.sft", "divergences.operator"): "the same",
+    ("policies.base", "rollouts.__init__"): "types: a policy makes the sampler of held-out prompts",
+    ("rollouts.base", "policies.__init__"): "types: where others write, the student's own sampler is asked for",
 }
 """Imports that go up, or close a circle, with the reason why they are still there."""
 
@@ -111,9 +108,10 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def room(module: str) -> str:
-    """The folder of a file, where it has one; what an axis asks of its choices is a room beside them."""
+    """The folder of a file, where it has one; what lies lower in the order than the rest of a folder, as what an axis
+    asks of its choices, is a room beside it."""
     folder, _, rest = module.partition(".")
-    if not rest or folder not in AXES:
+    if not rest:
         return folder
     return folder if line_of(module) == line_of(f"{folder}.any_choice") else f"{folder} (base)"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from opd.distributions import Gaussian
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.prompts import Prompt
 from opd.trajectories import AUTHORS, Author, Trajectories
 

@@ -14,7 +14,7 @@ from opd.context import Context
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
 from opd.rollouts.request import Request
 from opd.trajectories import Author, Trajectories

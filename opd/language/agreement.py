@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 from opd.distributions import Vocabulary
 from opd.errors import IncompatibleError
 from opd.language.encoding import turn_end
+from opd.language.identity import PROBE
 
 if TYPE_CHECKING:
     from opd.language.engines.in_process import InProcess
-
-PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
-"""Two tokenizers of one vocabulary are the same when they split this alike."""
 
 
 def check_tokenizers(student: InProcess, teacher: InProcess, which: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opd.language.agreement import PROBE
+PROBE = "Zoë paid 3.50 for 12 apples;\n  then left.\t<b>ok</b>"
+"""Two tokenizers of one vocabulary are the same when they split this alike."""
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -21,7 +21,7 @@ from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.outline import student_shape
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.pictures import data_address
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student

@@ -11,7 +11,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 
 from opd.distributions import Gaussian, Target
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.operator import Loss
 from opd.prompts import Prompt
 from opd.scenes.base import Scene

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from opd.api import execute, export
 from opd.cli.main import main
 from opd.evaluation import evaluate
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.loop import train
 from opd.objectives.grpo import GRPO
 from opd.verifiers import CompletionVerifier

@@ -10,7 +10,7 @@ import torch
 
 from opd.context import Context
 from opd.flow.model import load_flow_model
-from opd.flow.transition import diffusion, transition
+from opd.distributions.transition import diffusion, transition
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.rollouts.sde import SDERollout

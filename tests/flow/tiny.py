@@ -6,7 +6,7 @@ import torch
 
 from opd.assembly import assemble
 from opd.flow.denoising import Denoising, pack
-from opd.flow.transition import transition
+from opd.distributions.transition import transition
 from opd.language.creation import symbol_tokenizer
 from opd.monitor import Monitor
 from opd.prompts import Prompt

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from opd.distributions import Gaussian
+from opd.distributions.gaussian import Gaussian
 
 
 def diffusion(t: torch.Tensor, following: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
