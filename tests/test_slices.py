@@ -163,7 +163,7 @@ def test_student_and_teachers_are_over_one_set():
             divergence_loss(ON_SUPPORT[0], student, [Target(answer, 1.0, "expert")], weights, actions, lengths)
     language = LanguageModel(tiny_model(vocabulary=40), turn_tokenizer(), "plain")
     settings, context = LocalTeacher(model="t", name="expert", template="plain"), Context(torch.device("cpu"))
-    expert = LanguageTeacher(language, settings, context.device, context)
+    expert = LanguageTeacher(language, settings, context.device)
     with pytest.raises(IncompatibleError, match="the teacher expert has 40 ids and this run's vocabulary is 10 ids"):
         expert.check_student(None, context.with_(vocabulary=SLICE))
     expert.check_student(None, context.with_(vocabulary=Vocabulary.of([39, 2])))
