@@ -232,6 +232,7 @@ def assemble(
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
+    recipe.shaping.check_teachers(built)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     check_verdicts(recipe, verifier, training)
 

@@ -46,7 +46,7 @@ def train(run: Run) -> None:
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
-            run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
+            run.signals |= run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
         run.watch.read(run, run.step, held_out(measured))

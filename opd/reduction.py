@@ -52,3 +52,12 @@ def sums_by_trajectory(values: torch.Tensor, lengths: torch.Tensor) -> torch.Ten
     count = len(lengths)
     owner = torch.arange(count, device=values.device).repeat_interleave(lengths.to(values.device))
     return torch.zeros(count, device=values.device).index_add(0, owner, values)
+
+
+def running_sums(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: of whole numbers or bool `[N]`, the sums from the beginning of each trajectory up to each position,
+    its own included."""
+    total = values.long().cumsum(0)
+    starts = (lengths.cumsum(0) - lengths).to(total.device)
+    before = torch.cat([total.new_zeros(1), total])[starts]
+    return total - before.repeat_interleave(lengths.to(total.device))

@@ -91,13 +91,13 @@ class Course(ABC):
         `signals` are the measurements of the step before; those of an evaluation stand under `held_out/`.
         """
 
-    def saw(  # noqa: B027
+    def saw(
         self,
         trajectories: Trajectories,
         values: Mapping[str, torch.Tensor],
         signals: Mapping[str, float],
         gather: Gather,
-    ) -> None:
+    ) -> Mapping[str, float]:
         """Told after each step that rolled out what came of it.
 
         Args:
@@ -105,7 +105,11 @@ class Course(ABC):
             values: float32 `[N]` by name: `divergence`, `weight` and what a shaping measured at each position.
             signals: the step's measurements over all processes.
             gather: brings numbers by trajectory together from all processes.
+
+        Returns:
+            What it wants logged of the step.
         """
+        return {}
 
     def asks_evaluation(self, step: int) -> bool:
         """Whether the student must be measured on held-out prompts when `step` steps are done."""
@@ -123,6 +127,8 @@ class Curriculum(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "curriculum"
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What it needs measured at each position; a recipe whose shaping does not measure it is refused."""
 
     @property
     def longest(self) -> int | None:

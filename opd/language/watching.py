@@ -40,6 +40,7 @@ class Watching(Looker):
     ):
         self.watch, self.settings, self.context, self.segment = watch, settings, context, segment
         self.prompts, self.contexts, self.begun = prompts, contexts, begun
+        self.candidates = watch.candidates
         self.found: list[tuple[Sequence[int], Findings]] = []
 
     def begin(self, written: Written) -> None:
@@ -91,4 +92,5 @@ class Watching(Looker):
             actions=written.actions,
             log_probs=written.log_probs,
             going=written.going,
+            candidates=written.candidates,
         )

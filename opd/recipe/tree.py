@@ -184,6 +184,13 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _does_what_it_says(self) -> Recipe:
+        lacking = [name for name in self.curriculum.reads if name not in self.shaping.measures]
+        if lacking:
+            able = [k for k, c in choices_of(Shaping).items() if set(self.curriculum.reads) <= set(c.measures)]  # type: ignore[attr-defined]
+            raise ValueError(
+                f"curriculum {kind_of(self.curriculum)!r} follows {lacking[0]!r} at each position, which shaping "
+                f"{kind_of(self.shaping)!r} does not measure; shapings that do: {', '.join(able) or 'none'}"
+            )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
         if twice is not None:

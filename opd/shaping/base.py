@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -13,6 +13,9 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution, Target
 from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.teachers import LiveTeacher
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ class Shaping(Choice):
     axis: ClassVar[str] = "shaping"
     makes_offsets: ClassVar[bool] = False
     """Whether a shape may have offsets; objectives that cannot add them refuse such a shaping at the start."""
+
+    measures: ClassVar[tuple[str, ...]] = ()
+    """What it measures at each position under every setting, for curricula that read it."""
+
+    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
+        """Raise `IncompatibleError` at start-up when it cannot be found from what these built teachers answer."""
 
     @abstractmethod
     def build(self, context: Context) -> Shaper:

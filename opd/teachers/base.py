@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, kind_of
 from opd.context import Context
 from opd.distributions import Distribution, Target, Vocabulary
+from opd.errors import IncompatibleError
+from opd.language.engines.base import Scorer
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -57,6 +60,28 @@ class LiveTeacher(ABC):
             settings: the teacher's at this step, numbers in the places of schedules.
             context: facts of the run at this step.
         """
+
+    def check_scorer(self, context: Context) -> None:
+        """Raise `IncompatibleError` when it cannot answer while a text is being written."""
+        raise IncompatibleError(
+            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and something is "
+            "to be compared with it while rollouts are written: take a teacher of kind local, self or routed, or leave "
+            "out rollout.watch"
+        )
+
+    def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
+        """What it says of completions that are being written, under its own view of the prompts.
+
+        Args:
+            prompts: of B rows.
+            begun: B int64 `[T_i]`, what stands before a row's first new token.
+            context: facts of the run at this step.
+
+        Raises:
+            IncompatibleError: see `check_scorer`.
+        """
+        self.check_scorer(context)
+        raise NotImplementedError
 
     def members(self) -> dict[str, LiveTeacher]:
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""

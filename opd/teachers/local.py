@@ -10,8 +10,9 @@ from pydantic import Field, field_validator
 
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Target
+from opd.errors import IncompatibleError
 from opd.hardware import DEVICE, check_device
-from opd.language.engines.base import EncodedPrompt
+from opd.language.engines.base import EncodedPrompt, Scorer, followed_by
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
@@ -115,6 +116,18 @@ class LanguageTeacher(LiveTeacher):
             rows = self._recall_or_compute(self.cache, contexts, completions, home)
         head = self.language.head(context.temperature, context.vocabulary).detach()
         return [Target(Categorical(torch.cat(rows).to(home), head.to(home)), teacher=settings.name)]
+
+    def check_scorer(self, context: Context) -> None:
+        key = "offload" if self.offload else "device" if self.device != context.device else None
+        if key is not None:
+            raise IncompatibleError(
+                f"teacher.{key} keeps it away from the student, and something is to be compared with it while rollouts "
+                f"are written: leave out teacher.{key} or rollout.watch"
+            )
+
+    def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
+        views = [self.language.encode(prompt, self.settings.sees) for prompt in prompts]
+        return self.language.scorer([followed_by(v, start) for v, start in zip(views, begun, strict=True)], context)
 
     def _compute(self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states of each trajectory, `batch` of them in one forward pass."""

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 
 from opd.choice import OneOf
 from opd.context import Context
-from opd.distributions import Distribution, Target, joined_targets
+from opd.distributions import Distribution, Target, joined, joined_targets
 from opd.errors import DataError, IncompatibleError, nearest
+from opd.language.engines.base import Scorer
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -64,6 +65,35 @@ class RoutedTeacher(Teacher):
 
     def build(self, context: Context, student: Student) -> RoutedTeachers:
         return RoutedTeachers(self, {tag: r.build(context, student) for tag, r in self.routes.items()})
+
+
+class RoutedScorer(Scorer):
+    """Growing completions, each scored by its own route.
+
+    Args:
+        parts: rows and their scorer, which counts them from 0.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[int], Scorer]]):
+        self.scorers = [scorer for _, scorer in parts]
+        self.place = {row: (k, i) for k, (rows, _) in enumerate(parts) for i, row in enumerate(rows)}
+
+    def extend(self, tokens: Mapping[int, torch.Tensor]) -> Distribution:
+        shares: dict[int, dict[int, torch.Tensor]] = {}
+        positions: dict[int, list[torch.Tensor]] = {}
+        start = 0
+        for row, new in tokens.items():
+            k, i = self.place[row]
+            shares.setdefault(k, {})[i] = new
+            positions.setdefault(k, []).append(torch.arange(start, start + len(new)))
+            start += len(new)
+        parts = [self.scorers[k].extend(share) for k, share in shares.items()]
+        return joined(parts, [torch.cat(positions[k]) for k in shares])
+
+    def drop(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            k, i = self.place[row]
+            self.scorers[k].drop([i])
 
 
 class RoutedTeachers(LiveTeacher):
@@ -133,6 +163,21 @@ class RoutedTeachers(LiveTeacher):
             )
         each = [joined_targets(said, positions) for said in zip(*parts.values(), strict=True)]
         return [replace(target, teacher=settings.name) for target in each]
+
+    def check_scorer(self, context: Context) -> None:
+        for route in self.routes.values():
+            route.check_scorer(context)
+
+    def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
+        rows: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            rows.setdefault(self.route(prompt), []).append(i)
+        return RoutedScorer(
+            [
+                (mine, self.routes[tag].scorer([prompts[i] for i in mine], [begun[i] for i in mine], context))
+                for tag, mine in rows.items()
+            ]
+        )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:

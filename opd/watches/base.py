@@ -12,7 +12,7 @@ import torch
 
 from opd.choice import Choice
 from opd.context import Context
-from opd.distributions import Target
+from opd.distributions import Target, TopK
 from opd.language.engines.base import EncodedPrompt
 from opd.prompts import Prompt
 
@@ -34,6 +34,8 @@ class Rows:
         actions: W int64 `[T_i]` that were drawn here so far, the end token included.
         log_probs: W float32 `[T_i]`, under the distribution that they were drawn from.
         going: places (0 to W - 1) of the rows that are still being written.
+        candidates: W times the writer's likeliest ids at each of the T_i states, before any cut, as many as
+            `LiveWatch.candidates` asks for; empty where that is 0.
     """
 
     settings: Any
@@ -44,6 +46,7 @@ class Rows:
     actions: Sequence[torch.Tensor]
     log_probs: Sequence[torch.Tensor]
     going: Sequence[int]
+    candidates: Sequence[TopK] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -66,8 +69,13 @@ class Findings:
 class LiveWatch(ABC):
     """A built watch. Rows that are written side by side are watched together, one batch after the other; nothing is
     remembered from batch to batch. To score new tokens without going over the whole again, see
-    `opd.language.engines.base.Engine.scorer`.
+    `opd.language.engines.base.Engine.scorer`, or of a teacher `opd.teachers.LiveTeacher.scorer`.
+
+    Attributes:
+        candidates: how many of the writer's likeliest ids at each state it wants to see.
     """
+
+    candidates: int = 0
 
     def begin(self, rows: Rows) -> None:  # noqa: B027
         """Nothing of these rows is drawn yet."""

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.context import Context
-from opd.distributions import Distribution
+from opd.distributions import Distribution, TopK
 from opd.language.identity import template_hash, tokenizer_hash
 from opd.prompts import Prompt
 
@@ -98,20 +98,29 @@ class Written:
         actions: W int64 `[T_i]` drawn so far, the end token included.
         log_probs: W float32 `[T_i]`.
         going: places (0 to W - 1) of the rows that are still being written.
+        candidates: W times the likeliest ids at each of the T_i states, whatever cuts the distribution drawn from;
+            empty where nobody asks for them.
     """
 
     rows: Sequence[int]
     actions: Sequence[torch.Tensor]
     log_probs: Sequence[torch.Tensor]
     going: Sequence[int]
+    candidates: Sequence[TopK] = ()
 
 
 class Looker(ABC):
     """Who looks at rows while an engine writes them. An engine calls, for each batch of rows that it writes side by
     side: `begin`, `look` after every `segment` tokens as long as a row is being written, `end`. Batches come one after
-    the other. Looking changes no draw."""
+    the other. Looking changes no draw.
+
+    Attributes:
+        segment: tokens between two looks.
+        candidates: likeliest ids of each state that it wants to see.
+    """
 
     segment: int
+    candidates: int = 0
 
     @abstractmethod
     def begin(self, written: Written) -> None:

@@ -143,10 +143,11 @@ class InProcess(torch.nn.Module, Engine):
         """The head at a run's temperature, over the ids that count there."""
         return self.head(context.temperature, context.vocabulary)
 
-    def sampler(self, drawing: Drawing, packed: bool = False) -> Sampler:
-        """A sampler of the model as it is now, its large weights `packed` as they are too."""
+    def sampler(self, drawing: Drawing, packed: bool = False, candidates: int = 0) -> Sampler:
+        """A sampler of the model as it is now, its large weights `packed` as they are too; it keeps so many `candidates`
+        of each state."""
         head = self.head_of(drawing.context)
-        return Sampler(self, head, drawing.context.end_ids, drawing.top_p, drawing.top_k, packed)
+        return Sampler(self, head, drawing.context.end_ids, drawing.top_p, drawing.top_k, packed, candidates)
 
     @torch.no_grad()
     def sample(
@@ -164,7 +165,7 @@ class InProcess(torch.nn.Module, Engine):
         pays = budget * -(-len(order) // per_wave) >= FEWEST
         found: dict[int, Row] = {}
         with self.quiet():
-            sampler = self.sampler(drawing, pays)
+            sampler = self.sampler(drawing, pays, 0 if looker is None else looker.candidates)
             unpacked = self.caches and sampler.decoder is None and pays
             with prepacked(decoder_of(self.base)) if unpacked else contextlib.nullcontext():
                 for first in range(0, len(order), per_wave):
@@ -219,7 +220,7 @@ def _written(sampler: Sampler, state: Sampling, rows: Sequence[int], looker: Loo
 def _seen(state: Sampling, rows: Sequence[int]) -> Written:
     drawn = state.rows()
     actions, log_probs = [row[0] for row in drawn], [row[1] for row in drawn]
-    return Written(rows, actions, log_probs, state.alive.tolist())
+    return Written(rows, actions, log_probs, state.alive.tolist(), state.candidates())
 
 
 def _effective_weight(layer: Any) -> torch.Tensor:

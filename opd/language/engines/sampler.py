@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
-from opd.distributions import Head
+from opd.distributions import Head, TopK
 from opd.language.engines.base import EncodedPrompt, followed_by, ids_of
 from opd.language.engines.cache import roomy_cache, take_rows
 from opd.language.engines.cpu.decoder import Decoder
@@ -23,6 +23,15 @@ from opd.language.layers import decoder_of
 
 if TYPE_CHECKING:
     from opd.language.engines.in_process import InProcess
+
+
+class Drawn(NamedTuple):
+    """One token of every row in the batch: ids `[alive]`, log-probabilities `[alive, 1]`, and where they are kept the
+    likeliest ids `[alive, K]`."""
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    likeliest: TopK | None
 
 
 @dataclass
@@ -42,6 +51,7 @@ class Sampling:
         width: places of the prompts.
         prompt_lengths: int64 `[alive, 1]`.
         hidden: `[alive, D]`, the states from which the next token is drawn.
+        likeliest: the K likeliest ids at each place, `[B, budget, K]`, where they are kept.
     """
 
     actions: torch.Tensor
@@ -58,6 +68,7 @@ class Sampling:
     hidden: torch.Tensor
     drawn: int = 0
     contexts: Sequence[EncodedPrompt] = ()
+    likeliest: TopK | None = None
 
     @property
     def budget(self) -> int:
@@ -72,13 +83,24 @@ class Sampling:
         lengths, ended = self.lengths.tolist(), self.finished.tolist()
         return [(self.actions[i, :n], self.log_probs[i, :n], ended[i]) for i, n in enumerate(lengths)]
 
-    def record(self, latest: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Write down the `latest` draws of the rows in the batch: ids `[alive]` and log-probabilities `[alive, 1]` of
-        each place. Once for many tokens, because each write to some rows of a table costs as much as drawing one."""
+    def candidates(self) -> list[TopK]:
+        """Of each of the B rows its likeliest ids at each place; none where they are not kept."""
+        kept = self.likeliest
+        if kept is None:
+            return []
+        return [TopK(kept.log_probs[i, :n], kept.ids[i, :n]) for i, n in enumerate(self.lengths.tolist())]
+
+    def record(self, latest: list[Drawn]) -> None:
+        """Write down the `latest` draws of the rows in the batch. Once for many tokens, because each write to some rows
+        of a table costs as much as drawing one."""
         if latest:
             here = slice(self.drawn - len(latest), self.drawn)
-            self.actions[self.alive, here] = torch.stack([token for token, _ in latest], 1)
-            self.log_probs[self.alive, here] = torch.cat([log_prob for _, log_prob in latest], 1)
+            self.actions[self.alive, here] = torch.stack([drawn.tokens for drawn in latest], 1)
+            self.log_probs[self.alive, here] = torch.cat([drawn.log_probs for drawn in latest], 1)
+            if self.likeliest is not None:
+                tops = [drawn.likeliest for drawn in latest if drawn.likeliest is not None]
+                self.likeliest.log_probs[self.alive, here] = torch.stack([top.log_probs for top in tops], 1)
+                self.likeliest.ids[self.alive, here] = torch.stack([top.ids for top in tops], 1)
             self.lengths[self.alive] = self.drawn
             latest.clear()
 
@@ -111,8 +133,10 @@ class Sampler:
         top_p: float = 1.0,
         top_k: int = 0,
         packed: bool = False,
+        candidates: int = 0,
     ):
         self.model, self.head = model, head
+        self.candidates = min(candidates, head.size)
         self.cache_name = cache_name(model)
         body = decoder_of(model.base)
         self.decoder = Decoder(body, packed) if model.caches and Decoder.known(body) else None
@@ -157,6 +181,12 @@ class Sampler:
             prompt_lengths=mask.sum(-1, keepdim=True),
             hidden=hidden,
             contexts=repeated,
+            likeliest=TopK(
+                torch.zeros(rows, budget, self.candidates, device=device),
+                torch.zeros(rows, budget, self.candidates, dtype=torch.int64, device=device),
+            )
+            if self.candidates
+            else None,
         )
 
     @torch.no_grad()
@@ -165,12 +195,12 @@ class Sampler:
         stop = min(state.drawn + tokens, state.budget)
         as_it_is = state.cache is not None and self._sees_everything(state.cache)
         decoder = self.decoder if as_it_is and not torch.is_autocast_enabled("cpu") else None
-        latest: list[tuple[torch.Tensor, torch.Tensor]] = []
+        latest: list[Drawn] = []
         while state.drawn < stop and len(state.alive):
-            log_probs = self._distribution(state)
+            log_probs, likeliest = self._distribution(state)
             column = inverse_cdf(log_probs, state.uniforms[state.drawn])
             token = self.head.vocabulary.named(column)
-            latest.append((token, log_probs.gather(1, column[:, None])))
+            latest.append(Drawn(token, log_probs.gather(1, column[:, None]), likeliest))
             state.drawn += 1
             ended = self.ends[token]
             if bool(ended.any()):
@@ -210,9 +240,15 @@ class Sampler:
         masked = config._attn_implementation in ("sdpa", ATTENTION) and not getattr(config, "alibi", False)
         return masked and keeps_all(cache)
 
-    def _distribution(self, state: Sampling) -> torch.Tensor:
-        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each."""
+    def _distribution(self, state: Sampling) -> tuple[torch.Tensor, TopK | None]:
+        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each; and before any
+        cut the likeliest ids, where they are wanted."""
         logits = self.head.logits(state.hidden, self.product)
+        likeliest = None
+        if self.candidates:
+            top = logits.topk(self.candidates, dim=-1)
+            normalised = top.values - logits.logsumexp(-1, keepdim=True)
+            likeliest = TopK(normalised, self.head.vocabulary.named(top.indices))
         if self.top_k:
             floor = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
             logits = logits.masked_fill(logits < floor, float("-inf"))
@@ -220,7 +256,7 @@ class Sampler:
             ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
             outside = ordered.cumsum(-1) - ordered >= self.top_p
             logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-        return torch.log_softmax(logits, dim=-1)
+        return torch.log_softmax(logits, dim=-1), likeliest
 
 
 def _attends(cache: DynamicCache) -> bool:
