@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-AXES = ("prompts", "curricula", "rollouts", "teachers", "policies", "shaping", "updates", "verifiers", "watches")
+AXES = (
+    "prompts",
+    "curricula",
+    "rollouts",
+    "teachers",
+    "policies",
+    "shaping",
+    "updates",
+    "verifiers",
+    "watches",
+    "compatibility",
+)
 
 ORDER = (
     ("what a user calls", "__main__ cli reproductions"),
@@ -22,7 +33,8 @@ ORDER = (
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")
-        + " policies.evaluation policies.held_out rollouts.request language.engines.base language.engines.__init__ language.identity",
+        + " policies.evaluation policies.held_out rollouts.request"
+        + " language.engines.base language.engines.__init__ language.identity",
     ),
     ("objectives, divergences among them", "objectives divergences"),
     ("projection, divergence and gradient, chunk by chunk", "operator scenes"),

@@ -48,8 +48,8 @@ class Compatibility(Choice):
         """float32 `[C]` numbers of C states.
 
         Args:
-            student, teacher: log-probabilities `[C, K]`, normalised over the whole vocabulary and descending, with their
-                ids, int64 `[C, K]`.
+            student, teacher: log-probabilities `[C, K]`, normalised over the whole vocabulary and descending, with
+                their ids, int64 `[C, K]`.
             actions: int64 `[C]`, the ids that were taken.
         """
 

@@ -11,8 +11,8 @@ from opd.compatibility.base import Compatibility, shared
 
 
 class Overlap(Compatibility):
-    """`|S n U| / k` of the student's and the teacher's `k` likeliest ids; probabilities do not enter. Two teachers of one
-    task rank what neither ever says by chance, so it tells something where both come of one model."""
+    """`|S n U| / k` of the student's and the teacher's `k` likeliest ids; probabilities do not enter. Models that were
+    trained apart rank what neither ever says by chance, so it tells something where both come of one model."""
 
     kind: Literal["overlap"] = "overlap"
     measured: ClassVar[str] = "overlap"

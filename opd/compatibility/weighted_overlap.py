@@ -16,9 +16,7 @@ class WeightedOverlap(Compatibility):
 
     kind: Literal["weighted_overlap"] = "weighted_overlap"
     measured: ClassVar[str] = "weighted_overlap"
-    below: float = Field(
-        0.95, gt=0, le=1, description="A state with a smaller share of mass in common is a drift event"
-    )
+    below: float = Field(0.95, gt=0, le=1, description="A state with less of that mass in common is a drift event")
 
     @property
     def threshold(self) -> float:

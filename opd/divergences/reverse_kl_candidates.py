@@ -17,9 +17,9 @@ from opd.schedules import OverSteps
 
 class ReverseKLCandidates(CategoricalDivergence):
     """Every state acts `k` times at once: each of the student's `k` likeliest ids `j` has the reward
-    `r_j = q_j / Q * (log p_j - log q_j)`, detached, with `Q` their mass and log-probabilities over the whole vocabulary;
-    the gradient is that of `-sum_j r_j log q_j`. There is no tail. As `k` grows to the vocabulary it becomes reverse KL's;
-    below that it is another gradient, which also moves the ids that are left out.
+    `r_j = q_j / Q * (log p_j - log q_j)`, detached, with `Q` their mass and log-probabilities over the whole
+    vocabulary; the gradient is that of `-sum_j r_j log q_j`. There is no tail. As `k` grows to the vocabulary it
+    becomes reverse KL's; below that it is another gradient, which also moves the ids that are left out.
     """
 
     kind: Literal["reverse_kl_candidates"] = "reverse_kl_candidates"

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class DriftWeights(Shaping):
-    """`max(0, 1 - drop * events so far) + base`: a weight that only falls along a rollout, by `drop` at each state where
-    student and teacher part. With `base` what lies behind still teaches, only less.
+    """`max(0, 1 - drop * events so far) + base`: a weight that only falls along a rollout, by `drop` at each state
+    where student and teacher part. With `base` what lies behind still teaches, only less.
 
     Measured are the signal, `drifted` (the share of events) and `reliable`: 1 up to the event that uses the weight up.
     A trajectory's number of reliable positions is its effective length.

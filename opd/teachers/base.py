@@ -64,9 +64,9 @@ class LiveTeacher(ABC):
     def check_scorer(self, context: Context) -> None:
         """Raise `IncompatibleError` when it cannot answer while a text is being written."""
         raise IncompatibleError(
-            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and something is "
-            "to be compared with it while rollouts are written: take a teacher of kind local, self or routed, or leave "
-            "out rollout.watch"
+            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and something "
+            "is to be compared with it while rollouts are written: take a teacher of kind local, self or routed, or "
+            "leave out rollout.watch"
         )
 
     def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:

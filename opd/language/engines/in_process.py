@@ -144,8 +144,8 @@ class InProcess(torch.nn.Module, Engine):
         return self.head(context.temperature, context.vocabulary)
 
     def sampler(self, drawing: Drawing, packed: bool = False, candidates: int = 0) -> Sampler:
-        """A sampler of the model as it is now, its large weights `packed` as they are too; it keeps so many `candidates`
-        of each state."""
+        """A sampler of the model as it is now, its large weights `packed` as they are too, which keeps so many
+        `candidates` of each state."""
         head = self.head_of(drawing.context)
         return Sampler(self, head, drawing.context.end_ids, drawing.top_p, drawing.top_k, packed, candidates)
 

@@ -241,8 +241,8 @@ class Sampler:
         return masked and keeps_all(cache)
 
     def _distribution(self, state: Sampling) -> tuple[torch.Tensor, TopK | None]:
-        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each; and before any
-        cut the likeliest ids, where they are wanted."""
+        """float32 `[alive, V]`: normalised log-probabilities of the next token, a column of the head each; and before
+        any cut the likeliest ids, where they are wanted."""
         logits = self.head.logits(state.hidden, self.product)
         likeliest = None
         if self.candidates:
