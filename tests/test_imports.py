@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,8 @@ ORDER = (
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")
-        + " policies.evaluation policies.held_out rollouts.request language.engines.base language.engines.__init__ language.identity",
+        + " policies.evaluation policies.held_out rollouts.request"
+        + " language.engines.base language.engines.__init__ language.identity",
     ),
     ("objectives, divergences among them", "objectives divergences"),
     ("projection, divergence and gradient, chunk by chunk", "operator scenes"),
@@ -147,6 +149,26 @@ def test_a_file_that_goes_up_is_found(tmp_path):
     (tmp_path / "file.py").write_text("def f():\n    from opd.run import Run\n    import opd.cli.main\n")
     assert sorted(imported(tmp_path / "file.py", modules())) == ["cli.main", "run"]
     assert line_of("run") > line_of("recipe.tree") > line_of("teachers.local") > line_of("teachers.base")
+
+
+def test_the_page_on_design_has_the_same_order():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("## Layout")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`]+) \| (.+) \|$", page, re.M)
+    rows = [(what, set(re.findall(r"`([^`]+)`", where))) for what, where in rows if where != "where in `opd/`"]
+    assert [what.split(":")[0] for what, _ in rows] == [what for what, _ in ORDER]
+    for (what, shown), (_, names) in zip(rows, ORDER, strict=True):
+        plain = {name for name in names.split() if "." not in name and not name.startswith("__")}
+        assert plain <= shown, (what, sorted(plain - shown))
+
+
+def test_the_page_on_design_names_files_that_are_there():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:opd/)?([a-z_/]+\.py)`", page)) - {"tests/test_imports.py"}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / "opd" / name).is_file()] == []
+    tests = re.findall(r"`((?:seams/)?test_\w+)`", page)
+    assert tests
+    assert [name for name in tests if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
 def test_benchmarks_make_no_circle():

@@ -11,10 +11,10 @@ from pydantic import Field
 
 from opd.choice import Settings
 from opd.context import Context
+from opd.distributions.transition import transition
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
-from opd.distributions.transition import transition
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
 from opd.rollouts.request import Request
 from opd.trajectories import Author, Trajectories

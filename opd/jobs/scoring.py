@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from opd.assembly import compute_device, make_accelerator
 from opd.context import Context
@@ -154,12 +153,11 @@ def score(
     kind: Kind = "sampled",
     *,
     quiet: bool = False,
-    console: Console | None = None,
     **options: Any,
 ) -> Targets:
     """Score a store with a recipe's teacher in this process; `options` are those of `Scorer`."""
     scorer = Scorer(recipe, path, kind, **options)
     targets = scorer.targets
-    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", console, quiet)
+    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", quiet)
     tidy(targets.path)
     return targets

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Distribution, Gaussian
+from opd.distributions.transition import transition
 from opd.errors import ModelError, SelfTestError
 from opd.flow import evaluation
 from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.outline import student_shape
-from opd.distributions.transition import transition
 from opd.pictures import data_address
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from opd.api import execute, export
 from opd.cli.main import main
-from opd.evaluation import evaluate
 from opd.distributions.transition import transition
+from opd.evaluation import evaluate
 from opd.loop import train
 from opd.objectives.grpo import GRPO
 from opd.verifiers import CompletionVerifier

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from opd.context import Context
-from opd.flow.model import load_flow_model
 from opd.distributions.transition import diffusion, transition
+from opd.flow.model import load_flow_model
 from opd.policies.flow_transformer import FlowTransformer
 from opd.prompts import Prompt
 from opd.rollouts.sde import SDERollout

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from opd.assembly import assemble
-from opd.flow.denoising import Denoising, pack
 from opd.distributions.transition import transition
+from opd.flow.denoising import Denoising, pack
 from opd.language.creation import symbol_tokenizer
 from opd.monitor import Monitor
 from opd.prompts import Prompt
