@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +15,14 @@ from pydantic import Field, ValidationInfo, field_validator
 from safetensors import SafetensorError
 
 from opd.choice import Settings
-from opd.errors import ModelError, first_line
+from opd.errors import IncompatibleError, ModelError, first_line
 from opd.flow.encoder import PromptEncoder, PromptTable, Shared, TextEncoders
 from opd.merging.adapters import PEFT_PREFIX
 from opd.merging.weights import ADAPTER_FILES, Weights
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
@@ -203,6 +207,21 @@ class FlowModel(torch.nn.Module):
         finally:
             # It may be the caller's own, who goes on with it after a full disk too.
             self.pipeline.register_modules(transformer=own)
+
+
+def flow_model_of(part: Student | LiveTeacher, which: str) -> FlowModel:
+    """The flow model of a built student or teacher; `which` names it.
+
+    Raises:
+        IncompatibleError: it has none in this process.
+    """
+    found = getattr(part, "model", None)
+    if not isinstance(found, FlowModel):
+        raise IncompatibleError(
+            f"{which} ({type(part).__name__}) has no flow model in this process, and another part of the recipe asks "
+            "for it; take a student of policy flow_transformer and teachers of kind flow or self"
+        )
+    return found
 
 
 def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:

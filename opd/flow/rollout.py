@@ -11,11 +11,11 @@ from pydantic import Field
 
 from opd.choice import Settings
 from opd.context import Context
+from opd.distributions.transition import transition
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.model import FlowModel
-from opd.distributions.transition import transition
-from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
 from opd.trajectories import Author, Trajectories
 
@@ -47,7 +47,7 @@ class SamplerSettings(GridSettings):
     )
 
 
-class FlowRollout(PrefixSource):
+class FlowRollout(PrefixSource[SamplerSettings]):
     """Rollouts of one flow model.
 
     Args:
@@ -68,10 +68,10 @@ class FlowRollout(PrefixSource):
         self.authors = frozenset({author})
         self.dtype = torch.bfloat16 if settings.dtype == "bfloat16" else next(model.parameters()).dtype
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: SamplerSettings) -> bool:
         return self.author == "student"
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: SamplerSettings, context: Context, student: Student) -> HeldOutSampler:
         """The student by the settings of this rollout, whoever denoises in it."""
         mine = self if self.author == "student" else student.own_sampler(context).source
         return HeldOutSampler(mine, settings, context)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from opd.objectives import Loss
     from opd.policies.held_out import HeldOut, Measured, Moment
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
+    from opd.teachers.self_teacher import SelfTeacher
 
 
 LIVE = "(passed from Python)"
@@ -138,7 +139,7 @@ class Student(ABC):
         """Held-out metrics and rows at one step, from what `at.sampler` writes and `run.teachers` say of it."""
 
     @abstractmethod
-    def as_teacher(self, settings: Teacher, context: Context) -> LiveTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> LiveTeacher:
         """A frozen copy of the student as it is now, in the form of a teacher."""
 
     @abstractmethod

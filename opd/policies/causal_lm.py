@@ -57,9 +57,9 @@ from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
     from opd.teachers.local import LanguageTeacher
-    from opd.teachers.self_teacher import SelfLanguageTeacher
+    from opd.teachers.self_teacher import SelfLanguageTeacher, SelfTeacher
 
 
 class LoRA(Settings):
@@ -330,7 +330,7 @@ class CausalLMStudent(Student):
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)
 
-    def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfLanguageTeacher:
         from opd.teachers.self_teacher import SelfLanguageTeacher
 
         return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device)

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Distribution, Gaussian
+from opd.distributions.transition import transition
 from opd.errors import ModelError, SelfTestError
 from opd.flow import evaluation
 from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.outline import student_shape
-from opd.distributions.transition import transition
 from opd.pictures import data_address
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
@@ -33,8 +33,9 @@ from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
+    from opd.teachers.self_teacher import SelfTeacher
 
 SHOWN_PIXELS = 128
 """Side of the images that logs keep, at most."""
@@ -229,7 +230,7 @@ class FlowStudent(Student):
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)
 
-    def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
         return SelfFlowTeacher(copy.deepcopy(self.model), settings, self.model)

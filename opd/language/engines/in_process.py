@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
-from opd.errors import ModelError
+from opd.errors import IncompatibleError, ModelError
 from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer, Written
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
@@ -21,6 +21,10 @@ from opd.language.engines.sampler import Sampler, Sampling
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 Layout = Literal["auto", "packed", "right", "left"]
 """How rows of unequal length share a pass; what a model does not know, it does as `auto`."""
@@ -197,6 +201,21 @@ class InProcess(torch.nn.Module, Engine):
             yield
         finally:
             self.train(training)
+
+
+def language_of(part: Student | LiveTeacher, which: str) -> InProcess:
+    """The language model of a built student or teacher; `which` names it.
+
+    Raises:
+        IncompatibleError: it has none in this process.
+    """
+    found = getattr(part, "language", None)
+    if not isinstance(found, InProcess):
+        raise IncompatibleError(
+            f"{which} ({type(part).__name__}) has no language model in this process, and the rollout asks for it; take "
+            "a student of policy causal_lm and teachers of kind local or self"
+        )
+    return found
 
 
 def _written(sampler: Sampler, state: Sampling, rows: Sequence[int], looker: Looker | None) -> dict[int, str]:
