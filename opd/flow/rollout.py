@@ -14,6 +14,7 @@ from opd.context import Context
 from opd.distributions.transition import transition
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
+from opd.flow.encoder import Condition
 from opd.flow.model import FlowModel
 from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
@@ -100,7 +101,7 @@ class FlowRollout(PrefixSource[SamplerSettings]):
         return pack(prompts, group, rows, torch.cat(actions), torch.cat(log_probs), self.author)
 
     def _sample(
-        self, request: Request[SamplerSettings], conditions: Sequence[Any], seeds: Sequence[int]
+        self, request: Request[SamplerSettings], conditions: Sequence[Condition], seeds: Sequence[int]
     ) -> tuple[list[Denoising], torch.Tensor, torch.Tensor]:
         """Trajectories of B rows of a request, their first `budget` actions `[B, K, C, H, W]` and log-densities
         `[B, K]`."""

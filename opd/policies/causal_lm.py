@@ -56,6 +56,8 @@ from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from opd.rollouts import HeldOutSampler
     from opd.teachers import LiveTeacher
     from opd.teachers.local import LanguageTeacher
@@ -122,17 +124,22 @@ class CausalLM(ModelSettings, Policy):
         return isinstance(base, PreTrainedModel)
 
     @classmethod
-    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+    def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
+        assert isinstance(model, torch.nn.Module)
         return iter(model.parameters())
 
-    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> CausalLMStudent:
+    def live_student(
+        self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
+    ) -> CausalLMStudent:
         return CausalLMStudent(_live(model, tokenizer, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageTeacher:
+    def live_teacher(
+        cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
+    ) -> LanguageTeacher:
         from opd.teachers.local import LanguageTeacher, LocalTeacher
 
-        language = _live(model.eval().requires_grad_(False), tokenizer, context)
+        language = _live(model, tokenizer, context).requires_grad_(False)
         template: Literal["chat", "plain"] = "chat" if language.tokenizer.chat_template else "plain"
         return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device)
 
@@ -279,7 +286,7 @@ class CausalLMStudent(Student):
         """A completion as a person reads it."""
         return self.language.decode(actions)
 
-    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+    def outcomes(self, trajectories: Trajectories) -> list[str]:
         return [self.decode(actions) for actions in trajectories.completions()]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -335,7 +342,7 @@ class CausalLMStudent(Student):
 
         return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device)
 
-    def live(self) -> tuple[Any, Any]:
+    def live(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         # Whoever passed it gets its rates of dropout back.
         restore(self.silenced)
         return self.language.model.eval(), self.language.tokenizer
@@ -471,7 +478,7 @@ def write_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def freeze(model: Any, parts: Sequence[str]) -> None:
+def freeze(model: torch.nn.Module, parts: Sequence[str]) -> None:
     """Take parameters out of training by parts of their names; a tied head goes with its embedding."""
     for part in parts:
         found = [p for name, p in model.named_parameters() if part in name]
