@@ -112,11 +112,10 @@ class CausalLM(ModelSettings, Policy):
     def shape(self, notes: list[str]) -> Shape:
         return model_shape(self, notes, self._adapted)
 
-    def _adapted(self, model: Any) -> Any:
-        if self.lora is not None:
-            model = _with_lora(model, self.lora)
-        freeze(model, self.freeze)
-        return model
+    def _adapted(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        made = model if self.lora is None else _with_lora(model, self.lora)
+        freeze(made, self.freeze)
+        return made
 
     @classmethod
     def takes(cls, model: object) -> bool:
@@ -179,7 +178,7 @@ class CausalLMStudent(Student):
             if is_adapted(language.model):
                 _check_adapter(language.model, settings)
             else:
-                language.model = _with_lora(language.model, settings.lora)
+                language.model = _with_lora(language.base, settings.lora)
             self.notes.append(adapted(language.model))
         quantised = quantised_by(language.base)
         dropped = settings is not None and bool(settings.drop_layers)
@@ -379,7 +378,7 @@ class CausalLMStudent(Student):
         elif quantised_by(self.language.base) is None:
             lost: list[str] = []
             if not self.fits_no_model:
-                lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
+                lost = attempt("the adapter", lambda: model.save_pretrained(str(folder / "adapter")))
             try:
                 problems += lost + write_weights(folder, merged(model))
             except (RuntimeError, MemoryError) as error:
@@ -389,7 +388,7 @@ class CausalLMStudent(Student):
                     f"the merged weights could not be made ({told(error)}); adapter/ holds what was trained"
                 )
         else:
-            model.save_pretrained(folder / "adapter")
+            model.save_pretrained(str(folder / "adapter"))
             card += self._of_adapter()
         problems += attempt("where completions end", lambda: write_end_ids(folder, self.context.end_ids))
         problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
@@ -495,7 +494,7 @@ def freeze(model: torch.nn.Module, parts: Sequence[str]) -> None:
         )
 
 
-def _with_lora(model: Any, lora: LoRA) -> Any:
+def _with_lora(model: PreTrainedModel, lora: LoRA) -> PeftModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

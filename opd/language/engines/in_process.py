@@ -21,8 +21,11 @@ from opd.language.engines.sampler import Sampler, Sampling
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
+from opd.language.saving import base_of
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from opd.policies import Student
     from opd.teachers import LiveTeacher
 
@@ -49,13 +52,14 @@ class InProcess(torch.nn.Module, Engine):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase,
         template: str = "chat",
         template_options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.model = model
+        # Nobody asks a reader for the model that it has not.
+        self.model: PreTrainedModel | PeftModel = model  # type: ignore[assignment]
         self.tokenizer = tokenizer
         self.template = template
         self.template_options = dict(template_options or {})
@@ -88,7 +92,7 @@ class InProcess(torch.nn.Module, Engine):
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, without a peft wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_of(self.model)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -105,11 +109,11 @@ class InProcess(torch.nn.Module, Engine):
         """The model's kind, as messages name it."""
         return f"the family {getattr(self.base.config, 'model_type', type(self).__name__)!r}"
 
-    def body(self, **inputs: Any) -> Any:
+    def body(self, **inputs: object) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
         return decoder_of(self.base)(**inputs)
 
-    def packed_body(self, row: PackedRow, **options: Any) -> torch.Tensor:
+    def packed_body(self, row: PackedRow, **options: object) -> torch.Tensor:
         """Final hidden states `[1, L, D]` of a packed row."""
         decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
