@@ -47,7 +47,7 @@ def _written(times: torch.Tensor) -> str:
     return ", ".join(f"{t:.3g}" for t in times.tolist())
 
 
-class LiveFlowTeacher(LiveTeacher):
+class LiveFlowTeacher(LiveTeacher[Teacher]):
     """A built flow teacher.
 
     Args:

@@ -49,7 +49,7 @@ class SelfTeacher(Teacher):
         return student.as_teacher(self, context)
 
 
-class OwnCopy(LiveTeacher):
+class OwnCopy(LiveTeacher[Teacher]):
     """What teachers that are made of the student add to scoring: `module`, the student's as it was, may follow it."""
 
     settings: SelfTeacher
