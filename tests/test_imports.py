@@ -38,9 +38,11 @@ folder holds and no longer name says otherwise. A file may import from its own l
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("policies.base", "teachers.__init__"): "types: a student says what teacher it makes, and teachers follow students",
+    ("policies.base", "teachers.self_teacher"): "types: the settings of the teacher that is a copy of the student",
     ("policies.held_out", "teachers.__init__"): "types: the same, where a student is measured against a teacher",
     ("policies.base", "rollouts.__init__"): "types: a policy makes the sampler of held-out prompts",
     ("rollouts.base", "policies.__init__"): "types: where others write, the student's own sampler is asked for",
+    ("rollouts.base", "teachers.__init__"): "types: a rollout is built of the student and its teachers",
 }
 """Imports that go up, or close a circle, with the reason why they are still there."""
 

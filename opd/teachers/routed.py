@@ -66,14 +66,12 @@ class RoutedTeacher(Teacher):
         return RoutedTeachers(self, {tag: r.build(context, student) for tag, r in self.routes.items()})
 
 
-class RoutedTeachers(LiveTeacher):
+class RoutedTeachers(LiveTeacher[RoutedTeacher]):
     """The built routes.
 
     Raises:
         IncompatibleError: routes that answer different kinds of distribution.
     """
-
-    settings: RoutedTeacher
 
     def __init__(self, settings: RoutedTeacher, routes: Mapping[str, LiveTeacher]):
         self.settings, self.routes = settings, dict(routes)
@@ -112,8 +110,7 @@ class RoutedTeachers(LiveTeacher):
         return tag if tag in self.routes else str(default)
 
     @torch.no_grad()
-    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
-        assert isinstance(settings, RoutedTeacher)
+    def answer(self, trajectories: Trajectories, settings: RoutedTeacher, context: Context) -> list[Target]:
         rows: dict[str, list[int]] = {}
         for i, prompt in enumerate(trajectories.prompts):
             rows.setdefault(self.route(prompt), []).append(i)
