@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from opd.assembly import assemble, load_data, not_held_out
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
-from opd.choice import choices_of, kind_of
+from opd.choice import Choice, choices_of, kind_of
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
 from opd.evaluation import evaluate
@@ -30,15 +31,20 @@ from opd.files.whole import locked, whole_folder, write_whole
 from opd.hub import check_push
 from opd.loop import train
 from opd.monitor import Monitor
-from opd.policies import LIVE, Policy
+from opd.policies import LIVE, Policy, Student
 from opd.policies.held_out import HeldOut
 from opd.progress import without_library_bars
+from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
 from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.run import Run
 from opd.saving import save_run
+from opd.teachers import LiveTeacher
 from opd.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,19 @@ class Result:
     stopped_by: int | None = None
 
 
+LiveOrNamed: TypeAlias = "str | Mapping[str, object] | Choice | torch.nn.Module | DiffusionPipeline"
+"""A hub name or folder, a recipe's block for the model, or the model itself: of transformers, peft or diffusers."""
+
+
 def distill(
-    student: Any,
-    teacher: Any,
-    prompts: Any,
+    student: LiveOrNamed,
+    teacher: LiveOrNamed | list[LiveOrNamed] | tuple[LiveOrNamed, ...],
+    prompts: str | Path | Mapping[str, object] | Prompts | Iterable[object],
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     quiet: bool = False,
-    **settings: Any,
+    **settings: object,
 ) -> Result:
     """Distil `teacher` into `student` on the student's own trajectories.
 
@@ -140,8 +150,8 @@ def execute(
     force_changed: bool = False,
     quiet: bool = False,
     console: Console | None = None,
-    student: Any = None,
-    teachers: Sequence[Any] | None = None,
+    student: Student | None = None,
+    teachers: Sequence[LiveTeacher] | None = None,
 ) -> Result:
     """Run a recipe from start to finish and write its directory.
 
@@ -322,7 +332,7 @@ def finish(run: Run) -> Result:
 
 
 def assembled(
-    recipe: Recipe, *, teachers: Sequence[Any] | None = None, quiet: bool = True, console: Console | None = None
+    recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import packages_distributions
 from typing import Any, Literal, get_args, get_origin
 
@@ -94,7 +95,13 @@ def _package(choice: type[Choice]) -> str:
     top = choice.__module__.split(".")[0]
     if top == "opd":
         return ""
-    return next(iter(packages_distributions().get(top, [])), top)
+    return next(iter(_distributions().get(top, [])), top)
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Installed packages by the modules that they bring; finding that out reads the files of all of them."""
+    return packages_distributions()
 
 
 def _blocks(annotation: Any) -> Iterator[type[Settings]]:

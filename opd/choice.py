@@ -114,7 +114,7 @@ def kind_of(choice: Choice | type[Choice]) -> str:
     return str(fields["kind"].default)
 
 
-def as_list(value: Any) -> Any:
+def as_list(value: object) -> list[Any] | tuple[Any, ...]:
     """One item as a list of it, and none as an empty one, for fields that take one or several."""
     if value is None:
         return []
@@ -185,7 +185,7 @@ def _place(choice: type[Choice]) -> str:
     return f"{choice.__module__}.{choice.__qualname__}"
 
 
-def nested(value: Any) -> Iterator[Choice]:
+def nested(value: object) -> Iterator[Choice]:
     """Every choice in a value: itself, and those that its fields hold."""
     if isinstance(value, Choice):
         yield value

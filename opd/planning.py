@@ -43,7 +43,7 @@ class Shape:
         return {name: value for name, value in vars(self).items() if name not in ("model", "offload")}
 
 
-def saved_bytes(model: torch.nn.Module, forward: Callable[[], Any]) -> int:
+def saved_bytes(model: torch.nn.Module, forward: Callable[[], object]) -> int:
     """Bytes that autograd keeps of one call on the meta device, the model's own weights and buffers not counted."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}

@@ -62,7 +62,7 @@ ORIGIN = LIST
 """Beside a saved student's weights: where it comes from, and which files of its folder `opd` wrote."""
 
 
-def write_origin(folder: Path, **facts: Any) -> None:
+def write_origin(folder: Path, **facts: object) -> None:
     """Complete a folder of a model that is just being written: `facts`, and the list of what lies in it."""
     files = sorted(name for name in entries(folder) if name != FILLING)
     text = json.dumps({"format": 1, **facts, "files": files}, indent=2) + "\n"
@@ -85,7 +85,7 @@ def read_origin(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} does not list a student's teachers as opd writes it; mend or remove it") from None
 
 
-def models_of(teacher: Any) -> str:
+def models_of(teacher: object) -> str:
     """What a teacher's block of a recipe names, for people: its model, those of its routes, or its kind."""
     if not isinstance(teacher, dict):
         return str(teacher or "")

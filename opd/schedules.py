@@ -93,7 +93,7 @@ class Scheduled:
         """Whether the number at a step depends on how many steps the run has."""
         return isinstance(self.shape, Named) and self.shape.kind != "constant" and self.shape.steps is None
 
-    def plain(self) -> Any:
+    def plain(self) -> list[list[float]] | dict[str, Any]:
         """The schedule as a recipe writes it."""
         if isinstance(self.shape, Points) and self.shape.kind == "points":
             return [list(point) for point in self.shape.points]

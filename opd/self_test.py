@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from opd.objectives import Objective
 from opd.objectives.sft import SFT
 from opd.policies import Student
 from opd.prompts import Prompt
-from opd.rollouts import HeldOutSampler, PrefixSource, Request
+from opd.rollouts import HeldOutSampler, PrefixSource, Request, Rollout
 from opd.teachers import LiveTeacher
 from opd.trajectories import Trajectories
 
@@ -31,7 +30,7 @@ def self_test(
     teachers: Sequence[LiveTeacher],
     rollout: PrefixSource,
     objectives: Sequence[Objective],
-    probe: Request[Any],
+    probe: Request[Rollout],
     measured: HeldOutSampler | None = None,
 ) -> None:
     """Raise `SelfTestError` with the reason when a tiny rollout shows a wrong pipeline. Costs one small step.

@@ -12,7 +12,6 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -129,7 +128,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tree: Any, here: bool) -> Any:
+def gathered(tree: object, here: bool) -> object:
     """Nested dicts, lists and tuples with every sharded tensor whole on the CPU where `here`, elsewhere None."""
     if isinstance(tree, DTensor):
         tensor = full(tree.detach())

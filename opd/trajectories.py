@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
+import numpy as np
 import torch
 
 from opd.distributions import Target, joined_targets
@@ -13,6 +14,9 @@ from opd.prompts import Prompt
 
 Author = Literal["student", "teacher", "data", "environment"]
 """Who chose an action."""
+
+Outcome: TypeAlias = str | np.ndarray
+"""What a trajectory came to, as verifiers read it: a text, or a picture, float32 `[H, W, 3]` in 0..1."""
 
 AUTHORS: tuple[Author, ...] = get_args(Author)
 

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
 import pytest
 import torch
-from pydantic import Field
 
 from opd.context import Context
 from opd.errors import ModelError, RecipeError
 from opd.language.engines.base import Drawing, Looker, PromptInputs, followed_by, same_prompt
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.engines.transformers import LanguageModel
-from opd.language.rollout import LanguageRollout
 from opd.recipe import parse_recipe
-from opd.rollouts import Request
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.switch import SwitchRollout
 from opd.teachers.memory import Memory, MemorySettings
-from opd.watches import LiveWatch, Watch
 from opd.watches.repetition import Repetition, repeated
 from tests.conftest import tiny_model, writing
 from tests.families import FAMILIES, tiny
@@ -213,33 +205,6 @@ def test_nobody_watches_held_out_samples(student, looping):
     assert watched(looping, 1, 64, stream=0).stopped is not None
     measured = watched.source.held_out(watched.settings, student.context, student)
     assert measured(looping, 1, 64, stream=0).stopped is None
-
-
-def test_the_watch_on_the_page_ends_what_its_teacher_finds_unlikely(student, prompts):
-    page = (Path(__file__).parent.parent / "docs/axes/rollout.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    names = {
-        "__name__": "their_watch",
-        "Watch": Watch,
-        "LiveWatch": LiveWatch,
-        "Literal": Literal,
-        "Field": Field,
-        "torch": torch,
-    }
-    exec(compile(code, "rollout.md", "exec", dont_inherit=True), names)
-    teacher = SimpleNamespace(language=student.language)
-
-    def drawn(least):
-        settings = names["Confident"](least=least)
-        watch = settings.build(student.context, student, [teacher])
-        rollout = StudentRollout().model_copy(update={"watch": settings, "segment": 4})
-        source = LanguageRollout(student.language, rollout, student.context, watch=watch)
-        return source(Request(prompts, 1, 12, 0, rollout, student.context))
-
-    assert drawn(-99.0).stopped is None
-    stopped = drawn(0.0)
-    assert set(stopped.stopped) - {None} == {"unlikely"}
-    assert stopped.lengths.max() == 4
 
 
 def test_segments_without_a_watch_are_refused():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,9 +49,11 @@ folder holds and no longer name says otherwise. A file may import from its own l
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("policies.base", "teachers.__init__"): "types: a student says what teacher it makes, and teachers follow students",
+    ("policies.base", "teachers.self_teacher"): "types: the settings of the teacher that is a copy of the student",
     ("policies.held_out", "teachers.__init__"): "types: the same, where a student is measured against a teacher",
     ("policies.base", "rollouts.__init__"): "types: a policy makes the sampler of held-out prompts",
     ("rollouts.base", "policies.__init__"): "types: where others write, the student's own sampler is asked for",
+    ("rollouts.base", "teachers.__init__"): "types: a rollout is built of the student and its teachers",
 }
 """Imports that go up, or close a circle, with the reason why they are still there."""
 
@@ -159,6 +162,26 @@ def test_a_file_that_goes_up_is_found(tmp_path):
     (tmp_path / "file.py").write_text("def f():\n    from opd.run import Run\n    import opd.cli.main\n")
     assert sorted(imported(tmp_path / "file.py", modules())) == ["cli.main", "run"]
     assert line_of("run") > line_of("recipe.tree") > line_of("teachers.local") > line_of("teachers.base")
+
+
+def test_the_page_on_design_has_the_same_order():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8").split("## Layout")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([^|`]+) \| (.+) \|$", page, re.M)
+    rows = [(what, set(re.findall(r"`([^`]+)`", where))) for what, where in rows if where != "where in `opd/`"]
+    assert [what.split(":")[0] for what, _ in rows] == [what for what, _ in ORDER]
+    for (what, shown), (_, names) in zip(rows, ORDER, strict=True):
+        plain = {name for name in names.split() if "." not in name and not name.startswith("__")}
+        assert plain <= shown, (what, sorted(plain - shown))
+
+
+def test_the_page_on_design_names_files_that_are_there():
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:opd/)?([a-z_/]+\.py)`", page)) - {"tests/test_imports.py"}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / "opd" / name).is_file()] == []
+    tests = re.findall(r"`((?:seams/)?test_\w+)`", page)
+    assert tests
+    assert [name for name in tests if not (ROOT / "tests" / f"{name}.py").is_file()] == []
 
 
 def test_benchmarks_make_no_circle():

@@ -129,7 +129,7 @@ def test_what_an_optimiser_keeps_is_stored_by_name_and_fits_no_other_one(then, n
 
     student, update = built(then)
     student.language.model(torch.tensor([[3, 4, 5]])).logits.square().mean().backward()
-    update.apply()
+    update.apply(update.settings)
     state = unflatten(*flatten(update.state_dict()))
     parameters = dict(student.language.model.named_parameters())
     assert all(any(whole.endswith(name) or name.endswith(whole) for whole in parameters) for name in state["moments"])

@@ -46,7 +46,7 @@ def steps_stored(directory: Path) -> list[int]:
     return sorted((int(name[5:]) for name in names if re.fullmatch(r"step-\d{8,}", name)), reverse=True)
 
 
-def write(folder: Path, facts: Mapping[str, Any], state: Any) -> None:
+def write(folder: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Store `state` (see `tree`) and the plain `facts` about it; the folder appears when it is complete.
 
     Raises:
@@ -109,14 +109,15 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read(folder: Path) -> Any:
+def read(folder: Path) -> dict[str, Any]:
     """The state of a checkpoint that `verify` found sound; tensors on the CPU, in memory of their own."""
     structure = json.loads((folder / STATE).read_bytes())
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(folder / TENSORS, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118
             tensors[name] = file.get_tensor(name).clone()
-    return unflatten(structure, tensors)
+    state: dict[str, Any] = unflatten(structure, tensors)
+    return state
 
 
 _PARTS = (STATE, TENSORS)

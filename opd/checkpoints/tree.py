@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 
 MARKS = ("$tensor", "$tuple", "$items")
 
 
-def flatten(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def flatten(tree: object) -> tuple[JsonValue, dict[str, torch.Tensor]]:
     """JSON with a reference in place of every tensor, and the tensors by their place in the tree, on the CPU.
 
     Raises:
@@ -18,7 +19,7 @@ def flatten(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
 
-    def encode(value: Any, place: str) -> Any:
+    def encode(value: object, place: str) -> JsonValue:
         if isinstance(value, torch.Tensor):
             tensors[place] = _alone(value, storages)
             return {"$tensor": place}

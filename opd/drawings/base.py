@@ -84,7 +84,7 @@ def hashed_split(key: bytes) -> Split:
     return "train" if tenth < 8 else SPLITS[tenth - 7]
 
 
-def checked(completion: Any) -> np.ndarray | None:
+def checked(completion: object) -> np.ndarray | None:
     """A picture as rewards read it: float32 `[H, W, 3]` clipped to 0..1; None where a value is not a number.
 
     Raises:

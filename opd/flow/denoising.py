@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from opd.distributions import Gaussian
 from opd.distributions.transition import transition
+from opd.flow.encoder import Condition
 from opd.prompts import Prompt
 from opd.trajectories import AUTHORS, Author, Trajectories
 
@@ -27,7 +27,7 @@ class Denoising:
         outcome: float32 `[C, H, W]`, the latent at time 0 that the trajectory came to, beyond the steps trained on.
     """
 
-    condition: Any
+    condition: Condition
     start: torch.Tensor
     times: torch.Tensor
     noise: float
@@ -59,7 +59,7 @@ def pack(
     )
 
 
-def believe(module: torch.nn.Module, trajectories: Trajectories, conditions: Sequence[Any]) -> Gaussian:
+def believe(module: torch.nn.Module, trajectories: Trajectories, conditions: Sequence[Condition]) -> Gaussian:
     """A model's distribution over the next latent at each of the N states, with a graph when gradients are on.
 
     Args:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,14 +17,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opd.errors import DataError, ModelError, first_line
 from opd.prompts import Prompt
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
 REMEMBERED = 512
 """Prompts whose encoding by a pipeline's text encoders is kept, on the CPU; one takes a few megabytes."""
+
+Condition: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""A prompt as an encoder reads it: ids of a table, or what text encoders made of it."""
+
+C = TypeVar("C", bound=Condition)
 
 
 class Shared:
     """Parts that no training moves and that copies of a model have in common."""
 
-    def __init__(self, **parts: Any):
+    def __init__(self, **parts: object):
         vars(self).update(parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
@@ -34,15 +42,16 @@ class Shared:
         raise AttributeError(f"no part {name!r}")
 
 
-class PromptEncoder(torch.nn.Module, ABC):
-    """`encode` once a prompt, `forward` at every pass. The empty prompt is the unconditional one."""
+class PromptEncoder(torch.nn.Module, ABC, Generic[C]):
+    """Makes a condition `C` of a prompt: `encode` once a prompt, `forward` at every pass. The empty prompt is the
+    unconditional one."""
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> list[Any]:
+    def encode(self, texts: Sequence[str]) -> list[C]:
         """One condition a text, to be kept in trajectories."""
 
     @abstractmethod
-    def forward(self, conditions: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, conditions: Sequence[C]) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, L, E]` embeddings and `[B, P]` pooled ones of B conditions."""
 
     @abstractmethod
@@ -50,7 +59,7 @@ class PromptEncoder(torch.nn.Module, ABC):
         """Raise `DataError` for a text that cannot be encoded whole, with at most `limit` tokens."""
 
 
-class PromptTable(PromptEncoder):
+class PromptTable(PromptEncoder[torch.Tensor]):
     """Embeddings of tokens and of their places, and the mean of a second table: what a small model needs of a closed
     vocabulary. A condition is the prompt's ids, padded to `places`.
 
@@ -122,10 +131,10 @@ def _table(folder: Path) -> Path:
     return folder / "table.safetensors"
 
 
-class TextEncoders(PromptEncoder):
+class TextEncoders(PromptEncoder[tuple[torch.Tensor, torch.Tensor]]):
     """The text encoders of a diffusers pipeline, frozen. A condition is their output; each text is encoded once."""
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: StableDiffusion3Pipeline):
         super().__init__()
         # Not a submodule: what is frozen and shared with teachers is no part of what is trained.
         self.shared = Shared(pipeline=pipeline, known=OrderedDict())

@@ -7,7 +7,8 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +16,18 @@ from pydantic import Field, ValidationInfo, field_validator
 from safetensors import SafetensorError
 
 from opd.choice import Settings
-from opd.errors import ModelError, first_line
-from opd.flow.encoder import PromptEncoder, PromptTable, Shared, TextEncoders
+from opd.errors import IncompatibleError, ModelError, first_line
+from opd.flow.encoder import Condition, PromptEncoder, PromptTable, Shared, TextEncoders
 from opd.merging.adapters import PEFT_PREFIX
 from opd.merging.weights import ADAPTER_FILES, Weights
+
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 TABLE = "prompt_table"
 """Folder of the prompt table of a model that works on pixels."""
@@ -73,9 +82,9 @@ class FlowModel(torch.nn.Module):
     def __init__(
         self,
         transformer: torch.nn.Module,
-        scheduler: Any,
+        scheduler: FlowMatchEulerDiscreteScheduler,
         encoder: PromptEncoder,
-        pipeline: Any = None,
+        pipeline: StableDiffusion3Pipeline | None = None,
         resolution: int | None = None,
     ):
         super().__init__()
@@ -89,9 +98,9 @@ class FlowModel(torch.nn.Module):
         self.parts = Shared(scheduler=scheduler, pipeline=pipeline)
         factor = 1 if pipeline is None else int(pipeline.vae_scale_factor)
         size = latent_size(self.base.config, factor, resolution)
-        self.shape = (int(self.base.config.in_channels), size, size)
+        self.shape = (int(self.base.config["in_channels"]), size, size)
         self.resolution = size * factor
-        if size != self.base.config.sample_size:
+        if size != self.base.config["sample_size"]:
             # What it is trained at is what it draws by default once it is saved, in plain diffusers too.
             self.base.register_to_config(sample_size=size)
             if pipeline is not None:
@@ -99,17 +108,17 @@ class FlowModel(torch.nn.Module):
         self._grids: dict[int, torch.Tensor] = {}
 
     @property
-    def base(self) -> Any:
+    def base(self) -> SD3Transformer2DModel:
         """The diffusers model, without a peft wrapper."""
         model: Any = self.transformer
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     @property
-    def scheduler(self) -> Any:
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         return self.parts.scheduler
 
     @property
-    def pipeline(self) -> Any:
+    def pipeline(self) -> StableDiffusion3Pipeline | None:
         return self.parts.pipeline
 
     @property
@@ -119,7 +128,7 @@ class FlowModel(torch.nn.Module):
     def grid(self, steps: int) -> torch.Tensor:
         """float32 `[steps + 1]`: the scheduler's times from 1 to 0, its shift included."""
         if steps not in self._grids:
-            scheduler = type(self.scheduler).from_config(self.scheduler.config)
+            scheduler: Any = type(self.scheduler).from_config(self.scheduler.config)
             scheduler.set_timesteps(steps)
             self._grids[steps] = scheduler.sigmas.float()
         return self._grids[steps].to(self.device)
@@ -128,7 +137,7 @@ class FlowModel(torch.nn.Module):
         self,
         x: torch.Tensor,
         t: torch.Tensor,
-        conditions: Sequence[Any],
+        conditions: Sequence[Condition],
         counts: Sequence[int],
         guidance: Sequence[float],
     ) -> torch.Tensor:
@@ -154,7 +163,7 @@ class FlowModel(torch.nn.Module):
         dtype = self.base.dtype
         return self.transformer(
             hidden_states=x.to(dtype),
-            timestep=t * self.scheduler.config.num_train_timesteps,
+            timestep=t * self.scheduler.config["num_train_timesteps"],
             encoder_hidden_states=hidden.to(dtype),
             pooled_projections=pooled.to(dtype),
             return_dict=False,
@@ -205,6 +214,21 @@ class FlowModel(torch.nn.Module):
             self.pipeline.register_modules(transformer=own)
 
 
+def flow_model_of(part: Student | LiveTeacher, which: str) -> FlowModel:
+    """The flow model of a built student or teacher; `which` names it.
+
+    Raises:
+        IncompatibleError: it has none in this process.
+    """
+    found = getattr(part, "model", None)
+    if not isinstance(found, FlowModel):
+        raise IncompatibleError(
+            f"{which} ({type(part).__name__}) has no flow model in this process, and another part of the recipe asks "
+            "for it; take a student of policy flow_transformer and teachers of kind flow or self"
+        )
+    return found
+
+
 def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) -> int:
     """Side of the latents of a transformer of this configuration; `factor` pixels are one place of them.
 
@@ -219,7 +243,9 @@ def latent_size(config: Mapping[str, Any], factor: int, resolution: int | None) 
     return side // factor
 
 
-def check_parts(transformer: Any, scheduling: Mapping[str, Any], encoder: PromptEncoder | None, whose: str) -> None:
+def check_parts(
+    transformer: torch.nn.Module, scheduling: Mapping[str, Any], encoder: PromptEncoder | None, whose: str
+) -> None:
     """Raise `ModelError` for parts that are no flow model together.
 
     Args:
@@ -341,7 +367,7 @@ def load_flow_model(
     return FlowModel(transformer, scheduler, encoder, pipeline, resolution).to(device).eval()
 
 
-def merge_adapter(transformer: Any, adapter: str) -> Any:
+def merge_adapter(transformer: SD3Transformer2DModel, adapter: str) -> SD3Transformer2DModel:
     """The transformer with a peft adapter's product added to its weights."""
     folder = Path(adapter).expanduser()
     try:
@@ -361,7 +387,7 @@ def merge_adapter(transformer: Any, adapter: str) -> Any:
         ) from None
 
 
-def check_adapter(transformer: Any, adapter: str) -> bool:
+def check_adapter(transformer: torch.nn.Module, adapter: str) -> bool:
     """Whether an adapter lies on this machine. Of one that does, everything that can be seen without its numbers.
 
     Args:
@@ -402,7 +428,7 @@ def check_adapter(transformer: Any, adapter: str) -> bool:
     return True
 
 
-def import_diffusers() -> Any:
+def import_diffusers() -> ModuleType:
     """The library, quiet about the parts that it reads and writes.
 
     Raises:

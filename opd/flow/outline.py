@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from opd.flow.model import (
 )
 from opd.planning import DTYPE_BYTES, Shape
 
+if TYPE_CHECKING:
+    from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -36,7 +39,7 @@ class Outline:
         latent: side of a latent.
     """
 
-    transformer: Any
+    transformer: torch.nn.Module
     config: Mapping[str, Any]
     encoder: PromptTable | None
     places: int
@@ -52,13 +55,16 @@ class Outline:
         """Of a latent."""
         return int(self.config["in_channels"] * self.latent**2)
 
-    def forward(self) -> Any:
+    def forward(self) -> tuple[torch.Tensor, ...]:
         """The transformer's answer to one latent and a prompt."""
-        return one_pass(self.transformer, self.latent, self.places)
+        return one_pass(self.transformer, self.config, self.latent, self.places)
 
 
 def student_shape(
-    settings: FlowSettings, resolution: int | None, notes: list[str], adapted: Callable[[Any], Any]
+    settings: FlowSettings,
+    resolution: int | None,
+    notes: list[str],
+    adapted: Callable[[torch.nn.Module], torch.nn.Module],
 ) -> Shape:
     """The shape of a student; its `model` is an `Outline`. `adapted` puts the adapters on that are trained.
 
@@ -105,7 +111,7 @@ def teacher_shape(settings: FlowSettings, student: Shape, notes: list[str]) -> S
 
 def look(
     settings: FlowSettings, notes: list[str], beside_pipeline: bool = False
-) -> tuple[Any, PromptTable | None, int]:
+) -> tuple[SD3Transformer2DModel, PromptTable | None, int]:
     """`(transformer, prompt table, places of a prompt)`, the transformer on the meta device.
 
     Args:
@@ -133,13 +139,13 @@ def look(
     places = PROMPT_TOKENS if encoder is None else encoder.length
     try:
         with torch.no_grad():
-            one_pass(model, model.config["patch_size"], places)
+            one_pass(model, model.config, model.config["patch_size"], places)
     except Exception as error:  # whatever a class of diffusers makes of numbers that do not fit together
         raise unloadable(settings.model, f"transformer/config.json contradicts itself: {first_line(error)}") from None
     return model, encoder, places
 
 
-def _on_meta(config: Mapping[str, Any], name: str) -> Any:
+def _on_meta(config: Mapping[str, Any], name: str) -> SD3Transformer2DModel:
     """The transformer of a configuration, without weights."""
     cls = config.get("_class_name", "SD3Transformer2DModel")
     kind = getattr(import_diffusers(), str(cls), None)
@@ -152,15 +158,14 @@ def _on_meta(config: Mapping[str, Any], name: str) -> Any:
         raise unloadable(name, f"transformer/config.json makes no {cls}: {first_line(error)}") from None
 
 
-def merged(model: Any, settings: FlowSettings, notes: list[str]) -> None:
+def merged(model: torch.nn.Module, settings: FlowSettings, notes: list[str]) -> None:
     """Look at the adapter that a model begins with."""
     if settings.adapter is not None and not check_adapter(model, settings.adapter):
         notes.append(f"{settings.adapter}: not read; the adapter is taken to fit")
 
 
-def one_pass(model: Any, latent: int, places: int) -> Any:
-    """The transformer's answer to one latent and a prompt of as many places."""
-    config = model.config
+def one_pass(model: torch.nn.Module, config: Mapping[str, Any], latent: int, places: int) -> tuple[torch.Tensor, ...]:
+    """The answer of a transformer of this configuration to one latent and a prompt of as many places."""
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, device="meta")

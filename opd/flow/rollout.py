@@ -14,8 +14,9 @@ from opd.context import Context
 from opd.distributions.transition import transition
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
+from opd.flow.encoder import Condition
 from opd.flow.model import FlowModel
-from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
 from opd.trajectories import Author, Trajectories
 
@@ -47,7 +48,7 @@ class SamplerSettings(GridSettings):
     )
 
 
-class FlowRollout(PrefixSource):
+class FlowRollout(PrefixSource[SamplerSettings]):
     """Rollouts of one flow model.
 
     Args:
@@ -68,10 +69,10 @@ class FlowRollout(PrefixSource):
         self.authors = frozenset({author})
         self.dtype = torch.bfloat16 if settings.dtype == "bfloat16" else next(model.parameters()).dtype
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: SamplerSettings) -> bool:
         return self.author == "student"
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: SamplerSettings, context: Context, student: Student) -> HeldOutSampler:
         """The student by the settings of this rollout, whoever denoises in it."""
         mine = self if self.author == "student" else student.own_sampler(context).source
         return HeldOutSampler(mine, settings, context)
@@ -100,7 +101,7 @@ class FlowRollout(PrefixSource):
         return pack(prompts, group, rows, torch.cat(actions), torch.cat(log_probs), self.author)
 
     def _sample(
-        self, request: Request[SamplerSettings], conditions: Sequence[Any], seeds: Sequence[int]
+        self, request: Request[SamplerSettings], conditions: Sequence[Condition], seeds: Sequence[int]
     ) -> tuple[list[Denoising], torch.Tensor, torch.Tensor]:
         """Trajectories of B rows of a request, their first `budget` actions `[B, K, C, H, W]` and log-densities
         `[B, K]`."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 
 from opd.assembly import build_models, compute_device, make_accelerator
 from opd.errors import RecipeError, RunError
@@ -37,7 +36,6 @@ def sample_images(
     draws: int = 1,
     prompts_per_shard: int = 64,
     quiet: bool = False,
-    console: Console | None = None,
 ) -> int:
     """Draw images of every prompt of a recipe, those that it would hold out too, `batch.group` times a draw.
 
@@ -121,7 +119,7 @@ def sample_images(
             write_in_store(parts[shard], "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     missing = [shard for shard, part in enumerate(parts) if not part.is_file()]
-    work_through(missing, len(parts), write, "sampling", console, quiet)
+    work_through(missing, len(parts), write, "sampling", quiet)
     if not all(part.is_file() for part in parts):
         return 0
     tidy(path / ".opd", Path.is_file)

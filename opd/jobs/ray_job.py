@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from opd.errors import RunError
-from opd.jobs.scoring import Scorer
+from opd.jobs.scoring import Scorer, ScoringOptions
 from opd.recipe import Recipe
 from opd.store.shards import tidy
 from opd.store.store import Store
@@ -18,7 +18,7 @@ from opd.store.targets import Kind, Targets
 class ShardWorker:
     """What an actor of the job holds: a loaded teacher."""
 
-    def __init__(self, recipe: Recipe, path: Path, kind: Kind, options: dict[str, Any]):
+    def __init__(self, recipe: Recipe, path: Path, kind: Kind, options: ScoringOptions):
         self.scorer = Scorer(recipe, path, kind, **options)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class ShardWorker:
         return {"targets": [self.scorer.targets.path.name] * len(batch["item"])}
 
 
-def score_with_ray(recipe: Recipe, path: Path, kind: Kind, workers: int, **options: Any) -> Targets:
+def score_with_ray(recipe: Recipe, path: Path, kind: Kind, workers: int, **options: Unpack[ScoringOptions]) -> Targets:
     """Score a store with `workers` actors, each of one GPU where there is one; the result is that of one process.
 
     The store's folder must be reachable under the same path by every machine of the cluster. Connects to the cluster

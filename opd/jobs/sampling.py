@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
 from opd.errors import RecipeError
 from opd.jobs.work import work_through
@@ -31,7 +29,6 @@ def sample(
     draws: int = 1,
     prompts_per_shard: int = 64,
     quiet: bool = False,
-    console: Console | None = None,
 ) -> Store:
     """Roll out every prompt of a recipe, those that it would hold out too, `batch.group` times a draw.
 
@@ -100,7 +97,7 @@ def sample(
                 asked = Request(here, store.header.group, store.header.budget, draw, recipe.rollout, context)
                 store.write(shard, source(asked))
 
-    work_through(store.missing(), store.header.shards, write, "sampling", console, quiet)
+    work_through(store.missing(), store.header.shards, write, "sampling", quiet)
     tidy(store.shard_path(0).parent)
     return store
 

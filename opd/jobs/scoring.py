@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
-from rich.console import Console
 
 from opd.assembly import compute_device, make_accelerator
 from opd.context import Context
@@ -27,6 +26,15 @@ from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import RoutedTeacher
 from opd.weights import weights_hash
+
+
+class ScoringOptions(TypedDict, total=False):
+    """What `Scorer` may be told beside the kind of targets, for whoever passes it on."""
+
+    top_k: int
+    dtype: Literal["bfloat16", "float32"]
+    name: str | None
+    teacher: str | None
 
 
 class Scorer:
@@ -154,12 +162,11 @@ def score(
     kind: Kind = "sampled",
     *,
     quiet: bool = False,
-    console: Console | None = None,
-    **options: Any,
+    **options: Unpack[ScoringOptions],
 ) -> Targets:
     """Score a store with a recipe's teacher in this process; `options` are those of `Scorer`."""
     scorer = Scorer(recipe, path, kind, **options)
     targets = scorer.targets
-    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", console, quiet)
+    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", quiet)
     tidy(targets.path)
     return targets

@@ -13,8 +13,7 @@ def work_through(
     shards: int,
     write: Callable[[int], None],
     label: str,
-    console: Console | None = None,
-    quiet: bool = False,
+    quiet: bool,
 ) -> None:
     """Call `write` for each of the `missing` shards of `shards` in all."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
@@ -24,7 +23,7 @@ def work_through(
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=console or Console(stderr=True),
+        console=Console(stderr=True),
         disable=quiet,
     ) as progress:
         task = progress.add_task(label, total=shards, completed=shards - len(missing))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 
@@ -71,7 +75,7 @@ def _read(folder: str, path: Path) -> AdapterSource:
     return AdapterSource(folder, str(base), config)
 
 
-def load_adapter(base: Any, source: AdapterSource) -> Any:
+def load_adapter(base: PreTrainedModel, source: AdapterSource) -> PeftModel:
     """`base` under the adapter, as peft wraps it; the adapter can be trained, the base cannot."""
     try:
         from peft import PeftModel

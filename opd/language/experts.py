@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from opd.errors import RunError
 from opd.language.layers import decoder_of
@@ -25,7 +26,7 @@ class Experts:
         note: what a person should know about that loss, or None.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
         body = decoder_of(model)
         recorded = (getattr(body, "_can_record_outputs", None) or {}).get("router_logits", [])

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from opd.errors import ModelError
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a causal model below its head: what `get_decoder` says, or its base where that is no decoder."""
     found = model.get_decoder()
     if isinstance(found, PreTrainedModel) and found is not model:
@@ -28,7 +28,7 @@ def decoder_layers(body: torch.nn.Module) -> torch.nn.ModuleList | None:
     return next((part for part in lists if len(part) == count), None)
 
 
-def drop_layers_from_config(config: Any, layers: Sequence[int]) -> Any:
+def drop_layers_from_config(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
     """The config of the model that is left after removing `layers`."""
     if not layers:
         return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import PretrainedConfig
 
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -13,7 +13,7 @@ UNUSED = {"mpt": ("logit_scale",)}
 """Names that a family's config has and its model does not read."""
 
 
-def scale_and_softcap(config: Any) -> tuple[float, float | None]:
+def scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None]:
     """The factor on the logits and the cap `c` of `c * tanh(logits / c)` that a causal model with this config applies.
 
     A transformation that is not known here shows in the start-up test.

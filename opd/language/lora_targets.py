@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING
 
 from opd.language.experts import Experts, fused
+from opd.language.saving import base_of
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
-def spare_routers(config: Any, model: Any) -> None:
+def spare_routers(config: LoraConfig, model: PreTrainedModel) -> None:
     """Leave a mixture's routers out of a `peft` config whose targets are all linear modules: what moves a router moves
     what each expert was trained for. Routers that are named stay targets."""
     routers = Experts(model).routers
@@ -26,14 +31,15 @@ def spare_routers(config: Any, model: Any) -> None:
     # peft does this itself, and again; done here, what it adds for routers can be taken out.
     convert_peft_config_for_transformers(config, model=model, conversions=get_model_conversion_mapping(model))
     weights = [f"{name}.{w}" for name, router in routers.items() for w, _ in router.named_parameters()]
-    config.target_parameters = {
+    kept = {
         target
         for target in config.target_parameters or ()
         if not any(weight == target or weight.endswith(f".{target}") for weight in weights)
-    } or None
+    }
+    config.target_parameters = sorted(kept) or None
 
 
-def adapted(model: Any) -> str:
+def adapted(model: PeftModel) -> str:
     """One sentence about a `peft` model with LoRA: its adapted modules by name, and of a mixture of experts whether
     routers and experts are among them."""
     names: list[str] = []
@@ -46,7 +52,7 @@ def adapted(model: Any) -> str:
             kinds[names[-1].rpartition(".")[2] + (f".{weight}" if weight else "")] += 1
     experts = [name for name in names if "expert" in name]
     told = f"LoRA adapts {len(names)} weights: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    base = model.get_base_model()
+    base = base_of(model)
     routers = Experts(base).routers
     if not routers:
         return told

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -84,7 +85,7 @@ class ModelSettings(Settings):
         return value
 
 
-def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Any:
+def load_config(settings: ModelSettings, notes: list[str] | None = None) -> PretrainedConfig:
     """The architecture's config, without weights. With `notes`, a hub name that this machine has no copy of is looked
     up first in the configurations that come with `opd`; the notes say so."""
     source = adapter_of(settings.model, settings.revision, local_only=notes is not None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import AttentionInterface
 
@@ -28,7 +26,7 @@ def plan_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Output of the shape `[B, T, heads, value width]`; on the CPU keys and values are repeated per query head."""
     repeat = query.shape[1] // key.shape[1]

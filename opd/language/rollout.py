@@ -18,7 +18,7 @@ from opd.language.engines.in_process import InProcess
 from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
 from opd.language.watching import SEGMENT, Watching
 from opd.prompts import Prompt
-from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
+from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
 from opd.schedules import OverSteps
 from opd.sharding import whole
@@ -58,7 +58,7 @@ GREEDY = {"top_p": 1.0, "top_k": 1}
 """Cuts that leave the likeliest token alone."""
 
 
-class LanguageRollout(PrefixSource):
+class LanguageRollout(PrefixSource[SamplingSettings]):
     """Rollouts of one language model.
 
     Args:
@@ -90,11 +90,10 @@ class LanguageRollout(PrefixSource):
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
 
-    def exact(self, settings: Settings) -> bool:
-        assert isinstance(settings, SamplingSettings)
+    def exact(self, settings: SamplingSettings) -> bool:
         return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: SamplingSettings, context: Context, student: Student) -> HeldOutSampler:
         """This writer itself, where the student is it, and nobody who watches."""
         if self.author != "student":
             return super().held_out(settings, context, student)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from opd.errors import ModelError
 from opd.files.whole import told
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 PROBE = 24
 """Tokens of the sequence on which a saved model and the live one are compared."""
 
@@ -24,9 +27,16 @@ ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 3e-2, torch
 """Largest difference of logits that is rounding, as a share of the largest logit."""
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: object) -> TypeGuard[PeftModel]:
     """Whether a model is peft's wrapper around one of transformers."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model, without peft's wrapper."""
+    # peft says of its base only that it is a module.
+    found: Any = model
+    return found.get_base_model() if hasattr(found, "get_base_model") else found
 
 
 def quantised_by(model: PreTrainedModel) -> str | None:
@@ -125,7 +135,7 @@ def _or_none(model: PreTrainedModel) -> GenerationConfig | None:
         return GenerationConfig()
 
 
-def merged(model: Any, in_place: bool = False) -> PreTrainedModel:
+def merged(model: PeftModel, in_place: bool = False) -> PreTrainedModel:
     """An adapted model with the adapters folded in, as the plain model that it amounts to; a copy, unless `in_place`.
 
     An output head that shares its matrix with the embedding, and of which only one side was trained, is shared no more.
@@ -173,7 +183,7 @@ def free_memory() -> float:
         return math.inf
 
 
-def difference_of_adapter(folder: Path, model: Any) -> str | None:
+def difference_of_adapter(folder: Path, model: PeftModel) -> str | None:
     """How a saved adapter differs from the live one; None where every value is the same."""
     from peft import get_peft_model_state_dict
 
@@ -186,14 +196,14 @@ def difference_of_adapter(folder: Path, model: Any) -> str | None:
 
 
 @torch.no_grad()
-def difference(folder: Path, model: Any) -> str | None:
+def difference(folder: Path, model: PreTrainedModel | PeftModel) -> str | None:
     """How the model that a folder loads as differs from the live one; None when they agree up to rounding.
 
     The folder is loaded on the CPU as a user would load it, and both models read one sequence of `PROBE` tokens from
     all over the vocabulary: whatever goes wrong between training and loading is seen, be it merging, tying or names.
     Memory: a second copy of the weights on the CPU; where there is no room for one, a layer at a time is read.
     """
-    base: PreTrainedModel = model.get_base_model() if is_adapted(model) else model
+    base = base_of(model)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     options: dict[str, Any] = (
         {} if free_memory() > 1.5 * size else {"device_map": {"": "disk"}, "offload_folder": str(folder)}

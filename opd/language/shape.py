@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from opd.errors import ModelError, first_line
 from opd.language.model import ModelSettings, load_config
 from opd.planning import DTYPE_BYTES, Shape
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def model_shape(settings: ModelSettings, notes: list[str], adapted: Callable[[Any], Any] | None = None) -> Shape:
+
+def model_shape(
+    settings: ModelSettings,
+    notes: list[str],
+    adapted: Callable[[PreTrainedModel], PreTrainedModel | PeftModel] | None = None,
+) -> Shape:
     """The shape of a language model; no weights are read.
 
     Args:
@@ -26,11 +33,10 @@ def model_shape(settings: ModelSettings, notes: list[str], adapted: Callable[[An
     config = load_config(settings, notes)
     dtype = settings.dtype if settings.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
     dtype = dtype.removeprefix("torch.")
-    model = _empty(settings, config, dtype)
-    if adapted is not None:
-        model = adapted(model)
+    base = _empty(settings, config, dtype)
+    model = base if adapted is None else adapted(base)
     parameters = sum(p.numel() for p in model.parameters())
-    head = model.get_output_embeddings()
+    head = base.get_output_embeddings()
     if head is None:
         raise ModelError(f"model {settings.model!r} has no output embeddings: not a causal language model")
     vocabulary, width = head.weight.shape
@@ -50,11 +56,11 @@ def model_shape(settings: ModelSettings, notes: list[str], adapted: Callable[[An
     )
 
 
-def _empty(settings: ModelSettings, config: Any, dtype: str) -> Any:
+def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     """The model on the meta device."""
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(torch, dtype, torch.float32),
                 attn_implementation=settings.attention,

@@ -45,7 +45,6 @@ def action_loss(
     weights: torch.Tensor,
     actions: torch.Tensor,
     lengths: torch.Tensor,
-    rows: int | None = None,
     per_example: bool = False,
 ) -> Loss:
     """The operator for objectives that see the action taken and no teacher; arguments as in `divergence_loss`.
@@ -62,4 +61,4 @@ def action_loss(
         each = sums_by_trajectory(kept + moves, lengths) if per_example else None
         return Loss(kept.sum() + moves.sum(), values, log_q.where(live, 0.0), each)
     assert isinstance(student, Categorical)
-    return divergence_loss(_OfActions(rule), student, (), weights, actions, lengths, rows, per_example)
+    return divergence_loss(_OfActions(rule), student, (), weights, actions, lengths, per_example=per_example)

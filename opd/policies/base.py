@@ -22,14 +22,17 @@ from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
 from opd.schedules import Scheduled
 from opd.sharding import fill
-from opd.trajectories import Trajectories
+from opd.trajectories import Outcome, Trajectories
 from opd.weights import copy_into, fingerprint, frozen, trained
 
 if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
     from opd.objectives import Loss
     from opd.policies.held_out import HeldOut, Measured, Moment
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
+    from opd.teachers.self_teacher import SelfTeacher
 
 
 LIVE = "(passed from Python)"
@@ -110,7 +113,7 @@ class Student(ABC):
         return {}
 
     @abstractmethod
-    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+    def outcomes(self, trajectories: Trajectories) -> Sequence[Outcome]:
         """What each of the B trajectories came to, as verifiers read it: a text, an image."""
 
     @abstractmethod
@@ -138,11 +141,11 @@ class Student(ABC):
         """Held-out metrics and rows at one step, from what `at.sampler` writes and `run.teachers` say of it."""
 
     @abstractmethod
-    def as_teacher(self, settings: Teacher, context: Context) -> LiveTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> LiveTeacher:
         """A frozen copy of the student as it is now, in the form of a teacher."""
 
     @abstractmethod
-    def live(self) -> tuple[Any, Any]:
+    def live(self) -> tuple[torch.nn.Module | DiffusionPipeline, PreTrainedTokenizerBase | None]:
         """`(model, tokenizer)` as its library knows them, for Python; None for what there is not."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -219,14 +222,14 @@ class Policy(Choice):
 
     @classmethod
     @abstractmethod
-    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+    def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
         """Of a live model, those that a student like it trains."""
 
     @abstractmethod
-    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> Student:
+    def live_student(self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> Student:
         """The student that a live model is, under these settings; trained in place."""
 
     @classmethod
     @abstractmethod
-    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
+    def live_teacher(cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
         """The teacher that a live model is."""

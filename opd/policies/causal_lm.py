@@ -56,10 +56,12 @@ from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
     from opd.teachers.local import LanguageTeacher
-    from opd.teachers.self_teacher import SelfLanguageTeacher
+    from opd.teachers.self_teacher import SelfLanguageTeacher, SelfTeacher
 
 
 class LoRA(Settings):
@@ -110,11 +112,10 @@ class CausalLM(ModelSettings, Policy):
     def shape(self, notes: list[str]) -> Shape:
         return model_shape(self, notes, self._adapted)
 
-    def _adapted(self, model: Any) -> Any:
-        if self.lora is not None:
-            model = _with_lora(model, self.lora)
-        freeze(model, self.freeze)
-        return model
+    def _adapted(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        made = model if self.lora is None else _with_lora(model, self.lora)
+        freeze(made, self.freeze)
+        return made
 
     @classmethod
     def takes(cls, model: object) -> bool:
@@ -122,17 +123,22 @@ class CausalLM(ModelSettings, Policy):
         return isinstance(base, PreTrainedModel)
 
     @classmethod
-    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+    def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
+        assert isinstance(model, torch.nn.Module)
         return iter(model.parameters())
 
-    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> CausalLMStudent:
+    def live_student(
+        self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
+    ) -> CausalLMStudent:
         return CausalLMStudent(_live(model, tokenizer, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LanguageTeacher:
+    def live_teacher(
+        cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
+    ) -> LanguageTeacher:
         from opd.teachers.local import LanguageTeacher, LocalTeacher
 
-        language = _live(model.eval().requires_grad_(False), tokenizer, context)
+        language = _live(model, tokenizer, context).requires_grad_(False)
         template: Literal["chat", "plain"] = "chat" if language.tokenizer.chat_template else "plain"
         return LanguageTeacher(language, LocalTeacher(model=LIVE, template=template), context.device)
 
@@ -172,7 +178,7 @@ class CausalLMStudent(Student):
             if is_adapted(language.model):
                 _check_adapter(language.model, settings)
             else:
-                language.model = _with_lora(language.model, settings.lora)
+                language.model = _with_lora(language.base, settings.lora)
             self.notes.append(adapted(language.model))
         quantised = quantised_by(language.base)
         dropped = settings is not None and bool(settings.drop_layers)
@@ -279,7 +285,7 @@ class CausalLMStudent(Student):
         """A completion as a person reads it."""
         return self.language.decode(actions)
 
-    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+    def outcomes(self, trajectories: Trajectories) -> list[str]:
         return [self.decode(actions) for actions in trajectories.completions()]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
@@ -330,12 +336,12 @@ class CausalLMStudent(Student):
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)
 
-    def as_teacher(self, settings: Teacher, context: Context) -> SelfLanguageTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfLanguageTeacher:
         from opd.teachers.self_teacher import SelfLanguageTeacher
 
         return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device)
 
-    def live(self) -> tuple[Any, Any]:
+    def live(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         # Whoever passed it gets its rates of dropout back.
         restore(self.silenced)
         return self.language.model.eval(), self.language.tokenizer
@@ -372,7 +378,7 @@ class CausalLMStudent(Student):
         elif quantised_by(self.language.base) is None:
             lost: list[str] = []
             if not self.fits_no_model:
-                lost = attempt("the adapter", lambda: model.save_pretrained(folder / "adapter"))
+                lost = attempt("the adapter", lambda: model.save_pretrained(str(folder / "adapter")))
             try:
                 problems += lost + write_weights(folder, merged(model))
             except (RuntimeError, MemoryError) as error:
@@ -382,7 +388,7 @@ class CausalLMStudent(Student):
                     f"the merged weights could not be made ({told(error)}); adapter/ holds what was trained"
                 )
         else:
-            model.save_pretrained(folder / "adapter")
+            model.save_pretrained(str(folder / "adapter"))
             card += self._of_adapter()
         problems += attempt("where completions end", lambda: write_end_ids(folder, self.context.end_ids))
         problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
@@ -471,7 +477,7 @@ def write_end_ids(folder: Path, end_ids: Sequence[int]) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def freeze(model: Any, parts: Sequence[str]) -> None:
+def freeze(model: torch.nn.Module, parts: Sequence[str]) -> None:
     """Take parameters out of training by parts of their names; a tied head goes with its embedding."""
     for part in parts:
         found = [p for name, p in model.named_parameters() if part in name]
@@ -488,7 +494,7 @@ def freeze(model: Any, parts: Sequence[str]) -> None:
         )
 
 
-def _with_lora(model: Any, lora: LoRA) -> Any:
+def _with_lora(model: PreTrainedModel, lora: LoRA) -> PeftModel:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from pydantic import Field, ValidationInfo, field_validator
@@ -32,9 +33,13 @@ from opd.provenance import read_origin
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+    from peft import PeftModel
+
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher, Teacher
+    from opd.teachers import LiveTeacher
     from opd.teachers.flow import LiveFlowTeacher, SelfFlowTeacher
+    from opd.teachers.self_teacher import SelfTeacher
 
 SHOWN_PIXELS = 128
 """Side of the images that logs keep, at most."""
@@ -101,15 +106,18 @@ class FlowTransformer(FlowSettings, Policy):
         return isinstance(model, FlowModel) or type(model).__module__.startswith("diffusers.pipelines")
 
     @classmethod
-    def weights(cls, model: Any) -> Iterator[torch.nn.Parameter]:
+    def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
         # A pipeline of another kind has no transformer; it is refused where it is built.
-        return iter(model.transformer.parameters() if hasattr(model, "transformer") else ())
+        transformer = getattr(model, "transformer", None)
+        return iter(() if transformer is None else transformer.parameters())
 
-    def live_student(self, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> FlowStudent:
+    def live_student(self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> FlowStudent:
         return FlowStudent(_live(model, context), self, context)
 
     @classmethod
-    def live_teacher(cls, model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveFlowTeacher:
+    def live_teacher(
+        cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
+    ) -> LiveFlowTeacher:
         from opd.teachers.flow import FlowTeacher, LiveFlowTeacher
 
         return LiveFlowTeacher(_live(model, context).requires_grad_(False), FlowTeacher(model=LIVE))
@@ -179,7 +187,7 @@ class FlowStudent(Student):
         times = self.model.grid(4)
         velocity = self.model(start, times[:1], [condition], [1], [1.0])
         ours = transition(start, velocity, times[:1], times[1:2], torch.zeros_like(times[:1])).mean
-        scheduler = type(self.model.scheduler).from_config(self.model.scheduler.config)
+        scheduler: Any = type(self.model.scheduler).from_config(self.model.scheduler.config)
         scheduler.set_timesteps(4)
         theirs = scheduler.step(velocity.cpu(), scheduler.timesteps[0], start.cpu(), return_dict=False)[0]
         off = float((ours.cpu() - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
@@ -189,7 +197,7 @@ class FlowStudent(Student):
                 "does not follow the plain flow-matching ODE. Take a FlowMatchEulerDiscreteScheduler"
             )
 
-    def outcomes(self, trajectories: Trajectories) -> list[Any]:
+    def outcomes(self, trajectories: Trajectories) -> list[np.ndarray]:
         latents = torch.stack([context.outcome for context in trajectories.contexts])
         # Few at a time: of each one a decoder of 512 pixels holds tensors of [256, 512, 512].
         return [image for part in latents.split(4) for image in self.model.images(part)]
@@ -229,7 +237,7 @@ class FlowStudent(Student):
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)
 
-    def as_teacher(self, settings: Teacher, context: Context) -> SelfFlowTeacher:
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
         return SelfFlowTeacher(copy.deepcopy(self.model), settings, self.model)
@@ -239,7 +247,7 @@ class FlowStudent(Student):
         assert isinstance(self.module, FlowModel)
         self.model = self.module
 
-    def live(self) -> tuple[Any, Any]:
+    def live(self) -> tuple[FlowModel | StableDiffusion3Pipeline, None]:
         return (self.model.eval() if self.model.pipeline is None else self.model.pipeline), None
 
     def save(self, folder: Path, card: str) -> list[str]:
@@ -254,7 +262,7 @@ class FlowStudent(Student):
         return []
 
 
-def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
+def with_lora(transformer: torch.nn.Module, lora: FlowLoRA, name: str | None = None) -> PeftModel:
     """The transformer with adapters, which say that they change the model `name`."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -268,7 +276,7 @@ def with_lora(transformer: Any, lora: FlowLoRA, name: str | None = None) -> Any:
         init_lora_weights="gaussian" if lora.initial == "gaussian" else True,
     )
     try:
-        adapted: Any = get_peft_model(transformer, config)
+        adapted: PeftModel = get_peft_model(transformer, config)
     except ValueError as error:
         raise ModelError(f"student.lora.targets {lora.targets!r}: {str(error).splitlines()[0][:160]}") from None
     # peft looks where transformers keeps a model's name, and diffusers keeps it elsewhere.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from opd.errors import DataError, first_line
 from opd.prompts.base import Prompts
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class DatasetPrompts(Prompts):
@@ -48,7 +51,7 @@ class DatasetPrompts(Prompts):
         return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in rows]
 
 
-def encoded_images(data: Any) -> Any:
+def encoded_images(data: Dataset) -> Dataset:
     """A `datasets` dataset whose images stay encoded, `{bytes, path}`: all rows are held in memory."""
     import datasets
 

@@ -8,7 +8,6 @@ from opd.recipe.reading import (
     json_schema,
     load_recipe,
     parse_recipe,
-    recipe_folder,
     shipped_recipes,
 )
 from opd.recipe.tree import Recipe, differences
@@ -27,6 +26,5 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "parse_recipe",
-    "recipe_folder",
     "shipped_recipes",
 ]

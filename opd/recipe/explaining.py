@@ -54,7 +54,7 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 60 else text[:57] + "..."
 

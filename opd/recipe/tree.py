@@ -239,9 +239,9 @@ class Recipe(Settings):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:
     """`(dotted key, value in a, value in b)` wherever two dumped recipes differ."""
-    found: list[tuple[str, Any, Any]] = []
+    found: list[tuple[str, object, object]] = []
     for key in dict.fromkeys([*a, *b]):
         left, right = a.get(key), b.get(key)
         left, right = (_by_index(side) for side in (left, right))

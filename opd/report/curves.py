@@ -12,7 +12,7 @@ POINTS = 2000
 PHASES = "train/seconds/"
 
 
-def number(value: Any) -> float | None:
+def number(value: object) -> float | None:
     """A finite number with six significant digits, or None; JSON has neither NaN nor infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None

@@ -48,7 +48,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def page(runs: Sequence[Path], live: bool = False, largest: int = LARGEST) -> str:
+def page(runs: Sequence[Path], live: bool = False) -> str:
     """The whole HTML text; with `live` it asks its server for more."""
     from plotly.offline import get_plotlyjs
 
@@ -58,7 +58,7 @@ def page(runs: Sequence[Path], live: bool = False, largest: int = LARGEST) -> st
     charts = get_plotlyjs()
     style = (ASSETS / "report.css").read_text(encoding="utf-8")
     fixed = sum(map(len, [*sources, charts, style]))
-    data = _embedded(collect(runs, live, largest - fixed))
+    data = _embedded(collect(runs, live, LARGEST - fixed))
     hashes = " ".join(f"'sha256-{_digest(source)}'" for source in [*sources, charts])
     connect = "'self'" if live else "'none'"
     parts = {

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from opd.files.run_directory import lines
 from opd.report.curves import number
@@ -33,6 +33,8 @@ IMAGE_LETTERS = 64
 MISSING = -(2**31)
 PLAIN = ("step", "id", "prompt", "completion", "finished", "reward", "task", "tokens", "values")
 """Keys of a row that the page shows by itself; every other key is for layers."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def with_tokens(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"tokens": [str(i + 1) for i in range(steps)]}
 
 
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
+def evenly(items: Sequence[T], count: int) -> list[T]:
     """`count` of the items at even distances, first and last included."""
     if count >= len(items):
         return list(items)
@@ -222,7 +224,7 @@ class _Chunk:
         return means
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """The same data with None where a number is not finite: JSON in a browser has no NaN."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

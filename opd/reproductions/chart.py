@@ -37,9 +37,9 @@ def chart(curves: Curves, titles: Mapping[str, str]) -> str:
     )
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers between `low` and `high`."""
-    rough = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers between `low` and `high`."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]

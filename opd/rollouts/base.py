@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -17,16 +17,20 @@ from opd.context import Context
 from opd.errors import IncompatibleError
 from opd.planning import Shape
 from opd.prompts import Prompt
-from opd.rollouts.request import Request
+from opd.rollouts.request import Request, S
 from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Author, Trajectories, join
 
 if TYPE_CHECKING:
     from opd.policies import Student
+    from opd.teachers import LiveTeacher
+
+C = TypeVar("C", bound="Rollout")
 
 
-class PrefixSource(ABC):
-    """A built rollout. The settings and facts of a step come with each request; what is built keeps none of them.
+class PrefixSource(ABC, Generic[S]):
+    """A built rollout, of the settings `S` that its requests bring: the settings and facts of a step come with each
+    request; what is built keeps none of them.
 
     Attributes:
         authors: who may have chosen an action.
@@ -39,7 +43,7 @@ class PrefixSource(ABC):
     dtype: torch.dtype = torch.float32
 
     @abstractmethod
-    def __call__(self, request: Request[Any]) -> Trajectories:
+    def __call__(self, request: Request[S]) -> Trajectories:
         """The trajectories that `request` asks for: those of one prompt next to each other, in the order of prompts."""
 
     @property
@@ -47,17 +51,17 @@ class PrefixSource(ABC):
         """The authors whose positions can be learnt from: all but the environment."""
         return self.authors - {"environment"}
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: S) -> bool:
         """Whether under these settings actions are drawn from the student's whole distribution, up to the rounding of
         `dtype`."""
         return True
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: S, context: Context, student: Student) -> HeldOutSampler:
         """Who writes when the student is measured, whoever writes what it trains on: by default the student alone, as
         its policy samples."""
         return student.own_sampler(context)
 
-    def drawn(self, request: Request[Any]) -> None:  # noqa: B027
+    def drawn(self, request: Request[S]) -> None:
         """Told of all prompts of a step, those of every process, before it is asked for this process's share."""
 
     def written_before(self, prompts: Sequence[Prompt], budget: int) -> Trajectories | None:
@@ -68,14 +72,14 @@ class PrefixSource(ABC):
         """Hashes of the teachers that wrote trajectories before this run."""
         return []
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt that this source cannot extend."""
 
     def writers(self) -> list[PrefixSource]:
         """The sources in this one that draw from a language model."""
         return []
 
-    def check_draws(self, prompts: Sequence[Prompt], context: Context) -> None:  # noqa: B027
+    def check_draws(self, prompts: Sequence[Prompt], context: Context) -> None:
         """Raise `SelfTestError` when a writer's log-probabilities are not those of the model that it draws from."""
 
 
@@ -106,7 +110,7 @@ class HeldOutSampler:
         return replace(self, settings=self.settings.model_copy(update=values))
 
 
-def divided(shares: Sequence[tuple[PrefixSource, Rollout, Sequence[int]]], request: Request[Any]) -> Trajectories:
+def divided(shares: Sequence[tuple[PrefixSource, Rollout, Sequence[int]]], request: Request[S]) -> Trajectories:
     """One batch from several sources, each with its settings and the indices of the prompts that it extends: all are
     shared out, and the trajectories come in the order of the request's prompts."""
     parts, order = [], []
@@ -117,7 +121,7 @@ def divided(shares: Sequence[tuple[PrefixSource, Rollout, Sequence[int]]], reque
     return join(parts, order)
 
 
-class Combination(PrefixSource):
+class Combination(PrefixSource[C]):
     """Base of built sources that are made of others, in the order of their settings."""
 
     def __init__(self, sources: Sequence[PrefixSource]):
@@ -125,10 +129,10 @@ class Combination(PrefixSource):
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: C) -> bool:
         return False
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: C, context: Context, student: Student) -> HeldOutSampler:
         """That of the first part in which the student alone writes, with its cuts; else that of the first part."""
         pairs = list(zip(self.sources, settings.parts, strict=True))
         source, part = next((pair for pair in pairs if pair[0].learners == {"student"} and pair[0].current), pairs[0])
@@ -202,7 +206,7 @@ class Rollout(Choice):
             part.check_teacher(names)
 
     @abstractmethod
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> PrefixSource:
         """Make the rollout of a built student and built teachers."""
 
 

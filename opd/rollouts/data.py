@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError
 from opd.language.encoding import turn_end
 from opd.language.engines.base import Row
+from opd.language.engines.in_process import InProcess, language_of
 from opd.language.rollout import pack_rows
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.request import Request
 from opd.rollouts.turns import Turns
 from opd.trajectories import Author, Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class DataRollout(OneSource):
@@ -35,14 +39,14 @@ class DataRollout(OneSource):
     def sampled(self) -> int:
         return 0
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredResponses:
-        return StoredResponses(self, student.language, context)
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> StoredResponses:
+        return StoredResponses(self, language_of(student, "the student"), context)
 
 
-class StoredResponses(PrefixSource):
+class StoredResponses(PrefixSource[DataRollout]):
     """The built source. Nothing is drawn: its log-probabilities are not known and stand as 0."""
 
-    def __init__(self, settings: DataRollout, language: Any, context: Context):
+    def __init__(self, settings: DataRollout, language: InProcess, context: Context):
         self.settings, self.language, self.context = settings, language, context
         author: Author = settings.author
         self.authors = frozenset({author})
@@ -88,7 +92,7 @@ class StoredResponses(PrefixSource):
                         "has; remove it, or the row"
                     )
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: DataRollout) -> bool:
         return False
 
     def drawn(self, request: Request[DataRollout]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,10 @@ from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class MixtureRollout(SeveralSources):
@@ -30,11 +34,11 @@ class MixtureRollout(SeveralSources):
     share: Annotated[float, OverSteps(ge=0, le=1)] = Field(0.5, description="Probability of the first source")
     by: Literal["prompt", "batch"] = Field("prompt", description="Whether each prompt or each batch draws its source")
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Mixed:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> Mixed:
         return Mixed([part.build(context, student, teachers) for part in self.parts])
 
 
-class Mixed(Combination):
+class Mixed(Combination[MixtureRollout]):
     """The built mixture."""
 
     def __call__(self, request: Request[MixtureRollout]) -> Trajectories:

@@ -13,11 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.flow.denoising import Denoising, pack
-from opd.flow.model import FlowModel
+from opd.flow.model import FlowModel, flow_model_of
 from opd.flow.rollout import GridSettings
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
@@ -27,6 +26,7 @@ from opd.trajectories import Author, Trajectories
 
 if TYPE_CHECKING:
     from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class NoisedRollout(GridSettings, Rollout):
@@ -61,11 +61,11 @@ class NoisedRollout(GridSettings, Rollout):
     def sampled(self) -> int:
         return 0
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> NoisedImages:
-        return NoisedImages(self, student.model)
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> NoisedImages:
+        return NoisedImages(self, flow_model_of(student, "the student"))
 
 
-class NoisedImages(PrefixSource):
+class NoisedImages(PrefixSource[NoisedRollout]):
     """The built source. Nothing is drawn from a model: log-probabilities are not known and stand as 0."""
 
     def __init__(self, settings: NoisedRollout, model: FlowModel):
@@ -84,10 +84,10 @@ class NoisedImages(PrefixSource):
                 else:
                     self.pixels(found, prompt)
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: NoisedRollout) -> bool:
         return False
 
-    def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
+    def held_out(self, settings: NoisedRollout, context: Context, student: Student) -> HeldOutSampler:
         """The student's sampler on this rollout's grid."""
         own = student.own_sampler(context)
         return own.changed(**{name: getattr(settings, name) for name in GridSettings.model_fields})
@@ -101,12 +101,12 @@ class NoisedImages(PrefixSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.turns.load_state_dict(state)
 
-    def images(self, prompt: Prompt) -> list[Any]:
+    def images(self, prompt: Prompt) -> list[object]:
         """What a row has: paths, encoded bytes, and whatever else stands there."""
         found = _each(prompt.view(self.settings.column))
         return [self._encoded(one, prompt) if isinstance(one, dict) else one for one in found]
 
-    def _encoded(self, image: dict[str, Any], prompt: Prompt) -> Any:
+    def _encoded(self, image: dict[str, Any], prompt: Prompt) -> object:
         """Bytes or path of what `datasets` calls an image."""
         encoded = next((image[key] for key in ("bytes", "path") if image.get(key) is not None), None)
         if encoded is None:
@@ -116,12 +116,11 @@ class NoisedImages(PrefixSource):
             )
         return encoded
 
-    def pixels(self, found: Any, prompt: Prompt) -> np.ndarray:
+    def pixels(self, found: object, prompt: Prompt) -> np.ndarray:
         """uint8 `[H, W, 3]` of one of `images`."""
         size = self.model.resolution
         try:
-            scaled = isinstance(found, str | bytes | Image.Image)
-            pixels = _read(found, size, prompt) if scaled else np.asarray(found)
+            pixels = _read(found, size, prompt) if isinstance(found, str | bytes | Image.Image) else np.asarray(found)
         except ValueError as error:
             raise DataError(f"{prompt.where}: column {self.settings.column!r} holds no image ({error})") from None
         if pixels.dtype != np.uint8 or pixels.shape != (size, size, 3):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
+from opd.flow.model import flow_model_of
 from opd.flow.rollout import FlowRollout, SamplerSettings
 from opd.rollouts.base import PrefixSource, Rollout
 from opd.rollouts.teacher import RoutedWriters
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class SDERollout(SamplerSettings, Rollout):
@@ -39,15 +44,18 @@ class SDERollout(SamplerSettings, Rollout):
                 f"{known or 'none'}: give that teacher a name"
             )
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> PrefixSource:
+        reader = flow_model_of(student, "the student")
         if self.teacher is None:
-            return FlowRollout(student.model, self)
+            return FlowRollout(reader, self)
         names = [t.settings.name for t in teachers]
         self.check_teacher(names)
         writer = teachers[names.index(self.teacher)]
         members = writer.members()
         sources = {
-            route: FlowRollout(member.model, self, reader=student.model, author="teacher")
+            route: FlowRollout(
+                flow_model_of(member, "the teacher that denoises"), self, reader=reader, author="teacher"
+            )
             for route, member in members.items()
         }
         return RoutedWriters(writer, sources) if writer is not members.get("") else sources[""]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from opd.choice import Settings
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
+from opd.language.engines.base import ids_of
+from opd.language.engines.in_process import InProcess, language_of
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.request import Request
@@ -18,6 +19,10 @@ from opd.rollouts.turns import Turns
 from opd.schedules import OverSteps
 from opd.store.store import Store
 from opd.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class StoredRollout(OneSource):
@@ -36,16 +41,16 @@ class StoredRollout(OneSource):
     def sampled(self) -> int:
         return 0
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> StoredTrajectories:
-        return StoredTrajectories(self, student.language, context)
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> StoredTrajectories:
+        return StoredTrajectories(self, language_of(student, "the student"), context)
 
 
-class StoredTrajectories(PrefixSource):
+class StoredTrajectories(PrefixSource[StoredRollout]):
     """The built source."""
 
     current = False
 
-    def __init__(self, settings: StoredRollout, language: Any, context: Context):
+    def __init__(self, settings: StoredRollout, language: InProcess, context: Context):
         self.settings, self.language, self.context = settings, language, context
         self.store = Store.open(settings.path)
         header = self.store.header
@@ -79,7 +84,7 @@ class StoredTrajectories(PrefixSource):
                     "that it was sampled from"
                 )
             row = self.store.rows_of(prompt.id)[0]
-            if not torch.equal(self.store.row(row).context, self.language.encode(prompt)):
+            if not torch.equal(self.store.row(row).context, ids_of(self.language.encode(prompt))):
                 raise DataError(
                     f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.settings.path}; its text or "
                     "the template changed since"
@@ -103,7 +108,7 @@ class StoredTrajectories(PrefixSource):
         longest = min(request.budget, request.settings.max_new_tokens)
         return self.store.trajectories(rows, members, request.context.device, longest)
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: StoredRollout) -> bool:
         return False
 
     def drawn(self, request: Request[StoredRollout]) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from opd.context import Context
+from opd.language.engines.in_process import language_of
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.planning import Shape
 from opd.rollouts.base import OneSource, Sampling
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class StudentRollout(SamplingSettings, OneSource):
@@ -23,6 +28,6 @@ class StudentRollout(SamplingSettings, OneSource):
     ) -> Iterator[tuple[Sampling, Shape]]:
         yield self, student
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> LanguageRollout:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LanguageRollout:
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
-        return LanguageRollout(student.language, self, context, watch=watch)
+        return LanguageRollout(language_of(student, "the student"), self, context, watch=watch)

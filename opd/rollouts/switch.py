@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,10 @@ from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
 from opd.trajectories import Trajectories, continued
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class SwitchRollout(SeveralSources):
@@ -58,7 +62,7 @@ class SwitchRollout(SeveralSources):
     def _most(self, position: int, first: int, then: int) -> int:
         return min(max(first, then), min(position, first) + then)
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> Switched:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> Switched:
         sources = [part.build(context, student, teachers) for part in self.parts]
         if "data" in sources[1].authors:
             raise IncompatibleError("rollout.then is 'data'; a stored response cannot go on what another source began")
@@ -71,7 +75,7 @@ def _extremes(tokens: int) -> tuple[int, int]:
     return round(low), round(high)
 
 
-class Switched(Combination):
+class Switched(Combination[SwitchRollout]):
     """The built switch."""
 
     def __call__(self, request: Request[SwitchRollout]) -> Trajectories:

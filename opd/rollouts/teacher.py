@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from opd.choice import Settings
 from opd.context import Context
 from opd.errors import IncompatibleError, nearest
+from opd.language.engines.in_process import language_of
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.planning import Shape
 from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Rollout, Sampling, divided
@@ -36,7 +36,7 @@ class TeacherRollout(SamplingSettings, OneSource):
         for shape in next(iter(named or [shapes for _, shapes in teachers if shapes]), ()):
             yield self, shape
 
-    def build(self, context: Context, student: Any, teachers: Sequence[Any]) -> PrefixSource:
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> PrefixSource:
         names = [t.settings.name for t in teachers]
         if self.teacher is not None and self.teacher not in names:
             known = [n for n in names if n]
@@ -50,13 +50,14 @@ class TeacherRollout(SamplingSettings, OneSource):
         members = writer.members()
         if not all(hasattr(member, "language") for member in members.values()):
             raise IncompatibleError("rollout 'teacher' needs a teacher in this process: kind local or self")
+        reader = language_of(student, "the student")
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
         sources = {
             route: LanguageRollout(
-                member.language,
+                language_of(member, "the teacher that writes"),
                 self,
                 context,
-                reader=student.language,
+                reader=reader,
                 author="teacher",
                 sees=member.settings.sees,
                 watch=watch,
@@ -66,7 +67,7 @@ class TeacherRollout(SamplingSettings, OneSource):
         return RoutedWriters(writer, sources) if writer is not members.get("") else sources[""]
 
 
-class RoutedWriters(PrefixSource):
+class RoutedWriters(PrefixSource[Rollout]):
     """The built rollout of a routed teacher."""
 
     authors = frozenset({"teacher"})
@@ -77,13 +78,13 @@ class RoutedWriters(PrefixSource):
     def writers(self) -> list[PrefixSource]:
         return list(self.sources.values())
 
-    def exact(self, settings: Settings) -> bool:
+    def exact(self, settings: Rollout) -> bool:
         return False
 
     def held_out(self, settings: Rollout, context: Context, student: Student) -> HeldOutSampler:
         return next(iter(self.sources.values())).held_out(settings, context, student)
 
-    def __call__(self, request: Request[Any]) -> Trajectories:
+    def __call__(self, request: Request[Rollout]) -> Trajectories:
         routes = [self.teacher.route(prompt) for prompt in request.prompts]
         shares = [
             (source, request.settings, [i for i, route in enumerate(routes) if route == name])

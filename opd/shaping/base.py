@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.teachers import LiveTeacher
+
+S = TypeVar("S", bound="Shaping")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ class Shape:
         return [replace(target, offset=self.offsets) for target in targets] if self.offsets is not None else [*targets]
 
 
-class Shaper(ABC):
-    """A built shaping; with `state_dict` and `load_state_dict` what it keeps between steps is in checkpoints. The
-    settings of a step, numbers in the places of schedules, come with each call."""
+class Shaper(ABC, Generic[S]):
+    """A built shaping, of the settings `S`; with `state_dict` and `load_state_dict` what it keeps between steps is in
+    checkpoints. The settings of a step, numbers in the places of schedules, come with each call."""
 
     def look(
         self,
         trajectories: Trajectories,
         targets: Sequence[Target],
-        settings: Any,
+        settings: S,
         sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
     ) -> Trajectories:
         """See a whole step once, before its micro-batches; what it keeps from step to step moves here.
@@ -66,7 +68,7 @@ class Shaper(ABC):
         return trajectories
 
     @abstractmethod
-    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: Any) -> Shape:
+    def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: S) -> Shape:
         """The shape of one micro-batch. It may be asked for again, of smaller parts, where memory did not suffice.
 
         Args:

@@ -22,7 +22,7 @@ class Uniform(Shaping):
         return UniformShaper()
 
 
-class UniformShaper(Shaper):
+class UniformShaper(Shaper[Uniform]):
     """The built shaping."""
 
     def __call__(

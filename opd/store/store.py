@@ -328,6 +328,6 @@ def _prompts_text(prompt_ids: Sequence[str]) -> bytes:
     return (json.dumps(list(prompt_ids), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def shortened(value: Any) -> str:
+def shortened(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import Field
@@ -21,14 +21,16 @@ from opd.prompts import Prompt
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
+S = TypeVar("S", bound="Teacher")
 
-class LiveTeacher(ABC):
-    """A built teacher. One that moves has `state_dict` and `load_state_dict` besides."""
+
+class LiveTeacher(ABC, Generic[S]):
+    """A built teacher, of the settings `S`. One that moves has `state_dict` and `load_state_dict` besides."""
 
     answers: type[Distribution]
     """The kind of its answers."""
 
-    settings: Teacher
+    settings: S
     """As the recipe has them, with its schedules; those of a step come with each question."""
 
     everywhere: bool = True
@@ -49,7 +51,7 @@ class LiveTeacher(ABC):
         return []
 
     @abstractmethod
-    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+    def answer(self, trajectories: Trajectories, settings: S, context: Context) -> list[Target]:
         """What it says at the N positions of `trajectories`, under its own view of the prompt: one target, or several
         whose divergences are summed, as of a debate.
 
@@ -100,7 +102,7 @@ class LiveTeacher(ABC):
         none."""
         return self.identity() or ""
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt of which this teacher has no view."""
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
@@ -108,13 +110,13 @@ class LiveTeacher(ABC):
         raises `ModelError` where it cannot read them. `which` names it."""
         return []
 
-    def check_student(self, student: Student, context: Context) -> None:  # noqa: B027
+    def check_student(self, student: Student, context: Context) -> None:
         """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
 
-    def check_outputs(self, trajectories: Trajectories, which: str) -> None:  # noqa: B027
+    def check_outputs(self, trajectories: Trajectories, which: str) -> None:
         """Raise `SelfTestError` when its answers are not made of its model's own outputs; `which` names it."""
 
-    def follow(self, student: Student) -> None:  # noqa: B027
+    def follow(self, student: Student) -> None:
         """Called after every optimiser step; a teacher that is made of the student moves here."""
 
 

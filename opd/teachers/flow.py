@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -12,13 +12,13 @@ from opd.distributions import Gaussian, Target
 from opd.errors import IncompatibleError
 from opd.flow.denoising import believe
 from opd.flow.encoder import check_prompts, same_vocabulary
-from opd.flow.model import FlowModel, FlowSettings, load_flow_model
+from opd.flow.model import FlowModel, FlowSettings, flow_model_of, load_flow_model
 from opd.flow.outline import teacher_shape
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher
-from opd.teachers.self_teacher import OwnCopy
+from opd.teachers.self_teacher import OwnCopy, SelfTeacher
 from opd.trajectories import Trajectories
 from opd.weights import weights_hash
 
@@ -33,9 +33,10 @@ class FlowTeacher(FlowSettings, Teacher):
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
         return [teacher_shape(self, student, notes)]
 
-    def build(self, context: Context, student: Any) -> LiveFlowTeacher:
-        model = load_flow_model(self, context.device, student.model.resolution, like=student.model)
-        return LiveFlowTeacher(model.requires_grad_(False), self, student.model)
+    def build(self, context: Context, student: Student) -> LiveFlowTeacher:
+        reader = flow_model_of(student, "the student")
+        model = load_flow_model(self, context.device, reader.resolution, like=reader)
+        return LiveFlowTeacher(model.requires_grad_(False), self, reader)
 
 
 GRID = 4
@@ -46,7 +47,7 @@ def _written(times: torch.Tensor) -> str:
     return ", ".join(f"{t:.3g}" for t in times.tolist())
 
 
-class LiveFlowTeacher(LiveTeacher):
+class LiveFlowTeacher(LiveTeacher[Teacher]):
     """A built flow teacher.
 
     Args:
@@ -71,7 +72,7 @@ class LiveFlowTeacher(LiveTeacher):
             check_prompts(prompts, self.reader.encoder, None, self.settings.sees)
 
     def check_student(self, student: Student, context: Context) -> None:
-        other: FlowModel = student.model  # type: ignore[attr-defined]
+        other = flow_model_of(student, "the student")
         self.check_writer(other)
         own, theirs = (model.grid(GRID).cpu() for model in (other, self.model))
         if not torch.allclose(own, theirs, atol=1e-4):
@@ -112,6 +113,6 @@ class LiveFlowTeacher(LiveTeacher):
 class SelfFlowTeacher(OwnCopy, LiveFlowTeacher):
     """A copy of the student's model."""
 
-    def __init__(self, model: FlowModel, settings: Any, reader: FlowModel):
+    def __init__(self, model: FlowModel, settings: SelfTeacher, reader: FlowModel):
         self.take(model, settings)
         LiveFlowTeacher.__init__(self, model, settings, reader)

@@ -59,7 +59,7 @@ class LocalTeacher(ModelSettings, Teacher):
         return LanguageTeacher(language, self, device)
 
 
-class LanguageTeacher(LiveTeacher):
+class LanguageTeacher(LiveTeacher[Teacher]):
     """A built language teacher; scores hidden states only, so a whole batch's answers take `2 * D` bytes a position."""
 
     answers = Categorical

@@ -96,14 +96,12 @@ class RoutedScorer(Scorer):
             self.scorers[k].drop([i])
 
 
-class RoutedTeachers(LiveTeacher):
+class RoutedTeachers(LiveTeacher[RoutedTeacher]):
     """The built routes.
 
     Raises:
         IncompatibleError: routes that answer different kinds of distribution.
     """
-
-    settings: RoutedTeacher
 
     def __init__(self, settings: RoutedTeacher, routes: Mapping[str, LiveTeacher]):
         self.settings, self.routes = settings, dict(routes)
@@ -142,8 +140,7 @@ class RoutedTeachers(LiveTeacher):
         return tag if tag in self.routes else str(default)
 
     @torch.no_grad()
-    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
-        assert isinstance(settings, RoutedTeacher)
+    def answer(self, trajectories: Trajectories, settings: RoutedTeacher, context: Context) -> list[Target]:
         rows: dict[str, list[int]] = {}
         for i, prompt in enumerate(trajectories.prompts):
             rows.setdefault(self.route(prompt), []).append(i)

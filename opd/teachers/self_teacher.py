@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from opd.context import Context
 from opd.distributions import Distribution
+from opd.language.engines.in_process import InProcess
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.sharding import full
@@ -48,7 +49,7 @@ class SelfTeacher(Teacher):
         return student.as_teacher(self, context)
 
 
-class OwnCopy(LiveTeacher):
+class OwnCopy(LiveTeacher[Teacher]):
     """What teachers that are made of the student add to scoring: `module`, the student's as it was, may follow it."""
 
     settings: SelfTeacher
@@ -85,6 +86,6 @@ class OwnCopy(LiveTeacher):
 class SelfLanguageTeacher(OwnCopy, LanguageTeacher):
     """A copy of the student's language model."""
 
-    def __init__(self, language: Any, settings: Any, device: torch.device):
+    def __init__(self, language: InProcess, settings: SelfTeacher, device: torch.device):
         self.take(language, settings)
         LanguageTeacher.__init__(self, language, settings, device)

@@ -56,13 +56,11 @@ class StoredTeacher(Teacher):
         return StoredAnswers(self)
 
 
-class StoredAnswers(LiveTeacher):
+class StoredAnswers(LiveTeacher[StoredTeacher]):
     """The built teacher."""
 
     everywhere = False
     asked = 0.0
-
-    settings: StoredTeacher
 
     def __init__(self, settings: StoredTeacher):
         self.settings = settings
@@ -117,7 +115,7 @@ class StoredAnswers(LiveTeacher):
         )
 
     @torch.no_grad()
-    def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
+    def answer(self, trajectories: Trajectories, settings: StoredTeacher, context: Context) -> list[Target]:
         self._check_rows(trajectories)
         assert trajectories.stored is not None
         found = self.targets.answer(trajectories.stored.tolist(), trajectories.lengths.tolist())

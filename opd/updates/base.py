@@ -50,7 +50,7 @@ class Optimiser(ABC):
         are, and `skipped` is 1.
         """
 
-    def averaged(self) -> AbstractContextManager[Any]:
+    def averaged(self) -> AbstractContextManager[None]:
         """Around whatever wants the student as it is measured and saved: with averaged weights, where the update keeps
         any."""
         return nullcontext()

@@ -112,10 +112,10 @@ class Together(torch.optim.Optimizer):
             part.state, part.param_groups = self.state, self.param_groups[start:stop]
             start = stop
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()
 
-    def load_state_dict(self, state_dict: Any) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._share()

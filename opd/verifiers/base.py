@@ -13,7 +13,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.errors import DataError, nearest
 from opd.prompts import Prompt
-from opd.trajectories import Trajectories
+from opd.trajectories import Outcome, Trajectories
 
 TEXTS = ("answer", "text")
 """Columns that verifiers read as one text."""
@@ -37,7 +37,7 @@ class Scorer(ABC):
         self.settings = settings
 
     @abstractmethod
-    def score(self, trajectories: Trajectories, outcomes: Sequence[Any]) -> torch.Tensor:
+    def score(self, trajectories: Trajectories, outcomes: Sequence[Outcome]) -> torch.Tensor:
         """Rewards in [0, 1], float32 `[B]` on the CPU; NaN for a trajectory without a verdict, which then counts in no
         average.
 
@@ -71,7 +71,7 @@ class OneByOne(Scorer):
     def verdict(self, prompt: Prompt, completion: Any) -> float | None:
         """Reward in [0, 1], or None when this prompt has no verifiable answer."""
 
-    def score(self, trajectories: Trajectories, outcomes: Sequence[Any]) -> torch.Tensor:
+    def score(self, trajectories: Trajectories, outcomes: Sequence[Outcome]) -> torch.Tensor:
         verdicts = [self.verdict(*pair) for pair in zip(trajectories.prompts, outcomes, strict=True)]
         return torch.tensor([float("nan") if verdict is None else verdict for verdict in verdicts], dtype=torch.float32)
 

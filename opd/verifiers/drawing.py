@@ -47,7 +47,7 @@ class DrawingReward(CompletionVerifier):
                 raise ValueError(f"no reward {name!r}{nearest(name, accepted)}; accepted: {', '.join(accepted)}")
         return value
 
-    def score(self, prompt: Prompt, completion: Any) -> float | None:
+    def score(self, prompt: Prompt, completion: object) -> float | None:
         picture, total, summed = checked(completion), 0.0, 0.0
         for name in self._counted(prompt):
             value = 0.0

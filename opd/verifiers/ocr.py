@@ -32,7 +32,7 @@ class Ocr(CompletionVerifier):
             raise ValueError("needs the package rapidocr-onnxruntime: pip install 'opd[ocr]'")
         return self
 
-    def score(self, prompt: Prompt, completion: Any) -> float | None:
+    def score(self, prompt: Prompt, completion: object) -> float | None:
         picture = checked(completion)
         if not self.judges(prompt):
             return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from opd.teachers import LiveTeacher
 
 
+S = TypeVar("S", bound="Watch")
+
+
 @dataclass(frozen=True)
-class Rows:
+class Rows(Generic[S]):
     """W rows that are written side by side, as far as they are.
 
     Attributes:
@@ -38,7 +41,7 @@ class Rows:
             `LiveWatch.candidates` asks for; empty where that is 0.
     """
 
-    settings: Any
+    settings: S
     context: Context
     prompts: Sequence[Prompt]
     contexts: Sequence[EncodedPrompt]
@@ -66,9 +69,9 @@ class Findings:
     answers: tuple[Target, ...] | None = None
 
 
-class LiveWatch(ABC):
-    """A built watch. Rows that are written side by side are watched together, one batch after the other; nothing is
-    remembered from batch to batch. To score new tokens without going over the whole again, see
+class LiveWatch(ABC, Generic[S]):
+    """A built watch, of the settings `S`. Rows that are written side by side are watched together, one batch after the
+    other; nothing is remembered from batch to batch. To score new tokens without going over the whole again, see
     `opd.language.engines.base.Engine.scorer`, or of a teacher `opd.teachers.LiveTeacher.scorer`.
 
     Attributes:
@@ -77,18 +80,18 @@ class LiveWatch(ABC):
 
     candidates: int = 0
 
-    def begin(self, rows: Rows) -> None:  # noqa: B027
+    def begin(self, rows: Rows[S]) -> None:
         """Nothing of these rows is drawn yet."""
 
     @abstractmethod
-    def look(self, rows: Rows) -> Mapping[int, str]:
+    def look(self, rows: Rows[S]) -> Mapping[int, str]:
         """Called after each segment, as long as a row is being written.
 
         Returns:
             By place, for the rows that shall end here: why, in a few words.
         """
 
-    def end(self, rows: Rows) -> Findings:
+    def end(self, rows: Rows[S]) -> Findings:
         """Every row is as long as it gets: what there is to keep."""
         return Findings()
 

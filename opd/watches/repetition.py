@@ -28,10 +28,10 @@ class Repetition(Watch):
         return RepetitionWatch()
 
 
-class RepetitionWatch(LiveWatch):
+class RepetitionWatch(LiveWatch[Repetition]):
     """The built watch."""
 
-    def look(self, rows: Rows) -> Mapping[int, str]:
+    def look(self, rows: Rows[Repetition]) -> Mapping[int, str]:
         times, longest = rows.settings.times, rows.settings.longest
         sizes = {place: repeated(rows.actions[place], times, longest) for place in rows.going}
         return {place: f"{size} tokens {times} times over" for place, size in sizes.items() if size is not None}

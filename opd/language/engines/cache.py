@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 64
@@ -23,7 +23,9 @@ class RoomyLayer(DynamicLayer):
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
         self.shown: torch.Tensor | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
@@ -49,7 +51,7 @@ STATES = ("conv_states", "recurrent_states")
 """What a layer with a convolution or a recurrence keeps: tensors by number, one row a sequence."""
 
 
-def cache_argument(body: Any) -> str | None:
+def cache_argument(body: torch.nn.Module) -> str | None:
     """The name under which a decoder takes a `transformers.Cache`; None where its family keeps a state of its own."""
     for name in ("cache", "past_key_values", "cache_params"):
         found = inspect.signature(body.forward).parameters.get(name)
@@ -76,7 +78,7 @@ def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
                 setattr(layer, name, held.index_select(0, rows))
 
 
-def roomy_cache(config: Any) -> DynamicCache:
+def roomy_cache(config: PretrainedConfig) -> DynamicCache:
     """An empty cache for a model with this config; layers with a sliding window or a state stay transformers' own."""
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
-from opd.errors import ModelError
+from opd.errors import IncompatibleError, ModelError
 from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer, Written
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
@@ -21,6 +21,13 @@ from opd.language.engines.sampler import Sampler, Sampling
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
+from opd.language.saving import base_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 Layout = Literal["auto", "packed", "right", "left"]
 """How rows of unequal length share a pass; what a model does not know, it does as `auto`."""
@@ -45,13 +52,14 @@ class InProcess(torch.nn.Module, Engine):
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel | PeftModel | None,
         tokenizer: PreTrainedTokenizerBase,
         template: str = "chat",
         template_options: Mapping[str, Any] | None = None,
     ):
         super().__init__()
-        self.model = model
+        # Nobody asks a reader for the model that it has not.
+        self.model: PreTrainedModel | PeftModel = model  # type: ignore[assignment]
         self.tokenizer = tokenizer
         self.template = template
         self.template_options = dict(template_options or {})
@@ -84,7 +92,7 @@ class InProcess(torch.nn.Module, Engine):
     @property
     def base(self) -> PreTrainedModel:
         """The transformers model, without a peft wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_of(self.model)
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -101,11 +109,11 @@ class InProcess(torch.nn.Module, Engine):
         """The model's kind, as messages name it."""
         return f"the family {getattr(self.base.config, 'model_type', type(self).__name__)!r}"
 
-    def body(self, **inputs: Any) -> Any:
+    def body(self, **inputs: object) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
         return decoder_of(self.base)(**inputs)
 
-    def packed_body(self, row: PackedRow, **options: Any) -> torch.Tensor:
+    def packed_body(self, row: PackedRow, **options: object) -> torch.Tensor:
         """Final hidden states `[1, L, D]` of a packed row."""
         decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
@@ -198,6 +206,21 @@ class InProcess(torch.nn.Module, Engine):
             yield
         finally:
             self.train(training)
+
+
+def language_of(part: Student | LiveTeacher, which: str) -> InProcess:
+    """The language model of a built student or teacher; `which` names it.
+
+    Raises:
+        IncompatibleError: it has none in this process.
+    """
+    found = getattr(part, "language", None)
+    if not isinstance(found, InProcess):
+        raise IncompatibleError(
+            f"{which} ({type(part).__name__}) has no language model in this process, and the rollout asks for it; take "
+            "a student of policy causal_lm and teachers of kind local or self"
+        )
+    return found
 
 
 def _written(sampler: Sampler, state: Sampling, rows: Sequence[int], looker: Looker | None) -> dict[int, str]:

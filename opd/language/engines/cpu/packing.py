@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -134,7 +134,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (len(a) == len(b) and torch.equal(a, b))
 
 
-def can_pack(model: Any) -> bool:
+def can_pack(model: PreTrainedModel) -> bool:
     """Whether a transformers model attends through the pluggable interface with plain softmax attention throughout,
     and nothing else in it looks from one position to another.
 
