@@ -38,6 +38,7 @@ from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.run import Run
 from opd.saving import save_run
+from opd.stopping import best_of
 from opd.trackers import check_trackers
 
 
@@ -53,7 +54,9 @@ class Result:
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
         before, after: held-out metrics.
         history: every logged record, in order.
-        summary: what summary.json holds.
+        summary: what summary.json holds. The student is that of the last step; with `checkpoint.keep_best` or
+            `evaluation.stop`, `best` says which step's was measured to be the best: `metric`, `value`, `step`, and
+            whether its checkpoint is `stored`, for `opd export --step`.
         samples: `(before, after)` held-out rows for the same prompts.
         items: after training, `accuracy` and `greedy_accuracy` of each held-out prompt by its id (with a verifier).
         stopped_by: number of the signal that stopped the run early, or None.
@@ -284,8 +287,9 @@ def finish(run: Run) -> Result:
         "after": monitor.after.metrics,
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
-        "stopped_early": run.stop_requested() and run.step < recipe.steps,
+        "stopped_early": run.step < recipe.steps and (run.stop_requested() or run.watch.ended_by is not None),
         "ended_by": run.watch.ended_by if run.step < recipe.steps else None,
+        "best": _best(run),
         "alarms": run.watch.alarms,
         "skipped_updates": run.skips.total,
         "empty_updates": run.skips.empty,
@@ -319,6 +323,18 @@ def finish(run: Run) -> Result:
         items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
+
+
+def _best(run: Run) -> dict[str, Any] | None:
+    """The best measurement of the metric that the recipe asks to be kept or waited for."""
+    recipe = run.recipe
+    stop = recipe.evaluation.stop
+    metric = recipe.checkpoint.keep_best or (None if stop is None else stop.metric)
+    found = None if metric is None else best_of(run.monitor.history, metric)
+    if found is None:
+        return None
+    step, value = found
+    return {"metric": metric, "value": value, "step": step, "stored": step in steps_stored(recipe.directory)}
 
 
 def assembled(
