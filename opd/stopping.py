@@ -16,8 +16,8 @@ WATCHED = {"length": "length", "entropy": "student_entropy"}
 def best_of(history: Iterable[Mapping[str, float]], metric: str) -> tuple[int, float] | None:
     """Step and value of the best held-out measurement of `metric` in a run's log; of equal ones the first, unless the
     run's last is among them. None where it was never a number."""
-    found = [(int(record["step"]), record[key]) for key in [f"held_out/{metric}"] for record in history if key in record]
-    found = [(step, value) for step, value in found if not math.isnan(value)]
+    key = f"held_out/{metric}"
+    found = [(int(record["step"]), record[key]) for record in history if not math.isnan(record.get(key, math.nan))]
     if not found:
         return None
     best = (max if metric in HIGHER else min)(value for _, value in found)

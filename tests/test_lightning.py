@@ -187,10 +187,10 @@ def read_by(monkeypatch):
     """Rows of the store that training reads from here on, by prompt and step."""
     call, rows = StoredTrajectories.__call__, {}
 
-    def reading(self, prompts, group, budget, stream, begun=None):
-        found = call(self, prompts, group, budget, stream, begun)
-        for prompt, row in zip(found.prompts, found.stored.tolist(), strict=True) if stream >= 0 else ():
-            rows.setdefault(prompt.id, {})[stream] = row
+    def reading(self, request):
+        found = call(self, request)
+        for prompt, row in zip(found.prompts, found.stored.tolist(), strict=True) if request.stream >= 0 else ():
+            rows.setdefault(prompt.id, {})[request.stream] = row
         return found
 
     monkeypatch.setattr(StoredTrajectories, "__call__", reading)

@@ -73,7 +73,8 @@ def best_line(result: Result) -> str | None:
     best, run = result.summary["best"], result.directory
     if best is None or best["step"] == result.summary["steps"]:
         return None
-    line = f"best:    held-out {best['metric']} {best['value']:.4g} at step {best['step']}, and student/ is of the end; "
+    measured = f"{best['metric']} {best['value']:.4g}"
+    line = f"best:    held-out {measured} at step {best['step']}, and student/ is of the end; "
     if best["stored"]:
         return f"{line}opd export {run} {run}-step-{best['step']} --step {best['step']}"
     if best["step"] == 0:

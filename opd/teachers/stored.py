@@ -30,7 +30,7 @@ class StoredTeacher(Teacher):
     targets: str | None = Field(None, description="Name of the targets; default the store's only ones")
     consistency: Literal["required", "ignored"] = Field(
         "required",
-        description="With objective lightning: ignored trains with a teacher other than the fine-tuning's, for ablations",
+        description="Of objective lightning: ignored trains with a teacher other than the fine-tuning's, for ablations",
     )
     sft_teacher: str | None = Field(
         None, description="Hash of the teacher that wrote the fine-tuning data; default what the student's folder says"
@@ -115,8 +115,8 @@ class StoredAnswers(LiveTeacher):
             )
         raise IncompatibleError(
             f"{self.targets.path} was scored by {mine} and the student was fine-tuned by {', '.join(known)}: score it "
-            "with that teacher, or set teacher.consistency: ignored for an ablation; objective=reverse_kl on targets of "
-            "kind exact or top_k takes any teacher"
+            "with that teacher, or set teacher.consistency: ignored for an ablation; objective=reverse_kl on targets "
+            "of kind exact or top_k takes any teacher"
         )
 
     @torch.no_grad()
