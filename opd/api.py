@@ -22,7 +22,7 @@ from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import choices_of, kind_of
 from opd.context import Context
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.files.ours import refuse_taken
 from opd.files.run_directory import read_json
@@ -76,11 +76,13 @@ class Result:
 
 def distill(
     student: Any,
-    teacher: Any,
-    prompts: Any,
+    teacher: Any = None,
+    prompts: Any = None,
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
+    resume: bool | str = False,
+    force_changed: bool = False,
     quiet: bool = False,
     **settings: Any,
 ) -> Result:
@@ -89,11 +91,12 @@ def distill(
     Args:
         student: hub name or folder, a mapping of the recipe's `student` block, or a live model (of transformers, or a
             pipeline of diffusers), which is then trained in place; with settings `{"model": pipe, "guidance": 4.5}`.
-        teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several.
+        teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several; none where no
+            objective compares with one (`sft`, `grpo`).
         prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
             recipe's `prompts` block.
         tokenizer: needed with a live language model; live teachers share it.
-        overwrite: replace an earlier run in the same directory.
+        overwrite, resume, force_changed: as of `execute`; `resume` may also be what a recipe says, `"auto"`.
         quiet: no progress bar.
         **settings: any other key of a recipe: `objective="reverse_kl"`, `steps=100`,
             `update={"learning_rate": 1e-4}`, `batch={"prompts": 8}`, `output="runs/mine"`, ...
@@ -104,7 +107,14 @@ def distill(
     Raises:
         OpdError: for anything that the caller can mend; the message names the key and the fix.
     """
-    teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    teachers = list(teacher) if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
+    if prompts is None:
+        raise RecipeError(
+            "distill(): prompts is missing; give strings, rows, a datasets.Dataset, the path of a file, or a mapping "
+            "such as {'kind': 'dataset', 'path': 'org/questions'}"
+        )
+    if isinstance(resume, str):
+        settings["resume"] = resume
     recipe = parse_recipe(
         {
             "student": _student_block(student),
@@ -131,7 +141,15 @@ def distill(
         live_teachers = [p.live_teacher(t, tokenizer, context) for p, t in zip(policies, teachers, strict=True) if p]
         if len(live_teachers) < len(teachers):
             raise RunError("distill() takes live teachers all together; pass all as objects, or names for all")
-    return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
+    return execute(
+        recipe,
+        overwrite=overwrite,
+        resume=resume is True,
+        force_changed=force_changed,
+        quiet=quiet,
+        student=live_student,
+        teachers=live_teachers,
+    )
 
 
 @without_library_bars()
@@ -161,9 +179,9 @@ def execute(
     """
     check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
-        raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
+        raise RunError(f"{RESUME} goes on with a run and {OVERWRITE} removes it; give one of them")
     if resume and not recipe.directory.is_dir():
-        raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
+        raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop {RESUME} to start one")
     refuse_place(recipe)
     refuse_links(recipe.directory)
     if recipe.push_to is not None:
@@ -222,7 +240,7 @@ def _shortages_named(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(
-            f"cannot write to {directory} ({error.strerror}); free some space and go on with --resume: what was "
+            f"cannot write to {directory} ({error.strerror}); free some space and go on with {RESUME}: what was "
             "complete before is still there"
         ) from None
     except RuntimeError as error:
@@ -230,7 +248,7 @@ def _shortages_named(directory: Path) -> Iterator[None]:
             raise
         raise RunError(
             f"out of memory outside of the micro-batches ({str(error).splitlines()[0][:120]}); lower rollout.batch or "
-            "teacher.batch, or set teacher.offload=true, and go on with --resume --force-changed"
+            f"teacher.batch, or set teacher.offload=true, and go on with {RESUME} and {FORCE_CHANGED}"
         ) from None
 
 
@@ -243,13 +261,23 @@ def _write_environment(run: Run, resumed: bool) -> None:
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
-def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = False) -> Iterator[Result]:
+def chain(
+    recipes: Sequence[Recipe], *, overwrite: bool = False, resume: bool = False, quiet: bool = False
+) -> Iterator[Result]:
     """Run recipes one after the other: each starts from the student that the one before saved.
 
     The student's other settings (`lora`, `freeze`, `template`, ...) stay each recipe's own, but for `drop_layers`,
     `tokenizer` and `revision`, which belong to the model that is replaced. A link that is stopped by a signal ends the
-    chain; with `resume: auto` in its recipes, the same call goes on with it.
+    chain; the same call with `resume` goes on with it.
+
+    Args:
+        overwrite: replace earlier runs in the same directories.
+        resume: go on with the links that were begun, as `resume: auto` in each of the recipes.
     """
+    if resume and overwrite:
+        raise RunError(f"{RESUME} goes on with a chain and {OVERWRITE} removes it; give one of them")
+    if resume:
+        recipes = [recipe.model_copy(update={"resume": "auto"}) for recipe in recipes]
     folders = [str(recipe.directory.resolve()) for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
@@ -384,6 +412,8 @@ def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bo
     Raises:
         RunError: no checkpoint of that step, or a damaged one; or `out` holds something.
     """
+    if not directory.is_dir():
+        raise RunError(f"run directory {directory} does not exist; give the directory that a run wrote (its output)")
     refuse_taken(out, overwrite)
     steps = steps_stored(directory)
     if not steps or (step is not None and step not in steps):

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from opd.errors import RecipeError, RunError
+from opd.errors import RESUME, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.files.run_directory import lines
 from opd.files.whole import flush, main_process
@@ -206,7 +206,7 @@ class Monitor:
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.directory / name} ({error.strerror or error}); mend that and go on with "
-                "--resume: the checkpoints are whole"
+                f"{RESUME}: the checkpoints are whole"
             ) from None
 
     def _evaluate(self, run: Run) -> HeldOut:

@@ -124,6 +124,16 @@ def find_recipe(reference: str) -> Path:
     shipped = shipped_recipes()
     if path.stem in shipped and path.parent.as_posix() in (".", "recipes"):
         return shipped[path.stem]
+    known = "give a YAML file, or one of those that opd recipes lists"
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        raise RecipeError(
+            f"{reference!r} is a folder and no recipe; its recipe is {inside}"
+            if inside.is_file()
+            else f"{reference!r} is a folder without recipe.yaml, so no run of opd; {known}"
+        )
+    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+        raise RecipeError(f"{str(path.absolute())!r} does not exist{nearest(path.stem, shipped)}; {known}")
     raise RecipeError(
         f"no recipe {reference!r}{nearest(path.stem, shipped)}; give a YAML file or one of {', '.join(shipped)}"
     )
