@@ -370,7 +370,7 @@ def assembled(
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)
-    with monitor.console.status("loading models and checking that they fit together"):
+    with monitor.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
@@ -399,7 +399,7 @@ def measure(
     """
     teachers = None if trained is None else self_teachers(trained, run)
     built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
-    with built.monitor.console.status("measuring the student on held-out prompts"):
+    with built.monitor.status("measuring the student on held-out prompts"):
         return evaluate(built)
 
 

@@ -90,7 +90,8 @@ class Monitor:
             rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
-        numbers = f"divergence {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        called = run.recipe.objective[0].called
+        numbers = f"{called} {signals['divergence']:.3f}  " if "divergence" in signals else ""
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
