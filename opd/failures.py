@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,12 @@ from opd.measurement import Measurement
 from opd.recipe import Failures
 from opd.run import Run
 from opd.trajectories import Trajectories
+
+
+def skipped_rows(bad: Sequence[Exception]) -> list[str]:
+    """Which rows of the prompts were left out, a line each; the first few by name."""
+    rest = len(bad) - 5
+    return [f"skipped a row: {error}" for error in bad[:5]] + ([f"skipped {rest} more rows"] if rest > 0 else [])
 
 
 class Skips:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from opd.errors import RESUME, RecipeError, RunError
 from opd.evaluation import evaluate
+from opd.failures import skipped_rows
 from opd.files.run_directory import lines
 from opd.files.whole import flush, main_process
 from opd.measurement import Measurement
@@ -195,10 +196,8 @@ class Monitor:
 
     def warn_of_skipped(self, bad: Sequence[Exception]) -> None:
         """Say which rows were left out; the first few by name."""
-        for error in bad[:5]:
-            self.warn(f"skipped a row: {error}")
-        if len(bad) > 5:
-            self.warn(f"skipped {len(bad) - 5} more rows")
+        for text in skipped_rows(bad):
+            self.warn(text)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:

@@ -96,6 +96,19 @@ def test_links_need_directories_of_their_own(models, tmp_path):  # noqa: F811
         list(chain([recipe, recipe], quiet=True))
 
 
+def test_a_copy_of_a_shipped_recipe_finds_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(shipped_recipes()["quickstart"].read_text())
+    files = [source for source in load_recipe("mine.yaml").prompts if source.kind == "file"]
+    assert files
+    assert all(source.load() for source in files)
+    # One's own file of that name comes first.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "instructions.jsonl").write_text('{"prompt": "mine"}\n')
+    (own,) = [source for source in load_recipe("mine.yaml").prompts if source.kind == "file"]
+    assert [prompt.view() for prompt in own.load()] == ["mine"]
+
+
 def test_every_recipe_that_comes_with_opd_is_valid():
     pytest.importorskip("math_verify")
     for name in shipped_recipes():

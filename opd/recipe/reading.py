@@ -156,10 +156,12 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
-    """Validate plain data; `folder` is where relative data files are looked for besides the working directory."""
+    """Validate plain data; `folder` is where relative data files are looked for after the working directory, and before
+    the data that comes with `opd`, so that a copy of a shipped recipe finds them."""
     take_in()
+    folders = [] if folder is None else [folder, recipe_folder()]
     try:
-        return Recipe.model_validate(data, context={"folder": folder})
+        return Recipe.model_validate(data, context={"folders": folders})
     except ValidationError as error:
         raise RecipeError(explain(error, data, origin)) from None
     except RecursionError:
