@@ -88,9 +88,8 @@ def test_a_plan_says_of_prompts_what_a_run_warns_of(tmp_path):
 
 def test_misspelt_options_of_a_template_are_noted(tmp_path):
     folder = save_tiny(tmp_path / "m")
-    turn_tokenizer("{% if fast %}1{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(
-        folder
-    )
+    template = "{% if fast %}1{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turn_tokenizer(template).save_pretrained(folder)
     notes = make_plan(recipe(folder, student={"model": folder, "template_options": {"fats": True}})).notes
     assert any("reads no 'fats' (did you mean 'fast'?)" in note for note in notes), notes
 
