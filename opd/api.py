@@ -23,7 +23,7 @@ from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
 from opd.choice import Choice, choices_of, kind_of
 from opd.context import Context
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.files.ours import refuse_taken
 from opd.files.run_directory import read_json
@@ -40,6 +40,7 @@ from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
 from opd.run import Run
 from opd.saving import save_run
+from opd.stopping import best_of
 from opd.teachers import LiveTeacher
 from opd.trackers import check_trackers
 
@@ -59,7 +60,9 @@ class Result:
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
         before, after: held-out metrics.
         history: every logged record, in order.
-        summary: what summary.json holds.
+        summary: what summary.json holds. The student is that of the last step; with `checkpoint.keep_best` or
+            `evaluation.stop`, `best` says which step's was measured to be the best: `metric`, `value`, `step`, and
+            whether its checkpoint is `stored`, for `opd export --step`.
         samples: `(before, after)` held-out rows for the same prompts.
         items: after training, `accuracy` and `greedy_accuracy` of each held-out prompt by its id (with a verifier).
         stopped_by: number of the signal that stopped the run early, or None.
@@ -83,11 +86,13 @@ LiveOrNamed: TypeAlias = "str | Mapping[str, object] | Choice | torch.nn.Module 
 
 def distill(
     student: LiveOrNamed,
-    teacher: LiveOrNamed | list[LiveOrNamed] | tuple[LiveOrNamed, ...],
-    prompts: str | Path | Mapping[str, object] | Prompts | Iterable[object],
+    teacher: LiveOrNamed | list[LiveOrNamed] | tuple[LiveOrNamed, ...] | None = None,
+    prompts: str | Path | Mapping[str, object] | Prompts | Iterable[object] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    resume: bool | str = False,
+    force_changed: bool = False,
     quiet: bool = False,
     **settings: object,
 ) -> Result:
@@ -96,11 +101,12 @@ def distill(
     Args:
         student: hub name or folder, a mapping of the recipe's `student` block, or a live model (of transformers, or a
             pipeline of diffusers), which is then trained in place; with settings `{"model": pipe, "guidance": 4.5}`.
-        teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several.
+        teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several; none where no
+            objective compares with one (`sft`, `grpo`).
         prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
             recipe's `prompts` block.
         tokenizer: needed with a live language model; live teachers share it.
-        overwrite: replace an earlier run in the same directory.
+        overwrite, resume, force_changed: as of `execute`; `resume` may also be what a recipe says, `"auto"`.
         quiet: no progress bar.
         **settings: any other key of a recipe: `objective="reverse_kl"`, `steps=100`,
             `update={"learning_rate": 1e-4}`, `batch={"prompts": 8}`, `output="runs/mine"`, ...
@@ -111,7 +117,14 @@ def distill(
     Raises:
         OpdError: for anything that the caller can mend; the message names the key and the fix.
     """
-    teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
+    teachers = list(teacher) if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
+    if prompts is None:
+        raise RecipeError(
+            "distill(): prompts is missing; give strings, rows, a datasets.Dataset, the path of a file, or a mapping "
+            "such as {'kind': 'dataset', 'path': 'org/questions'}"
+        )
+    if isinstance(resume, str):
+        settings["resume"] = resume
     recipe = parse_recipe(
         {
             "student": _student_block(student),
@@ -138,7 +151,15 @@ def distill(
         live_teachers = [p.live_teacher(t, tokenizer, context) for p, t in zip(policies, teachers, strict=True) if p]
         if len(live_teachers) < len(teachers):
             raise RunError("distill() takes live teachers all together; pass all as objects, or names for all")
-    return execute(recipe, overwrite=overwrite, quiet=quiet, student=live_student, teachers=live_teachers)
+    return execute(
+        recipe,
+        overwrite=overwrite,
+        resume=resume is True,
+        force_changed=force_changed,
+        quiet=quiet,
+        student=live_student,
+        teachers=live_teachers,
+    )
 
 
 @without_library_bars()
@@ -168,9 +189,9 @@ def execute(
     """
     check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
-        raise RunError("--resume goes on with a run and --overwrite removes it; give one of them")
+        raise RunError(f"{RESUME} goes on with a run and {OVERWRITE} removes it; give one of them")
     if resume and not recipe.directory.is_dir():
-        raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop --resume to start one")
+        raise RunError(f"nothing to resume: there is no run directory {recipe.directory}; drop {RESUME} to start one")
     refuse_place(recipe)
     refuse_links(recipe.directory)
     if recipe.push_to is not None:
@@ -229,7 +250,7 @@ def _shortages_named(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise RunError(
-            f"cannot write to {directory} ({error.strerror}); free some space and go on with --resume: what was "
+            f"cannot write to {directory} ({error.strerror}); free some space and go on with {RESUME}: what was "
             "complete before is still there"
         ) from None
     except RuntimeError as error:
@@ -237,7 +258,7 @@ def _shortages_named(directory: Path) -> Iterator[None]:
             raise
         raise RunError(
             f"out of memory outside of the micro-batches ({str(error).splitlines()[0][:120]}); lower rollout.batch or "
-            "teacher.batch, or set teacher.offload=true, and go on with --resume --force-changed"
+            f"teacher.batch, or set teacher.offload=true, and go on with {RESUME} and {FORCE_CHANGED}"
         ) from None
 
 
@@ -250,13 +271,23 @@ def _write_environment(run: Run, resumed: bool) -> None:
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
-def chain(recipes: Sequence[Recipe], *, overwrite: bool = False, quiet: bool = False) -> Iterator[Result]:
+def chain(
+    recipes: Sequence[Recipe], *, overwrite: bool = False, resume: bool = False, quiet: bool = False
+) -> Iterator[Result]:
     """Run recipes one after the other: each starts from the student that the one before saved.
 
     The student's other settings (`lora`, `freeze`, `template`, ...) stay each recipe's own, but for `drop_layers`,
     `tokenizer` and `revision`, which belong to the model that is replaced. A link that is stopped by a signal ends the
-    chain; with `resume: auto` in its recipes, the same call goes on with it.
+    chain; the same call with `resume` goes on with it.
+
+    Args:
+        overwrite: replace earlier runs in the same directories.
+        resume: go on with the links that were begun, as `resume: auto` in each of the recipes.
     """
+    if resume and overwrite:
+        raise RunError(f"{RESUME} goes on with a chain and {OVERWRITE} removes it; give one of them")
+    if resume:
+        recipes = [recipe.model_copy(update={"resume": "auto"}) for recipe in recipes]
     folders = [str(recipe.directory.resolve()) for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise RunError("two recipes of the chain write to one directory; give each its own name or output")
@@ -294,8 +325,9 @@ def finish(run: Run) -> Result:
         "after": monitor.after.metrics,
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
-        "stopped_early": run.stop_requested() and run.step < recipe.steps,
+        "stopped_early": run.step < recipe.steps and (run.stop_requested() or run.watch.ended_by is not None),
         "ended_by": run.watch.ended_by if run.step < recipe.steps else None,
+        "best": _best(run),
         "alarms": run.watch.alarms,
         "skipped_updates": run.skips.total,
         "empty_updates": run.skips.empty,
@@ -331,12 +363,24 @@ def finish(run: Run) -> Result:
     )
 
 
+def _best(run: Run) -> dict[str, Any] | None:
+    """The best measurement of the metric that the recipe asks to be kept or waited for."""
+    recipe = run.recipe
+    stop = recipe.evaluation.stop
+    metric = recipe.checkpoint.keep_best or (None if stop is None else stop.metric)
+    found = None if metric is None else best_of(run.monitor.history, metric)
+    if found is None:
+        return None
+    step, value = found
+    return {"metric": metric, "value": value, "step": step, "stored": step in steps_stored(recipe.directory)}
+
+
 def assembled(
     recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
     monitor = Monitor(recipe.directory, console, quiet)
-    with monitor.console.status("loading models and checking that they fit together"):
+    with monitor.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
@@ -365,7 +409,7 @@ def measure(
     """
     teachers = None if trained is None else self_teachers(trained, run)
     built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
-    with built.monitor.console.status("measuring the student on held-out prompts"):
+    with built.monitor.status("measuring the student on held-out prompts"):
         return evaluate(built)
 
 
@@ -378,6 +422,8 @@ def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bo
     Raises:
         RunError: no checkpoint of that step, or a damaged one; or `out` holds something.
     """
+    if not directory.is_dir():
+        raise RunError(f"run directory {directory} does not exist; give the directory that a run wrote (its output)")
     refuse_taken(out, overwrite)
     steps = steps_stored(directory)
     if not steps or (step is not None and step not in steps):

@@ -216,6 +216,8 @@ def assemble(
     )
     for teacher in built:
         teacher.check_student(student, context)
+        if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
+            teacher.check_origin(student)
     for warning in nothing_to_learn(recipe, student, built):
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+RESUME, OVERWRITE, FORCE_CHANGED = (
+    f"--{name.replace('_', '-')} (Python: {name}=True)" for name in ("resume", "overwrite", "force_changed")
+)
+"""How messages name what both the command line and Python functions take."""
+
 
 class OpdError(Exception):
     """Base of every error that a user can cause or mend. The command line prints it and exits with `exit_code`."""

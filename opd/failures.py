@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from opd.errors import RunError
+from opd.errors import RESUME, RunError
 from opd.measurement import Measurement
 from opd.recipe import Failures
 from opd.run import Run
 from opd.trajectories import Trajectories
+
+
+def skipped_rows(bad: Sequence[Exception]) -> list[str]:
+    """Which rows of the prompts were left out, a line each; the first few by name."""
+    rest = len(bad) - 5
+    return [f"skipped a row: {error}" for error in bad[:5]] + ([f"skipped {rest} more rows"] if rest > 0 else [])
 
 
 class Skips:
@@ -48,7 +54,7 @@ class Skips:
         shown = f" Their batches are in `opd report {run.recipe.directory}`;" if run.optimiser.writes_rollouts else ""
         raise RunError(
             f"{what}: {count} updates in a row were not finite (failures.skips_in_a_row).{shown}\nlower "
-            "update.learning_rate, or go on as it is with --resume"
+            f"update.learning_rate, or go on as it is with {RESUME}"
         )
 
     def _count_empty(self, run: Run) -> None:
@@ -64,7 +70,7 @@ class Skips:
             run.checkpoints.write(run)
             raise RunError(
                 f"nothing was learnt in any of the first {run.step} steps; of the last one {why}. Change that, or let "
-                "the run go on with failures.empty_at_start=null and --resume"
+                f"the run go on with failures.empty_at_start=null and {RESUME}"
             )
         if self.empty == 1:
             run.monitor.warn(

@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
-from opd.errors import RecipeError, RunError
+from opd.errors import RESUME, RecipeError, RunError
 from opd.evaluation import evaluate
+from opd.failures import skipped_rows
 from opd.files.run_directory import lines
 from opd.files.whole import flush, main_process
 from opd.measurement import Measurement
@@ -90,7 +91,8 @@ class Monitor:
             rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
-        numbers = f"divergence {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        called = run.recipe.objective[0].called
+        numbers = f"{called} {signals['divergence']:.3f}  " if "divergence" in signals else ""
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
@@ -194,10 +196,8 @@ class Monitor:
 
     def warn_of_skipped(self, bad: Sequence[Exception]) -> None:
         """Say which rows were left out; the first few by name."""
-        for error in bad[:5]:
-            self.warn(f"skipped a row: {error}")
-        if len(bad) > 5:
-            self.warn(f"skipped {len(bad) - 5} more rows")
+        for text in skipped_rows(bad):
+            self.warn(text)
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -206,7 +206,7 @@ class Monitor:
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.directory / name} ({error.strerror or error}); mend that and go on with "
-                "--resume: the checkpoints are whole"
+                f"{RESUME}: the checkpoints are whole"
             ) from None
 
     def _evaluate(self, run: Run) -> HeldOut:

@@ -63,10 +63,18 @@ class Lines:
 
     Args:
         clock: seconds of any origin.
+        what: one of the steps is.
     """
 
-    def __init__(self, console: Console, step: int, steps: int, clock: Callable[[], float] = time.monotonic):
-        self._console, self._first, self._steps, self._clock = console, step, steps, clock
+    def __init__(
+        self,
+        console: Console,
+        step: int,
+        steps: int,
+        clock: Callable[[], float] = time.monotonic,
+        what: str = "step",
+    ):
+        self._console, self._first, self._steps, self._clock, self._what = console, step, steps, clock, what
         self._shown, self._began = step, clock()
         self._spoke = self._began
 
@@ -77,7 +85,8 @@ class Lines:
             return
         self._shown, self._spoke = step, now
         left = (now - self._began) / max(1, step - self._first) * (self._steps - step)
-        text = f"step {step}/{self._steps}  {numbers}  left {timedelta(seconds=round(left))}"
+        parts = (f"{self._what} {step}/{self._steps}", numbers, f"left {timedelta(seconds=round(left))}")
+        text = "  ".join(part for part in parts if part)
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def stop(self) -> None:

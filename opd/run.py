@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Monitoring(Protocol):
     def end(self, run: Run) -> dict[str, float]: ...
 
     def held_out_at(self, step: int) -> dict[str, float]: ...
+
+    def status(self, text: str) -> AbstractContextManager[None]: ...
 
     def warn(self, text: str) -> None: ...
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from opd.errors import RunError
+from opd.errors import RESUME, RunError
 from opd.files.ours import foreign
 from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
@@ -80,7 +80,7 @@ def save_run(run: Run, summary: dict[str, Any]) -> str | None:
 def _rescued(run: Run, card: str) -> str:
     """What is left of a student that cannot be saved in its place: the checkpoint, or a copy where there is room."""
     if run.checkpoints.written == run.step:
-        return "free some space and go on with --resume"
+        return f"free some space and go on with {RESUME}"
     place = Path(tempfile.mkdtemp(prefix="opd-student-"))
     try:
         run.student.save(place, card)

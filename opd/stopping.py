@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opd.policies.evaluation import HIGHER, Alarm, Stop
@@ -10,6 +11,17 @@ from opd.run import Run
 
 WATCHED = {"length": "length", "entropy": "student_entropy"}
 """What an alarm may watch, and the held-out metric that it is."""
+
+
+def best_of(history: Iterable[Mapping[str, float]], metric: str) -> tuple[int, float] | None:
+    """Step and value of the best held-out measurement of `metric` in a run's log; of equal ones the first, unless the
+    run's last is among them. None where it was never a number."""
+    key = f"held_out/{metric}"
+    found = [(int(record["step"]), record[key]) for record in history if not math.isnan(record.get(key, math.nan))]
+    if not found:
+        return None
+    best = (max if metric in HIGHER else min)(value for _, value in found)
+    return found[-1] if found[-1][1] == best else next(item for item in found if item[1] == best)
 
 
 class Watch:

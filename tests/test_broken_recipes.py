@@ -7,9 +7,11 @@ import sys
 import pytest
 import yaml
 
+import opd
 from opd.cli import main
 from opd.errors import RecipeError
 from opd.recipe import all_keys, load_recipe, parse_recipe
+from opd.recipe.explaining import ELSEWHERE
 from opd.recipe.reading import LARGEST
 from tests.conftest import save_tiny
 from tests.tiny import TEXTS, short_run
@@ -163,6 +165,44 @@ def test_a_text_that_no_reader_gets_to_the_end_of(text, message, tmp_path):
 def test_an_override_is_read_within_the_same_bounds(recipe_file):
     with pytest.raises(RecipeError, match="nested too deeply"):
         load_recipe(str(recipe_file), ["name=" + "[" * 100_000])
+
+
+def test_hints_stay_near_the_key_or_name_what_other_trainers_call_so(recipe_file):
+    assert set(ELSEWHERE.values()) <= set(all_keys())
+    hints = {
+        "batch.size=8": r"unknown key 'batch\.size' \(did you mean 'batch\.prompts'\?\)",
+        "update.lr=1": r"did you mean 'update\.learning_rate'",
+        "evaluation.metric=x": r"did you mean 'evaluation\.stop\.metric'",
+        "hardware.dtype=x": r"accepted here: device, precision, threads \(another block has student\.dtype",
+        "rollout.size=3": r"accepted here: max_new_tokens, .*\(another block has prompts\.size\)",
+    }
+    for override, hint in hints.items():
+        with pytest.raises(RecipeError, match=hint):
+            load_recipe(str(recipe_file), [override])
+
+
+def test_a_path_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for reference in ("runs/nowhere", "nowhere.yaml", str(tmp_path / "nowhere.yaml")):
+        with pytest.raises(RecipeError, match=r"/nowhere(\.yaml)?' does not exist"):
+            load_recipe(reference)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"'empty' is a folder without recipe\.yaml, so no run"):
+        load_recipe("empty")
+    (tmp_path / "empty" / "recipe.yaml").write_text("steps: 1")
+    with pytest.raises(RecipeError, match=r"its recipe is empty/recipe\.yaml"):
+        load_recipe("empty")
+    with pytest.raises(RecipeError, match=r"no recipe 'quickstrat' \(did you mean 'quickstart'"):
+        load_recipe("quickstrat")
+    with pytest.raises(RecipeError, match=r"does not exist \(did you mean 'quickstart'"):
+        load_recipe("quickstrat.yaml")
+
+
+def test_a_teacher_that_is_missing_is_told_what_it_may_be():
+    with pytest.raises(RecipeError, match=r"distill\(\).*'teacher' is required.*a live one.*self, stored"):
+        opd.distill("org/small", prompts=["1+1="])
+    with pytest.raises(RecipeError, match=r"distill\(\): prompts is missing; give strings, rows"):
+        opd.distill("org/small", "org/large")
 
 
 def test_ordinary_anchors_and_single_layers_are_taken(recipe_file, tmp_path):

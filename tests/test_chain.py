@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from opd.api import chain
 from opd.cli import main
+from opd.cli.main import app
 from opd.recipe import load_recipe, shipped_recipes
 from tests.test_loop import models, recipe_for  # noqa: F401
 
@@ -65,10 +67,46 @@ def test_one_command_runs_a_chain(models, tmp_path, monkeypatch, capsys):  # noq
     assert not (tmp_path / "sft" / "recipe.yaml").exists()
 
 
+def test_overrides_hold_for_all_links_and_a_chain_goes_on(models, tmp_path, monkeypatch, capsys):  # noqa: F811
+    files = []
+    for block in links(models, tmp_path)[:2]:
+        files.append(str(tmp_path / f"{block['name']}.yaml"))
+        (tmp_path / f"{block['name']}.yaml").write_text(yaml.safe_dump(block))
+
+    def steps(*words):
+        app(["chain", *files, *words, "--quiet"], standalone_mode=False)
+        return [json.loads((tmp_path / name / "summary.json").read_text())["steps"] for name in ("sft", "opd")]
+
+    assert steps("steps=1", "checkpoint.every=1") == [1, 1]
+    # The second link is begun anew, the first only measured again.
+    before = [line for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    shutil.rmtree(tmp_path / "opd")
+    assert steps("steps=1", "checkpoint.every=1", "--resume") == [1, 1]
+    after = [line for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines() if "train/loss" in line]
+    assert before == after
+    with pytest.raises(opd.RunError, match="give one of them"):
+        steps("--resume", "--overwrite")
+    with pytest.raises(opd.RecipeError, match="needs recipes"):
+        app(["chain", "steps=1"], standalone_mode=False)
+
+
 def test_links_need_directories_of_their_own(models, tmp_path):  # noqa: F811
     recipe = recipe_for(models, tmp_path)
     with pytest.raises(opd.RunError, match="own name or output"):
         list(chain([recipe, recipe], quiet=True))
+
+
+def test_a_copy_of_a_shipped_recipe_finds_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(shipped_recipes()["quickstart"].read_text())
+    files = [source for source in load_recipe("mine.yaml").prompts if source.kind == "file"]
+    assert files
+    assert all(source.load() for source in files)
+    # One's own file of that name comes first.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "instructions.jsonl").write_text('{"prompt": "mine"}\n')
+    (own,) = [source for source in load_recipe("mine.yaml").prompts if source.kind == "file"]
+    assert [prompt.view() for prompt in own.load()] == ["mine"]
 
 
 def test_every_recipe_that_comes_with_opd_is_valid():

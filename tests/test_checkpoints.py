@@ -531,6 +531,20 @@ def test_the_newest_and_the_best_are_kept(make, monkeypatch):
         make("run", checkpoint=keep, evaluation={"every": 0})
 
 
+def test_steps_below_those_taken_are_refused(make):
+    recipe = make("run")
+    execute(recipe, quiet=True)
+    before = (recipe.directory / "metrics.jsonl").read_bytes()
+    for resume in ({"resume": True}, {"force_changed": True, "resume": True}):
+        with pytest.raises(RunError, match=r"steps is 4, and the run in .* has taken 6 steps already.* set steps to 6"):
+            execute(make("run", steps=4), quiet=True, **resume)
+    with pytest.raises(RunError, match="has taken 6 steps already"):
+        execute(make("run", steps=4, resume="auto"), quiet=True)
+    assert (recipe.directory / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(RunError, match=r"nowhere does not exist; give the directory"):
+        opd.api.export(recipe.directory.parent / "nowhere", recipe.directory.parent / "out")
+
+
 def test_differences_name_the_item_of_a_list():
     one = {"teacher": [{"model": "a"}, {"model": "b", "weight": 1}]}
     two = {"teacher": [{"model": "a"}, {"model": "b", "weight": 2}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from docs import commands_page
 from opd.catalogue import axes
 from opd.cli.main import app
 from opd.recipe import parse_recipe
+from opd.reproductions.verdicts import tally
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -43,6 +45,15 @@ def test_the_call_in_the_readme_is_accepted():
     names = {key: {"model": given.pop(key)} for key in ("student", "teacher")}
     assert {"objective", "update", "steps"} <= given.keys()
     parse_recipe(given | names | {"prompts": REST["prompts"]})
+
+
+def test_the_readme_counts_verdicts_as_the_results_have_them():
+    readme = PAGES[0].read_text(encoding="utf-8")
+    for path in sorted((ROOT / "reproductions").glob("*/results.json")):
+        claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+        counts = {verdict: number for verdict, number in tally(claims).items() if number}
+        told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+        assert f"of {sum(counts.values())} claims [{told}](docs/reproductions/{path.parent.name}.md)" in readme
 
 
 def settings(base=BaseModel):

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.language.agreement import Vocabulary, agree_on_end, end_ids, notes_on_end
-from opd.language.encoding import turn_end
+from opd.language.encoding import read_by, turn_end
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
 from opd.policies.causal_lm import CausalLMStudent
@@ -75,6 +75,28 @@ def test_arguments_that_nobody_reads_are_refused_or_said_once():
     for _ in range(2):
         text_of(language, prompt="hi")
     assert language.notes == ["the chat template of the model reads no 'enable_thinking'; it changes nothing there"]
+    # A part of a name, or a word of the template's own text, is no variable that it reads.
+    thinks = turn_tokenizer(
+        "{% if enable_thinking %}<think>{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    for misspelt, close in (("enable_thinkin", True), ("think", True), ("m", False)):
+        language = reader(thinks, **{misspelt: True})
+        text_of(language, prompt="hi")
+        hint = " (did you mean 'enable_thinking'?)" if close else ""
+        assert language.notes == [
+            f"the chat template of the model reads no {misspelt!r}{hint}; it changes nothing there"
+        ]
+    language = reader(thinks, enable_thinking=True)
+    text_of(language, prompt="hi")
+    assert language.notes == []
+
+
+def test_what_a_template_reads_is_found_or_left_open():
+    assert "x" in (read_by("{% set x = x if x is defined else 3 %}{{ x }}") or ())
+    assert "x" in (read_by("{% if not x is defined %}{% set x = true %}{% endif %}{{ x }}") or ())
+    assert "x" in (read_by("{% generation %}{{ x }}{% endgeneration %}{% for a in b %}{% break %}{% endfor %}") or ())
+    assert read_by("{{ x | unknown_filter }}") is None
+    assert read_by("{% unknown_mark %}") is None
     with pytest.raises(DataError, match=r"the row has 'tools'.*template: plain"):
         text_of(reader(turn_tokenizer(), "plain"), prompt="hi", tools=TOOLS)
     with pytest.raises(ValidationError, match="template: plain applies no template"):

@@ -123,7 +123,7 @@ def test_what_a_run_writes_and_that_its_student_loads_in_plain_transformers(mode
     card = (folder / "student" / "README.md").read_text()
     assert "reverse_kl" in card
     assert (folder / "report.html").stat().st_size < 10_000_000
-    with pytest.raises(RunError, match="--overwrite"):
+    with pytest.raises(RunError, match=r"--resume \(Python: resume=True\).*--overwrite \(Python: overwrite=True\)"):
         execute(recipe, quiet=True)
     execute(recipe, overwrite=True, quiet=True)
 
@@ -368,6 +368,8 @@ def test_distill_takes_live_objects_strings_and_lists(models, tmp_path):
     )
     assert result.student is student
     assert not torch.equal(student.lm_head.weight, before)
+    with pytest.raises(RunError, match="nothing to resume"):
+        opd.distill(models[0], models[1], TEXTS, output=str(tmp_path / "absent"), resume=True)
     with pytest.raises(RunError, match="tokenizer"):
         opd.distill(student, tiny_model(seed=2), TEXTS, output=str(tmp_path / "x"))
     with pytest.raises(RunError, match=r"the live student's own weights.*'mode': 'frozen'"):

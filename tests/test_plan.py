@@ -77,6 +77,23 @@ def test_removed_layers_are_not_counted(tmp_path):
     assert cut.student.parameters < cut.teachers[0].parameters
 
 
+def test_a_plan_says_of_prompts_what_a_run_warns_of(tmp_path):
+    held_out = {"prompts": {"kind": "inline", "prompts": ["defgh", "new"]}}
+    rows = {"kind": "inline", "prompts": [{"prompt": "abc"}, {"prompt": ""}, {"prompt": "defgh"}]}
+    planned = recipe(save_tiny(tmp_path / "m"), prompts=rows, evaluation=held_out, skip_bad_prompts=True)
+    notes = make_plan(planned).notes
+    assert any(note.startswith("evaluation.prompts: 1 of 2 are training prompts too") for note in notes)
+    assert any(note.startswith("skipped a row: prompts[1]") for note in notes), notes
+
+
+def test_misspelt_options_of_a_template_are_noted(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    template = "{% if fast %}1{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turn_tokenizer(template).save_pretrained(folder)
+    notes = make_plan(recipe(folder, student={"model": folder, "template_options": {"fats": True}})).notes
+    assert any("reads no 'fats' (did you mean 'fast'?)" in note for note in notes), notes
+
+
 def test_an_absent_model_is_one_message(tmp_path):
     with pytest.raises(ModelError, match=r"no folder with a config\.json"):
         make_plan(recipe(str(tmp_path / "absent")))

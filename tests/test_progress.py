@@ -11,6 +11,8 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from opd.api import execute
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.progress import SILENCE, Bar, Lines, shows_bars, without_library_bars
 from tests.test_loop import models, recipe_for  # noqa: F401
 
@@ -70,6 +72,35 @@ def test_a_run_whose_output_is_a_file_says_what_it_does(models, tmp_path):  # no
     assert "\x1b" not in text
     silent = Console(file=io.StringIO(), quiet=True)
     execute(recipe, console=silent, overwrite=True)
+    assert silent.file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("objective", "called"), [("sft", "nll"), (["sft", "forward_kl"], "nll"), ("forward_kl", "divergence")]
+)
+def test_a_line_calls_the_value_what_it_is(objective, called, models, tmp_path):  # noqa: F811
+    console = log()
+    rollout = {"kind": "teacher", "max_new_tokens": 6}
+    result = execute(recipe_for(models, tmp_path, steps=1, objective=objective, rollout=rollout), console=console)
+    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith("step 1/1")]
+    (logged,) = [record for record in result.history if "train/loss" in record]
+    assert f"{called} {logged['train/divergence']:.3f}" in line
+    assert logged.get("train/nll", logged["train/divergence"]) == pytest.approx(logged["train/divergence"], rel=1e-5)
+    assert ("train/nll" in logged) == (called == "nll")
+
+
+def test_jobs_on_shards_say_in_a_log_file_how_far_they_are(models, tmp_path):  # noqa: F811
+    console, recipe = log(), recipe_for(models, tmp_path, rollout={"max_new_tokens": 4})
+    store = sample(recipe, tmp_path / "store", prompts_per_shard=8, console=console)
+    assert console.file.getvalue().splitlines()[0] == "sampling: 3 of 3 shards are to be written"
+    assert [line.split("  ")[0] for line in console.file.getvalue().splitlines()[1:]] == [
+        f"sampling, shard {i}/3" for i in (1, 2, 3)
+    ]
+    score(recipe, store.path, console=(scoring := log()))
+    assert scoring.file.getvalue().splitlines()[-1] == "scoring, shard 3/3  left 0:00:00"
+    score(recipe, store.path, console=(again := log()))
+    assert again.file.getvalue() == "scoring: 0 of 3 shards are to be written\n"
+    score(recipe, store.path, name="quiet", quiet=True, console=(silent := log()))
     assert silent.file.getvalue() == ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -270,6 +271,8 @@ def test_good_prompt_files(tmp_path):
 def test_missing_prompt_file_and_too_many_held_out(tmp_path):
     with pytest.raises(DataError, match="no file"):
         FilePrompts(path=str(tmp_path / "absent.jsonl")).load()
+    with pytest.raises(DataError, match=rf"no file 'absent\.jsonl' in {Path.cwd()}, nor beside the recipe or in the"):
+        FilePrompts(path="absent.jsonl").load()
     prompts = InlinePrompts(prompts=["a", "b"]).load()
     with pytest.raises(DataError, match="hold out at most 1"):
         split_held_out(prompts, 2, 0)

@@ -371,7 +371,7 @@ def test_stored_routes_pass_the_gate_each_for_itself(models, tmp_path):
     data["rollout"]["max_new_tokens"] = 12
     data["teacher"][0]["routes"]["math"]["sft_teacher"] = names["math"][1]
     with pytest.raises(IncompatibleError, match="does not say which teacher"):
-        execute(parse_recipe(data), quiet=True)
+        execute(parse_recipe({**data, "objective": "lightning"}), quiet=True)
     data["teacher"][0]["routes"]["code"]["sft_teacher"] = names["code"][1]
     result = execute(parse_recipe(data), quiet=True, overwrite=True)
     assert result.summary["steps"] == 3

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import opd.monitor
-from opd.api import execute
-from opd.cli.display import show_result
+from opd.api import execute, export
+from opd.cli.display import best_line, show_result
 from opd.errors import RecipeError
 from opd.report.page import collect
-from opd.stopping import Alarm, Stop, Watch
+from opd.stopping import Alarm, Stop, Watch, best_of
 from tests.test_checkpoints import make, models  # noqa: F401
 
 
@@ -86,10 +87,44 @@ def test_a_run_ends_when_it_no_longer_gains_and_goes_on_when_the_recipe_says_so(
     # 1, 0.67, 0.33, 0.3, 0.3, 0.3: the second one without a gain is that of step 5.
     assert result.summary["steps"] == 5
     assert result.summary["ended_by"] == "step 5: held-out reverse_kl has not gained in 2 evaluations (best 0.3)"
+    assert result.summary["stopped_early"]
+    assert json.loads((recipe.directory / "summary.json").read_text())["stopped_early"]
     assert execute(recipe, quiet=True, resume=True).summary["steps"] == 5
     patient = make("run", evaluation={**evaluation, "stop": {"patience": 9}}, checkpoint={"every": 1})
     summary = execute(patient, quiet=True, resume=True).summary
-    assert (summary["steps"], summary["ended_by"]) == (6, None)
+    assert (summary["steps"], summary["ended_by"], summary["stopped_early"]) == (6, None, False)
+
+
+def test_the_end_says_which_step_was_the_best_and_how_to_get_it(make, monkeypatch, capsys, tmp_path):  # noqa: F811
+    values = [5.0, 3.0, 1.0, 2.0, 4.0, 4.0, 4.0]
+    measuring(monkeypatch, {step: {"reverse_kl": value} for step, value in enumerate(values)})
+    evaluation = {"held_out": 2, "every": 1}
+    recipe = make("kept", evaluation=evaluation, checkpoint={"every": 4, "keep_last": 1, "keep_best": "reverse_kl"})
+    result = execute(recipe, quiet=True)
+    best = {"metric": "reverse_kl", "value": 1.0, "step": 2, "stored": True}
+    assert json.loads((recipe.directory / "summary.json").read_text())["best"] == best
+    show_result(result, recipe)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best:")]
+    command = line.split("; ")[1].split()
+    assert command[:3] == ["opd", "export", str(recipe.directory)]
+    assert export(Path(command[2]), Path(command[3]), int(command[5])).is_dir()
+    # The one that ended the run is not kept, and the line says how it would have been.
+    recipe = make("stopped", evaluation={**evaluation, "stop": {"patience": 2}}, checkpoint={"every": 0})
+    line = best_line(execute(recipe, quiet=True))
+    assert "at step 2" in line
+    assert line.endswith("checkpoint.keep_best=reverse_kl keeps it")
+    assert execute(make("plain", evaluation=evaluation), quiet=True).summary["best"] is None
+
+
+def test_the_best_of_a_log_is_the_last_where_that_is_as_good():
+    def best(*values, metric="reverse_kl"):
+        return best_of([{"step": i, f"held_out/{metric}": value} for i, value in enumerate(values)], metric)
+
+    assert best(3.0, 1.0, 2.0, 1.0, 4.0) == (1, 1.0)
+    assert best(3.0, 1.0, 2.0, 1.0) == (3, 1.0)
+    assert best(0.1, 0.3, float("nan"), metric="accuracy") == (1, 0.3)
+    assert best(float("nan")) is None
+    assert best_of([{"step": 1, "train/loss": 2.0}], "reverse_kl") is None
 
 
 def test_a_collapse_is_said_and_may_end_the_run(make, monkeypatch, capsys):  # noqa: F811

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -17,6 +19,7 @@ import yaml
 
 import opd
 from opd.assembly import build_models
+from opd.cli.main import app
 from opd.distributions import Categorical, Sampled, TopK
 from opd.jobs.sampling import sample
 from opd.jobs.scoring import score
@@ -48,6 +51,48 @@ def everything(recipe, store):
     trajectories = store.trajectories(range(store.header.rows), members, CPU)
     with torch.no_grad():
         return trajectories, said(teacher, trajectories, context)
+
+
+def commands_of(page):
+    """The first block of commands on a page of the docs, as the words of each."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    block = re.findall(r"```bash\n(.*?)```", text, re.S)[0]
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
+def test_the_commands_of_the_page_work_as_printed(recipe, tmp_path, monkeypatch, capsys):
+    """For a student that nobody fine-tuned: the page's default is no method that asks for more."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(yaml.safe_dump(recipe.dump()))
+    commands = commands_of("store.md")
+    assert [words[1] for words in commands] == ["rollout", "score", "store", "train"]
+    for words in commands:
+        assert words[0] == "opd"
+        app([word.replace("RECIPE", "mine.yaml") for word in words[1:]], standalone_mode=False)
+    told = capsys.readouterr()
+    assert "every written file matches its checksum" in told.out
+    assert "summary.json" in told.out
+    assert "was made for" not in told.err, "no warning about completions that the store does not hold"
+    trained = yaml.safe_load((recipe.directory / "recipe.yaml").read_text())
+    assert (trained["rollout"]["kind"], trained["teacher"][0]["kind"]) == ("stored", "stored")
+    assert trained["objective"][0]["kind"] == "reverse_kl"
+
+
+def test_a_stored_rollout_is_as_long_as_the_store_says(recipe, store, tmp_path):
+    held = store.header.budget
+    stored = {"kind": "stored", "path": str(store.path)}
+
+    def lengths(path, **more):
+        rollout = parse_recipe({**recipe.dump(), "rollout": {**stored, "path": str(path), **more}}).rollout
+        return rollout.budget, rollout.longest
+
+    assert lengths(store.path) == (held, held)
+    assert lengths(store.path, max_new_tokens=5) == (5, 5)
+    assert lengths(store.path, max_new_tokens=held + 100) == (held, held)
+    assert lengths(tmp_path / "elsewhere") == (4096, 4096)
+    schedule = {"kind": "linear", "start": 2, "end": 4000}
+    scheduled = parse_recipe({**recipe.dump(), "rollout": {**stored, "max_new_tokens": schedule}}).rollout
+    assert scheduled.longest == held
 
 
 def test_rows_are_what_the_student_writes_in_step_0(recipe, store):

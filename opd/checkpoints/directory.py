@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.checkpoints.store import FILES, LEFTOVER
-from opd.errors import RecipeError, RunError
+from opd.errors import OVERWRITE, RESUME, RecipeError, RunError
 from opd.files.ours import LIST, entries, foreign, listed, named, remove_files
 from opd.files.run_directory import read_yaml
 from opd.files.whole import main_process
@@ -82,8 +82,8 @@ def refuse_occupied(directory: Path) -> None:
     """Raise `RunError` for a directory that holds a run, or something by a name that a run writes to."""
     if holds_run(directory):
         raise RunError(
-            f"{directory} holds a run already; go on with it by --resume, choose another with output=PATH, "
-            "or pass --overwrite"
+            f"{directory} holds a run already; go on with it by {RESUME}, choose another with output=PATH, "
+            f"or pass {OVERWRITE}"
         )
     # Event files are added to what a tracker's folder holds.
     taken = [str(directory / name) for name in (*RUN_FILES, *FOLDERS) if _exists(directory / name)]
@@ -122,7 +122,7 @@ def must_clear(recipe: Recipe, overwrite: bool, unfinished: bool = False) -> boo
         if (directory / "student").exists() or not _meant_to_write_checkpoints(directory):
             raise RunError(
                 f"the run in {directory} has no checkpoint to go on from; "
-                "start again with --overwrite, or with output=PATH"
+                f"start again with {OVERWRITE}, or with output=PATH"
             )
         overwrite = True
     if not (overwrite and holds_run(directory)):

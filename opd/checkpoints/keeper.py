@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from opd.checkpoints.store import FILES, LEFTOVER, UnusableError, facts_of, folder_of, steps_stored, write
-from opd.errors import RunError
+from opd.errors import RESUME, RunError
 from opd.files.ours import foreign, remove
 from opd.policies.evaluation import HIGHER
 from opd.recipe import Checkpoint
@@ -59,7 +59,7 @@ class Checkpoints:
             raise RunError(
                 f"the checkpoint of step {run.step} cannot be written to {folder.parent} ({error.strerror}); "
                 + (f"that of step {done[0]} is whole. " if done else "there is none yet. ")
-                + "Free some space and go on with --resume"
+                + f"Free some space and go on with {RESUME}"
             ) from None
         self._remove_old(run)
 

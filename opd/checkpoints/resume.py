@@ -9,7 +9,7 @@ from typing import Any
 
 from opd.checkpoints.content import content_of
 from opd.checkpoints.store import UnusableError, folder_of, steps_stored, verify
-from opd.errors import RecipeError, RunError
+from opd.errors import FORCE_CHANGED, OVERWRITE, RecipeError, RunError
 from opd.prompts import Prompt
 from opd.provenance import versions
 from opd.recipe import Recipe, differences, parse_recipe
@@ -60,7 +60,7 @@ def newest(
 
     Raises:
         RunError: every checkpoint is damaged (with the reason of the newest), or the newest sound one belongs to a
-            recipe that differs (with the keys).
+            recipe that differs (with the keys), or is beyond the recipe's last step.
     """
     passed_over = []
     for step in steps_stored(recipe.directory):
@@ -73,11 +73,16 @@ def newest(
         for reason in passed_over:
             warn(f"{reason}; going on from step {step} instead")
         refuse_changes(changes(facts, mine), folder, force_changed)
+        if facts["step"] > recipe.steps:
+            raise RunError(
+                f"steps is {recipe.steps}, and the run in {recipe.directory} has taken {facts['step']} steps already "
+                f"({folder.name}); set steps to {facts['step']} or more, or start another run with output=PATH"
+            )
         for package in (name for name in ROUNDING if facts["versions"].get(name) != mine["versions"].get(name)):
             warn(f"{folder.name} was written with {package} {facts['versions'].get(package)}: not bit for bit")
         return folder, facts
     if passed_over:
-        raise RunError(f"no usable checkpoint: {passed_over[0]}. Start again with --overwrite, or with output=PATH")
+        raise RunError(f"no usable checkpoint: {passed_over[0]}. Start again with {OVERWRITE}, or with output=PATH")
     return None
 
 
@@ -87,7 +92,7 @@ def refuse_changes(found: list[str], folder: Path, force_changed: bool) -> None:
         shown = "; ".join(found[:6]) + (f"; {len(found) - 6} more" if len(found) > 6 else "")
         raise RunError(
             f"this is not the run of {folder}: {shown}.\n"
-            "Undo the change, start another run with output=PATH, or go on all the same with --force-changed"
+            f"Undo the change, start another run with output=PATH, or go on all the same with {FORCE_CHANGED}"
         )
 
 

@@ -56,12 +56,30 @@ def show_result(result: Result, recipe: Recipe) -> None:
             if text:
                 out.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"student: {result.directory / 'student'}", highlight=False, soft_wrap=True)
+    best = best_line(result)
+    if best:
+        out.print(best, highlight=False, markup=False, soft_wrap=True)
     out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
     out.print(f"report:  {result.directory / 'report.html'}", highlight=False, soft_wrap=True)
     following = recipe.try_next or f"opd eval {result.directory}"
     if result.stopped_by and recipe.checkpoint.every:
         following = f"opd train {result.directory / 'recipe.yaml'} --resume"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
+
+
+def best_line(result: Result) -> str | None:
+    """Which step's student was measured to be better than the saved one, which is that of the run's end, and how to get
+    it; None where none was, or where nobody asked."""
+    best, run = result.summary["best"], result.directory
+    if best is None or best["step"] == result.summary["steps"]:
+        return None
+    measured = f"{best['metric']} {best['value']:.4g}"
+    line = f"best:    held-out {measured} at step {best['step']}, and student/ is of the end; "
+    if best["stored"]:
+        return f"{line}opd export {run} {run}-step-{best['step']} --step {best['step']}"
+    if best["step"] == 0:
+        return f"{line}that is the student before training"
+    return f"{line}no checkpoint of that step is kept, checkpoint.keep_best={best['metric']} keeps it"
 
 
 def show_metrics(title: str, metrics: Mapping[str, float], as_json: bool) -> None:

@@ -62,18 +62,31 @@ def train(
 
 @app.command()
 def chain(
-    recipes: Annotated[list[str], typer.Argument(help="Recipes in order; each starts from the student before.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPES... [key=value]...",
+            help="Recipes in order, each starts from the student before; then overrides, which hold for all of them.",
+        ),
+    ],
     overwrite: Annotated[bool, typer.Option(help="Replace earlier runs in the same directories.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the chain where it stopped.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Run recipes one after the other, e.g. fine-tuning, then distillation, then reinforcement learning."""
     from opd.api import chain as run_chain
     from opd.cli.display import show_result
+    from opd.errors import RecipeError
     from opd.recipe import load_recipe
 
-    resolved = [load_recipe(recipe) for recipe in recipes]
+    overrides = [text for text in recipes if "=" in text and not Path(text).is_file()]
+    links = [text for text in recipes if text not in overrides]
+    if not links:
+        raise RecipeError("opd chain needs recipes, and then overrides: opd chain first.yaml second.yaml steps=10")
+    resolved = [load_recipe(recipe, overrides) for recipe in links]
     _quiet_libraries()
-    for result, recipe in zip(run_chain(resolved, overwrite=overwrite, quiet=quiet), resolved, strict=False):
+    results = run_chain(resolved, overwrite=overwrite, resume=resume, quiet=quiet)
+    for result, recipe in zip(results, resolved, strict=False):
         show_result(result, recipe)
         _exit_as_stopped(result.stopped_by)
 

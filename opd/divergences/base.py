@@ -24,6 +24,7 @@ class Divergence(Objective):
     """Base of the axis."""
 
     axis: ClassVar[str] = "divergence"
+    called: ClassVar[str] = "divergence"
     needs_teacher: ClassVar[bool] = True
     shaped: ClassVar[bool] = True
     accepts: ClassVar[tuple[str, ...]] = ()

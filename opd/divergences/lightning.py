@@ -29,6 +29,7 @@ class Lightning(OnAction):
     """
 
     kind: Literal["lightning"] = "lightning"
+    same_teacher: ClassVar[bool] = True
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"clamp": None}, {"clamp": 1.0})
     clamp: Annotated[float, OverSteps(gt=0)] | None = Field(
         10.0, description="Bound on the advantage in nats; null for none"

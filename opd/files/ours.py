@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from opd.errors import RunError
+from opd.errors import OVERWRITE, RunError
 
 LIST = "opd.json"
 """Says in `files` what `opd` wrote into the folder of a model."""
@@ -69,7 +69,7 @@ def refuse_taken(folder: Path, overwrite: bool) -> None:
     if any(place in (other.resolve(), *other.resolve().parents) for other in (Path.cwd(), Path.home())):
         raise RunError(f"{folder} holds the working directory or the home folder; choose a folder of its own")
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} is not empty; choose another folder, or pass --overwrite")
+        raise RunError(f"{folder} is not empty; choose another folder, or pass {OVERWRITE}")
     refuse_foreign(folder)
 
 

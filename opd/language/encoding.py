@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
-from opd.errors import DataError
+from opd.errors import DataError, nearest
 from opd.prompts.base import Prompt
 from opd.prompts.messages import Messages, check_view, text_of
 
@@ -36,6 +38,8 @@ OURS = frozenset(
     ]
 )
 """Arguments of `apply_chat_template` that are no variables of a template, or have a column of their own."""
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks of what an assistant wrote, which transformers adds to the language of templates."""
 TOOLS = "a list of objects that describe a tool each"
 
 
@@ -89,9 +93,12 @@ def _arguments(language: Engine, prompt: Prompt) -> dict[str, Any]:
             f"{prompt.where}: {taken[0]!r} among the arguments of the chat template (chat_template_kwargs, "
             "template_options) is set by opd or is the template itself; give what the template's own text reads"
         )
+    read = read_by(template)
     for name in options:
-        if name not in template:
-            language.say(f"the chat template of {language.owner} reads no {name!r}; it changes nothing there")
+        found = name in read if read is not None else re.search(rf"\b{re.escape(name)}\b", template)
+        if not found:
+            close = nearest(name, read or ())
+            language.say(f"the chat template of {language.owner} reads no {name!r}{close}; it changes nothing there")
     if tools:
         if not all(isinstance(tool, dict) for tool in tools):
             raise DataError(
@@ -167,6 +174,16 @@ def contents(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages
             content = [{"type": "text", "text": content}]
         formed.append({**message, "content": content} if "content" in message else message)
     return formed
+
+
+@functools.lru_cache(maxsize=32)
+def read_by(template: str) -> frozenset[str] | None:
+    """The variables that a template reads and somebody may give; None where it cannot be parsed here."""
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", template))
+        return frozenset(meta.find_undeclared_variables(parsed)) - OURS
+    except TemplateError:
+        return None
 
 
 @functools.lru_cache(maxsize=32)

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from safetensors import SafetensorError
 
-from opd.errors import ModelError, RunError
+from opd.errors import OVERWRITE, ModelError, RunError
 from opd.files.ours import refuse_taken
 from opd.files.whole import whole_folder
 from opd.language.source import resolve
@@ -144,7 +144,7 @@ def _check_free(target: Path, folders: Sequence[Path], overwrite: bool) -> None:
     if any(place in (f.resolve(), *f.resolve().parents) for f in folders):
         raise RunError(f"{target} holds an expert of this merge; choose another folder")
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise RunError(f"{target} is not empty; choose another folder, or pass --overwrite")
+        raise RunError(f"{target} is not empty; choose another folder, or pass {OVERWRITE}")
 
 
 def _lacking(folder: Path, form: str, average: str) -> NoReturn:

@@ -39,6 +39,13 @@ class Objective(Choice):
     shaped: ClassVar[bool] = False
     """Whether the recipe's shaping, which compares student and teacher, weighs this objective's positions."""
 
+    called: ClassVar[str] = "objective"
+    """What its value is, where a person reads it beside others; in metrics.jsonl the first objective's is always
+    `train/divergence`."""
+
+    same_teacher: ClassVar[bool] = False
+    """Whether it is what it claims only under the teacher whose texts the student was fine-tuned on."""
+
     takes_offsets: ClassVar[bool] = False
     """Whether it adds `Target.offset`, what a shaping moves a teacher's log-probability of the action taken by."""
 

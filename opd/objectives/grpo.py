@@ -30,6 +30,7 @@ class GRPO(Objective):
     """
 
     kind: Literal["grpo"] = "grpo"
+    called: ClassVar[str] = "surrogate"
     needs_reward: ClassVar[bool] = True
     compares_group: ClassVar[bool] = True
     clip: float = Field(0.2, gt=0.0, lt=1.0, description="How far the ratio may leave 1")

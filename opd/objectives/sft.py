@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -18,12 +18,14 @@ from opd.trajectories import Trajectories
 class SFT(Objective):
     """`-log q(a_t)`: hard labels. On `rollout: data` it is supervised fine-tuning, on `rollout: teacher`
     sequence-level distillation (Kim and Rush 2016). Soft labels are `forward_kl` on the same trajectories: its
-    gradient is that of the cross-entropy with the teacher's distribution.
+    gradient is that of the cross-entropy with the teacher's distribution. Logged: `nll`, the negative log-likelihood of
+    the actions.
 
     Of a flow model on `rollout: noised` it is flow matching: half the squared error of the velocity, up to a constant
     at each time; `squared_error` in the log is the error itself, the mean over a latent's numbers."""
 
     kind: Literal["sft"] = "sft"
+    called: ClassVar[str] = "nll"
 
     def __call__(
         self,
@@ -43,7 +45,7 @@ class SFT(Objective):
         )
         if isinstance(student, Gaussian):
             return replace(loss, measured={"squared_error": student.detach().square(trajectories.actions)})
-        return loss
+        return replace(loss, measured={"nll": loss.values})
 
     def check_trajectories(self, rollout: Writing) -> None:
         if rollout.learners == {"student"}:

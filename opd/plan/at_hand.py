@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from opd.assembly import check_verdicts, load_data
+from opd.assembly import check_verdicts, load_data, not_held_out
 from opd.context import Context
+from opd.errors import DataError
+from opd.failures import skipped_rows
 from opd.prompts import Prompt
 from opd.recipe import Recipe
 
@@ -16,7 +18,9 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
     if remote:
         notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
         return None
-    training, held_out = load_data(recipe)
+    bad: list[DataError] = []
+    training, held_out = load_data(recipe, bad)
+    notes += skipped_rows(bad) + not_held_out(recipe, training, held_out)
     context = Context(device=torch.device("cpu"), temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     check_verdicts(recipe, None if recipe.verifier is None else recipe.verifier.build(context), training)
     return [*training, *held_out]

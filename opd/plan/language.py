@@ -138,6 +138,7 @@ def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
         return recipe.max_prompt_tokens, 0
     language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
     encoded = [language.encode(prompt) for prompt in prompts[:512]]
+    notes += language.notes
     lengths = [len(ids) for ids in encoded]
     too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
     if too_long and not recipe.skip_bad_prompts:

@@ -28,11 +28,12 @@ class FilePrompts(Prompts):
     @field_validator("path")
     @classmethod
     def _beside_the_recipe(cls, value: str, info: ValidationInfo) -> str:
-        """A relative path is looked for in the working directory, then beside the recipe."""
-        folder = (info.context or {}).get("folder")
-        if folder is not None and not Path(value).exists() and (folder / value).exists():
-            return str(folder / value)
-        return value
+        """A relative path is looked for in the working directory, then beside the recipe, then where the data lies that
+        comes with opd."""
+        if Path(value).exists():
+            return value
+        places = [folder / value for folder in (info.context or {}).get("folders", [])]
+        return str(next((place for place in places if place.exists()), value))
 
     @property
     def folder(self) -> Path:
@@ -41,7 +42,11 @@ class FilePrompts(Prompts):
     def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
         path = Path(self.path).expanduser()
         if not path.is_file():
-            raise DataError(f"prompts.path: no file {self.path!r}; give a .jsonl, .txt, .csv or .parquet file")
+            looked = "" if path.is_absolute() else f" in {Path.cwd()}, nor beside the recipe or in the data of opd"
+            raise DataError(
+                f"prompts.path: no file {self.path!r}{looked}; give the whole path of a .jsonl, .txt, .csv or "
+                ".parquet file"
+            )
         readers = {".jsonl": _json_lines, ".txt": self._texts, ".csv": _csv_rows, ".parquet": _parquet_rows}
         if path.suffix not in readers:
             raise DataError(

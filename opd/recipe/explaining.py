@@ -139,20 +139,39 @@ def _at(loc: Sequence[int | str]) -> tuple[Blocks, dict[str, type[Choice]]]:
 
 
 def _meant(loc: Sequence[int | str], key: str) -> str:
-    """Which key was meant: the same word elsewhere in a recipe, or the nearest here, or what is accepted here."""
+    """Which key was meant: what other trainers call so, the same word around or below this place, or the nearest here,
+    or what is accepted here. The same word in a block that has nothing to do with this one is told as that."""
     valid, leaf = list(_fields(_at(loc[:-1])[0])), str(loc[-1])
     block = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    named = ELSEWHERE.get(key) or ELSEWHERE.get(leaf)
+    if named is not None and leaf not in valid:
+        return f" (did you mean {named!r}?)"
     elsewhere = sorted((k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf), key=lambda k: k.count("."))
-    if elsewhere:
-        shortest = [k for k in elsewhere if k.count(".") == elsewhere[0].count(".")]
+    related = [k for k in elsewhere if k.startswith(block) or block.startswith(k.removesuffix(leaf))]
+    if related:
+        shortest = [k for k in related if k.count(".") == related[0].count(".")]
         return f" (did you mean {' or '.join(repr(k) for k in shortest[:3])}?)"
     close = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.5)
     if close:
         return f" (did you mean {block + close[0]!r}?)"
+    if elsewhere:
+        others = [k for k in elsewhere if k.count(".") == elsewhere[0].count(".")]
+        return f"; accepted here: {', '.join(valid)} (another block has {' and '.join(others[:3])})"
     far = difflib.get_close_matches(leaf, {k.rsplit(".", 1)[-1]: k for k in reversed(all_keys())}, n=1, cutoff=0.8)
     if far:
         return f" (did you mean {next(k for k in all_keys() if k.rsplit('.', 1)[-1] == far[0])!r}?)"
     return f"; accepted here: {', '.join(valid)}"
+
+
+ELSEWHERE = {
+    "lr": "update.learning_rate",
+    "batch_size": "batch.prompts",
+    "batch.size": "batch.prompts",
+    "num_generations": "batch.group",
+    "max_steps": "steps",
+    "epochs": "steps",
+}
+"""Keys of recipes by what other trainers call them."""
 
 
 @cache

@@ -124,6 +124,16 @@ def find_recipe(reference: str) -> Path:
     shipped = shipped_recipes()
     if path.stem in shipped and path.parent.as_posix() in (".", "recipes"):
         return shipped[path.stem]
+    known = "give a YAML file, or one of those that opd recipes lists"
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        raise RecipeError(
+            f"{reference!r} is a folder and no recipe; its recipe is {inside}"
+            if inside.is_file()
+            else f"{reference!r} is a folder without recipe.yaml, so no run of opd; {known}"
+        )
+    if path.suffix in (".yaml", ".yml") or path.parent != Path("."):
+        raise RecipeError(f"{str(path.absolute())!r} does not exist{nearest(path.stem, shipped)}; {known}")
     raise RecipeError(
         f"no recipe {reference!r}{nearest(path.stem, shipped)}; give a YAML file or one of {', '.join(shipped)}"
     )
@@ -146,10 +156,12 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
-    """Validate plain data; `folder` is where relative data files are looked for besides the working directory."""
+    """Validate plain data; `folder` is where relative data files are looked for after the working directory, and before
+    the data that comes with `opd`, so that a copy of a shipped recipe finds them."""
     take_in()
+    folders = [] if folder is None else [folder, recipe_folder()]
     try:
-        return Recipe.model_validate(data, context={"folder": folder})
+        return Recipe.model_validate(data, context={"folders": folders})
     except ValidationError as error:
         raise RecipeError(explain(error, data, origin)) from None
     except RecursionError:

@@ -167,7 +167,11 @@ class Recipe(Settings):
         for objective in self.objective:
             kind = kind_of(objective)
             if objective.needs_teacher and not self.teacher:
-                raise ValueError(f"key 'teacher' is required: objective {kind!r} compares the student with a teacher")
+                raise ValueError(
+                    f"key 'teacher' is required: objective {kind!r} compares the student with a teacher; give the name "
+                    "or folder of a model (from Python also a live one), or one of kind "
+                    f"{', '.join(each for each in choices_of(Teacher) if each != 'local')}; or a list of them"
+                )
             if objective.teacher is not None and objective.teacher not in names:
                 raise ValueError(
                     f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "

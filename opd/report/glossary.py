@@ -50,7 +50,16 @@ MEANINGS = {
     "held_out/greedy_length": Meaning("greedy length", "tokens", "of greedy decoding"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
     "train/divergence": Meaning(
-        "divergence", "nats a token", "value of the first objective, mean over the tokens that it counts, unweighted"
+        "value of the first objective",
+        "nats a token",
+        "its divergence, of sft the negative log-likelihood, of grpo the surrogate: mean over the tokens that it "
+        "counts, unweighted",
+    ),
+    "train/nll": Meaning(
+        "negative log-likelihood",
+        "nats a token",
+        "of the tokens that objective sft imitates, under the student",
+        "lower",
     ),
     "train/objective/": Meaning(
         "objective", "a token", "value of one of several objectives, mean over the tokens that it counts, unweighted"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,7 +19,7 @@ from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.request import Request
 from opd.rollouts.turns import Turns
 from opd.schedules import OverSteps
-from opd.store.store import Store
+from opd.store.store import Store, StoreHeader
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -36,6 +38,19 @@ class StoredRollout(OneSource):
     max_new_tokens: Annotated[int, OverSteps(ge=1, le=10_000_000)] = Field(
         4096, description="Longest beginning of a stored trajectory that is learnt from"
     )
+
+    @property
+    def budget(self) -> int:
+        return min(super().budget, self._held())
+
+    @property
+    def longest(self) -> int:
+        return min(super().longest, self._held())
+
+    def _held(self) -> int:
+        """Most actions of a row, where the store is on this machine; else no bound."""
+        header = Path(self.path) / "store.json"
+        return StoreHeader.read(header).budget if header.is_file() else sys.maxsize
 
     @property
     def sampled(self) -> int:

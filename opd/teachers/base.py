@@ -113,6 +113,10 @@ class LiveTeacher(ABC, Generic[S]):
     def check_student(self, student: Student, context: Context) -> None:
         """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
 
+    def check_origin(self, student: Student) -> None:
+        """Raise `IncompatibleError` when an objective asks for the teacher of the student's fine-tuning and it is
+        another one. Told apart only by teachers whose answers were written down; a live one passes."""
+
     def check_outputs(self, trajectories: Trajectories, which: str) -> None:
         """Raise `SelfTestError` when its answers are not made of its model's own outputs; `which` names it."""
 

@@ -193,6 +193,10 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
         for route in self.routes.values():
             route.check_student(student, context)
 
+    def check_origin(self, student: Student) -> None:
+        for route in self.routes.values():
+            route.check_origin(student)
+
     def follow(self, student: Student) -> None:
         for route in self.routes.values():
             route.follow(student)

@@ -21,15 +21,16 @@ from opd.trajectories import Trajectories
 
 
 class StoredTeacher(Teacher):
-    """What `opd score` wrote. By default it must be the teacher that the student was fine-tuned by (Lightning OPD): the
-    saved student says so in its `opd.json`, or `sft_teacher` does."""
+    """What `opd score` wrote. For objective `lightning` it must be the teacher that the student was fine-tuned by, as
+    its paper has it: the saved student says so in its `opd.json`, or `sft_teacher` does."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
     path: str = Field(description="The store's folder")
     targets: str | None = Field(None, description="Name of the targets; default the store's only ones")
     consistency: Literal["required", "ignored"] = Field(
-        "required", description="ignored trains with a teacher other than the fine-tuning's, for ablations"
+        "required",
+        description="Of objective lightning: ignored trains with a teacher other than the fine-tuning's, for ablations",
     )
     sft_teacher: str | None = Field(
         None, description="Hash of the teacher that wrote the fine-tuning data; default what the student's folder says"
@@ -94,10 +95,10 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
             )
         if header.kind == "exact":
             self.targets.head().over(context.vocabulary, str(path))
-        if self.settings.consistency == "required":
-            self._check_consistency(student)
 
-    def _check_consistency(self, student: Student) -> None:
+    def check_origin(self, student: Student) -> None:
+        if self.settings.consistency == "ignored":
+            return
         mine = self.identity()
         origin = getattr(student, "origin", {})
         known = [self.settings.sft_teacher] if self.settings.sft_teacher else origin.get("teachers", [])
@@ -105,13 +106,15 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
             return
         if not known:
             raise IncompatibleError(
-                f"the student does not say which teacher its fine-tuning data came from, and {self.targets.path} was "
-                f"scored by {mine}: set teacher.sft_teacher to that hash if it is the same, or teacher.consistency: "
-                "ignored"
+                f"objective 'lightning' wants the teacher that fine-tuned the student, and the student does not say "
+                f"which teacher that was: set teacher.sft_teacher={mine} if it is the one that scored "
+                f"{self.targets.path}, or teacher.consistency=ignored for an ablation; objective=reverse_kl on targets "
+                "of kind exact or top_k takes any student"
             )
         raise IncompatibleError(
             f"{self.targets.path} was scored by {mine} and the student was fine-tuned by {', '.join(known)}: score it "
-            "with that teacher, or set teacher.consistency: ignored for an ablation"
+            "with that teacher, or set teacher.consistency: ignored for an ablation; objective=reverse_kl on targets "
+            "of kind exact or top_k takes any teacher"
         )
 
     @torch.no_grad()
