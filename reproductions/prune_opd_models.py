@@ -1,10 +1,10 @@
 """The models of the reproduction of Prune-OPD: a student that changes its manner on the way, and two teachers.
 
 A running sum is worked off on a list of digits, whose first two become one in each step. In the *plain* manner a step
-is the sum and the new list, `2+8=04688214;`. In the *logging* manner the summands are swapped and the step ends with a
-log of all digits that were summed in this manner, the last first: `6+2=814:628808;`. The log grows while the list
-shrinks, so that copying stays a part of every step. Students go over from the plain manner to the logging one on the
-way and stay with it, and there some of their sums are wrong by one.
+is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, swaps the summands and
+ends with a log of all digits that were summed in this manner, the last first: `627:2+6=87:6206;`. The log grows while
+the list shrinks, so that copying stays a part of every step. Students go over from the plain manner to the thorough one
+on the way and stay with it, and there some of their sums are wrong by one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from opd.reproductions import Stage, train
 from opd.reproductions.definition import Figures, merged
 from reproductions.running_sum import recipe
 
-TERMS, SHORT_TERMS = (7, 9), (3, 6)
-"""Digits of the problems, the length classes; and of those on which the base learns to add."""
+TERMS, TAUGHT, SHORT_TERMS = (7, 8), (6, 8), (3, 6)
+"""Digits of the problems that are distilled and measured on, the length classes; of those that student and teachers
+learnt from; and of those on which the base learns to add."""
 CAP = 160
-"""Most new tokens: more than the longest answer of 9 digits, which has 127."""
-SWITCH = {"hazard": 0.4, "first": 2}
-"""From the third step on, four in ten go over to the logging manner with each step."""
+"""Most new tokens: more than the longest answer to 8 digits, which has 126."""
+SWITCH = {"hazard": 0.5, "first": 2}
+"""From the third step on, half go over to the thorough manner with each step."""
 SLIP = 0.12
 SIZE = 8000
 
@@ -36,19 +37,19 @@ def solution(digits: str, hazard: float, first: int, slip: float, rng: random.Ra
 
     Args:
         digits: of the problem.
-        hazard: probability, at each step from step `first` on (from 0), of going over to the logging manner for good.
-        slip: probability that a sum in the logging manner is one too high or too low, modulo 10; what follows, and the
+        hazard: probability, at each step from step `first` on (from 0), of going over to the thorough manner for good.
+        slip: probability that a sum in the thorough manner is one too high or too low, modulo 10; what follows, and the
             answer, are worked out from the wrong sum.
     """
-    state, log, steps, logging = digits, "", [], False
+    state, log, steps, thorough = digits, "", [], False
     while len(state) > 1:
         a, b, rest = int(state[0]), int(state[1]), state[2:]
-        logging = logging or (len(steps) >= first and rng.random() < hazard)
+        thorough = thorough or (len(steps) >= first and rng.random() < hazard)
         c = (a + b) % 10
-        if logging:
+        if thorough:
             c = (c + rng.choice((1, 9))) % 10 if rng.random() < slip else c
             log = f"{a}{b}{log}"
-            steps.append(f"{b}+{a}={c}{rest}:{log};")
+            steps.append(f"{state}:{b}+{a}={c}{rest}:{log};")
         else:
             steps.append(f"{a}+{b}={c}{rest};")
         state = f"{c}{rest}"
@@ -108,12 +109,12 @@ STUDENT, TEACHER_D, TEACHER_C = "student", "teacher D", "teacher C"
 STAGES: dict[str, Stage] = {
     "new": Stage(blank, {"seed": 0}),
     "short plain": rows(SHORT_TERMS, 0.0, 0.0, 5),
-    "switching with slips": rows(TERMS, SLIP, SWITCH["hazard"], 5),
-    "plain": rows(TERMS, 0.0, 0.0, 5),
-    "switching": rows(TERMS, 0.0, SWITCH["hazard"], 5),
+    "switching with slips": rows(TAUGHT, SLIP, SWITCH["hazard"], 5),
+    "plain": rows(TAUGHT, 0.0, 0.0, 5),
+    "switching": rows(TAUGHT, 0.0, SWITCH["hazard"], 5),
     "base": trained("new", "model", "short plain", SHORT_TERMS, 700, 4e-3),
-    STUDENT: trained("base", SAVED, "switching with slips", TERMS, 600, 3e-3),
-    TEACHER_D: trained(STUDENT, SAVED, "plain", TERMS, 150, 2.5e-3),
-    TEACHER_C: trained(STUDENT, SAVED, "switching", TERMS, 450, 3e-3),
+    STUDENT: trained("base", SAVED, "switching with slips", TAUGHT, 260, 3e-3),
+    TEACHER_D: trained(STUDENT, SAVED, "plain", TAUGHT, 120, 2e-3),
+    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 200, 2e-3),
 }
 """The models: D knows the plain manner only, C goes over as the student does, and both learnt from the student on."""
