@@ -115,6 +115,6 @@ STAGES: dict[str, Stage] = {
     "base": trained("new", "model", "short plain", SHORT_TERMS, 700, 4e-3),
     STUDENT: trained("base", SAVED, "switching with slips", TAUGHT, 260, 3e-3),
     TEACHER_D: trained(STUDENT, SAVED, "plain", TAUGHT, 120, 2e-3),
-    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 200, 2e-3),
+    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 400, 1e-3),
 }
 """The models: D knows the plain manner only, C goes over as the student does, and both learnt from the student on."""
