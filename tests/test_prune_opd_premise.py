@@ -35,7 +35,7 @@ def test_quarters_are_of_each_rollout_and_the_error_is_over_rollouts():
     # Falls of 0 and 1: their mean, and sd / sqrt(n) of two.
     means, fall, error = by_quarter([torch.ones(4), torch.tensor([1.0, 1.0, 1.0, 0.0])])
     assert (fall, error) == pytest.approx((0.5, 0.5))
-    assert events([same], 0.75) == pytest.approx([0.0, 0.0, 1.0, 1.0])
+    assert events([same, same], 0.75) == pytest.approx([0.0, 0.0, 1.0, 1.0])
 
 
 def test_the_worst_class_decides():
