@@ -29,7 +29,7 @@ K = 4
 """Candidates of each side that are compared, of the 19 tokens that there are: chance is 0.21."""
 TAUS = (0.5, 0.75, 1.0)
 PAIRS = {"d": TEACHER_D, "c": TEACHER_C}
-ROLLOUTS = 192
+ROLLOUTS = 512
 
 Rollout = dict[str, Any]
 """`prompt` and `completion` ids, `digits` of the problem, `right`, `finished`."""
