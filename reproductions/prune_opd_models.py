@@ -1,0 +1,120 @@
+"""The models of the reproduction of Prune-OPD: a student that changes its manner on the way, and two teachers.
+
+A running sum is worked off on a list of digits, whose first two become one in each step. In the *plain* manner a step
+is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, swaps the summands and
+ends with a log of all digits that were summed in this manner, the last first: `627:2+6=87:6206;`. The log grows while
+the list shrinks, so that copying stays a part of every step. Students go over from the plain manner to the thorough one
+on the way and stay with it, and there some of their sums are wrong by one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.language.creation import create_model, task_tokenizer
+from opd.procedural.running_sum import RunningSum
+from opd.reproductions import Stage, train
+from opd.reproductions.definition import Figures, merged
+from reproductions.running_sum import recipe
+
+TERMS, TAUGHT, SHORT_TERMS = (7, 8), (6, 8), (3, 6)
+"""Digits of the problems that are distilled and measured on, the length classes; of those that student and teachers
+learnt from; and of those on which the base learns to add."""
+CAP = 160
+"""Most new tokens: more than the longest answer to 8 digits, which has 126."""
+SWITCH = {"hazard": 0.5, "first": 2}
+"""From the third step on, half go over to the thorough manner with each step."""
+SLIP = 0.12
+SIZE = 8000
+
+
+def solution(digits: str, hazard: float, first: int, slip: float, rng: random.Random) -> str:
+    """One written solution.
+
+    Args:
+        digits: of the problem.
+        hazard: probability, at each step from step `first` on (from 0), of going over to the thorough manner for good.
+        slip: probability that a sum in the thorough manner is one too high or too low, modulo 10; what follows, and the
+            answer, are worked out from the wrong sum.
+    """
+    state, log, steps, thorough = digits, "", [], False
+    while len(state) > 1:
+        a, b, rest = int(state[0]), int(state[1]), state[2:]
+        thorough = thorough or (len(steps) >= first and rng.random() < hazard)
+        c = (a + b) % 10
+        if thorough:
+            c = (c + rng.choice((1, 9))) % 10 if rng.random() < slip else c
+            log = f"{a}{b}{log}"
+            steps.append(f"{state}:{b}+{a}={c}{rest}:{log};")
+        else:
+            steps.append(f"{a}+{b}={c}{rest};")
+        state = f"{c}{rest}"
+    return "".join(steps) + "#" + state
+
+
+def written(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    terms: tuple[int, int],
+    hazard: float,
+    first: int,
+    slip: float,
+    size: int,
+    seed: int,
+) -> Figures:
+    """Solutions to `size` training problems, in `folder/rows.jsonl`; the figures are shares and lengths in tokens."""
+    rng, lengths, wrong = random.Random(seed), [], 0
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for example in RunningSum(terms=terms).examples(size, 0, "train"):
+            text = solution(example.prompt[:-1], hazard, first, slip, rng)
+            wrong += text.split("#")[1] != example.answer
+            lengths.append(len(text) + 1)
+            row = {"id": example.id, "prompt": example.prompt, "answer": example.answer, "response": text}
+            file.write(json.dumps(row) + "\n")
+    lengths.sort()
+    return {"wrong": wrong / size, "length": sum(lengths) / size, "length_p90": float(lengths[int(0.9 * size)])}
+
+
+def blank(folder: Path, inputs: Mapping[str, Path], *, seed: int) -> Figures:
+    """Two layers of width 64 with random weights and the task's tokenizer, in `folder/model`."""
+    create_model(
+        folder / "model", task_tokenizer("running_sum"), width=64, layers=2, heads=4, feed_forward=128, seed=seed
+    )
+    return {}
+
+
+def supervised(model: str, rows: str, terms: tuple[int, int], steps: int, rate: float) -> dict[str, Any]:
+    """Fine-tuning on the solutions of a stage; held-out problems are solved with new tokens to spare."""
+    changes = {"rollout": {"kind": "data"}, "objective": ["sft"], "batch": {"prompts": 64, "micro": 64}}
+    block = recipe(model, terms, CAP, steps, rate, checkpoint={"every": 0}, **changes)
+    return {**block, "prompts": {"kind": "file", "path": f"{{{rows}}}/rows.jsonl", "answer": "answer"}}
+
+
+def rows(terms: tuple[int, int], slip: float, hazard: float, seed: int) -> Stage:
+    params = merged({**SWITCH, "hazard": hazard}, {"terms": list(terms), "slip": slip, "size": SIZE, "seed": seed})
+    return Stage(written, params)
+
+
+def trained(model: str, of: str, data: str, terms: tuple[int, int], steps: int, rate: float) -> Stage:
+    return Stage(train, {"recipe": supervised(f"{{{model}}}/{of}", data, terms, steps, rate), "seed": 0}, [model, data])
+
+
+SAVED = "run/student"
+STUDENT, TEACHER_D, TEACHER_C = "student", "teacher D", "teacher C"
+STAGES: dict[str, Stage] = {
+    "new": Stage(blank, {"seed": 0}),
+    "short plain": rows(SHORT_TERMS, 0.0, 0.0, 5),
+    "switching with slips": rows(TAUGHT, SLIP, SWITCH["hazard"], 5),
+    "plain": rows(TAUGHT, 0.0, 0.0, 5),
+    "switching": rows(TAUGHT, 0.0, SWITCH["hazard"], 5),
+    "base": trained("new", "model", "short plain", SHORT_TERMS, 700, 4e-3),
+    STUDENT: trained("base", SAVED, "switching with slips", TAUGHT, 260, 3e-3),
+    TEACHER_D: trained(STUDENT, SAVED, "plain", TAUGHT, 120, 2e-3),
+    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 400, 1e-3),
+}
+"""The models: D knows the plain manner only, C goes over as the student does, and both learnt from the student on."""
