@@ -47,7 +47,7 @@ class DriftWeights(Shaping):
         self.signal.check_teacher(the_one(teachers, self.teacher, "shaping 'drift'"), "shaping 'drift'")
 
 
-class DriftShaper(Shaper):
+class DriftShaper(Shaper[DriftWeights]):
     """The built shaping. A weight follows from its own trajectory alone, so nothing is kept."""
 
     def __call__(

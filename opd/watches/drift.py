@@ -43,19 +43,19 @@ class Drift(Watch):
         return DriftWatch(teacher, self.signal.k)
 
 
-class DriftWatch(LiveWatch):
+class DriftWatch(LiveWatch[Drift]):
     """The built watch, with a scorer of the teacher's for the rows that came together."""
 
     def __init__(self, teacher: LiveTeacher, candidates: int):
         self.teacher, self.candidates = teacher, candidates
 
-    def begin(self, rows: Rows) -> None:
+    def begin(self, rows: Rows[Drift]) -> None:
         self.scorer = self.teacher.scorer(rows.prompts, rows.begun, rows.context)
         self.scored = [0] * len(rows)
         self.events = [0] * len(rows)
         self.said: list[tuple[Distribution, list[tuple[int, int, int]]]] = []
 
-    def look(self, rows: Rows) -> Mapping[int, str]:
+    def look(self, rows: Rows[Drift]) -> Mapping[int, str]:
         self._score(rows)
         most = most_events(rows.settings.drop)
         drifted = {p: f"drifted, {self.events[p]} events" for p in rows.going if self.events[p] >= most}
@@ -63,7 +63,7 @@ class DriftWatch(LiveWatch):
         self.scorer.drop([place for place in range(len(rows)) if place not in going])
         return drifted
 
-    def end(self, rows: Rows) -> Findings:
+    def end(self, rows: Rows[Drift]) -> Findings:
         self._score(rows)
         starts = torch.tensor([0, *(len(actions) for actions in rows.actions)]).cumsum(0).tolist()
         places = [
@@ -75,7 +75,7 @@ class DriftWatch(LiveWatch):
         answer = joined(parts, [mine.sort().values for mine in places])
         return Findings(answers=(Target(answer, teacher=self.teacher.settings.name),))
 
-    def _score(self, rows: Rows) -> None:
+    def _score(self, rows: Rows[Drift]) -> None:
         """Have the teacher look at what was written since, and count the events."""
         new = {
             place: actions[self.scored[place] :]
