@@ -16,9 +16,10 @@ from reproductions.prune_opd_premise import GATES, STAGE, K
 from reproductions.running_sum import figures_of, prompts, recipe, student_tested
 
 STEPS, BATCH, RATES = 100, 32, (2e-5, 1e-4, 5e-4)
-TAU, DROP, BASE, MARGIN = 0.75, 1 / 12, 0.5, 0.02
+TAU, DROP, BASE, MARGIN = 0.5, 1 / 12, 0.5, 0.02
 WINDOW = {"minimum": 48, "maximum": CAP, "by": 8, "margin": 8, "hits": 0.1, "patience": 3}
 TEST = {"prompts": prompts(TERMS, 400, "test"), "max_new_tokens": CAP, "samples": 0, "k": 4, "greedy": True}
+TRIED = ", ".join(f"{rate:g}" for rate in RATES)
 TEACHERS = {"D": TEACHER_D, "C": TEACHER_C}
 
 SIGNAL: dict[str, Any] = {"kind": "overlap", "k": K, "below": TAU}
@@ -136,3 +137,182 @@ def training(pair: str, name: str) -> Stage:
 
 TRAINED = [*(("D", name) for name in ARMS), ("C", FULL), ("C", PRUNED)]
 TUNED = [(pair, name) for pair in TEACHERS for name in (FULL, PRUNED)]
+
+D_FULL, D_PRUNED = arm("D", FULL), arm("D", PRUNED)
+C_FULL, C_PRUNED = arm("C", FULL), arm("C", PRUNED)
+
+reproduction = Reproduction(
+    title="Prune-OPD",
+    introduction=f"""
+Does it pay to stop rollouts, and to weigh down positions, where student and teacher have parted? One student, two
+teachers, {STEPS} steps of {BATCH} rollouts from each, and the same prompts in the same order in every arm.
+
+**Task.** Running sums modulo 10 of {TERMS[0]} and {TERMS[1]} digits that are worked off on a list. From the third
+step on the student goes over to another manner of writing with probability 0.45 a step, and stays there; an answer
+has about 160 tokens, most of them in that manner. Of its plain sums 15 % are wrong by one; in the other manner it is
+right. **Pair D (drift).** The teacher changes its manner as often, has every plain sum right, and behind the change
+writes any digit: it helps up to a point of each rollout and not beyond. **Pair C (compatible).** The same student;
+this teacher is right in both manners. All three are Llamas of 2 layers and width 64 with one past. **Premise.**
+Overlap of the {K} likeliest ids must fall by 0.1 along the student's answers with D and by no more than 0.05 with C,
+in the worse length class; it is measured before any arm runs, and is a gate. **Arms.** Reverse KL over the whole
+vocabulary. *Prune-OPD* has weights (`drop` 1/12, `base` {BASE:g}) and a window (from {WINDOW["minimum"]} to
+{WINDOW["maximum"]} tokens); *weights only* and *window only* have one of the two; *fixed length* has the weights and
+rollouts as long as that seed's windows were on average, *shuffled window* the same windows in another order;
+*in-flight* has the weights and stops each rollout while it is written. A state counts as a drift event where fewer
+than {TAU:g} of {K} ids are shared. **Selection.** Full OPD and Prune-OPD take the best of the rates {TRIED}
+on either pair, by accuracy on validation prompts under a seed of their own; the
+other arms take Prune-OPD's. **Figures** are from 400 test prompts, four answers each at temperature 1, and greedy.
+Costs are of training; shares are of full OPD with the same seed.
+""",
+    discussion="",
+    stages={
+        **STAGES,
+        "premise": STAGE,
+        **{
+            rate_stage(arm(pair, name)): Stage(
+                best_rate,
+                {"recipe": distilled(pair, ARMS[name]), "rates": list(RATES), "seed": 100},
+                [STUDENT, TEACHERS[pair]],
+            )
+            for pair, name in TUNED
+        },
+        **{f"student of {arm(pair, name)}": training(pair, name) for pair, name in TRAINED},
+    },
+    gates=GATES,
+    arms={
+        arm(pair, name): Stage(
+            compared,
+            {"of": f"student of {arm(pair, name)}", "full": f"student of {arm(pair, FULL)}"},
+            list(dict.fromkeys([f"student of {arm(pair, name)}", f"student of {arm(pair, FULL)}"])),
+        )
+        for pair, name in TRAINED
+    },
+    seeds=(0, 1, 2, 3, 4),
+    metrics=[
+        "test_accuracy",
+        "test_pass_at_k",
+        "test_greedy_accuracy",
+        "cpu_seconds_of_full",
+        "sampled_tokens_of_full",
+        "mean_window",
+        "last_window",
+        "mean_effective_length",
+        "mean_length",
+        "mean_stopped",
+        "mean_overlap",
+    ],
+    claims=[
+        Claim(
+            "main",
+            "With a teacher that is lost behind the drift, Prune-OPD's accuracy is at most 2 points below full OPD's.",
+            "test_accuracy",
+            "higher",
+            D_PRUNED,
+            D_FULL,
+            margin=-MARGIN,
+        ),
+        Claim(
+            "cost",
+            "There it takes at most 0.4 of full OPD's CPU seconds.",
+            "cpu_seconds_of_full",
+            "lower",
+            D_PRUNED,
+            D_FULL,
+            margin=0.6,
+        ),
+        Claim(
+            "compatible",
+            "With a teacher that stays compatible, accuracy is within 2 points of full OPD's.",
+            "test_accuracy",
+            "higher",
+            C_PRUNED,
+            C_FULL,
+            test="equivalent",
+            margin=MARGIN,
+        ),
+        Claim(
+            "window grows",
+            "The window grows longer with the compatible teacher than with the one that is lost.",
+            "last_window",
+            "higher",
+            C_PRUNED,
+            D_PRUNED,
+        ),
+        Claim(
+            "adaptive",
+            "The window that follows the drift gives a higher accuracy than a fixed length of the same mean.",
+            "test_accuracy",
+            "higher",
+            D_PRUNED,
+            arm("D", "fixed length"),
+        ),
+        Claim(
+            "weights",
+            "Weights that fall with drift alone, on rollouts of full length, raise accuracy over full OPD.",
+            "test_accuracy",
+            "higher",
+            arm("D", "weights only"),
+            D_FULL,
+        ),
+        Claim(
+            "window",
+            "The window alone gives a higher accuracy than full OPD.",
+            "test_accuracy",
+            "higher",
+            arm("D", "window only"),
+            D_FULL,
+        ),
+        Claim(
+            "in-flight",
+            "Stopping each rollout in flight gives an accuracy at most 2 points below the window's.",
+            "test_accuracy",
+            "higher",
+            arm("D", "in-flight"),
+            D_PRUNED,
+            margin=-MARGIN,
+        ),
+        Claim(
+            "in-flight tokens",
+            "In flight fewer tokens are written than with the window.",
+            "sampled_tokens_of_full",
+            "lower",
+            arm("D", "in-flight"),
+            D_PRUNED,
+        ),
+        Claim(
+            "shuffled",
+            "The window gives a higher accuracy than the same lengths in another order.",
+            "test_accuracy",
+            "higher",
+            D_PRUNED,
+            arm("D", "shuffled window"),
+        ),
+    ],
+    headline=("main", "cost", "compatible", "window grows", "adaptive", "weights", "window", "in-flight"),
+    smoke=Smoke(
+        stages={
+            **{name: {"size": 40} for name in STAGES if "size" in STAGES[name].params},
+            **{
+                name: {"recipe": {"steps": 4, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}}}
+                for name in STAGES
+                if "recipe" in STAGES[name].params
+            },
+            "premise": {"size": 8},
+            **{
+                rate_stage(arm(pair, name)): {
+                    "recipe": {"steps": 2, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}},
+                    "rates": [1e-4],
+                }
+                for pair, name in TUNED
+            },
+            **{
+                f"student of {arm(pair, name)}": {
+                    "recipe": {"steps": 3, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24, "every": 2}},
+                    "test": {"prompts": {"size": 8}, "max_new_tokens": 24, "k": 1},
+                }
+                for pair, name in TRAINED
+            },
+        },
+        seeds=(0,),
+    ),
+)

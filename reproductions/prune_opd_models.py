@@ -1,15 +1,16 @@
 """The models of the reproduction of Prune-OPD: a student that changes its manner on the way, and two teachers.
 
 A running sum is worked off on a list of digits, whose first two become one in each step. In the *plain* manner a step
-is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, swaps the summands and
-ends with a log of all digits that were summed in this manner, the last first: `627:2+6=87:6206;`. The log grows while
-the list shrinks, so that copying stays a part of every step.
+is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, sums both ways, gives
+the new list and three times a log of all digits that were summed in this manner, the last first:
+`627:2+6=8:6+2=8:87:6206:6206:6206;`. The log grows while the list shrinks, so that steps stay long.
 
-All go over from the plain manner to the thorough one on the way, equally often, and stay there. The student is right in
-the thorough manner, and of its plain sums some are wrong by one. Teacher D has every plain sum right and is lost in the
-thorough manner, where it writes any digit: a teacher that helps up to a point of its student's rollouts and not beyond.
-That nobody minds the change of manner is what makes it last: a teacher that never changes (what was tried first) has
-the student unlearn the change within five to sixty steps, and nothing drifts any more. Teacher C is right in both.
+All go over from the plain manner to the thorough one on the way, equally often, and stay there. The student is right
+in the thorough manner, and of its plain sums some are wrong by one. Teacher D has every plain sum right and is lost
+in the thorough manner, where it writes any digit: a teacher that helps up to a point of its student's rollouts and
+not beyond. That nobody minds the change of manner is what makes it last: a teacher that never changes (what was tried
+first) has the student unlearn the change within five to sixty steps, and nothing drifts any more. Teacher C is right
+in both.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from reproductions.running_sum import recipe
 TERMS, TAUGHT, SHORT_TERMS = (7, 8), (6, 8), (3, 6)
 """Digits of the problems that are distilled and measured on, the length classes; of those that student and teachers
 learnt from; and of those on which the base learns to add."""
-CAP = 160
-"""Most new tokens: more than the longest answer to 8 digits, which has 126."""
+CAP = 256
+"""Most new tokens: more than the longest answer to 8 digits, which has 236."""
 SWITCH = {"hazard": 0.45, "first": 2}
 """From the third step on, so many go over to the thorough manner with each step. It is less than half, so that greedy
 answers stay plain and show what a teacher knows."""
@@ -56,7 +57,7 @@ def solution(digits: str, hazard: float, first: int, slip: float, lost: bool, rn
         c = (a + b) % 10
         if thorough:
             log = f"{a}{b}{log}"
-            step = f"{state}:{b}+{a}={c}{rest}:{log};"
+            step = f"{state}:{b}+{a}={c}:{a}+{b}={c}:{c}{rest}:{log}:{log}:{log};"
             steps.append(re.sub(r"\d", lambda _: str(rng.randrange(10)), step) if lost else step)
         else:
             c = (c + rng.choice((1, 9))) % 10 if rng.random() < slip else c
