@@ -174,7 +174,7 @@ def test_hints_stay_near_the_key_or_name_what_other_trainers_call_so(recipe_file
         "update.lr=1": r"did you mean 'update\.learning_rate'",
         "evaluation.metric=x": r"did you mean 'evaluation\.stop\.metric'",
         "hardware.dtype=x": r"accepted here: device, precision, threads \(another block has student\.dtype",
-        "rollout.size=3": r"accepted here: max_new_tokens, .*\(another block has prompts\.size\)",
+        "rollout.size=3": r"accepted here: max_new_tokens, .*\(another block has prompts\.size",
     }
     for override, hint in hints.items():
         with pytest.raises(RecipeError, match=hint):

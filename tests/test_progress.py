@@ -89,19 +89,22 @@ def test_a_line_calls_the_value_what_it_is(objective, called, models, tmp_path):
     assert ("train/nll" in logged) == (called == "nll")
 
 
-def test_jobs_on_shards_say_in_a_log_file_how_far_they_are(models, tmp_path):  # noqa: F811
-    console, recipe = log(), recipe_for(models, tmp_path, rollout={"max_new_tokens": 4})
-    store = sample(recipe, tmp_path / "store", prompts_per_shard=8, console=console)
-    assert console.file.getvalue().splitlines()[0] == "sampling: 3 of 3 shards are to be written"
-    assert [line.split("  ")[0] for line in console.file.getvalue().splitlines()[1:]] == [
-        f"sampling, shard {i}/3" for i in (1, 2, 3)
-    ]
-    score(recipe, store.path, console=(scoring := log()))
-    assert scoring.file.getvalue().splitlines()[-1] == "scoring, shard 3/3  left 0:00:00"
-    score(recipe, store.path, console=(again := log()))
-    assert again.file.getvalue() == "scoring: 0 of 3 shards are to be written\n"
-    score(recipe, store.path, name="quiet", quiet=True, console=(silent := log()))
-    assert silent.file.getvalue() == ""
+def test_jobs_on_shards_say_in_a_log_file_how_far_they_are(models, tmp_path, capfd):  # noqa: F811
+    recipe = recipe_for(models, tmp_path, rollout={"max_new_tokens": 4})
+
+    def said(what):
+        return [line for line in capfd.readouterr().err.splitlines() if line.startswith(what)]
+
+    store = sample(recipe, tmp_path / "store", prompts_per_shard=8)
+    first, *shards = said("sampling")
+    assert first == "sampling: 3 of 3 shards are to be written"
+    assert [line.split("  ")[0] for line in shards] == [f"sampling, shard {i}/3" for i in (1, 2, 3)]
+    score(recipe, store.path)
+    assert said("scoring")[-1] == "scoring, shard 3/3  left 0:00:00"
+    score(recipe, store.path)
+    assert said("scoring") == ["scoring: 0 of 3 shards are to be written"]
+    score(recipe, store.path, name="quiet", quiet=True)
+    assert said("scoring") == []
 
 
 def test_a_terminal_has_a_bar():
