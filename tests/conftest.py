@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from opd.language.tokens import Tokens
+
 # A background job of a shell starts with interrupts ignored, and so would every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,7 +77,7 @@ def tokenizer():
 @pytest.fixture
 def student(tokenizer):
     language = LanguageModel(tiny_model(), tokenizer, template="plain")
-    return CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+    return CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def rolled_out(run, prompts, group, budget, stream=0):
 
 def said(teacher, trajectories, context=None):
     """The distribution of a teacher that gives one answer."""
-    context = context or Context(torch.device("cpu"), end_ids=(0,))
+    context = context or Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,)))
     (target,) = teacher.answer(trajectories, teacher.settings, context)
     return target.distribution
 

@@ -17,6 +17,7 @@ from opd.jobs.scoring import score
 from opd.language.agreement import check_tokenizers, common_vocabulary
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens, tokens_of
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
@@ -180,11 +181,11 @@ def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
     settings = LocalTeacher(model="t", template="plain")
     agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device)], None)
     holes = sorted(turn_tokenizer().convert_tokens_to_ids(["{", "}"]))
-    assert agreed.vocabulary.excluded == tuple(holes)
+    assert tokens_of(agreed).vocabulary.excluded == tuple(holes)
     one_sided, hole = built.notes
     assert one_sided == "1 tokens that not every tokenizer has ('}') are in no distribution"
     assert hole == f"1 ids between tokens (the first: {holes[0]}) are in no distribution"
-    assert agreed.vocabulary.outside(torch.tensor([9, *holes, agreed.vocabulary.size])).tolist() == [
+    assert tokens_of(agreed).vocabulary.outside(torch.tensor([9, *holes, tokens_of(agreed).vocabulary.size])).tolist() == [
         False,
         True,
         True,
@@ -254,16 +255,16 @@ def test_stored_targets_know_which_tokens_they_are_over(tmp_path):
     holes = sorted(plain.convert_tokens_to_ids(["{", "}"]))
     targets = score(recipe, tmp_path / "store", "top_k", quiet=True, top_k=5)
     assert (targets.header.vocabulary, targets.header.excluded) == (len(plain), holes)
-    context = Context(torch.device("cpu"), vocabulary=Vocabulary(len(plain), tuple(holes)))
+    context = Context(torch.device("cpu"), agreed=Tokens(Vocabulary(len(plain), tuple(holes))))
     answers = StoredAnswers(StoredTeacher(path=str(tmp_path / "store"), consistency="ignored"))
-    assert answers.vocabulary == context.vocabulary
+    assert answers.vocabulary == tokens_of(context).vocabulary
     answers.check_student(None, context)
     with pytest.raises(IncompatibleError, match="another vocabulary"):
-        answers.check_student(None, context.with_(vocabulary=Vocabulary(len(plain))))
+        answers.check_student(None, context.with_(agreed=Tokens(vocabulary=Vocabulary(len(plain)))))
     # And its trajectories serve no run in which a token of theirs has no probability.
     language = LanguageModel.load(recipe.student, "cpu")
     for left_out, fits in ((tuple(holes), True), ((int(store.actions(0)[0]),), False)):
-        run = context.with_(vocabulary=Vocabulary(len(plain), left_out), end_ids=tuple(store.header.end_ids))
+        run = context.with_(agreed=Tokens(Vocabulary(len(plain), left_out), tuple(store.header.end_ids)))
         source = StoredTrajectories(StoredRollout(path=str(store.path), max_new_tokens=3), language, run)
         with contextlib.nullcontext() if fits else pytest.raises(DataError, match=r"prompts\[0\].*holds a token"):
             source.check_prompts(load_prompts(recipe.prompts)[:1])

@@ -14,6 +14,7 @@ from opd.language.agreement import Vocabulary, agree_on_end, end_ids, notes_on_e
 from opd.language.encoding import read_by, turn_end
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
+from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
 from opd.rollouts.data import DataRollout, StoredResponses
@@ -234,7 +235,7 @@ def test_completions_end_with_the_turn_and_so_does_the_saved_student(tmp_path, c
 @pytest.mark.parametrize(("given", "written"), [((5,), [5]), ((0,), 0), ((), 0)])
 def test_a_saved_student_ends_where_its_completions_ended(given, written, tmp_path):
     language = LanguageModel(tiny_model(vocabulary=90, eos_token_id=0), turn_tokenizer(), "plain")
-    CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=given)).save(tmp_path, "card")
+    CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=given))).save(tmp_path, "card")
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == written
 
 
@@ -242,5 +243,7 @@ def test_a_stored_response_ends_as_the_template_ends_an_answer():
     tokenizer = turn_tokenizer(CHAT, begins=True, ends=True)
     for template, end_of_run, end in (("chat", (1, 5), 5), ("plain", (1, 5), 1), ("chat", (1,), 1)):
         language = LanguageModel(tiny_model(vocabulary=90), tokenizer, template)
-        source = StoredResponses(DataRollout(), language, Context(torch.device("cpu"), end_ids=end_of_run))
+        source = StoredResponses(
+            DataRollout(), language, Context(torch.device("cpu"), agreed=Tokens(end_ids=end_of_run))
+        )
         assert source.encode("ab", 10)[0].tolist() == [*tokenizer.convert_tokens_to_ids(["a", "b"]), end]

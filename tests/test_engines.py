@@ -12,6 +12,7 @@ from opd.errors import ModelError, RecipeError
 from opd.language.engines.base import Drawing, Looker, PromptInputs, followed_by, same_prompt
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens
 from opd.recipe import parse_recipe
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
@@ -123,7 +124,7 @@ class Ending(Looker):
 
 
 def test_rows_end_where_a_looker_says_so_and_the_others_draw_as_ever(student):
-    contexts, drawing = ids([4, 6, 5]), Drawing(replace(student.context, end_ids=(0,)), batch=4)
+    contexts, drawing = ids([4, 6, 5]), Drawing(student.context.with_(agreed=Tokens(end_ids=(0,))), batch=4)
     plain = student.language.sample(contexts, 2, 14, range(6), drawing)
     looker = Ending()
     watched = student.language.sample(contexts, 2, 14, range(6), drawing, looker)

@@ -14,6 +14,7 @@ from opd.context import Context
 from opd.distributions import Categorical, Head
 from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target, divergence_loss
 from opd.language.rollout import LanguageRollout
+from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLMStudent
 from opd.rollouts import HeldOutSampler
 from opd.rollouts.student import StudentRollout
@@ -83,7 +84,7 @@ def test_loss_and_gradients_against_float64(kind, dtype, tolerance, device):
 def test_rollouts_and_their_log_probabilities_are_those_of_the_cpu(device, student, prompts):
     """A row's draws belong to its seed, so they are the CPU's but where rounding decides."""
     there = copy.deepcopy(student.language).to(device)
-    context = Context(torch.device(device), end_ids=(0,))
+    context = Context(torch.device(device), agreed=Tokens(end_ids=(0,)))
     rollouts = [
         HeldOutSampler(LanguageRollout(language, StudentRollout(), at), StudentRollout(), at)(prompts, 4, 24, stream=0)
         for language, at in ((student.language, student.context), (there, context))

@@ -22,6 +22,7 @@ from opd.language.engines.prefill import step
 from opd.language.engines.sampler import Sampler, inverse_cdf
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model
+from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.rollouts.student import StudentRollout
 from tests.conftest import character_tokenizer, save_tiny, tiny_model, trajectories_of, writing
@@ -243,7 +244,7 @@ def test_rows_can_be_dropped_between_segments(student, prompts):
 def test_padded_vocabularies_are_cut_to_the_common_ids(tokenizer):
     models = [LanguageModel(tiny_model(vocabulary=v), tokenizer, "plain") for v in (64, 80)]
     assert common_vocabulary(models) == Vocabulary(len(tokenizer))
-    student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), vocabulary=Vocabulary(64)))
+    student = CausalLMStudent(models[1], None, Context(torch.device("cpu"), agreed=Tokens(vocabulary=Vocabulary(64))))
     assert student(trajectories_of([3])).log_probs().shape == (3, 64)
 
 
@@ -274,7 +275,7 @@ def test_disjoint_end_tokens_are_refused_unless_named(tokenizer):
 
 def test_frozen_parts_stay_out_of_training(tmp_path):
     path = save_tiny(tmp_path / "m")
-    context = Context(torch.device("cpu"), end_ids=(0,))
+    context = Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,)))
     student = CausalLM(model=path, template="plain", freeze=["embed_tokens", "lm_head"]).build(context)
     student(trajectories_of([5, 3])).log_probs().sum().backward()
     for name, p in student.module.named_parameters():
@@ -288,7 +289,7 @@ def test_frozen_parts_stay_out_of_training(tmp_path):
 def test_lora_trains_adapters_only_and_saves_a_plain_model(tmp_path):
     path = save_tiny(tmp_path / "base")
     settings = CausalLM(model=path, template="plain", lora={"rank": 4, "targets": ["q_proj", "v_proj", "lm_head"]})
-    student = settings.build(Context(torch.device("cpu"), end_ids=(0,)))
+    student = settings.build(Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
     trained = [n for n, p in student.module.named_parameters() if p.requires_grad]
     assert trained
     assert all("lora_" in name for name in trained)
@@ -425,7 +426,7 @@ def test_decoders_that_are_not_written_out_go_through_their_modules(tokenizer, p
 
     def written_out(model):
         language = LanguageModel(model, tokenizer, "plain")
-        student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+        student = CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
         made = rollout(student, prompts=prompts)
         own = student(made).log_probs().gather(1, made.actions[:, None])[:, 0]
         torch.testing.assert_close(made.behaviour_log_probs, own, atol=1e-4, rtol=1e-4)

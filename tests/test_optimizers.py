@@ -14,6 +14,7 @@ from opd.checkpoints.tree import flatten, unflatten
 from opd.context import Context
 from opd.errors import RecipeError, RunError
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLMStudent
 from opd.updates import optimizers
 from opd.updates.optimizers import Together, make_optimizer
@@ -96,7 +97,7 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tied):
 def test_moments_of_8_bits_stay_such_through_a_checkpoint(tokenizer):
     def built():
         language = LanguageModel(tiny_model(width=96), tokenizer, template="plain")
-        student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+        student = CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
         return student, PlainUpdate(optimizer="adamw_8bit", learning_rate=1e-2).build(student, Accelerator(cpu=True))
 
     def step(student, update):
@@ -124,7 +125,7 @@ def test_what_an_optimiser_keeps_is_stored_by_name_and_fits_no_other_one(then, n
 
     def built(kind, **options):
         language = LanguageModel(tiny_model(width=96, **options), tokenizer, template="plain")
-        student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+        student = CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
         return student, PlainUpdate(optimizer=kind, learning_rate=1e-2).build(student, Accelerator(cpu=True))
 
     student, update = built(then)

@@ -13,6 +13,7 @@ from opd.api import execute
 from opd.context import Context
 from opd.evaluation import moment
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens
 from opd.loop import train
 from opd.policies.held_out import roll_out
 from opd.prompts import Prompt, count_repeats
@@ -97,7 +98,7 @@ def test_a_padding_token_that_is_the_end_token_never_deletes_it(models, tmp_path
     from opd.policies.causal_lm import CausalLMStudent
 
     language = LanguageModel(tiny_model(), tokenizer, "plain")
-    student = CausalLMStudent(language, None, Context(torch.device("cpu"), end_ids=(0,)))
+    student = CausalLMStudent(language, None, Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,))))
     trajectories = writing(DataRollout(), student)(rows, 1, 8, stream=0)
     from opd.objectives.sft import SFT
     from opd.reduction import position_weights

@@ -24,6 +24,7 @@ from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import DataError, IncompatibleError, RecipeError
 from opd.evaluation import evaluate
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens
 from opd.operator import divergence_loss
 from opd.plan import make_plan
 from opd.prompts import Prompt
@@ -34,7 +35,7 @@ from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import character_tokenizer, rolled_out, said, save_tiny, tiny_model, trajectories_of
 from tests.test_loop import build, recipe_for
 
-CPU = Context(torch.device("cpu"), end_ids=(0,))
+CPU = Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,)))
 WIDTHS = {"math": 32, "code": 48}
 ROWS = [{"prompt": f"{a}+{b}=", "task": "math" if (a + b) % 2 else "code"} for a in range(1, 6) for b in range(1, 5)]
 

@@ -16,6 +16,7 @@ from opd.language.agreement import common_vocabulary
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
 from opd.language.own_outputs import check_draws
+from opd.language.tokens import Tokens
 from opd.objectives.sft import SFT
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from tests.conftest import tiny_model, trajectories_of
@@ -165,8 +166,8 @@ def test_student_and_teachers_are_over_one_set():
     settings, context = LocalTeacher(model="t", name="expert", template="plain"), Context(torch.device("cpu"))
     expert = LanguageTeacher(language, settings, context.device)
     with pytest.raises(IncompatibleError, match="the teacher expert has 40 ids and this run's vocabulary is 10 ids"):
-        expert.check_student(None, context.with_(vocabulary=SLICE))
-    expert.check_student(None, context.with_(vocabulary=Vocabulary.of([39, 2])))
+        expert.check_student(None, context.with_(agreed=Tokens(vocabulary=SLICE)))
+    expert.check_student(None, context.with_(agreed=Tokens(vocabulary=Vocabulary.of([39, 2]))))
     with pytest.raises(IncompatibleError, match="ascending"):
         Vocabulary(ids=(4, 3))
     with pytest.raises(IncompatibleError, match="not both"):

@@ -15,6 +15,7 @@ from opd.distributions.transition import transition
 from opd.errors import IncompatibleError
 from opd.flow.denoising import Denoising, pack
 from opd.flow.encoder import Condition
+from opd.flow.guidance import guidance_of
 from opd.flow.model import FlowModel
 from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
@@ -106,7 +107,7 @@ class FlowRollout(PrefixSource[SamplerSettings]):
         """Trajectories of B rows of a request, their first `budget` actions `[B, K, C, H, W]` and log-densities
         `[B, K]`."""
         device, count, steps = self.model.device, len(seeds), request.settings.steps
-        times, noise, guidance = self.model.grid(steps), request.settings.noise, request.context.guidance
+        times, noise, guidance = self.model.grid(steps), request.settings.noise, guidance_of(request.context)
         # A row's noise depends on its own seed alone, and is drawn where every machine draws the same.
         shape = (steps + 1 if noise else 1, *self.model.shape)
         draws = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)

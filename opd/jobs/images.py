@@ -13,6 +13,7 @@ from PIL import Image
 from opd.assembly import build_models, compute_device, make_accelerator
 from opd.errors import RecipeError, RunError
 from opd.flow.evaluation import FlowEvaluation
+from opd.flow.guidance import guidance_of
 from opd.flow.model import FlowModel
 from opd.jobs.work import work_through
 from opd.policies.flow_transformer import FlowStudent
@@ -91,7 +92,7 @@ def sample_images(
         "settings": {
             "seed": recipe.seed,
             "steps": steps,
-            "guidance": context.guidance,
+            "guidance": guidance_of(context),
             "group": group,
             "resolution": student.model.resolution,
         },

@@ -8,6 +8,7 @@ from pathlib import Path
 from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
 from opd.errors import RecipeError
 from opd.jobs.work import work_through
+from opd.language.tokens import tokens_of
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions
@@ -82,8 +83,8 @@ def sample(
         ],
         tokenizer=student.language.tokenizer_hash,
         template=student.language.template_hash,
-        end_ids=list(context.end_ids),
-        **VocabularyHeader.of(context.vocabulary),
+        end_ids=list(tokens_of(context).end_ids),
+        **VocabularyHeader.of(tokens_of(context).vocabulary),
         versions=versions(),
     )
     store = Store.create_or_continue(path, header, [p.id for p in prompts])

@@ -16,6 +16,7 @@ from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import load_tokenizer
+from opd.language.tokens import Tokens, tokens_of
 from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts
 from opd.provenance import versions
@@ -76,7 +77,7 @@ class Scorer:
         reader = self._check_agreement(recipe, language)
         stored = self.store.header
         common = common_vocabulary([reader, language], [stored.covered()])
-        self.context = context.with_(vocabulary=common)
+        self.context = context.with_(agreed=Tokens(common))
         head = language.head(context.temperature, common)
         identity = weights_hash(language.model)
         header = TargetsHeader(
@@ -128,7 +129,7 @@ class Scorer:
             ids = self.store.part(shard)[1]
             prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
             trajectories = self.store.trajectories(rows, prompts, self.context.device)
-            outside = self.context.vocabulary.outside(trajectories.actions).nonzero()
+            outside = tokens_of(self.context).vocabulary.outside(trajectories.actions).nonzero()
             if len(outside):
                 row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
                 raise DataError(

@@ -46,6 +46,7 @@ from opd.language.saving import (
     write_weights,
 )
 from opd.language.shape import model_shape
+from opd.language.tokens import Tokens, tokens_of
 from opd.objectives.base import Loss
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy, Student
@@ -214,7 +215,7 @@ class CausalLMStudent(Student):
         contexts, completions = trajectories.contexts, trajectories.completions()
         with self.experts.watched(self.language.padding(contexts, completions, layout)):
             hidden = module(contexts, completions, layout)
-        head = self.language.head(now.temperature, now.vocabulary)
+        head = self.language.head_of(now)
         return Categorical(hidden, head)
 
     def own_losses(self, share: float) -> list[Loss]:
@@ -252,7 +253,7 @@ class CausalLMStudent(Student):
             self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
         ends = agree_on_end(self.language, others, end_tokens)
         self.notes.extend(notes_on_end(self.language, others, ends, end_tokens is not None, common))
-        return context.with_(vocabulary=common, end_ids=ends)
+        return context.with_(agreed=Tokens(common, ends))
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         tokenizer = self.language.tokenizer
@@ -390,7 +391,7 @@ class CausalLMStudent(Student):
         else:
             model.save_pretrained(str(folder / "adapter"))
             card += self._of_adapter()
-        problems += attempt("where completions end", lambda: write_end_ids(folder, self.context.end_ids))
+        problems += attempt("where completions end", lambda: write_end_ids(folder, tokens_of(self.context).end_ids))
         problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
         return problems + attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
 

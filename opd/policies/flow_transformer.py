@@ -21,6 +21,7 @@ from opd.errors import ModelError, SelfTestError
 from opd.flow import evaluation
 from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
+from opd.flow.guidance import Guidance
 from opd.flow.model import FlowModel, FlowSettings, check_parts, load_flow_model
 from opd.flow.outline import student_shape
 from opd.pictures import data_address
@@ -174,7 +175,7 @@ class FlowStudent(Student):
         return believe(module, trajectories, [start.condition for start in trajectories.contexts])
 
     def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
-        return context.with_(guidance=self.guidance)
+        return context.with_(agreed=Guidance(self.guidance))
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
         check_prompts(prompts, self.model.encoder, limit)

@@ -14,6 +14,7 @@ from opd.language.encoding import turn_end
 from opd.language.engines.base import Row
 from opd.language.engines.in_process import InProcess, language_of
 from opd.language.rollout import pack_rows
+from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.request import Request
@@ -56,8 +57,8 @@ class StoredResponses(PrefixSource[DataRollout]):
     def _end(self) -> int:
         """The id that is put behind a response: that of the chat template, or else the tokenizer's, if completions of
         this run end with it."""
-        ends = torch.tensor(sorted(self.context.end_ids))
-        possible: list[int] = ends[~self.context.vocabulary.outside(ends)].tolist() or ends.tolist()
+        ends = torch.tensor(sorted(tokens_of(self.context).end_ids))
+        possible: list[int] = ends[~tokens_of(self.context).vocabulary.outside(ends)].tolist() or ends.tolist()
         named = (turn_end(self.language), self.language.tokenizer.eos_token_id)
         return next((i for i in named if i is not None and i in possible), possible[0])
 
@@ -77,14 +78,14 @@ class StoredResponses(PrefixSource[DataRollout]):
         for prompt in prompts:
             for text in self.responses(prompt):
                 ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-                early = [i for i in ids[:-1].tolist() if i in self.context.end_ids]
+                early = [i for i in ids[:-1].tolist() if i in tokens_of(self.context).end_ids]
                 if early:
                     raise DataError(
                         f"{prompt.where}: the response in column {self.settings.column!r} holds "
                         f"{tokenizer.convert_ids_to_tokens(early[0])!r} before its end, where a completion of this run "
                         "ends; remove it"
                     )
-                outside = ids[self.context.vocabulary.outside(ids)]
+                outside = ids[tokens_of(self.context).vocabulary.outside(ids)]
                 if len(outside):
                     raise DataError(
                         f"{prompt.where}: the response in column {self.settings.column!r} holds "
@@ -107,7 +108,7 @@ class StoredResponses(PrefixSource[DataRollout]):
     def encode(self, text: str, budget: int, skip: int = 0) -> Row:
         """One response from its token `skip` on, with zeros for log-probabilities."""
         ids = list(self.language.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = ids if ids and ids[-1] in self.context.end_ids else [*ids, self.end]
+        ids = ids if ids and ids[-1] in tokens_of(self.context).end_ids else [*ids, self.end]
         cut = ids[skip : skip + budget]
         actions = torch.tensor(cut or [self.end], dtype=torch.int64, device=self.language.device)
         return Row(actions, torch.zeros(len(actions), device=actions.device), skip + budget >= len(ids))

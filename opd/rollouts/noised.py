@@ -16,6 +16,7 @@ from pydantic import Field
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.flow.denoising import Denoising, pack
+from opd.flow.guidance import guidance_of
 from opd.flow.model import FlowModel, flow_model_of
 from opd.flow.rollout import GridSettings
 from opd.prompts import Prompt
@@ -155,7 +156,7 @@ class NoisedImages(PrefixSource[NoisedRollout]):
             level, guidance = 0.0, 1.0
         else:
             times = self.model.grid(settings.steps)[: request.budget + 1].repeat(len(members), 1)
-            level, guidance = settings.noise, request.context.guidance
+            level, guidance = settings.noise, guidance_of(request.context)
         t = times.view(*times.shape, 1, 1, 1)
         line = (1 - t) * images[:, None] + t * noise[:, None]
         rows = [

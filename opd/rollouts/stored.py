@@ -14,6 +14,7 @@ from opd.context import Context
 from opd.errors import DataError, IncompatibleError
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess, language_of
+from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource
 from opd.rollouts.request import Request
@@ -84,14 +85,15 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
             raise IncompatibleError(
                 f"{refuse} template; set student.template and student.template_options as when it was sampled"
             )
-        if set(context.end_ids) != set(header.end_ids):
+        ends = tokens_of(context).end_ids
+        if set(ends) != set(header.end_ids):
             raise IncompatibleError(
-                f"{refuse} end token, {header.end_ids} and now {list(context.end_ids)}; set end_tokens={header.end_ids}"
+                f"{refuse} end token, {header.end_ids} and now {list(ends)}; set end_tokens={header.end_ids}"
             )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         header = self.store.header
-        wider = header.covered() != self.context.vocabulary
+        wider = header.covered() != tokens_of(self.context).vocabulary
         for prompt in prompts:
             if prompt.id not in self.store.index:
                 raise DataError(
@@ -105,7 +107,7 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
                     "the template changed since"
                 )
             for row in self.store.rows_of(prompt.id) if wider else ():
-                if bool(self.context.vocabulary.outside(self.store.actions(row)).any()):
+                if bool(tokens_of(self.context).vocabulary.outside(self.store.actions(row)).any()):
                     raise DataError(
                         f"{prompt.where}: a trajectory of prompt {prompt.id!r} in {self.settings.path} holds a token "
                         "that not every tokenizer of this run has; leave the prompt out, or sample the store again"

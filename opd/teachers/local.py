@@ -19,6 +19,7 @@ from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
 from opd.language.positions import check_positions
 from opd.language.shape import model_shape
+from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -86,7 +87,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
 
     def check_student(self, student: Student, context: Context) -> None:
         # Refuses ids that the teacher's head has no row for.
-        self.language.head(context.temperature, context.vocabulary)
+        self.language.head(context.temperature, tokens_of(context).vocabulary)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -114,7 +115,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
             rows = self._compute(contexts, completions)
         else:
             rows = self._recall_or_compute(self.cache, contexts, completions, home)
-        head = self.language.head(context.temperature, context.vocabulary).detach()
+        head = self.language.head(context.temperature, tokens_of(context).vocabulary).detach()
         return [Target(Categorical(torch.cat(rows).to(home), head.to(home)), teacher=settings.name)]
 
     def check_scorer(self, context: Context) -> None:

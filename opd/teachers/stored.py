@@ -12,6 +12,7 @@ from pydantic import Field
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Target
 from opd.errors import IncompatibleError
+from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.store.store import Store
@@ -87,14 +88,14 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
                 f"{path} was scored at temperature {header.temperature:g} and the recipe has {context.temperature:g}; "
                 "only targets of kind exact can be read at another one"
             )
-        if header.kind != "exact" and self.vocabulary != context.vocabulary:
+        compared = tokens_of(context).vocabulary
+        if header.kind != "exact" and self.vocabulary != compared:
             raise IncompatibleError(
-                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and "
-                f"{context.vocabulary}); run opd score again with --name, or score targets of kind exact, which can be "
-                "read so"
+                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and {compared}); "
+                "run opd score again with --name, or score targets of kind exact, which can be read so"
             )
         if header.kind == "exact":
-            self.targets.head().over(context.vocabulary, str(path))
+            self.targets.head().over(compared, str(path))
 
     def check_origin(self, student: Student) -> None:
         if self.settings.consistency == "ignored":
@@ -131,7 +132,9 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
 
     def _head_for(self, context: Context) -> Head:
         if self._head is None or self._head.weight.device != context.device:
-            self._head = self.targets.head().over(context.vocabulary, str(self.targets.path)).to(context.device)
+            self._head = (
+                self.targets.head().over(tokens_of(context).vocabulary, str(self.targets.path)).to(context.device)
+            )
         return replace(self._head, temperature=context.temperature)
 
     def _check_rows(self, trajectories: Trajectories) -> None:

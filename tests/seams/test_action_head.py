@@ -15,6 +15,7 @@ from opd.language.engines.sampler import Sampler
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
 from opd.language.rollout import pack_rows
+from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
 from opd.rollouts.base import OneSource, PrefixSource, row_seed
 from opd.teachers.base import LiveTeacher, Teacher
@@ -66,8 +67,8 @@ class Acting(PrefixSource):
     def __call__(self, request):
         context = request.context
         self.language.eval()
-        head = self.language.head(context.temperature, context.vocabulary)
-        sampler = Sampler(self.language, head, context.end_ids)
+        head = self.language.head(context.temperature, tokens_of(context).vocabulary)
+        sampler = Sampler(self.language, head, tokens_of(context).end_ids)
         states, contexts, rows = [], [], []
         for prompt in request.prompts:
             for member in range(request.group):
@@ -112,7 +113,7 @@ class Answering(LiveTeacher):
     def answer(self, trajectories, settings, context):
         contexts = [self.language.encode(prompt) for prompt in trajectories.prompts]
         hidden = self.language(contexts, trajectories.completions())
-        head = self.language.head(context.temperature, context.vocabulary)
+        head = self.language.head(context.temperature, tokens_of(context).vocabulary)
         return [Target(Categorical(hidden, head), teacher=settings.name)]
 
 

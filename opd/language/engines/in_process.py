@@ -22,6 +22,7 @@ from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
 from opd.language.saving import base_of
+from opd.language.tokens import tokens_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -149,13 +150,13 @@ class InProcess(torch.nn.Module, Engine):
 
     def head_of(self, context: Context) -> Head:
         """The head at a run's temperature, over the ids that count there."""
-        return self.head(context.temperature, context.vocabulary)
+        return self.head(context.temperature, tokens_of(context).vocabulary)
 
     def sampler(self, drawing: Drawing, packed: bool = False, candidates: int = 0) -> Sampler:
         """A sampler of the model as it is now, its large weights `packed` as they are too, which keeps so many
         `candidates` of each state."""
         head = self.head_of(drawing.context)
-        return Sampler(self, head, drawing.context.end_ids, drawing.top_p, drawing.top_k, packed, candidates)
+        return Sampler(self, head, tokens_of(drawing.context).end_ids, drawing.top_p, drawing.top_k, packed, candidates)
 
     @torch.no_grad()
     def sample(
