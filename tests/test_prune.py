@@ -331,7 +331,7 @@ def test_what_a_store_serves(tmp_path):
 
     exact = stored("a", "exact", {"kind": "reverse_kl_candidates", "k": 8})
     listed = stored("b", "top_k", "reverse_kl")
-    first, second = ([r for r in each.history if "train/loss" in r][0] for each in (exact, listed))
+    first, second = (next(r for r in each.history if "train/loss" in r) for each in (exact, listed))
     assert first["train/curriculum/window"] == 8
     assert first["train/length"] <= 8
     assert first["train/overlap"] == pytest.approx(second["train/overlap"])
