@@ -17,6 +17,7 @@ import yaml
 import opd
 from opd.catalogue import axes, find, settings_of
 from opd.choice import Choice
+from opd.distributions import Categorical, Head
 from opd.errors import DataError, IncompatibleError, ModelError
 from opd.language.creation import create_model, task_tokenizer
 from opd.loop import accumulate_step
@@ -254,6 +255,27 @@ def test_the_shaping_counts_less_where_the_teacher_is_unsure(together):
     assert all(record["train/teacher_entropy"] > 0 for record in steps_of(result))
     with pytest.raises(IncompatibleError, match="one teacher's whole distributions"):
         run.shaping(None, targets * 2, made, now.recipe.shaping)
+
+
+def test_the_signal_of_compatibility_says_where_they_part(theirs, models, tmp_path):
+    result, _, run = trained(tmp_path / "run", models, **named("Compatibility"))
+    assert all(0 < record["train/likeness"] <= 1 for record in steps_of(result))
+    assert isinstance(run.recipe.shaping.signal, theirs["Compatibility"].Likeness)
+    g = torch.Generator().manual_seed(0)
+    log_q, log_p = (torch.randn(20, 6, generator=g).log_softmax(-1) for _ in range(2))
+    student, teacher = (Categorical(each, Head(torch.eye(6))) for each in (log_q, log_p))
+    actions = torch.zeros(20, dtype=torch.long)
+    # Over all ids it is the textbook's, of one distribution with itself 1, and of ids that none shares 0.
+    m = ((log_q.exp() + log_p.exp()) / 2).log()
+    divergence = ((log_q.exp() * (log_q - m)).sum(-1) + (log_p.exp() * (log_p - m)).sum(-1)) / 2
+    signal = theirs["Compatibility"].Likeness(k=6)
+    found = signal.measure(student, teacher, actions)
+    torch.testing.assert_close(found, 1 - divergence / torch.tensor(2.0).log())
+    assert signal.events(found).tolist() == (found < 0.8).tolist()
+    few = theirs["Compatibility"].Likeness(k=2)
+    torch.testing.assert_close(few.measure(student, student, actions), torch.ones(20))
+    mirrored = Categorical(-log_q, Head(torch.eye(6)))
+    torch.testing.assert_close(few.measure(student, mirrored, actions), torch.zeros(20))
 
 
 def test_the_objectives_are_summed_and_the_best_are_imitated(together, theirs):

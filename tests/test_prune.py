@@ -16,6 +16,8 @@ from opd.compatibility.weighted_overlap import WeightedOverlap
 from opd.curricula.window import Window
 from opd.distributions import Categorical, Head, Routed, TopK
 from opd.divergences.reverse_kl_candidates import ReverseKLCandidates
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.monitor import Monitor
 from opd.objectives import Target
 from opd.prompts import Prompt
@@ -23,7 +25,7 @@ from opd.recipe import parse_recipe
 from opd.reduction import running_sums
 from opd.shaping.drift import DriftWeights
 from tests.conftest import rolled_out, tiny_model, trajectories_of
-from tests.tiny import saved, short_run, turn_tokenizer
+from tests.tiny import TEXTS, saved, short_run, turn_tokenizer
 
 
 def categorical(probabilities):
@@ -298,3 +300,49 @@ def test_what_cannot_be_compared_is_refused_at_the_start(changes, words, tmp_pat
     with pytest.raises(opd.OpdError, match=words) as error:
         run(tmp_path, teacher=teacher, **changes)
     assert len(str(error.value).splitlines()) <= 2
+
+
+def test_what_a_store_serves(tmp_path):
+    """Weights and a window, from the whole distribution or from enough ids; nothing in flight."""
+    student, teacher = models(tmp_path)
+    shared = {
+        "student": student,
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "rollout": {"max_new_tokens": 12},
+        "batch": {"prompts": 4, "micro": 4},
+        "hardware": {"device": "cpu", "threads": 1},
+    }
+    recipe = parse_recipe({**shared, "teacher": teacher})
+    path = sample(recipe, tmp_path / "store", quiet=True).path
+    score(recipe, path, "exact", name="exact", dtype="float32", quiet=True)
+    score(recipe, path, "top_k", name="top_k", top_k=8, quiet=True)
+    score(recipe, path, "sampled", name="sampled", quiet=True)
+
+    def stored(name, kind, objective, k=8, **rollout):
+        return run(
+            tmp_path,
+            name,
+            teacher={"kind": "stored", "path": str(path), "targets": kind, "consistency": "ignored"},
+            rollout={"kind": "stored", "path": str(path), **rollout},
+            shaping={"kind": "drift", "signal": {"kind": "overlap", "k": k, "below": 0.5}, "drop": 0.2},
+            curriculum={"kind": "window", "minimum": 4, "maximum": 12, "start": 8, "by": 2, "margin": 1},
+            objective=objective,
+        )
+
+    exact = stored("a", "exact", {"kind": "reverse_kl_candidates", "k": 8})
+    listed = stored("b", "top_k", "reverse_kl")
+    first, second = (next(r for r in each.history if "train/loss" in r) for each in (exact, listed))
+    assert first["train/curriculum/window"] == 8
+    assert first["train/length"] <= 8
+    assert first["train/overlap"] == pytest.approx(second["train/overlap"])
+    with pytest.raises(opd.OpdError, match=r"looks at k=9 ids, and the teacher answers with 8"):
+        stored("c", "top_k", "reverse_kl", k=9)
+    with pytest.raises(opd.OpdError, match=r"shaping 'drift' with signal 'overlap' needs .* answers 'sampled'"):
+        stored("d", "sampled", "lightning")
+    with pytest.raises(opd.OpdError, match=r"answers whole trajectories alone"):
+        run(
+            tmp_path,
+            "e",
+            teacher={"kind": "stored", "path": str(path), "targets": "exact"},
+            rollout={"max_new_tokens": 12, "watch": "drift"},
+        )

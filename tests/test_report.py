@@ -22,6 +22,8 @@ from array import array
 import pytest
 import yaml
 
+from opd.choice import choices_of
+from opd.compatibility import Compatibility
 from opd.errors import RunError
 from opd.report import Layer, register, write_report
 from opd.report.curves import PHASES, POINTS, curves, extremes
@@ -30,6 +32,8 @@ from opd.report.layers import registered
 from opd.report.live import make_server
 from opd.report.page import LARGEST, collect, differing_keys, labels, page, updates
 from opd.report.rows import choose_held_out, choose_training, encode, evenly, scan
+from tests.test_prune import DRIFT
+from tests.test_prune import run as run_pruned
 
 ATTACK = "</script><script>window.attacked=1</script><img src=x onerror=window.attacked=1>\u2028\u202e"
 WORDS = ["\n", " the", " a", "é", "<|im_end|>", "", "\ufffd", *(f" {a}{b}" for a in "bcdfgklmnprst" for b in "aeiou")]
@@ -93,6 +97,19 @@ def write_run(folder, steps=4, prompts=3, tokens=6, evaluations=2, finished=True
     if finished:
         (folder / "summary.json").write_text(json.dumps({"seconds": 12.0, "steps": steps, "stopped_early": False}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """The files of a run with drift weights, a window and a watch; two models that have nothing in common."""
+    return run_pruned(
+        tmp_path_factory.mktemp("pruned"),
+        steps=3,
+        shaping={"kind": "drift", **DRIFT},
+        curriculum={"kind": "window", "minimum": 16, "maximum": 24},
+        rollout={"max_new_tokens": 24, "segment": 4, "watch": {"kind": "drift", **DRIFT}},
+        end_tokens=[89],
+    ).directory
 
 
 def data_of(text):
@@ -276,6 +293,26 @@ def test_every_name_that_a_run_logs_is_explained(tmp_path):
     families = tuple(key for key in MEANINGS if key.endswith("/"))
     unknown = {n for n in logged if n not in MEANINGS and not n.startswith((*families, PHASES))}
     assert not unknown
+
+
+def test_a_pruned_run_shows_signal_events_weights_and_where_rollouts_ended(pruned):
+    (one,) = data_of(page([pruned]))["runs"]
+    names = ("window", "hits", "effective_length")
+    assert all(one["series"][f"train/curriculum/{name}"]["x"] == [1, 2, 3] for name in names)
+    known = {layer["reads"]: layer for layer in registered()}
+    rows = [row for chunk in one["rows"]["training"]["chunks"] for row in unpack(chunk)]
+    assert {"overlap", "drifted", "reliable", "weight"} <= rows[0]["values"].keys()
+    assert all(f"values.{name}" in known for name in rows[0]["values"])
+    assert known["stopped"]["place"] == "row"
+    for row in rows:
+        assert row["extra"]["stopped"] == "drifted, 8 events"
+        assert row["values"]["reliable"] == [1.0] * 4 + [0.0] * 4
+        assert row["values"]["weight"][-1] == 0.5
+    logged = {name for name in one["series"] if name.startswith("train/")}
+    families = tuple(key for key in MEANINGS if key.endswith("/"))
+    assert {name for name in logged if name not in MEANINGS and not name.startswith((*families, PHASES))} == set()
+    signals = [choice.measured for choice in choices_of(Compatibility).values()]
+    assert all(f"train/{name}" in MEANINGS and f"values.{name}" in known for name in signals)
 
 
 # ---- rows ----
@@ -816,6 +853,25 @@ def test_in_a_browser_hover_and_keyboard_reach_every_token(browser, tmp_path):
         assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     assert browser.problems == []
     assert len(browser.requests) == 1
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_pruned_rollout_says_where_it_ended(browser, pruned, tmp_path):
+    browser.open(write_report([pruned], tmp_path / "page.html").as_uri())
+    browser.run("document.querySelector('[data-mode=training]').click()")
+    browser.until("document.querySelectorAll('.card details[open] p').length > 0")
+    ended = "behind token 8: drifted, 8 events"
+    assert browser.run("document.querySelector('.card details p').textContent") == ended
+    browser.run(
+        "(() => { const s = [...document.querySelectorAll('.controls select')].pop(); s.value = 'drifted';"
+        "s.dispatchEvent(new Event('change')) })()"
+    )
+    browser.until("document.querySelector('.scale').innerText.includes('student and teacher part')")
+    browser.point_at("document.querySelectorAll('.t')[2]")
+    assert all(word in browser.panel() for word in ("overlap", "drift event", "reliable", "weight"))
+    browser.run("document.getElementById('curves').scrollIntoView()")
+    assert all(word in browser.run("document.getElementById('curves').innerText") for word in ("window", "hits"))
+    assert browser.problems == []
 
 
 @pytest.mark.slow

@@ -23,9 +23,9 @@ class OnSupport(CategoricalDivergence):
     """Divergences of two whole distributions: over the vocabulary, or over K ids with the rest as one bucket or
     without it.
 
-    With `tail: none` both sides are renormalised over the K ids, as the released code of Prune-OPD compares candidates.
-    What is descended then is the divergence of the two distributions *given* one of these ids, exactly: no term asks
-    for mass on them, and the gradient can point against that over the vocabulary.
+    With `tail: none` both sides are renormalised over the K ids. What is descended then is the divergence of the two
+    distributions *given* one of these ids, exactly: no term asks for mass on them, and the gradient can point against
+    that over the vocabulary.
     """
 
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")

@@ -15,6 +15,22 @@ QWEN3 = {
     "dtype": "bfloat16",
 }
 
+R1_DISTILL_QWEN_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rope_theta": 10000,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+"""Also of models that were trained from it."""
+
 KNOWN: dict[str, dict[str, Any]] = {
     f"Qwen/{name}": {**QWEN3, **own}
     for names, own in [
@@ -60,4 +76,6 @@ KNOWN: dict[str, dict[str, Any]] = {
         ),
     ]
     for name in names
+} | {
+    name: {**R1_DISTILL_QWEN_1_5B} for name in ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "hbx/JustRL-DeepSeek-1.5B")
 }

@@ -70,6 +70,26 @@ MEANINGS = {
     "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
     "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),
     "train/curriculum/length": Meaning("rung's length", "tokens", "budget of a trajectory on this rung"),
+    "train/curriculum/window": Meaning("window", "tokens", "budget of each of the step's rollouts"),
+    "train/curriculum/hits": Meaning(
+        "hits", "share of rollouts", "whose effective length came near enough to the window's end"
+    ),
+    "train/curriculum/effective_length": Meaning(
+        "effective length", "tokens", "of a rollout until drift has used its weight up, mean over the step"
+    ),
+    "train/curriculum/effective_length_least": Meaning("effective length, least", "tokens", "of the step's rollouts"),
+    "train/curriculum/effective_length_most": Meaning("effective length, most", "tokens", "of the step's rollouts"),
+    "train/overlap": Meaning(
+        "overlap", "share of tokens", "of student's and teacher's likeliest that both have, mean over positions"
+    ),
+    "train/weighted_overlap": Meaning(
+        "overlap by probability",
+        "share",
+        "of the student's probability on its likeliest tokens that lies on the teacher's, mean over positions",
+    ),
+    "train/accepted": Meaning("accepted", "share of tokens", "that are among the teacher's likeliest of a given mass"),
+    "train/drifted": Meaning("drift events", "share of positions", "where student and teacher part"),
+    "train/reliable": Meaning("reliable", "share of positions", "up to the drift event that uses the weight up"),
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
     "train/stopped": Meaning("stopped", "share of rollouts", "ended by the rollout's watch"),

@@ -71,6 +71,7 @@ class DisagreementCourse(Course):
         assert {"divergence", "weight"} <= values.keys()
         assert values["divergence"].shape == (trajectories.positions,)
         self.seen.append((rewards.nanmean(1), signals["loss"]))
+        return {}
 
     def state_dict(self):
         return {"chosen": [prompt.id for prompt in self.chosen]}

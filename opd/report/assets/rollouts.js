@@ -256,7 +256,7 @@ opd.rollouts = (() => {
     const found = data.layers.find((one) => one.place === "row" && one.reads === key);
     const draw = (found && opd.rowRenderers[found.renderer]) || opd.rowRenderers.fields;
     const drawn = draw(value, row);
-    return make("details", { class: "block", open: drawn.tagName === "IMG" }, make("summary", {}, found ? found.title : key.replaceAll("_", " ")), drawn);
+    return make("details", { class: "block", open: drawn.tagName !== "PRE" }, make("summary", {}, found ? found.title : key.replaceAll("_", " ")), drawn);
   }
 
   function token(box, row, i, paint) {
