@@ -185,7 +185,9 @@ def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
     one_sided, hole = built.notes
     assert one_sided == "1 tokens that not every tokenizer has ('}') are in no distribution"
     assert hole == f"1 ids between tokens (the first: {holes[0]}) are in no distribution"
-    assert tokens_of(agreed).vocabulary.outside(torch.tensor([9, *holes, tokens_of(agreed).vocabulary.size])).tolist() == [
+    assert tokens_of(agreed).vocabulary.outside(
+        torch.tensor([9, *holes, tokens_of(agreed).vocabulary.size])
+    ).tolist() == [
         False,
         True,
         True,
