@@ -181,7 +181,8 @@ def test_holes_and_tokens_of_one_side_are_said_when_the_run_starts():
     settings = LocalTeacher(model="t", template="plain")
     agreed = built.agree(context, [LanguageTeacher(teacher, settings, context.device)], None)
     holes = sorted(turn_tokenizer().convert_tokens_to_ids(["{", "}"]))
-    assert tokens_of(agreed).vocabulary.excluded == tuple(holes)
+    common = tokens_of(agreed).vocabulary
+    assert common.excluded == tuple(holes)
     one_sided, hole = built.notes
     assert one_sided == "1 tokens that not every tokenizer has ('}') are in no distribution"
     assert hole == f"1 ids between tokens (the first: {holes[0]}) are in no distribution"

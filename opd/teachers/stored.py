@@ -91,8 +91,8 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
         compared = tokens_of(context).vocabulary
         if header.kind != "exact" and self.vocabulary != compared:
             raise IncompatibleError(
-                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and {compared}); "
-                "run opd score again with --name, or score targets of kind exact, which can be read so"
+                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and {compared})"
+                "; run opd score again with --name, or score targets of kind exact, which can be read so"
             )
         if header.kind == "exact":
             self.targets.head().over(compared, str(path))
