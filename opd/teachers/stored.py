@@ -91,7 +91,7 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
         compared = tokens_of(context).vocabulary
         if header.kind != "exact" and self.vocabulary != compared:
             raise IncompatibleError(
-                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary} and {compared})"
+                f"{path} is normalised over another vocabulary than this run compares ({self.vocabulary}, {compared})"
                 "; run opd score again with --name, or score targets of kind exact, which can be read so"
             )
         if header.kind == "exact":
