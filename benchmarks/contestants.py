@@ -41,11 +41,14 @@ class OpdSession(Session):
 
         class ForcedSampler(Sampler):
             def start(self, contexts, group, budget, seeds):  # type: ignore[no-untyped-def]
-                self.wanted = forced.wanted(contexts).repeat_interleave(group).to(self.model.device)
+                of_prompt = vars(self).setdefault("wanted", {})
+                of_prompt |= dict(zip(map(id, contexts), forced.wanted(contexts).tolist(), strict=True))
                 return super().start(contexts, group, budget, seeds)
 
             def _distribution(self, state):  # type: ignore[no-untyped-def]
-                return forced.apply(super()._distribution(state), self.wanted[state.alive], state.drawn)
+                log_probs, likeliest = super()._distribution(state)
+                wanted = torch.tensor([self.wanted[id(state.contexts[i])] for i in state.alive.tolist()])
+                return forced.apply(log_probs, wanted.to(state.drawn.device), state.drawn), likeliest
 
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", ForcedSampler))

@@ -201,8 +201,9 @@ class ForcedLengths:
         """int64 `[B]` on the CPU: tokens that each prompt's completion gets."""
         return torch.tensor([self.by_prompt[tuple(p.tolist())] for p in prompts])
 
-    def apply(self, scores: torch.Tensor, wanted: torch.Tensor, drawn: int) -> torch.Tensor:
-        """Scores (logits or log-probabilities) of the token after `drawn` ones, with the end forbidden or certain."""
+    def apply(self, scores: torch.Tensor, wanted: torch.Tensor, drawn: int | torch.Tensor) -> torch.Tensor:
+        """Scores (logits or log-probabilities) of the token after `drawn` ones (of all, or int64 `[B]`), with the end
+        forbidden or certain."""
         scores[:, self.ends] = float("-inf")
         last = wanted == drawn + 1
         if bool(last.any()):
