@@ -22,10 +22,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from benchmarks.bare import FloorSession
 from benchmarks.phases import WHOLE, Phases
 from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
-from benchmarks.sizes import load
+from benchmarks.sizes import ForcedLengths, load
 
 OPD, TRL, TRL_TILED, GKD, FLOOR = "opd", "TRL", "TRL, best tile", "TRL GKD", "floor"
 TILES = (128, 512, 2048, 4096)
+
+
+def forced_sampler(forced: ForcedLengths, joins: bool = True) -> Any:
+    """A class of samplers that keep to the lengths; rows wait for whole waves where they shall not join others."""
+    from opd.language.engines.base import ids_of
+    from opd.language.engines.sampler import Sampler
+
+    class ForcedSampler(Sampler):
+        def __init__(self, *arguments, **options):  # type: ignore[no-untyped-def]
+            super().__init__(*arguments, **options)
+            self.wanted: dict[int, int] = {}
+            self.joins = self.joins and joins
+
+        def start(self, contexts, group, budget, seeds):  # type: ignore[no-untyped-def]
+            self.wanted |= dict(zip(map(id, contexts), forced.wanted(map(ids_of, contexts)).tolist(), strict=True))
+            return super().start(contexts, group, budget, seeds)
+
+        def _distribution(self, state):  # type: ignore[no-untyped-def]
+            log_probs, likeliest = super()._distribution(state)
+            wanted = torch.tensor([self.wanted[id(state.contexts[i])] for i in state.alive.tolist()])
+            return forced.apply(log_probs, wanted.to(state.drawn.device), state.drawn), likeliest
+
+    return ForcedSampler
 
 
 class OpdSession(Session):
@@ -34,26 +57,17 @@ class OpdSession(Session):
     def __init__(self, job: Job):
         super().__init__(job)
         from opd.assembly import assemble
-        from opd.language.engines.sampler import Sampler
         from opd.recipe import parse_recipe
+        from opd.reproductions.definition import merged
 
-        size, forced = job.size, self.forced
-
-        class ForcedSampler(Sampler):
-            def start(self, contexts, group, budget, seeds):  # type: ignore[no-untyped-def]
-                self.wanted = forced.wanted(contexts).repeat_interleave(group).to(self.model.device)
-                return super().start(contexts, group, budget, seeds)
-
-            def _distribution(self, state):  # type: ignore[no-untyped-def]
-                return forced.apply(super()._distribution(state), self.wanted[state.alive], state.drawn)
-
+        size = job.size
         self.patches = contextlib.ExitStack()
-        self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", ForcedSampler))
+        self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", forced_sampler(self.forced)))
         self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
         self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
         model = {"template": "plain", "dtype": "float32"}
         passes = size.micro or size.batch * size.group
-        recipe = parse_recipe(
+        settings = merged(
             {
                 "steps": 10**6,
                 "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
@@ -71,8 +85,9 @@ class OpdSession(Session):
                 "self_test": False,
                 "output": str(self.directory),
             },
-            "the benchmark's recipe",
+            job.changes or {},
         )
+        recipe = parse_recipe(settings, "the benchmark's recipe")
         made = _made_on_device(recipe, job) if size.made else {}
         self.run = assemble(recipe, _held_monitor(self.directory, self._count), **made)
         self.run.course = _in_order(recipe, self.run)
@@ -372,6 +387,8 @@ class GkdSession(TrlSession):
 
 def open_session(job: Job) -> Session:
     """Load what the job names."""
+    if job.changes is not None:
+        return OpdSession(job)
     if job.contestant == FLOOR:
         return FloorSession(job)
     return {OPD: OpdSession, TRL: TrlSession, TRL_TILED: TrlSession, GKD: GkdSession}[job.contestant](job)

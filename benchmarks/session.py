@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -30,6 +31,7 @@ class Job:
         threads: torch's.
         device: where all computes: `cpu` or `cuda`.
         tile: rows of TRL's chunks; None is as shipped.
+        changes: makes the contestant one of `opd`, whose recipe has these settings besides.
     """
 
     contestant: str
@@ -38,6 +40,7 @@ class Job:
     threads: int = 1
     tile: int | None = None
     device: str = "cpu"
+    changes: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

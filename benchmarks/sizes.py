@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,12 +197,13 @@ class ForcedLengths:
         assert len(table) == len(prompts), "two prompts are the same"
         return ForcedLengths(table, ends)
 
-    def wanted(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def wanted(self, prompts: Iterable[torch.Tensor]) -> torch.Tensor:
         """int64 `[B]` on the CPU: tokens that each prompt's completion gets."""
         return torch.tensor([self.by_prompt[tuple(p.tolist())] for p in prompts])
 
-    def apply(self, scores: torch.Tensor, wanted: torch.Tensor, drawn: int) -> torch.Tensor:
-        """Scores (logits or log-probabilities) of the token after `drawn` ones, with the end forbidden or certain."""
+    def apply(self, scores: torch.Tensor, wanted: torch.Tensor, drawn: int | torch.Tensor) -> torch.Tensor:
+        """Scores (logits or log-probabilities) of the token after `drawn` ones (of all, or int64 `[B]`), with the end
+        forbidden or certain."""
         scores[:, self.ends] = float("-inf")
         last = wanted == drawn + 1
         if bool(last.any()):

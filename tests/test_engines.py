@@ -9,7 +9,7 @@ import torch
 
 from opd.context import Context
 from opd.errors import ModelError, RecipeError
-from opd.language.engines.base import Drawing, Looker, PromptInputs, followed_by, same_prompt
+from opd.language.engines.base import Drawing, Look, Looker, PromptInputs, followed_by, same_prompt
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.engines.transformers import LanguageModel
 from opd.language.tokens import Tokens
@@ -103,7 +103,7 @@ def test_a_model_of_text_refuses_other_inputs(student):
 
 
 class Ending(Looker):
-    """Notes what it sees, and ends the rows of the first batch at its first look."""
+    """Notes what it sees, and ends a row of each batch at its first look."""
 
     segment = 3
 
@@ -111,15 +111,22 @@ class Ending(Looker):
         self.seen, self.ended = [], {}
 
     def begin(self, written):
-        self.seen.append([])
         assert all(len(actions) == 0 for actions in written.actions)
+        self.seen.append([])
+        return EndingOne(self.seen[-1], self.ended)
+
+
+class EndingOne(Look):
+    def __init__(self, seen, ended):
+        self.seen, self.ended = seen, ended
 
     def look(self, written):
-        self.seen[-1].append(list(written.going))
-        assert all(len(written.actions[place]) == 3 * len(self.seen[-1]) for place in written.going)
-        return {written.going[0]: "enough"} if len(self.seen[-1]) == 1 else {}
+        self.seen.append(list(written.going))
+        assert all(len(written.actions[place]) == 3 * len(self.seen) for place in written.going)
+        return {written.going[0]: "enough"} if len(self.seen) == 1 else {}
 
     def end(self, written):
+        assert not written.going
         self.ended[tuple(written.rows)] = [len(actions) for actions in written.actions]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 from opd.context import Context
 from opd.distributions.target import joined_targets
 from opd.errors import RunError
-from opd.language.engines.base import EncodedPrompt, Looker, Written
+from opd.language.engines.base import EncodedPrompt, Look, Looker, Written
 from opd.prompts import Prompt
 from opd.trajectories import Trajectories
 from opd.watches import Findings, LiveWatch, Rows, Watch
@@ -43,25 +44,10 @@ class Watching(Looker):
         self.candidates = watch.candidates
         self.found: list[tuple[Sequence[int], Findings]] = []
 
-    def begin(self, written: Written) -> None:
-        self.watch.begin(self._rows(written))
-
-    def look(self, written: Written) -> Mapping[int, str]:
-        return self.watch.look(self._rows(written))
-
-    def end(self, written: Written) -> None:
-        findings = self.watch.end(self._rows(written))
-        positions = sum(len(actions) for actions in written.actions)
-        held = {name: len(column) for name, column in findings.columns.items()}
-        held |= {f"answer of teacher {t.teacher!r}": len(t.distribution) for t in findings.answers or ()}
-        wrong = next((name for name, count in held.items() if count != positions), None)
-        if wrong is not None:
-            kind = self.settings.model_dump()["kind"]
-            raise RunError(
-                f"rollout.watch {kind!r} keeps {held[wrong]} entries of {wrong} for {positions} positions; it has to "
-                "keep one for each"
-            )
-        self.found.append((written.rows, findings))
+    def begin(self, written: Written) -> Look:
+        watch = copy.copy(self.watch)
+        watch.begin(self.rows(written))
+        return WatchedBatch(self, watch)
 
     def kept(self, trajectories: Trajectories) -> Trajectories:
         """The rollout's trajectories with all that was found."""
@@ -81,7 +67,8 @@ class Watching(Looker):
         answers = tuple(joined_targets(list(of_one), sorted_places) for of_one in zip(*said, strict=True))
         return replace(trajectories, columns={**trajectories.columns, **columns}, answers=answers or None)
 
-    def _rows(self, written: Written) -> Rows:
+    def rows(self, written: Written) -> Rows:
+        """A batch as a watch sees it."""
         own = written.rows
         return Rows(
             settings=self.settings,
@@ -94,3 +81,27 @@ class Watching(Looker):
             going=written.going,
             candidates=written.candidates,
         )
+
+
+class WatchedBatch(Look):
+    """One batch, under a copy of the watch that is its own."""
+
+    def __init__(self, watching: Watching, watch: LiveWatch):
+        self.watching, self.watch = watching, watch
+
+    def look(self, written: Written) -> Mapping[int, str]:
+        return self.watch.look(self.watching.rows(written))
+
+    def end(self, written: Written) -> None:
+        findings = self.watch.end(self.watching.rows(written))
+        positions = sum(len(actions) for actions in written.actions)
+        held = {name: len(column) for name, column in findings.columns.items()}
+        held |= {f"answer of teacher {t.teacher!r}": len(t.distribution) for t in findings.answers or ()}
+        wrong = next((name for name, count in held.items() if count != positions), None)
+        if wrong is not None:
+            kind = self.watching.settings.model_dump()["kind"]
+            raise RunError(
+                f"rollout.watch {kind!r} keeps {held[wrong]} entries of {wrong} for {positions} positions; it has to "
+                "keep one for each"
+            )
+        self.watching.found.append((written.rows, findings))

@@ -26,7 +26,7 @@ S = TypeVar("S", bound="Watch")
 
 @dataclass(frozen=True)
 class Rows(Generic[S]):
-    """W rows that are written side by side, as far as they are.
+    """W rows that began together, as far as they are written: those that are going have drawn equally many tokens.
 
     Attributes:
         settings: the watch's at the step, numbers in the places of schedules.
@@ -70,8 +70,9 @@ class Findings:
 
 
 class LiveWatch(ABC, Generic[S]):
-    """A built watch, of the settings `S`. Rows that are written side by side are watched together, one batch after the
-    other; nothing is remembered from batch to batch. To score new tokens without going over the whole again, see
+    """A built watch, of the settings `S`. Rows that begin together are watched together, by a copy (`copy.copy`) of
+    the built watch that is theirs alone: what `begin` sets on `self`, `look` and `end` find again. Other rows may begin
+    while these are being written. To score new tokens without going over the whole again, see
     `opd.language.engines.base.Engine.scorer`, or of a teacher `opd.teachers.LiveTeacher.scorer`.
 
     Attributes:

@@ -91,7 +91,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """Rows that are written side by side, as far as they are.
+    """Rows that began together, as far as they are written.
 
     Attributes:
         rows: indices of the W rows among all that were asked for.
@@ -110,9 +110,8 @@ class Written:
 
 
 class Looker(ABC):
-    """Who looks at rows while an engine writes them. An engine calls, for each batch of rows that it writes side by
-    side: `begin`, `look` after every `segment` tokens as long as a row is being written, `end`. Batches come one after
-    the other. Looking changes no draw.
+    """Who looks at rows while an engine writes them. Rows that begin together are a batch, of which an engine asks
+    once, when nothing is drawn, who looks at it. Looking changes no draw.
 
     Attributes:
         segment: tokens between two looks.
@@ -123,12 +122,21 @@ class Looker(ABC):
     candidates: int = 0
 
     @abstractmethod
-    def begin(self, written: Written) -> None:
-        """Nothing is drawn yet."""
+    def begin(self, written: Written) -> Look:
+        """Who looks at these rows from now on. Another batch may begin before this one has ended."""
+
+
+class Look(ABC):
+    """Who looks at one batch."""
 
     @abstractmethod
     def look(self, written: Written) -> Mapping[int, str]:
-        """Reasons, by place, of the rows that end here."""
+        """Called after every segment as long as a row of the batch is being written. All that are have then drawn the
+        same number of tokens: a segment, times the number of looks.
+
+        Returns:
+            Reasons, by place, of the rows that end here.
+        """
 
     @abstractmethod
     def end(self, written: Written) -> None:

@@ -33,8 +33,7 @@ class RoomyLayer(DynamicLayer):
         if self.keys is not self.shown:  # whoever selects or repeats rows puts other tensors in place of the view
             self.room = None
         if self.room is None or new > self.room[0].shape[-2]:
-            size = new + new // 4 + ROOM
-            roomy = [x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in (key_states, value_states)]
+            roomy = [_roomy(x, len(x), new) for x in (key_states, value_states)]
             if old:
                 for buffer, held in zip(roomy, (self.keys, self.values), strict=True):
                     assert held is not None
@@ -42,9 +41,39 @@ class RoomyLayer(DynamicLayer):
             self.room = (roomy[0], roomy[1])
         for buffer, states in zip(self.room, (key_states, value_states), strict=True):
             buffer[:, :, old:new] = states
-        self.keys, self.values = self.room[0][:, :, :new], self.room[1][:, :, :new]
+        return self._show(new)
+
+    def join(self, other: RoomyLayer) -> None:
+        """Add another layer's rows behind these, all with their last tokens in one column; the other is emptied."""
+        pairs = ((self.keys, other.keys), (self.values, other.values))
+        length = max(self.get_seq_length(), other.get_seq_length())
+        self.room = None
+        roomy = []
+        for first, second in pairs:
+            assert first is not None
+            assert second is not None
+            buffer = _roomy(first, len(first) + len(second), length)
+            for rows, held in ((slice(len(first)), first), (slice(len(first), None), second)):
+                empty = length - held.shape[2]
+                # What is masked must be a number all the same.
+                buffer[rows, :, :empty] = 0
+                buffer[rows, :, empty:length] = held
+            roomy.append(buffer)
+        self.room = (roomy[0], roomy[1])
+        self._show(length)
+        other.reset()
+        other.room = other.shown = None
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.room is not None
+        self.keys, self.values = self.room[0][:, :, :length], self.room[1][:, :, :length]
         self.shown = self.keys
         return self.keys, self.values
+
+
+def _roomy(like: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """`[rows, heads, more than length, d]`, of nothing yet."""
+    return like.new_empty(rows, like.shape[1], length + length // 4 + ROOM, like.shape[3])
 
 
 STATES = ("conv_states", "recurrent_states")
@@ -76,6 +105,21 @@ def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
                 setattr(layer, name, {i: None if x is None else x.index_select(0, rows) for i, x in held.items()})
             elif isinstance(held, torch.Tensor):
                 setattr(layer, name, held.index_select(0, rows))
+
+
+def cut_columns(cache: DynamicCache, columns: int) -> None:
+    """Let go of the first columns of layers that keep all tokens."""
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = layer.keys[:, :, columns:], layer.values[:, :, columns:]
+
+
+def join_rows(cache: DynamicCache, other: DynamicCache) -> None:
+    """Add the rows of another cache behind those of this one. All layers of both keep all tokens; the rows that hold
+    fewer get zeros on the left. The other is emptied layer by layer."""
+    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+        if isinstance(mine, RoomyLayer) and isinstance(theirs, RoomyLayer) and mine.keys is not None:
+            mine.join(theirs)
 
 
 def roomy_cache(config: PretrainedConfig) -> DynamicCache:

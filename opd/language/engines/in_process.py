@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
-from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer, Written
+from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer
+from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
 from opd.language.engines.cpu.prepacked import FEWEST, prepacked
-from opd.language.engines.sampler import Sampler, Sampling
+from opd.language.engines.sampler import Sampler
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
@@ -169,21 +170,22 @@ class InProcess(torch.nn.Module, Engine):
         looker: Looker | None = None,
     ) -> list[Row]:
         # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
-        order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-        per_wave = max(1, drawing.batch // group)
-        pays = budget * -(-len(order) // per_wave) >= FEWEST
+        waiting = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+        at_once = max(1, drawing.batch // group)
+        pays = budget * -(-len(waiting) // at_once) >= FEWEST
         found: dict[int, Row] = {}
         with self.quiet():
             sampler = self.sampler(drawing, pays, 0 if looker is None else looker.candidates)
             unpacked = self.caches and sampler.decoder is None and pays
             with prepacked(decoder_of(self.base)) if unpacked else contextlib.nullcontext():
-                for first in range(0, len(order), per_wave):
-                    wave = order[first : first + per_wave]
-                    rows = [i * group + g for i in wave for g in range(group)]
-                    state = sampler.start([contexts[i] for i in wave], group, budget, [seeds[r] for r in rows])
-                    stopped = _written(sampler, state, rows, looker)
-                    for place, (row, drawn) in enumerate(zip(rows, state.rows(), strict=True)):
-                        found[row] = Row(*drawn, stopped.get(place))
+                batches = Batches(sampler, looker, budget, group, at_once * group)
+                while waiting or batches.open:
+                    joining = batches.free(len(waiting) * group) // group
+                    if joining:
+                        now, waiting = waiting[:joining], waiting[joining:]
+                        rows = [i * group + g for i in now for g in range(group)]
+                        batches.begin(rows, [contexts[i] for i in now], [seeds[r] for r in rows])
+                    found |= batches.extend(len(waiting) * group)
         return [found[i] for i in range(len(found))]
 
     @torch.no_grad()
@@ -222,29 +224,6 @@ def language_of(part: Student | LiveTeacher, which: str) -> InProcess:
             "a student of policy causal_lm and teachers of kind local or self"
         )
     return found
-
-
-def _written(sampler: Sampler, state: Sampling, rows: Sequence[int], looker: Looker | None) -> dict[int, str]:
-    """Draw until every row has ended; the reasons, by place, of those that the looker ended."""
-    stopped: dict[int, str] = {}
-    if looker is not None:
-        looker.begin(_seen(state, rows))
-    while len(state.alive) and state.drawn < state.budget:
-        sampler.extend(state, state.budget if looker is None else looker.segment)
-        if looker is not None and len(state.alive) and state.drawn < state.budget:
-            reasons = looker.look(_seen(state, rows))
-            going = set(state.alive.tolist())
-            stopped |= {place: reason for place, reason in reasons.items() if place in going}
-            state.drop(torch.tensor(list(reasons), dtype=torch.int64))
-    if looker is not None:
-        looker.end(_seen(state, rows))
-    return stopped
-
-
-def _seen(state: Sampling, rows: Sequence[int]) -> Written:
-    drawn = state.rows()
-    actions, log_probs = [row[0] for row in drawn], [row[1] for row in drawn]
-    return Written(rows, actions, log_probs, state.alive.tolist(), state.candidates())
 
 
 def _effective_weight(layer: Any) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Batched sampling with a KV cache: prompts prefilled once for a group, finished rows leave the batch, exact
-behaviour log-probabilities, one random stream per row. A family that keeps a state of its own instead of a cache is
-computed anew from the row's beginning for every token."""
+"""Batched sampling with a KV cache: prompts prefilled once for a group, finished rows leave the batch and others may
+join it, exact behaviour log-probabilities, one random stream per row. A family that keeps a state of its own instead of
+a cache is computed anew from the row's beginning for every token."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.nn import functional
 from transformers import DynamicCache
 
 from opd.distributions import Head, TopK
 from opd.language.engines.base import EncodedPrompt, followed_by, ids_of
-from opd.language.engines.cache import roomy_cache, take_rows
-from opd.language.engines.cpu.decoder import Decoder
+from opd.language.engines.cache import cut_columns, join_rows, roomy_cache, take_rows
+from opd.language.engines.cpu.decoder import STATIC, Decoder
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.prepacked import Prepacked, worth_packing
 from opd.language.engines.padding import pad
@@ -42,13 +43,14 @@ class Sampling:
         actions, log_probs: int64 and float32 `[B, budget]`, what has been drawn so far (end token included).
         lengths: int64 `[B]`, how many of a row's places are filled.
         finished: bool `[B]`, the row has drawn an end token.
-        alive: int64, rows still in the batch, in cache order.
+        contexts: the prompts of the B rows.
+        alive: int64, rows still in the batch, in cache order: neither ended, dropped, nor at the budget.
+        drawn: int64 `[alive]`, tokens of each row so far.
         uniforms: float32 `[budget, alive]`, the randomness of every row, fixed at the start.
         cache: keys, values and states of the rows in the batch; None where the family takes no cache.
-        contexts: the prompts of the B rows, where there is no cache.
-        mask: bool `[alive, width + budget]`: prompts padded on the left, then ones.
+        width: columns that the cache holds.
+        mask: bool `[alive, L]`: what the cache holds of each row, padded on the left; ones for what it may yet hold.
         padded: some row in the batch has padding.
-        width: places of the prompts.
         prompt_lengths: int64 `[alive, 1]`.
         hidden: `[alive, D]`, the states from which the next token is drawn.
         likeliest: the K likeliest ids at each place, `[B, budget, K]`, where they are kept.
@@ -58,16 +60,16 @@ class Sampling:
     log_probs: torch.Tensor
     lengths: torch.Tensor
     finished: torch.Tensor
+    contexts: list[EncodedPrompt]
     alive: torch.Tensor
+    drawn: torch.Tensor
     uniforms: torch.Tensor
     cache: DynamicCache | None
+    width: int
     mask: torch.Tensor
     padded: bool
-    width: int
     prompt_lengths: torch.Tensor
     hidden: torch.Tensor
-    drawn: int = 0
-    contexts: Sequence[EncodedPrompt] = ()
     likeliest: TopK | None = None
 
     @property
@@ -94,24 +96,62 @@ class Sampling:
         """Write down the `latest` draws of the rows in the batch. Once for many tokens, because each write to some rows
         of a table costs as much as drawing one."""
         if latest:
-            here = slice(self.drawn - len(latest), self.drawn)
-            self.actions[self.alive, here] = torch.stack([drawn.tokens for drawn in latest], 1)
-            self.log_probs[self.alive, here] = torch.cat([drawn.log_probs for drawn in latest], 1)
+            behind = torch.arange(-len(latest), 0, device=self.alive.device)
+            here = self.alive[:, None], self.drawn[:, None] + behind
+            self.actions[here] = torch.stack([drawn.tokens for drawn in latest], 1)
+            self.log_probs[here] = torch.cat([drawn.log_probs for drawn in latest], 1)
             if self.likeliest is not None:
                 tops = [drawn.likeliest for drawn in latest if drawn.likeliest is not None]
-                self.likeliest.log_probs[self.alive, here] = torch.stack([top.log_probs for top in tops], 1)
-                self.likeliest.ids[self.alive, here] = torch.stack([top.ids for top in tops], 1)
+                self.likeliest.log_probs[here] = torch.stack([top.log_probs for top in tops], 1)
+                self.likeliest.ids[here] = torch.stack([top.ids for top in tops], 1)
             self.lengths[self.alive] = self.drawn
             latest.clear()
+
+    def join(self, others: Sampling) -> None:
+        """Take in rows of the same budget, behind these; both caches keep all tokens. `others` is used up."""
+        assert self.cache is not None
+        assert others.cache is not None
+        join_rows(self.cache, others.cache)
+        width = max(self.width, others.width)
+        held = torch.cat(
+            [functional.pad(each.mask[:, : each.width], (width - each.width, 0)) for each in (self, others)]
+        )
+        self.mask = torch.cat([held, held.new_ones(len(held), self.budget)], 1)
+        self.alive = torch.cat([self.alive, others.alive + len(self.actions)])
+        self.uniforms = torch.cat([self.uniforms, others.uniforms], 1)
+        for name in ("actions", "log_probs", "lengths", "finished", "drawn", "prompt_lengths", "hidden"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(others, name)]))
+        self.contexts = self.contexts + others.contexts
+        if self.likeliest is not None and others.likeliest is not None:
+            both = (self.likeliest, others.likeliest)
+            self.likeliest = TopK(torch.cat([x.log_probs for x in both]), torch.cat([x.ids for x in both]))
+        self.width = width
+        self.padded = not bool(held.all())
+
+    def forget(self, first: int, stop: int) -> None:
+        """Let go of the rows `first` to `stop - 1`, of which none is in the batch; the later ones move up."""
+        rest = torch.cat([torch.arange(first), torch.arange(stop, len(self.actions))]).to(self.alive.device)
+        self.contexts = self.contexts[:first] + self.contexts[stop:]
+        for name in ("actions", "log_probs", "lengths", "finished"):
+            setattr(self, name, getattr(self, name)[rest])
+        if self.likeliest is not None:
+            self.likeliest = self.likeliest.select(rest)
+        self.alive = torch.where(self.alive < first, self.alive, self.alive - (stop - first))
 
     def _keep(self, keep: torch.Tensor) -> None:
         if bool(keep.all()):
             return
-        self.alive = self.alive[keep]
+        self.alive, self.drawn = self.alive[keep], self.drawn[keep]
         self.hidden = self.hidden[keep]
         self.uniforms = self.uniforms[:, keep]
         self.prompt_lengths = self.prompt_lengths[keep]
         self.mask = self.mask[keep]
+        if self.padded and self.cache is not None and keeps_all(self.cache) and len(self.alive):
+            # What is padding of all rows that are left would be read with every token.
+            unread = int(self.mask.any(0).byte().argmax())
+            self.mask, self.width = self.mask[:, unread:], self.width - unread
+            if unread:
+                cut_columns(self.cache, unread)
         self.padded = self.padded and not bool(self.mask[:, : self.width].all())
         if self.cache is not None:
             take_rows(self.cache, keep.nonzero().squeeze(1))
@@ -146,6 +186,11 @@ class Sampler:
         self.ends = torch.zeros(max([last, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
+        # A window would keep the padding of rows that join, a state would have to go without it, and angles that depend
+        # on the longest row would make draws depend on who shares a batch.
+        fixed = all(getattr(part, "rope_type", "default") in STATIC for part in body.modules())
+        self.joins = self.cache_name is not None and fixed and keeps_all(roomy_cache(model.base.config))
+        """Whether rows may join others that have been drawn from (`Sampling.join`)."""
 
     @torch.no_grad()
     def start(self, contexts: Sequence[EncodedPrompt], group: int, budget: int, seeds: Sequence[int]) -> Sampling:
@@ -154,11 +199,9 @@ class Sampler:
         device = self.model.device
         uniforms = torch.stack([torch.rand(budget, generator=torch.Generator().manual_seed(s)) for s in seeds])
         cache: DynamicCache | None = None
-        repeated: list[EncodedPrompt] = []
         if self.cache_name is None:
             hidden = self.model(contexts, [ids_of(c)[:1] for c in contexts])
             mask = pad([ids_of(c) for c in contexts], "left")[1].to(device)
-            repeated = [c for c in contexts for _ in range(group)]
         else:
             cache = roomy_cache(self.model.base.config)
             hidden, mask = prefill(self.model, self.cache_name, contexts, cache)
@@ -172,15 +215,16 @@ class Sampler:
             log_probs=torch.zeros(rows, budget, device=device),
             lengths=torch.zeros(rows, dtype=torch.int64, device=device),
             finished=torch.zeros(rows, dtype=torch.bool, device=device),
+            contexts=[context for context in contexts for _ in range(group)],
             alive=torch.arange(rows, device=device),
+            drawn=torch.zeros(rows, dtype=torch.int64, device=device),
             uniforms=uniforms.T.contiguous().to(device),
             cache=cache,
+            width=mask.shape[1],
             mask=torch.cat([mask, mask.new_ones(rows, budget)], dim=1).bool(),
             padded=not bool(mask.all()),
-            width=mask.shape[1],
             prompt_lengths=mask.sum(-1, keepdim=True),
             hidden=hidden,
-            contexts=repeated,
             likeliest=TopK(
                 torch.zeros(rows, budget, self.candidates, device=device),
                 torch.zeros(rows, budget, self.candidates, dtype=torch.int64, device=device),
@@ -190,46 +234,51 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def extend(self, state: Sampling, tokens: int) -> Sampling:
-        """Draw up to `tokens` more for every row still in the batch (never past the budget)."""
-        stop = min(state.drawn + tokens, state.budget)
+    def extend(self, state: Sampling, tokens: int, fewest: int = 0) -> Sampling:
+        """Draw up to `tokens` more for every row still in the batch (never past the budget), as long as more than
+        `fewest` rows are in it."""
         as_it_is = state.cache is not None and self._sees_everything(state.cache)
         decoder = self.decoder if as_it_is and not torch.is_autocast_enabled("cpu") else None
         latest: list[Drawn] = []
-        while state.drawn < stop and len(state.alive):
+        for _ in range(tokens):
+            if len(state.alive) <= fewest:
+                break
             log_probs, likeliest = self._distribution(state)
-            column = inverse_cdf(log_probs, state.uniforms[state.drawn])
+            column = inverse_cdf(log_probs, state.uniforms.gather(0, state.drawn[None])[0])
             token = self.head.vocabulary.named(column)
             latest.append(Drawn(token, log_probs.gather(1, column[:, None]), likeliest))
-            state.drawn += 1
+            state.drawn = state.drawn + 1
             ended = self.ends[token]
-            if bool(ended.any()):
+            over = ended | (state.drawn == state.budget)
+            if bool(over.any()):
                 state.record(latest)
                 state.finished[state.alive[ended]] = True
-                state._keep(~ended)
-                token = token[~ended]
-            if len(token) and state.drawn < state.budget:
-                if state.cache is None or self.cache_name is None:
-                    state.record(latest)
-                    state.hidden = self._anew(state)
-                    continue
-                mask = None
-                if state.padded and _attends(state.cache):
-                    mask = state.mask[:, : state.width + state.drawn]
-                    # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
-                    mask = mask[:, None, None] if as_it_is else mask.long()
-                position = state.prompt_lengths + (state.drawn - 1)
-                if decoder is not None:
-                    state.hidden = decoder(token, mask, position, state.cache)
-                else:
-                    hidden = step(self.model, self.cache_name, token[:, None], mask, position, state.cache)
-                    state.hidden = hidden[:, -1]
+                state._keep(~over)
+                token = token[~over]
+            if not len(token):
+                break
+            if state.cache is None or self.cache_name is None:
+                state.record(latest)
+                state.hidden = self._anew(state)
+                continue
+            mask = None
+            if state.padded and _attends(state.cache):
+                mask = state.mask[:, : state.width + 1]
+                # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
+                mask = mask[:, None, None] if as_it_is else mask.long()
+            position = state.prompt_lengths + (state.drawn[:, None] - 1)
+            state.width += 1
+            if decoder is not None:
+                state.hidden = decoder(token, mask, position, state.cache)
+            else:
+                hidden = step(self.model, self.cache_name, token[:, None], mask, position, state.cache)
+                state.hidden = hidden[:, -1]
         state.record(latest)
         return state
 
     def _anew(self, state: Sampling) -> torch.Tensor:
         """The states `[alive, D]` after all that has been drawn, by the pass that training makes."""
-        rows = [followed_by(state.contexts[i], state.actions[i, : state.drawn]) for i in state.alive.tolist()]
+        rows = [followed_by(state.contexts[i], state.actions[i, : state.lengths[i]]) for i in state.alive.tolist()]
         hidden: torch.Tensor = self.model(rows, [ids_of(row)[:1] for row in rows])
         return hidden
 
