@@ -149,7 +149,7 @@ teachers, {STEPS} steps of {BATCH} rollouts from each, and the same prompts in t
 
 **Task.** Running sums modulo 10 of {TERMS[0]} and {TERMS[1]} digits that are worked off on a list. From the third
 step on the student goes over to another manner of writing with probability 0.45 a step, and stays there; an answer
-has about 160 tokens, most of them in that manner. Of its plain sums 15 % are wrong by one; in the other manner it is
+has about 100 tokens, most of them in that manner. Of its plain sums 15 % are wrong by one; in the other manner it is
 right. **Pair D (drift).** The teacher changes its manner as often, has every plain sum right, and behind the change
 writes any digit: it helps up to a point of each rollout and not beyond. **Pair C (compatible).** The same student;
 this teacher is right in both manners. All three are Llamas of 2 layers and width 64 with one past. **Premise.**

@@ -1,9 +1,9 @@
 """The models of the reproduction of Prune-OPD: a student that changes its manner on the way, and two teachers.
 
 A running sum is worked off on a list of digits, whose first two become one in each step. In the *plain* manner a step
-is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, swaps the summands,
-ends with a log of all digits that were summed in this manner, the last first, and is written twice:
-`627:2+6=87:6206:627:2+6=87:6206;`. The log grows while the list shrinks, so that steps stay long.
+is the sum and the new list, `2+8=04688214;`. In the *thorough* manner a step restates the list, swaps the summands and
+ends with a log of all digits that were summed in this manner, the last first: `627:2+6=87:6206;`. The log grows while
+the list shrinks, so that steps stay long.
 
 All go over from the plain manner to the thorough one on the way, equally often, and stay there. The student is right
 in the thorough manner, and of its plain sums some are wrong by one. Teacher D has every plain sum right and is lost
@@ -31,8 +31,8 @@ from reproductions.running_sum import recipe
 TERMS, TAUGHT, SHORT_TERMS = (7, 8), (6, 8), (3, 6)
 """Digits of the problems that are distilled and measured on, the length classes; of those that student and teachers
 learnt from; and of those on which the base learns to add."""
-CAP = 256
-"""Most new tokens: more than the longest answer to 8 digits, which has 226."""
+CAP = 160
+"""Most new tokens: more than the longest answer to 8 digits, which has 126."""
 SWITCH = {"hazard": 0.45, "first": 2}
 """From the third step on, so many go over to the thorough manner with each step. It is less than half, so that greedy
 answers stay plain and show what a teacher knows."""
@@ -57,8 +57,7 @@ def solution(digits: str, hazard: float, first: int, slip: float, lost: bool, rn
         c = (a + b) % 10
         if thorough:
             log = f"{a}{b}{log}"
-            once = f"{state}:{b}+{a}={c}{rest}:{log}"
-            step = f"{once}:{once};"
+            step = f"{state}:{b}+{a}={c}{rest}:{log};"
             steps.append(re.sub(r"\d", lambda _: str(rng.randrange(10)), step) if lost else step)
         else:
             c = (c + rng.choice((1, 9))) % 10 if rng.random() < slip else c
@@ -126,8 +125,8 @@ STAGES: dict[str, Stage] = {
     "switching, then lost": rows(TAUGHT, 0.0, SWITCH["hazard"], 5, lost=True),
     "switching": rows(TAUGHT, 0.0, SWITCH["hazard"], 5),
     "base": trained("new", "model", "short plain", SHORT_TERMS, 700, 4e-3),
-    STUDENT: trained("base", SAVED, "switching with slips", TAUGHT, 420, 3e-3),
+    STUDENT: trained("base", SAVED, "switching with slips", TAUGHT, 260, 3e-3),
     TEACHER_D: trained(STUDENT, SAVED, "switching, then lost", TAUGHT, 250, 2e-3),
-    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 400, 1.5e-3),
+    TEACHER_C: trained(STUDENT, SAVED, "switching", TAUGHT, 500, 1e-3),
 }
 """The models. Both teachers learnt from the student on."""
