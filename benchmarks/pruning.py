@@ -32,6 +32,7 @@ from opd.context import Context
 from opd.language.engines.base import Drawing, Row
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
+from opd.language.tokens import Tokens
 
 HORIZON, WINDOW, SEGMENT = 512, 200, 32
 DROP = 0.01
@@ -69,7 +70,7 @@ def rollouts(size: Size, prompts: int, places: int, repeats: int) -> dict[str, A
     contexts = [language.tokenizer(text, return_tensors="pt")["input_ids"][0] for text in size.prompts(1)]
     ends = end_ids(folder)
     forced = ForcedLengths.of([context.tolist() for context in contexts], size.lengths(1), ends)
-    drawing = Drawing(Context(torch.device("cpu"), end_ids=tuple(ends)), batch=places)
+    drawing = Drawing(Context(torch.device("cpu"), agreed=Tokens(end_ids=tuple(ends))), batch=places)
     taken: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in (REFILLED, WAVES)}
     written: dict[str, list[Row]] = {}
     for repeat in range(1 + repeats):

@@ -12,12 +12,13 @@ from opd.language.engines.batches import Batches
 from opd.language.engines.cache import ROOM
 from opd.language.engines.sampler import Sampler, Sampling
 from opd.language.engines.transformers import LanguageModel
+from opd.language.tokens import Tokens
 from tests.conftest import tiny_model
 from tests.families import FAMILIES, tiny
 from tests.tiny import turn_tokenizer
 
 BUDGET = 20
-CPU = Context(torch.device("cpu"), end_ids=(2, 9, 17, 30, 41))
+CPU = Context(torch.device("cpu"), agreed=Tokens(end_ids=(2, 9, 17, 30, 41)))
 LENGTHS = [7, 3, 12, 5, 5, 9, 1, 4, 30, 6]
 CACHED = {family.label or family.name: family for family in FAMILIES if family.draws == "cache"}
 WAVES = ("gemma2", "gemma3_text", "mistral", "bamba", "mamba", "lfm2")
@@ -185,7 +186,7 @@ def test_neither_cache_nor_tables_grow_with_the_rows_that_were_written(language,
         tables.append(len(state.actions))
 
     monkeypatch.setattr(Sampling, "join", joined)
-    often = Context(torch.device("cpu"), end_ids=tuple(range(2, 64, 4)))
+    often = Context(torch.device("cpu"), agreed=Tokens(end_ids=tuple(range(2, 64, 4))))
     rows = language.sample(ids([6] * 200), 1, 40, range(200), Drawing(often, batch=8))
     assert sum(len(row.actions) for row in rows) > 600
     assert len(held) > 50
