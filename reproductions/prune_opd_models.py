@@ -109,7 +109,7 @@ def supervised(model: str, rows: str, terms: tuple[int, int], steps: int, rate: 
 def rows(terms: tuple[int, int], slip: float, hazard: float, seed: int, lost: bool = False) -> Stage:
     own = {"terms": list(terms), "slip": slip, "lost": lost, "size": SIZE, "seed": seed}
     params = merged({**SWITCH, "hazard": hazard}, own)
-    return Stage(written, params)
+    return Stage(written, params, version=2)
 
 
 def trained(model: str, of: str, data: str, terms: tuple[int, int], steps: int, rate: float) -> Stage:
