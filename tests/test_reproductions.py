@@ -659,6 +659,17 @@ def test_mistakes_on_the_command_line(words, message, toy, monkeypatch, capsys):
     assert len(err.strip().splitlines()) <= 2
 
 
+def test_a_file_that_changed_since_its_jobs_ran_is_named(toy):
+    """They are found again by name, version, params and inputs, which is meant; but not in silence."""
+    code, *said = cli(str(toy))
+    assert code == 0, said
+    assert "has changed since" not in "".join(said)
+    toy.write_text(toy.read_text() + "\n# Another thought.\n")
+    said = "".join(cli(str(toy))[1:])
+    assert "reproductions.toy_one has changed since 7 finished jobs ran" in said
+    assert "raise its version" in said
+
+
 def test_the_list_shows_what_there_is_and_what_is_missing(toy, monkeypatch, capsys):
     toy.with_name("shared_task.py").write_text("size = 5\n")
     toy.write_text(

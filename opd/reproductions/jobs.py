@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from opd.reproductions.definition import Figures, Reproduction, Stage
+
+
+def source_of(function: str) -> str | None:
+    """Hash of the file that a job's `module:name` lies in, once that is imported; None of what comes with opd."""
+    module = sys.modules.get(function.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    if file is None or function.startswith("opd."):
+        return None
+    return hashlib.blake2b(Path(file).read_bytes(), digest_size=10).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

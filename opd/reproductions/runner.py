@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from opd.errors import RunError
 from opd.reproductions.definition import Figures
 from opd.reproductions.fork_server import MODULES, fork_server
-from opd.reproductions.jobs import Job
+from opd.reproductions.jobs import Job, source_of
 
 Records = dict[str, dict[str, Any]]
 """What job.json holds, by key."""
@@ -81,6 +81,8 @@ def run_jobs(
         stack.enter_context(_terminated_as_exit())
         show = stack.enter_context(_progress(console, len(jobs)))
         waiting = [job for job in jobs if not take_in(job)]
+        for line in changed_since(jobs, done):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         show(done, [], waiting, workers)
         if not waiting:
             return outcome
@@ -111,6 +113,21 @@ def run_jobs(
                     lost.add(worker.job.key)
                     outcome.failed[worker.job.name] = worker.why_failed(code)
                     console.print(f"{worker.job.name} failed: {worker.why_failed(code)}", highlight=False, markup=False)
+
+
+def changed_since(jobs: Sequence[Job], done: Records) -> list[str]:
+    """One line for each file whose finished jobs ran when it was another: they are found again by what they are, which
+    the text of a function is no part of."""
+    stale: dict[str, list[str]] = {}
+    for job in jobs:
+        then = done.get(job.key, {}).get("source")
+        if then is not None and then != source_of(job.function):
+            stale.setdefault(job.function.partition(":")[0], []).append(job.name)
+    return [
+        f"{module} has changed since {len(names)} finished jobs ran ({names[0]} is the first): their results are kept. "
+        "Where the change matters to a stage, raise its version"
+        for module, names in stale.items()
+    ]
 
 
 class Worker:

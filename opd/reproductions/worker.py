@@ -38,6 +38,7 @@ def work(folder: Path) -> None:
     from opd.files.whole import write_whole
     from opd.provenance import git_state, versions
     from opd.reproductions.catalogue import open_folder
+    from opd.reproductions.jobs import source_of
 
     task: dict[str, Any] = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     open_folder(Path(task["reproductions"]))
@@ -52,6 +53,7 @@ def work(folder: Path) -> None:
         "cpu_seconds": round(time.process_time(), 2),
         "versions": versions(),
         "git": git_state(),
+        "source": source_of(task["function"]),
     }
     write_whole(folder / "job.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
 
