@@ -112,13 +112,14 @@ def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[P
 
 
 def check_offsets(recipe: Recipe) -> None:
-    """Raise `IncompatibleError` when the shaping makes offsets and an objective has no place for them."""
-    for objective in recipe.objective if recipe.shaping.makes_offsets else ():
+    """Raise `IncompatibleError` when a shaping makes offsets and an objective has no place for them."""
+    moving = [kind_of(shaping) for shaping in recipe.shaping if shaping.makes_offsets]
+    for objective in recipe.objective if moving else ():
         if not objective.takes_offsets:
-            shaping, kind = (kind_of(part) for part in (recipe.shaping, objective))
+            kind = kind_of(objective)
             raise IncompatibleError(
-                f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
-                "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
+                f"shaping {moving[0]!r} moves the teacher's log-probability of the action taken, and objective "
+                f"{kind!r} has no place for that: take reverse_kl_sampled or lightning, or another shaping"
             )
 
 
@@ -234,7 +235,8 @@ def assemble(
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    recipe.shaping.check_teachers(built)
+    for shaping in recipe.shaping:
+        shaping.check_teachers(built)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     check_verdicts(recipe, verifier, training)
 
@@ -260,7 +262,7 @@ def assemble(
         kept=KeptWeights(student),
         rollout=rollout,
         verifier=verifier,
-        shaping=recipe.shaping.build(context),
+        shaping=[shaping.build(context) for shaping in recipe.shaping],
         optimiser=optimiser,
         held_out=held_out,
         monitor=monitor,

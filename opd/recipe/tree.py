@@ -88,7 +88,9 @@ class Recipe(Settings):
         None, min_length=1, description="Ids that end a completion; default from the student"
     )
     verifier: Annotated[Verifier, OneOf(Verifier)] | None = Field(None, description="What a completion is worth")
-    shaping: Annotated[Shaping, OneOf(Shaping)] = Field(Uniform(), description="What a position weighs")
+    shaping: Annotated[list[Annotated[Shaping, OneOf(Shaping)]], BeforeValidator(as_list)] = Field(
+        default=[Uniform()], min_length=1, description="What a position weighs; of several, weights are multiplied"
+    )
     objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(as_list)] = Field(
         default=[ReverseKL()], min_length=1, description="What a step descends; several are summed"
     )
@@ -188,12 +190,17 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _does_what_it_says(self) -> Recipe:
-        lacking = [name for name in self.curriculum.reads if name not in self.shaping.measures]
+        measured = [name for shaping in self.shaping for name in shaping.measures]
+        if again := next((name for i, name in enumerate(measured) if name in measured[:i]), None):
+            kinds = [kind_of(shaping) for shaping in self.shaping if again in shaping.measures]
+            raise ValueError(f"shapings {' and '.join(kinds)} both measure {again!r}; list one of them")
+        lacking = [name for name in self.curriculum.reads if name not in measured]
         if lacking:
             able = [k for k, c in choices_of(Shaping).items() if set(self.curriculum.reads) <= set(c.measures)]  # type: ignore[attr-defined]
             raise ValueError(
                 f"curriculum {kind_of(self.curriculum)!r} follows {lacking[0]!r} at each position, which shaping "
-                f"{kind_of(self.shaping)!r} does not measure; shapings that do: {', '.join(able) or 'none'}"
+                f"{' and '.join(repr(kind_of(each)) for each in self.shaping)} does not measure; shapings that do: "
+                f"{', '.join(able) or 'none'}"
             )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)

@@ -12,6 +12,7 @@ import torch
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution, Target
+from opd.errors import RunError
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -79,8 +80,46 @@ class Shaper(ABC, Generic[S]):
         """
 
 
+def looked(
+    shapers: Sequence[Shaper],
+    settings: Sequence[Shaping],
+    trajectories: Trajectories,
+    targets: Sequence[Target],
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+) -> Trajectories:
+    """A step's trajectories after each shaper has looked, in order: it sees what those before it left."""
+    for shaper, own in zip(shapers, settings, strict=True):
+        trajectories = shaper.look(trajectories, targets, own, sum_over_processes)
+    return trajectories
+
+
+def joint_shape(
+    shapers: Sequence[Shaper],
+    settings: Sequence[Shaping],
+    student: Distribution,
+    targets: Sequence[Target],
+    micro: Trajectories,
+) -> Shape:
+    """What several shapings say of one micro-batch together: weights are multiplied, offsets added. Each sees the
+    teachers' answers as they were given.
+
+    Raises:
+        RunError: two of them measure something under one name.
+    """
+    shapes = [shaper(student, targets, micro, own) for shaper, own in zip(shapers, settings, strict=True)]
+    weights, offsets, measured = shapes[0].weights, shapes[0].offsets, dict(shapes[0].measured)
+    for shape in shapes[1:]:
+        weights = weights * shape.weights
+        if shape.offsets is not None:
+            offsets = shape.offsets if offsets is None else offsets + shape.offsets
+        if twice := sorted(measured.keys() & shape.measured.keys()):
+            raise RunError(f"two shapings measure {twice[0]!r}; give what one of them measures another name")
+        measured |= shape.measured
+    return Shape(weights, offsets, measured)
+
+
 class Shaping(Choice):
-    """Base of the axis."""
+    """Base of the axis. A recipe may list several: see `joint_shape`."""
 
     axis: ClassVar[str] = "shaping"
     makes_offsets: ClassVar[bool] = False
