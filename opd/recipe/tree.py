@@ -179,12 +179,17 @@ class Recipe(Settings):
                     f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "
                     f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
                 )
-            if objective.needs_reward and self.verifier is None and not self.rollout.rewards:
-                raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
-            if objective.compares_group and self.batch.group == 1:
+        learners: list[Objective | Shaping | Curriculum] = [*self.objective, *self.shaping, self.curriculum]
+        for part in learners:
+            if part.needs_reward and self.verifier is None and not self.rollout.rewards:
+                verb = "learns from" if isinstance(part, Objective) else "goes by"
+                raise ValueError(f"key 'verifier' is required: {axis_of(part)} {kind_of(part)!r} {verb} its verdicts")
+        for part in learners:
+            if not isinstance(part, Curriculum) and part.compares_group and self.batch.group == 1:
+                nothing = "learn nothing" if isinstance(part, Objective) else "change nothing"
                 raise ValueError(
-                    f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
-                    "nothing; take 2 or more"
+                    f"batch.group is 1: {axis_of(part)} {kind_of(part)!r} compares the trajectories of one prompt and "
+                    f"would {nothing}; take 2 or more"
                 )
         return self
 
@@ -248,6 +253,11 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def axis_of(part: Objective | Shaping | Curriculum) -> str:
+    """What a person calls the axis of a part; a divergence is an objective."""
+    return "objective" if isinstance(part, Objective) else part.axis
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:

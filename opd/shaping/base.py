@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -13,6 +13,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution, Target
 from opd.errors import RunError
+from opd.objectives.base import Writing
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -64,9 +65,14 @@ class Shaper(ABC, Generic[S]):
 
         Returns:
             The same trajectories. What was found by position stands in their `columns`, and so reaches the calls for
-            micro-batches, which may hold parts of a group.
+            micro-batches, which may hold parts of a group. Positions that it takes out of `learn` leave the objectives'
+            denominators too.
         """
         return trajectories
+
+    def own_signals(self) -> Mapping[str, float]:
+        """What the last look found of the step as a whole, on all processes; logged as train/NAME."""
+        return {}
 
     @abstractmethod
     def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: S) -> Shape:
@@ -127,6 +133,18 @@ class Shaping(Choice):
 
     measures: ClassVar[tuple[str, ...]] = ()
     """What it measures at each position under every setting, for curricula that read it."""
+
+    needs_reward: ClassVar[bool] = False
+    """Whether it goes by verdicts, which a verifier or the rollout must give then."""
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether it compares the trajectories of one prompt, of which there must be two then."""
+        return False
+
+    def check_trajectories(self, rollout: Writing, exact: bool) -> None:
+        """Raise `IncompatibleError` at start-up when it cannot be found from what this source writes; `exact`: at every
+        step actions are drawn from the student's whole distribution."""
 
     def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
         """Raise `IncompatibleError` at start-up when it cannot be found from what these built teachers answer."""
