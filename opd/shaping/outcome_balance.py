@@ -6,10 +6,10 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field, field_validator
 
 from opd.context import Context
 from opd.distributions import Distribution, Target
@@ -33,14 +33,24 @@ class OutcomeBalance(ByOutcome):
 
     kind: Literal["outcome_balance"] = "outcome_balance"
     measures: ClassVar[tuple[str, ...]] = (KEPT,)
-    ratio: Annotated[
-        Annotated[float, Field(ge=0)] | Literal["inf"], BeforeValidator(lambda v: "inf" if v == math.inf else v)
-    ] = Field(1.0, description="Right trajectories to each wrong one; inf keeps right ones alone")
+    ratio: float | Literal["inf"] = Field(
+        1.0, description="Right trajectories to each wrong one; 0 keeps wrong ones alone, inf right ones"
+    )
     denominator: Literal["fixed", "kept"] = Field(
         "fixed",
         description="fixed: dropped trajectories weigh 0 and count in the mean, so a step is smaller; kept: they count "
         "nowhere, in objectives without shaping neither",
     )
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _is_a_ratio(cls, value: object) -> object:
+        if value in (math.inf, "inf"):
+            # A file of JSON has no number for it.
+            return "inf"
+        if not isinstance(value, int | float) or not value >= 0:
+            raise ValueError("a ratio is a number from 0, or inf")
+        return value
 
     def build(self, context: Context) -> OutcomeBalanceShaper:
         return OutcomeBalanceShaper(context.seed)
