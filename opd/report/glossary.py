@@ -80,7 +80,7 @@ MEANINGS = {
         "margin",
         "",
         "returns of right less those of wrong trajectories: before and after calibration, lam is what was missing "
-        "(nats a token); mixed, calibrated and inverted are shares of groups, raised, lowered and masked of trajectories",
+        "(nats a token); mixed, calibrated and inverted: shares of groups; raised, lowered and masked: of trajectories",
     ),
     "train/balance/": Meaning(
         "balance", "share of trajectories", "right ones, those kept, and right ones among those kept"
