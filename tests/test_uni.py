@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -645,3 +648,54 @@ def test_a_whole_recipe_with_routed_teachers(tmp_path):
     assert {"offset", "return", "group_margin", "group_margin_after", "outcome_kept", "gated"} <= rows[0][
         "values"
     ].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["group", "global"])
+def test_two_processes_find_what_one_finds(scope, tmp_path):
+    """Margins, draws and difficulty do not depend on how many processes share a step."""
+    model = saved(tmp_path / "student", tiny_model(vocabulary=98, seed=1), turn_tokenizer())
+    teacher = saved(tmp_path / "teacher", tiny_model(vocabulary=98, seed=2), turn_tokenizer())
+    recipe = {
+        "steps": 2,
+        "student": {"model": model, "template": "plain"},
+        "teacher": {"model": teacher, "template": "plain"},
+        "prompts": {"kind": "inline", "prompts": ROWS},
+        "curriculum": {"kind": "difficulty", "responses": 3},
+        "rollout": {"max_new_tokens": 6},
+        "verifier": {"kind": "exact_match", "pattern": "([0-9])"},
+        "shaping": [
+            {"kind": "margin_shift", "statistic": "minmax", "scope": scope},
+            {"kind": "outcome_balance", "scope": scope, "denominator": "kept"},
+        ],
+        "objective": "reverse_kl_sampled",
+        "reduction": "sequence_mean",
+        "batch": {"prompts": 4, "group": 6, "micro": 5},
+        "evaluation": {"held_out": 2, "samples": 0},
+        "checkpoint": {"every": 0},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+        "end_tokens": [1, *range(8, 90, 6)],
+    }
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / f"of{processes}"
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "output": str(folder)}))
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "opd"]
+        command = ["opd"] if processes == 1 else command
+        done = subprocess.run(
+            [sys.executable, "-m", *command, "train", str(tmp_path / "recipe.yaml")],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found.append([record for record in lines if "train/loss" in record])
+    assert any(step["train/margin/mixed"] > 0 for step in found[0])
+    ours = ("train/loss", "train/reward", "train/gradient_norm", "train/margin/", "train/balance/", "train/curriculum/")
+    for one, two in zip(*found, strict=True):
+        one, two = ({n: v for n, v in step.items() if n.startswith(ours)} for step in (one, two))
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
