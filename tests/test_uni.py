@@ -81,6 +81,12 @@ def test_a_recipe_has_one_shaping_or_a_list():
     assert [each["kind"] for each in both.dump()["shaping"]] == ["drift", "uniform"]
     with pytest.raises(opd.OpdError, match="shapings drift and drift both measure 'drifted'; list one of them"):
         parse_recipe({**PLAIN, "shaping": [{"kind": "drift"}, {"kind": "drift", "drop": 0.2}]})
+    balanced = [{"kind": "drift"}, {"kind": "outcome_balance", "denominator": "kept"}]
+    window = {"kind": "window", "minimum": 8, "maximum": 24}
+    common = {**PLAIN, "verifier": "exact_match", "batch": {"group": 2}, "curriculum": window}
+    with pytest.raises(opd.OpdError, match=r"'window' follows 'reliable' .* set its denominator to fixed"):
+        parse_recipe({**common, "shaping": balanced})
+    parse_recipe({**common, "shaping": [balanced[0], "outcome_balance"]})
     with pytest.raises(opd.OpdError, match=r"shaping is \[\]"):
         parse_recipe({**PLAIN, "shaping": []})
 

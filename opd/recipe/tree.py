@@ -207,6 +207,12 @@ class Recipe(Settings):
                 f"{' and '.join(repr(kind_of(each)) for each in self.shaping)} does not measure; shapings that do: "
                 f"{', '.join(able) or 'none'}"
             )
+        narrow = next((shaping for shaping in self.shaping if self.curriculum.reads and shaping.narrows), None)
+        if narrow is not None:
+            raise ValueError(
+                f"curriculum {kind_of(self.curriculum)!r} follows {self.curriculum.reads[0]!r} at each position, and "
+                f"shaping {kind_of(narrow)!r} takes trajectories out of what is measured; set its denominator to fixed"
+            )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
         if twice is not None:

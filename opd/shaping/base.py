@@ -142,6 +142,11 @@ class Shaping(Choice):
         """Whether it compares the trajectories of one prompt, of which there must be two then."""
         return False
 
+    @property
+    def narrows(self) -> bool:
+        """Whether it takes positions out of `Trajectories.learn`, where then nothing is measured."""
+        return False
+
     def check_trajectories(self, rollout: Writing, exact: bool) -> None:
         """Raise `IncompatibleError` at start-up when it cannot be found from what this source writes; `exact`: at every
         step actions are drawn from the student's whole distribution."""

@@ -42,6 +42,10 @@ class OutcomeBalance(ByOutcome):
         "nowhere, in objectives without shaping neither",
     )
 
+    @property
+    def narrows(self) -> bool:
+        return self.denominator == "kept"
+
     @field_validator("ratio", mode="before")
     @classmethod
     def _is_a_ratio(cls, value: object) -> object:
