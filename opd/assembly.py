@@ -19,18 +19,22 @@ from opd.checkpoints.content import content_of
 from opd.checkpoints.resume import identity
 from opd.choice import kind_of
 from opd.context import Context
+from opd.curricula import Curriculum
 from opd.errors import DataError, IncompatibleError, RecipeError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
 from opd.kept_weights import KeptWeights
 from opd.monitor import Monitor
 from opd.now import Now
+from opd.objectives import Objective
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
-from opd.recipe import Recipe
+from opd.recipe import Recipe, axis_of
+from opd.rollouts import PrefixSource
 from opd.run import Run, held_out_sampler
 from opd.same_view import nothing_to_learn
 from opd.self_test import PROBE, PROBE_POSITIONS, self_test
+from opd.shaping import Shaping
 from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.updates import Optimiser
@@ -104,22 +108,30 @@ def _readable(
 
 
 def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[Prompt]) -> None:
-    """Raise `DataError` when an objective learns from verdicts and no training prompt can get one; those of a mixture
-    may go without."""
-    for objective in recipe.objective:
-        if objective.needs_reward and verifier is not None and not recipe.rollout.rewards:
-            verifier.check_verdicts(training, f"objective {kind_of(objective)!r}")
+    """Raise `DataError` when a part learns from verdicts and no training prompt can get one; those of a mixture may go
+    without."""
+    learners: list[Objective | Shaping | Curriculum] = [*recipe.objective, *recipe.shaping, recipe.curriculum]
+    for part in learners:
+        if part.needs_reward and verifier is not None and not recipe.rollout.rewards:
+            verifier.check_verdicts(training, f"{axis_of(part)} {kind_of(part)!r}")
 
 
 def check_offsets(recipe: Recipe) -> None:
-    """Raise `IncompatibleError` when the shaping makes offsets and an objective has no place for them."""
-    for objective in recipe.objective if recipe.shaping.makes_offsets else ():
+    """Raise `IncompatibleError` when a shaping makes offsets and an objective has no place for them."""
+    moving = [kind_of(shaping) for shaping in recipe.shaping if shaping.makes_offsets]
+    for objective in recipe.objective if moving else ():
         if not objective.takes_offsets:
-            shaping, kind = (kind_of(part) for part in (recipe.shaping, objective))
+            kind = kind_of(objective)
             raise IncompatibleError(
-                f"shaping {shaping!r} moves the teacher's log-probability of the action taken, and objective {kind!r} "
-                "has no place for that: take reverse_kl_sampled or lightning, or another shaping"
+                f"shaping {moving[0]!r} moves the teacher's log-probability of the action taken, and objective "
+                f"{kind!r} has no place for that: take reverse_kl_sampled or lightning, or another shaping"
             )
+
+
+def is_exact(recipe: Recipe, rollout: PrefixSource) -> bool:
+    """Whether at every step actions are drawn from the student's whole distribution."""
+    steps = range(recipe.steps) if recipe.rollout.scheduled() else (0,)
+    return all(rollout.exact(recipe.rollout.at(step, recipe.steps)) for step in steps)
 
 
 def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
@@ -234,7 +246,10 @@ def assemble(
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    recipe.shaping.check_teachers(built)
+    exact = is_exact(recipe, rollout)
+    for shaping in recipe.shaping:
+        shaping.check_teachers(built)
+        shaping.check_trajectories(rollout, exact)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     check_verdicts(recipe, verifier, training)
 
@@ -260,7 +275,7 @@ def assemble(
         kept=KeptWeights(student),
         rollout=rollout,
         verifier=verifier,
-        shaping=recipe.shaping.build(context),
+        shaping=[shaping.build(context) for shaping in recipe.shaping],
         optimiser=optimiser,
         held_out=held_out,
         monitor=monitor,

@@ -17,6 +17,7 @@ from opd.objectives import Loss, Target
 from opd.prompts import count_repeats
 from opd.rounding import Gradients
 from opd.run import Run
+from opd.shaping import joint_shape, looked
 from opd.trajectories import Trajectories
 
 
@@ -46,6 +47,8 @@ def train(run: Run) -> None:
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
+            for shaper in run.shaping:
+                run.signals |= shaper.own_signals()
             run.signals |= run.course.saw(trajectories, measurement.values(), run.signals, run.gather)
         measured = run.monitor.after_step(run, run.signals, measurement)
         run.signals |= measured
@@ -73,7 +76,7 @@ def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: M
     with clock("teacher"), run.accelerator.autocast():
         targets = run.ask(trajectories, now)
     measurement.asked(run.teachers, trajectories)
-    trajectories = run.shaping.look(trajectories, targets, now.recipe.shaping, run.sum_over_processes)
+    trajectories = looked(run.shaping, now.recipe.shaping, trajectories, targets, run.sum_over_processes)
 
     of_each = (trajectories, run.recipe.reduction, run.sum_over_processes, run.expected)
     counts = [objective.position_weights(*of_each) for objective in now.recipe.objective]
@@ -115,7 +118,7 @@ def accumulate(
         with clock("student"):
             student = run.student(micro, now.context)
         with clock("loss"):
-            shape = run.shaping(student.detach(), answers, micro, now.recipe.shaping)
+            shape = joint_shape(run.shaping, now.recipe.shaping, student.detach(), answers, micro)
             weights = [o.shape(count, shape.weights) for o, count in zip(objectives, counts, strict=True)]
             moved = shape.offset(answers)
             losses = [

@@ -103,7 +103,7 @@ class Run:
     kept: KeptWeights
     rollout: PrefixSource
     verifier: Scorer | None
-    shaping: Shaper
+    shaping: list[Shaper]
     optimiser: Optimiser
     held_out: list[Prompt]
     monitor: Monitoring

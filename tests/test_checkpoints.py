@@ -182,7 +182,7 @@ def test_states_of_a_shaping_and_of_sources_in_a_combination_are_in_it(kind, mak
     execute(broken, resume=True, quiet=True)
     assert_same_run(undisturbed, broken)
     parts = read(folder_of(broken.directory, steps_stored(broken.directory)[0]))["parts"]
-    assert parts["shaping"] == {"asked": 6}
+    assert parts["shaping.0"] == {"asked": 6}
     assert sum(parts["rollout.0"]["visits"].values()) > 12
 
 

@@ -248,13 +248,14 @@ def test_the_shaping_counts_less_where_the_teacher_is_unsure(together):
     made = seen[-1]
     now = run.at(2)
     targets = run.ask(made, now)
-    shape = run.shaping(None, targets, made, now.recipe.shaping)
+    (shaper,), (settings,) = run.shaping, now.recipe.shaping
+    shape = shaper(None, targets, made, settings)
     log_p = targets[0].distribution.log_probs()
     entropy = -(log_p.exp() * log_p).sum(-1)
     torch.testing.assert_close(shape.weights, torch.exp(-entropy / 0.5), atol=1e-5, rtol=1e-5)
     assert all(record["train/teacher_entropy"] > 0 for record in steps_of(result))
     with pytest.raises(IncompatibleError, match="one teacher's whole distributions"):
-        run.shaping(None, targets * 2, made, now.recipe.shaping)
+        shaper(None, targets * 2, made, settings)
 
 
 def test_the_signal_of_compatibility_says_where_they_part(theirs, models, tmp_path):

@@ -130,6 +130,9 @@ class Curriculum(Choice):
     reads: ClassVar[tuple[str, ...]] = ()
     """What it needs measured at each position; a recipe whose shaping does not measure it is refused."""
 
+    needs_reward: ClassVar[bool] = False
+    """Whether it goes by verdicts, which a verifier or the rollout must give then."""
+
     @property
     def longest(self) -> int | None:
         """The largest budget of all steps, where the curriculum sets one."""

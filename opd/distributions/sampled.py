@@ -29,14 +29,17 @@ class Sampled(Distribution):
         return type(self)(self.log_probs.detach())
 
     @staticmethod
-    def of(full: Categorical | Routed, actions: torch.Tensor, rows: int = 128) -> Sampled:
-        """What a full distribution says about `actions` `[N]`, `rows` positions at a time."""
-        columns = full.vocabulary.columns(actions)
+    def of(answer: Distribution, actions: torch.Tensor, rows: int = 128) -> Sampled:
+        """What an answer says about `actions` `[N]`, `rows` positions at a time of a full distribution."""
+        if isinstance(answer, Sampled):
+            return answer
+        assert isinstance(answer, Categorical | Routed)
+        columns = answer.vocabulary.columns(actions)
         parts = [
-            full.select(slice(start, start + rows))
+            answer.select(slice(start, start + rows))
             .log_probs()
             .gather(1, columns[start : start + rows, None])
             .squeeze(1)
-            for start in range(0, len(full), rows)
+            for start in range(0, len(answer), rows)
         ]
         return Sampled(torch.cat(parts))

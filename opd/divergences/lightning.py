@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Categorical, Distribution, Sampled, Target
+from opd.distributions import Distribution, Sampled, Target
 from opd.divergences.on_action import OnAction
 from opd.errors import IncompatibleError
 from opd.objectives.base import Writing
@@ -63,7 +63,8 @@ class Lightning(OnAction):
         per_example: bool = False,
     ) -> Loss:
         # The taken tokens' log-probabilities are wanted twice, for the loss and for the log.
-        known = [replace(t, distribution=_sampled(t.distribution, trajectories.actions)) for t in targets]
+        with torch.no_grad():
+            known = [replace(t, distribution=Sampled.of(t.distribution, trajectories.actions)) for t in targets]
         loss = super().__call__(student, known, weights, trajectories, per_example)
         live = weights != 0
         measured = {name: torch.zeros_like(loss.values) for name in ("advantage", "advantage_size", "clamped")}
@@ -84,11 +85,3 @@ class Lightning(OnAction):
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "
                 "store that opd rollout sampled from the student, or rollout: student"
             )
-
-
-def _sampled(answer: Distribution, actions: torch.Tensor) -> Sampled:
-    if isinstance(answer, Categorical):
-        with torch.no_grad():
-            return Sampled.of(answer, actions)
-    assert isinstance(answer, Sampled)
-    return answer

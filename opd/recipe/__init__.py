@@ -10,7 +10,7 @@ from opd.recipe.reading import (
     parse_recipe,
     shipped_recipes,
 )
-from opd.recipe.tree import Recipe, differences
+from opd.recipe.tree import Recipe, axis_of, differences
 
 __all__ = [
     "Batch",
@@ -21,6 +21,7 @@ __all__ = [
     "Tracking",
     "all_keys",
     "apply_override",
+    "axis_of",
     "differences",
     "find_recipe",
     "json_schema",

@@ -88,7 +88,9 @@ class Recipe(Settings):
         None, min_length=1, description="Ids that end a completion; default from the student"
     )
     verifier: Annotated[Verifier, OneOf(Verifier)] | None = Field(None, description="What a completion is worth")
-    shaping: Annotated[Shaping, OneOf(Shaping)] = Field(Uniform(), description="What a position weighs")
+    shaping: Annotated[list[Annotated[Shaping, OneOf(Shaping)]], BeforeValidator(as_list)] = Field(
+        default=[Uniform()], min_length=1, description="What a position weighs; of several, weights are multiplied"
+    )
     objective: Annotated[list[Annotated[Objective, OneOf(Objective)]], BeforeValidator(as_list)] = Field(
         default=[ReverseKL()], min_length=1, description="What a step descends; several are summed"
     )
@@ -177,23 +179,39 @@ class Recipe(Settings):
                     f"objective {kind!r} listens to teacher {objective.teacher!r}{nearest(objective.teacher, names)}; "
                     f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
                 )
-            if objective.needs_reward and self.verifier is None and not self.rollout.rewards:
-                raise ValueError(f"key 'verifier' is required: objective {kind!r} learns from its verdicts")
-            if objective.compares_group and self.batch.group == 1:
+        learners: list[Objective | Shaping | Curriculum] = [*self.objective, *self.shaping, self.curriculum]
+        for part in learners:
+            if part.needs_reward and self.verifier is None and not self.rollout.rewards:
+                verb = "learns from" if isinstance(part, Objective) else "goes by"
+                raise ValueError(f"key 'verifier' is required: {axis_of(part)} {kind_of(part)!r} {verb} its verdicts")
+        for part in learners:
+            if not isinstance(part, Curriculum) and part.compares_group and self.batch.group == 1:
+                nothing = "learn nothing" if isinstance(part, Objective) else "change nothing"
                 raise ValueError(
-                    f"batch.group is 1: objective {kind!r} compares the trajectories of one prompt and would learn "
-                    "nothing; take 2 or more"
+                    f"batch.group is 1: {axis_of(part)} {kind_of(part)!r} compares the trajectories of one prompt and "
+                    f"would {nothing}; take 2 or more"
                 )
         return self
 
     @model_validator(mode="after")
     def _does_what_it_says(self) -> Recipe:
-        lacking = [name for name in self.curriculum.reads if name not in self.shaping.measures]
+        measured = [name for shaping in self.shaping for name in shaping.measures]
+        if again := next((name for i, name in enumerate(measured) if name in measured[:i]), None):
+            kinds = [kind_of(shaping) for shaping in self.shaping if again in shaping.measures]
+            raise ValueError(f"shapings {' and '.join(kinds)} both measure {again!r}; list one of them")
+        lacking = [name for name in self.curriculum.reads if name not in measured]
         if lacking:
             able = [k for k, c in choices_of(Shaping).items() if set(self.curriculum.reads) <= set(c.measures)]  # type: ignore[attr-defined]
             raise ValueError(
                 f"curriculum {kind_of(self.curriculum)!r} follows {lacking[0]!r} at each position, which shaping "
-                f"{kind_of(self.shaping)!r} does not measure; shapings that do: {', '.join(able) or 'none'}"
+                f"{' and '.join(repr(kind_of(each)) for each in self.shaping)} does not measure; shapings that do: "
+                f"{', '.join(able) or 'none'}"
+            )
+        narrow = next((shaping for shaping in self.shaping if self.curriculum.reads and shaping.narrows), None)
+        if narrow is not None:
+            raise ValueError(
+                f"curriculum {kind_of(self.curriculum)!r} follows {self.curriculum.reads[0]!r} at each position, and "
+                f"shaping {kind_of(narrow)!r} takes trajectories out of what is measured; set its denominator to fixed"
             )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
@@ -241,6 +259,11 @@ class Recipe(Settings):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def axis_of(part: Objective | Shaping | Curriculum) -> str:
+    """What a person calls the axis of a part; a divergence is an objective."""
+    return "objective" if isinstance(part, Objective) else part.axis
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:

@@ -90,6 +90,23 @@ MEANINGS = {
     "train/accepted": Meaning("accepted", "share of tokens", "that are among the teacher's likeliest of a given mass"),
     "train/drifted": Meaning("drift events", "share of positions", "where student and teacher part"),
     "train/reliable": Meaning("reliable", "share of positions", "up to the drift event that uses the weight up"),
+    "train/curriculum/prompts/": Meaning("prompts with right answers", "prompts", "by how many answers were right"),
+    "train/curriculum/repeats/": Meaning("repeats", "", "of a prompt with so many right answers, in the balanced set"),
+    "train/curriculum/prompts_balanced": Meaning("balanced set", "prompts", "each as often as it stands in it"),
+    "train/curriculum/solved_before": Meaning(
+        "solved before", "share of answers", "right ones before training, to this step's prompts"
+    ),
+    "train/margin/": Meaning(
+        "margin",
+        "",
+        "returns of right less those of wrong trajectories: before and after calibration, lam is what was missing "
+        "(nats a token); mixed, calibrated and inverted: shares of groups; raised, lowered and masked: of trajectories",
+    ),
+    "train/balance/": Meaning(
+        "balance", "share of trajectories", "right ones, those kept, and right ones among those kept"
+    ),
+    "train/return": Meaning("return", "nats a token", "mean log p(token) - log q(token) of the token's trajectory"),
+    "train/gated": Meaning("gated", "share of tokens", "left out for their log-ratio"),
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
     "train/stopped": Meaning("stopped", "share of rollouts", "ended by the rollout's watch"),

@@ -1,5 +1,5 @@
 """How much each state counts."""
 
-from opd.shaping.base import Shape, Shaper, Shaping
+from opd.shaping.base import Shape, Shaper, Shaping, joint_shape, looked
 
-__all__ = ["Shape", "Shaper", "Shaping"]
+__all__ = ["Shape", "Shaper", "Shaping", "joint_shape", "looked"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -12,6 +12,8 @@ import torch
 from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Distribution, Target
+from opd.errors import RunError
+from opd.objectives.base import Writing
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
@@ -63,9 +65,14 @@ class Shaper(ABC, Generic[S]):
 
         Returns:
             The same trajectories. What was found by position stands in their `columns`, and so reaches the calls for
-            micro-batches, which may hold parts of a group.
+            micro-batches, which may hold parts of a group. Positions that it takes out of `learn` leave the objectives'
+            denominators too.
         """
         return trajectories
+
+    def own_signals(self) -> Mapping[str, float]:
+        """What the last look found of the step as a whole, on all processes; logged as train/NAME."""
+        return {}
 
     @abstractmethod
     def __call__(self, student: Distribution, targets: Sequence[Target], micro: Trajectories, settings: S) -> Shape:
@@ -79,8 +86,46 @@ class Shaper(ABC, Generic[S]):
         """
 
 
+def looked(
+    shapers: Sequence[Shaper],
+    settings: Sequence[Shaping],
+    trajectories: Trajectories,
+    targets: Sequence[Target],
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+) -> Trajectories:
+    """A step's trajectories after each shaper has looked, in order: it sees what those before it left."""
+    for shaper, own in zip(shapers, settings, strict=True):
+        trajectories = shaper.look(trajectories, targets, own, sum_over_processes)
+    return trajectories
+
+
+def joint_shape(
+    shapers: Sequence[Shaper],
+    settings: Sequence[Shaping],
+    student: Distribution,
+    targets: Sequence[Target],
+    micro: Trajectories,
+) -> Shape:
+    """What several shapings say of one micro-batch together: weights are multiplied, offsets added. Each sees the
+    teachers' answers as they were given.
+
+    Raises:
+        RunError: two of them measure something under one name.
+    """
+    shapes = [shaper(student, targets, micro, own) for shaper, own in zip(shapers, settings, strict=True)]
+    weights, offsets, measured = shapes[0].weights, shapes[0].offsets, dict(shapes[0].measured)
+    for shape in shapes[1:]:
+        weights = weights * shape.weights
+        if shape.offsets is not None:
+            offsets = shape.offsets if offsets is None else offsets + shape.offsets
+        if twice := sorted(measured.keys() & shape.measured.keys()):
+            raise RunError(f"two shapings measure {twice[0]!r}; give what one of them measures another name")
+        measured |= shape.measured
+    return Shape(weights, offsets, measured)
+
+
 class Shaping(Choice):
-    """Base of the axis."""
+    """Base of the axis. A recipe may list several: see `joint_shape`."""
 
     axis: ClassVar[str] = "shaping"
     makes_offsets: ClassVar[bool] = False
@@ -88,6 +133,23 @@ class Shaping(Choice):
 
     measures: ClassVar[tuple[str, ...]] = ()
     """What it measures at each position under every setting, for curricula that read it."""
+
+    needs_reward: ClassVar[bool] = False
+    """Whether it goes by verdicts, which a verifier or the rollout must give then."""
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether it compares the trajectories of one prompt, of which there must be two then."""
+        return False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it takes positions out of `Trajectories.learn`, where then nothing is measured."""
+        return False
+
+    def check_trajectories(self, rollout: Writing, exact: bool) -> None:
+        """Raise `IncompatibleError` at start-up when it cannot be found from what this source writes; `exact`: at every
+        step actions are drawn from the student's whole distribution."""
 
     def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
         """Raise `IncompatibleError` at start-up when it cannot be found from what these built teachers answer."""
