@@ -261,7 +261,7 @@ def test_the_shaping_counts_less_where_the_teacher_is_unsure(together):
 def test_the_signal_of_compatibility_says_where_they_part(theirs, models, tmp_path):
     result, _, run = trained(tmp_path / "run", models, **named("Compatibility"))
     assert all(0 < record["train/likeness"] <= 1 for record in steps_of(result))
-    assert isinstance(run.recipe.shaping.signal, theirs["Compatibility"].Likeness)
+    assert isinstance(run.recipe.shaping[0].signal, theirs["Compatibility"].Likeness)
     g = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(20, 6, generator=g).log_softmax(-1) for _ in range(2))
     student, teacher = (Categorical(each, Head(torch.eye(6))) for each in (log_q, log_p))
