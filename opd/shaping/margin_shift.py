@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,7 @@ class MarginShift(Margin):
     """
 
     kind: Literal["margin_shift"] = "margin_shift"
-    makes_offsets = True
+    makes_offsets: ClassVar[bool] = True
     direction: Literal["lift", "incorrect_down", "spread"] = Field("spread", description="Who is moved")
 
     def calibrate(self, returns: torch.Tensor, right: torch.Tensor, wrong: torch.Tensor, margin: float) -> Calibrated:
