@@ -349,7 +349,7 @@ were written; the longer manner came after it and was given up, so these claims 
             **{
                 f"student of {arm(pair, name)}": {
                     "recipe": {"steps": 3, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24, "every": 2}},
-                    "test": {"prompts": {"size": 8}, "max_new_tokens": 24, "k": 1},
+                    "test": {"prompts": {"size": 4}, "max_new_tokens": 16},
                 }
                 for pair, name in TRAINED
             },
