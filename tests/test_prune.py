@@ -72,6 +72,11 @@ def test_signals_do_not_depend_on_how_an_answer_is_held(monkeypatch):
             torch.testing.assert_close(signal.measure(student, teacher, actions), whole)
     with pytest.raises(opd.OpdError, match=r"looks at k=8 ids, and the teacher answers with 5"):
         Overlap(k=8).measure(student, TopK.of(teacher, 5), actions)
+    # Cut down to the vocabulary, every state would share all.
+    with pytest.raises(
+        opd.OpdError, match=r"looks at k=41 ids, and the vocabulary of the student has 40: set signal\.k"
+    ):
+        Overlap(k=41).measure(student, teacher, actions)
 
 
 @pytest.mark.parametrize(

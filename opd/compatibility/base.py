@@ -92,12 +92,18 @@ class Compatibility(Choice):
     def _top(self, side: Categorical | TopK, whose: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` likeliest ids of each state and their log-probabilities, descending."""
         if isinstance(side, Categorical):
-            top = side.log_probs().topk(min(self.k, side.head.size), dim=-1)
+            if side.head.size < self.k:
+                # Of all ids any two models share all.
+                raise IncompatibleError(
+                    f"signal {kind_of(self)!r} looks at k={self.k} ids, and the vocabulary of {whose} has "
+                    f"{side.head.size}: set signal.k to a small part of it"
+                )
+            top = side.log_probs().topk(self.k, dim=-1)
             return top.values, side.vocabulary.named(top.indices)
         if side.log_probs.shape[1] < self.k:
             raise IncompatibleError(
-                f"compatibility {kind_of(self)!r} looks at k={self.k} ids, and {whose} answers with "
-                f"{side.log_probs.shape[1]}: set k to that, or have more answered"
+                f"signal {kind_of(self)!r} looks at k={self.k} ids, and {whose} answers with "
+                f"{side.log_probs.shape[1]}: set signal.k to that or less, or have more answered"
             )
         top = side.log_probs.topk(self.k, dim=-1)
         return top.values.float(), side.ids.gather(1, top.indices)

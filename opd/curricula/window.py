@@ -17,9 +17,10 @@ from opd.trajectories import Trajectories
 
 
 class Window(Curriculum):
-    """Every rollout of a step has the same budget, the window. Where the share of rollouts whose effective length
-    (`reliable` positions, which the shaping measures) comes within `margin` of it reaches `hits`, the window grows by
-    `by`; after `patience` steps in a row without that it shrinks by as much. Held-out samples keep their own length.
+    """All rollouts of a step have one budget, the window, which follows how far the teacher still helps. It stands in
+    the place of `rollout.max_new_tokens`. Where the share of rollouts whose effective length (`reliable` positions,
+    which the shaping measures) comes within `margin` of it reaches `hits`, the window grows by `by`; after `patience`
+    steps in a row without that it shrinks by as much. Held-out samples keep their own length.
 
     A rollout that ends by itself before that is no hit, however well student and teacher go together: short answers
     make short windows.

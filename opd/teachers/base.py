@@ -66,8 +66,8 @@ class LiveTeacher(ABC, Generic[S]):
     def check_scorer(self, context: Context) -> None:
         """Raise `IncompatibleError` when it cannot answer while a text is being written."""
         raise IncompatibleError(
-            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and something "
-            "is to be compared with it while rollouts are written: take a teacher of kind local, self or routed, or "
+            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and "
+            "rollout.watch asks it while they are written: take a teacher of kind local, self or routed, or "
             "leave out rollout.watch"
         )
 

@@ -122,8 +122,8 @@ class LanguageTeacher(LiveTeacher[Teacher]):
         key = "offload" if self.offload else "device" if self.device != context.device else None
         if key is not None:
             raise IncompatibleError(
-                f"teacher.{key} keeps it away from the student, and something is to be compared with it while rollouts "
-                f"are written: leave out teacher.{key} or rollout.watch"
+                f"teacher.{key} keeps it away from the student, and rollout.watch asks it while rollouts are "
+                f"written: leave out teacher.{key} or rollout.watch"
             )
 
     def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:

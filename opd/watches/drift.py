@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class Drift(Watch):
-    """The teacher scores new tokens as they come. A row ends where so many of its states are drift events that a weight
-    which loses `drop` at each of them is used up. What the teacher said is its answer, so no state is scored twice.
+    """Ends a completion that has drifted away from the teacher, at drift event number `ceil(1 / drop)`. The teacher
+    scores new tokens as they come, and what it said is its answer for the loss: no state is scored twice.
 
     What lies behind the end is not learnt from at all: shorter texts than the student's own are what a verifier judges
     and what a step sees, and states that only long rollouts reach are missing from it.
