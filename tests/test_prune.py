@@ -173,6 +173,29 @@ def test_the_reward_of_the_specification():
     torch.testing.assert_close(torch.autograd.grad(whole.total, logits)[0], torch.autograd.grad(kl, logits)[0])
 
 
+@pytest.mark.parametrize(
+    ("rollout", "words"),
+    [
+        (
+            {"kind": "mixture", "first": {"kind": "student", "max_new_tokens": 8}},
+            r"maximum goes up to 24 and a source of the mixture to 8 ",
+        ),
+        ({"kind": "switch", "position": 24}, r"position is 24 and curriculum.maximum goes up to 24: .* never write"),
+    ],
+)
+def test_a_window_beyond_what_sources_write_is_refused(rollout, words):
+    data = {
+        "student": {"model": "s"},
+        "teacher": {"model": "t"},
+        "prompts": {"kind": "inline", "prompts": ["a"]},
+        "shaping": "drift",
+        "curriculum": {"kind": "window", "minimum": 4, "maximum": 24},
+    }
+    parse_recipe({**data, "rollout": {**rollout, "position": 4} if "position" in rollout else {"kind": "mixture"}})
+    with pytest.raises(opd.OpdError, match=words):
+        parse_recipe({**data, "rollout": rollout})
+
+
 DRIFT = {"signal": {"kind": "overlap", "k": 8, "below": 0.5}, "drop": 0.2}
 
 

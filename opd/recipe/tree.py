@@ -21,6 +21,7 @@ from opd.choice import OneOf, Settings, as_list, choices_of, kind_of, nested
 from opd.curricula import Curriculum
 from opd.curricula.length_ladder import LengthLadder
 from opd.curricula.shuffled import Shuffled
+from opd.curricula.window import Window
 from opd.divergences import ReverseKL
 from opd.errors import nearest
 from opd.objectives import Objective
@@ -223,22 +224,25 @@ class Recipe(Settings):
                 continue
             if weights and not any(weights) and not any(isinstance(weight, Scheduled) for weight in weights):
                 raise ValueError(f"{key}.weight is 0 wherever there is one: nothing would be learnt; give one a weight")
-        if isinstance(self.curriculum, LengthLadder) and not self.rollout.scheduled():
-            # Where there are several sources, they keep to their own lengths; elsewhere a rung's length is what counts.
-            longest = own = self.curriculum.lengths[-1]
+        if isinstance(self.curriculum, LengthLadder | Window) and not self.rollout.scheduled():
+            # Where there are several sources, they keep to their own lengths; elsewhere the curriculum's count.
+            ladder = isinstance(self.curriculum, LengthLadder)
+            key = "curriculum.lengths" if ladder else "curriculum.maximum"
+            instead = "leave out the longer rungs" if ladder else "lower the maximum"
+            longest = own = self.curriculum.longest or self.rollout.longest
             if isinstance(self.rollout, MixtureRollout):
                 own = min(part.budget for part in self.rollout.parts)
             elif isinstance(self.rollout, SwitchRollout):
                 own = self.rollout.budget
                 if self.rollout.position >= longest:
                     raise ValueError(
-                        f"rollout.position is {self.rollout.position} and curriculum.lengths goes up to {longest}: "
+                        f"rollout.position is {self.rollout.position} and {key} goes up to {longest}: "
                         "rollout.then would never write; lower position"
                     )
             if longest > own:
                 raise ValueError(
-                    f"curriculum.lengths goes up to {longest} and a source of the {kind_of(self.rollout)} to {own} "
-                    "tokens; raise its max_new_tokens, or leave out the longer rungs"
+                    f"{key} goes up to {longest} and a source of the {kind_of(self.rollout)} to {own} tokens; raise "
+                    f"its max_new_tokens, or {instead}"
                 )
         return self
 
