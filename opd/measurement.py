@@ -110,6 +110,7 @@ class Measurement:
             "length": float(micro.lengths.sum()),
             "truncated": float((~micro.finished).sum()),
             "stopped": float(sum(reason is not None for reason in micro.stopped or ())),
+            "watched": 0.0 if micro.stopped is None else float(len(micro)),
         }
         of_each = zip(range(len(losses)), losses, counted, strict=True)
         for i, loss, here in of_each:
@@ -179,7 +180,7 @@ class Measurement:
     def signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What the step logs; a mean over no positions at all is left out."""
         # Of a draw without prompts nothing else is known.
-        known = ("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated", "stopped")
+        known = ("loss", "counted", "trajectories", "sampled_tokens", "length", "truncated", "stopped", "watched")
         self.sums = dict.fromkeys(known, 0.0) | self.sums | self.answered
         for name, tokens in self.before.items():
             self.sums[name] += tokens
@@ -201,7 +202,7 @@ class Measurement:
             "length": total["length"] / trajectories,
             "truncated": total["truncated"] / trajectories,
         }
-        if total["stopped"]:
+        if total["watched"]:
             signals["stopped"] = total["stopped"] / trajectories
         if len(self.names) > 1:
             signals |= {f"objective/{name}": value for name, value in values.items()}

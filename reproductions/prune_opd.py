@@ -78,7 +78,7 @@ def trained(
         block = merged(block, {"rollout": {"max_new_tokens": longest}})
     models = {name: place for name, place in inputs.items() if name not in (rate, window)}
     figures = student_tested(folder, models, recipe=block, test=test, seed=seed)
-    return {**figures, **lengths_of(folder / "run", watched="watch" in block["rollout"])}
+    return {**figures, **lengths_of(folder / "run")}
 
 
 def followed(windows: list[float], trace: Literal["mean", "shuffled"], seed: int) -> int | dict[str, Any]:
@@ -100,11 +100,10 @@ LOGGED = {
 """What is kept of every step, by its name in the log."""
 
 
-def lengths_of(run: Path, watched: bool) -> Figures:
-    """Step by step what `LOGGED` names, where it is logged, and the means; of the window the last too. A step in which
-    a watch ended no row logs no share of such."""
+def lengths_of(run: Path) -> Figures:
+    """Step by step what `LOGGED` names, where it is logged, and the means; of the window the last too."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [({"train/stopped": 0.0} if watched else {}) | record for record in records if "train/loss" in record]
+    steps = [record for record in records if "train/loss" in record]
     found: Figures = {
         name: [step[f"train/{key}"] for step in steps]
         for name, key in LOGGED.items()

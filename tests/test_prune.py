@@ -272,6 +272,15 @@ def test_a_rollout_is_stopped_where_it_drifts_and_no_state_is_scored_twice(tmp_p
     assert all(r["train/teacher_tokens"] == r["train/positions"] for r in steps)
 
 
+def test_a_watch_that_ends_no_row_logs_that(tmp_path):
+    """Else a mean over the log's steps would leave such steps out."""
+    watch = {"kind": "drift", "signal": {"kind": "overlap", "k": 8, "below": 0.01}, "drop": 0.01}
+    result = run(tmp_path, rollout={"max_new_tokens": 8, "watch": watch})
+    assert [r["train/stopped"] for r in result.history if "train/loss" in r] == [0.0, 0.0]
+    plain = run(tmp_path, "plain")
+    assert all("train/stopped" not in r for r in plain.history)
+
+
 def test_what_was_said_in_flight_is_what_the_teacher_says(tmp_path):
     """Also of rows that other places began or that end at other times; routed and alone."""
     student, teacher = models(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
@@ -148,7 +149,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         same = self.reader is self.language and self.sees is None
         contexts = own if same else [self.reader.encode(p) for p in prompts]
         trajectories = pack_rows(prompts, contexts, group, rows, self.author)
-        return trajectories if watching is None else watching.kept(trajectories)
+        if watching is None:
+            return trajectories
+        return watching.kept(replace(trajectories, stopped=[row.stopped for row in rows]))
 
     def _watching(
         self, request: Request[SamplingSettings], prompts: Sequence[Prompt], contexts: Sequence[EncodedPrompt]
@@ -180,5 +183,4 @@ def pack_rows(
         learn=torch.ones_like(actions, dtype=torch.bool),
         authors=torch.full_like(actions, AUTHORS.index(author), dtype=torch.uint8),
         groups=torch.arange(len(prompts)).repeat_interleave(group),
-        stopped=[row.stopped for row in rows] if any(row.stopped for row in rows) else None,
     )
