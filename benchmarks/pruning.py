@@ -99,10 +99,17 @@ def rollouts(size: Size, prompts: int, places: int, repeats: int) -> dict[str, A
 
 def show(report: dict[str, Any]) -> None:
     """Medians of steps and rollouts."""
-    table = Table(title=f"steps to a horizon of {report['steps']['size']['longest']}, one thread")
+    if "steps" in report:
+        show_steps(report["steps"])
+    if "rollouts" in report:
+        show_rollouts(report["rollouts"])
+
+
+def show_steps(found: dict[str, Any]) -> None:
+    table = Table(title=f"steps to a horizon of {found['size']['longest']}, one thread")
     for column in ("", "CPU s", "range", "wall s", "tokens", "rollout", "rest"):
         table.add_column(column, justify="right")
-    for name, of in report["steps"]["contestants"].items():
+    for name, of in found["contestants"].items():
         low, high = of["cpu_range"]
         rollout = of["cpu_by_phase"]["rollout"]
         figures = (f"{of['wall_seconds']:.3g}", f"{of['tokens']:.0f}", f"{rollout:.3g}")
@@ -110,7 +117,9 @@ def show(report: dict[str, Any]) -> None:
             name, f"{of['cpu_seconds']:.3g}", f"{low:.3g}-{high:.3g}", *figures, f"{of['cpu_seconds'] - rollout:.3g}"
         )
     Console().print(table)
-    found = report["rollouts"]
+
+
+def show_rollouts(found: dict[str, Any]) -> None:
     table = Table(title=f"{found['prompts']} rollouts in {found['places']} places")
     for column in ("", "CPU s", "range", "wall s"):
         table.add_column(column, justify="right")
@@ -122,6 +131,8 @@ def show(report: dict[str, Any]) -> None:
 
 def judge(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Refilling has to pay, and to change no row."""
+    if "rollouts" not in report:
+        return []
     found = report["rollouts"]
     return [
         {"goal": "rollouts: CPU in waves / refilled >= 1", "figure": found["ratio"], "met": found["ratio"] >= 1},
@@ -138,18 +149,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the size tiny, a horizon of 64, two repeats")
     parser.add_argument("--repeats", type=int, help="timed repeats of each; default 5, or 2 with --quick")
+    parser.add_argument("--part", choices=("steps", "rollouts"), help="one of the two measurements alone")
+    parser.add_argument("--rows", type=int, help="rows of a step; default 8, or 4 with --quick")
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     options = parser.parse_args()
     repeats = options.repeats or (2 if options.quick else 5)
     size = replace(SIZES["tiny"], **QUICK) if options.quick else SIZES["smollm2"]
+    size = replace(size, batch=options.rows) if options.rows else size
     silence()
     torch.set_num_threads(1)
     materialise(size)
     command = shlex.join(["python", "-m", "benchmarks.pruning", *sys.argv[1:]])
     report = {"command": command, **versions_and_machine(), "repeats": repeats}
-    report["steps"] = steps(size, repeats)
+    if options.part != "rollouts":
+        report["steps"] = steps(size, repeats)
     prompts, places = (12, 4) if options.quick else (ROLLOUT_PROMPTS, PLACES)
-    report["rollouts"] = rollouts(size, prompts, places, repeats)
+    if options.part != "steps":
+        report["rollouts"] = rollouts(size, prompts, places, repeats)
     report["goals"] = judge(report)
     write(options.json, report)
     show(report)
