@@ -65,7 +65,10 @@ class LiveTeacher(ABC, Generic[S]):
 
     def check_scorer(self, context: Context) -> None:
         """Raise `IncompatibleError` when it cannot answer while a text is being written."""
-        raise IncompatibleError(
+        raise self._answers_whole_texts_alone()
+
+    def _answers_whole_texts_alone(self) -> IncompatibleError:
+        return IncompatibleError(
             f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and "
             "rollout.watch asks it while they are written: take a teacher of kind local, self or routed, or "
             "leave out rollout.watch"
@@ -82,8 +85,7 @@ class LiveTeacher(ABC, Generic[S]):
         Raises:
             IncompatibleError: see `check_scorer`.
         """
-        self.check_scorer(context)
-        raise NotImplementedError
+        raise self._answers_whole_texts_alone()
 
     def members(self) -> dict[str, LiveTeacher]:
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""

@@ -12,8 +12,8 @@ from opd.language.engines.base import EncodedPrompt, Look, Looker, Row, Written
 from opd.language.engines.sampler import Sampler, Sampling
 
 REFILL = 4
-"""Rows join once one part in so many of the places is free. With 24 rows of 8 to 96 tokens in 8 places, half of
-SmolLM2-135M's layers took a fifth less CPU time than in waves with halves, a quarter less with quarters or eighths."""
+"""Rows join once one part in so many of the places is free: not one by one, since every prefill is a pass, and not
+when most places stand empty. `python -m benchmarks.pruning --part rollouts` compares it with whole waves."""
 
 
 @dataclass(eq=False)
