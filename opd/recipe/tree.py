@@ -32,6 +32,7 @@ from opd.recipe.blocks import Batch, Checkpoint, Failures, Hardware, Tracking
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.mixture import MixtureRollout
+from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.switch import SwitchRollout
 from opd.rollouts.teacher import TeacherRollout
@@ -230,8 +231,11 @@ class Recipe(Settings):
             key = "curriculum.lengths" if ladder else "curriculum.maximum"
             instead = "leave out the longer rungs" if ladder else "lower the maximum"
             longest = own = self.curriculum.longest or self.rollout.longest
+            stored = [part for part in nested(self.rollout) if isinstance(part, StoredRollout)]
             if isinstance(self.rollout, MixtureRollout):
                 own = min(part.budget for part in self.rollout.parts)
+            elif isinstance(self.rollout, StoredRollout):
+                own = self.rollout.budget
             elif isinstance(self.rollout, SwitchRollout):
                 own = self.rollout.budget
                 if self.rollout.position >= longest:
@@ -239,6 +243,17 @@ class Recipe(Settings):
                         f"rollout.position is {self.rollout.position} and {key} goes up to {longest}: "
                         "rollout.then would never write; lower position"
                     )
+            short = next((part for part in stored if part.held == own), None)
+            if longest > own and short is not None:
+                raise ValueError(
+                    f"{key} goes up to {longest} and the rows of {short.path} to {own} tokens; {instead}, or sample "
+                    "the store again with a larger rollout.max_new_tokens"
+                )
+            if longest > own and isinstance(self.rollout, StoredRollout):
+                raise ValueError(
+                    f"{key} goes up to {longest} and rollout.max_new_tokens cuts stored trajectories at {own}; raise "
+                    f"it, or {instead}"
+                )
             if longest > own:
                 raise ValueError(
                     f"{key} goes up to {longest} and a source of the {kind_of(self.rollout)} to {own} tokens; raise "

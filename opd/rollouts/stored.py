@@ -42,13 +42,14 @@ class StoredRollout(OneSource):
 
     @property
     def budget(self) -> int:
-        return min(super().budget, self._held())
+        return min(super().budget, self.held)
 
     @property
     def longest(self) -> int:
-        return min(super().longest, self._held())
+        return min(super().longest, self.held)
 
-    def _held(self) -> int:
+    @property
+    def held(self) -> int:
         """Most actions of a row, where the store is on this machine; else no bound."""
         header = Path(self.path) / "store.json"
         return StoreHeader.read(header).budget if header.is_file() else sys.maxsize
