@@ -17,7 +17,8 @@ from opd import sharding
 from opd.checkpoints import Checkpoints
 from opd.checkpoints.content import content_of
 from opd.checkpoints.resume import identity
-from opd.choice import kind_of
+from opd.choice import kind_of, nested
+from opd.compatibility import Compatibility
 from opd.context import Context
 from opd.curricula import Curriculum
 from opd.errors import DataError, IncompatibleError, RecipeError
@@ -128,6 +129,15 @@ def check_offsets(recipe: Recipe) -> None:
             )
 
 
+def check_ids(recipe: Recipe, count: int | None) -> None:
+    """Raise `IncompatibleError` when a part looks at more ids of a state than the `count` that student and teachers
+    have in common, where that is known."""
+    parts = [part for value in (recipe.rollout, recipe.shaping, recipe.objective) for part in nested(value)]
+    for part in parts:
+        if count is not None and isinstance(part, Objective | Compatibility):
+            part.check_ids(count)
+
+
 def is_exact(recipe: Recipe, rollout: PrefixSource) -> bool:
     """Whether at every step actions are drawn from the student's whole distribution."""
     steps = range(recipe.steps) if recipe.rollout.scheduled() else (0,)
@@ -199,6 +209,7 @@ def build_models(
     student = student or recipe.student.build(context)
     built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
     context = student.agree(context, built, recipe.end_tokens)
+    check_ids(recipe, context.agreed.count)
     student.context = context
     return student, built, context
 

@@ -15,6 +15,11 @@ class Agreement:
     """What student and teachers of one modality settle among themselves (`Student.agree`). Each modality has a
     subclass, whose fields nobody outside of it knows."""
 
+    @property
+    def count(self) -> int | None:
+        """How many ids the run's distributions give probability to; None where that is open, or actions are no ids."""
+        return None
+
 
 A = TypeVar("A", bound=Agreement)
 

@@ -126,6 +126,11 @@ class ScheduledInt(Scheduled, int):
         return round(self.shape.at(step, steps))
 
 
+def extremes(value: float) -> tuple[float, float]:
+    """The least and the largest of a number over all steps, whether it follows a schedule or not."""
+    return value.shape.extremes() if isinstance(value, Scheduled) else (value, value)
+
+
 def _holds_a_switch(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_holds_a_switch(item) for item in value.values())

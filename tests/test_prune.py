@@ -20,6 +20,7 @@ from opd.jobs.sampling import sample
 from opd.jobs.scoring import score
 from opd.monitor import Monitor
 from opd.objectives import Target
+from opd.plan import make_plan
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.reduction import running_sums
@@ -383,3 +384,58 @@ def test_what_a_store_serves(tmp_path):
             teacher={"kind": "stored", "path": str(path), "targets": "exact"},
             rollout={"max_new_tokens": 12, "watch": "drift"},
         )
+
+    def planned(targets, k=8, **changes):
+        teacher = {"kind": "stored", "path": str(path), "targets": targets, "consistency": "ignored"}
+        shaping = {"kind": "drift", "signal": {"kind": "overlap", "k": k}}
+        held_out = {"evaluation": {"held_out": 2}}
+        return parse_recipe({**shared, **held_out, "teacher": teacher, "shaping": shaping, **changes})
+
+    make_plan(planned("top_k"))
+    for recipe, words in (
+        (planned("top_k", k=9), r"looks at k=9 ids, and the teacher answers with 8: set signal\.k"),
+        (planned("sampled", objective="lightning"), r"shaping 'drift' with signal 'overlap' needs"),
+        (planned("exact", rollout={"watch": "drift"}), r"teacher 'stored' answers whole trajectories alone"),
+        (planned("exact", k=99), r"looks at k=99 ids, and student and teacher have 98 in common: set signal\.k"),
+    ):
+        with pytest.raises(opd.OpdError, match=words) as error:
+            make_plan(recipe)
+        assert len(str(error.value).splitlines()) <= 2
+    # What the curriculum may ask for, no row has.
+    for curriculum, words in (
+        ({"kind": "window", "minimum": 4, "maximum": 13}, r"curriculum\.maximum goes up to 13 and the rows of .* 12"),
+        ({"kind": "length_ladder", "lengths": [4, 13], "steps_per_rung": 1}, r"curriculum\.lengths goes up to 13 and"),
+    ):
+        for rollout in ({}, {"kind": "mixture", "second": {"kind": "stored", "path": str(path)}}):
+            block = {"kind": "stored", "path": str(path), **rollout}
+            block = {"kind": "mixture", "second": rollout["second"]} if rollout else block
+            with pytest.raises(opd.OpdError, match=words):
+                planned("exact", curriculum=curriculum, rollout=block)
+    with pytest.raises(opd.OpdError, match=r"rollout\.max_new_tokens cuts stored trajectories at 10; raise it"):
+        planned(
+            "exact",
+            curriculum={"kind": "window", "minimum": 4, "maximum": 12},
+            rollout={"kind": "stored", "path": str(path), "max_new_tokens": 10},
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": {"kind": "reverse_kl", "top_k": 98}}, "top_k is 98, and student and teacher have 9. ids"),
+        ({"objective": {"kind": "forward_kl", "top_k": [[0, 4], [1, 99]]}}, "objective 'forward_kl': top_k is 99"),
+        ({"objective": {"kind": "reverse_kl_candidates", "k": 99}}, "k is 99, and student and teacher have 9. ids"),
+        ({"shaping": {"kind": "drift", "signal": {"kind": "overlap", "k": 99}}}, "signal .overlap. looks at k=99 ids"),
+        ({"rollout": {"watch": {"kind": "drift", "signal": {"k": 99, "kind": "overlap"}}}}, "looks at k=99 ids"),
+    ],
+)
+def test_more_ids_than_there_are_is_refused_at_the_start_and_in_a_plan(changes, words, tmp_path):
+    """Cut down to the vocabulary it would be another objective, or a signal that is always 1."""
+    student, teacher = models(tmp_path)
+    block = {"student": student, "teacher": teacher, "prompts": {"kind": "inline", "prompts": TEXTS}, **changes}
+    with pytest.raises(opd.OpdError, match=words) as error:
+        make_plan(parse_recipe(block))
+    assert len(str(error.value).splitlines()) <= 2
+    with pytest.raises(opd.OpdError, match=words):
+        run(tmp_path, **changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

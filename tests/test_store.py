@@ -195,6 +195,8 @@ def test_a_store_of_other_settings_is_refused(recipe, store):
     with pytest.raises(opd.RunError, match="another seed"):
         sample(recipe.model_copy(update={"seed": 3}), store.path, prompts_per_shard=8, quiet=True)
     score(recipe, store.path, "top_k", top_k=3, name="t", quiet=True)
+    with pytest.raises(opd.OpdError, match=r"--top-k is 47, and student and teacher have 47 ids in common; give 46"):
+        score(recipe, store.path, "top_k", top_k=47, name="all", quiet=True)
     with pytest.raises(opd.RunError, match="another top_k"):
         score(recipe, store.path, "top_k", top_k=4, name="t", quiet=True)
 

@@ -126,7 +126,9 @@ def score(
     overrides: Overrides = None,
     recipe: Annotated[str, typer.Option(help="Names the teacher, the student's tokenizer and the prompts.")] = "",
     kind: Annotated[str, typer.Option(help="sampled, top_k or exact.")] = "sampled",
-    top_k: Annotated[int, typer.Option(min=1, help="K, with --kind top_k.")] = 64,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="K, with --kind top_k; default 64.", show_default=False)
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, with --kind exact.")] = "bfloat16",
     name: Annotated[
         str | None, typer.Option(help="Of these targets; default kind and teacher.", show_default=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,9 @@ from opd.distributions import Categorical, Distribution, TopK
 from opd.errors import IncompatibleError
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
+
+A = TypeVar("A", bound="Answering")
 
 CHUNK_NUMBERS = 4 * 2**20
 """Log-probabilities that are looked at together, on either side."""
@@ -77,17 +79,36 @@ class Compatibility(Choice):
                 )
         return found
 
-    def check_teacher(self, teacher: LiveTeacher, whose: str) -> None:
-        """Raise `IncompatibleError` when what a built teacher answers does not tell; `whose` signal this is."""
+    def check_teacher(self, teacher: Answering, whose: str) -> None:
+        """Raise `IncompatibleError` when what a teacher answers does not tell; `whose` signal this is."""
         if teacher.answers.kind not in self.accepts:
             raise IncompatibleError(
                 f"{whose} with signal {kind_of(self)!r} needs a teacher that answers {' or '.join(self.accepts)}, and "
                 f"this one answers {teacher.answers.kind!r}: take a live teacher, or a store of kind exact"
             )
+        listed = teacher.settings.listed
+        if listed is not None and self.k > listed:
+            raise self._lists_less("the teacher", listed)
+
+    def check_ids(self, count: int) -> None:
+        """Raise `IncompatibleError` at start-up when it looks at more ids of a state than the `count` that student and
+        teachers have in common."""
+        if self.k > count:
+            # Of all ids any two models share all.
+            raise IncompatibleError(
+                f"signal {kind_of(self)!r} looks at k={self.k} ids, and student and teacher have {count} in common: "
+                "set signal.k to a small part of them"
+            )
 
     def events(self, signal: torch.Tensor) -> torch.Tensor:
         """bool `[N]`, which of the states with these numbers are drift events."""
         return signal < self.threshold
+
+    def _lists_less(self, whose: str, count: int) -> IncompatibleError:
+        return IncompatibleError(
+            f"signal {kind_of(self)!r} looks at k={self.k} ids, and {whose} answers with {count}: set signal.k to that "
+            "or less, or have more answered"
+        )
 
     def _top(self, side: Categorical | TopK, whose: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` likeliest ids of each state and their log-probabilities, descending."""
@@ -101,10 +122,7 @@ class Compatibility(Choice):
             top = side.log_probs().topk(self.k, dim=-1)
             return top.values, side.vocabulary.named(top.indices)
         if side.log_probs.shape[1] < self.k:
-            raise IncompatibleError(
-                f"signal {kind_of(self)!r} looks at k={self.k} ids, and {whose} answers with "
-                f"{side.log_probs.shape[1]}: set signal.k to that or less, or have more answered"
-            )
+            raise self._lists_less(whose, side.log_probs.shape[1])
         top = side.log_probs.topk(self.k, dim=-1)
         return top.values.float(), side.ids.gather(1, top.indices)
 
@@ -113,8 +131,8 @@ def _width(side: Categorical | TopK) -> int:
     return side.head.size if isinstance(side, Categorical) else side.log_probs.shape[1]
 
 
-def the_one(teachers: Sequence[LiveTeacher], name: str | None, whose: str) -> LiveTeacher:
-    """The built teacher that a signal compares with the student; `whose` signal this is.
+def the_one(teachers: Sequence[A], name: str | None, whose: str) -> A:
+    """The teacher that a signal compares with the student; `whose` signal this is.
 
     Raises:
         IncompatibleError: there is none, none of that name, or without a name there are several.

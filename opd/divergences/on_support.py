@@ -11,11 +11,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
+from opd.choice import kind_of
 from opd.distributions import Categorical, Distribution, Target, TopK, append_tail
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
 from opd.errors import IncompatibleError
 from opd.operator import Chunk, Compared, Loss, Whole
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, extremes
 from opd.trajectories import Trajectories
 
 
@@ -106,6 +107,14 @@ class OnSupport(CategoricalDivergence):
                 "all: set top_k, or remove the key"
             )
 
+    def check_ids(self, count: int) -> None:
+        most = None if self.top_k is None else round(extremes(self.top_k)[1])
+        if most is not None and most >= count:
+            raise IncompatibleError(
+                f"objective {kind_of(self)!r}: top_k is {most}, and student and teacher have {count} ids in common; "
+                "set top_k below that, or leave it out to compare over all of them"
+            )
+
     def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
         return self._compare
 
@@ -130,7 +139,7 @@ class OnSupport(CategoricalDivergence):
             assert self.top_k is not None
             full = chunk.log_p(answer)
             source = log_q if self.support_from == "student" else full
-            columns = source.topk(min(self.top_k, source.shape[-1] - 1), dim=-1).indices
+            columns = source.topk(self.top_k, dim=-1).indices
             known = full.gather(1, columns)
         else:
             assert isinstance(answer, TopK)

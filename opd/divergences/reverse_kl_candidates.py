@@ -9,10 +9,12 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from opd.choice import kind_of
 from opd.distributions import Categorical, Distribution
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
+from opd.errors import IncompatibleError
 from opd.operator import Chunk, Compared, Whole
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, extremes
 
 
 class ReverseKLCandidates(CategoricalDivergence):
@@ -40,6 +42,14 @@ class ReverseKLCandidates(CategoricalDivergence):
         """Only over a whole vocabulary."""
         return False
 
+    def check_ids(self, count: int) -> None:
+        most = round(extremes(self.k)[1])
+        if most > count:
+            raise IncompatibleError(
+                f"objective {kind_of(self)!r}: k is {most}, and student and teacher have {count} ids in common; set k "
+                "to that or less, or take objective: reverse_kl, which compares over all of them"
+            )
+
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)
 
@@ -49,7 +59,7 @@ class ReverseKLCandidates(CategoricalDivergence):
     def _with_one(self, chunk: Chunk, answer: Distribution) -> Compared:
         assert isinstance(answer, Categorical)
         log_q, log_p = chunk.log_q, chunk.log_p(answer)
-        top = log_q.topk(min(self.k, log_q.shape[-1]), dim=-1)
+        top = log_q.topk(self.k, dim=-1)
         ratio = log_p.gather(1, top.indices) - top.values
         reward = top.values.softmax(-1) * ratio
         value = -reward.sum(-1)

@@ -28,11 +28,13 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import RoutedTeacher
 from opd.weights import weights_hash
 
+DEFAULT_TOP_K = 64
+
 
 class ScoringOptions(TypedDict, total=False):
     """What `Scorer` may be told beside the kind of targets, for whoever passes it on."""
 
-    top_k: int
+    top_k: int | None
     dtype: Literal["bfloat16", "float32"]
     name: str | None
     teacher: str | None
@@ -46,7 +48,7 @@ class Scorer:
         recipe: names the teacher, the student's tokenizer and the prompts.
         path: of the store.
         kind: what is kept.
-        top_k: K, with kind top_k.
+        top_k: K, with kind top_k; default 64, or all but one of a smaller vocabulary.
         dtype: of the hidden states, with kind exact; bfloat16 takes `2 * D` bytes a token.
         name: of these targets; default the kind and the teacher's hash.
         teacher: name of the teacher in the recipe; default its only one.
@@ -58,7 +60,7 @@ class Scorer:
         path: Path,
         kind: Kind = "sampled",
         *,
-        top_k: int = 64,
+        top_k: int | None = None,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
         name: str | None = None,
         teacher: str | None = None,
@@ -80,9 +82,15 @@ class Scorer:
         self.context = context.with_(agreed=Tokens(common))
         head = language.head(context.temperature, common)
         identity = weights_hash(language.model)
+        most = head.size - len(common.excluded) - 1
+        if kind == "top_k" and top_k is not None and top_k > most:
+            raise IncompatibleError(
+                f"--top-k is {top_k}, and student and teacher have {most + 1} ids in common; give {most} or less, or "
+                "--kind exact, which keeps the answer at all of them"
+            )
         header = TargetsHeader(
             kind=kind,
-            top_k=min(top_k, head.size - len(common.excluded) - 1) if kind == "top_k" else None,
+            top_k=(top_k or min(DEFAULT_TOP_K, most)) if kind == "top_k" else None,
             dtype=dtype if kind == "exact" else None,
             teacher={"model": settings.model, "weights": identity},
             sees=settings.sees,

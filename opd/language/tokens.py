@@ -18,6 +18,11 @@ class Tokens(Agreement):
     vocabulary: Vocabulary = EVERY_ID
     end_ids: tuple[int, ...] = ()
 
+    @property
+    def count(self) -> int | None:
+        size, ids = self.vocabulary.size, self.vocabulary.ids
+        return len(ids) if ids is not None else None if size is None else size - len(self.vocabulary.excluded)
+
 
 def tokens_of(context: Context) -> Tokens:
     """The agreement of a run on language; every id and no end where nothing has been agreed on yet."""

@@ -124,6 +124,10 @@ class Objective(Choice):
     def check_accepts(self, target: type[Distribution], source: str) -> None:
         """Raise `IncompatibleError` at start-up when this cannot be computed from what `source` answers."""
 
+    def check_ids(self, count: int) -> None:
+        """Raise `IncompatibleError` at start-up when it looks at more ids of a state than the `count` that student and
+        teachers have in common."""
+
     def check_authors(self, authors: Collection[Author]) -> None:
         """Raise `IncompatibleError` at start-up when `written_by` names somebody who is not among the `authors` of the
         rollout."""

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from opd.assembly import check_ids
+from opd.choice import nested
+from opd.distributions import Distribution
 from opd.errors import DataError, ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.cpu.packing import common_beginning
@@ -25,6 +28,8 @@ from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
 from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
+from opd.teachers import Teacher
+from opd.watches import Watch
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,9 @@ def plan_language(recipe: Recipe) -> Plan:
     hand."""
     notes = nothing_to_learn(recipe)
     student = recipe.student.shape(notes)
-    teachers: list[Members] = []
-    for teacher in recipe.teacher:
-        for kind, source in teacher.answered(recipe.student.answers):
-            for objective in recipe.objective:
-                objective.check_accepts(kind, source)
-        teachers.append((teacher.name, teacher.shapes(student, notes)))
+    _check_answers(recipe)
+    teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
+    check_ids(recipe, min(shape.vocabulary for shape in (student, *(s for _, shapes in teachers for s in shapes))))
     asked = [shapes for _, shapes in teachers if shapes]
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
@@ -123,6 +125,34 @@ def plan_language(recipe: Recipe) -> Plan:
 
 Members = tuple[str | None, list[Shape]]
 """A teacher's name, and its models: one of them answers at each position."""
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A teacher of whom it is known before a run what it answers."""
+
+    settings: Teacher
+    answers: type[Distribution]
+
+
+def _check_answers(recipe: Recipe) -> None:
+    """Raise what a run would of objectives, shapings and watches that what the teachers answer is not enough for."""
+    foreseen = []
+    for teacher in recipe.teacher:
+        answered = teacher.answered(recipe.student.answers)
+        for kind, source in answered:
+            for objective in recipe.objective:
+                objective.check_accepts(kind, source)
+        foreseen += [Foreseen(teacher, kind) for kind, _ in answered[:1]]
+    if len(foreseen) < len(recipe.teacher):
+        return  # of a store that lies elsewhere nothing is known
+    device = recipe.hardware.device
+    home = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    for shaping in recipe.shaping:
+        shaping.check_teachers(foreseen)
+    for part in nested(recipe.rollout):
+        if isinstance(part, Watch):
+            part.check_teachers(foreseen, home)
 
 
 def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:

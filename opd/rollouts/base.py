@@ -18,7 +18,7 @@ from opd.errors import IncompatibleError
 from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.request import Request, S
-from opd.schedules import OverSteps, Scheduled
+from opd.schedules import OverSteps, extremes
 from opd.trajectories import Author, Trajectories, join
 
 if TYPE_CHECKING:
@@ -223,8 +223,7 @@ class OneSource(Rollout):
 
     @property
     def longest(self) -> int:
-        tokens = self.max_new_tokens
-        return round(max(tokens.shape.extremes())) if isinstance(tokens, Scheduled) else tokens
+        return round(extremes(self.max_new_tokens)[1])
 
 
 class SeveralSources(Rollout):

@@ -16,7 +16,7 @@ from opd.rollouts.base import Combination, Rollout, SeveralSources
 from opd.rollouts.request import Request
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
-from opd.schedules import OverSteps, Scheduled
+from opd.schedules import OverSteps, extremes
 from opd.trajectories import Trajectories, continued
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class SwitchRollout(SeveralSources):
 
     @model_validator(mode="after")
     def _both_write(self) -> SwitchRollout:
-        at, longest = _extremes(self.position)[0], max(self.first.longest, self.then.longest)
+        at, longest = round(extremes(self.position)[0]), max(self.first.longest, self.then.longest)
         if at >= longest:
             raise ValueError(
                 f"position is {at}, and a trajectory has at most {longest} tokens: 'then' would never write; lower "
@@ -57,7 +57,7 @@ class SwitchRollout(SeveralSources):
 
     @property
     def longest(self) -> int:
-        return self._most(_extremes(self.position)[1], self.first.longest, self.then.longest)
+        return self._most(round(extremes(self.position)[1]), self.first.longest, self.then.longest)
 
     def _most(self, position: int, first: int, then: int) -> int:
         return min(max(first, then), min(position, first) + then)
@@ -67,12 +67,6 @@ class SwitchRollout(SeveralSources):
         if "data" in sources[1].authors:
             raise IncompatibleError("rollout.then is 'data'; a stored response cannot go on what another source began")
         return Switched(sources)
-
-
-def _extremes(tokens: int) -> tuple[int, int]:
-    """The least and the largest of all steps."""
-    low, high = tokens.shape.extremes() if isinstance(tokens, Scheduled) else (tokens, tokens)
-    return round(low), round(high)
 
 
 class Switched(Combination[SwitchRollout]):

@@ -17,7 +17,7 @@ from opd.objectives.base import Writing
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 S = TypeVar("S", bound="Shaping")
 
@@ -151,8 +151,8 @@ class Shaping(Choice):
         """Raise `IncompatibleError` at start-up when it cannot be found from what this source writes; `exact`: at every
         step actions are drawn from the student's whole distribution."""
 
-    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
-        """Raise `IncompatibleError` at start-up when it cannot be found from what these built teachers answer."""
+    def check_teachers(self, teachers: Sequence[Answering]) -> None:
+        """Raise `IncompatibleError` at start-up when it cannot be found from what these teachers answer."""
 
     @abstractmethod
     def build(self, context: Context) -> Shaper:

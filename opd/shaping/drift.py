@@ -18,7 +18,7 @@ from opd.shaping.base import Shape, Shaper, Shaping
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 
 class DriftWeights(Shaping):
@@ -43,7 +43,7 @@ class DriftWeights(Shaping):
     def build(self, context: Context) -> DriftShaper:
         return DriftShaper()
 
-    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
+    def check_teachers(self, teachers: Sequence[Answering]) -> None:
         self.signal.check_teacher(the_one(teachers, self.teacher, "shaping 'drift'"), "shaping 'drift'")
 
 

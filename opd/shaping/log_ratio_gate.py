@@ -17,7 +17,7 @@ from opd.shaping.base import Shape, Shaper, Shaping
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 
 class LogRatioGate(Shaping):
@@ -36,7 +36,7 @@ class LogRatioGate(Shaping):
     def build(self, context: Context) -> LogRatioGateShaper:
         return LogRatioGateShaper()
 
-    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
+    def check_teachers(self, teachers: Sequence[Answering]) -> None:
         teacher = the_one(teachers, self.teacher, "shaping 'log_ratio_gate'")
         if teacher.answers.kind not in ("categorical", "sampled"):
             raise IncompatibleError(

@@ -21,7 +21,7 @@ from opd.shaping.outcomes import KEPT, ByOutcome, compared, right_and_wrong
 from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 Statistic = Literal["mean", "minmax"]
 M = TypeVar("M", bound="Margin")
@@ -70,8 +70,8 @@ class Margin(ByOutcome):
                 "rollout: student without top_p and top_k"
             )
 
-    def check_answers(self, teacher: LiveTeacher) -> None:
-        """Raise `IncompatibleError` when a built teacher's answers do not say how likely an action was."""
+    def check_answers(self, teacher: Answering) -> None:
+        """Raise `IncompatibleError` when a teacher's answers do not say how likely an action was."""
         if teacher.answers.kind not in ("categorical", "sampled"):
             raise IncompatibleError(
                 f"shaping {kind_of(self)!r} needs the teacher's log-probability of the action taken, and this one "

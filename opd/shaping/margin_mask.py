@@ -13,7 +13,7 @@ from opd.distributions import Target
 from opd.shaping.margin import Calibrated, Margin, margin_of
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 
 class MarginMask(Margin):
@@ -49,5 +49,5 @@ class MarginMask(Margin):
     def mine(self, targets: Sequence[Target]) -> Sequence[Target]:
         return [target for target in targets if self.teacher in (None, target.teacher)]
 
-    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
+    def check_teachers(self, teachers: Sequence[Answering]) -> None:
         self.check_answers(the_one(teachers, self.teacher, "shaping 'margin_mask'"))

@@ -12,7 +12,7 @@ from opd.errors import IncompatibleError
 from opd.shaping.margin import Calibrated, Margin
 
 if TYPE_CHECKING:
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering
 
 
 class MarginShift(Margin):
@@ -34,7 +34,7 @@ class MarginShift(Margin):
         offsets = lam * (up * right.to(returns) - down * wrong.to(returns))
         return Calibrated(offsets, torch.ones_like(right))
 
-    def check_teachers(self, teachers: Sequence[LiveTeacher]) -> None:
+    def check_teachers(self, teachers: Sequence[Answering]) -> None:
         if len(teachers) != 1:
             raise IncompatibleError(
                 f"shaping 'margin_shift' moves the word of one teacher, and the recipe has {len(teachers)}: let one "

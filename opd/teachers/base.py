@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Generic, TypeVar
+from typing import Annotated, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,16 @@ from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
 S = TypeVar("S", bound="Teacher")
+
+
+class Answering(Protocol):
+    """A teacher as far as its answers are known: a built one, or one that a plan foresees."""
+
+    @property
+    def settings(self) -> Teacher: ...
+
+    @property
+    def answers(self) -> type[Distribution]: ...
 
 
 class LiveTeacher(ABC, Generic[S]):
@@ -65,14 +75,7 @@ class LiveTeacher(ABC, Generic[S]):
 
     def check_scorer(self, context: Context) -> None:
         """Raise `IncompatibleError` when it cannot answer while a text is being written."""
-        raise self._answers_whole_texts_alone()
-
-    def _answers_whole_texts_alone(self) -> IncompatibleError:
-        return IncompatibleError(
-            f"teacher {self.settings.name or kind_of(self.settings)!r} answers whole trajectories alone, and "
-            "rollout.watch asks it while they are written: take a teacher of kind local, self or routed, or "
-            "leave out rollout.watch"
-        )
+        raise answers_whole_texts_alone(self.settings)
 
     def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
         """What it says of completions that are being written, under its own view of the prompts.
@@ -85,7 +88,7 @@ class LiveTeacher(ABC, Generic[S]):
         Raises:
             IncompatibleError: see `check_scorer`.
         """
-        raise self._answers_whole_texts_alone()
+        raise answers_whole_texts_alone(self.settings)
 
     def members(self) -> dict[str, LiveTeacher]:
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""
@@ -126,6 +129,14 @@ class LiveTeacher(ABC, Generic[S]):
         """Called after every optimiser step; a teacher that is made of the student moves here."""
 
 
+def answers_whole_texts_alone(settings: Teacher) -> IncompatibleError:
+    """What is said of a teacher that is asked while rollouts are written and cannot answer then."""
+    return IncompatibleError(
+        f"teacher {settings.name or kind_of(settings)!r} answers whole trajectories alone, and rollout.watch asks it "
+        "while they are written: take a teacher of kind local, self or routed, or leave out rollout.watch"
+    )
+
+
 def answers_of(teacher: LiveTeacher, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
     """What a teacher says of trajectories, with its name and its weight: read where that came with them, since whoever
     wrote them has asked already, and else asked for. Arguments are those of `LiveTeacher.answer`."""
@@ -154,6 +165,16 @@ class Teacher(Choice):
         """Of which kinds its answers will be, with what gives them, as far as that is known before it is built;
         `student` is the kind of the student's own."""
         return []
+
+    @property
+    def listed(self) -> int | None:
+        """How many ids of each state its answers list, where that is settled before it is built; None where they are of
+        all ids, or where nobody knows."""
+        return None
+
+    def check_scorer(self, home: torch.device) -> None:
+        """Raise `IncompatibleError` when its settings keep it from answering while a text is being written; `home` is
+        the student's device."""
 
     @abstractmethod
     def build(self, context: Context, student: Student) -> LiveTeacher:

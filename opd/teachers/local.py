@@ -52,6 +52,15 @@ class LocalTeacher(ModelSettings, Teacher):
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(Categorical, "the teacher")]
 
+    def check_scorer(self, home: torch.device) -> None:
+        away = self.device is not None and torch.device(self.device) != home
+        key = "offload" if self.offload else "device" if away else None
+        if key is not None:
+            raise IncompatibleError(
+                f"teacher.{key} keeps it away from the student, and rollout.watch asks it while rollouts are "
+                f"written: leave out teacher.{key} or rollout.watch"
+            )
+
     def build(self, context: Context, student: Student | None) -> LanguageTeacher:
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
@@ -119,12 +128,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
         return [Target(Categorical(torch.cat(rows).to(home), head.to(home)), teacher=settings.name)]
 
     def check_scorer(self, context: Context) -> None:
-        key = "offload" if self.offload else "device" if self.device != context.device else None
-        if key is not None:
-            raise IncompatibleError(
-                f"teacher.{key} keeps it away from the student, and rollout.watch asks it while rollouts are "
-                f"written: leave out teacher.{key} or rollout.watch"
-            )
+        self.settings.check_scorer(context.device)
 
     def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
         views = [self.language.encode(prompt, self.settings.sees) for prompt in prompts]

@@ -56,6 +56,14 @@ class RoutedTeacher(Teacher):
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [each for route in self.routes.values() for each in route.answered(student)]
 
+    @property
+    def listed(self) -> int | None:
+        return min((k for route in self.routes.values() if (k := route.listed) is not None), default=None)
+
+    def check_scorer(self, home: torch.device) -> None:
+        for route in self.routes.values():
+            route.check_scorer(home)
+
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
         return [
             replace(shape, name=f"{shape.name} for {tag}")

@@ -17,7 +17,7 @@ from opd.planning import Shape
 from opd.policies.base import Student
 from opd.store.store import Store
 from opd.store.targets import ANSWERS, Targets
-from opd.teachers.base import LiveTeacher, Teacher
+from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.trajectories import Trajectories
 
 
@@ -47,6 +47,13 @@ class StoredTeacher(Teacher):
 
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(ANSWERS[self._targets().header.kind], "the store")] if self._is_here() else []
+
+    @property
+    def listed(self) -> int | None:
+        return self._targets().header.top_k if self._is_here() else None
+
+    def check_scorer(self, home: torch.device) -> None:
+        raise answers_whole_texts_alone(self)
 
     def _is_here(self) -> bool:
         return (Path(self.path) / "store.json").is_file()

@@ -18,7 +18,7 @@ from opd.prompts import Prompt
 
 if TYPE_CHECKING:
     from opd.policies import Student
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering, LiveTeacher
 
 
 S = TypeVar("S", bound="Watch")
@@ -102,6 +102,9 @@ class Watch(Choice):
 
     axis: ClassVar[str] = "watch"
     modality: ClassVar[str | None] = "language"
+
+    def check_teachers(self, teachers: Sequence[Answering], home: torch.device) -> None:
+        """Raise `IncompatibleError` when these teachers cannot answer what it asks; `home` is the student's device."""
 
     @abstractmethod
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LiveWatch:

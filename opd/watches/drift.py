@@ -18,7 +18,10 @@ from opd.watches.base import Findings, LiveWatch, Rows, Watch
 
 if TYPE_CHECKING:
     from opd.policies import Student
-    from opd.teachers import LiveTeacher
+    from opd.teachers import Answering, LiveTeacher
+
+
+WHOSE = "rollout.watch 'drift'"
 
 
 class Drift(Watch):
@@ -36,9 +39,14 @@ class Drift(Watch):
     drop: float = Field(0.01, gt=0, le=1, description="What each drift event takes from the weight; a row ends at 0")
     teacher: str | None = Field(None, description="Name of the teacher that watches; default the only one")
 
+    def check_teachers(self, teachers: Sequence[Answering], home: torch.device) -> None:
+        teacher = the_one(teachers, self.teacher, WHOSE)
+        self.signal.check_teacher(teacher, WHOSE)
+        teacher.settings.check_scorer(home)
+
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> DriftWatch:
-        teacher = the_one(teachers, self.teacher, "rollout.watch 'drift'")
-        self.signal.check_teacher(teacher, "rollout.watch 'drift'")
+        self.check_teachers(teachers, context.device)
+        teacher = the_one(teachers, self.teacher, WHOSE)
         teacher.check_scorer(context)
         return DriftWatch(teacher, self.signal.k)
 
