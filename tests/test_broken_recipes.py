@@ -95,6 +95,25 @@ REFUSED = {
     "rollout.temperature=0.5": "did you mean 'temperature'",
     "update.learnin_rate=1": "did you mean 'update.learning_rate'",
     "lerning_rate=1": "did you mean 'update.learning_rate'",
+    # Where another kind of the same place has it.
+    "objective={kind: reverse_kl, k: 4}": "k is a setting of kind reverse_kl_candidates, and this is kind reverse_kl",
+    "curriculum={kind: shuffled, lengths: [3]}": "a setting of kind length_ladder, and this is kind shuffled, which",
+    "rollout={watch: {kind: drift, times: 3}}": "times is a setting of kind repetition, and this is kind drift",
+    "shaping=[{kind: drift, delta: 1}]": "unknown key 'shaping.0.delta'; delta is a setting of kind margin_mask, ma",
+    # Another type than the place takes.
+    "rollout.segment=4": "rollout: segment is 4, and without a watch",
+    "batch.prompts=x": "batch.prompts is 'x': it takes a whole number",
+    "batch.prompts=1.5": "batch.prompts is 1.5: it takes a whole number",
+    "update.learning_rate=null": "update.learning_rate is None: it takes a number; leave the key out",
+    "skip_bad_prompts=maybe": "it takes true or false",
+    "name=7": "name is 7: it takes a text; quote what YAML takes for a number",
+    "end_tokens=7": "end_tokens is 7: it takes a list",
+    "tracking.trackers=null": "it takes a list, [item, ...]; leave the key out for its default",
+    "student.lora=3": "student.lora is 3: it takes a block of keys, {key: value, ...} with keys such as rank, alpha",
+    "evaluation.stop=3": "evaluation.stop is 3: it takes a block of keys, {key: value, ...} with keys such as metric",
+    "teacher={kind: routed, by: t, routes: []}": "teacher.routes is []: it takes a block of keys",
+    "reduction=3": "reduction is 3: accepted: token_mean, sequence_mean, sequence_sum",
+    "objective={kind: reverse_kl, tail: null}": "accepted: bucket, none; leave the key out for its default",
     # Weights that stop being numbers.
     "update.learning_rate=1e300": "not a number",
     "teacher.cache={path: /dev/null/x}": "teacher.cache",
@@ -179,6 +198,29 @@ def test_hints_stay_near_the_key_or_name_what_other_trainers_call_so(recipe_file
     for override, hint in hints.items():
         with pytest.raises(RecipeError, match=hint):
             load_recipe(str(recipe_file), [override])
+
+
+@pytest.mark.parametrize("value", ["null", "[]", "[null]", "[1]", "7", "true", "{kind: nope}", "nope", "{kind: 3}"])
+def test_what_is_no_choice_is_answered_with_the_choices(value, recipe_file):
+    """Of every axis, in the words of a recipe."""
+    axes = ("student", "teacher", "prompts", "curriculum", "rollout", "verifier", "shaping", "objective", "update")
+    places = ("rollout.watch", "shaping={kind: drift}", "batch", "evaluation", "checkpoint", "hardware", "tracking")
+    for place in (*axes, *places):
+        key, _, above = place.partition("=")
+        overrides = [place, f"{key}.signal={value}"] if above else [f"{key}={value}"]
+        if place in ("verifier", "rollout.watch") and value == "null":
+            continue
+        with pytest.raises(RecipeError) as found:
+            load_recipe(str(recipe_file), overrides)
+        said = str(found.value)
+        assert key in said
+        assert len(said.splitlines()) <= 2
+        assert len(said) < 500
+        for words in ("input should", "dictionary", "instance of", "fields from", "validation"):
+            assert words not in said.lower(), said
+        if place in axes and value in ("7", "true"):
+            kinds = {"curriculum": "shuffled", "student": "causal_lm", "objective": "reverse_kl"}.get(place, "")
+            assert kinds in said
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path, monkeypatch):

@@ -51,7 +51,10 @@ class SamplingSettings(Settings):
     @model_validator(mode="after")
     def _looked_at(self) -> Self:
         if self.segment is not None and self.watch is None:
-            raise ValueError("segment: without a watch nobody looks between segments; remove the key, or set watch")
+            raise ValueError(
+                f"segment is {self.segment}, and without a watch nobody looks between segments; remove the key, or set "
+                "watch"
+            )
         return self
 
 

@@ -46,12 +46,48 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
         return f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_at(loc)[1])}{tail}"
+    if kind in WANTED:
+        given = first.get("input")
+        quote = "date" if isinstance(given, date) else "number" if isinstance(given, int | float) else None
+        aside = f"; quote what YAML takes for a {quote}" if quote and kind == "string_type" else ""
+        return f"{origin}: {key} is {value}: it takes {_wanted(loc, kind)}{aside}{_default(loc, given)}{tail}"
+    if kind == "literal_error":
+        expected = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        return f"{origin}: {key} is {value}: accepted: {expected}{_default(loc, first.get('input'))}{tail}"
+    if kind == "too_short" and isinstance(first.get("input"), list) and not first["input"]:
+        return f"{origin}: {key} is []: it needs {first['ctx']['min_length']} item or more{_default(loc, None)}{tail}"
     message = first["msg"].removeprefix("Value error, ")
-    if isinstance(first.get("input"), date):
-        message += "; quote what YAML takes for a date"
+    if kind == "value_error" and loc and isinstance(first.get("input"), dict):
+        # A rule about several of a block's keys names them itself.
+        return f"{origin}: {key}: {message}{tail}"
     if not loc:
         return f"{origin}: {message}{tail}"
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
+
+
+WANTED = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a block of keys, {key: value, ...}"),
+    "string_type": "a text",
+    "list_type": "a list, [item, ...]",
+}
+"""What a place takes, by pydantic's names of finding another type there."""
+
+
+def _wanted(loc: Sequence[int | str], kind: str) -> str:
+    blocks, kinds = _at(loc)
+    if kinds and kind == "model_attributes_type":
+        return f"a kind, or a block {{kind: ..., ...}}; kinds: {', '.join(kinds)}"
+    keys = list(_fields(blocks)) if kind.startswith("model") else []
+    return f"{WANTED[kind]} with keys such as {', '.join(keys[:4])}" if keys else WANTED[kind]
+
+
+def _default(loc: Sequence[int | str], value: object) -> str:
+    """What to do instead of writing null at a place that has a default."""
+    field = _fields(_at(loc[:-1])[0]).get(str(loc[-1])) if loc else None
+    return "; leave the key out for its default" if value is None and field and not field.is_required() else ""
 
 
 def short(value: object) -> str:
@@ -140,12 +176,19 @@ def _at(loc: Sequence[int | str]) -> tuple[Blocks, dict[str, type[Choice]]]:
 
 def _meant(loc: Sequence[int | str], key: str) -> str:
     """Which key was meant: what other trainers call so, the same word around or below this place, or the nearest here,
-    or what is accepted here. The same word in a block that has nothing to do with this one is told as that."""
+    or what is accepted here. A setting of another kind of this place, and the same word in a block that has nothing to
+    do with this one, are told as that."""
     valid, leaf = list(_fields(_at(loc[:-1])[0])), str(loc[-1])
     block = key.rsplit(".", 1)[0] + "." if "." in key else ""
     named = ELSEWHERE.get(key) or ELSEWHERE.get(leaf)
     if named is not None and leaf not in valid:
         return f" (did you mean {named!r}?)"
+    if having := _kinds_with(loc):
+        accepted = [name for name in valid if name != "kind"] or ["no settings"]
+        return (
+            f"; {leaf} is a setting of kind {', '.join(having[:4])}{', ...' if having[4:] else ''}, and this is kind "
+            f"{loc[-2]}, which takes {', '.join(accepted)}"
+        )
     elsewhere = sorted((k for k in all_keys() if k.rsplit(".", 1)[-1] == leaf), key=lambda k: k.count("."))
     related = [k for k in elsewhere if k.startswith(block) or block.startswith(k.removesuffix(leaf))]
     if related:
@@ -161,6 +204,14 @@ def _meant(loc: Sequence[int | str], key: str) -> str:
     if far:
         return f" (did you mean {next(k for k in all_keys() if k.rsplit('.', 1)[-1] == far[0])!r}?)"
     return f"; accepted here: {', '.join(valid)}"
+
+
+def _kinds_with(loc: Sequence[int | str]) -> list[str]:
+    """The other kinds of the choice at whose key `loc` points that have this key."""
+    kinds = _at(loc[:-2])[1]
+    if len(loc) < 2 or loc[-2] not in kinds:
+        return []
+    return [kind for kind, each in kinds.items() if loc[-1] in each.model_fields]
 
 
 ELSEWHERE = {
