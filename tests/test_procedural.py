@@ -19,6 +19,8 @@ from opd.choice import choices_of
 from opd.cli import main
 from opd.errors import DataError, ModelError, OpdError, RecipeError
 from opd.language.creation import create_model, named_tokenizer, symbol_tokenizer, task_tokenizer
+from opd.language.model import load_tokenizer
+from opd.policies.causal_lm import CausalLM
 from opd.procedural import ANSWER_PATTERN, SPLITS, Task
 from opd.procedural.arithmetic import Arithmetic
 from opd.procedural.base import split_of
@@ -418,6 +420,15 @@ def test_commands_tell_mistakes_in_a_line_or_two(words, message, tmp_path, monke
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 2
+
+
+def test_a_model_that_was_made_is_named_as_recipes_must_name_it(tmp_path, monkeypatch, capsys):
+    folder = str(tmp_path / "m")
+    code, out, err = run_cli(monkeypatch, capsys, ["opd", "create-model", folder, "--tokenizer", "task:running_sum"])
+    assert (code, out) == (0, f"{folder}\n")
+    assert f"{{model: {folder}, template: plain}}" in err
+    with pytest.raises(ModelError, match=r"set template: plain beside it \(student.template, teacher.template\)"):
+        load_tokenizer(CausalLM(model=folder))
 
 
 def test_rows_print_as_json_lines(monkeypatch, capsys):

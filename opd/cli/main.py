@@ -354,9 +354,10 @@ def create_model(
     from opd.language.creation import create_model, named_tokenizer
 
     _quiet_libraries()
+    made = named_tokenizer(tokenizer)
     path = create_model(
         folder,
-        named_tokenizer(tokenizer),
+        made,
         family=family,  # type: ignore[arg-type]  # checked there
         width=width,
         layers=layers,
@@ -367,6 +368,11 @@ def create_model(
         overwrite=overwrite,
     )
     print(path)
+    if not made.chat_template:
+        print(
+            f"its tokenizer has no chat template: as student and as teacher name it {{model: {path}, template: plain}}",
+            file=sys.stderr,
+        )
 
 
 @app.command()

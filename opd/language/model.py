@@ -127,7 +127,8 @@ def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrai
         raise _cannot_load("tokenizer", reference, error) from None
     if settings.template == "chat" and not tokenizer.chat_template:
         raise ModelError(
-            f"model {settings.model!r}: its tokenizer has no chat template; template: plain encodes prompts as text"
+            f"model {settings.model!r}: its tokenizer has no chat template; set template: plain beside it "
+            "(student.template, teacher.template), which encodes prompts as text"
         )
     return tokenizer
 
