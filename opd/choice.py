@@ -107,6 +107,10 @@ class Choice(Settings):
     modality: ClassVar[str | None] = None
     """What kind of student this is for, `language` or `flow`; None fits any."""
 
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Of what steps log (train/NAME), what a person follows while it trains: each has a place on the step's line where
+    the step logged it."""
+
 
 def kind_of(choice: Choice | type[Choice]) -> str:
     """What recipes call a choice."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from opd.choice import nested
 from opd.errors import RESUME, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.failures import skipped_rows
@@ -96,6 +97,9 @@ class Monitor:
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
+        for name in dict.fromkeys(name for part in nested(run.recipe) for name in part.shown):
+            if name in signals:
+                numbers += f"  {name.removeprefix('curriculum/').replace('/', ' ')} {_short(signals[name])}"
         numbers += f"  {signals['tokens_per_second']:.0f} {run.student.unit}/s"
         self._progress.update(run.step, numbers)
         every = run.recipe.evaluation.every
@@ -241,6 +245,10 @@ class Monitor:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._progress.stop()
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value.is_integer() else f"{value:.2f}"
 
 
 def _held_out(metrics: dict[str, float]) -> dict[str, float]:

@@ -253,6 +253,29 @@ def test_every_source_with_a_copy_keeps_its_own(tmp_path):
     assert plan.memory["bfloat16 copy for rollouts"] == 2 * (plan.student.parameters + plan.teachers[0].parameters)
 
 
+def test_what_watches_a_rollout_keeps_a_cache_of_its_own(tmp_path):
+    """Of the model that scores, as long as the rows, and as wide as the widest of the routes."""
+    small, wide = save_tiny(tmp_path / "m"), save_tiny(tmp_path / "w", width=64)
+    own = {"max_new_tokens": 400, "batch": 48}
+    watched = {**own, "watch": {"kind": "drift", "teacher": "t"}}
+    local, wider = ({"name": "t", "kind": "local", "model": path, "template": "plain"} for path in (small, wide))
+    routes = {tag: {k: v for k, v in each.items() if k != "name"} for tag, each in (("a", local), ("b", wider))}
+    routed = {"name": "t", "kind": "routed", "by": "side", "routes": routes}
+    prompts = {"kind": "inline", "prompts": [{"prompt": "abc", "side": i} for i in "aab"]}
+    batch = {"prompts": 64, "group": 1, "micro": 1}
+
+    def needs(rollout, *teachers):
+        plan = make_plan(recipe(small, rollout=rollout, teacher=list(teachers), prompts=prompts, batch=batch))
+        return plan.memory[SAMPLING]
+
+    # Keys and values of two layers, two heads of a quarter of the width, 4 bytes each.
+    for teacher, width in ((local, 32), (routed, 64)):
+        kept = needs(watched, teacher) - needs(own, teacher)
+        assert kept == 48 * (3 + 400) * 2 * 2 * 2 * width // 4 * 4
+    repeated = {**own, "watch": "repetition"}
+    assert needs(repeated, local) == needs(own, local)
+
+
 def test_evaluations_count(tmp_path):
     """They draw as many rows as they measure, whatever a step draws."""
     path = save_tiny(tmp_path / "m")

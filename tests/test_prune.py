@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 
 import pytest
 import torch
+from rich.console import Console
 
 import opd
+from opd.api import execute
 from opd.assembly import assemble
 from opd.compatibility.decay import decayed, most_events
 from opd.compatibility.overlap import Overlap
@@ -271,6 +275,37 @@ def test_a_rollout_is_stopped_where_it_drifts_and_no_state_is_scored_twice(tmp_p
     assert all(r["train/stopped"] == 1.0 for r in steps)
     assert all("drifted" in row["stopped"] for row in rows_of(tmp_path / "run"))
     assert all(r["train/teacher_tokens"] == r["train/positions"] for r in steps)
+
+
+def test_the_line_of_a_step_shows_window_drift_and_what_was_stopped(tmp_path):
+    """What each choice declares as worth it, and what was logged alone."""
+    student, teacher = models(tmp_path)
+    block = {
+        "output": str(tmp_path / "run"),
+        "steps": 1,
+        "student": student,
+        "teacher": teacher,
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "shaping": {"kind": "drift", **DRIFT},
+        "curriculum": {"kind": "window", "minimum": 8, "maximum": 24, "start": 20, "by": 4, "margin": 2},
+        "rollout": {"segment": 4, "watch": {"kind": "drift", **DRIFT}},
+        "end_tokens": [89],
+        "batch": {"prompts": 2, "micro": 2},
+        "evaluation": {"held_out": 1, "max_new_tokens": 4},
+        "checkpoint": {"every": 0},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+    }
+    console = Console(file=io.StringIO())
+    execute(parse_recipe(block), console=console)
+    line = next(text for text in console.file.getvalue().splitlines() if text.startswith("step 1/1"))
+    assert re.search(r"length 8  window 20  stopped 1  drifted 1(\.00)?  \d+ tok/s", line), line
+    block |= {"output": str(tmp_path / "plain"), "shaping": "uniform", "curriculum": "shuffled", "rollout": "student"}
+    block["rollout"] = {"max_new_tokens": 4}
+    console = Console(file=io.StringIO())
+    execute(parse_recipe(block), console=console)
+    line = next(text for text in console.file.getvalue().splitlines() if text.startswith("step 1/1"))
+    assert re.search(r"length \d  \d+ tok/s", line), line
 
 
 def test_a_watch_that_ends_no_row_logs_that(tmp_path):

@@ -37,6 +37,7 @@ class Difficulty(Curriculum):
 
     kind: Literal["difficulty"] = "difficulty"
     needs_reward: ClassVar[bool] = True
+    shown: ClassVar[tuple[str, ...]] = ("curriculum/solved_before",)
     responses: int = Field(8, ge=2, description="Answers to each prompt before training")
     budget: int | None = Field(None, ge=1, description="Most actions of such an answer; default the rollout's")
     most: float = Field(4.0, ge=1, description="Most copies of a prompt")

@@ -27,6 +27,7 @@ class LengthLadder(Curriculum):
 
     kind: Literal["length_ladder"] = "length_ladder"
     modality: ClassVar[str | None] = "language"
+    shown: ClassVar[tuple[str, ...]] = ("curriculum/rung",)
     lengths: list[int] = Field(min_length=1, description="Budget of actions on each rung, growing")
     steps_per_rung: int = Field(ge=1, description="Steps that each length lasts")
     minimum_entropy: float | None = Field(None, gt=0, description="The gate, in nats a token; default no gate")

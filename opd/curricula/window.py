@@ -29,6 +29,7 @@ class Window(Curriculum):
     kind: Literal["window"] = "window"
     modality: ClassVar[str | None] = "language"
     reads: ClassVar[tuple[str, ...]] = ("reliable",)
+    shown: ClassVar[tuple[str, ...]] = ("curriculum/window",)
     minimum: int = Field(ge=1, description="Least budget")
     maximum: int = Field(ge=1, description="Largest budget")
     start: int | None = Field(None, ge=1, description="Budget of the first step; default the minimum")

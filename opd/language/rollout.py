@@ -18,6 +18,7 @@ from opd.language.engines.base import Drawing, EncodedPrompt, Row, followed_by
 from opd.language.engines.in_process import InProcess
 from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
 from opd.language.watching import SEGMENT, Watching
+from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
@@ -47,6 +48,10 @@ class SamplingSettings(Settings):
     segment: int | None = Field(
         None, ge=1, description=f"Tokens drawn between two looks of the watch; default {SEGMENT}"
     )
+
+    def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
+        """Which models score the rows while they are written, for a plan; see `Watch.scorers`."""
+        return () if self.watch is None else self.watch.scorers(teachers)
 
     @model_validator(mode="after")
     def _looked_at(self) -> Self:

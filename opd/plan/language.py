@@ -237,7 +237,10 @@ def _memory(
     longest = prompt + max(completion, recipe.evaluation.longest or 0)
     drawn = max(recipe.batch.prompts * recipe.batch.group, recipe.evaluation.held_out * recipe.evaluation.k)
     # Samplers of several sources, and of evaluations, work one after the other.
-    rollout = max(_sampling(settings, shape, device, drawn, longest) for settings, shape in samplers)
+    rollout = max(
+        _sampling(settings, shape, device, drawn, longest) + _watching(settings, teachers, drawn, prompt + completion)
+        for settings, shape in samplers
+    )
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
     if rollout > training:
@@ -273,6 +276,12 @@ def _sampling(settings: Sampling, shape: Shape, device: str, drawn: int, longest
     # What `opd.language.engines.cpu.prepacked` holds: at most the weights that are sampled from.
     packed = (copied or shape.weight_bytes) if device == "cpu" else 0
     return cache + 4 * rows * shape.vocabulary * 4 + packed
+
+
+def _watching(settings: Sampling, teachers: Sequence[Members], drawn: int, longest: int) -> int:
+    """Bytes of the keys and values that a model keeps which scores the rows while they are written."""
+    rows = min(settings.batch, drawn)
+    return rows * longest * max((shape.kv_bytes_per_token for shape in settings.scorers(teachers)), default=0)
 
 
 def _activations(recipe: Recipe, student: Shape, tokens: int, notes: list[str]) -> int:

@@ -158,6 +158,9 @@ class Sampling(Protocol):
     @property
     def dtype(self) -> str: ...
 
+    def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
+        """Which models score the rows while they are written, one of them each row; `teachers` with their names."""
+
 
 class Rollout(Choice):
     """Base of the axis."""

@@ -32,6 +32,7 @@ class DriftWeights(Shaping):
     kind: Literal["drift"] = "drift"
     modality: ClassVar[str | None] = "language"
     measures: ClassVar[tuple[str, ...]] = ("drifted", "reliable")
+    shown: ClassVar[tuple[str, ...]] = ("drifted",)
     signal: Annotated[Compatibility, OneOf(Compatibility)] = Field(
         Overlap(), description="What says at each state whether the two go together"
     )

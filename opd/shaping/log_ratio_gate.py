@@ -30,6 +30,7 @@ class LogRatioGate(Shaping):
     kind: Literal["log_ratio_gate"] = "log_ratio_gate"
     modality: ClassVar[str | None] = "language"
     measures: ClassVar[tuple[str, ...]] = ("gated",)
+    shown: ClassVar[tuple[str, ...]] = ("gated",)
     limit: Annotated[float, OverSteps(gt=0)] = Field(10.0, description="Nats from which on a position is left out")
     teacher: str | None = Field(None, description="Name of the teacher that is compared; default the only one")
 

@@ -43,6 +43,7 @@ class Margin(ByOutcome):
 
     modality: ClassVar[str | None] = "language"
     measures: ClassVar[tuple[str, ...]] = ("return", "group_margin", "group_margin_after")
+    shown: ClassVar[tuple[str, ...]] = ("margin/before", "margin/inverted")
     statistic: Statistic = Field("mean", description="What of a group's returns the margin is made of")
     delta: float = Field(0.4, ge=0, description="Least margin, in nats a token")
 

@@ -33,6 +33,7 @@ class OutcomeBalance(ByOutcome):
 
     kind: Literal["outcome_balance"] = "outcome_balance"
     measures: ClassVar[tuple[str, ...]] = (KEPT,)
+    shown: ClassVar[tuple[str, ...]] = ("balance/kept",)
     ratio: float | Literal["inf"] = Field(
         1.0, description="Right trajectories to each wrong one; 0 keeps wrong ones alone, inf right ones"
     )

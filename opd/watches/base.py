@@ -14,6 +14,7 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Target, TopK
 from opd.language.engines.base import EncodedPrompt
+from opd.planning import Shape
 from opd.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -102,6 +103,12 @@ class Watch(Choice):
 
     axis: ClassVar[str] = "watch"
     modality: ClassVar[str | None] = "language"
+    shown: ClassVar[tuple[str, ...]] = ("stopped",)
+
+    def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
+        """Which models score the rows while they are written, for a plan: one of them each row. `teachers` with their
+        names."""
+        return ()
 
     def check_teachers(self, teachers: Sequence[Answering], home: torch.device) -> None:
         """Raise `IncompatibleError` when these teachers cannot answer what it asks; `home` is the student's device."""

@@ -14,6 +14,7 @@ from opd.compatibility.decay import most_events
 from opd.compatibility.overlap import Overlap
 from opd.context import Context
 from opd.distributions import Distribution, Target, TopK, joined
+from opd.planning import Shape
 from opd.watches.base import Findings, LiveWatch, Rows, Watch
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Drift(Watch):
     )
     drop: float = Field(0.01, gt=0, le=1, description="What each drift event takes from the weight; a row ends at 0")
     teacher: str | None = Field(None, description="Name of the teacher that watches; default the only one")
+
+    def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
+        return next((shapes for name, shapes in teachers if self.teacher in (None, name)), ())
 
     def check_teachers(self, teachers: Sequence[Answering], home: torch.device) -> None:
         teacher = the_one(teachers, self.teacher, WHOSE)
