@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-import traceback
-from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from opd import sharding
@@ -22,48 +16,12 @@ from opd.checkpoints.store import folder_of, steps_stored
 from opd.errors import RecipeError, RunError
 from opd.updates.plain import PlainUpdate
 from tests.conftest import save_tiny
+from tests.processes import together
 from tests.test_checkpoints import EMA
 from tests.test_loop import recipe_for
 
 pytestmark = pytest.mark.timeout(900)  # four processes may share a machine with others
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-
-
-def together(recipe, environment, **options):
-    """Run a recipe by two processes; returns what each of them says of it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["opd.api", "tests.test_loop"])
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        own |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **environment}
-        mine, theirs = context.Pipe()
-        process = context.Process(target=_member, args=(theirs, own, recipe, options), daemon=True)
-        process.start()
-        theirs.close()
-        pipes.append(mine)
-        processes.append(process)
-    try:
-        answers = [pipe.recv() if pipe.poll(400) else "no answer in time" for pipe in pipes]
-    finally:
-        for process in processes:
-            process.join(20)
-            if process.is_alive():
-                process.kill()
-    return answers
-
-
-def _member(pipe, environment, recipe, options):
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    try:
-        result = execute(recipe, quiet=True, **options)
-        sharded = any(isinstance(parameter, DTensor) for parameter in result.student.parameters())
-        pipe.send({"history": result.history, "sharded": sharded})
-    except BaseException as error:
-        pipe.send(error if isinstance(error, RunError) else traceback.format_exc())
 
 
 def states(recipe):

@@ -1,0 +1,52 @@
+"""Runs of several processes that are started as the launcher of torch starts them, from interpreters that have imported
+the library already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from contextlib import closing
+
+from torch.distributed.tensor import DTensor
+
+from opd.api import execute
+from opd.errors import RunError
+
+
+def together(recipe, environment, **options):
+    """Run a recipe by two processes; returns what each of them says of it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["opd.api", "tests.test_loop"])
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        own |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1, **environment}
+        mine, theirs = context.Pipe()
+        process = context.Process(target=_member, args=(theirs, own, recipe, options), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    try:
+        answers = [pipe.recv() if pipe.poll(400) else "no answer in time" for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()
+    return answers
+
+
+def _member(pipe, environment, recipe, options):
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        result = execute(recipe, quiet=True, **options)
+        sharded = any(isinstance(parameter, DTensor) for parameter in result.student.parameters())
+        pipe.send({"history": result.history, "sharded": sharded})
+    except BaseException as error:
+        pipe.send(error if isinstance(error, RunError) else traceback.format_exc())
