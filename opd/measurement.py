@@ -11,6 +11,7 @@ import torch
 from opd.errors import RunError
 from opd.objectives import Loss, Objective
 from opd.objectives.base import label
+from opd.reduction import sums_by_trajectory
 from opd.shaping import Shape
 from opd.teachers import LiveTeacher
 from opd.trajectories import AUTHORS, Trajectories
@@ -147,12 +148,38 @@ class Measurement:
 
     @property
     def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
-        """The step's first trajectories of one prompt with their numbers, as `parts` are; at most `SHOWN`."""
-        if not self.parts:
+        """Trajectories of one prompt with their numbers, as `parts` are; at most `SHOWN`, different rewards first.
+
+        The prompt is the one with the largest offset, without offsets the first one of which a trajectory weighs
+        nothing, and else the first.
+        """
+        members: dict[int, list[tuple[int, int]]] = {}
+        moved: dict[int, tuple[float, bool]] = {}
+        for k, (micro, values) in enumerate(self.parts):
+            sizes = [torch.zeros(len(micro))] * 2
+            for i, name in enumerate(("offset", "weight")):
+                if name in values:
+                    sizes[i] = sums_by_trajectory(values[name].abs(), micro.lengths).cpu() / micro.lengths.clamp(min=1)
+            for i, group in enumerate(micro.groups.tolist()):
+                members.setdefault(group, []).append((k, i))
+                found = (float(sizes[0][i]), bool(sizes[1][i] == 0))
+                moved[group] = max(found, moved.get(group, found))
+        if not members:
             return []
-        groups = self.parts[0][0].groups[:SHOWN]
-        first, here = self.parts[0][0].rows(0, int((groups == groups[0]).sum()))
-        return [(first, {name: value[here] for name, value in self.parts[0][1].items()})]
+        # Of each reward the first one, then of each the second, and so on.
+        seen: dict[float | None, int] = {}
+        turns = []
+        for k, i in members[max(moved, key=lambda group: moved[group])]:
+            reward = self.parts[k][0].reward(i)
+            seen[reward] = seen.get(reward, 0) + 1
+            turns.append((seen[reward], k, i))
+        shown = sorted((k, i) for _, k, i in sorted(turns, key=lambda turn: turn[0])[:SHOWN])
+        found = []
+        for k in dict.fromkeys(k for k, _ in shown):
+            micro, values = self.parts[k]
+            one, here = micro.pick([i for of, i in shown if of == k])
+            found.append((one, {name: value[here.to(value.device)] for name, value in values.items()}))
+        return found
 
     @property
     def positions(self) -> int:

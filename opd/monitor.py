@@ -27,6 +27,7 @@ from opd.progress import Bar, Lines, Nothing, shows_bars
 from opd.provenance import models_of
 from opd.recipe import Recipe
 from opd.run import Run
+from opd.shaping import words_of
 
 LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 """What a run adds lines to."""
@@ -90,6 +91,8 @@ class Monitor:
         parts = measurement.parts if skipped else measurement.example
         for trajectories, values in parts if run.optimiser.writes_rollouts else ():
             rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers)
+            told = words_of(run.recipe.shaping, trajectories, values)
+            rows = [row | ({"shaped": words} if words else {}) for row, words in zip(rows, told, strict=True)]
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         called = run.recipe.objective[0].called

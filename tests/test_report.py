@@ -25,7 +25,8 @@ import yaml
 from opd.choice import choices_of
 from opd.compatibility import Compatibility
 from opd.errors import RunError
-from opd.report import Layer, register, write_report
+from opd.report import Bars, Curves, Layer, Line, register, register_chart, write_report
+from opd.report.charts import registered_charts
 from opd.report.curves import PHASES, POINTS, curves, extremes
 from opd.report.glossary import MEANINGS
 from opd.report.layers import registered
@@ -34,6 +35,7 @@ from opd.report.page import LARGEST, collect, differing_keys, labels, page, upda
 from opd.report.rows import choose_held_out, choose_training, encode, evenly, scan
 from tests.test_prune import DRIFT
 from tests.test_prune import run as run_pruned
+from tests.test_uni import trained as run_uni
 
 ATTACK = "</script><script>window.attacked=1</script><img src=x onerror=window.attacked=1>\u2028\u202e"
 WORDS = ["\n", " the", " a", "é", "<|im_end|>", "", "\ufffd", *(f" {a}{b}" for a in "bcdfgklmnprst" for b in "aeiou")]
@@ -110,6 +112,19 @@ def pruned(tmp_path_factory):
         rollout={"max_new_tokens": 24, "segment": 4, "watch": {"kind": "drift", **DRIFT}},
         end_tokens=[89],
     ).directory
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """The files of a run with margins, balancers and a gate; two untrained models that are right by chance."""
+    found, *_ = run_uni(
+        tmp_path_factory.mktemp("calibrated"),
+        steps=3,
+        curriculum={"kind": "difficulty", "responses": 3, "by": "side"},
+        # Cut groups: what is shown is put together again.
+        batch={"prompts": 3, "group": 6, "micro": 4},
+    )
+    return found.directory
 
 
 def data_of(text):
@@ -313,6 +328,46 @@ def test_a_pruned_run_shows_signal_events_weights_and_where_rollouts_ended(prune
     assert {name for name in logged if name not in MEANINGS and not name.startswith((*families, PHASES))} == set()
     signals = [choice.measured for choice in choices_of(Compatibility).values()]
     assert all(f"train/{name}" in MEANINGS and f"values.{name}" in known for name in signals)
+
+
+def test_a_calibrated_run_shows_margins_balance_and_difficulty(calibrated):
+    data = data_of(page([calibrated]))
+    (one,) = data["runs"]
+    for chart in data["charts"]:
+        if chart["kind"] == "bars":
+            families = [family for family, _ in chart["families"]] + [chart["notes"]]
+            assert all(f"{family}{tag}/{c}" in one["series"] for family in families for tag in "ab" for c in range(4))
+        else:
+            names = [name for line in chart["lines"] for name in (line["reads"], line["low"], line["high"]) if name]
+            assert {name for name in names if name in one["series"]} == set(names), chart["title"]
+            assert all(name in MEANINGS or name.startswith(tuple(MEANINGS)) for name in names)
+    known = {layer["reads"]: layer for layer in registered()}
+    (chunk,) = one["rows"]["training"]["chunks"]
+    assert {"offset", "return", "group_margin", "inverted", "outcome_kept"} <= set(chunk["of_rows"])
+    assert "divergence" not in chunk["of_rows"]
+    rows = unpack(chunk)
+    assert all(f"values.{name}" in known for name in rows[0]["values"])
+    for step in (1, 2, 3):
+        here = [i for i, found in enumerate(chunk["index"]["step"]) if found == step]
+        assert len(here) == 4
+        assert len({chunk["index"]["id"][i] for i in here}) == 1
+        if any(rows[i]["values"]["offset"][0] for i in here):
+            # Of a group that was moved both outcomes are there, however many of each it has.
+            assert {chunk["index"]["reward"][i] for i in here} == {0.0, 1.0}
+            assert all(rows[i]["extra"]["shaped"].startswith(("right, ", "wrong, ")) for i in here)
+    logged = {name for name in one["series"] if name.startswith("train/")}
+    families = tuple(key for key in MEANINGS if key.endswith("/"))
+    assert {name for name in logged if name not in MEANINGS and not name.startswith((*families, PHASES))} == set()
+
+
+def test_charts_of_several_names_are_declared_and_from_outside_too(monkeypatch):
+    monkeypatch.setattr("opd.report.charts._charts", [])
+    mine = Curves("mine", (Line("train/mine", "mine", low="train/mine_p10", high="train/mine_p90"),), "nats")
+    assert register_chart(mine) is register_chart(mine) is mine
+    (found,) = registered_charts()
+    assert (found["kind"], found["title"], found["lines"][0]["high"]) == ("curves", "mine", "train/mine_p90")
+    register_chart(Bars("counts", (("train/counts/", "counts"),), "of what"))
+    assert [chart["kind"] for chart in registered_charts()] == ["curves", "bars"]
 
 
 # ---- rows ----
@@ -871,6 +926,44 @@ def test_in_a_browser_a_pruned_rollout_says_where_it_ended(browser, pruned, tmp_
     assert all(word in browser.panel() for word in ("overlap", "drift event", "reliable", "weight"))
     browser.run("document.getElementById('curves').scrollIntoView()")
     assert all(word in browser.run("document.getElementById('curves').innerText") for word in ("window", "hits"))
+    assert browser.problems == []
+
+
+@pytest.mark.slow
+def test_in_a_browser_groups_say_what_was_moved_and_why(browser, calibrated, tmp_path):
+    browser.open(write_report([calibrated], tmp_path / "page.html").as_uri())
+    browser.run("document.querySelector('[data-mode=groups]').click()")
+    browser.until("document.querySelectorAll('.card .members').length > 0")
+    head = browser.run("document.querySelector('.members thead').innerText")
+    assert all(word in head for word in ("reward", "return", "offset", "what was done to it"))
+    assert "divergence" not in head
+    assert "margin" in browser.run("document.querySelector('.card .meta').innerText")
+    offsets = browser.run(
+        "[...document.querySelectorAll('.members')].map((table) => {"
+        "const k = [...table.querySelectorAll('thead th')].findIndex((cell) => cell.textContent === 'offset');"
+        "return Math.max(...[...table.querySelectorAll('tbody tr')].map((row) => Math.abs(Number(row.children[k]"
+        ".textContent.replace('−', '-')))))})"
+    )
+    assert offsets == sorted(offsets, reverse=True)
+    assert offsets[0] > 0
+    words = browser.run("document.querySelector('.members .what').innerText")
+    assert words.startswith("right, ")
+    assert "nats a token" in words
+    sides = "[...document.querySelector('.pair').children].map((side) => side.innerText)"
+    right, wrong = browser.run(sides)
+    assert "reward 1" in right
+    assert "reward 0" not in right
+    assert "reward 0" in wrong
+    browser.point_at("document.querySelector('.pair .t')")
+    assert all(word in browser.panel() for word in ("return", "offset", "margin after"))
+    curves = browser.run("document.getElementById('curves').innerText")
+    wanted = ("margins of prompts", "balancer keeps", "before training: a", "before training: b")
+    assert all(title in curves for title in wanted)
+    browser.run("document.querySelector('[aria-label^=\"prompts by right answers\"]').scrollIntoView()")
+    browser.until("document.querySelectorAll('#curves .bars .point').length > 0")
+    for width in (1280, 390):
+        browser.size(width, 844, mobile=width < 500)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     assert browser.problems == []
 
 

@@ -24,9 +24,9 @@ from opd.objectives import Target
 from opd.prompts import Prompt
 from opd.recipe import load_recipe, parse_recipe
 from opd.reduction import position_weights, sums_by_trajectory
-from opd.shaping import Shape, Shaper, joint_shape, looked
+from opd.shaping import Shape, Shaper, joint_shape, looked, words_of
 from opd.shaping.log_ratio_gate import LogRatioGate
-from opd.shaping.margin import calibrated, margin_of, returns_of
+from opd.shaping.margin import calibrated, margin_of, percentiles, returns_of
 from opd.shaping.margin_mask import MarginMask
 from opd.shaping.margin_shift import MarginShift
 from opd.shaping.outcome_balance import OutcomeBalance, dropped
@@ -229,7 +229,9 @@ def test_a_shift_of_a_step_by_hand():
     )
     found = shaper.own_signals()
     wanted = {"before": -0.25 / 3, "after": DELTA, "lam": lam, "inverted": 1.0, "inverted_pairs": 4 / 6, "mixed": 1.0}
-    wanted |= {"calibrated": 1.0, "raised": 0.4, "lowered": 0.6, "masked": 0.0}
+    wanted |= {"calibrated": 1.0, "raised": 0.4, "lowered": 0.6, "masked": 0.0, "delta": DELTA}
+    # One group is all of its percentiles.
+    wanted |= {f"{name}_p{level}": wanted[name] for name in ("before", "after") for level in (10, 50, 90)}
     assert {name.removeprefix("margin/"): v for name, v in found.items()} == pytest.approx(wanted, abs=1e-5)
     # A trajectory without a verdict is neither, and graded verdicts are right from where the recipe says.
     _, graded, _ = stepped(MarginShift(right_from=0.5), [0.5, 0.7, 0.4, 0.0, float("nan")], [*ABOVE, *BELOW])
@@ -237,6 +239,51 @@ def test_a_shift_of_a_step_by_hand():
     torch.testing.assert_close(
         graded.offsets, torch.tensor([lam / 2] * 2 + [-lam / 2] * 2 + [0.0]).repeat_interleave(made.lengths)
     )
+
+
+def test_percentiles_are_over_the_groups_of_all_processes(monkeypatch):
+    found = {"before": [0.0, 1.0], "after": []}
+    monkeypatch.setattr("opd.shaping.margin.gather_object", lambda own: [*own, {"before": [2.0], "after": [0.5]}])
+    assert percentiles(found) == pytest.approx(
+        {"margin/before_p10": 0.2, "margin/before_p50": 1.0, "margin/before_p90": 1.8}
+        | {f"margin/after_p{level}": 0.5 for level in (10, 50, 90)}
+    )
+    monkeypatch.setattr("opd.shaping.margin.gather_object", list)
+    assert percentiles({"before": [], "after": []}) == {}
+
+
+def in_words(settings, made, *shapes):
+    """What shapings say of each trajectory, weights and offsets among what was measured, as a run has it."""
+    values = {"weight": torch.stack([shape.weights for shape in shapes]).prod(0)}
+    for shape in shapes:
+        values |= shape.measured | ({} if shape.offsets is None else {"offset": shape.offsets})
+    return words_of(settings, made, values)
+
+
+def test_each_trajectory_is_told_what_was_done_to_it_and_why():
+    rewards = [1.0, 1.0, 0.0, 0.0, float("nan"), 1.0, 0.0, 1.0]
+    returns, groups = [0.5, -1.0, 0.0, -2.0, 0.0, 3.0, 0.0, 0.0], [0, 0, 0, 0, 0, 1, 1, 2]
+    shift = MarginShift(delta=1.0)
+    made, shape, _ = stepped(shift, rewards, returns, groups)
+    told = in_words([shift], made, shape)
+    assert told == [
+        "right, its return is not below a wrong one's, but the margin of 0.75 is below 1: +0.12 nats a token",
+        "right, but its return is below a wrong one's: +0.12 nats a token",
+        "wrong, but its return is above a right one's: -0.12 nats a token",
+        "wrong, its return is not above a right one's, but the margin of 0.75 is below 1: -0.12 nats a token",
+        "",
+        "left as it was: its margin of 3.00 is not below 1",
+        "left as it was: its margin of 3.00 is not below 1",
+        "",
+    ]
+    assert "left as it was" in in_words([shift], made, replace(shape, offsets=None))[0]
+    mask, balance = MarginMask(delta=1.0), OutcomeBalance(ratio=0.5)
+    made, shape, _ = stepped(mask, rewards[:5], returns[:5], groups[:5])
+    assert in_words([mask], made, shape)[2] == "wrong, but its return is above a right one's: left out"
+    made, shape, _ = stepped(balance, rewards[:5], returns[:5], groups[:5])
+    told = in_words([balance], made, shape)
+    assert sorted(told)[-1] == "dropped by chance: more right ones than the ratio of 0.5 allows"
+    assert told.count("") == 4
 
 
 def test_a_mask_weighs_nothing_and_stays_in_the_denominator():
@@ -418,6 +465,7 @@ def test_a_course_by_difficulty_asks_once_and_never_deletes():
     draw = course.next(0, {}, asker)
     assert asker.asked == [8, 8, 15]
     counts = [draw.signals[f"curriculum/prompts/{c}"] for c in range(5)]
+    balanced = [draw.signals[f"curriculum/balanced/{c}"] for c in range(5)]
     assert counts == [12, 3, 2, 5, 8]
     assert [draw.signals[f"curriculum/repeats/{c}"] for c in range(5)] == pytest.approx([1, 4, 4, 2.4, 1])
     whole = course.inner.epochs[0].prompts
@@ -426,6 +474,7 @@ def test_a_course_by_difficulty_asks_once_and_never_deletes():
     by_text = {text: [times[p.id] for p in prompts if p.view() == text] for text in dict.fromkeys(texts)}
     assert by_text["0"] == [1] * 12
     assert by_text["1"] == [4] * 3
+    assert balanced == [sum(by_text[str(c)]) for c in range(5)]
     assert by_text["-"] == [1]
     assert set(by_text["3"]) == {2, 3}
     assert draw.signals["curriculum/prompts_balanced"] == len(whole)

@@ -117,13 +117,20 @@ class DifficultyCourse(Course):
             place = "" if self.settings.by is None else f"{tag}/"
             signals |= {f"curriculum/prompts/{place}{c}": float(n) for c, n in enumerate(counts)}
             signals |= {f"curriculum/repeats/{place}{c}": factor for c, factor in enumerate(factors[tag])}
-        repeated = []
+        repeated: list[Prompt] = []
+        balanced: Counter[tuple[str, int]] = Counter()
         for prompt in self.prompts:
             right = self.right.get(prompt.id)
             factor = 1.0 if right is None else factors[groups[prompt.id]][right]
             whole = math.floor(factor)
             more = random.Random(f"difficulty/{self.seed}/{prompt.id}").random() < factor - whole
             repeated += [prompt] * (whole + more)
+            if right is not None:
+                balanced[groups[prompt.id], right] += whole + more
+        for tag in tables:
+            place = "" if self.settings.by is None else f"{tag}/"
+            counted = range(self.settings.responses + 1)
+            signals |= {f"curriculum/balanced/{place}{c}": float(balanced[tag, c]) for c in counted}
         self.inner = ShuffledCourse(repeated, self.per_step, self.seed)
         return {**signals, "curriculum/prompts_balanced": float(len(repeated))}
 

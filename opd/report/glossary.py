@@ -92,6 +92,9 @@ MEANINGS = {
     "train/reliable": Meaning("reliable", "share of positions", "up to the drift event that uses the weight up"),
     "train/curriculum/prompts/": Meaning("prompts with right answers", "prompts", "by how many answers were right"),
     "train/curriculum/repeats/": Meaning("repeats", "", "of a prompt with so many right answers, in the balanced set"),
+    "train/curriculum/balanced/": Meaning(
+        "balanced prompts with right answers", "prompts", "the same in the balanced set, copies counted"
+    ),
     "train/curriculum/prompts_balanced": Meaning("balanced set", "prompts", "each as often as it stands in it"),
     "train/curriculum/solved_before": Meaning(
         "solved before", "share of answers", "right ones before training, to this step's prompts"
@@ -100,8 +103,16 @@ MEANINGS = {
         "margin",
         "",
         "returns of right less those of wrong trajectories: before and after calibration, lam is what was missing "
-        "(nats a token); mixed, calibrated and inverted: shares of groups; raised, lowered and masked: of trajectories",
+        "(nats a token), delta the least that is asked for, p10 to p90 percentiles over the groups with both outcomes; "
+        "mixed, calibrated and inverted: shares of groups; raised, lowered and masked: of trajectories",
     ),
+    "train/group_margin": Meaning("margin", "nats a token", "of the token's prompt, mean over tokens"),
+    "train/group_margin_after": Meaning("margin after", "nats a token", "the same after calibration"),
+    "train/inverted": Meaning(
+        "inverted", "share of tokens", "of answers whose return is on the wrong side of one of the other outcome"
+    ),
+    "train/margin_kept": Meaning("kept by the mask", "share of tokens"),
+    "train/outcome_kept": Meaning("kept by the balancer", "share of tokens"),
     "train/balance/": Meaning(
         "balance", "share of trajectories", "right ones, those kept, and right ones among those kept"
     ),

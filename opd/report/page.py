@@ -14,6 +14,7 @@ from typing import Any
 from opd.errors import RunError
 from opd.files.run_directory import check_run, lines, read_json, read_yaml
 from opd.provenance import models_of
+from opd.report.charts import registered_charts
 from opd.report.curves import curves, number
 from opd.report.glossary import glossary
 from opd.report.layers import ASSETS, registered, scripts
@@ -87,6 +88,7 @@ def collect(runs: Sequence[Path], live: bool = False, budget: int = LARGEST) -> 
         "runs": found,
         "differences": differing_keys([recipe for _, recipe in recipes]),
         "layers": registered(),
+        "charts": registered_charts(),
         "glossary": glossary(),
     }
     files = [{"held_out": scan(run / "samples.jsonl"), "training": scan(run / "rollouts.jsonl")} for run in runs]

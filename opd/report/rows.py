@@ -162,12 +162,14 @@ class _Chunk:
             "means": {},
         }
         self._texts("tokens", [str(token) for row in self.rows for token in row["tokens"]])
-        ranges = {}
+        ranges, of_rows = {}, []
         for name in dict.fromkeys(name for row in self.rows for name in _values(row)):
             column = [v for row, n in zip(self.rows, self.lengths, strict=True) for v in _per_token(row, name, n)]
             self._numbers(f"values.{name}", column)
             index["means"][name] = self._means(column)
             ranges[name] = _range(column)
+            if self._of_rows(column):
+                of_rows.append(name)
         extras: list[dict[str, Any]] = [
             {key: value for key, value in row.items() if key not in PLAIN} for row in self.rows
         ]
@@ -188,7 +190,7 @@ class _Chunk:
         payload = struct.pack("<I", len(start)) + start + b"".join(self.planes)
         # mtime=0: the same rows give the same file.
         data = base64.b64encode(gzip.compress(payload, 6, mtime=0)).decode()
-        return {"index": index, "ranges": ranges, "data": data}
+        return {"index": index, "ranges": ranges, "of_rows": of_rows, "data": data}
 
     def _column(self, key: str, integers: Sequence[int], scale: float = 1.0) -> None:
         packed = array("i", integers)
@@ -214,6 +216,11 @@ class _Chunk:
             self._column(f"{key}/{side}/count", [len(pairs) for pairs in tokens])
             self._texts(f"{key}/{side}/text", (text for pairs in tokens for text, _ in pairs))
             self._numbers(f"{key}/{side}/number", [number(value) for pairs in tokens for _, value in pairs])
+
+    def _of_rows(self, column: Sequence[float | None]) -> bool:
+        """Whether each row has one value, the same at all its tokens."""
+        ends = list(itertools.accumulate(self.lengths))
+        return all(len(set(column[start:end])) < 2 for start, end in zip([0, *ends], ends, strict=False))
 
     def _means(self, column: Sequence[float | None]) -> list[float | None]:
         means = []

@@ -99,6 +99,24 @@ def looked(
     return trajectories
 
 
+def words_of(settings: Sequence[Shaping], trajectories: Trajectories, values: Mapping[str, torch.Tensor]) -> list[str]:
+    """What several shapings did to each of B trajectories, in words; empty where none of them has any.
+
+    Args:
+        settings: of the shapings.
+        trajectories: B of them.
+        values: float32 `[N]` by name, what was measured at each position.
+    """
+    columns = {name: column.cpu().split(trajectories.lengths.tolist()) for name, column in values.items()}
+    told = []
+    for i in range(len(trajectories)):
+        means = {name: float(of_each[i].nanmean()) for name, of_each in columns.items()}
+        known = {name: mean for name, mean in means.items() if mean == mean}
+        said = [words for each in settings if (words := each.words(known, trajectories.reward(i)))]
+        told.append("; ".join(said))
+    return told
+
+
 def joint_shape(
     shapers: Sequence[Shaper],
     settings: Sequence[Shaping],
@@ -136,6 +154,16 @@ class Shaping(Choice):
 
     needs_reward: ClassVar[bool] = False
     """Whether it goes by verdicts, which a verifier or the rollout must give then."""
+
+    def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
+        """What it did to one trajectory and why, for a reader of the report; None where there is nothing to say.
+
+        Args:
+            measured: by name the mean over the trajectory's positions of what shapings measured there, of `weight` and
+                of `offset`; what is NaN everywhere is left out.
+            reward: the verdict on it, None where there is none.
+        """
+        return None
 
     @property
     def compares_group(self) -> bool:

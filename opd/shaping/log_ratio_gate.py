@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -33,6 +33,10 @@ class LogRatioGate(Shaping):
     shown: ClassVar[tuple[str, ...]] = ("gated",)
     limit: Annotated[float, OverSteps(gt=0)] = Field(10.0, description="Nats from which on a position is left out")
     teacher: str | None = Field(None, description="Name of the teacher that is compared; default the only one")
+
+    def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
+        share = measured.get("gated", 0.0)
+        return f"{share:.0%} of its tokens left out for their log-ratio" if share else None
 
     def build(self, context: Context) -> LogRatioGateShaper:
         return LogRatioGateShaper()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from pydantic import Field
 
 from opd.choice import kind_of
@@ -42,7 +43,7 @@ class Margin(ByOutcome):
     """
 
     modality: ClassVar[str | None] = "language"
-    measures: ClassVar[tuple[str, ...]] = ("return", "group_margin", "group_margin_after")
+    measures: ClassVar[tuple[str, ...]] = ("return", "group_margin", "group_margin_after", "inverted")
     shown: ClassVar[tuple[str, ...]] = ("margin/before", "margin/inverted")
     statistic: Statistic = Field("mean", description="What of a group's returns the margin is made of")
     delta: float = Field(0.4, ge=0, description="Least margin, in nats a token")
@@ -56,6 +57,24 @@ class Margin(ByOutcome):
             right, wrong: bool `[G]`, who counts as which; both have a member.
             margin: less than `delta`.
         """
+
+    @abstractmethod
+    def moved(self, measured: Mapping[str, float]) -> str | None:
+        """What it did to a trajectory of a group whose margin is too small; None where it left it as it was."""
+
+    def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
+        if "group_margin" not in measured or "inverted" not in measured or reward is None:
+            return None
+        right, moved = reward >= self.right_from, self.moved(measured)
+        if measured["group_margin"] >= self.delta:
+            return f"left as it was: its margin of {measured['group_margin']:.2f} is not below {self.delta:g}"
+        outcome, where, other = ("right", "below", "a wrong") if right else ("wrong", "above", "a right")
+        if measured["inverted"]:
+            return f"{outcome}, but its return is {where} {other} one's: {moved or 'left as it was'}"
+        return (
+            f"{outcome}, its return is not {where} {other} one's, but the margin of {measured['group_margin']:.2f} is "
+            f"below {self.delta:g}: {moved or 'left as it was'}"
+        )
 
     def mine(self, targets: Sequence[Target]) -> Sequence[Target]:
         """The answers that returns are made of."""
@@ -111,6 +130,18 @@ def returns_of(trajectories: Trajectories, targets: Sequence[Target]) -> torch.T
     return (sums_by_trajectory(ratios, lengths) / sums_by_trajectory(counts.float(), lengths)).double().cpu()
 
 
+def inverted(returns: torch.Tensor, right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """float32 `[G]`: 1 for a right trajectory with less return than some wrong one and for a wrong one with more than
+    some right one, 0 for the others, NaN for those that are neither. Both outcomes have a member."""
+    found = torch.full((len(returns),), torch.nan)
+    found[right] = (returns[right] < returns[wrong].max()).float()
+    found[wrong] = (returns[wrong] > returns[right].min()).float()
+    return found
+
+
+LEVELS = (10, 50, 90)
+"""Percentiles of the margins of a step's groups that are logged."""
+
 FOUND = ("groups", "mixed", "calibrated", "before", "after", "lam", "inverted", "pairs", "inverted_pairs")
 FOUND_OF_EACH = ("raised", "lowered", "masked", "trajectories")
 
@@ -136,7 +167,9 @@ class MarginShaper(Shaper[M], Generic[M]):
             counts &= trajectories.columns[KEPT].cpu()[first] != 0
         numbers = {"return": returns, "right": right & counts, "wrong": wrong & counts}
         count = len(trajectories)
-        margins = {name: torch.full((count,), torch.nan) for name in ("group_margin", "group_margin_after")}
+        by_group = ("group_margin", "group_margin_after", "inverted")
+        margins = {name: torch.full((count,), torch.nan) for name in by_group}
+        spread: dict[str, list[float]] = {"before": [], "after": []}
         offsets, kept = torch.zeros(count), torch.ones(count)
         # A set that all processes see is counted on each of them, and each counts a part of it.
         found = dict.fromkeys((*FOUND, *FOUND_OF_EACH), 0.0)
@@ -151,10 +184,14 @@ class MarginShaper(Shaper[M], Generic[M]):
                 found[name] += share * value
             margins["group_margin"][each.here] = measured["before"]
             margins["group_margin_after"][each.here] = measured["after"]
+            margins["inverted"][each.here] = inverted(of_set["return"], of_set["right"], of_set["wrong"])[each.mine]
+            for name, values in spread.items():
+                values.append(measured[name])
             offsets[each.here], kept[each.here] = done.offsets[each.mine].float(), done.kept[each.mine].float()
         found["raised"], found["lowered"] = float((offsets > 0).sum()), float((offsets < 0).sum())
         found["masked"], found["trajectories"] = float((kept == 0).sum()), float(count)
-        self.signals = self._over_all(found, sum_over_processes)
+        self.signals = self._over_all(found, sum_over_processes) | percentiles(spread)
+        self.signals["margin/delta"] = settings.delta
         columns = {"return": returns.float(), **margins, "margin_offset": offsets, "margin_kept": kept}
         by_position = {name: value.repeat_interleave(trajectories.lengths) for name, value in columns.items()}
         return replace(trajectories, columns={**trajectories.columns, **by_position})
@@ -183,6 +220,18 @@ class MarginShaper(Shaper[M], Generic[M]):
             columns["margin_offset"] if settings.makes_offsets else None,
             {name: columns[name] for name in settings.measures},
         )
+
+
+def percentiles(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """`margin/NAME_pLEVEL` of the margins of the groups of all processes, by name; nothing where there are none."""
+    parts: Sequence[Mapping[str, Sequence[float]]] = gather_object([dict(found)])
+    together = {name: [value for part in parts for value in part[name]] for name in found}
+    return {
+        f"margin/{name}_p{level}": float(torch.quantile(torch.tensor(values, dtype=torch.float64), level / 100))
+        for name, values in together.items()
+        for level in LEVELS
+        if values
+    }
 
 
 def calibrated(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ class MarginMask(Margin):
     """
 
     kind: Literal["margin_mask"] = "margin_mask"
+    measures: ClassVar[tuple[str, ...]] = (*Margin.measures, "margin_kept")
     keep: float = Field(0.25, ge=0, le=1, description="Share of the right and of the wrong ones that stays at least")
     teacher: str | None = Field(None, description="Name of the teacher that returns are made of; default the only one")
 
@@ -45,6 +46,9 @@ class MarginMask(Margin):
                 break
             margin, kept = best, kept.index_fill(0, torch.tensor([out]), False)
         return Calibrated(torch.zeros_like(returns), kept)
+
+    def moved(self, measured: Mapping[str, float]) -> str | None:
+        return "left out" if measured.get("margin_kept") == 0 else None
 
     def mine(self, targets: Sequence[Target]) -> Sequence[Target]:
         return [target for target in targets if self.teacher in (None, target.teacher)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -33,6 +33,10 @@ class MarginShift(Margin):
         up, down = {"lift": (1.0, 0.0), "incorrect_down": (0.0, 1.0), "spread": (0.5, 0.5)}[self.direction]
         offsets = lam * (up * right.to(returns) - down * wrong.to(returns))
         return Calibrated(offsets, torch.ones_like(right))
+
+    def moved(self, measured: Mapping[str, float]) -> str | None:
+        shift = measured.get("offset", 0.0)
+        return f"{shift:+.2f} nats a token" if shift else None
 
     def check_teachers(self, teachers: Sequence[Answering]) -> None:
         if len(teachers) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -56,6 +56,12 @@ class OutcomeBalance(ByOutcome):
         if not isinstance(value, int | float) or not value >= 0:
             raise ValueError("a ratio is a number from 0, or inf")
         return value
+
+    def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
+        if measured.get(KEPT) != 0:
+            return None
+        outcome = "right" if reward is not None and reward >= self.right_from else "wrong"
+        return f"dropped by chance: more {outcome} ones than the ratio of {float(self.ratio):g} allows"
 
     def build(self, context: Context) -> OutcomeBalanceShaper:
         return OutcomeBalanceShaper(context.seed)

@@ -1,7 +1,7 @@
 "use strict";
 // Everything logged, one small chart a name, runs overlaid; and the phases of a step stacked. Drawn when scrolled to.
 opd.curves = (() => {
-  const { data, make, meaning } = opd;
+  const { data, make, meaning, number } = opd;
   const GROUPS = { held_out: "Held out", train: "Training" };
   const charts = new Map(); // name -> {node, traces, layout, visible, drawn}
   let logarithmic = false;
@@ -48,6 +48,64 @@ opd.curves = (() => {
     return [traces, made];
   }
 
+  const inRun = (run, name) => (run.series[name] && run.series[name].y.some((y) => y !== null) ? run.series[name] : null);
+  const legend = { orientation: "h", y: -0.25, yanchor: "top", traceorder: "normal", font: { size: 11 } };
+
+  /** Several names of one run together; a line with `low` and `high` has the range between them shaded. */
+  function together(run, chart) {
+    const traces = chart.lines.flatMap(({ reads, title, low, high, dashed }, k) => {
+      const series = inRun(run, reads);
+      if (!series) return [];
+      const colour = runColour(k);
+      const edge = (name, extra) => ({ x: run.series[name].x, y: run.series[name].y, mode: "lines", line: { width: 0 }, showlegend: false, legendgroup: title, hoverinfo: "skip", ...extra });
+      const band = low && high && inRun(run, low) && inRun(run, high) ? [edge(low, {}), edge(high, { fill: "tonexty", fillcolor: `${colour}33` })] : [];
+      const few = series.x.length <= 40 && !dashed;
+      return [...band, { x: series.x, y: series.y, name: plain(title), legendgroup: title, mode: few ? "lines+markers" : "lines", line: { color: dashed ? css("--quiet") : colour, width: 2, dash: dashed ? "dash" : "solid" }, marker: { size: 5 }, cliponaxis: false, hovertemplate: "%{y:.4g}" }];
+    });
+    return [traces, layout(300, { showlegend: true, legend })];
+  }
+
+  /** Names of a run that are `family`, perhaps a tag, and a number: tag to [number, last value]. */
+  function counted(run, family) {
+    const found = new Map();
+    for (const [name, series] of Object.entries(run.series)) {
+      const rest = name.startsWith(family) ? /^(?:(.*)\/)?(\d+)$/.exec(name.slice(family.length)) : null;
+      if (rest) found.set(rest[1] || "", [...(found.get(rest[1] || "") || []), [Number(rest[2]), opd.last(series.y)]]);
+    }
+    for (const pairs of found.values()) pairs.sort(([a], [b]) => a - b);
+    return found;
+  }
+
+  function bars(run, chart, tag) {
+    const notes = new Map(chart.notes ? counted(run, chart.notes).get(tag) || [] : []);
+    const traces = chart.families.map(([family, title], k) => {
+      const pairs = counted(run, family).get(tag) || [];
+      const text = k === chart.families.length - 1 ? pairs.map(([x, y]) => (y && notes.has(x) ? `×${number(notes.get(x))}` : "")) : null;
+      return { type: "bar", x: pairs.map(([x]) => x), y: pairs.map(([, y]) => y), name: plain(title), marker: { color: runColour(k) }, text, textposition: "outside", cliponaxis: false, hovertemplate: "%{y:.4g}" };
+    });
+    const made = layout(300, { showlegend: true, legend, barmode: "group" });
+    Object.assign(made.xaxis, { title: { ...made.xaxis.title, text: chart.axis }, dtick: 1, showgrid: false });
+    return [traces, made];
+  }
+
+  /** Figures of several names together, and the names that stand in them. */
+  function composed() {
+    const figures = [];
+    const names = new Set();
+    data.runs.forEach((run, i) => data.charts.forEach((chart, k) => {
+      const more = opd.several() ? `, ${run.label}` : "";
+      if (chart.kind === "bars") {
+        const families = [...chart.families.map(([family]) => family), ...(chart.notes ? [chart.notes] : [])];
+        for (const tag of counted(run, families[0]).keys()) figures.push({ name: `chart ${k} ${i} ${tag}`, title: `${chart.title}${tag ? `: ${tag}` : ""}${more}`, chart, build: () => bars(run, chart, tag), words: () => chart.families.map(([family, title]) => `${title}: ${(counted(run, family).get(tag) || []).map(([x, y]) => `${number(y)} with ${x}`).join(", ")}`).join("; ") });
+        for (const family of families) for (const [tag, pairs] of counted(run, family)) for (const [x] of pairs) names.add(`${family}${tag ? `${tag}/` : ""}${x}`);
+      } else if (inRun(run, chart.lines[0].reads)) {
+        figures.push({ name: `chart ${k} ${i}`, title: `${chart.title}${more}`, chart, build: () => together(run, chart), words: () => chart.lines.filter(({ reads }) => inRun(run, reads)).map(({ reads, title }) => `${title}: from ${number(run.series[reads].y[0])} to ${number(opd.last(run.series[reads].y))}`).join("; ") });
+        for (const { reads, low, high } of chart.lines) for (const name of [reads, low, high]) names.add(name);
+      }
+    }));
+    return { figures, names };
+  }
+
   function describe(name) {
     return data.runs.filter((run) => run.series[name] && run.series[name].y.length).map((run) => `${run.label}: from ${opd.number(run.series[name].y[0])} to ${opd.number(opd.last(run.series[name].y))}`).join("; ");
   }
@@ -76,12 +134,13 @@ opd.curves = (() => {
   }
 
   function figure(name, title, unit, about, build, wide) {
-    const node = make("div", { class: wide ? "plot wide" : "plot", "data-name": name });
+    const width = wide === true ? "wide" : wide || "";
+    const node = make("div", { class: width ? "plot wide" : "plot", "data-name": name });
     const label = make("span", { class: "described" });
     const bad = make("span", { class: "bad" });
     charts.set(name, { node, build, visible: false, drawn: false, label, bad });
     watcher.observe(node);
-    return make("figure", { class: wide ? "wide" : "", role: "group", "aria-label": title }, make("figcaption", {}, make("strong", {}, title), unit ? make("small", {}, ` ${unit}`) : null, bad, about ? make("small", { class: "about" }, about) : null, label), node);
+    return make("figure", { class: width, role: "group", "aria-label": title }, make("figcaption", {}, make("strong", {}, title), unit ? make("small", {}, ` ${unit}`) : null, bad, about ? make("small", { class: "about" }, about) : null, label), node);
   }
 
   function group(key) {
@@ -96,7 +155,13 @@ opd.curves = (() => {
 
   /** Add the charts of names that are new, say their values in words, and draw again. */
   function refresh() {
+    const { figures, names } = composed();
+    for (const { name, title, chart, build, words } of figures) {
+      if (!charts.has(name)) group("Together").append(figure(name, title, chart.unit, chart.about, build, "half"));
+      charts.get(name).label.textContent = words();
+    }
     for (const name of new Set(data.runs.flatMap((run) => Object.keys(run.series)))) {
+      if (names.has(name)) continue;
       if (!charts.has(name)) {
         const { title, unit, about } = meaning(name);
         group(name.includes("/") ? name.split("/")[0] : "logged").append(figure(name, title, unit, about, () => curve(name), false));

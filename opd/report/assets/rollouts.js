@@ -29,17 +29,18 @@ opd.rollouts = (() => {
   const PER_PAGE = 10;
   const TOKENS_AT_ONCE = 1000;
   const SPECIAL = /^(<[^<>\s]+>|\[[A-Z_]{2,}\])$/;
-  const MODES = { held_out: "Held out", training: "Training", pairs: "Before and after" };
+  const MODES = { held_out: "Held out", training: "Training", pairs: "Before and after", groups: "Groups" };
   const ORDERS = {
     held_out: { first: "as measured", highest: "highest mean first", lowest: "lowest mean first" },
     training: { latest: "latest step first", first: "first step first", highest: "highest mean first", lowest: "lowest mean first" },
+    groups: { moved: "most moved first", latest: "latest step first", earliest: "first step first" },
     pairs: { first: "as measured", fall: "largest fall first", rise: "largest rise first" },
   };
   const state = { mode: "held_out", run: 0, step: "last", order: {}, page: 0, colour: {}, left: "0:first", right: "0:last" };
   const shown = new WeakMap(); // listbox of tokens -> {row, entry}
   let turn = 0;
 
-  const source = () => (state.mode === "training" ? "training" : "held_out");
+  const source = () => (state.mode === "training" || state.mode === "groups" ? "training" : "held_out");
   const order = () => state.order[state.mode] || Object.keys(ORDERS[state.mode])[0];
   const layer = (name) => data.layers.find((one) => one.place === "colour" && one.reads === `values.${name}`) || { title: name.replaceAll("_", " "), renderer: "automatic", unit: "", about: "", hue: "orange" };
 
@@ -81,8 +82,29 @@ opd.rollouts = (() => {
     return keyed.sort(([a], [b]) => (a === b ? 0 : a - b)).map(([, item]) => item);
   }
 
+  /** Training rollouts of one prompt at one step, where there are several. */
+  function groups() {
+    const found = new Map();
+    for (const entry of opd.rows.entries(state.run, "training")) {
+      const key = `${entry.step} ${entry.id}`;
+      if (!found.has(key)) found.set(key, { step: entry.step, members: [] });
+      found.get(key).members.push(entry);
+    }
+    return [...found.values()].filter(({ members }) => members.length > 1);
+  }
+
+  /** The largest offset of a member, and how many members weigh nothing. */
+  const moved = ({ members }) => [Math.max(...members.map((entry) => Math.abs(entry.mean("offset") || 0))), members.filter((entry) => entry.mean("weight") === 0).length];
+
+  function orderedGroups() {
+    const found = groups();
+    if (order() !== "moved") return found.sort((a, b) => (order() === "latest" ? b.step - a.step : a.step - b.step));
+    return found.map((one) => [moved(one), one]).sort(([a], [b]) => b[0] - a[0] || b[1] - a[1]).map(([, one]) => one);
+  }
+
   function items() {
     const name = colourName();
+    if (state.mode === "groups") return orderedGroups();
     if (state.mode === "pairs") {
       const [left, right] = [state.left, state.right].map((side) => measured(...parseSide(side)));
       const pairs = [...left.values()].filter((entry) => right.has(entry.id)).map((entry) => ({ left: entry, right: right.get(entry.id) }));
@@ -126,7 +148,10 @@ opd.rollouts = (() => {
   }
 
   function drawControls() {
-    for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.dataset.mode === state.mode));
+    for (const tab of tabs.children) {
+      tab.setAttribute("aria-pressed", String(tab.dataset.mode === state.mode));
+      if (tab.dataset.mode === "groups") tab.hidden = state.mode !== "groups" && !data.runs.some((_, i) => opd.rows.entries(i, "training").some(({ step, id }, k, all) => k && all[k - 1].step === step && all[k - 1].id === id));
+    }
     runBox.label.hidden = state.mode === "pairs" || !opd.several();
     options(runBox, data.runs.map((run, i) => [String(i), run.label]), String(state.run));
     stepBox.label.hidden = state.mode !== "held_out";
@@ -192,9 +217,10 @@ opd.rollouts = (() => {
     drawPagers(all.length);
     const page = all.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
     const paint = painter();
+    const names = state.mode === "groups" ? compared(all) : null;
     let cards;
     try {
-      cards = await Promise.all(page.map((item) => (item.left ? pairCard(item, paint) : card(item, paint))));
+      cards = await Promise.all(page.map((item) => (item.left ? pairCard(item, paint) : item.members ? groupCard(item, paint, names) : card(item, paint))));
     } catch (error) {
       cards = [make("p", { class: "note" }, `These rollouts cannot be decoded here (${error.message}). A browser of 2023 or later can.`)];
     }
@@ -213,6 +239,33 @@ opd.rollouts = (() => {
     const [before, after] = await Promise.all([opd.rows.load(left), opd.rows.load(right)]);
     const side = (row, entry) => make("div", {}, meta(entry, paint), completion(row, entry, paint));
     return make("article", { class: "card" }, make("p", { class: "meta" }, left.id), prompt(before.prompt), make("div", { class: "pair" }, side(before, left), side(after, right)));
+  }
+
+  /** Names of one number a row: those that all members of a group share, and those that tell them apart. */
+  function compared(all) {
+    const shared = (name) => all.every(({ members }) => members.every((entry) => entry.mean(name) === members[0].mean(name)));
+    const names = opd.rows.ofRows("training");
+    return { shared: names.filter(shared), own: names.filter((name) => !shared(name)) };
+  }
+
+  /** A prompt with several rollouts of one step: what they got and what was done to each, then their texts beside each
+   *  other, those with the highest reward at the left. */
+  async function groupCard({ step, members }, paint, { shared, own }) {
+    const rewards = members.map(({ reward }) => reward ?? -Infinity);
+    const best = Math.max(...rewards);
+    const differ = rewards.some((reward) => reward !== best);
+    const left = ({ reward }, i) => (differ ? (reward ?? -Infinity) === best : i < members.length / 2);
+    const sorted = [...members].sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
+    const rows = await Promise.all(sorted.map((entry) => opd.rows.load(entry)));
+    const said = rows.some((row) => row.extra.shaped);
+    const title = (name) => make("th", { scope: "col", class: "number", title: layer(name).about }, layer(name).title);
+    const head = make("tr", {}, make("th", { scope: "col" }, ""), make("th", { scope: "col", class: "number" }, "reward"), own.map(title), said ? make("th", { scope: "col" }, "what was done to it") : null);
+    const body = sorted.map((entry, i) => make("tr", {}, make("th", { scope: "row" }, `answer ${i + 1}`), make("td", { class: "number" }, number(entry.reward)), own.map((name) => make("td", { class: "number" }, number(entry.mean(name)))), said ? make("td", { class: "what" }, rows[i].extra.shaped || "nothing") : null));
+    const about = make("p", { class: "meta" }, opd.several() ? opd.runName(members[0].run) : null, make("span", {}, `step ${step}`), make("span", {}, members[0].id), members[0].task && make("span", {}, members[0].task),
+      shared.filter((name) => members[0].mean(name) !== null).map((name) => make("span", { title: layer(name).about }, `${layer(name).title} ${number(members[0].mean(name))}`)));
+    const side = (wanted) => make("div", {}, sorted.flatMap((entry, i) => left(entry, i) !== wanted ? [] : [make("div", {}, make("p", { class: "meta" }, make("span", {}, `answer ${i + 1}`), make("span", {}, `reward ${number(entry.reward)}`), entry.finished ? null : make("span", {}, "cut off")), completion(rows[i], entry, paint, ["shaped"]))]));
+    const table = opd.scroller("What was done to each answer", make("table", { class: "members" }, make("thead", {}, head), make("tbody", {}, body)));
+    return make("article", { class: "card" }, about, prompt(rows[0].prompt), table, make("div", { class: "pair" }, side(true), side(false)));
   }
 
   /** One line about a rollout; beside another of the same prompt it needs no name. */
@@ -235,7 +288,7 @@ opd.rollouts = (() => {
     return make("div", {}, whole, more);
   }
 
-  function completion(row, entry, paint) {
+  function completion(row, entry, paint, without = []) {
     const box = make("div", { class: `tokens hue-${paint.layer.hue}`, role: "listbox", "aria-orientation": "horizontal", "aria-label": `completion of ${entry.id} at step ${entry.step}, ${row.tokens.length} tokens; arrow keys move` });
     shown.set(box, { row, entry });
     const add = (from, to) => {
@@ -245,7 +298,7 @@ opd.rollouts = (() => {
     const rest = row.tokens.length - TOKENS_AT_ONCE;
     const more = rest > 0 ? make("button", { type: "button", class: "more", onclick: () => { add(TOKENS_AT_ONCE, row.tokens.length); more.remove(); } }, `${rest.toLocaleString("en")} more tokens`) : null;
     const decoded = row.text ? make("p", { class: "decoded" }, make("b", {}, "as text "), row.text) : null;
-    const blocks = Object.entries(row.extra).filter(([key]) => !tokenLayer(key)).map(([key, value]) => block(key, value, row));
+    const blocks = Object.entries(row.extra).filter(([key]) => !tokenLayer(key) && !without.includes(key)).map(([key, value]) => block(key, value, row));
     return make("div", {}, box, more, decoded, blocks);
   }
 

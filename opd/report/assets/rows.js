@@ -37,6 +37,15 @@ opd.rows = (() => {
     return [0, 1, 2, 3].map((k) => (k < 2 ? Math.min : Math.max)(...found.map((one) => one[k])));
   }
 
+  /** Names of the values that are one number a row, the same at all its tokens, and not the same in all rows. */
+  function ofRows(source) {
+    const chunks = data.runs.flatMap((run) => run.rows[source].chunks);
+    return valueNames(source).filter((name) => {
+      const [lowest, , , highest] = range(source, name);
+      return lowest < highest && chunks.every((chunk) => !chunk.ranges[name] || chunk.of_rows.includes(name));
+    });
+  }
+
   async function unpack(chunk) {
     const packed = Uint8Array.from(atob(chunk.data), (letter) => letter.charCodeAt(0));
     const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -97,5 +106,5 @@ opd.rows = (() => {
     return (await rows)[entry.at];
   }
 
-  return { entries, total, valueNames, range, load };
+  return { entries, total, valueNames, range, ofRows, load };
 })();

@@ -1,0 +1,3 @@
+"use strict";
+// A sentence about the row.
+opd.rowRenderers.words = (text) => opd.make("p", {}, String(text));
