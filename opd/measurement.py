@@ -61,12 +61,14 @@ class Measurement:
         # Two terms of one kind on different positions are told apart by their order.
         self.names = [n if named.count(n) == 1 else f"{n} {named[: i + 1].count(n)}" for i, n in enumerate(named)]
         self.answered = {"teacher_tokens": 0.0}
+        self.routed: Sequence[LiveTeacher] = ()
         self.sums: dict[str, float] = {}
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
 
     def asked(self, teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
         """Count the positions that the step's teachers scored, while rolling out or afterwards, and those whose answers
-        they had already."""
+        they had already; remember who chooses a route for each prompt."""
+        self.routed = [t for t in teachers if any(t.members())]
         wanted = len(teachers) * trajectories.positions
         while_rolling_out = {target.teacher for target in trajectories.answers or ()}
         shares = [1.0 if t.settings.name in while_rolling_out else t.asked for t in teachers]
@@ -135,8 +137,52 @@ class Measurement:
         if micro.rewards is not None:
             rewarded = ~torch.isnan(micro.rewards)
             added |= {"reward": float(micro.rewards[rewarded].sum()), "rewarded": float(rewarded.sum())}
+        added |= self._by_route(micro, counted[0], whole, shown, shape.measured)
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def _by_route(
+        self,
+        micro: Trajectories,
+        counted: torch.Tensor,
+        whole: torch.Tensor,
+        shown: Mapping[str, torch.Tensor],
+        measured: Mapping[str, torch.Tensor],
+    ) -> dict[str, float]:
+        """Sums over the trajectories of each route of a routed teacher, of all routes that there are: bool `[N]` is
+        where the first objective counts (`counted`) and where some objective would without weights (`whole`)."""
+        added: dict[str, float] = {}
+        for teacher in self.routed:
+            chosen = [teacher.route(prompt) for prompt in micro.prompts]
+            for route in teacher.members():
+                place = _place(teacher, route)
+                mine = torch.tensor([each == route for each in chosen])
+                here = mine.repeat_interleave(micro.lengths).to(counted.device)
+                rewards = torch.full((len(micro),), torch.nan) if micro.rewards is None else micro.rewards.cpu()
+                known = mine & ~rewards.isnan()
+                added |= {
+                    f"{place}/trajectories": float(mine.sum()),
+                    f"{place}/length": float(micro.lengths[mine].sum()),
+                    f"{place}/reward": float(rewards[known].sum()),
+                    f"{place}/rewarded": float(known.sum()),
+                    f"{place}/divergence": float(shown["divergence"][counted & here].sum()),
+                    f"{place}/positions": float((counted & here).sum()),
+                }
+                for name, values in measured.items():
+                    _add_mean(added, f"{place}/{name}", values, whole & here)
+        return added
+
+    def _route_signals(self, total: Mapping[str, float]) -> dict[str, float]:
+        """Means by route; one over nothing is left out. Those of what shapings measured stand among the others."""
+        signals: dict[str, float] = {}
+        for place in (_place(teacher, route) for teacher in self.routed for route in teacher.members()):
+            if f"{place}/trajectories" not in total:
+                continue
+            signals[f"{place}/trajectories"] = total[f"{place}/trajectories"]
+            for name, count in (("length", "trajectories"), ("reward", "rewarded"), ("divergence", "positions")):
+                if total[f"{place}/{count}"]:
+                    signals[f"{place}/{name}"] = total[f"{place}/{name}"] / total[f"{place}/{count}"]
+        return signals
 
     def _check_names(self, shape: Shape, losses: Sequence[Loss], shown: Mapping[str, torch.Tensor]) -> None:
         """Raise `RunError` for what a shaping measured under a name that something else has."""
@@ -162,8 +208,8 @@ class Measurement:
                     sizes[i] = sums_by_trajectory(values[name].abs(), micro.lengths).cpu() / micro.lengths.clamp(min=1)
             for i, group in enumerate(micro.groups.tolist()):
                 members.setdefault(group, []).append((k, i))
-                found = (float(sizes[0][i]), bool(sizes[1][i] == 0))
-                moved[group] = max(found, moved.get(group, found))
+                how = (float(sizes[0][i]), bool(sizes[1][i] == 0))
+                moved[group] = max(how, moved.get(group, how))
         if not members:
             return []
         # Of each reward the first one, then of each the second, and so on.
@@ -237,6 +283,7 @@ class Measurement:
         signals |= {
             name: total[f"measured/{name}"] / total[f"known/{name}"] for name in measured if total[f"known/{name}"]
         }
+        signals |= self._route_signals(total)
         signals["teacher_tokens"] = total["teacher_tokens"]
         if "wanted" in total:
             signals["teacher_hit_rate"] = total["remembered"] / max(total["wanted"], 1.0)
@@ -249,6 +296,12 @@ class Measurement:
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _place(teacher: LiveTeacher, route: str) -> str:
+    """What the numbers of one route are logged under."""
+    name = teacher.settings.name
+    return f"route/{route}@{name}" if name else f"route/{route}"
 
 
 def _add_mean(added: dict[str, float], name: str, values: torch.Tensor, here: torch.Tensor) -> None:

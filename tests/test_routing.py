@@ -33,6 +33,7 @@ from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from tests.conftest import character_tokenizer, rolled_out, said, save_tiny, tiny_model, trajectories_of
 from tests.test_loop import build, recipe_for
+from tests.tiny import turn_tokenizer
 
 CPU = Context(torch.device("cpu"), agreed=Tokens(end_ids=(0,)))
 WIDTHS = {"math": 32, "code": 48}
@@ -301,6 +302,62 @@ def test_training_moves_each_half_to_its_own_teacher(models, tmp_path):
     card = (result.directory / "student" / "README.md").read_text()
     assert f"{models['math']} for math, {models['code']} for code" in card
     assert f"{models['math']} for math" in (result.directory / "report.html").read_text()
+
+
+def test_each_route_logs_its_own_trajectories_lengths_rewards_and_divergence(models, tmp_path):
+    changes = {"steps": 3, "batch": {"prompts": 6, "group": 2, "micro": 5}, "end_tokens": [2, 5, 8, 11]}
+    changes |= {"shaping": {"kind": "log_ratio_gate", "limit": 2.0}, "verifier": {"kind": "exact_match"}}
+    data = routed_recipe(models, tmp_path, **changes).dump()
+    # Only the rows of one route have an answer to be judged by.
+    rows = [row | ({"answer": "1"} if row["task"] == "math" else {}) for row in ROWS]
+    data["prompts"] = {"kind": "inline", "prompts": rows}
+    steps = [record for record in execute(parse_recipe(data), quiet=True).history if "train/loss" in record]
+    assert len(steps) == 3
+    for step in steps:
+        counts = {tag: step[f"train/route/{tag}/trajectories"] for tag in WIDTHS}
+        assert sum(counts.values()) == 12
+        of = {name: [step.get(f"train/route/{tag}/{name}", 0.0) for tag in WIDTHS] for name in ("length", "divergence")}
+        lengths = [n * length for n, length in zip(counts.values(), of["length"], strict=True)]
+        assert sum(lengths) == pytest.approx(12 * step["train/length"])
+        assert all(f"train/route/{tag}/gated" in step for tag, count in counts.items() if count)
+        assert "train/route/code/reward" not in step
+        if counts["math"]:
+            assert step["train/route/math/reward"] == step["train/reward"]
+    one = [step for step in steps if step["train/route/math/trajectories"] and step["train/route/code/trajectories"]]
+    assert any(step["train/route/math/divergence"] != step["train/route/code/divergence"] for step in one)
+
+
+TURNS = "{% for m in messages %}<turn>{{ m['role'] }}: {{ m['content'] }}<end_of_turn>{% endfor %}<turn>"
+
+
+def test_a_template_of_a_routes_own_leaves_the_completions_as_they_are():
+    teacher, trajectories = experts(), mixed()
+    model, tokenizer = tiny_model(vocabulary=98, seed=5).requires_grad_(False), turn_tokenizer(TURNS)
+    seen = {}
+    for template in ("plain", "auto"):
+        language = LanguageModel(model, tokenizer, **({} if template == "auto" else {"template": template}))
+        language.register_forward_hook(lambda _, given, __, name=template: seen.setdefault(name, []).extend(given))
+        teacher.routes["code"] = LanguageTeacher(language, LocalTeacher(model="(live)"), torch.device("cpu"))
+        parts = list(teacher.answer(trajectories, teacher.settings, CPU))
+        assert len(parts[0].distribution) == trajectories.positions
+    mine = [i for i, prompt in enumerate(trajectories.prompts) if prompt.fields["task"] == "code"]
+    completions = [trajectories.completions()[i].tolist() for i in mine]
+    for contexts, written, *_ in seen.values():
+        assert sorted(each.tolist() for each in written) == sorted(completions)
+        assert len(contexts) == len(mine)
+    assert [list(map(int, c)) for c in seen["plain"][0]] != [list(map(int, c)) for c in seen["auto"][0]]
+
+
+def test_swapped_routes_give_each_trajectory_the_other_ones_answer():
+    teacher, trajectories = experts(), mixed()
+    straight = said(teacher, trajectories).log_probs()
+    teacher.routes = dict(zip(WIDTHS, reversed(teacher.routes.values()), strict=True))
+    swapped = said(teacher, trajectories).log_probs()
+    assert ((straight - swapped).abs().amax(1) > 1e-3).all()
+    for i, prompt in enumerate(trajectories.prompts):
+        one, here = trajectories.rows(i, i + 1)
+        other = said(teacher.routes[prompt.fields["task"]], one)
+        torch.testing.assert_close(swapped[here], other.log_probs(), atol=1e-5, rtol=1e-5)
 
 
 def test_evaluation_judges_each_prompt_by_its_own_teacher(models, tmp_path):

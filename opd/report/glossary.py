@@ -92,6 +92,12 @@ MEANINGS = {
     "train/reliable": Meaning("reliable", "share of positions", "up to the drift event that uses the weight up"),
     "train/curriculum/prompts/": Meaning("prompts with right answers", "prompts", "by how many answers were right"),
     "train/curriculum/repeats/": Meaning("repeats", "", "of a prompt with so many right answers, in the balanced set"),
+    "train/route/": Meaning(
+        "route",
+        "",
+        "of a routed teacher, over its own prompts alone: trajectories of the step, their length in tokens and reward, "
+        "divergence in nats a token, and what shapings measure",
+    ),
     "train/curriculum/balanced/": Meaning(
         "balanced prompts with right answers", "prompts", "the same in the balanced set, copies counted"
     ),
