@@ -204,7 +204,7 @@ opd.rollouts = (() => {
       next.disabled = state.page === pages - 1;
       field.max = pages;
       if (document.activeElement !== field) field.value = state.page + 1;
-      of.textContent = `of ${pages.toLocaleString("en")} · ${count.toLocaleString("en")} rollouts`;
+      of.textContent = `of ${pages.toLocaleString("en")} · ${count.toLocaleString("en")} ${state.mode === "groups" ? "prompts" : "rollouts"}`;
     }
   }
 
