@@ -232,6 +232,8 @@ def assemble(
     """
     bad: list[DataError] = []
     check_offsets(recipe)
+    if recipe.verifier is not None:
+        recipe.verifier.check_machine()
     loaded = training, held_out = data or load_data(recipe, bad)
     accelerator = make_accelerator(recipe)
     student, built, context = build_models(
@@ -262,6 +264,8 @@ def assemble(
         shaping.check_teachers(built)
         shaping.check_trajectories(rollout, exact)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
+    for note in () if verifier is None else verifier.notes:
+        monitor.warn(note)
     check_verdicts(recipe, verifier, training)
 
     now = Now.at(recipe, context, 0)

@@ -47,6 +47,8 @@ def train(run: Run) -> None:
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
+            if run.verifier is not None:
+                run.signals |= run.verifier.own_signals(run.sum_over_processes)
             for shaper in run.shaping:
                 run.signals |= shaper.own_signals()
             run.signals |= run.course.saw(trajectories, measurement.values(), run.signals, run.gather)

@@ -128,6 +128,9 @@ MEANINGS = {
     "train/truncated": Meaning("truncated", "share of rollouts"),
     "train/stopped": Meaning("stopped", "share of rollouts", "ended by the rollout's watch"),
     "train/reward": Meaning("reward", "", "mean of the verifier's verdicts"),
+    "train/code/": Meaning(
+        "programs", "share of programs", "that met their time, their memory, or were stopped for something else"
+    ),
     "train/rollout_gap": Meaning(
         "rollout gap",
         "nats a token",

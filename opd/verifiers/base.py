@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -46,6 +46,15 @@ class Scorer(ABC):
             outcomes: what the student's policy makes of each: a text, or float32 `[H, W, 3]` in 0..1.
         """
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines that a person must see before a run, as by what programs of a model are confined."""
+        return []
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What the last `score` found beside rewards, on all processes; logged as train/NAME. Every process must ask."""
+        return {}
+
     def judges(self, prompt: Prompt) -> bool:
         """Whether there are verdicts on trajectories of this prompt."""
         return self.settings.judges(prompt)
@@ -86,6 +95,10 @@ class Verifier(Choice):
     @abstractmethod
     def build(self, context: Context) -> Scorer:
         """Make what scores; processes and models belong to it."""
+
+    def check_machine(self) -> None:
+        """Raise `OpdError` for what this machine lacks; asked before anything heavy loads."""
+        return
 
     def judges(self, prompt: Prompt) -> bool:
         """Whether there are verdicts on trajectories of this prompt, as far as the settings know."""
