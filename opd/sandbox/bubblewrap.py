@@ -39,7 +39,9 @@ class Bubblewrap(Confinement):
             *(shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL"),
             *shown,
             *("--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom"),
-            *("--bind", str(scratch), HOME, "--chdir", HOME, "--hostname", "sandbox", "--"),
+            *("--bind", str(scratch), HOME, "--chdir", HOME, "--hostname", "sandbox"),
+            # The root is a file system in memory, of which nobody would count what is written there.
+            *("--remount-ro", "/", "--"),
         ]
 
     @property

@@ -12,7 +12,7 @@ from opd.sandbox.base import Confinement, Limits
 from opd.sandbox.bubblewrap import Bubblewrap
 from opd.sandbox.landlock import Landlock
 from opd.sandbox.nothing import Nothing
-from opd.sandbox.sandbox import Sandbox
+from opd.sandbox.running import Sandbox
 from opd.sandbox.seccomp import Seccomp
 
 BEST_FIRST: tuple[type[Confinement], ...] = (Bubblewrap, Landlock, Seccomp)

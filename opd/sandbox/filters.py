@@ -1,7 +1,7 @@
 """The system calls that a confined program may make, as a seccomp filter (classic BPF), for x86_64 and aarch64.
 
-A list of what is allowed: all else fails with EPERM, and so does what a later kernel adds. A call by the numbers of
-another architecture (32-bit, x32) ends the process.
+A list of what is allowed: all else fails with EPERM, and what later kernels add as if this one did not know it. A call by
+the numbers of another architecture (32-bit, x32) ends the process.
 """
 
 from __future__ import annotations
@@ -129,6 +129,8 @@ FCNTL = (0, 1, 2, 3, 4, 1030)
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """Whether this is a terminal, its size, bytes to read, close on exec. No TIOCSTI, no FIOSETOWN."""
 O_TMPFILE = 0x400000
+NEWER = 450
+"""The first number, of both architectures, of calls that came after 2021: none of the list is among them."""
 
 ALLOW, KILL_PROCESS, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 EPERM, ENOSYS = 1, 38
@@ -154,6 +156,8 @@ def compiled(files: bool, machine: str | None = None) -> bytes:
     if column == 0:
         # The numbers of the x32 ABI.
         program += [_jump(AT_LEAST, 0x40000000, 0, 1), _return(KILL_PROCESS)]
+    # Libraries have something older for what a kernel does not know.
+    program += [_jump(AT_LEAST, NEWER, 0, 1), _return(ERRNO | ENOSYS)]
     for numbers in [*COMPUTING.values(), *(FILES.values() if files else ())]:
         number = numbers[column]
         if number is not None:
@@ -179,8 +183,9 @@ def _conditional(files: bool) -> list[tuple[tuple[int | None, int | None], list[
         ),
         ((72, 25), _one_of(1, FCNTL)),
         ((16, 29), _one_of(1, IOCTL)),
-        # Nothing is known of a structure that a pointer leads to; libraries fall back to clone.
+        # clone3 and openat2: nothing is known of a structure that a pointer leads to; libraries fall back to older ones.
         ((435, 435), [_return(ERRNO | ENOSYS)]),
+        ((437, 437), [_return(ERRNO | ENOSYS)]),
         ((56, 220), _one_of(0, THREAD_FLAGS)),
         ((62, 129), own),
         ((234, 131), own),

@@ -20,10 +20,7 @@ PDEATHSIG, SET_SECCOMP, CAPBSET_DROP, SET_NO_NEW_PRIVS, CAP_AMBIENT = 1, 22, 24,
 
 
 def received(pipe):
-    length, data = int.from_bytes(_exactly(pipe, 8), "little"), b""
-    if length:
-        data = _exactly(pipe, length)
-    return json.loads(data)
+    return json.loads(_exactly(pipe, int.from_bytes(_exactly(pipe, 8), "little")))
 
 
 def _exactly(pipe, count):
@@ -118,6 +115,9 @@ def confine(settings):
             continue
     if kernel is not None:
         kernel.prctl(PDEATHSIG, 9)
+        if settings["parent"] and os.getppid() != settings["parent"]:
+            # It ended before it could take us along.
+            os._exit(1)
         kernel.prctl(SET_NO_NEW_PRIVS, 1)
         kernel.drop_capabilities()
         if settings["landlock"]:
@@ -135,7 +135,7 @@ def run(requests, replies):
     module = types.ModuleType("program" if testing else "__main__")
     sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
-    before = dict(vars(builtins))
+    before, out = dict(vars(builtins)), sys.stdout
     try:
         exec(compile(settings["program"], "program.py", "exec", dont_inherit=True), vars(module))
     except MemoryError:
@@ -144,7 +144,10 @@ def run(requests, replies):
     if testing:
         test(module, before, received(requests), replies)
         # What the program left behind, threads and functions at exit, has no say any more.
-        os._exit(0)
+        try:
+            out.flush()
+        finally:
+            os._exit(0)
 
 
 def test(module, before, message, replies):

@@ -9,7 +9,6 @@ import math
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -85,6 +84,7 @@ class Sandbox:
                 "confined": confinement.confines,
                 "modules": list(confinement.modules),
                 "limits": limits.of_system,
+                "parent": 0 if confinement.wraps else os.getpid(),
                 "landlock": confinement.landlock(scratch),
                 "filter": confinement.filter.hex(),
             }
@@ -272,14 +272,15 @@ def _told(running: Running, met: Ended | None, exit: int, cpu: float, limits: Li
         ended = met
     elif "memory" in replies and exit:
         ended = "memory"
-    elif exit == -signal.SIGKILL and cpu >= limits.cpu_seconds:
+    elif exit == -signal.SIGKILL and max(cpu, running.seconds) >= limits.cpu_seconds:
+        # A starter may end without having counted what it started.
         ended = "cpu"
     elif exit < 0:
         ended = "killed"
     else:
         ended = "error" if exit else "finished"
     texts = [bytes(running.got[name][: limits.output]).decode(errors="replace") for name in ("stdout", "stderr")]
-    return Ran(ended, exit, *texts, frozenset(int(n) for n in passed if n.isdecimal()), running.seconds)
+    return Ran(ended, exit, *texts, frozenset(int(n) for n in passed if n.isdecimal() and len(n) < 9), running.seconds)
 
 
 @functools.cache
@@ -329,7 +330,6 @@ def remove(folder: Path) -> None:
 
     Folders within folders are moved up before they are emptied, so that no depth is too deep.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     number = 0
     while folder.exists():
         try:
