@@ -1,8 +1,8 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md` and `docs/store.md`. Nothing
-in those parts is typed by hand.
+`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md`, `docs/store.md` and
+`docs/sandbox.md`. Nothing in those parts is typed by hand.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def main() -> int:
     write(ROOT / "docs/objectives.md", objectives())
     write(ROOT / "docs/checkpoints.md", checkpoints(results / "kill_test.json", results / "checkpoint_cost.json"))
     write(ROOT / "docs/store.md", store(results))
+    write(ROOT / "docs/sandbox.md", sandbox(results / "sandbox.json"))
     return 0
 
 
@@ -277,6 +278,37 @@ def objectives() -> str:
         numbers = (row.cosine, row.norm_ratio, row.bias, row.variance, row.to_forward_kl, row.to_reverse_kl)
         text += f"| `{row.objective}` | {promise} | {' | '.join(f'{n:.3f}' for n in numbers)} |\n"
     return text
+
+
+def sandbox(path: Path) -> str:
+    """What a sandboxed program costs, and by confinement how each hostile one ended."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    costs = data["milliseconds"]
+    kinds = list(next(iter(costs.values())))
+    text = f"`{data['command']}`: milliseconds a program, median (range) of {data['rounds']}, on "
+    text += f"{data['machine']['cores']} cores that others used (load {data['machine']['load_average'][0]:.0f}).\n\n"
+    spans = [
+        [name, *(f"{c['median']:.0f} ({c['least']:.0f}–{c['most']:.0f})" for c in by_kind.values())]
+        for name, by_kind in costs.items()
+    ]
+    text += _rows(("program", *(f"`{kind}`" for kind in kinds)), spans)
+    found = data["human_eval"]
+    if found is not None:
+        text += f"\nHumanEval, in the best of them and one after another: {found['solutions']:.0f} of {found['of']} "
+        text += f"canonical solutions pass, and {found['others']:.0f} of {found['of']} functions that return nothing; "
+        text += f"{found['seconds']:.0f} s for {found['of']} programs.\n"
+    names = [kind for kind in kinds if kind != "none"]
+    text += "\n## Hostile programs\n\nHow each ended; `finished` and `error` say that its "
+    text += "attempts failed, and whether it went on. Nothing was "
+    text += "changed outside by any that is not marked.\n\n"
+    rows = [
+        [
+            row["program"],
+            *(f"**{', '.join(own['damage'])}**" if own["damage"] else own["ended"] for own in map(row.get, names)),
+        ]
+        for row in data["hostile"]
+    ]
+    return text + _rows(("the program tries", *(f"`{kind}`" for kind in names)), rows)
 
 
 def checkpoints(kills: Path, cost: Path) -> str:

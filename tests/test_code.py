@@ -15,7 +15,7 @@ from opd.prompts import Prompt
 from opd.prompts.human_eval import HumanEvalPrompts
 from opd.recipe import load_recipe, parse_recipe
 from opd.sandbox import Sandbox, why_not
-from opd.verifiers.code import Code, program_of, tests_of
+from opd.verifiers.code import Code, program_of, read_tests
 from opd.verifiers.routed import RoutedVerifier
 from tests.conftest import trajectories_of
 
@@ -62,7 +62,8 @@ def test_an_entry_point_is_checked():
     rows = [row(tests, entry_point="double")] * 2
     assert score(rows, [DOUBLE, DOUBLE.replace("2 *", "3 *")])[0] == [1.0, 0.0]
     # Without it that text defines a function and asks for nothing.
-    assert score([row(tests)], ["1 / 1"])[0] == [1.0]
+    with pytest.raises(DataError, match="calls it nowhere"):
+        Code().check_prompts([row(tests)])
 
 
 def test_without_tests_there_is_no_verdict():
@@ -128,7 +129,9 @@ def test_the_program_is_the_last_block_or_all(completion, program):
 def test_what_starts_the_program_stands_before_it():
     begun = row(starts="import math\ndef f(x):\n", stops=["\ndef", "\nprint"])
     assert program_of(begun, "    return x\n\nprint(1)\ndef g(): 1") == "import math\ndef f(x):\n    return x\n"
-    assert program_of(begun, "```\ndef f(x):\n    return x\n```") == "import math\ndef f(x):\n\ndef f(x):\n    return x\n"
+    assert (
+        program_of(begun, "```\ndef f(x):\n    return x\n```") == "import math\ndef f(x):\n\ndef f(x):\n    return x\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,9 +158,9 @@ def test_tests_that_cannot_be_read_are_refused_with_their_row(tests, message):
 
 def test_columns_beside_the_tests_are_read_too():
     with pytest.raises(DataError, match="'starts' holds int"):
-        tests_of(row("assert True", starts=3), 9)
+        read_tests(row("assert True", starts=3), 9)
     with pytest.raises(DataError, match="'stops' holds str"):
-        tests_of(row("assert True", stops="\n"), 9)
+        read_tests(row("assert True", stops="\n"), 9)
 
 
 def test_a_machine_without_confinement_is_refused_before_anything_loads(monkeypatch):
@@ -189,12 +192,10 @@ def test_each_prompt_has_the_verdicts_of_its_route():
         built.check_verdicts([rows[2]], "objective 'grpo'")
     with pytest.raises(DataError, match="no Python"):
         settings.check_prompts([row("assert (", task="code")])
+    rest = {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
+    routes = {"a": {"kind": "routed", "by": "x", "routes": {"b": "exact_match"}}}
     with pytest.raises(RecipeError, match="is routed itself"):
-        routes = {"a": {"kind": "routed", "by": "x", "routes": {"b": "exact_match"}}}
-        parse_recipe(
-            {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
-            | {"verifier": {"kind": "routed", "by": "task", "routes": routes}}
-        )
+        parse_recipe(rest | {"verifier": {"kind": "routed", "by": "task", "routes": routes}})
 
 
 def test_the_recipe_of_uni_opd_judges_code():

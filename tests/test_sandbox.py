@@ -1,8 +1,10 @@
-"""Programs that a model wrote stay in their sandbox, whatever they try, and their verdict cannot be taken for another."""
+"""Programs that a model wrote stay in their sandbox, whatever they try."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 
 import pytest
 
+from benchmarks import pages
 from opd.errors import RecipeError, RunError
 from opd.sandbox import Limits, Sandbox, detection, filters, sandbox, why_not
 from opd.sandbox.detection import BEST_FIRST, BY_KIND
@@ -112,7 +115,9 @@ def test_tests_run_behind_the_program_in_its_names(kind):
     assert (ran.passed, ran.ended, ran.stdout) == ({0, 2, 3}, "finished", "hello\n")
     assert box.run("import time\n1 / 0", tests=tests).passed == frozenset()
     # What stood in a test that never ends is not what stood before it.
-    slow = box.run("def f(x):\n    while x:\n        pass\n    return 0", tests=["assert f(0) == 0", "f(1)"], limits=Limits(0.5))
+    slow = box.run(
+        "def f(x):\n    while x:\n        pass\n    return 0", tests=["assert f(0) == 0", "f(1)"], limits=Limits(0.5)
+    )
     assert (slow.passed, slow.ended) == ({0}, "time")
     # Long texts go through a pipe that takes less at once.
     long = "#" + "x" * 300_000
@@ -171,7 +176,7 @@ def test_the_best_is_taken_and_it_says_why_no_better(monkeypatch):
     assert notes == ["programs are confined by landlock; not bubblewrap: bwrap is not installed"]
     monkeypatch.setattr(detection, "why_not", lambda kind: None if kind == "none" else "needs Linux")
     for kind in ("best", "seccomp"):
-        with pytest.raises(RecipeError, match="needs Linux.*confinement: none for programs that you trust") as error:
+        with pytest.raises(RecipeError, match=r"needs Linux.*confinement: none for programs that you trust") as error:
             sandbox(kind)
         assert error.value.exit_code == 2
     box, notes = sandbox("none")
@@ -215,8 +220,12 @@ def test_the_filter_lets_through_what_is_listed(monkeypatch):
         assert [decide(machine, number) for number in (socket, 435, 437, 460)] == [deny, missing, missing, missing]
         assert decide(machine, 0, arch=0x40000003) == kill
     assert decide("x86_64", 0x40000000) == kill
-    both = [{name: numbers[column] for name, numbers in (filters.COMPUTING | filters.FILES).items()} for column in (0, 1)]
-    assert all(len({n for n in each.values() if n is not None}) == sum(n is not None for n in each.values()) for each in both)
+    both = [
+        {name: numbers[column] for name, numbers in (filters.COMPUTING | filters.FILES).items()} for column in (0, 1)
+    ]
+    assert all(
+        len({n for n in each.values() if n is not None}) == sum(n is not None for n in each.values()) for each in both
+    )
 
 
 def test_a_folder_of_any_depth_is_deleted(tmp_path):
@@ -236,3 +245,23 @@ def test_a_folder_of_any_depth_is_deleted(tmp_path):
     remove(folder)
     assert os.listdir(tmp_path) == ["keep"]
     assert os.listdir(keep) == ["file"]
+
+
+def test_the_page_has_every_hostile_program_and_all_were_contained():
+    data = json.loads((pages.ROOT / "benchmarks/results/sandbox.json").read_text(encoding="utf-8"))
+    assert [row["program"] for row in data["hostile"]] == [hostile.name for hostile in HOSTILE]
+    assert not [row for row in data["hostile"] for kind in KINDS if row[kind]["damage"]]
+    text = pages.sandbox(pages.ROOT / "benchmarks/results/sandbox.json")
+    assert text.strip() in (pages.ROOT / "docs/sandbox.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_the_limits():
+    page = (pages.ROOT / "docs/sandbox.md").read_text(encoding="utf-8")
+    limits = Limits()
+    assert f"| wall clock | {limits.seconds:g} s" in page
+    assert f"| CPU time | {limits.cpu_seconds} s" in page
+    assert f"| memory | {limits.memory} MiB" in page
+    assert f"| output | {limits.output >> 20} MiB" in page
+    assert f"| files | {limits.files} MiB, and {limits.entries} files" in page
+    assert f"| threads | {limits.threads} |" in page
+    assert [*KINDS, "none"] == re.findall(r"^\| `(\w+)` \| Linux", page, re.M)

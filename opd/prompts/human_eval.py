@@ -22,8 +22,8 @@ QUESTION = """Complete this Python function. Answer with the whole function in o
 class HumanEvalPrompts(Prompts):
     """The problems of HumanEval (Chen et al. 2021), for `verifier: code`.
 
-    The column `starts` holds the beginning of the program, imports and helpers among it, and the verifier puts it before
-    what was written; `tests` and `entry_point` hold the tests; `stops` where a continuation ends.
+    The column `starts` holds the beginning of the program, imports and helpers among it, and the verifier puts it
+    before what was written; `tests` and `entry_point` hold the tests; `stops` where a continuation ends.
     """
 
     kind: Literal["human_eval"] = "human_eval"

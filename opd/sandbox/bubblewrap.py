@@ -1,4 +1,4 @@
-"""Namespaces of its own, made by `bwrap`: a program sees Python's files and its scratch folder, and no other process."""
+"""Namespaces of its own, made by `bwrap`: a program sees Python's files and its folder, and no other process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ HOME = "/scratch"
 
 
 class Bubblewrap(Confinement):
-    """All namespaces (users, processes, network, mounts, IPC, host name, cgroups) are new, no capability is left, and the
-    filter of system calls holds within."""
+    """All namespaces (users, processes, network, mounts, IPC, host name, cgroups) are new, no capability is left, and
+    the filter of system calls holds within."""
 
     kind = "bubblewrap"
     wraps = True

@@ -17,7 +17,7 @@ from opd.sandbox.seccomp import Seccomp
 
 BEST_FIRST: tuple[type[Confinement], ...] = (Bubblewrap, Landlock, Seccomp)
 """Those that confine."""
-BY_KIND: dict[str, type[Confinement]] = {each.kind: each for each in (*BEST_FIRST, Nothing)}
+BY_KIND: dict[str, type[Confinement]] = {Nothing.kind: Nothing} | {each.kind: each for each in BEST_FIRST}
 
 PROBE = """
 import ctypes, os
@@ -81,7 +81,7 @@ def sandbox(confinement: str = "best") -> tuple[Sandbox, list[str]]:
         line = "confinement 'none': programs that a model wrote run with your own rights; see docs/sandbox.md"
         return Sandbox(Nothing()), [line]
     wanted = [each.kind for each in BEST_FIRST] if confinement == "best" else [confinement]
-    lacking_of = {}
+    lacking_of: dict[str, str] = {}
     for kind in wanted:
         reason = why_not(kind)
         if reason is None:

@@ -1,7 +1,7 @@
 """The system calls that a confined program may make, as a seccomp filter (classic BPF), for x86_64 and aarch64.
 
-A list of what is allowed: all else fails with EPERM, and what later kernels add as if this one did not know it. A call by
-the numbers of another architecture (32-bit, x32) ends the process.
+A list of what is allowed: all else fails with EPERM, and what later kernels add as if this one did not know it. A call
+by the numbers of another architecture (32-bit, x32) ends the process.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _conditional(files: bool) -> list[tuple[tuple[int | None, int | None], list[
         ),
         ((72, 25), _one_of(1, FCNTL)),
         ((16, 29), _one_of(1, IOCTL)),
-        # clone3 and openat2: nothing is known of a structure that a pointer leads to; libraries fall back to older ones.
+        # clone3 and openat2: nothing is known of what a pointer leads to; libraries fall back to older ones.
         ((435, 435), [_return(ERRNO | ENOSYS)]),
         ((437, 437), [_return(ERRNO | ENOSYS)]),
         ((56, 220), _one_of(0, THREAD_FLAGS)),

@@ -1,9 +1,9 @@
 """What runs in a sandboxed process: it takes its own rights away, runs the program, then tests of it.
 
-Started by its text (`python -I -S -c`), with the standard library alone. Two messages come on one pipe, each eight bytes
-of length and JSON: the settings with the program, and, read only when the program has run, the tests with a secret. On
-another pipe it says `ready` when it is confined, `memory` where the program found none, and the secret with the number
-of each test that passed.
+Started by its text (`python -I -S -c`), with the standard library alone. Two messages come on one pipe, each eight
+bytes of length and JSON: the settings with the program, and, read only when the program has run, the tests with a
+secret. On another pipe it says `ready` when it is confined, `memory` where the program found none, and the secret with
+the number of each test that passed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,20 @@ import os
 import sys
 import types
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 OWN_PID = 0xFFFFFFF1
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PDEATHSIG, SET_SECCOMP, CAPBSET_DROP, SET_NO_NEW_PRIVS, CAP_AMBIENT = 1, 22, 24, 38, 47
 
 
-def received(pipe):
+def received(pipe: int) -> Any:
     return json.loads(_exactly(pipe, int.from_bytes(_exactly(pipe, 8), "little")))
 
 
-def _exactly(pipe, count):
+def _exactly(pipe: int, count: int) -> bytes:
     parts = []
     while count:
         part = os.read(pipe, min(count, 1 << 20))
@@ -34,7 +38,7 @@ def _exactly(pipe, count):
     return b"".join(parts)
 
 
-def set_limits(limits, must):
+def set_limits(limits: dict[str, int], must: bool) -> None:
     """Hard limits by the names of `resource`; systems without one are passed over unless all `must` be set."""
     import resource
 
@@ -55,22 +59,22 @@ def set_limits(limits, must):
 class Kernel:
     """Calls of Linux that Python has no function for; each raises `OSError` when it fails."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import ctypes
 
         self.ctypes, self.libc = ctypes, ctypes.CDLL(None, use_errno=True)
 
-    def check(self, result, what):
+    def check(self, result: int, what: str) -> int:
         if result < 0:
             number = self.ctypes.get_errno()
             raise OSError(number, f"{what}: {os.strerror(number)}")
         return result
 
-    def prctl(self, option, a=0, b=0, what="prctl"):
+    def prctl(self, option: int, a: int = 0, b: Any = 0, what: str = "prctl") -> int:
         long = self.ctypes.c_ulong
         return self.check(self.libc.prctl(option, long(a), b if b else long(0), long(0), long(0)), what)
 
-    def drop_capabilities(self):
+    def drop_capabilities(self) -> None:
         """None to have, to gain by a file or to pass on: who is root keeps the files of root alone."""
         for capability in range(64):
             try:
@@ -81,7 +85,7 @@ class Kernel:
         header = (self.ctypes.c_uint32 * 2)(0x20080522, 0)
         self.check(self.libc.capset(header, (self.ctypes.c_uint32 * 6)()), "capset")
 
-    def landlock(self, rules):
+    def landlock(self, rules: dict[str, Any]) -> None:
         """`rules`: handled rights (files, network, scopes), and of paths what is allowed beneath each."""
         c = self.ctypes
         handled = (c.c_uint64 * 3)(*rules["handled"])
@@ -95,18 +99,17 @@ class Kernel:
         self.check(self.libc.syscall(LANDLOCK_RESTRICT, ruleset, 0), "landlock")
         os.close(ruleset)
 
-    def seccomp(self, instructions):
+    def seccomp(self, instructions: bytes) -> None:
         own = instructions.replace(OWN_PID.to_bytes(4, "little"), os.getpid().to_bytes(4, "little"))
         c = self.ctypes
 
-        class Program(c.Structure):
-            _fields_ = [("length", c.c_ushort), ("filter", c.c_char_p)]  # noqa: RUF012
-
-        program = Program(len(own) // 8, own)
+        array = c.create_string_buffer(own, len(own))
+        # struct sock_fprog: a number of 16 bits, and a pointer where pointers are aligned.
+        program = (c.c_size_t * 2)(len(own) // 8, c.addressof(array))
         self.prctl(SET_SECCOMP, 2, c.byref(program), what="seccomp")
 
 
-def confine(settings):
+def confine(settings: dict[str, Any]) -> None:
     kernel = Kernel() if settings["confined"] else None
     for name in settings["modules"]:
         try:
@@ -127,7 +130,7 @@ def confine(settings):
         kernel.seccomp(bytes.fromhex(settings["filter"]))
 
 
-def run(requests, replies):
+def run(requests: int, replies: int) -> None:
     settings = received(requests)
     confine(settings)
     os.write(replies, b"ready\n")
@@ -150,7 +153,7 @@ def run(requests, replies):
             os._exit(0)
 
 
-def test(module, before, message, replies):
+def test(module: types.ModuleType, before: dict[str, Any], message: dict[str, Any], replies: int) -> None:
     """Run tests in the program's names and the builtins of before; all of them, or up to the first that fails."""
     names = {**vars(module), "__builtins__": before, "__name__": "tests"}
     for number, text in enumerate(message["tests"]):

@@ -20,8 +20,8 @@ DEVICES = (("/dev/null", READ_FILE | WRITE_FILE), ("/dev/urandom", READ_FILE), (
 
 
 class Landlock(Confinement):
-    """Python's files can be read and nothing else, and nothing written but in the scratch folder; with Linux 6.7 no port
-    is reached, with 6.12 no abstract socket and no process outside, whatever the filter of system calls lets through."""
+    """Python's files can be read and nothing else, and nothing written but in the scratch folder; with Linux 6.7 no
+    port is reached, with 6.12 no abstract socket and no process outside, whatever the filter of calls lets through."""
 
     kind = "landlock"
 
@@ -31,7 +31,9 @@ class Landlock(Confinement):
         if not filters.supported():
             return "no list of system calls for this processor"
         if version() < OLDEST:
-            return f"this kernel has no Landlock of version {OLDEST} or later: Linux 6.2, with lsm=landlock among others"
+            return (
+                f"this kernel has no Landlock of version {OLDEST} or later: Linux 6.2, with lsm=landlock among others"
+            )
         return None
 
     @property

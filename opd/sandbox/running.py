@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import secrets
 import selectors
@@ -32,7 +31,7 @@ SHOWN = 300
 """Characters of a message that an error repeats."""
 
 
-class NotReady(Exception):
+class NotReadyError(Exception):
     """A process ended, or took too long, before it was confined."""
 
 
@@ -66,7 +65,7 @@ class Sandbox:
         for last in (False, True):
             try:
                 return self._run_once(program, stdin, tests, every_test, limits or Limits())
-            except (NotReady, OSError) as error:
+            except (NotReadyError, OSError) as error:
                 if last:
                     raise RunError(
                         f"sandbox {self.confinement.kind!r}: a program could not be started ({str(error)[:SHOWN]}); "
@@ -168,7 +167,7 @@ class Running:
         """Until it has ended or is ended here: the limit that it met here, its exit status, and its CPU seconds.
 
         Raises:
-            NotReady: it was not confined yet.
+            NotReadyError: it was not confined yet.
         """
         started = now = time.monotonic()
         looked, reason = 0.0, None
@@ -182,7 +181,7 @@ class Running:
             reason = self._flooded()
             if self.began is None:
                 if now - started > START:
-                    raise NotReady(f"not ready within {START:g} s{self._message()}")
+                    raise NotReadyError(f"not ready within {START:g} s{self._message()}")
             elif now - self.began > self.limits.seconds:
                 reason = reason or "time"
             elif now - looked >= TICK:
@@ -195,7 +194,7 @@ class Running:
         while self._exchange(0) and self._flooded() is None:
             pass
         if not self.got["replies"].startswith(b"ready\n"):
-            raise NotReady(f"exit status {status}{self._message()}")
+            raise NotReadyError(f"exit status {status}{self._message()}")
         assert cpu is not None
         return reason or self._flooded() or self._grown(ended=True), status, cpu
 
@@ -279,8 +278,12 @@ def _told(running: Running, met: Ended | None, exit: int, cpu: float, limits: Li
         ended = "killed"
     else:
         ended = "error" if exit else "finished"
-    texts = [bytes(running.got[name][: limits.output]).decode(errors="replace") for name in ("stdout", "stderr")]
-    return Ran(ended, exit, *texts, frozenset(int(n) for n in passed if n.isdecimal() and len(n) < 9), running.seconds)
+    stdout, stderr = (
+        bytes(running.got[name][: limits.output]).decode(errors="replace") for name in ("stdout", "stderr")
+    )
+    return Ran(
+        ended, exit, stdout, stderr, frozenset(int(n) for n in passed if n.isdecimal() and len(n) < 9), running.seconds
+    )
 
 
 @functools.cache

@@ -14,7 +14,18 @@ class Seccomp(Confinement):
     kind = "seccomp"
     modules = (
         *("abc", "argparse", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc"),
-        *("contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "enum", "fractions", "functools"),
+        *(
+            "contextlib",
+            "copy",
+            "csv",
+            "dataclasses",
+            "datetime",
+            "decimal",
+            "difflib",
+            "enum",
+            "fractions",
+            "functools",
+        ),
         *("gc", "hashlib", "heapq", "io", "itertools", "json", "locale", "math", "numbers", "operator", "pprint"),
         *("queue", "random", "re", "secrets", "statistics", "string", "struct", "textwrap", "threading", "time"),
         *("traceback", "types", "typing", "unicodedata", "uuid", "zlib", "_strptime", "encodings.idna", "doctest"),

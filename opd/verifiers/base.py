@@ -52,7 +52,7 @@ class Scorer(ABC):
         return []
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """What the last `score` found beside rewards, on all processes; logged as train/NAME. Every process must ask."""
+        """What the last `score` found beside rewards, on all processes, which must all ask; logged as train/NAME."""
         return {}
 
     def judges(self, prompt: Prompt) -> bool:

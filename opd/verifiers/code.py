@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +38,8 @@ class Code(Verifier):
     The program is the completion's last fenced block of code, or the whole completion; a row's column `starts` stands
     before it. `tests` holds Python text that runs after the program (with a column `entry_point`, `check` of that text
     is called with that name), a list of such texts, or inputs with the outputs that are right for them: a list of
-    `{input, output}`, or `{inputs, outputs}`, which may be JSON in a text. Outputs are compared line by line without the
-    blanks around them.
+    `{input, output}`, or `{inputs, outputs}`, which may be JSON in a text. Outputs are compared line by line without
+    the blanks around them.
 
     Each program is a process of its own under `confinement`, with the standard library of this Python. One that is
     wrong, crashes or meets a limit is worth 0; where the sandbox itself fails, the run ends with that error.
@@ -55,9 +55,7 @@ class Code(Verifier):
     cpu_seconds: int = Field(10, ge=1, le=3600, description="CPU time of one run, of all of its threads")
     memory: int = Field(512, ge=128, le=1 << 20, description="MiB of address space of one run")
     output: int = Field(1 << 20, ge=1, le=1 << 30, description="Bytes that one run may write to its output")
-    workers: int = Field(
-        min(4, os.cpu_count() or 1), ge=1, le=1024, description="Programs at once; default up to four processors"
-    )
+    workers: int = Field(4, ge=1, le=1024, description="Programs at once")
     program: Literal["last_block", "whole"] = Field(
         "last_block", description="The last fenced block, where there is one, or always the whole completion"
     )
@@ -69,7 +67,7 @@ class Code(Verifier):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if self.judges(prompt):
-                tests_of(prompt, self.output)
+                read_tests(prompt, self.output)
 
     def build(self, context: Context) -> CodeScorer:
         return CodeScorer(self)
@@ -146,7 +144,7 @@ def verdict(box: Sandbox, settings: Code, prompt: Prompt, program: str) -> tuple
     Raises:
         RunError: the sandbox could not run it.
     """
-    tests, limits = tests_of(prompt, settings.output), settings.limits
+    tests, limits = read_tests(prompt, settings.output), settings.limits
     if tests.texts:
         ran = box.run(program, tests=tests.texts, every_test=settings.partial, limits=limits)
         passed, count, runs = len(ran.passed & set(range(len(tests.texts)))), len(tests.texts), [ran.ended]
@@ -166,7 +164,7 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
 
-def tests_of(prompt: Prompt, output: int) -> Tests:
+def read_tests(prompt: Prompt, output: int) -> Tests:
     """What the column `tests` of a row asks for.
 
     Raises:
@@ -174,11 +172,9 @@ def tests_of(prompt: Prompt, output: int) -> Tests:
     """
     where, value = prompt.where or prompt.id, prompt.fields["tests"]
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
-        try:
+        # Python text may begin so, too.
+        with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(value)
-        except json.JSONDecodeError:
-            # Python text may begin so, too.
-            pass
     for name, kinds in (("starts", str), ("stops", list), ("entry_point", str)):
         found = prompt.fields.get(name)
         if found is not None and not (isinstance(found, kinds) and all(isinstance(part, str) for part in found)):
@@ -203,8 +199,14 @@ def tests_of(prompt: Prompt, output: int) -> Tests:
         except (SyntaxError, ValueError) as error:
             raise DataError(f"{where}: column 'tests' holds a text that is no Python ({error}); mend it") from None
     entry = prompt.fields.get("entry_point")
-    if entry and len(texts) == 1 and re.search(r"^def check\(", texts[0], re.MULTILINE):
-        texts = [f"{texts[0]}\n\ncheck({entry})\n"]
+    if len(texts) == 1 and re.search(r"^def check\(", texts[0], re.MULTILINE):
+        if entry:
+            texts = [f"{texts[0]}\n\ncheck({entry})\n"]
+        elif not re.search(r"^check\(", texts[0], re.MULTILINE):
+            raise DataError(
+                f"{where}: column 'tests' defines check and calls it nowhere, so every program would pass; give it "
+                "the column 'entry_point' with the name of the function"
+            )
     return Tests(texts=tuple(texts))
 
 
@@ -225,11 +227,15 @@ def _pairs(value: dict[str, Any], where: str, output: int) -> tuple[tuple[str, s
     inputs, outputs = value.get("inputs"), value.get("outputs")
     for name, texts in (("inputs", inputs), ("outputs", outputs)):
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise DataError(f"{where}: column 'tests' needs {name!r}, a list of one text or more; it has {sorted(value)}")
+            raise DataError(
+                f"{where}: column 'tests' needs {name!r}, a list of one text or more; it has {sorted(value)}"
+            )
     assert inputs is not None
     assert outputs is not None
     if len(inputs) != len(outputs):
-        raise DataError(f"{where}: column 'tests' has {len(inputs)} inputs and {len(outputs)} outputs; it needs as many")
+        raise DataError(
+            f"{where}: column 'tests' has {len(inputs)} inputs and {len(outputs)} outputs; it needs as many"
+        )
     longest = max(len(text.encode()) for text in outputs)
     if longest > output:
         raise DataError(f"{where}: an output in column 'tests' has {longest} bytes; set verifier.output to as many")
