@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import opd
 from opd.context import Context
 from opd.errors import DataError, RecipeError, RunError
 from opd.prompts import Prompt
@@ -17,7 +18,7 @@ from opd.recipe import load_recipe, parse_recipe
 from opd.sandbox import Sandbox, why_not
 from opd.verifiers.code import Code, program_of, read_tests
 from opd.verifiers.routed import RoutedVerifier
-from tests.conftest import trajectories_of
+from tests.conftest import character_tokenizer, tiny_model, trajectories_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement needs Linux")
 
@@ -221,3 +222,28 @@ def test_solutions_of_human_eval_pass_and_others_do_not(phrasing):
         right = [f"{text}\n\ndef broken(" for text in right]
     assert score(rows, right)[0] == [1.0] * len(rows)
     assert score(rows, ["    return None\n"] * len(rows))[0] == [0.0] * len(rows)
+
+
+def test_a_run_logs_what_its_programs_met_and_says_how_they_are_confined(tmp_path, capsys):
+    rows = [{"prompt": f"{a}+{b}=", "tests": "assert False"} for a in range(3) for b in range(3)]
+    result = opd.distill(
+        tiny_model(seed=1),
+        [],
+        rows,
+        tokenizer=character_tokenizer(),
+        quiet=True,
+        steps=1,
+        batch={"prompts": 2, "group": 2},
+        rollout={"max_new_tokens": 4},
+        objective="grpo",
+        verifier={"kind": "code", "seconds": 5},
+        evaluation={"held_out": 2, "samples": 1},
+        checkpoint={"every": 0},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "threads": 1},
+        output=str(tmp_path),
+    )
+    (step,) = [record for record in result.history if "train/loss" in record]
+    assert step["train/code/timed_out"] == step["train/code/out_of_memory"] == step["train/code/stopped"] == 0
+    assert step["train/reward"] == 0
+    assert "programs are confined by" in capsys.readouterr().err
