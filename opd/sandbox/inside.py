@@ -23,8 +23,9 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 PDEATHSIG, SET_SECCOMP, CAPBSET_DROP, SET_NO_NEW_PRIVS, CAP_AMBIENT = 1, 22, 24, 38, 47
 
 
-def received(pipe: int) -> Any:
-    return json.loads(_exactly(pipe, int.from_bytes(_exactly(pipe, 8), "little")))
+def received(pipe: int) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(_exactly(pipe, int.from_bytes(_exactly(pipe, 8), "little")))
+    return message
 
 
 def _exactly(pipe: int, count: int) -> bytes:
@@ -70,9 +71,9 @@ class Kernel:
             raise OSError(number, f"{what}: {os.strerror(number)}")
         return result
 
-    def prctl(self, option: int, a: int = 0, b: Any = 0, what: str = "prctl") -> int:
+    def prctl(self, option: int, a: int = 0, b: int = 0, what: str = "prctl") -> int:
         long = self.ctypes.c_ulong
-        return self.check(self.libc.prctl(option, long(a), b if b else long(0), long(0), long(0)), what)
+        return self.check(self.libc.prctl(option, long(a), long(b), long(0), long(0)), what)
 
     def drop_capabilities(self) -> None:
         """None to have, to gain by a file or to pass on: who is root keeps the files of root alone."""
@@ -106,7 +107,7 @@ class Kernel:
         array = c.create_string_buffer(own, len(own))
         # struct sock_fprog: a number of 16 bits, and a pointer where pointers are aligned.
         program = (c.c_size_t * 2)(len(own) // 8, c.addressof(array))
-        self.prctl(SET_SECCOMP, 2, c.byref(program), what="seccomp")
+        self.prctl(SET_SECCOMP, 2, c.addressof(program), what="seccomp")
 
 
 def confine(settings: dict[str, Any]) -> None:
