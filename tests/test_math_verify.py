@@ -129,5 +129,5 @@ def test_a_missing_package_is_told_with_the_fix_before_anything_loads(monkeypatc
         "prompts": {"kind": "inline", "prompts": ["a"]},
         "verifier": "math_verify",
     }
-    with pytest.raises(RecipeError, match=r"verifier .*pip install 'opd\[tasks\]'"):
+    with pytest.raises(RecipeError, match=r"verifier: needs .*pip install 'opd\[tasks\]'"):
         parse_recipe(data)
