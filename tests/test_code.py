@@ -247,3 +247,9 @@ def test_a_run_logs_what_its_programs_met_and_says_how_they_are_confined(tmp_pat
     assert step["train/code/timed_out"] == step["train/code/out_of_memory"] == step["train/code/stopped"] == 0
     assert step["train/reward"] == 0
     assert "programs are confined by" in capsys.readouterr().err
+
+
+def test_numbers_name_routes_of_a_verifier_as_they_do_of_a_teacher():
+    verifier = RoutedVerifier.model_validate({"by": "grade", "routes": {"1": "exact_match"}})
+    prompts = [Prompt("a", {"prompt": "x", "answer": "1", "grade": grade}) for grade in (1, "1", 2, None)]
+    assert [verifier.route(prompt) for prompt in prompts] == ["1", "1", None, None]

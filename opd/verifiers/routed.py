@@ -32,9 +32,9 @@ class RoutedVerifier(Verifier):
         return self
 
     def route(self, prompt: Prompt) -> str | None:
-        """The tag of a prompt, where it is one of the routes."""
-        tag = prompt.fields.get(self.by)
-        return tag if isinstance(tag, str) and tag in self.routes else None
+        """The tag of a prompt, where it is one of the routes; a number is its digits, as for a routed teacher."""
+        tag = str(prompt.fields.get(self.by, ""))
+        return tag if tag in self.routes else None
 
     def judges(self, prompt: Prompt) -> bool:
         tag = self.route(prompt)
