@@ -83,19 +83,20 @@ class ChecksPrompts(Protocol):
         """Raise `DataError` for a prompt that it cannot read."""
 
 
-def _readable(
+def readable(
     recipe: Recipe,
     prompts: list[Prompt],
     bad: list[DataError],
-    student: Student,
+    student: Student | None,
     *parts: ChecksPrompts,
 ) -> list[Prompt]:
-    """The prompts that the student and the other parts can read; another one is an error, or joins the `bad` where the
-    recipe skips those."""
+    """The prompts that the student, where it is built, and the other parts can read; another one is an error, or joins
+    the `bad` where the recipe skips those."""
     kept = []
     for prompt in prompts:
         try:
-            student.check_prompts([prompt], recipe.max_prompt_tokens)
+            if student is not None:
+                student.check_prompts([prompt], recipe.max_prompt_tokens)
             for part in parts:
                 part.check_prompts([prompt])
             kept.append(prompt)
@@ -115,6 +116,21 @@ def check_verdicts(recipe: Recipe, verifier: Scorer | None, training: Sequence[P
     for part in learners:
         if part.needs_reward and verifier is not None and not recipe.rollout.rewards:
             verifier.check_verdicts(training, f"{axis_of(part)} {kind_of(part)!r}")
+
+
+def without_verdict(recipe: Recipe, verifier: Scorer | None, training: Sequence[Prompt]) -> list[str]:
+    """A line where a part goes by verdicts and some training prompts have none, as with a tag that no route has."""
+    learners: list[Objective | Shaping | Curriculum] = [*recipe.objective, *recipe.shaping, recipe.curriculum]
+    by_verdicts = [f"{axis_of(part)} {kind_of(part)!r}" for part in learners if part.needs_reward]
+    if verifier is None or recipe.rollout.rewards or not by_verdicts:
+        return []
+    unjudged = [prompt for prompt in training if not verifier.judges(prompt)]
+    if not unjudged:
+        return []
+    return [
+        f"{len(unjudged)} of {len(training)} training prompts have no verdict ({unjudged[0].where} is the first), and "
+        f"{by_verdicts[0]} goes by verdicts; one needs {verifier.settings.needs}"
+    ]
 
 
 def check_offsets(recipe: Recipe) -> None:
@@ -247,8 +263,8 @@ def assemble(
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
     verifiers = [] if recipe.verifier is None else [recipe.verifier]
-    training = _readable(recipe, training, bad, student, *built, rollout, *verifiers)
-    held_out = _readable(recipe, held_out, bad, student, *built, *verifiers)
+    training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
+    held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
     lengths = check_lengths(recipe, student, built, [*training, *held_out])
     for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
@@ -267,6 +283,8 @@ def assemble(
     for note in () if verifier is None else verifier.notes:
         monitor.warn(note)
     check_verdicts(recipe, verifier, training)
+    for note in without_verdict(recipe, verifier, training):
+        monitor.warn(note)
 
     now = Now.at(recipe, context, 0)
     sampler = held_out_sampler(student, rollout, now)

@@ -290,8 +290,38 @@ def test_evaluations_count(tmp_path):
     [
         ({"end_tokens": [99999999]}, "end_tokens names 99999999"),
         ({"max_prompt_tokens": 2}, "more than max_prompt_tokens=2"),
+        ({"shaping": "margin_shift", "verifier": "exact_match"}, "objective 'reverse_kl' has no place for that"),
+        ({"curriculum": {"kind": "difficulty", "by": "domain"}, "verifier": "exact_match"}, "no column 'domain'"),
+        ({"teacher": {"kind": "routed", "by": "task", "routes": {"math": {"model": "x"}}}}, "has task 'maths'"),
+        ({"verifier": {"kind": "code"}, "objective": "grpo"}, "column 'tests'"),
     ],
 )
 def test_what_a_run_would_refuse_is_refused_here_too(changes, message, tmp_path):
+    path = save_tiny(tmp_path / "m")
+    if "teacher" in changes:
+        changes = {"teacher": {**changes["teacher"], "routes": {"math": {"model": path}}}}
+    rows = [{"prompt": f"{text}+1=", "answer": "1", "task": "maths", "tests": []} for text in "abc"]
     with pytest.raises(OpdError, match=message):
-        make_plan(recipe(save_tiny(tmp_path / "m"), **changes))
+        make_plan(
+            recipe(path, **{"objective": "reverse_kl", "prompts": {"kind": "inline", "prompts": rows}, **changes})
+        )
+
+
+def test_prompts_without_a_verdict_are_counted_where_a_part_goes_by_verdicts(tmp_path):
+    """A tag that no route of the verifier has is told, and only where that matters."""
+    rows = [{"prompt": f"{a}=", "answer": "1", "task": "math" if a < "d" else "maths"} for a in "abcdef"]
+    changes = {
+        "prompts": {"kind": "inline", "prompts": rows[:5]},
+        "evaluation": {"prompts": {"kind": "inline", "prompts": rows[5:]}},
+        "verifier": {"kind": "routed", "by": "task", "routes": {"math": "exact_match"}},
+    }
+    path = save_tiny(tmp_path / "m")
+    notes = make_plan(recipe(path, **changes, shaping="outcome_balance")).notes
+    assert any(
+        note.startswith(
+            "2 of 5 training prompts have no verdict (prompts[3] is the first), and shaping "
+            "'outcome_balance' goes by verdicts; one needs the column 'task' with one of math"
+        )
+        for note in notes
+    ), notes
+    assert not any("no verdict" in note for note in make_plan(recipe(path, **changes)).notes)

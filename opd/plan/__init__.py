@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from opd.assembly import check_offsets
 from opd.choice import kind_of
 from opd.errors import OpdError
 from opd.plan.flow import FlowPlan, plan_flow
@@ -25,4 +26,5 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     plan = OF_MODALITY.get(recipe.student.modality or "")
     if plan is None:
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
+    check_offsets(recipe)
     return plan(recipe)

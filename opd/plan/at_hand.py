@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from opd.assembly import check_verdicts, load_data, not_held_out
+from opd.assembly import check_verdicts, load_data, not_held_out, readable, without_verdict
 from opd.context import Context
 from opd.errors import DataError
 from opd.failures import skipped_rows
@@ -20,7 +20,13 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
         return None
     bad: list[DataError] = []
     training, held_out = load_data(recipe, bad)
+    verifiers = [] if recipe.verifier is None else [recipe.verifier]
+    training = readable(recipe, training, bad, None, *recipe.teacher, *verifiers)
+    held_out = readable(recipe, held_out, bad, None, *recipe.teacher, *verifiers)
     notes += skipped_rows(bad) + not_held_out(recipe, training, held_out)
     context = Context(device=torch.device("cpu"), temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
-    check_verdicts(recipe, None if recipe.verifier is None else recipe.verifier.build(context), training)
+    verifier = None if recipe.verifier is None else recipe.verifier.build(context)
+    check_verdicts(recipe, verifier, training)
+    notes += without_verdict(recipe, verifier, training)
+    recipe.curriculum.build(training, recipe.batch.prompts, context)
     return [*training, *held_out]

@@ -157,12 +157,13 @@ def _check_answers(recipe: Recipe) -> None:
 
 def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
     """Mean length of a prompt, and how many leading tokens all prompts have in common."""
+    told = bool(notes)
     prompts = prompts_at_hand(recipe, notes)
     if prompts is None:
         return recipe.max_prompt_tokens, 0
     assert isinstance(recipe.student, CausalLM)
     try:
-        tokenizer = load_tokenizer(recipe.student, local_only=bool(notes))
+        tokenizer = load_tokenizer(recipe.student, local_only=told)
     except ModelError:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
         return recipe.max_prompt_tokens, 0

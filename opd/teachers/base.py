@@ -172,6 +172,9 @@ class Teacher(Choice):
         all ids, or where nobody knows."""
         return None
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `DataError` for a prompt that its settings alone, before anything is built, leave without an answer."""
+
     def check_scorer(self, home: torch.device) -> None:
         """Raise `IncompatibleError` when its settings keep it from answering while a text is being written; `home` is
         the student's device."""

@@ -71,6 +71,28 @@ class RoutedTeacher(Teacher):
             for shape in route.shapes(student, notes)
         ]
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self.route(prompt)
+
+    def route(self, prompt: Prompt) -> str:
+        """The tag of the route that answers for a prompt; raises `DataError` where there is none."""
+        by, default = self.by, self.default
+        if by not in prompt.fields:
+            raise DataError(
+                f"{prompt.where}: prompt {prompt.id!r} has no column {by!r}{nearest(by, prompt.fields)}, by which "
+                f"teacher.by chooses a route; it has {sorted(prompt.fields)}"
+            )
+        value = prompt.fields[by]
+        tag = str(value)
+        if tag not in self.routes and default is None:
+            raise DataError(
+                f"{prompt.where}: prompt {prompt.id!r} has {by} {value!r}{nearest(tag, self.routes)}, and "
+                f"teacher.routes has {', '.join(self.routes)}; add a route, or name one for all others in "
+                "teacher.default"
+            )
+        return tag if tag in self.routes else str(default)
+
     def build(self, context: Context, student: Student) -> RoutedTeachers:
         return RoutedTeachers(self, {tag: r.build(context, student) for tag, r in self.routes.items()})
 
@@ -131,21 +153,7 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
         return self.routes
 
     def route(self, prompt: Prompt) -> str:
-        by, default = self.settings.by, self.settings.default
-        if by not in prompt.fields:
-            raise DataError(
-                f"{prompt.where}: prompt {prompt.id!r} has no column {by!r}{nearest(by, prompt.fields)}, by which "
-                f"teacher.by chooses a route; it has {sorted(prompt.fields)}"
-            )
-        value = prompt.fields[by]
-        tag = str(value)
-        if tag not in self.routes and default is None:
-            raise DataError(
-                f"{prompt.where}: prompt {prompt.id!r} has {by} {value!r}{nearest(tag, self.routes)}, and "
-                f"teacher.routes has {', '.join(self.routes)}; add a route, or name one for all others in "
-                "teacher.default"
-            )
-        return tag if tag in self.routes else str(default)
+        return self.settings.route(prompt)
 
     @torch.no_grad()
     def answer(self, trajectories: Trajectories, settings: RoutedTeacher, context: Context) -> list[Target]:
