@@ -816,6 +816,38 @@ attempt(os.rmdir, os.getcwd())
 attempt(os.rename, os.getcwd(), '/tmp/x')
 """,
     ),
+    Hostile(
+        "names that its deletion may need",
+        """
+for i in range(20):
+    os.makedirs(f'.up-{i}/x/y')
+    open(f'.up-{i}/z', 'w').close()
+""",
+    ),
+    Hostile(
+        "closed folders and names of odd bytes",
+        r"""
+os.makedirs('a/b')
+attempt(os.mkdir, b'a/\xff\n ', 0)
+os.umask(0o777)
+for name in ('a/c', 'a/b/d', '-rf', 'e'):
+    attempt(os.mkdir, name)
+attempt(open, b'\xfe', 'w')
+""",
+    ),
+    Hostile(
+        "folders from many threads until the end",
+        """
+import threading
+def make(i):
+    for n in range(1 << 30):
+        attempt(os.mkdir, f'{i}-{n}')
+        attempt(os.mkdir, f'{i}-{n - 1}/x')
+for i in range(8):
+    threading.Thread(target=make, args=(i,)).start()
+""",
+        timed("files"),
+    ),
     # The verdict.
     Hostile(
         "ending with success (`sys.exit`)",

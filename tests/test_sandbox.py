@@ -76,6 +76,20 @@ print(datetime.datetime.strptime("2020-02-03", "%Y-%m-%d").date(), "grüße 漢"
     assert (ran.ended, ran.stdout.splitlines()) == ("finished", lines), ran.stderr
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "none"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print('right')\nexit()\nprint('wrong')",
+        "print('right')\nquit(0)",
+        "import resource as r\nr.setrlimit(r.RLIMIT_STACK, (r.getrlimit(r.RLIMIT_STACK)[1],) * 2)\nprint('right')",
+    ],
+)
+def test_what_scripts_often_do_at_their_ends_and_starts_works(kind, text):
+    ran = confined(kind).run(text)
+    assert (ran.ended, ran.stdout) == ("finished", "right\n"), ran.stderr
+
+
 @pytest.mark.parametrize("kind", ["bubblewrap", "landlock"])
 def test_a_program_has_a_folder_of_its_own_and_the_whole_standard_library(outside, kind):
     text = "import os, sqlite3, zoneinfo, ctypes\nopen('a', 'w').write('b')\nprint(os.listdir('.'), open('a').read())"
@@ -215,6 +229,7 @@ def test_the_filter_lets_through_what_is_listed(monkeypatch):
         assert [decide(machine, fcntl, 5, command) for command in (3, 8, 10, 1031)] == [allow, deny, deny, deny]
         assert [decide(machine, tgkill, pid, pid, 9) for pid in (own, 1, 2**32 - 1)] == [allow, deny, deny]
         assert [decide(machine, prlimit, 0, 7, new) for new in (0, 1, 1 << 32)] == [allow, deny, deny]
+        assert [decide(machine, prlimit, pid, 3, 1) for pid in (0, own, 1)] == [allow, allow, deny]
         assert [decide(machine, openat, 0, 0, flags) for flags in (0, 0x410000)] == [allow, deny]
         assert decide(machine, openat, files=False) == deny
         assert [decide(machine, number) for number in (socket, 435, 437, 460)] == [deny, missing, missing, missing]
@@ -245,6 +260,42 @@ def test_a_folder_of_any_depth_is_deleted(tmp_path):
     remove(folder)
     assert os.listdir(tmp_path) == ["keep"]
     assert os.listdir(keep) == ["file"]
+
+
+def test_what_is_made_while_it_is_deleted_is_deleted_too(tmp_path, monkeypatch):
+    folder, rmdir, late = tmp_path / "scratch", os.rmdir, ["a", "b"]
+    folder.mkdir()
+
+    def slow(path):
+        if late:
+            (folder / late.pop()).mkdir()
+        rmdir(path)
+
+    monkeypatch.setattr(os, "rmdir", slow)
+    remove(folder)
+    assert not late
+    assert not folder.exists()
+
+
+def test_without_descriptors_nothing_is_left(monkeypatch):
+    box, count, before = sandbox()[0], len(os.listdir("/proc/self/fd")), processes()
+
+    def none_left(file):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(os, "dup", none_left)
+    with pytest.raises(RunError, match="Too many open files"):
+        box.run("print(1)")
+    assert len(os.listdir("/proc/self/fd")) == count
+    assert processes() == before
+
+
+def test_without_a_folder_for_temporary_files_it_is_told(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    monkeypatch.setattr(detection, "why_not", why_not.__wrapped__)
+    with pytest.raises(RecipeError, match=r"seccomp: no folder for temporary files.*set TMPDIR"):
+        sandbox("seccomp")
 
 
 def test_the_page_has_every_hostile_program_and_all_were_contained():

@@ -54,14 +54,16 @@ def why_not(kind: str) -> str | None:
     lacking = confinement.missing()
     if lacking is not None or not confinement.confines:
         return lacking
-    with tempfile.TemporaryDirectory(prefix="opd-witness-") as folder:
-        witness = Path(folder, "witness")
-        witness.write_text("secret")
-        program = PROBE.format(witness=str(witness), new=str(Path(folder, "new")), folder=folder)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="opd-witness-") as folder:
+            witness = Path(folder, "witness")
+            witness.write_text("secret")
+            program = PROBE.format(witness=str(witness), new=str(Path(folder, "new")), folder=folder)
             ran = Sandbox(confinement).run(program, limits=Limits(seconds=20))
-        except RunError as error:
-            return str(error)
+    except RunError as error:
+        return str(error)
+    except OSError as error:
+        return f"no folder for temporary files ({error.strerror}); set TMPDIR to one that can be written"
     if ran.ended != "finished":
         last = (ran.stderr.strip().splitlines() or [ran.ended])[-1]
         return f"the program that tries it did not run ({last})"

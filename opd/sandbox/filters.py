@@ -129,6 +129,7 @@ FCNTL = (0, 1, 2, 3, 4, 1030)
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """Whether this is a terminal, its size, bytes to read, close on exec. No TIOCSTI, no FIOSETOWN."""
 O_TMPFILE = 0x400000
+RLIMIT_STACK = 3
 NEWER = 450
 """The first number, of both architectures, of calls that came after 2021: none of the list is among them."""
 
@@ -189,10 +190,17 @@ def _conditional(files: bool) -> list[tuple[tuple[int | None, int | None], list[
         ((56, 220), _one_of(0, THREAD_FLAGS)),
         ((62, 129), own),
         ((234, 131), own),
-        # prlimit64: of itself, without a new limit (a null pointer, both halves).
+        # prlimit64: of itself, without a new limit (a null pointer, both halves). Scripts that recurse ask for a larger
+        # stack, which the hard limit and that of the address space bound.
         (
             (302, 261),
             [
+                _load_argument(1),
+                _jump(EQUAL, RLIMIT_STACK, 0, 4),
+                _load_argument(0),
+                _jump(EQUAL, 0, 1, 0),
+                _jump(EQUAL, OWN_PID, 0, 1),
+                allow,
                 _load_argument(2),
                 _jump(EQUAL, 0, 1, 0),
                 deny,

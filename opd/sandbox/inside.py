@@ -8,6 +8,7 @@ the number of each test that passed.
 
 from __future__ import annotations
 
+import _sitebuiltins
 import builtins
 import json
 import os
@@ -139,6 +140,8 @@ def run(requests: int, replies: int) -> None:
     module = types.ModuleType("program" if testing else "__main__")
     sys.modules[module.__name__] = module
     sys.argv[:] = ["program.py"]
+    # By `-S` nobody set them, and scripts end by them.
+    builtins.exit, builtins.quit = (_sitebuiltins.Quitter(name, "Ctrl-D") for name in ("exit", "quit"))
     before, out = dict(vars(builtins)), sys.stdout
     try:
         exec(compile(settings["program"], "program.py", "exec", dont_inherit=True), vars(module))

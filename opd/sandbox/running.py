@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -108,7 +109,12 @@ class Running:
         self.limits, self.scratch = limits, scratch
         home = confinement.home(scratch)
         requests, sent = os.pipe()
-        read, replies = os.pipe()
+        try:
+            read, replies = os.pipe()
+        except OSError:
+            os.close(requests)
+            os.close(sent)
+            raise
         try:
             self.process = subprocess.Popen(
                 [
@@ -134,21 +140,22 @@ class Running:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        self.pipes = {
-            "sent": sent,
-            "stdin": os.dup(process.stdin.fileno()),
-            "replies": read,
-            "stdout": os.dup(process.stdout.fileno()),
-            "stderr": os.dup(process.stderr.fileno()),
-        }
-        for file in (process.stdin, process.stdout, process.stderr):
-            file.close()
-        self.left = {"sent": memoryview(messages), "stdin": memoryview(stdin)}
-        self.got = {"replies": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
-        self.selector = selectors.DefaultSelector()
-        for name, pipe in self.pipes.items():
-            os.set_blocking(pipe, False)
-            self.selector.register(pipe, selectors.EVENT_WRITE if name in self.left else selectors.EVENT_READ, name)
+        self.pipes = {"sent": sent, "replies": read}
+        # It takes no descriptor of its own.
+        self.selector = selectors.PollSelector()
+        try:
+            for name, file in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
+                self.pipes[name] = os.dup(file.fileno())
+                file.close()
+            self.left = {"sent": memoryview(messages), "stdin": memoryview(stdin)}
+            self.got = {"replies": bytearray(), "stdout": bytearray(), "stderr": bytearray()}
+            for name, pipe in self.pipes.items():
+                os.set_blocking(pipe, False)
+                self.selector.register(pipe, selectors.EVENT_WRITE if name in self.left else selectors.EVENT_READ, name)
+        except OSError:
+            # No descriptors are left: the process waits for a message that nobody sends.
+            self.__exit__()
+            raise
         self.began: float | None = None
         self.seconds = 0.0
 
@@ -329,28 +336,43 @@ def _threads(pid: int) -> int:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder whatever lies in it, without following a link; nothing writes in it any more.
+    """Delete a folder whatever lies in it, without following a link.
 
-    Folders within folders are moved up before they are emptied, so that no depth is too deep.
+    What was killed may make one thing more: then it is emptied again.
+
+    Raises:
+        RunError: it could not be.
     """
-    number = 0
-    while folder.exists():
+    until = time.monotonic() + GONE
+    while True:
         try:
-            entries = list(os.scandir(folder))
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                os.chmod(entry.path, 0o700)
-                for inner in list(os.scandir(entry.path)):
-                    if inner.is_dir(follow_symlinks=False):
-                        os.chmod(inner.path, 0o700)
-                        number += 1
-                        os.rename(inner.path, folder / f".up-{number}")
-                    else:
-                        os.unlink(inner.path)
-                os.rmdir(entry.path)
-            if not entries:
-                os.rmdir(folder)
+            return _remove(folder)
         except OSError as error:
-            raise RunError(f"sandbox: cannot delete {folder} ({error.strerror}); delete it by hand") from None
+            passing = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+            if not passing or time.monotonic() > until:
+                raise RunError(f"sandbox: cannot delete {folder} ({error.strerror}); delete it by hand") from None
+        time.sleep(TICK)
+
+
+def _remove(folder: Path) -> None:
+    """Folders within folders are moved up before they are emptied, so that no depth is too deep; to names that no
+    program could have guessed."""
+    up, number = f".up-{secrets.token_hex(16)}", 0
+    while folder.exists():
+        os.chmod(folder, 0o700)
+        entries = list(os.scandir(folder))
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                os.unlink(entry.path)
+                continue
+            os.chmod(entry.path, 0o700)
+            for inner in list(os.scandir(entry.path)):
+                if inner.is_dir(follow_symlinks=False):
+                    os.chmod(inner.path, 0o700)
+                    number += 1
+                    os.rename(inner.path, folder / f"{up}-{number}")
+                else:
+                    os.unlink(inner.path)
+            os.rmdir(entry.path)
+        if not entries:
+            os.rmdir(folder)
