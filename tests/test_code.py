@@ -131,7 +131,8 @@ def test_what_starts_the_program_stands_before_it():
     begun = row(starts="import math\ndef f(x):\n", stops=["\ndef", "\nprint"])
     assert program_of(begun, "    return x\n\nprint(1)\ndef g(): 1") == "import math\ndef f(x):\n    return x\n"
     assert (
-        program_of(begun, "```\ndef f(x):\n    return x\n```") == "import math\ndef f(x):\n\ndef f(x):\n    return x\n"
+        program_of(begun, "```\ndef f(x):\n    return x\n```")
+        == "import math\ndef f(x): pass\ndef f(x):\n    return x\n"
     )
 
 
@@ -253,3 +254,78 @@ def test_numbers_name_routes_of_a_verifier_as_they_do_of_a_teacher():
     verifier = RoutedVerifier.model_validate({"by": "grade", "routes": {"1": "exact_match"}})
     prompts = [Prompt("a", {"prompt": "x", "answer": "1", "grade": grade}) for grade in (1, "1", 2, None)]
     assert [verifier.route(prompt) for prompt in prompts] == ["1", "1", None, None]
+
+
+UNITTEST = """import unittest
+class Tests(unittest.TestCase):
+    def test_it(self):
+        self.assertEqual(double(2), 4)
+if __name__ == "__main__":
+    unittest.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def test_it():\n    assert double(2) == 4\n",
+        UNITTEST,
+        "# later",
+        ["", ""],
+        ["double(2) == 4", "not double(0)"],
+        ["def check(f):\n    assert f(2) == 4", "METADATA = {}"],
+    ],
+)
+def test_tests_that_every_program_would_pass_are_refused(tests):
+    with pytest.raises(DataError, match=r"holds nothing that could fail.*write assertions"):
+        read_tests(row(tests), 99)
+
+
+def test_tests_that_call_are_read():
+    for text in (
+        UNITTEST + "unittest.main(exit=False)",
+        "def test():\n    assert 0\ntest()",
+        "x = double(2)",
+        "@run\ndef f(): 0",
+    ):
+        assert read_tests(row(text), 99).texts == (text,)
+
+
+@pytest.mark.parametrize(
+    ("tests", "match"),
+    [
+        ([{"input": "\ud800", "output": "4"}], "no Unicode"),
+        ([{"input": "4", "output": "\ud800"}], "no Unicode"),
+        ("assert " + "-" * 100_000 + "1", "no Python"),
+        ("[" * 100_000, "no Python"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_refused(tests, match):
+    with pytest.raises(DataError, match=match):
+        read_tests(row(tests), 99)
+
+
+def test_an_entry_point_that_is_no_name_is_refused():
+    check = "def check(f):\n    assert f(2) == 4"
+    with pytest.raises(DataError, match=r"column 'entry_point' holds 'double\)'"):
+        read_tests(row(check, entry_point="double)"), 99)
+    assert "check(Solution().double)" in read_tests(row(check, entry_point="Solution().double"), 99).texts[0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "starts"),
+    [
+        ("1. So:\n   ```python\n   def double(x):\n       return 2 * x\n   ```\n", ""),
+        (f"~~~python\n{DOUBLE}~~~\n", ""),
+        (f"````python\n{DOUBLE}'''\n```\n'''\n````\n", ""),
+        (f"```python\n{DOUBLE}```", "def double(x):\n"),
+        (f"```python\n{DOUBLE}```", 'import math\n\ndef double(x: int) -> int:\n    """Twice."""\n'),
+    ],
+)
+def test_a_right_block_is_right_in_all_forms(completion, starts):
+    prompt = row("assert double(2) == 4", starts=starts)
+    program = program_of(prompt, completion)
+    names = {}
+    exec(program, names)
+    assert names["double"](2) == 4
+    assert program.startswith(starts.rstrip())

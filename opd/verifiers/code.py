@@ -21,8 +21,8 @@ from opd.sandbox import Ended, Limits, Sandbox, sandbox
 from opd.trajectories import Outcome, Trajectories
 from opd.verifiers.base import Scorer, Verifier
 
-BLOCK = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-"""A fenced block of code; the last one may have been cut before its end."""
+BLOCK = re.compile(r"^([ \t]*)(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
+"""A fenced block of code with its margin and its fence; the last one may have been cut before its end."""
 
 SHARES: dict[str, tuple[Ended, ...]] = {
     "timed_out": ("time", "cpu"),
@@ -127,13 +127,20 @@ class CodeScorer(Scorer):
 def program_of(prompt: Prompt, completion: str, part: str = "last_block") -> str:
     """The program that a completion is, or that its row's `starts` becomes with it.
 
-    A block stands on lines of its own behind `starts`; a completion without one goes on where `starts` ends, up to the
-    first of the row's `stops`.
+    A block stands on lines of its own behind `starts`, without the margin of its fence; where `starts` ends with the
+    head of a function, that function is then empty, as the block holds it whole. A completion without a block goes on
+    where `starts` ends, up to the first of the row's `stops`.
     """
     starts = prompt.fields.get("starts") or ""
     blocks = BLOCK.findall(completion) if part == "last_block" else []
     if blocks:
-        return f"{starts}\n{blocks[-1]}" if starts else str(blocks[-1])
+        margin, _, block = blocks[-1]
+        if margin:
+            block = re.sub(f"^[ \t]{{1,{len(margin)}}}", "", block, flags=re.MULTILINE)
+        if not starts:
+            return str(block)
+        head = f"{starts.rstrip()} pass"
+        return f"{starts if _parsed(starts) else head if _parsed(head) else starts}\n{block}"
     places = [place for stop in prompt.fields.get("stops") or () if (place := completion.find(stop)) >= 0]
     return starts + completion[: min(places, default=len(completion))]
 
@@ -160,6 +167,14 @@ def verdict(box: Sandbox, settings: Code, prompt: Prompt, program: str) -> tuple
     return (passed / count if settings.partial else float(passed == count)), runs
 
 
+def _parsed(text: str) -> ast.Module | None:
+    """Python text; None where it is none, or nested more deeply than Python reads."""
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().splitlines()]
 
@@ -173,7 +188,7 @@ def read_tests(prompt: Prompt, output: int) -> Tests:
     where, value = prompt.where or prompt.id, prompt.fields["tests"]
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         # Python text may begin so, too.
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     for name, kinds in (("starts", str), ("stops", list), ("entry_point", str)):
         found = prompt.fields.get(name)
@@ -193,21 +208,48 @@ def read_tests(prompt: Prompt, output: int) -> Tests:
             f"{where}: column 'tests' holds {_shown(value)}; it takes Python text, a list of such texts, a list of "
             "{input, output}, or {inputs, outputs}"
         )
+    trees = []
     for text in texts:
         try:
-            ast.parse(text)
-        except (SyntaxError, ValueError) as error:
-            raise DataError(f"{where}: column 'tests' holds a text that is no Python ({error}); mend it") from None
+            trees.append(ast.parse(text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            told = str(error) or "nested too deeply"
+            raise DataError(f"{where}: column 'tests' holds a text that is no Python ({told}); mend it") from None
     entry = prompt.fields.get("entry_point")
     if len(texts) == 1 and re.search(r"^def check\(", texts[0], re.MULTILINE):
         if entry:
             texts = [f"{texts[0]}\n\ncheck({entry})\n"]
+            if _parsed(texts[0]) is None:
+                raise DataError(
+                    f"{where}: column 'entry_point' holds {entry!r}; 'code' reads the name of a function there"
+                )
         elif not re.search(r"^check\(", texts[0], re.MULTILINE):
             raise DataError(
                 f"{where}: column 'tests' defines check and calls it nowhere, so every program would pass; give it "
                 "the column 'entry_point' with the name of the function"
             )
+    elif all(_tests_nothing(step) for tree in trees for step in tree.body):
+        raise DataError(
+            f"{where}: column 'tests' holds nothing that could fail ({_shown_text(texts)}), so every program would "
+            "pass; write assertions, or calls of the functions that hold them"
+        )
     return Tests(texts=tuple(texts))
+
+
+def _tests_nothing(step: ast.stmt) -> bool:
+    """Whether a statement of a module passes whatever the program was: it only defines, or compares and drops what it
+    found, or waits for a name that the module does not have there."""
+    if getattr(step, "decorator_list", None):
+        return False
+    match step:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.Import() | ast.ImportFrom() | ast.Pass():
+            return True
+        case ast.Assign(value=value) | ast.AnnAssign(value=value) | ast.Expr(value=value):
+            compares = isinstance(step, ast.Expr) and isinstance(value, ast.Compare | ast.BoolOp | ast.UnaryOp)
+            return compares or not any(isinstance(part, ast.Call) for part in ast.walk(value or step))
+        case ast.If(test=ast.Compare(left=ast.Name(id="__name__"))):
+            return True
+    return False
 
 
 _READS = {"starts": "a text", "stops": "a list of texts", "entry_point": "a name"}
@@ -216,6 +258,11 @@ _READS = {"starts": "a text", "stops": "a list of texts", "entry_point": "a name
 def _shown(value: Any) -> str:
     kind = type(value).__name__
     return f"an empty {kind}" if isinstance(value, list | str) and not value else kind
+
+
+def _shown_text(texts: Sequence[str]) -> str:
+    line = next((line for text in texts for line in text.strip().splitlines()), "")
+    return repr(line[:60]) if line else "it is empty"
 
 
 def _pairs(value: dict[str, Any], where: str, output: int) -> tuple[tuple[str, str], ...]:
@@ -232,6 +279,11 @@ def _pairs(value: dict[str, Any], where: str, output: int) -> tuple[tuple[str, s
             )
     assert inputs is not None
     assert outputs is not None
+    for text in (*inputs, *outputs):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: column 'tests' holds a text that is no Unicode ({error}); mend it") from None
     if len(inputs) != len(outputs):
         raise DataError(
             f"{where}: column 'tests' has {len(inputs)} inputs and {len(outputs)} outputs; it needs as many"
