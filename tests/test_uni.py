@@ -30,6 +30,7 @@ from opd.shaping.margin import calibrated, margin_of, percentiles, returns_of
 from opd.shaping.margin_mask import MarginMask
 from opd.shaping.margin_shift import MarginShift
 from opd.shaping.outcome_balance import OutcomeBalance, dropped
+from opd.shaping.outcome_bonus import OutcomeBonus
 from opd.shaping.outcomes import compared
 from tests.conftest import character_tokenizer, tiny_model, trajectories_of
 from tests.processes import together
@@ -284,6 +285,42 @@ def test_each_trajectory_is_told_what_was_done_to_it_and_why():
     told = in_words([balance], made, shape)
     assert sorted(told)[-1] == "dropped by chance: more right ones than the ratio of 0.5 allows"
     assert told.count("") == 4
+
+
+@pytest.mark.parametrize(
+    ("form", "rewards", "expected"),
+    [
+        ("fixed", [1.0, 0.0, 0.0, 0.0], [0.3, -0.3, -0.3, -0.3]),
+        ("fixed", [1.0, float("nan"), 0.0, 1.0], [0.3, 0.0, -0.3, 0.3]),
+        # The sample's deviation is 0.5, and of two values 1 / sqrt 2.
+        ("normalised", [1.0, 0.0, 0.0, 0.0], [0.45, -0.15, -0.15, -0.15]),
+        ("normalised", [1.0, float("nan"), 0.0, float("nan")], [0.15 * 2**0.5, 0.0, -0.15 * 2**0.5, 0.0]),
+        ("fixed", [1.0, 1.0, 1.0, float("nan")], [0.0] * 4),
+        ("normalised", [0.0, 0.0, 0.0, 0.0], [0.0] * 4),
+    ],
+)
+def test_a_bonus_goes_by_the_outcome_alone(form, rewards, expected):
+    for returns in ([0.0] * 4, [3.0, -1.0, 2.0, 0.0]):
+        made, shape, shaper = stepped(OutcomeBonus(form=form, amount=0.3), rewards, returns)
+        torch.testing.assert_close(
+            shape.offsets, torch.tensor(expected).repeat_interleave(made.lengths), atol=1e-5, rtol=0
+        )
+        assert (shape.weights == 1).all()
+        assert shaper.own_signals() == {"bonus/mixed": float(any(expected))}
+    told = in_words([OutcomeBonus(form=form, amount=0.3)], made, shape)
+    sides = ["right" if reward == 1 else "wrong" for reward in rewards]
+    assert told == [
+        f"{side}: {bonus:+.2f} nats a token" if bonus else "" for side, bonus in zip(sides, expected, strict=True)
+    ]
+
+
+def test_a_bonus_over_the_whole_step_compares_all_of_it():
+    rewards, returns, groups = [1.0, 1.0, 0.0, 0.0], [0.0] * 4, [0, 0, 1, 1]
+    _, shape, shaper = stepped(OutcomeBonus(scope="global", amount=1.0), rewards, returns, groups)
+    assert set(shape.offsets.tolist()) == {1.0, -1.0}
+    assert shaper.own_signals() == {"bonus/mixed": 1.0}
+    _, shape, shaper = stepped(OutcomeBonus(amount=1.0), rewards, returns, groups)
+    assert not shape.offsets.any()
 
 
 def test_a_mask_weighs_nothing_and_stays_in_the_denominator():
