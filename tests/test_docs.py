@@ -87,6 +87,19 @@ def test_the_choices_page_has_every_axis_and_choice():
     assert r"| template | chat \| plain | chat |" in page
 
 
+def test_the_table_of_axes_has_every_choice_that_comes_with_opd():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    told = {}
+    for first, *cells in (row for row in rows if len(row) == 5):
+        for axis in re.findall(r"\w+", first.split(" of ")[0].removeprefix("| ")):
+            told.setdefault(axis, []).append(cells[1])
+    for axis, kinds in axes().items():
+        written = set(re.findall(r"`(\w+)`", " ".join(told[axis] + told.get("divergence" * (axis == "objective"), []))))
+        ours = {each.kind for each in kinds if each.choice.__module__.startswith("opd.")}
+        assert ours <= written, f"docs/design.md, axis {axis}: {sorted(ours - written)} is missing"
+
+
 def test_the_log_is_newest_first_with_outcomes_and_links_every_older_entry():
     def entries(page):
         titles = [line[3:] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
