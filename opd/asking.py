@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,6 +74,9 @@ class RunAsker(Asker):
 
     def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
         return self.run.gather(trajectories, numbers)
+
+    def working(self, text: str) -> AbstractContextManager[None]:
+        return self.run.monitor.status(text)
 
     def keep_weights(self) -> None:
         self.run.kept.keep()

@@ -251,7 +251,8 @@ class Monitor:
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if value.is_integer() else f"{value:.2f}"
+    # What rounds to 0 has no sign.
+    return f"{value:.0f}" if value.is_integer() else f"{round(value, 2) + 0.0:.2f}"
 
 
 def _held_out(metrics: dict[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -475,7 +476,11 @@ class Answers:
     """Answers a course's questions: a prompt's number of right answers is its text; `-` has no verdict."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.told = [], []
+
+    def working(self, text):
+        self.told.append(text)
+        return nullcontext()
 
     def roll_out(self, prompts, group, budget):
         self.asked.append(len(prompts))
@@ -501,6 +506,7 @@ def test_a_course_by_difficulty_asks_once_and_never_deletes():
     assert course.state_dict() == {}
     draw = course.next(0, {}, asker)
     assert asker.asked == [8, 8, 15]
+    assert asker.told[1] == "curriculum difficulty: 4 answers to each of the prompts 9 to 16 of 31"
     counts = [draw.signals[f"curriculum/prompts/{c}"] for c in range(5)]
     balanced = [draw.signals[f"curriculum/balanced/{c}"] for c in range(5)]
     assert counts == [12, 3, 2, 5, 8]
@@ -783,3 +789,19 @@ def test_two_processes_find_what_one_finds(scope, tmp_path):
     for one, two in zip(*found, strict=True):
         one, two = ({n: v for n, v in step.items() if n.startswith(ours)} for step in (one, two))
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_returns_that_differ_by_rounding_alone_are_not_the_wrong_way_round():
+    _, shape, shaper = stepped(MarginShift(), [1.0, 0.0, 0.0], [0.0, 1e-8, -1e-8])
+    found = shaper.own_signals()
+    assert (found["margin/inverted"], found["margin/inverted_pairs"]) == (0.0, 0.0)
+    assert not shape.measured["inverted"].any()
+    _, _, shaper = stepped(MarginShift(), [1.0, 0.0, 0.0], [0.0, 1e-3, -1e-3])
+    assert shaper.own_signals()["margin/inverted_pairs"] == 0.5
+
+
+def test_nothing_is_told_of_a_shift_where_the_answer_was_dropped():
+    made, shape, _ = stepped(MarginShift(), [1.0, 0.0], [0.0, 0.0])
+    dropped_too = replace(shape, measured={**shape.measured, "outcome_kept": torch.zeros(made.positions)})
+    told = in_words([MarginShift(), OutcomeBalance()], made, dropped_too)
+    assert all(each.startswith("dropped by chance") for each in told)

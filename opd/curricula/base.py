@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,6 +72,10 @@ class Asker(ABC):
     def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
         """What all processes found, on each of them: `[B, ...]` numbers of this process's `trajectories` to those of
         all, on the CPU, in the order of the prompts that were asked for."""
+
+    @abstractmethod
+    def working(self, text: str) -> AbstractContextManager[None]:
+        """Tell a person what takes a while, as long as it lasts."""
 
     @abstractmethod
     def keep_weights(self) -> None:

@@ -95,7 +95,11 @@ class DifficultyCourse(Course):
         starts = range(0, max(1, len(self.prompts) - len(self.prompts) % size), size)
         for start in starts:
             block = self.prompts[start : None if start == starts[-1] else start + size]
-            made = asker.roll_out(block, self.settings.responses, self.settings.budget)
+            with asker.working(
+                f"curriculum difficulty: {self.settings.responses} answers to each of the prompts {start + 1} to "
+                f"{start + len(block)} of {len(self.prompts)}"
+            ):
+                made = asker.roll_out(block, self.settings.responses, self.settings.budget)
             rewards = torch.full((len(made),), torch.nan) if made.rewards is None else made.rewards
             of_prompts = asker.gather(made, rewards).view(len(block), self.settings.responses)
             for prompt, row in zip(block, of_prompts, strict=True):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from opd.teachers import Answering
 
 Statistic = Literal["mean", "minmax"]
+ROUNDING = 1e-6
+"""Nats a token by which returns may differ where student and teacher say the same."""
 M = TypeVar("M", bound="Margin")
 
 
@@ -63,7 +65,8 @@ class Margin(ByOutcome):
         """What it did to a trajectory of a group whose margin is too small; None where it left it as it was."""
 
     def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
-        if "group_margin" not in measured or "inverted" not in measured or reward is None:
+        dropped = measured.get(KEPT) == 0
+        if "group_margin" not in measured or "inverted" not in measured or reward is None or dropped:
             return None
         right, moved = reward >= self.right_from, self.moved(measured)
         if measured["group_margin"] >= self.delta:
@@ -134,8 +137,8 @@ def inverted(returns: torch.Tensor, right: torch.Tensor, wrong: torch.Tensor) ->
     """float32 `[G]`: 1 for a right trajectory with less return than some wrong one and for a wrong one with more than
     some right one, 0 for the others, NaN for those that are neither. Both outcomes have a member."""
     found = torch.full((len(returns),), torch.nan)
-    found[right] = (returns[right] < returns[wrong].max()).float()
-    found[wrong] = (returns[wrong] > returns[right].min()).float()
+    found[right] = (returns[right] < returns[wrong].max() - ROUNDING).float()
+    found[wrong] = (returns[wrong] > returns[right].min() + ROUNDING).float()
     return found
 
 
@@ -244,7 +247,7 @@ def calibrated(
     if before < settings.delta:
         done = settings.calibrate(returns, right, wrong, before)
         after = margin_of(returns + done.offsets, right & done.kept, wrong & done.kept, settings.statistic)
-    inverted = returns[right][:, None] < returns[wrong][None, :]
+    inverted = returns[right][:, None] < returns[wrong][None, :] - ROUNDING
     return done, {
         "mixed": 1.0,
         "calibrated": float(before < settings.delta),
