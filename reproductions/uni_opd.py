@@ -198,8 +198,8 @@ task, four answers each at temperature 1.
 left when its labels are shuffled (within 0.8 points of OPD). But a fixed bonus, which looks at no margin, is two
 points better than the shift, and GRPO's advantage, added, four. The bonus is 0.2 nats a token wherever a prompt has
 both outcomes, as the specification asks; the shift moves by `lam / 2`, 0.145 on average, and only where the margin is
-too small. So part of the gap may be the size of the reward, which was not matched; none of it speaks for the margin. That
-agrees with the one independent check that the specification knows of, in which the reward added directly did better
+too small. So part of the gap may be the size of the reward, which was not matched; none of it speaks for the margin.
+That agrees with the one independent check that the specification knows of, in which the reward added directly did better
 than margins.
 
 **The balance of difficulty costs seven points.** It repeats prompts that the student solves sometimes, at the cost of
