@@ -199,15 +199,15 @@ left when its labels are shuffled (within 0.8 points of OPD). But a fixed bonus,
 points better than the shift, and GRPO's advantage, added, four. The bonus is 0.2 nats a token wherever a prompt has
 both outcomes, as the specification asks; the shift moves by `lam / 2`, 0.145 on average, and only where the margin is
 too small. So part of the gap may be the size of the reward, which was not matched; none of it speaks for the margin.
-That agrees with the one independent check that the specification knows of, in which the reward added directly did better
-than margins.
+That agrees with the one independent check that the specification knows of, in which the reward added directly did
+better than margins.
 
 **The balance of difficulty costs seven points.** It repeats prompts that the student solves sometimes, at the cost of
 those it never solves, and these are where most is to be learnt: `python -m reproductions.uni_opd_levels` splits the
 accuracies by difficulty. With it the hardest arithmetic is right in 0.29 of the cases, without it in 0.45; on easy
 problems it costs two to six points as well. A likely reason for that is that the balanced set has fewer different
-prompts in as many steps; it was not tested apart. A teacher's word teaches on prompts without a single right
-answer, which is what sets distillation apart from reinforcement; the balance is made for the latter. In the paper the
+prompts in as many steps; it was not tested apart. A teacher's word teaches on prompts without a single right answer,
+which is what sets distillation apart from reinforcement; the balance is made for the latter. In the paper the
 student's unsolved prompts may be out of the teacher's reach too; here they are not.
 
 **The balance of outcomes costs three points.** It drops about a third of the rollouts (`last_kept`), and with them
@@ -216,16 +216,16 @@ is of data and not of step size. Topping up to equal numbers of kept rollouts wa
 
 **Shift or mask** is undecided: two points for the shift in the mean, at a third of the mask's rate.
 
-**The outcome alone is best here.** GRPO gets 0.83, 12 points above the best arm with a teacher. The tasks are short and
-six prompts of ten have both outcomes, so the reward is dense enough, and the experts are wrong in 0.3 of their answers
-on purpose. So these figures say how the parts compare with each other, and nothing on whether to distil.
+**The outcome alone is best here.** GRPO gets 0.83, 12 points above the best arm with a teacher. The tasks are short
+and six prompts of ten have both outcomes, so the reward is dense enough, and the experts are wrong in 0.3 of their
+answers on purpose. So these figures say how the parts compare with each other, and nothing on whether to distil.
 
 **What was chosen after looking.** Five sets of models were made before one passed the premise: weak experts, experts
 whose manner hardly mattered (5 to 14 % of the pairs inverted), models that were right too seldom (32 to 36 %), then
-fewer wrong answers (18 %), then easier problems (22 to 25 %). The limits on always-solved prompts (0.02 to 0.01) and on
-the experts' accuracy (0.6 to 0.55) were lowered before the run; the models that ran pass the old ones too. Single runs
-of OPD, shift, Uni-OPD and fixed bonus on the earlier models were seen before the claims were written, and in one of
-them the bonus was ahead of the shift.
+fewer wrong answers (18 %), then easier problems (22 to 25 %). The limits on always-solved prompts (0.02 to 0.01) and
+on the experts' accuracy (0.6 to 0.55) were lowered before the run; the models that ran pass the old ones too. Single
+runs of OPD, shift, Uni-OPD and fixed bonus on the earlier models were seen before the claims were written, and in one
+of them the bonus was ahead of the shift.
 """,
     stages={
         **STAGES,
