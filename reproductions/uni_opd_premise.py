@@ -38,7 +38,9 @@ def premise(folder: Path, inputs: Mapping[str, Path], *, size: int, seed: int) -
     for task in TASKS:
         figures = of_task(folder / task, inputs, task, size, seed)
         for name, value in figures.items():
-            found.setdefault(name, {})[task] = value
+            # Of a few prompts none may be mixed, which then have no margin.
+            if value == value:
+                found.setdefault(name, {})[task] = value
     return found
 
 

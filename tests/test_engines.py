@@ -216,7 +216,7 @@ def test_nobody_watches_held_out_samples(student, looping):
 
 
 def test_segments_without_a_watch_are_refused():
-    with pytest.raises(RecipeError, match="segment: without a watch nobody looks between segments"):
+    with pytest.raises(RecipeError, match="segment is 8, and without a watch nobody looks between segments"):
         parse_recipe(
             {
                 "student": {"model": "s"},

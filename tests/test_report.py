@@ -354,7 +354,7 @@ def test_a_calibrated_run_shows_margins_balance_and_difficulty(calibrated):
         if any(rows[i]["values"]["offset"][0] for i in here):
             # Of a group that was moved both outcomes are there, however many of each it has.
             assert {chunk["index"]["reward"][i] for i in here} == {0.0, 1.0}
-            assert all(rows[i]["extra"]["shaped"].startswith(("right, ", "wrong, ")) for i in here)
+            assert all(rows[i]["extra"]["shaped"].startswith(("right, ", "wrong, ", "dropped by chance")) for i in here)
     logged = {name for name in one["series"] if name.startswith("train/")}
     families = tuple(key for key in MEANINGS if key.endswith("/"))
     assert {name for name in logged if name not in MEANINGS and not name.startswith((*families, PHASES))} == set()

@@ -310,7 +310,7 @@ def test_somebody_who_never_writes_is_refused(rollout, written_by, known, models
 
 def test_what_the_environment_wrote_is_in_no_loss_whatever_written_by_says(models, tmp_path):  # noqa: F811
     data = recipe_for(models, tmp_path).dump()
-    with pytest.raises(opd.OpdError, match=r"written_by.0 is 'environment'.*'student', 'teacher' or 'data'"):
+    with pytest.raises(opd.OpdError, match=r"written_by.0 is 'environment': accepted: student, teacher, data"):
         parse_recipe({**data, "objective": [{"kind": "reverse_kl", "written_by": ["environment"]}]})
 
 
