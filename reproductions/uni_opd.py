@@ -119,12 +119,14 @@ def by_task(verdicts: Mapping[str, float]) -> Figures:
 
 
 def ends(run: Path) -> Figures:
-    """`first_NAME` and `last_NAME` of what `LOGGED` names."""
+    """`first_NAME` and `last_NAME` of what `LOGGED` names; of margins 0 where no prompt ever had both outcomes."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if "train/loss" in record]
     found: Figures = {}
     for key, name in LOGGED.items():
         values = [step[f"train/{key}"] for step in steps if f"train/{key}" in step]
+        if not values and key.startswith("margin/") and "train/margin/mixed" in steps[0]:
+            values = [0.0]
         if values:
             found |= {f"first_{name}": mean(values[:ENDS]), f"last_{name}": mean(values[-ENDS:])}
     return found
