@@ -286,7 +286,7 @@ def sandbox(path: Path) -> str:
     costs = data["milliseconds"]
     kinds = list(next(iter(costs.values())))
     text = f"`{data['command']}`: milliseconds a program, median (range) of {data['rounds']}, on "
-    text += f"{data['machine']['cores']} cores that others used (load {data['machine']['load_average'][0]:.0f}).\n\n"
+    text += f"{data['machine']['cores']} cores (load before the run: {data['machine']['load_average'][0]:.0f}).\n\n"
     spans = [
         [name, *(f"{c['median']:.0f} ({c['least']:.0f}–{c['most']:.0f})" for c in by_kind.values())]
         for name, by_kind in costs.items()
