@@ -805,3 +805,18 @@ def test_nothing_is_told_of_a_shift_where_the_answer_was_dropped():
     dropped_too = replace(shape, measured={**shape.measured, "outcome_kept": torch.zeros(made.positions)})
     told = in_words([MarginShift(), OutcomeBalance()], made, dropped_too)
     assert all(each.startswith("dropped by chance") for each in told)
+
+
+@pytest.mark.parametrize("form", ["fixed", "normalised"])
+def test_a_bonus_behind_the_balancer_compares_those_kept(form):
+    rewards = [1.0, 1.0, 1.0, 0.0]
+    made, _, _ = stepped(OutcomeBalance(), rewards, [0.0] * 4, prompts=[Prompt("a", {"prompt": "a"})] * 4)
+    bonus = OutcomeBonus(form=form, amount=1.0)
+    shaper = bonus.build(Context(torch.device("cpu")))
+    made = shaper.look(made, [], bonus, lambda x: x)
+    first = made.lengths.cumsum(0) - 1
+    kept, added = made.columns["outcome_kept"][first], made.columns["bonus"][first]
+    assert int(kept.sum()) == 2
+    assert not added[kept == 0].any()
+    size = 1.0 if form == "fixed" else 0.5**0.5
+    torch.testing.assert_close(added[kept != 0].sort().values, torch.tensor([-size, size]), atol=1e-5, rtol=0)

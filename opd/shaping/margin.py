@@ -165,9 +165,6 @@ class MarginShaper(Shaper[M], Generic[M]):
         returns = returns_of(trajectories, settings.mine(targets))
         right, wrong = right_and_wrong(trajectories, settings.right_from)
         counts = ~returns.isnan()
-        if KEPT in trajectories.columns:
-            first = trajectories.lengths.cumsum(0) - trajectories.lengths
-            counts &= trajectories.columns[KEPT].cpu()[first] != 0
         numbers = {"return": returns, "right": right & counts, "wrong": wrong & counts}
         count = len(trajectories)
         by_group = ("group_margin", "group_margin_after", "inverted")

@@ -30,8 +30,8 @@ class OutcomeBonus(ByOutcome):
     - `fixed`: `amount` for a right trajectory, `-amount` for a wrong one;
     - `normalised`: `amount` times `(R - mean R) / (std R + 1e-6)` over the group, the advantage of GRPO.
 
-    A group of a single outcome is left alone, as margins leave it; so is a trajectory without a verdict. With
-    `reduction: sequence_mean` the bonus counts alike in short and long trajectories.
+    A group of a single outcome is left alone, as margins leave it; so is a trajectory without a verdict, and one that a
+    shaping before this one dropped. With `reduction: sequence_mean` the bonus counts alike in short and long ones.
     """
 
     kind: Literal["outcome_bonus"] = "outcome_bonus"

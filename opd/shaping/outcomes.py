@@ -67,7 +67,10 @@ def compared(
 
 def right_and_wrong(trajectories: Trajectories, right_from: float) -> tuple[torch.Tensor, torch.Tensor]:
     """bool `[B]` each, on the CPU: trajectories with a reward of `right_from` or more, and with less. One without a
-    verdict is neither."""
+    verdict is neither, and neither is one that an earlier shaping dropped."""
     rewards = trajectories.rewards
     rewards = torch.full((len(trajectories),), torch.nan) if rewards is None else rewards.cpu()
+    if KEPT in trajectories.columns:
+        first = trajectories.lengths.cumsum(0) - trajectories.lengths
+        rewards = rewards.where(trajectories.columns[KEPT].cpu()[first] != 0, torch.nan)
     return rewards >= right_from, rewards < right_from
