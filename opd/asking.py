@@ -11,9 +11,11 @@ import torch
 
 from opd.curricula import Asker
 from opd.distributions import Categorical, Gaussian, Sampled, Target
+from opd.errors import RESUME, RunError
 from opd.measurement import Clock
 from opd.prompts import Prompt, count_repeats
 from opd.rollouts import HeldOutSampler, Rollout
+from opd.teachers import reasons, unanswered
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class RunAsker(Asker):
     def ask(self, trajectories: Trajectories) -> list[Target]:
         with self.clock("curriculum"), self.run.accelerator.autocast():
             answers = self.run.ask(trajectories, self.now)
+            if bool(unanswered(trajectories, answers).any()):
+                raise RunError(
+                    f"the curriculum asks the teachers and they did not answer ({reasons(self.run.teachers)}): mend "
+                    f"what failed and go on with {RESUME}"
+                )
             self._count("teacher_tokens", sum(t.asked for t in self.run.teachers) * trajectories.positions)
             return answers
 

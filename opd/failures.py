@@ -15,6 +15,7 @@ from opd.errors import RESUME, RunError
 from opd.measurement import Measurement
 from opd.recipe import Failures
 from opd.run import Run
+from opd.teachers import reasons
 from opd.trajectories import Trajectories
 
 
@@ -31,6 +32,7 @@ class Skips:
     def __init__(self, settings: Failures):
         self.settings = settings
         self.in_a_row = self.total = self.empty = 0
+        self.invalid: list[float] = []
 
     def after_step(self, run: Run) -> None:
         """Count an update that was not taken; the batch of one that was not finite is in rollouts.jsonl.
@@ -38,6 +40,7 @@ class Skips:
         Raises:
             RunError: that was one too many; the state is written before.
         """
+        self._count_invalid(run)
         if run.signals.get("empty"):
             self._count_empty(run)
         if not run.signals.get("skipped"):
@@ -57,9 +60,28 @@ class Skips:
             f"update.learning_rate, or go on as it is with {RESUME}"
         )
 
+    def _count_invalid(self, run: Run) -> None:
+        share, over = run.signals.get("invalid", 0.0), self.settings.invalid_over
+        self.invalid = [*self.invalid, share][-over:]
+        if not share:
+            return
+        what = f"step {run.step}: {share:.0%} of its rollouts got no answer of their teacher"
+        # Steps that are still to come count as good ones, so that a single failure does not end a young run.
+        if sum(self.invalid) / over <= self.settings.max_invalid:
+            run.monitor.warn(f"{what} and are in nothing of the step (so far {reasons(run.teachers)})")
+            return
+        found, self.invalid = sum(self.invalid) / over, []
+        run.checkpoints.write(run)
+        raise RunError(
+            f"{what}, and {found:.0%} of the last {over} steps' (failures.max_invalid={self.settings.max_invalid:g}). "
+            f"What failed: {reasons(run.teachers)}.\nmend it and go on with {RESUME}; the checkpoint was written"
+        )
+
     def _count_empty(self, run: Run) -> None:
         self.empty += 1
-        if not run.signals["length"]:
+        if run.signals.get("invalid") == 1.0:
+            why = "no rollout of it got an answer of its teacher"
+        elif not run.signals["length"]:
             why = "its draw has no prompt"
         elif not run.signals["positions"]:
             why = "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
@@ -78,10 +100,12 @@ class Skips:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"in_a_row": self.in_a_row, "total": self.total, "empty": self.empty}
+        found = {"in_a_row": self.in_a_row, "total": self.total, "empty": self.empty}
+        return {**found, "invalid": self.invalid} if any(self.invalid) else found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.in_a_row, self.total, self.empty = state["in_a_row"], state["total"], state.get("empty", 0)
+        self.invalid = list(state.get("invalid", []))
 
 
 class MicroBatches:

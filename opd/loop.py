@@ -67,8 +67,9 @@ def held_out(signals: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("held_out/"): value for name, value in signals.items() if name.startswith("held_out/")}
 
 
-def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories:
-    """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches."""
+def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories | None:
+    """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches; of no trajectory that a
+    teacher did not answer, and None where it answered none."""
     with clock("rollout"):
         request = now.request(count_repeats(draw.prompts), draw.budget, stream=run.step)
         run.rollout.drawn(request)
@@ -78,6 +79,9 @@ def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: M
     with clock("teacher"), run.accelerator.autocast():
         targets = run.ask(trajectories, now)
     measurement.asked(run.teachers, trajectories)
+    trajectories, targets = run.answered(trajectories, targets, measurement)
+    if not len(trajectories):
+        return None
     trajectories = looked(run.shaping, now.recipe.shaping, trajectories, targets, run.sum_over_processes)
 
     of_each = (trajectories, run.recipe.reduction, run.sum_over_processes, run.expected)

@@ -20,7 +20,7 @@ SIGNALS = frozenset(
     (
         *("loss", "divergence", "positions", "sampled_tokens", "length", "truncated", "teacher_tokens"),
         *("teacher_hit_rate", "drift", "drift_std", "rollout_gap", "reward", "gradient_norm", "learning_rate"),
-        *("skipped", "empty", "cpu_seconds", "tokens_per_second"),
+        *("skipped", "empty", "invalid", "cpu_seconds", "tokens_per_second"),
     )
 )
 """Names that a step's log has of its own."""
@@ -61,6 +61,7 @@ class Measurement:
         # Two terms of one kind on different positions are told apart by their order.
         self.names = [n if named.count(n) == 1 else f"{n} {named[: i + 1].count(n)}" for i, n in enumerate(named)]
         self.answered = {"teacher_tokens": 0.0}
+        self.invalid: float | None = None
         self.routed: Sequence[LiveTeacher] = ()
         self.sums: dict[str, float] = {}
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
@@ -76,6 +77,15 @@ class Measurement:
         self.answered = {"teacher_tokens": float(scored)}
         if any(t.remembers for t in teachers):
             self.answered |= {"remembered": float(wanted - scored), "wanted": float(wanted)}
+
+    def lost(self, share: float, trajectories: Trajectories, lost: torch.Tensor) -> None:
+        """Note the `share` of all processes' rollouts that no teacher answered, bool `[B]` here, which `add` is not
+        told of; the tokens that were sampled for them count."""
+        mine = lost.repeat_interleave(trajectories.lengths)
+        drawn = (trajectories.chosen & (trajectories.authors != AUTHORS.index("data"))).cpu() & mine
+        sampled = float(drawn.sum()) if trajectories.stored is None else 0.0
+        self.invalid = share
+        self.before = {**self.before, "sampled_tokens": self.before.get("sampled_tokens", 0.0) + sampled}
 
     def add(
         self,
@@ -275,6 +285,8 @@ class Measurement:
             "length": total["length"] / trajectories,
             "truncated": total["truncated"] / trajectories,
         }
+        if self.invalid is not None:
+            signals["invalid"] = self.invalid
         if total["watched"]:
             signals["stopped"] = total["stopped"] / trajectories
         if len(self.names) > 1:

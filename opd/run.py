@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from rich.console import Console
 from opd import sharding
 from opd.context import Context
 from opd.curricula import Course
-from opd.errors import IncompatibleError, RunError
+from opd.errors import RESUME, IncompatibleError, RunError
 from opd.kept_weights import KeptWeights
 from opd.measurement import Measurement
 from opd.now import Now
@@ -28,7 +28,7 @@ from opd.recipe import Recipe
 from opd.rollouts import HeldOutSampler, PrefixSource
 from opd.rollouts.base import Combination
 from opd.shaping import Shaper
-from opd.teachers import LiveTeacher, answers_of
+from opd.teachers import LiveTeacher, answers_of, reasons, unanswered
 from opd.trajectories import Trajectories
 from opd.updates import Optimiser
 from opd.verifiers import Scorer
@@ -182,6 +182,35 @@ class Run:
         pairs = zip(self.teachers, now.recipe.teacher, strict=True)
         return [target for t, settings in pairs for target in answers_of(t, trajectories, settings, now.context)]
 
+    def answered(
+        self, trajectories: Trajectories, targets: Sequence[Target], measurement: Measurement
+    ) -> tuple[Trajectories, list[Target]]:
+        """The trajectories that every teacher answered, with the answers. The others are in nothing of the step that
+        comes after: no loss and no denominator, no average, no comparison within a group.
+
+        Raises:
+            RunError: a process of several has none left, or with sharded weights fewer than others: it cannot take part
+                in the others' passes.
+        """
+        lost = unanswered(trajectories, targets)
+        count = float(self.sum_over_processes(lost.sum().double()))
+        if not count:
+            return trajectories, list(targets)
+        drawn = float(self.sum_over_processes(torch.tensor(float(len(lost)), dtype=torch.float64)))
+        measurement.lost(count / drawn, trajectories, lost)
+        none_left = float(self.sum_over_processes(lost.all().double()))
+        processes = self.accelerator.num_processes
+        if processes > 1 and (none_left or self.accelerator.is_fsdp2):
+            raise RunError(
+                f"{count:g} of {drawn:g} rollouts got no answer of their teacher ({reasons(self.teachers)}), and "
+                f"{'a process has none left' if none_left else 'with FSDP2 every process needs equally many'}: mend "
+                f"what failed and go on with {RESUME}"
+            )
+        kept, here = trajectories.pick((~lost).nonzero().flatten().tolist())
+        if kept.rewards is not None and len(kept):
+            kept = kept.rewarded(kept.rewards, self._spread(kept.rewards))
+        return kept, [replace(target.select(here.to(self.context.device)), missing=None) for target in targets]
+
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
@@ -209,10 +238,14 @@ class Run:
     def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
         """`[B, ...]` numbers of this process's trajectories, and on every process those of all, in the order of the
         prompts that were shared out."""
-        here = torch.unique_consecutive(trajectories.groups, return_counts=True)[1].tolist()
-        of_prompts = gather_object([list(torch.split(numbers.detach().cpu(), here))])
-        count, processes = sum(len(mine) for mine in of_prompts), len(of_prompts)
-        return torch.cat([of_prompts[i % processes][i // processes] for i in range(count)])
+        groups, here = torch.unique_consecutive(trajectories.groups, return_counts=True)
+        parts = torch.split(numbers.detach().cpu(), here.tolist())
+        # A process may have lost a whole group, so places are told by the groups' numbers.
+        mine = [
+            (group, self.accelerator.process_index, part) for group, part in zip(groups.tolist(), parts, strict=True)
+        ]
+        of_all = sorted(gather_object(mine), key=lambda each: each[:2])
+        return torch.cat([part for _, _, part in of_all])
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:

@@ -15,7 +15,7 @@ from opd.objectives.sft import SFT
 from opd.policies import Student
 from opd.prompts import Prompt
 from opd.rollouts import HeldOutSampler, PrefixSource, Request, Rollout
-from opd.teachers import LiveTeacher
+from opd.teachers import LiveTeacher, reasons, unanswered
 from opd.trajectories import Trajectories
 
 PROBE_POSITIONS = 16
@@ -81,7 +81,10 @@ def self_test(
                 f"both must be 0. The divergence {objective.model_dump()['kind']!r} does not vanish where it should"
             )
     for i, teacher in enumerate(teachers):
-        _check_answers(teacher.answer(trajectories, teacher.settings, probe.context), trajectories, i)
+        targets = teacher.answer(trajectories, teacher.settings, probe.context)
+        if bool(unanswered(trajectories, targets).any()):
+            raise SelfTestError(f"teacher {i} was asked about a tiny rollout and did not answer ({reasons([teacher])})")
+        _check_answers(targets, trajectories, i)
 
 
 def check_writers(sources: Sequence[PrefixSource], prompts: Sequence[Prompt], context: Context) -> None:

@@ -16,18 +16,24 @@ class Target:
     """One teacher's answer for N positions and its weight, a number or `[N]`. A loss sums over several.
 
     `teacher` is the name that the recipe gave to who answered. `offset`, `[N]` nats or None, is what a shaping adds to
-    its log-probability of each action taken; objectives over whole distributions cannot add it.
+    its log-probability of each action taken; objectives over whole distributions cannot add it. `missing`, bool `[N]`
+    or None, marks the trajectories that it was asked about and did not answer: the distributions there mean nothing, and
+    a step goes on without those trajectories.
     """
 
     distribution: Distribution
     weight: float | torch.Tensor = 1.0
     teacher: str | None = None
     offset: torch.Tensor | None = None
+    missing: torch.Tensor | None = None
 
     def select(self, index: slice | torch.Tensor) -> Target:
         weight = self.weight[index] if isinstance(self.weight, torch.Tensor) else self.weight
         offset = None if self.offset is None else self.offset[index]
-        return Target(self.distribution.select(index), weight, self.teacher, offset)
+        missing = self.missing
+        if missing is not None:
+            missing = missing[index if isinstance(index, slice) else index.to(missing.device)]
+        return Target(self.distribution.select(index), weight, self.teacher, offset, missing)
 
 
 def joined_targets(parts: Sequence[Target], positions: Sequence[torch.Tensor]) -> Target:
@@ -43,4 +49,8 @@ def joined_targets(parts: Sequence[Target], positions: Sequence[torch.Tensor]) -
     if any(part.offset is not None for part in parts):
         rows = [torch.zeros(len(p.distribution)) if p.offset is None else p.offset.cpu() for p in parts]
         offset = torch.cat(rows)[torch.cat(list(positions)).argsort().cpu()]
-    return Target(distribution, weights, parts[0].teacher, offset)
+    missing = None
+    if any(part.missing is not None for part in parts):
+        marks = [torch.zeros(len(p.distribution)).bool() if p.missing is None else p.missing.cpu() for p in parts]
+        missing = torch.cat(marks)[torch.cat(list(positions)).argsort().cpu()]
+    return Target(distribution, weights, parts[0].teacher, offset, missing)

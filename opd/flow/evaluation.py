@@ -72,7 +72,7 @@ def measure(run: Measured, student: Student, at: Moment) -> HeldOut:
             walked = walker(prompts, 1, steps, stream=STREAM)
             start = 0
             for micro, _ in walked.split(run.micro):
-                answer = first_answer(run, at, teacher, micro)
+                answer = first_answer(run, at, teacher, micro).distribution
                 assert isinstance(answer, Gaussian)
                 own = student(micro, at.context)
                 assert isinstance(own, Gaussian)

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from opd.context import Context
-from opd.distributions import Categorical
+from opd.distributions import Categorical, Target
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
 from opd.language.rollout import GREEDY
@@ -22,12 +22,12 @@ from opd.policies.held_out import (
     as_logged,
     by_prompt,
     first_answer,
-    firsts,
     judge,
     outcomes,
     roll_out,
     totals,
 )
+from opd.teachers import reasons, unanswered
 from opd.trajectories import Trajectories
 
 ROW_VALUES = (
@@ -42,6 +42,9 @@ ROW_VALUES = (
     "log_p",
 )
 """What a held-out row keeps of each token."""
+
+COMPARED = "compared"
+"""Positions that student and teacher were compared at: all, unless the teacher did not answer."""
 
 MOVED = ("moved", "moved_squared", "moved_positions")
 
@@ -102,15 +105,22 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
                 f"the teacher answers {teacher.answers.kind!r}, not whole distributions: held-out measurements are "
                 f"{names}; the others of a teacher are left out"
             )
+        compared: list[Trajectories] = []
         for micro, _ in trajectories.split(run.micro):
-            own = student(micro, at.context)
             answer = None if teacher is None else first_answer(run, at, teacher, micro)
-            comparison = compare(own, answer, micro.actions)
-            for name, value in comparison.sums(micro.chosen).items():
+            if answer is not None and answer.missing is not None:
+                micro, answer = _answered(run, micro, answer)
+                if not len(micro):
+                    continue
+            own = student(micro, at.context)
+            comparison = compare(own, None if answer is None else answer.distribution, micro.actions)
+            for name, value in (comparison.sums(micro.chosen) | {COMPARED: float(micro.chosen.sum())}).items():
                 sums[name] = sums.get(name, 0.0) + value
             rows += _rows(run, student, micro, comparison)
+            compared.append(micro)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
-        rows = [rows[i] for i in firsts(trajectories)]
+        groups = [group for micro in compared for group in micro.groups.tolist()]
+        rows = [row for i, row in enumerate(rows) if groups[i] not in groups[:i]]
         before = run.rollout.written_before(prompts, at.rollout.budget)
         if before is not None:
             sums |= _moved(run, at, student, before)
@@ -119,6 +129,17 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             sums |= {f"greedy_{name}": value for name, value in outcomes(greedy).items()}
             items["greedy_accuracy"] = by_prompt(greedy)
     return HeldOut(_means(run, sums, settings.k), rows, {name: values for name, values in items.items() if values})
+
+
+def _answered(run: Measured, micro: Trajectories, answer: Target) -> tuple[Trajectories, Target]:
+    """The trajectories that the teacher answered, and what it said of them; the others are not compared."""
+    left = (~unanswered(micro, [answer])).nonzero().flatten().tolist()
+    if len(left) < len(micro):
+        run.monitor.warn_once(
+            f"held-out measurements leave out rollouts that got no answer of the teacher ({reasons(run.teachers)})"
+        )
+    kept, here = micro.pick(left)
+    return kept, answer.select(here)
 
 
 def _moved(run: Measured, at: Moment, student: Writer, before: Trajectories) -> dict[str, float]:
@@ -135,8 +156,8 @@ def _moved(run: Measured, at: Moment, student: Writer, before: Trajectories) -> 
 def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     teacher = judge(run)
     known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
-    total = totals(run, sums, [*known, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
-    metrics = {name: total[name] / total["positions"] for name in known}
+    total = totals(run, sums, [*known, COMPARED, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
+    metrics = {name: total[name] / total[COMPARED] for name in known if total[COMPARED]}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
     metrics |= accuracies(total, k)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from opd.context import Context
-from opd.distributions import Distribution
+from opd.distributions import Target
 from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
 from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
@@ -120,10 +120,10 @@ def judge(run: Measured) -> LiveTeacher | None:
     return next((teacher for teacher in run.teachers if teacher.everywhere), None)
 
 
-def first_answer(run: Measured, at: Moment, teacher: LiveTeacher, trajectories: Trajectories) -> Distribution:
+def first_answer(run: Measured, at: Moment, teacher: LiveTeacher, trajectories: Trajectories) -> Target:
     """What one of the run's teachers says first of trajectories."""
     settings = at.teachers[run.teachers.index(teacher)]
-    return answers_of(teacher, trajectories, settings, at.context)[0].distribution
+    return answers_of(teacher, trajectories, settings, at.context)[0]
 
 
 def firsts(trajectories: Trajectories) -> list[int]:

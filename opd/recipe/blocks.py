@@ -77,3 +77,11 @@ class Failures(Settings):
     empty_at_start: int | None = Field(
         50, ge=1, description="Steps from the start without anything to learn before the run stops; null never stops"
     )
+    max_invalid: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of the rollouts of `invalid_over` steps that may go without their teacher's answer, as of a "
+        "server that failed, before the run stops",
+    )
+    invalid_over: int = Field(10, ge=1, description="The newest steps that max_invalid is about")

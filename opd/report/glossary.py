@@ -66,6 +66,12 @@ MEANINGS = {
     ),
     "train/positions": Meaning("positions", "tokens", "of the step, that some objective counts"),
     "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),
+    "train/invalid": Meaning(
+        "without an answer",
+        "share",
+        "rollouts of which a teacher's server gave no answer: they are in nothing else",
+        "lower",
+    ),
     "train/empty": Meaning("empty", "", "1 where the step had nothing to learn and was not taken"),
     "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
     "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Generic, Protocol, TypeVar
@@ -18,6 +19,7 @@ from opd.language.engines.base import Scorer
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
+from opd.reduction import sums_by_trajectory
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -90,6 +92,10 @@ class LiveTeacher(ABC, Generic[S]):
         """
         raise answers_whole_texts_alone(self.settings)
 
+    def failures(self) -> dict[str, int]:
+        """How often it was asked in vain since it was built, by reason; empty for one that answers always."""
+        return {}
+
     def members(self) -> dict[str, LiveTeacher]:
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""
         return {"": self}
@@ -145,6 +151,23 @@ def answers_of(teacher: LiveTeacher, trajectories: Trajectories, settings: Teach
         replace(target, weight=settings.weight * target.weight, teacher=settings.name)
         for target in came or teacher.answer(trajectories, settings, context)
     ]
+
+
+def unanswered(trajectories: Trajectories, targets: Sequence[Target]) -> torch.Tensor:
+    """bool `[B]`: the trajectories about which some teacher was asked in vain."""
+    lost = torch.zeros(len(trajectories), dtype=torch.bool)
+    for missing in (target.missing for target in targets):
+        if missing is not None:
+            lost |= sums_by_trajectory(missing.float().cpu(), trajectories.lengths) > 0
+    return lost
+
+
+def reasons(teachers: Sequence[LiveTeacher]) -> str:
+    """Why teachers were asked in vain so far, the commonest first."""
+    counts: Counter[str] = Counter()
+    for teacher in teachers:
+        counts.update(teacher.failures())
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common(4)) or "no reason was given"
 
 
 class Teacher(Choice):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -176,6 +177,12 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
             )
         each = [joined_targets(said, positions) for said in zip(*parts.values(), strict=True)]
         return [replace(target, teacher=settings.name) for target in each]
+
+    def failures(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for route in self.routes.values():
+            counts.update(route.failures())
+        return dict(counts)
 
     def check_scorer(self, context: Context) -> None:
         for route in self.routes.values():
