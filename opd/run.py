@@ -238,12 +238,11 @@ class Run:
     def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
         """`[B, ...]` numbers of this process's trajectories, and on every process those of all, in the order of the
         prompts that were shared out."""
-        groups, here = torch.unique_consecutive(trajectories.groups, return_counts=True)
-        parts = torch.split(numbers.detach().cpu(), here.tolist())
+        groups, sizes = torch.unique_consecutive(trajectories.groups, return_counts=True)
+        parts = torch.split(numbers.detach().cpu(), sizes.tolist())
         # A process may have lost a whole group, so places are told by the groups' numbers.
-        mine = [
-            (group, self.accelerator.process_index, part) for group, part in zip(groups.tolist(), parts, strict=True)
-        ]
+        here = self.accelerator.process_index
+        mine = [(group, here, part) for group, part in zip(groups.tolist(), parts, strict=True)]
         of_all = sorted(gather_object(mine), key=lambda each: each[:2])
         return torch.cat([part for _, _, part in of_all])
 

@@ -24,13 +24,13 @@ AXES = (
 ORDER = (
     ("what a user calls", "__main__ cli reproductions"),
     ("from Python", "__init__ api"),
-    ("what works through a recipe", "plan jobs loop saving truth_table report catalogue"),
+    ("what works through a recipe", "plan jobs server loop saving truth_table report catalogue"),
     ("building a run", "assembly"),
     ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints asking"),
     ("a run", "run measurement rounding now kept_weights"),
     ("the recipe", "recipe"),
     ("the choices of the axes", " ".join(AXES)),
-    ("what choices of one modality share", "language flow drawings procedural merging store sandbox"),
+    ("what choices of one modality share", "language flow drawings procedural merging store sandbox remote"),
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")

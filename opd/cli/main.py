@@ -165,6 +165,68 @@ def score(
     show_store(targets.store)
 
 
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Hub name or folder, also of an adapter, as student.model takes it.")],
+    host: Annotated[str, typer.Option(help="Address; any but a loopback one needs --token-env.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the token that clients send.", show_default=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="By which clients ask for it; default MODEL.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Where it is, when not beside the model.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a text; default what the model was made for.")
+    ] = None,
+    max_logprobs: Annotated[int, typer.Option(min=1, help="Ids that a request may ask for at each position.")] = 64,
+    max_body: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 64,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
+) -> None:
+    """Score token ids for others with a model of transformers, as a teacher of kind served asks for it."""
+    from dataclasses import replace
+
+    import torch
+
+    from opd.errors import RecipeError
+    from opd.hardware import check_device
+    from opd.language.model import ModelSettings
+    from opd.server import ServedModel
+    from opd.server import serve as run_server
+
+    _quiet_libraries()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise RecipeError(f"--dtype is {dtype!r}; auto, float32, bfloat16 and float16 are accepted")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(device, "--device")
+    settings = ModelSettings(
+        model=model,
+        tokenizer=tokenizer,
+        revision=revision,
+        dtype=dtype,  # type: ignore[arg-type]  # checked above
+        trust_remote_code=trust_remote_code,
+    )
+
+    def load() -> ServedModel:
+        served = ServedModel.load(settings, torch.device(device), name, batch=batch)
+        served.limits = replace(
+            served.limits,
+            length=max_model_len or served.limits.length,
+            logprobs=max_logprobs,
+            body=max_body * 1_000_000,
+        )
+        return served
+
+    run_server(load, host, port, token_env)
+
+
 @app.command("store")
 def show(store: Annotated[Path, typer.Argument(help="A store's folder.")]) -> None:
     """Show what a store holds, and check every byte of it."""

@@ -17,8 +17,8 @@ class Target:
 
     `teacher` is the name that the recipe gave to who answered. `offset`, `[N]` nats or None, is what a shaping adds to
     its log-probability of each action taken; objectives over whole distributions cannot add it. `missing`, bool `[N]`
-    or None, marks the trajectories that it was asked about and did not answer: the distributions there mean nothing, and
-    a step goes on without those trajectories.
+    or None, marks the trajectories that it was asked about and did not answer: the distributions there mean nothing,
+    and a step goes on without those trajectories.
     """
 
     distribution: Distribution

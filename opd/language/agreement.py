@@ -83,7 +83,8 @@ def end_ids(model: InProcess) -> set[int]:
 
 def _named_ends(model: InProcess) -> set[int]:
     found: set[int] = set()
-    config = getattr(model.base, "generation_config", None)
+    # A reader holds a tokenizer alone.
+    config = None if model.model is None else getattr(model.base, "generation_config", None)
     for value in (getattr(config, "eos_token_id", None), model.tokenizer.eos_token_id):
         found |= set(value) if isinstance(value, list | tuple) else ({value} if value is not None else set())
     return found

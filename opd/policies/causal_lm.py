@@ -233,7 +233,8 @@ class CausalLMStudent(Student):
             for i, t in enumerate(teachers)
             for route, member in t.members().items()
         ]
-        others = [(which, member.language) for which, member in members if hasattr(member, "language")]
+        read = [(which, getattr(member, "language", getattr(member, "reader", None))) for which, member in members]
+        others = [(which, language) for which, language in read if isinstance(language, InProcess)]
         for which, other in others:
             check_tokenizers(self.language, other, which)
         models = [self.language, *(other for _, other in others)]

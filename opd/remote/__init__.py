@@ -1,5 +1,5 @@
 """Scoring by a server: the client, what servers are asked and how their answers are read and checked."""
 
-from opd.remote.client import Client, RequestFailed
+from opd.remote.client import Client, RequestError
 
-__all__ = ["Client", "RequestFailed"]
+__all__ = ["Client", "RequestError"]

@@ -24,7 +24,7 @@ LONGEST_WAIT = 60.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class RequestFailed(Exception):
+class RequestError(Exception):
     """One request that brought no answer.
 
     Attributes:
@@ -45,7 +45,7 @@ class RequestFailed(Exception):
 @dataclass(frozen=True)
 class Job(Generic[T]):
     """One request: a path below the server's address, the JSON that is sent there (None: a GET), and what reads the
-    answer's bytes, raising `RequestFailed` where they are not what was asked for."""
+    answer's bytes, raising `RequestError` where they are not what was asked for."""
 
     path: str
     body: dict[str, Any] | None
@@ -95,17 +95,17 @@ class Client:
         """The answer to one job, of the replica `url` or of whoever is next.
 
         Raises:
-            RequestFailed: all tries failed.
+            RequestError: all tries failed.
         """
         found = self._run(self._tried(job, url))
-        if isinstance(found, RequestFailed):
+        if isinstance(found, RequestError):
             raise found
         return found
 
-    def ask_all(self, jobs: Sequence[Job[T]]) -> list[T | RequestFailed]:
+    def ask_all(self, jobs: Sequence[Job[T]]) -> list[T | RequestError]:
         """The answers, in order; in the place of one that did not come, why."""
 
-        async def together() -> list[T | RequestFailed]:
+        async def together() -> list[T | RequestError]:
             return list(await asyncio.gather(*(self._tried(job, None) for job in jobs)))
 
         return self._run(together())
@@ -137,12 +137,12 @@ class Client:
         )
         self._seats = asyncio.Semaphore(self.concurrency)
 
-    async def _tried(self, job: Job[T], url: str | None) -> T | RequestFailed:
+    async def _tried(self, job: Job[T], url: str | None) -> T | RequestError:
         turn = next(self._turn)
         for attempt in range(self.retries + 1):
             try:
                 return await self._once(job, url or self.urls[(turn + attempt) % len(self.urls)])
-            except RequestFailed as error:
+            except RequestError as error:
                 if not error.again or attempt == self.retries:
                     return error
                 self.retried += 1
@@ -161,11 +161,11 @@ class Client:
                     else self._http.post(url + job.path, json=job.body)
                 )
         except httpx2.TimeoutException:
-            raise RequestFailed("timeout", f"{url}: no answer in {self.timeout:g} s", again=True) from None
+            raise RequestError("timeout", f"{url}: no answer in {self.timeout:g} s", again=True) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise RequestFailed("connection", self._line(f"{url}: {error or type(error).__name__}"), True) from None
+            raise RequestError("connection", self._line(f"{url}: {error or type(error).__name__}"), True) from None
         if answer.status_code != 200:
-            raise RequestFailed(
+            raise RequestError(
                 f"HTTP {answer.status_code}",
                 self._line(f"{url}{job.path}: {_said(answer.content)}"),
                 again=answer.status_code == 429 or answer.status_code >= 500,
@@ -181,11 +181,11 @@ class Client:
 
 
 def read_json(content: bytes) -> Any:
-    """An answer's JSON; `RequestFailed` where it is none, which may be for a connection that broke off."""
+    """An answer's JSON; `RequestError` where it is none, which may be for a connection that broke off."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
-        raise RequestFailed("not JSON", f"{len(content)} bytes", again=True) from None
+        raise RequestError("not JSON", f"{len(content)} bytes", again=True) from None
 
 
 def _said(content: bytes) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from opd.remote.client import Job, RequestFailed, read_json
+from opd.remote.client import Job, RequestError, read_json
 
 TOKEN = "token_id:"
 """What stands before an id where a server writes ids for texts of tokens."""
@@ -19,8 +18,7 @@ MORE_THAN_ALL = 1e-2
 """Probability beyond 1 that K of a state's ids may have together, by the rounding of a server in bfloat16."""
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(NamedTuple):
     """What a server says of one completion of T tokens: float32 `[T]` log-probabilities of its own tokens, and of the K
     likeliest ids int64 `[T, K]` their float32 `[T, K]`, descending."""
 
@@ -42,11 +40,14 @@ class Dialect(ABC):
 
     def job(self, model: str, ids: Sequence[int], start: int, k: int) -> Job[Scored]:
         """Ask about the tokens `ids[start:]` behind `ids[:start]`, and the `k` likeliest at each of them."""
-        return Job(
-            self.path,
-            self.body(model, ids, start, k),
-            lambda data: _checked(self.read(data, ids, start), ids, start, k),
-        )
+
+        def read(data: bytes) -> Scored:
+            try:
+                return _checked(self.read(data, ids, start), k)
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+                raise RequestError("another form", f"{type(error).__name__}: {error}"[:120]) from None
+
+        return Job(self.path, self.body(model, ids, start, k), read)
 
     path: ClassVar[str]
 
@@ -83,7 +84,7 @@ class VLLM(Dialect):
         for token, row in zip(ids[start:], rows[start:], strict=True):
             entries = {int(i): _number(entry["logprob"]) for i, entry in row.items()}
             if token not in entries:
-                raise RequestFailed("other ids", f"no log-probability of the given id {token}")
+                raise RequestError("other ids", f"no log-probability of the given id {token}")
             found.append((entries[token], entries))
         return found
 
@@ -158,15 +159,15 @@ class SGLang(Dialect):
 DIALECTS: dict[str, type[Dialect]] = {cls.kind: cls for cls in (VLLM, OpenAI, SGLang)}
 
 
-def _checked(rows: list[tuple[float, Entries]], ids: Sequence[int], start: int, k: int) -> Scored:
+def _checked(rows: list[tuple[float, Entries]], k: int) -> Scored:
     """Tensors of what was read, after every number of it was looked at."""
     log_probs, likeliest, values = [], [], []
     for own, entries in rows:
         top = sorted(entries.items(), key=lambda entry: -entry[1])[:k]
         if len(top) < k:
-            raise RequestFailed("too few ids", f"{len(top)} of the {k} likeliest")
+            raise RequestError("too few ids", f"{len(top)} of the {k} likeliest")
         if sum(math.exp(value) for _, value in top) > 1 + MORE_THAN_ALL:
-            raise RequestFailed("probability above 1", f"of the {k} likeliest ids together")
+            raise RequestError("probability above 1", f"of the {k} likeliest ids together")
         log_probs.append(own)
         likeliest.append([i for i, _ in top])
         values.append([value for _, value in top])
@@ -179,29 +180,29 @@ def _checked(rows: list[tuple[float, Entries]], ids: Sequence[int], start: int, 
 
 
 def _number(value: Any) -> float:
-    """A log-probability; `RequestFailed` where it is none."""
+    """A log-probability; `RequestError` where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RequestFailed("no number", f"{value!r} for a log-probability"[:80])
+        raise RequestError("no number", f"{value!r} for a log-probability"[:80])
     if math.isnan(value):
-        raise RequestFailed("NaN", "for a log-probability")
+        raise RequestError("NaN", "for a log-probability")
     if math.isinf(value):
-        raise RequestFailed("infinite", "for a log-probability")
+        raise RequestError("infinite", "for a log-probability")
     if value > 0:
-        raise RequestFailed("positive", f"{value:g} for a log-probability")
+        raise RequestError("positive", f"{value:g} for a log-probability")
     return float(value)
 
 
 def _id(text: str) -> int:
     if not text.startswith(TOKEN):
-        raise RequestFailed("texts for ids", f"{text[:20]!r} where {TOKEN}N was asked for")
+        raise RequestError("texts for ids", f"{text[:20]!r} where {TOKEN}N was asked for")
     return int(text.removeprefix(TOKEN))
 
 
 def _same_id(found: int, asked: int) -> None:
     if found != asked:
-        raise RequestFailed("other ids", f"id {found} where {asked} was asked about")
+        raise RequestError("other ids", f"id {found} where {asked} was asked about")
 
 
 def _same_length(found: int, asked: int) -> None:
     if found != asked:
-        raise RequestFailed("wrong length", f"{found} tokens where {asked} were asked about")
+        raise RequestError("wrong length", f"{found} tokens where {asked} were asked about")

@@ -68,8 +68,8 @@ MEANINGS = {
     "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),
     "train/invalid": Meaning(
         "without an answer",
-        "share",
-        "rollouts of which a teacher's server gave no answer: they are in nothing else",
+        "share of rollouts",
+        "that a teacher was asked about in vain: they are in nothing else of the step",
         "lower",
     ),
     "train/empty": Meaning("empty", "", "1 where the step had nothing to learn and was not taken"),

@@ -1,0 +1,399 @@
+"""A teacher behind a server: given ids go out, what its model says of them comes back."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+
+from opd.choice import as_list
+from opd.context import Context
+from opd.distributions import Categorical, Distribution, Head, Sampled, Target, TopK, Vocabulary
+from opd.errors import IncompatibleError, ModelError, RecipeError
+from opd.language.engines.base import ids_of
+from opd.language.engines.in_process import InProcess, language_of
+from opd.language.engines.transformers import LanguageModel
+from opd.language.identity import PROBE
+from opd.language.model import ModelSettings, load_tokenizer
+from opd.language.tokens import tokens_of
+from opd.planning import Shape
+from opd.policies.base import Student
+from opd.prompts import Prompt
+from opd.remote.client import LOOPBACK, Client, Job, RequestError
+from opd.remote.dialects import Dialect
+from opd.remote.exact import WireDtype, head_job, score_job
+from opd.remote.start import Found, look, probe, refused, split_alike
+from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
+from opd.trajectories import Trajectories
+
+KINDS: dict[str, type[Distribution]] = {"exact": Categorical, "top_k": TopK, "sampled": Sampled}
+"""The distribution that each kind of answer is."""
+
+T = TypeVar("T")
+
+
+class ServedTeacher(Teacher):
+    """Scores the student's exact token ids over HTTP: `opd serve`, vLLM, SGLang, or another server whose
+    `/v1/completions` echoes log-probabilities. Trajectories that it does not answer are in nothing of their step.
+
+    What vLLM and SGLang can say are the `top_k` likeliest ids at each position with the rest as a tail, or the
+    log-probability of the tokens that the student drew; `opd serve` says whole distributions.
+    """
+
+    kind: Literal["served"] = "served"
+    modality: ClassVar[str | None] = "language"
+    url: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        min_length=1, description="The server's address, e.g. http://127.0.0.1:8000; or a list of replicas"
+    )
+    model: str | None = Field(None, description="Name under which it is served; default the server's first")
+    tokenizer: str | None = Field(
+        None, description="The teacher's tokenizer, a folder or hub name; default the student's, with its template"
+    )
+    template: Literal["chat", "plain"] | None = Field(
+        None, description="How prompts become ids; default chat where the tokenizer has a template"
+    )
+    template_options: dict[str, Any] = Field(default={}, description="Passed to the chat template (enable_thinking)")
+    dialect: Literal["auto", "opd", "vllm", "sglang", "openai"] = Field(
+        "auto", description="How the server is asked; auto: found out at the start"
+    )
+    answers: Literal["auto", "exact", "top_k", "sampled"] = Field(
+        "auto",
+        description="What is asked for at each position: whole distributions (of opd serve alone), the top_k likeliest "
+        "ids, or the token that was sampled; auto: exact of opd serve and top_k of others",
+    )
+    top_k: int = Field(20, ge=1, le=100_000, description="Ids at each position, with answers: top_k")
+    wire: WireDtype | None = Field(
+        None, description="dtype of hidden states on their way, with answers: exact; default that of the weights there"
+    )
+    concurrency: int = Field(32, ge=1, le=4096, description="Requests under way at once, over all replicas")
+    timeout: float = Field(300.0, gt=0, description="Seconds until an answer must be there")
+    retries: int = Field(6, ge=0, le=100, description="Tries after a timeout, a broken connection, 429 or 5xx")
+    backoff: float = Field(0.5, ge=0, description="Seconds before the first of them; doubled each time, at most 60")
+    key_env: str | None = Field(
+        None, pattern=r"^\w+$", description="Environment variable with the key; the key itself is written nowhere"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _addresses(cls, value: list[str]) -> list[str]:
+        found = []
+        for url in value:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
+            if parts.username or parts.password or parts.query:
+                raise ValueError(
+                    f"the address of {parts.hostname} holds a name, password or query, which would be written down; "
+                    "put the key into an environment variable and name it in key_env"
+                )
+            found.append(url.rstrip("/").removesuffix("/v1"))
+        if len(set(found)) < len(found):
+            raise ValueError("an address is listed twice; list each replica once")
+        return found
+
+    @field_validator("answers")
+    @classmethod
+    def _of_a_dialect(cls, value: str, info: ValidationInfo) -> str:
+        if value == "exact" and info.data.get("dialect") not in ("auto", "opd"):
+            raise ValueError(
+                f"a server of dialect {info.data.get('dialect')} does not give whole distributions; take answers: "
+                "top_k, or serve the teacher with `opd serve`"
+            )
+        return value
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        notes.append(f"{', '.join(self.url)}: the teacher is asked over HTTP and takes no memory here")
+        return []
+
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        if self.answers == "auto" and self.dialect in ("auto", "opd"):
+            return [(Categorical, "the server")] if self.dialect == "opd" else []
+        return [(KINDS["top_k" if self.answers == "auto" else self.answers], f"the server (answers: {self.answers})")]
+
+    @property
+    def listed(self) -> int | None:
+        return self.top_k if self.answers == "top_k" else None
+
+    def check_scorer(self, home: torch.device) -> None:
+        raise answers_whole_texts_alone(self)
+
+    def key(self) -> str | None:
+        """The key, read where `key_env` says.
+
+        Raises:
+            RecipeError: nothing is there.
+        """
+        if self.key_env is None:
+            return None
+        key = os.environ.get(self.key_env)
+        if not key:
+            raise RecipeError(f"teacher.key_env names {self.key_env!r}, and no such variable is set: export it")
+        return key
+
+    def build(self, context: Context, student: Student | None) -> LiveServedTeacher:
+        own = None if student is None else language_of(student, "the student")
+        return LiveServedTeacher(self, self.reader(own), context.seed)
+
+    def reader(self, student: InProcess | None) -> LanguageModel:
+        """What makes ids of prompts: a tokenizer and a template, without weights."""
+        if self.tokenizer is None:
+            if student is None:
+                raise RecipeError("teacher.tokenizer is required here: a folder or hub name of the teacher's tokenizer")
+            tokenizer, template = student.tokenizer, self.template or student.template
+            options = self.template_options or (student.template_options if template == "chat" else {})
+        else:
+            settings = ModelSettings(model=self.tokenizer, template="plain")
+            tokenizer = load_tokenizer(settings)
+            template, options = self.template or ("chat" if tokenizer.chat_template else "plain"), self.template_options
+        if template == "chat" and not tokenizer.chat_template:
+            raise ModelError("teacher.template is chat and the tokenizer has no chat template; set template: plain")
+        return LanguageModel(None, tokenizer, template, options)
+
+
+class LiveServedTeacher(LiveTeacher[ServedTeacher]):
+    """The built teacher: every replica was asked about a known text, and answered as it must.
+
+    Args:
+        reader: makes ids of prompts.
+        seed: of the jitter in waits.
+
+    Raises:
+        RecipeError: there is no key where the settings say.
+        ModelError: a server cannot be reached, or does not score given ids.
+        IncompatibleError: it cannot give what is asked for, or replicas differ.
+    """
+
+    def __init__(self, settings: ServedTeacher, reader: LanguageModel, seed: int = 0):
+        self.settings, self.reader = settings, reader
+        reader.owner = f"the teacher {settings.name or settings.model or settings.url[0]}"
+        self.client = Client(
+            settings.url,
+            settings.key(),
+            concurrency=settings.concurrency,
+            timeout=settings.timeout,
+            retries=settings.retries,
+            backoff=settings.backoff,
+            seed=seed,
+        )
+        self.failed: Counter[str] = Counter()
+        self._notes: list[str] = []
+        self.found = self._replicas()
+        self.answers = KINDS[self._kind_of_answers()]
+        self.head: Head | None = None
+        self._placed: Head | None = None
+        self.k = settings.top_k if self.answers is TopK else 0
+        self.dialect: Dialect | None = None
+        self._probe()
+
+    # -- at the start ----------------------------------------------------------------------------------------------
+
+    def _replicas(self) -> Found:
+        """The first replica, after all of them were looked at."""
+        settings = self.settings
+        found = [look(self.client, url, settings.dialect, settings.model) for url in settings.url]
+        first = found[0]
+        for url, other in zip(settings.url, found, strict=True):
+            weights = [each.about.weights if each.about else None for each in (first, other)]
+            if (other.kind, other.model) != (first.kind, first.model) or weights[0] != weights[1]:
+                raise IncompatibleError(
+                    f"{settings.url[0]} and {url} are no replicas: they serve {first.model!r} by {first.kind} and "
+                    f"{other.model!r} by {other.kind}, or other weights; list replicas of one model in teacher.url"
+                )
+        lengths = [each.longest for each in found if each.longest is not None]
+        about = first.about
+        if about is not None and about.tokenizer != self.reader.tokenizer_hash:
+            raise IncompatibleError(
+                f"{settings.url[0]} serves a model with another tokenizer than the one that prompts are read with here "
+                f"({settings.tokenizer or 'the student has it'}); name the served model's in teacher.tokenizer"
+            )
+        if about is not None and about.template != self.reader.template_hash:
+            self._notes.append(
+                "the teacher's prompts are written with another template than the served model's own: "
+                "teacher.tokenizer, template and template_options set it"
+            )
+        outside = [url for url in map(urlsplit, settings.url) if url.hostname not in LOOPBACK]
+        if settings.key_env and any(url.scheme == "http" for url in outside):
+            self._notes.append("teacher.url is http: the key and all texts travel unencrypted; use https or a tunnel")
+        return replace(first, longest=min(lengths, default=None))
+
+    def _kind_of_answers(self) -> str:
+        wanted = self.settings.answers
+        if wanted == "exact" and self.found.about is None:
+            raise IncompatibleError(
+                f"teacher.answers is exact, and {self.settings.url[0]} does not give whole distributions: serve the "
+                "teacher with `opd serve`, or take answers: top_k"
+            )
+        return wanted if wanted != "auto" else "top_k" if self.found.about is None else "exact"
+
+    def _probe(self) -> None:
+        """Ask every replica about a text whose answer must have a certain form."""
+        ids = list(self.reader.tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+        if len(ids) < 2:
+            raise ModelError("the teacher's tokenizer makes no tokens of a plain text; set teacher.tokenizer")
+        about = self.found.about
+        for url in self.settings.url:
+            if self.answers is Categorical:
+                assert about is not None
+                self._at_start(score_job([ids[:1]], [ids[1:]], about, self.wire), url)
+                continue
+            scored = replace(self.found, kind="vllm") if about is not None else self.found
+            self.dialect = probe(self.client, url, scored, ids, self.k)
+            if not split_alike(self.client, url, scored, PROBE, ids):
+                raise IncompatibleError(
+                    f"{url} makes other ids of a text than the tokenizer that prompts are read with here "
+                    f"({self.settings.tokenizer or 'the student has it'}); name the served model's in teacher.tokenizer"
+                )
+        if self.answers is Categorical:
+            assert about is not None
+            self.head = self._at_start(head_job(about), self.settings.url[0])
+            self.vocabulary = Vocabulary(about.rows)
+
+    def _at_start(self, job: Job[T], url: str) -> T:
+        try:
+            return self.client.ask(job, url)
+        except RequestError as error:
+            raise refused(url, error) from None
+
+    @property
+    def wire(self) -> WireDtype:
+        """What hidden states travel in."""
+        own = None if self.found.about is None else self.found.about.dtype
+        return self.settings.wire or ("bfloat16" if own == "bfloat16" else "float32")
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self._notes, *self.reader.notes]
+
+    def failures(self) -> dict[str, int]:
+        return dict(self.failed)
+
+    def identity(self) -> str | None:
+        # Others do not say what they hold: their model's name has to do.
+        about = self.found.about
+        return f"served:{self.found.model}" if about is None else about.weights
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            self.reader.encode(prompt, self.settings.sees)
+
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
+        longest = max((len(self.reader.encode(prompt, self.settings.sees)) for prompt in prompts), default=1)
+        needed = longest + budget + (0 if self.dialect is None else self.dialect.spare)
+        if self.found.longest is not None and needed > self.found.longest:
+            raise ModelError(
+                f"{which}'s server takes texts of {self.found.longest} tokens, and the longest prompt has {longest} "
+                f"and a completion up to {budget}: start it with --max-model-len {needed}, or shorten "
+                "rollout.max_new_tokens (and evaluation.max_new_tokens)"
+            )
+        return []
+
+    def check_student(self, student: Student, context: Context) -> None:
+        self.check_context(context)
+
+    def check_context(self, context: Context) -> None:
+        """Raise `IncompatibleError` where the server's numbers are not those of the agreed temperature and ids."""
+        compared = tokens_of(context).vocabulary
+        if self.head is not None:
+            self.head.over(compared, self.settings.url[0])
+            return
+        if context.temperature != 1.0:
+            told = f"{context.temperature:g}" if isinstance(context.temperature, float) else "a schedule"
+            raise IncompatibleError(
+                f"temperature is {told}, and a server scores at 1: set temperature=1, or serve the teacher with "
+                "`opd serve` and take answers: exact, which any temperature can be applied to"
+            )
+        if compared.ids is not None:
+            raise IncompatibleError(
+                f"this run compares a slice of the vocabulary ({compared}), and a server's numbers are over all ids: "
+                "serve the teacher with `opd serve` and take answers: exact"
+            )
+        most = tokens_of(context).count
+        if self.k and most is not None and self.k >= most:
+            raise IncompatibleError(
+                f"teacher.top_k is {self.k}, and student and teacher have {most} ids in common; give {most - 1} or less"
+            )
+
+    # -- at every step ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answer(self, trajectories: Trajectories, settings: ServedTeacher, context: Context) -> list[Target]:
+        contexts = [ids_of(self.reader.encode(p, settings.sees)).tolist() for p in trajectories.prompts]
+        completions = [actions.tolist() for actions in trajectories.completions()]
+        # One that is empty says nothing and is asked about by nobody.
+        asked = [i for i, completion in enumerate(completions) if completion]
+        if self.head is not None:
+            rows, lost = self._hidden(contexts, completions, asked)
+        else:
+            rows, lost = self._scored(contexts, completions, asked, context)
+        missing = torch.tensor([i in lost for i in range(len(completions))])
+        missing = missing.repeat_interleave(trajectories.lengths).to(context.device)
+        packed = [torch.cat(parts).to(context.device) for parts in zip(*rows, strict=True)]
+        if self.head is not None:
+            answer: Distribution = Categorical(packed[0], self._head_for(context))
+        else:
+            answer = Sampled(packed[0]) if self.answers is Sampled else TopK(packed[2], packed[1])
+        return [Target(answer, teacher=settings.name, missing=missing if bool(missing.any()) else None)]
+
+    def _hidden(
+        self, contexts: Sequence[list[int]], completions: Sequence[list[int]], asked: Sequence[int]
+    ) -> tuple[list[tuple[torch.Tensor, ...]], set[int]]:
+        """Hidden states `[T, D]` of each trajectory, `batch` of them in one request, and those that got none."""
+        about = self.found.about
+        assert about is not None
+        size = min(self.settings.batch, about.batch)
+        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        jobs = [
+            score_job([contexts[i] for i in part], [completions[i] for i in part], about, self.wire) for part in parts
+        ]
+        dtype = getattr(torch, self.wire)
+        rows = [(torch.full((len(each), about.width), torch.nan, dtype=dtype),) for each in completions]
+        lost: set[int] = set()
+        for part, found in zip(parts, self.client.ask_all(jobs), strict=True):
+            if isinstance(found, RequestError):
+                self._count(found, len(part))
+                lost.update(part)
+                continue
+            for i, hidden in zip(part, torch.split(found, [len(completions[i]) for i in part]), strict=True):
+                rows[i] = (hidden,)
+        return rows, lost
+
+    def _scored(
+        self, contexts: Sequence[list[int]], completions: Sequence[list[int]], asked: Sequence[int], context: Context
+    ) -> tuple[list[tuple[torch.Tensor, ...]], set[int]]:
+        """float32 `[T]`, int64 `[T, K]` and float32 `[T, K]` of each trajectory, as `Scored` has them, and those that
+        got none."""
+        assert self.dialect is not None
+        vocabulary, k = tokens_of(context).vocabulary, self.k
+        model, ask = self.found.model, self.dialect
+        jobs = [ask.job(model, contexts[i] + completions[i], len(contexts[i]), k) for i in asked]
+        rows: list[tuple[torch.Tensor, ...]] = [
+            (torch.full((len(c),), torch.nan), torch.zeros(len(c), k).long(), torch.full((len(c), k), torch.nan))
+            for c in completions
+        ]
+        lost: set[int] = set()
+        for i, found in zip(asked, self.client.ask_all(jobs), strict=True):
+            if not isinstance(found, RequestError) and bool(vocabulary.outside(found.ids).any()):
+                found = RequestError("ids that the student lacks", "among the likeliest")
+            if isinstance(found, RequestError):
+                self._count(found, 1)
+                lost.add(i)
+            else:
+                rows[i] = tuple(found)
+        return rows, lost
+
+    def _count(self, error: RequestError, trajectories: int) -> None:
+        self.failed[error.reason] += trajectories
+
+    def _head_for(self, context: Context) -> Head:
+        assert self.head is not None
+        vocabulary = tokens_of(context).vocabulary
+        placed = self._placed
+        if placed is None or placed.weight.device != context.device or placed.vocabulary != vocabulary:
+            self._placed = placed = self.head.over(vocabulary, self.settings.url[0]).to(context.device)
+        return replace(placed, temperature=context.temperature)
