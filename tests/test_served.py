@@ -393,3 +393,88 @@ def test_requests_beyond_the_limits_are_refused():
             assert (found.status_code, told in found.text) == (status, True), found.text
         assert http.post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
         assert http.get("/health").status_code == 200
+
+
+def test_a_store_that_a_server_scored_holds_what_a_local_teacher_says(folders, url, tmp_path):
+    from opd.jobs.sampling import sample
+    from opd.jobs.scoring import score
+
+    student, teacher = folders
+    recipe = {
+        "student": {"model": student, "template": "plain"},
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "rollout": {"max_new_tokens": 6},
+        "hardware": {"device": "cpu", "threads": 1},
+        "evaluation": {"held_out": 0},
+        "name": "store",
+    }
+    here = load_recipe({**recipe, "teacher": {"model": teacher, "template": "plain"}})
+    there = load_recipe({**recipe, "teacher": {"kind": "served", "url": url, "dialect": "vllm"}})
+    sample(here, tmp_path / "store", quiet=True)
+    for kind in ("top_k", "sampled"):
+        found = [
+            score(
+                each,
+                tmp_path / "store",
+                kind,
+                quiet=True,
+                name=f"{kind}-{i}",
+                **({"top_k": 5} if kind == "top_k" else {}),
+            )
+            for i, each in enumerate((here, there))
+        ]
+        rows = list(range(len(TEXTS)))
+        lengths = [len(found[0].store.actions(row)) for row in rows]
+        mine, theirs = (targets.answer(rows, lengths) for targets in found)
+        torch.testing.assert_close(mine.log_probs, theirs.log_probs, atol=1e-5, rtol=0)
+    whole = load_recipe({**recipe, "teacher": {"kind": "served", "url": url}})
+    exact = [score(each, tmp_path / "store", "exact", quiet=True, name=f"e{i}") for i, each in enumerate((here, whole))]
+    assert torch.equal(*(targets.answer(rows, lengths).hidden for targets in exact))
+
+
+def test_the_shipped_recipe_is_planned_without_its_server():
+    from opd.plan import make_plan
+
+    found = make_plan(load_recipe("qwen3_8b_served_to_1p7b"))
+    assert not found.teachers
+    assert any("takes no memory here" in note for note in found.notes)
+
+
+def test_both_commands_work_together(folders, tmp_path, monkeypatch):
+    """`opd serve` in a process of its own, and `opd train` with a recipe in YAML."""
+    import os
+    import re
+    import subprocess
+    import sys
+
+    import yaml
+
+    from opd.cli import main
+
+    student, teacher = folders
+    command = [sys.executable, "-m", "opd", "serve", teacher, "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        line = process.stdout.readline()
+        url = re.search(r"at (http://127\.0\.0\.1:\d+) ", line).group(1)
+        recipe = {
+            "student": {"model": student, "template": "plain"},
+            "teacher": {"kind": "served", "url": url},
+            "prompts": {"kind": "inline", "prompts": TEXTS},
+            "steps": 2,
+            "rollout": {"max_new_tokens": 6},
+            "batch": {"prompts": 2, "micro": 2},
+            "hardware": {"device": "cpu", "threads": 1},
+            "evaluation": {"held_out": 2, "samples": 1},
+            "tracking": {"trackers": []},
+            "output": str(tmp_path / "run"),
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        monkeypatch.setattr("sys.argv", ["opd", "train", str(tmp_path / "recipe.yaml"), "--quiet"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    finally:
+        process.terminate()
+        process.wait(20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -10,7 +11,8 @@ import torch
 
 from opd.assembly import compute_device, make_accelerator
 from opd.context import Context
-from opd.errors import DataError, IncompatibleError, RecipeError, nearest
+from opd.distributions import Target
+from opd.errors import DataError, IncompatibleError, RecipeError, RunError, nearest
 from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.engines.in_process import InProcess
@@ -24,9 +26,11 @@ from opd.recipe import Recipe
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
-from opd.teachers.local import LocalTeacher
+from opd.teachers import reasons, unanswered
+from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher
-from opd.weights import weights_hash
+from opd.teachers.served import LiveServedTeacher, ServedTeacher
+from opd.trajectories import Trajectories
 
 DEFAULT_TOP_K = 64
 
@@ -74,15 +78,29 @@ class Scorer:
         settings = chosen_teacher(recipe, teacher)
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
-        self.settings, self.teacher = settings, settings.build(context, None)
-        language = self.teacher.language
-        reader = self._check_agreement(recipe, language)
-        stored = self.store.header
-        common = common_vocabulary([reader, language], [stored.covered()])
+        assert isinstance(recipe.student, CausalLM)
+        reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
+        self.teacher: LanguageTeacher | LiveServedTeacher
+        if isinstance(settings, ServedTeacher):
+            settings = settings.model_copy(update={"answers": kind, **({} if top_k is None else {"top_k": top_k})})
+            self.teacher = LiveServedTeacher(settings, settings.reader(reader))
+            language: InProcess = self.teacher.reader
+            model = self.teacher.found.model
+        else:
+            self.teacher = settings.build(context, None)
+            language, model = self.teacher.language, settings.model
+        self.settings: LocalTeacher | ServedTeacher = settings
+        self._check_agreement(recipe, reader, language)
+        fixed = [self.store.header.covered()] + ([self.teacher.vocabulary] if self.teacher.vocabulary else [])
+        common = common_vocabulary([reader, language], fixed)
         self.context = context.with_(agreed=Tokens(common))
-        head = language.head(context.temperature, common)
-        identity = weights_hash(language.model)
-        most = head.size - len(common.excluded) - 1
+        if isinstance(self.teacher, LiveServedTeacher):
+            self.teacher.check_context(self.context)
+            head = self.teacher.head.over(common) if self.teacher.head is not None else None
+        else:
+            head = self.teacher.language.head(context.temperature, common)
+        identity = str(self.teacher.identity())
+        most = (tokens_of(self.context).count or 0) - 1
         if kind == "top_k" and top_k is not None and top_k > most:
             raise IncompatibleError(
                 f"--top-k is {top_k}, and student and teacher have {most + 1} ids in common; give {most} or less, or "
@@ -90,32 +108,34 @@ class Scorer:
             )
         header = TargetsHeader(
             kind=kind,
-            top_k=(top_k or min(DEFAULT_TOP_K, most)) if kind == "top_k" else None,
+            top_k=(top_k or self._usual_top_k(most)) if kind == "top_k" else None,
             dtype=dtype if kind == "exact" else None,
-            teacher={"model": settings.model, "weights": identity},
+            teacher={"model": model, "weights": identity},
             sees=settings.sees,
             template=language.template_hash,
             temperature=context.temperature,
             **VocabularyHeader.of(common),
-            scale=head.scale,
-            softcap=head.softcap,
+            scale=1.0 if head is None else head.scale,
+            softcap=None if head is None else head.softcap,
             versions=versions(),
         )
-        name = name or f"{kind}-{identity.removeprefix('sha256:')[:12]}"
+        name = name or f"{kind}-{re.sub(r'[^0-9A-Za-z.-]+', '-', identity.removeprefix('sha256:'))[:12]}"
         self.targets = Targets.create_or_continue(self.store, name, header)
         written = [self.prompts[i] for i in dict.fromkeys(self.store.prompt_ids)]
         for warning in self.teacher.check_lengths(written, self.store.header.budget, "the teacher"):
             print(f"opd: {warning}", file=sys.stderr)
         self.unchecked = recipe.self_test
         if kind == "exact":
+            assert head is not None
             with claim(self.targets.head_path) as mine:
                 if mine:
                     self.targets.write_head(head)
 
-    def _check_agreement(self, recipe: Recipe, language: InProcess) -> InProcess:
-        """The student's side, a tokenizer alone."""
-        assert isinstance(recipe.student, CausalLM)
-        reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
+    def _usual_top_k(self, most: int) -> int:
+        return self.settings.top_k if isinstance(self.settings, ServedTeacher) else min(DEFAULT_TOP_K, most)
+
+    def _check_agreement(self, recipe: Recipe, reader: InProcess, language: InProcess) -> None:
+        """Of the teacher with the student's side, a tokenizer alone."""
         if reader.tokenizer_hash != self.store.header.tokenizer:
             raise IncompatibleError(f"{self.store.path} was made with another tokenizer than the recipe's student has")
         check_tokenizers(reader, language, "the teacher")
@@ -125,7 +145,6 @@ class Scorer:
                 f"the store's trajectories end with id {self.store.header.end_ids} and the teacher's with "
                 f"{sorted(theirs)}; sample them with end_tokens={sorted(theirs)}"
             )
-        return reader
 
     @torch.no_grad()
     def score(self, shard: int) -> None:
@@ -147,11 +166,23 @@ class Scorer:
                 if self.unchecked:
                     self.teacher.check_outputs(trajectories.rows(0, min(2, len(trajectories)))[0], "the teacher")
                     self.unchecked = False
-                (target,) = self.teacher.answer(trajectories, self.settings, self.context)
+                (target,) = self._answer(trajectories)
+            lost = int(unanswered(trajectories, [target]).sum())
+            if lost:
+                raise RunError(
+                    f"{lost} of {len(trajectories)} rows of a shard got no answer of the teacher "
+                    f"({reasons([self.teacher])}): mend what failed and run opd score again, it goes on there"
+                )
             self.targets.write(shard, target.distribution, trajectories)
 
+    def _answer(self, trajectories: Trajectories) -> list[Target]:
+        if isinstance(self.teacher, LiveServedTeacher):
+            assert isinstance(self.settings, ServedTeacher)
+            return self.teacher.answer(trajectories, self.settings, self.context)
+        return self.teacher.answer(trajectories, self.settings, self.context)
 
-def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher:
+
+def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher | ServedTeacher:
     """The one teacher of a recipe that scores; those of routes go by their tags."""
     teachers = [(t.name, t) for t in recipe.teacher if not isinstance(t, RoutedTeacher)]
     teachers += [pair for t in recipe.teacher if isinstance(t, RoutedTeacher) for pair in t.routes.items()]
@@ -160,8 +191,10 @@ def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher:
         names = [known for known, _ in teachers if known]
         close = nearest(name, names) if name else ""
         raise RecipeError(f"the recipe has {len(teachers)} teachers; say which one scores: --teacher NAME{close}")
-    if not isinstance(found[0], LocalTeacher):
-        raise RecipeError(f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kind local")
+    if not isinstance(found[0], LocalTeacher | ServedTeacher):
+        raise RecipeError(
+            f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kinds local and served"
+        )
     return found[0]
 
 

@@ -97,7 +97,8 @@ class Client:
         Raises:
             RequestError: all tries failed.
         """
-        found = self._run(self._tried(job, url))
+        work = self._tried(job, url)
+        found = self._run(work)
         if isinstance(found, RequestError):
             raise found
         return found
@@ -106,7 +107,8 @@ class Client:
         """The answers, in order; in the place of one that did not come, why."""
 
         async def together() -> list[T | RequestError]:
-            return list(await asyncio.gather(*(self._tried(job, None) for job in jobs)))
+            tries = [self._tried(job, None) for job in jobs]
+            return list(await asyncio.gather(*tries))
 
         return self._run(together())
 

@@ -80,9 +80,9 @@ class VLLM(Dialect):
     def read(self, data: bytes, ids: Sequence[int], start: int) -> list[tuple[float, Entries]]:
         rows = read_json(data)["choices"][0]["prompt_logprobs"]
         _same_length(len(rows), len(ids))
-        found = []
+        found: list[tuple[float, Entries]] = []
         for token, row in zip(ids[start:], rows[start:], strict=True):
-            entries = {int(i): _number(entry["logprob"]) for i, entry in row.items()}
+            entries: Entries = {int(i): _number(entry["logprob"]) for i, entry in row.items()}
             if token not in entries:
                 raise RequestError("other ids", f"no log-probability of the given id {token}")
             found.append((entries[token], entries))

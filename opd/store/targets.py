@@ -134,12 +134,14 @@ class Targets:
         write_shard(self.shard_path(shard), tensors)
 
     def _fields(self, answer: Distribution, trajectories: Trajectories) -> dict[str, torch.Tensor]:
-        assert isinstance(answer, Categorical)
+        assert isinstance(answer, Categorical | Sampled | TopK)
         if self.header.kind == "sampled":
             return {"log_probs": Sampled.of(answer, trajectories.actions).log_probs.cpu()}
         if self.header.kind == "top_k":
             assert self.header.top_k is not None
-            top = TopK.of(answer, self.header.top_k)
+            # A server answers with them at once.
+            top = TopK.of(answer, self.header.top_k) if isinstance(answer, Categorical) else answer
+            assert isinstance(top, TopK)
             log_probs = top.log_probs.float().cpu()
             return {
                 "ids": top.ids.int().cpu(),
@@ -147,6 +149,7 @@ class Targets:
                 "tail": append_tail(log_probs)[:, -1].clone(memory_format=torch.contiguous_format),
             }
         assert self.header.dtype is not None
+        assert isinstance(answer, Categorical)
         return {"hidden": answer.hidden.to(getattr(torch, self.header.dtype)).cpu()}
 
     def write_head(self, head: Head) -> None:
