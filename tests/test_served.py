@@ -11,18 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import opd
 from opd.context import Context
 from opd.distributions import Categorical, Sampled, TopK
-from opd.errors import IncompatibleError, ModelError, OpdError, RecipeError, RunError
+from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
 from opd.language.tokens import Tokens
-from opd.recipe import load_recipe
+from opd.prompts import Prompt
+from opd.recipe import load_recipe, parse_recipe
 from opd.remote.client import Client, Job, RequestError, read_json
 from opd.remote.dialects import VLLM, OpenAI, SGLang
 from opd.server import Limits
 from opd.server.serving import application, checked_token
-from opd.teachers.local import LanguageTeacher
+from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.served import LiveServedTeacher, ServedTeacher
 from tests.conftest import said, save_tiny, trajectories_of
 from tests.serving import LASTING, Faulty, Running, is_lost, served_model, serving, serving_tiny, silent
@@ -84,7 +86,7 @@ def teacher_at(url, **settings):
 
 def local_teacher():
     language = served_model().language
-    return LanguageTeacher(language, opd.teachers.local.LocalTeacher(model="tiny"), torch.device("cpu"))
+    return LanguageTeacher(language, LocalTeacher(model="tiny"), torch.device("cpu"))
 
 
 def test_whole_distributions_are_bit_for_bit_those_of_a_local_teacher(folders, url, tmp_path):
@@ -109,7 +111,7 @@ def test_sampled_tokens_teach_what_a_local_teacher_does(folders, url, tmp_path):
 
 @pytest.mark.parametrize("dialect", ["vllm", "openai"])
 def test_the_likeliest_ids_are_those_of_the_whole_distribution(dialect, url):
-    prompts = [opd.Prompt(f"p{i}", {"prompt": text}) for i, text in enumerate(TEXTS[:3])]
+    prompts = [Prompt(f"p{i}", {"prompt": text}) for i, text in enumerate(TEXTS[:3])]
     local = local_teacher()
     contexts = [local.language.encode(prompt) for prompt in prompts]
     trajectories = trajectories_of([5, 1, 9], contexts, prompts=prompts)
@@ -263,13 +265,15 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(url):
         teacher_at(url, dialect="vllm").check_context(CONTEXT.with_(temperature=0.7))
     teacher_at(url).check_context(CONTEXT.with_(temperature=0.7))
     with pytest.raises(ModelError, match="--max-model-len"):
-        teacher_at(url).check_lengths([opd.Prompt("p", {"prompt": "ab"})], 300, "the teacher")
+        teacher_at(url).check_lengths([Prompt("p", {"prompt": "ab"})], 300, "the teacher")
     with pytest.raises(ModelError, match="serves 'tiny-teacher'"):
         teacher_at(url, model="another")
     with pytest.raises(ModelError, match="start it, wait until it answers"):
         teacher_at("http://127.0.0.1:9", retries=0)
-    with pytest.raises(OpdError, match="does not give whole distributions"):
-        load_recipe({"student": "x", "teacher": {"kind": "served", "url": url, "dialect": "vllm", "answers": "exact"}})
+    with pytest.raises(ValidationError, match="does not give whole distributions"):
+        ServedTeacher(url=url, dialect="vllm", answers="exact")
+    with pytest.raises(ValidationError, match="key_env"):
+        ServedTeacher(url="http://user:word@127.0.0.1:8000")
     with pytest.raises(ModelError, match="timeout"), serving(silent) as running:
         teacher_at(running.url, timeout=0.2, retries=0)
 
@@ -277,7 +281,7 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(url):
 def test_several_replicas_share_the_work(url):
     with serving_tiny() as other:
         teacher = teacher_at([url, other])
-        trajectories = trajectories_of([3, 4, 5], prompts=[opd.Prompt(f"p{i}", {"prompt": "a"}) for i in range(3)])
+        trajectories = trajectories_of([3, 4, 5], prompts=[Prompt(f"p{i}", {"prompt": "a"}) for i in range(3)])
         assert len(said(teacher, trajectories)) == 12
     with serving_tiny(seed=8) as other, pytest.raises(IncompatibleError, match="no replicas"):
         teacher_at([url, other])
@@ -405,11 +409,11 @@ def test_a_store_that_a_server_scored_holds_what_a_local_teacher_says(folders, u
         "prompts": {"kind": "inline", "prompts": TEXTS},
         "rollout": {"max_new_tokens": 6},
         "hardware": {"device": "cpu", "threads": 1},
-        "evaluation": {"held_out": 0},
+        "evaluation": {"held_out": 1},
         "name": "store",
     }
-    here = load_recipe({**recipe, "teacher": {"model": teacher, "template": "plain"}})
-    there = load_recipe({**recipe, "teacher": {"kind": "served", "url": url, "dialect": "vllm"}})
+    here = parse_recipe({**recipe, "teacher": {"model": teacher, "template": "plain"}})
+    there = parse_recipe({**recipe, "teacher": {"kind": "served", "url": url, "dialect": "vllm"}})
     sample(here, tmp_path / "store", quiet=True)
     for kind in ("top_k", "sampled"):
         found = [
@@ -427,7 +431,7 @@ def test_a_store_that_a_server_scored_holds_what_a_local_teacher_says(folders, u
         lengths = [len(found[0].store.actions(row)) for row in rows]
         mine, theirs = (targets.answer(rows, lengths) for targets in found)
         torch.testing.assert_close(mine.log_probs, theirs.log_probs, atol=1e-5, rtol=0)
-    whole = load_recipe({**recipe, "teacher": {"kind": "served", "url": url}})
+    whole = parse_recipe({**recipe, "teacher": {"kind": "served", "url": url}})
     exact = [score(each, tmp_path / "store", "exact", quiet=True, name=f"e{i}") for i, each in enumerate((here, whole))]
     assert torch.equal(*(targets.answer(rows, lengths).hidden for targets in exact))
 

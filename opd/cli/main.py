@@ -210,7 +210,7 @@ def serve(
         model=model,
         tokenizer=tokenizer,
         revision=revision,
-        dtype=dtype,  # type: ignore[arg-type]  # checked above
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
 

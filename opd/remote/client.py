@@ -107,10 +107,14 @@ class Client:
         """The answers, in order; in the place of one that did not come, why."""
 
         async def together() -> list[T | RequestError]:
-            tries = [self._tried(job, None) for job in jobs]
+            tries: list[Coroutine[Any, Any, T | RequestError]] = []
+            for job in jobs:
+                work = self._tried(job, None)
+                tries.append(work)
             return list(await asyncio.gather(*tries))
 
-        return self._run(together())
+        work = together()
+        return self._run(work)
 
     def close(self) -> None:
         """End the thread; another request starts a new one."""
@@ -182,12 +186,15 @@ class Client:
         return (line.replace(self._key, "***") if self._key else line)[:300]
 
 
-def read_json(content: bytes) -> Any:
-    """An answer's JSON; `RequestError` where it is none, which may be for a connection that broke off."""
+def read_json(content: bytes) -> dict[str, Any]:
+    """An answer's JSON object; `RequestError` where it is none, which may be for a connection that broke off."""
     try:
-        return json.loads(content)
+        found = json.loads(content)
     except (ValueError, RecursionError):
         raise RequestError("not JSON", f"{len(content)} bytes", again=True) from None
+    if not isinstance(found, dict):
+        raise RequestError("another form", f"{type(found).__name__} where an object was asked for")
+    return found
 
 
 def _said(content: bytes) -> str:

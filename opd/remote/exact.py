@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from opd.choice import Settings
 from opd.distributions import Head
 from opd.remote.client import Job, RequestError
 
@@ -24,7 +23,7 @@ ABOUT, HEAD, SCORE = "/opd/model", "/opd/head", "/opd/score"
 WireDtype = Literal["float32", "bfloat16"]
 
 
-class About(Settings):
+class About(BaseModel):
     """What a server says of its model.
 
     Attributes:

@@ -125,5 +125,5 @@ def _kind(client: Client, url: str) -> str:
     return "openai"
 
 
-def _get(client: Client, url: str, path: str) -> Any:
+def _get(client: Client, url: str, path: str) -> dict[str, Any]:
     return client.ask(Job(path, None, read_json), url)

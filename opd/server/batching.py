@@ -17,9 +17,10 @@ class TooBusyError(Exception):
     """More rows wait already than a server keeps."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of one request, and what makes the answer's bytes of their hidden states, `[T, D]` of each row."""
+    """The rows of one request, and what makes the answer's bytes of their hidden states, `[T, D]` of each row. Two
+    requests of the same rows are two."""
 
     contexts: Sequence[torch.Tensor]
     completions: Sequence[torch.Tensor]

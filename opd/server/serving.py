@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -57,11 +57,11 @@ class ServedModel:
         self.batcher = Batcher(self.language, batch, WAITING)
 
     @classmethod
-    def load(cls, settings: ModelSettings, device: torch.device, name: str | None, **options: Any) -> ServedModel:
+    def load(cls, settings: ModelSettings, device: torch.device, name: str | None, batch: int = 16) -> ServedModel:
         """The model that settings name, its chat template where it has one."""
         tokenizer = load_tokenizer(settings.model_copy(update={"template": "plain"}))
         template = "chat" if tokenizer.chat_template else "plain"
-        return cls(LanguageModel(load_model(settings, device), tokenizer, template), name or settings.model, **options)
+        return cls(LanguageModel(load_model(settings, device), tokenizer, template), name or settings.model, batch)
 
     @cached_property
     def about(self) -> About:
@@ -106,7 +106,7 @@ class ServedModel:
         prompt = asked.prompt
         if isinstance(prompt, str):
             prompt = list(self.language.tokenizer(prompt)["input_ids"])
-        prompts: list[list[int]] = prompt if prompt and isinstance(prompt[0], list) else [prompt]  # type: ignore[list-item,assignment]
+        prompts: list[list[int]] = prompt if prompt and isinstance(prompt[0], list) else [prompt]  # type: ignore[list-item]
         if any(len(ids) < 2 for ids in prompts):
             raise BadRequestError("a prompt of fewer than two tokens has nothing to score")
         check_rows(prompts, self.limits, self.head.size)

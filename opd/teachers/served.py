@@ -352,9 +352,12 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
             score_job([contexts[i] for i in part], [completions[i] for i in part], about, self.wire) for part in parts
         ]
         dtype = getattr(torch, self.wire)
-        rows = [(torch.full((len(each), about.width), torch.nan, dtype=dtype),) for each in completions]
+        rows: list[tuple[torch.Tensor, ...]] = [
+            (torch.full((len(each), about.width), torch.nan, dtype=dtype),) for each in completions
+        ]
         lost: set[int] = set()
-        for part, found in zip(parts, self.client.ask_all(jobs), strict=True):
+        answers = self.client.ask_all(jobs)
+        for part, found in zip(parts, answers, strict=True):
             if isinstance(found, RequestError):
                 self._count(found, len(part))
                 lost.update(part)
@@ -377,7 +380,8 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
             for c in completions
         ]
         lost: set[int] = set()
-        for i, found in zip(asked, self.client.ask_all(jobs), strict=True):
+        answers = self.client.ask_all(jobs)
+        for i, found in zip(asked, answers, strict=True):
             if not isinstance(found, RequestError) and bool(vocabulary.outside(found.ids).any()):
                 found = RequestError("ids that the student lacks", "among the likeliest")
             if isinstance(found, RequestError):
