@@ -241,10 +241,9 @@ class Run:
         groups, sizes = torch.unique_consecutive(trajectories.groups, return_counts=True)
         parts = torch.split(numbers.detach().cpu(), sizes.tolist())
         # A process may have lost a whole group, so places are told by the groups' numbers.
-        here = self.accelerator.process_index
-        mine = [(group, here, part) for group, part in zip(groups.tolist(), parts, strict=True)]
-        of_all = sorted(gather_object(mine), key=lambda each: each[:2])
-        return torch.cat([part for _, _, part in of_all])
+        of_processes = gather_object([list(zip(groups.tolist(), parts, strict=True))])
+        of_all = [(group, i, part) for i, mine in enumerate(of_processes) for group, part in mine]
+        return torch.cat([part for _, _, part in sorted(of_all, key=lambda each: each[:2])])
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor:
         if self.accelerator.num_processes == 1:

@@ -23,7 +23,7 @@ ABOUT, HEAD, SCORE = "/opd/model", "/opd/head", "/opd/score"
 WireDtype = Literal["float32", "bfloat16"]
 
 
-class About(BaseModel):
+class ModelHeader(BaseModel):
     """What a server says of its model.
 
     Attributes:
@@ -52,19 +52,19 @@ class About(BaseModel):
     batch: int
 
 
-def about_job() -> Job[About]:
+def about_job() -> Job[ModelHeader]:
     """Asks what is served."""
 
-    def read(data: bytes) -> About:
+    def read(data: bytes) -> ModelHeader:
         try:
-            return About.model_validate_json(data)
+            return ModelHeader.model_validate_json(data)
         except ValidationError as error:
             raise RequestError("another form", f"{ABOUT}: {error.errors()[0]['msg']}") from None
 
     return Job(ABOUT, None, read)
 
 
-def head_job(about: About) -> Job[Head]:
+def head_job(about: ModelHeader) -> Job[Head]:
     """Asks for the head, at temperature 1 and over all its rows."""
 
     def read(data: bytes) -> Head:
@@ -78,7 +78,7 @@ def head_job(about: About) -> Job[Head]:
 
 
 def score_job(
-    contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], about: About, dtype: WireDtype
+    contexts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], about: ModelHeader, dtype: WireDtype
 ) -> Job[torch.Tensor]:
     """Asks for the hidden states `[N, D]` that predict the completions' tokens, packed in order."""
     body: dict[str, Any] = {

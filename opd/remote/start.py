@@ -9,7 +9,7 @@ from typing import Any, Literal
 from opd.errors import ModelError, nearest
 from opd.remote.client import Client, Job, RequestError, read_json
 from opd.remote.dialects import DIALECTS, Dialect, OpenAI
-from opd.remote.exact import About, about_job
+from opd.remote.exact import ModelHeader, about_job
 
 DialectName = Literal["auto", "opd", "vllm", "sglang", "openai"]
 
@@ -25,7 +25,7 @@ class Found:
     kind: str
     model: str
     longest: int | None
-    about: About | None = None
+    about: ModelHeader | None = None
 
 
 def look(client: Client, url: str, dialect: DialectName, model: str | None) -> Found:
@@ -104,7 +104,7 @@ def refused(url: str, error: RequestError, k: int = 0) -> ModelError:
     return ModelError(f"the teacher's server does not answer as it must ({told}): {way}")
 
 
-def _opd(client: Client, url: str, dialect: DialectName) -> About | None:
+def _opd(client: Client, url: str, dialect: DialectName) -> ModelHeader | None:
     if dialect not in ("auto", "opd"):
         return None
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
@@ -36,14 +36,14 @@ class Completion(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    prompt: str | Ids | list[Ids]
-    model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    echo: bool = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
-    return_tokens_as_token_ids: bool = False
-    temperature: float | None = None
+    prompt: str | Ids | list[Ids] = Field(description="Ids to score, of one text or several; or a text")
+    model: str | None = Field(None, description="The name that is served; default that")
+    max_tokens: int | None = Field(None, ge=0, description="0, or 1 of clients that must write something")
+    echo: bool = Field(False, description="Answer about the prompt's tokens in `logprobs`")
+    logprobs: int | None = Field(None, ge=0, description="Likeliest ids at each position, with echo")
+    prompt_logprobs: int | None = Field(None, ge=0, description="Likeliest ids at each position of the prompt")
+    return_tokens_as_token_ids: bool = Field(False, description="Write token_id:N for texts of tokens")
+    temperature: float | None = Field(None, description="0 or 1: scores are those of 1")
 
 
 class Row(BaseModel):
@@ -51,8 +51,8 @@ class Row(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: Ids = Field(min_length=1)
-    completion: Ids = Field(min_length=1)
+    prompt: Ids = Field(min_length=1, description="What stands before")
+    completion: Ids = Field(min_length=1, description="What is scored")
 
 
 class Exact(BaseModel):
@@ -60,8 +60,8 @@ class Exact(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rows: list[Row] = Field(min_length=1)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    rows: list[Row] = Field(min_length=1, description="Of one forward pass")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the answer")
 
 
 def check_rows(rows: list[Ids], limits: Limits, vocabulary: int) -> None:

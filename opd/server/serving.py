@@ -19,7 +19,7 @@ from opd.errors import RunError
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model, load_tokenizer
-from opd.remote.exact import ABOUT, HEAD, SCORE, About
+from opd.remote.exact import ABOUT, HEAD, SCORE, ModelHeader
 from opd.server.answers import completion_answer, exact_answer, head_answer
 from opd.server.batching import Batcher, Rows, TooBusyError
 from opd.server.reading import BadRequestError, Completion, Exact, Limits, check_rows
@@ -64,9 +64,9 @@ class ServedModel:
         return cls(LanguageModel(load_model(settings, device), tokenizer, template), name or settings.model, batch)
 
     @cached_property
-    def about(self) -> About:
+    def about(self) -> ModelHeader:
         weight = self.head.weight
-        return About(
+        return ModelHeader(
             model=self.name,
             weights=weights_hash(self.language.model),
             tokenizer=self.language.tokenizer_hash,
