@@ -184,11 +184,15 @@ def test_numbers_of_several_processes_come_in_the_order_of_the_prompts(monkeypat
     made = replace(trajectories_of([1] * 6), groups=torch.tensor([0, 0, 1, 1, 2, 2]))
 
     def gather_object(own):
-        assert [part.tolist() for part in own[0]] == [part.tolist() for part in shares[0]]
-        return shares
+        assert [part.tolist() for _, part in own[0]] == [part.tolist() for part in shares[0]]
+        return [own[0], list(enumerate(shares[1]))]
 
     monkeypatch.setattr("opd.run.gather_object", gather_object)
     assert torch.equal(Run.gather(None, made, torch.cat(shares[0])), found)
+    # The first prompt of the first process was lost: the others keep their order.
+    left, _ = made.pick([2, 3, 4, 5])
+    monkeypatch.setattr("opd.run.gather_object", lambda own: [own[0], list(enumerate(shares[1]))])
+    assert torch.equal(Run.gather(None, left, torch.cat(shares[0][1:])), found[2:])
 
 
 def test_prompts_that_processes_cannot_share_are_refused():
