@@ -6,7 +6,7 @@ import errno
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -38,6 +38,7 @@ from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
 from opd.provenance import environment, peak_memory_bytes, write_origin
 from opd.recipe import Recipe, parse_recipe
+from opd.remote.launch import FOLDER, servers_of, started
 from opd.run import Run
 from opd.saving import save_run
 from opd.stopping import best_of
@@ -204,7 +205,7 @@ def execute(
     monitor.warn_of_skipped(bad)
     for warning in not_held_out(recipe, *data):
         monitor.warn(warning)
-    with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory):
+    with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory), ExitStack() as around:
         earlier = False
         found, going_on = None, resume or (recipe.resume == "auto" and not overwrite)
         if going_on:
@@ -212,6 +213,8 @@ def execute(
         if found is None:
             earlier = must_clear(recipe, overwrite, unfinished=going_on)
         monitor.opening(recipe)
+        servers = servers_of(recipe, recipe.directory / FOLDER)
+        around.enter_context(started(servers, monitor.status, monitor.give_up))
         with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
             for text in run.student.check_savable():
@@ -378,7 +381,8 @@ def _best(run: Run) -> dict[str, Any] | None:
 def assembled(
     recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
 ) -> Run:
-    """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written."""
+    """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written, and servers are
+    not started."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.status("loading models and checking that they fit together"):
         return assemble(
@@ -408,9 +412,11 @@ def measure(
         RunError: that teacher cannot be made again.
     """
     teachers = None if trained is None else self_teachers(trained, run)
-    built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
-    with built.monitor.status("measuring the student on held-out prompts"):
-        return evaluate(built)
+    shown = Monitor(recipe.directory, console, quiet)
+    with started(servers_of(recipe, recipe.directory / FOLDER), shown.status):
+        built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
+        with built.monitor.status("measuring the student on held-out prompts"):
+            return evaluate(built)
 
 
 def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bool = False) -> Path:

@@ -228,6 +228,13 @@ class Monitor:
                 for row in rows:
                     file.write(json.dumps({"step": run.step, **row}, ensure_ascii=False) + "\n")
 
+    def give_up(self) -> None:
+        """Raise where somebody asked for an end while there is no step yet that could be finished."""
+        if self.stopped_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.stopped_by is not None:
+            raise RunError(f"stopped by signal {self.stopped_by} before the first step; nothing was trained")
+
     @contextmanager
     def signals_handled(self) -> Iterator[None]:
         """SIGINT and SIGTERM ask the loop to finish its step and save; a second SIGINT interrupts at once."""

@@ -99,7 +99,7 @@ def refuse_changes(found: list[str], folder: Path, force_changed: bool) -> None:
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`key old -> new` for all that differs between two identities and can change training."""
     found = []
-    for key, old, new in differences(_as_of_today(then["recipe"]), now["recipe"]):
+    for key, old, new in differences(*map(_without_starts, (_as_of_today(then["recipe"]), now["recipe"]))):
         unrelated = any(key == name or key.startswith(f"{name}.") for name in NO_DIFFERENCE)
         if key == "steps":
             # How long a run is matters to a value that falls towards its end, and to nothing else.
@@ -126,6 +126,15 @@ def _as_of_today(recipe: dict[str, Any]) -> dict[str, Any]:
         return parse_recipe(recipe).dump()
     except RecipeError:
         return recipe
+
+
+def _without_starts(value: Any) -> Any:
+    """Without how servers are started, which changes no number that they answer."""
+    if isinstance(value, list):
+        return [_without_starts(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {k: _without_starts(v) for k, v in value.items() if not (k == "start" and "url" in value)}
 
 
 def _short(value: Any) -> str:

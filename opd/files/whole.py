@@ -22,6 +22,11 @@ def main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def local_main_process() -> bool:
+    """Whether this process does what is done once on each machine; known from the launcher too."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def flush(path: Path) -> None:
     """Have a file's or a folder's content on the disk when this returns."""
     number = os.open(path, os.O_RDONLY)

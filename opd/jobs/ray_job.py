@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 
 from opd.errors import RunError
-from opd.jobs.scoring import Scorer, ScoringOptions
+from opd.jobs.scoring import Scorer, ScoringOptions, teacher_started
 from opd.recipe import Recipe
 from opd.store.shards import tidy
 from opd.store.store import Store
@@ -53,7 +53,8 @@ def score_with_ray(recipe: Recipe, path: Path, kind: Kind, workers: int, **optio
             batch_size=1,
             num_gpus=gpus,
         )
-        name = str(done.take_all()[0]["targets"])
+        with teacher_started(recipe, path, options.get("teacher"), quiet=False):
+            name = str(done.take_all()[0]["targets"])
     finally:
         if started:
             ray.shutdown()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
@@ -19,10 +21,12 @@ from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import load_tokenizer
 from opd.language.tokens import Tokens, tokens_of
+from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
+from opd.remote.launch import FOLDER, servers_of, started
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
@@ -207,8 +211,18 @@ def score(
     **options: Unpack[ScoringOptions],
 ) -> Targets:
     """Score a store with a recipe's teacher in this process; `options` are those of `Scorer`."""
-    scorer = Scorer(recipe, path, kind, **options)
-    targets = scorer.targets
-    work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", quiet)
+    with teacher_started(recipe, path, options.get("teacher"), quiet):
+        scorer = Scorer(recipe, path, kind, **options)
+        targets = scorer.targets
+        work_through(targets.missing(), targets.store.header.shards, scorer.score, "scoring", quiet)
     tidy(targets.path)
     return targets
+
+
+@contextmanager
+def teacher_started(recipe: Recipe, path: Path, name: str | None, quiet: bool) -> Iterator[None]:
+    """Around the scoring of a store: the server of the teacher that scores runs, where its settings start one."""
+    teacher = chosen_teacher(recipe, name)
+    store = Store.open(path).path
+    with started(servers_of(teacher, store / FOLDER, "teacher"), Monitor(store, quiet=quiet).status):
+        yield

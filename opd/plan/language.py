@@ -26,6 +26,7 @@ from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import CausalLM
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.remote.launch import FOLDER, servers_of
 from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
 from opd.teachers import Teacher
@@ -103,6 +104,7 @@ def plan_language(recipe: Recipe) -> Plan:
     _check_answers(recipe)
     teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
     check_ids(recipe, min(shape.vocabulary for shape in (student, *(s for _, shapes in teachers for s in shapes))))
+    notes += [f"{each.told()}; it is not started here" for each in servers_of(recipe, recipe.directory / FOLDER)]
     asked = [shapes for _, shapes in teachers if shapes]
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")

@@ -10,6 +10,7 @@ from opd.errors import ModelError, nearest
 from opd.remote.client import Client, Job, RequestError, read_json
 from opd.remote.dialects import DIALECTS, Dialect, OpenAI
 from opd.remote.exact import ModelHeader, about_job
+from opd.remote.launch import ended_at
 
 DialectName = Literal["auto", "opd", "vllm", "sglang", "openai"]
 
@@ -98,7 +99,7 @@ def refused(url: str, error: RequestError, k: int = 0) -> ModelError:
     elif error.status == 400 and k and "logprobs" in error.detail:
         way = f"start it with --max-logprobs {k}, or lower teacher.top_k"
     elif error.reason in ("timeout", "connection") or (error.status or 0) >= 500:
-        way = "start it, wait until it answers at /health, or correct teacher.url"
+        way = ended_at(url) or "start it, wait until it answers at /health, or correct teacher.url"
     else:
         way = "it must score given token ids (teacher.dialect says how it is asked); vLLM, SGLang and opd serve do"
     return ModelError(f"the teacher's server does not answer as it must ({told}): {way}")

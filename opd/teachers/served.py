@@ -28,6 +28,7 @@ from opd.prompts import Prompt
 from opd.remote.client import LOOPBACK, Client, Job, RequestError
 from opd.remote.dialects import Dialect
 from opd.remote.exact import WireDtype, head_job, score_job
+from opd.remote.launch import ServerStart, ended_at
 from opd.remote.start import Found, look, probe, refused, split_alike
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.trajectories import Trajectories
@@ -50,6 +51,9 @@ class ServedTeacher(Teacher):
     modality: ClassVar[str | None] = "language"
     url: Annotated[list[str], BeforeValidator(as_list)] = Field(
         min_length=1, description="The server's address, e.g. http://127.0.0.1:8000; or a list of replicas"
+    )
+    start: ServerStart | None = Field(
+        None, description="Start the server, at `url` on this machine, and end it with the run; default: it is running"
     )
     model: str | None = Field(None, description="Name under which it is served; default the server's first")
     tokenizer: str | None = Field(
@@ -96,6 +100,13 @@ class ServedTeacher(Teacher):
         if len(set(found)) < len(found):
             raise ValueError("an address is listed twice; list each replica once")
         return found
+
+    @field_validator("start")
+    @classmethod
+    def _here(cls, value: ServerStart | None, info: ValidationInfo) -> ServerStart | None:
+        if value is not None and "url" in info.data:
+            value.check_address(info.data["url"])
+        return value
 
     @field_validator("answers")
     @classmethod
@@ -271,7 +282,11 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         return [*self._notes, *self.reader.notes]
 
     def failures(self) -> dict[str, int]:
-        return dict(self.failed)
+        ended = ended_at(self.settings.url[0]) if self.failed["connection"] else None
+        return {
+            f"{reason} ({ended})" if ended and reason == "connection" else reason: count
+            for reason, count in self.failed.items()
+        }
 
     def identity(self) -> str | None:
         # Others do not say what they hold: their model's name has to do.
