@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from opd.choice import nested
 from opd.errors import RESUME, RecipeError, RunError
@@ -178,7 +179,7 @@ class Monitor:
     def status(self, text: str) -> Iterator[None]:
         """What takes a while: shown as long as it lasts, or as a line of a log file."""
         if shows_bars(self.console):
-            with self.console.status(text):
+            with self.console.status(escape(text)):
                 yield
             return
         if main_process():

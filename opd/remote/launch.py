@@ -246,7 +246,7 @@ class Server:
             return None
         # A connection breaks some milliseconds before the process is gone.
         with suppress(subprocess.TimeoutExpired):
-            return f"the server that was started {_ended(self._process.wait(1.0))}, its log: {self.log}"
+            return f"the server that was started {_ended(self._process.wait(2.0))}, its log: {self.log}"
         return None
 
     def _claimed(self) -> IO[str]:
