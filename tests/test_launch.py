@@ -29,6 +29,8 @@ from tests.processes import together
 from tests.serving import serving_tiny
 from tests.tiny import TEXTS
 
+pytestmark = pytest.mark.skipif(not Path("/proc/self/cmdline").is_file(), reason="processes are not listed there")
+
 TEXTS = [text for text in TEXTS if set(text) <= set("0123456789abcdefghijklmnopqrstuvwxyz +-=?.,#")]
 
 FORWARDER = """

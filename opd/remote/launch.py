@@ -74,12 +74,14 @@ class ServerStart(Settings):
     Its command gets the environment of `opd`, without what a launcher of several processes put there.
     """
 
-    command: Annotated[list[str], BeforeValidator(_words)] = Field(
+    command: Annotated[list[str], BeforeValidator(_words, json_schema_input_type=str | list[str])] = Field(
         min_length=1,
         description="What is run, without a shell: a text or a list of words; {port} stands for the port of `url`",
     )
-    environment: Annotated[dict[str, str], BeforeValidator(_texts)] = Field(
-        default={}, description="Variables beside those that are exported; no secrets, the recipe is written down"
+    environment: Annotated[dict[str, str], BeforeValidator(_texts, json_schema_input_type=dict[str, str | int])] = (
+        Field(
+            default={}, description="Variables beside those that are exported; no secrets, the recipe is written down"
+        )
     )
     wait: float = Field(900.0, gt=0, description="Seconds until it must answer")
     health: str = Field("/health", pattern="^/", description="Path that answers when it is ready")
