@@ -242,6 +242,9 @@ def execute(
             for tracker in run.accelerator.trackers:
                 tracker.finish()
             raise
+        finally:
+            for _, part in run.parts("close"):
+                part.close()
 
 
 @contextmanager

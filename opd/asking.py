@@ -15,7 +15,7 @@ from opd.errors import RESUME, RunError
 from opd.measurement import Clock
 from opd.prompts import Prompt, count_repeats
 from opd.rollouts import HeldOutSampler, Rollout
-from opd.teachers import reasons, unanswered
+from opd.teachers import unanswered
 from opd.trajectories import AUTHORS, Trajectories
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class RunAsker(Asker):
                 sampler, most = HeldOutSampler(source, by, now.context), by.budget
             # Streams from 0 are those of training, and -1 is that of evaluations.
             made = run.verify(sampler(mine, group, most if budget is None else budget, stream=-2 - run.step))
+            if len(made) < len(mine) * group:
+                raise RunError(
+                    f"the curriculum has rollouts written and some were lost ({run.reasons()}): mend what failed and "
+                    f"go on with {RESUME}"
+                )
             self._count("sampled_tokens", float((made.authors != AUTHORS.index("data")).sum()))
             return made
 
@@ -59,7 +64,7 @@ class RunAsker(Asker):
             answers = self.run.ask(trajectories, self.now)
             if bool(unanswered(trajectories, answers).any()):
                 raise RunError(
-                    f"the curriculum asks the teachers and they did not answer ({reasons(self.run.teachers)}): mend "
+                    f"the curriculum asks the teachers and they did not answer ({self.run.reasons()}): mend "
                     f"what failed and go on with {RESUME}"
                 )
             self._count("teacher_tokens", sum(t.asked for t in self.run.teachers) * trajectories.positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Sequence
@@ -267,11 +268,17 @@ def assemble(
     held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
     lengths = check_lengths(recipe, student, built, [*training, *held_out])
-    for note in dict.fromkeys([*student.notes, *(note for teacher in built for note in teacher.notes), *lengths]):
+    for note in dict.fromkeys(
+        [*student.notes, *(note for teacher in built for note in teacher.notes), *rollout.notes, *lengths]
+    ):
         monitor.warn(note)
+    written = rollout
+    if any(shaping.corrects for shaping in recipe.shaping):
+        written = copy.copy(rollout)
+        written.stale = 0
     for objective in recipe.objective:
         objective.check_authors(rollout.authors)
-        objective.check_trajectories(rollout)
+        objective.check_trajectories(written)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")

@@ -15,7 +15,6 @@ from opd.errors import RESUME, RunError
 from opd.measurement import Measurement
 from opd.recipe import Failures
 from opd.run import Run
-from opd.teachers import reasons
 from opd.trajectories import Trajectories
 
 
@@ -65,22 +64,22 @@ class Skips:
         self.invalid = [*self.invalid, share][-over:]
         if not share:
             return
-        what = f"step {run.step}: {share:.0%} of its rollouts got no answer of their teacher"
+        what = f"step {run.step}: {share:.0%} of its rollouts were lost"
         # Steps that are still to come count as good ones, so that a single failure does not end a young run.
         if sum(self.invalid) / over <= self.settings.max_invalid:
-            run.monitor.warn(f"{what} and are in nothing of the step (so far {reasons(run.teachers)})")
+            run.monitor.warn(f"{what} and are in nothing of the step (so far {run.reasons()})")
             return
         found, self.invalid = sum(self.invalid) / over, []
         run.checkpoints.write(run)
         raise RunError(
             f"{what}, and {found:.0%} of the last {over} steps' (failures.max_invalid={self.settings.max_invalid:g}). "
-            f"What failed: {reasons(run.teachers)}.\nmend it and go on with {RESUME}; the checkpoint was written"
+            f"What failed: {run.reasons()}.\nmend it and go on with {RESUME}; the checkpoint was written"
         )
 
     def _count_empty(self, run: Run) -> None:
         self.empty += 1
         if run.signals.get("invalid") == 1.0:
-            why = "no rollout of it got an answer of its teacher"
+            why = "all its rollouts were lost"
         elif not run.signals["length"]:
             why = "its draw has no prompt"
         elif not run.signals["positions"]:

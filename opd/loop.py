@@ -45,6 +45,7 @@ def train(run: Run) -> None:
         run.step += 1
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(measurement.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
+        run.signals |= run.rollout.own_signals()
         run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
             if run.verifier is not None:
@@ -68,12 +69,16 @@ def held_out(signals: Mapping[str, float]) -> dict[str, float]:
 
 
 def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: Measurement) -> Trajectories | None:
-    """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches; of no trajectory that a
-    teacher did not answer, and None where it answered none."""
+    """Roll a draw's prompts out, ask the teachers, and add the gradients of all micro-batches; of no trajectory that
+    could not be written or that a teacher did not answer, and None where none is left."""
     with clock("rollout"):
         request = now.request(count_repeats(draw.prompts), draw.budget, stream=run.step)
         run.rollout.drawn(request)
         trajectories = run.rollout(replace(request, prompts=run.share_of_draw(request.prompts)))
+        run.begin_next(draw)
+        trajectories = run.written(trajectories, measurement)
+        if not len(trajectories):
+            return None
         trajectories = run.verify(trajectories)
 
     with clock("teacher"), run.accelerator.autocast():

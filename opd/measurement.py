@@ -79,12 +79,13 @@ class Measurement:
             self.answered |= {"remembered": float(wanted - scored), "wanted": float(wanted)}
 
     def lost(self, share: float, trajectories: Trajectories, lost: torch.Tensor) -> None:
-        """Note the `share` of all processes' rollouts that no teacher answered, bool `[B]` here, which `add` is not
-        told of; the tokens that were sampled for them count."""
+        """Note the `share` of all processes' rollouts that nobody could write or that no teacher answered, bool `[B]`
+        here, which `add` is not told of; the tokens that were sampled for them count."""
         mine = lost.repeat_interleave(trajectories.lengths)
         drawn = (trajectories.chosen & (trajectories.authors != AUTHORS.index("data"))).cpu() & mine
         sampled = float(drawn.sum()) if trajectories.stored is None else 0.0
-        self.invalid = share
+        # Of a step whose writer lost some already, the teacher was asked about the rest.
+        self.invalid = share + (self.invalid or 0.0) * (1 - share)
         self.before = {**self.before, "sampled_tokens": self.before.get("sampled_tokens", 0.0) + sampled}
 
     def add(

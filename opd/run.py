@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from opd import sharding
 from opd.context import Context
-from opd.curricula import Course
+from opd.curricula import Course, Draw, MustAskError, NobodyToAsk
 from opd.errors import RESUME, IncompatibleError, RunError
 from opd.kept_weights import KeptWeights
 from opd.measurement import Measurement
@@ -22,7 +23,7 @@ from opd.now import Now
 from opd.objectives import Target
 from opd.policies import Student
 from opd.policies.held_out import HeldOut
-from opd.prompts import Prompt
+from opd.prompts import Prompt, count_repeats
 from opd.randomness import random_state, set_random_state
 from opd.recipe import Recipe
 from opd.rollouts import HeldOutSampler, PrefixSource
@@ -182,6 +183,16 @@ class Run:
         pairs = zip(self.teachers, now.recipe.teacher, strict=True)
         return [target for t, settings in pairs for target in answers_of(t, trajectories, settings, now.context)]
 
+    def written(self, trajectories: Trajectories, measurement: Measurement) -> Trajectories:
+        """The trajectories that could be written; the others are in nothing of the step that comes after.
+
+        Raises:
+            RunError: as `answered`.
+        """
+        lost = torch.zeros(len(trajectories), dtype=torch.bool) if trajectories.lost is None else trajectories.lost
+        self._any_lost(lost, trajectories, measurement)
+        return trajectories.written()
+
     def answered(
         self, trajectories: Trajectories, targets: Sequence[Target], measurement: Measurement
     ) -> tuple[Trajectories, list[Target]]:
@@ -193,27 +204,55 @@ class Run:
                 in the others' passes.
         """
         lost = unanswered(trajectories, targets)
+        if not self._any_lost(lost, trajectories, measurement):
+            return trajectories, list(targets)
+        kept, here = trajectories.pick((~lost).nonzero().flatten().tolist())
+        if kept.rewards is not None and len(kept):
+            kept = kept.rewarded(kept.rewards, self._spread(kept.rewards))
+        return kept, [replace(target.select(here.to(self.context.device)), missing=None) for target in targets]
+
+    def _any_lost(self, lost: torch.Tensor, trajectories: Trajectories, measurement: Measurement) -> bool:
+        """Whether some process's `lost`, bool `[B]` here, are any; raises as `answered` does."""
         count = float(self.sum_over_processes(lost.sum().double()))
         if not count:
-            return trajectories, list(targets)
+            return False
         drawn = float(self.sum_over_processes(torch.tensor(float(len(lost)), dtype=torch.float64)))
         measurement.lost(count / drawn, trajectories, lost)
         none_left = float(self.sum_over_processes(lost.all().double()))
         processes = self.accelerator.num_processes
         if processes > 1 and (none_left or self.accelerator.is_fsdp2):
             raise RunError(
-                f"{count:g} of {drawn:g} rollouts got no answer of their teacher ({reasons(self.teachers)}), and "
+                f"{count:g} of {drawn:g} rollouts were lost ({self.reasons()}), and "
                 f"{'a process has none left' if none_left else 'with FSDP2 every process needs equally many'}: mend "
                 f"what failed and go on with {RESUME}"
             )
-        kept, here = trajectories.pick((~lost).nonzero().flatten().tolist())
-        if kept.rewards is not None and len(kept):
-            kept = kept.rewarded(kept.rewards, self._spread(kept.rewards))
-        return kept, [replace(target.select(here.to(self.context.device)), missing=None) for target in targets]
+        return True
+
+    def reasons(self) -> str:
+        """Why rollouts were lost so far, the commonest reason first."""
+        return reasons([*self.teachers, self.rollout])
 
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""
         return list(prompts[self.accelerator.process_index :: self.accelerator.num_processes])
+
+    def begin_next(self, draw: Draw) -> None:
+        """Have the rollout begin what the step after this one will ask it for, as far as that is known: what the
+        curriculum would draw if this step measured what the last one did, with no question to anybody. When the draw
+        comes out otherwise, what was begun is not used."""
+        step = self.step + 1
+        if not self.rollout.ahead or step >= self.recipe.steps:
+            return
+        before = copy.deepcopy(self.course.state_dict())
+        try:
+            following = self.course.next(step, self.signals | draw.signals, NobodyToAsk())
+        except MustAskError:
+            following = None
+        finally:
+            self.course.load_state_dict(before)
+        if following is not None and following.prompts:
+            request = self.at(step).request(count_repeats(following.prompts), following.budget, stream=step)
+            self.rollout.begin(replace(request, prompts=self.share_of_draw(request.prompts)))
 
     def share_of_draw(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of prompts that all processes work on together.

@@ -50,6 +50,8 @@ class Trajectories:
         group_mean, group_spread: float32 `[B]`, mean and sample standard deviation of the known rewards of each one's
             group; None without rewards. They are the step's, so that a micro-batch may hold part of a group.
         stopped: B reasons for which a watch cut a trajectory where it ends, None for one that it did not cut; or None.
+        lost: bool `[B]`, the trajectories that whoever writes could not get, with whatever is there of them; None for
+            none. They are in nothing of their step.
         stored: int64 `[B]`, the row of a store that each trajectory is (a beginning of), -1 for none; or None.
         columns: tensors `[N, ...]` by name, for what a rollout or a teacher notes of each position (drift, accepted,
             slot, executed, ...).
@@ -71,6 +73,7 @@ class Trajectories:
     group_mean: ByTrajectory[torch.Tensor | None] = None
     group_spread: ByTrajectory[torch.Tensor | None] = None
     stopped: ByTrajectory[Sequence[str | None] | None] = None
+    lost: ByTrajectory[torch.Tensor | None] = None
     stored: ByTrajectory[torch.Tensor | None] = None
     columns: ByPosition[Mapping[str, torch.Tensor]] = field(default_factory=dict)
     answers: ByPosition[tuple[Target, ...] | None] = None
@@ -129,6 +132,12 @@ class Trajectories:
         owned = [torch.arange(starts[i], starts[i] + int(self.lengths[i])) for i in which]
         here = torch.cat([torch.zeros(0, dtype=torch.int64), *owned]).to(self.actions.device)
         return self._taken(chosen, here), here
+
+    def written(self) -> Trajectories:
+        """Those of them that are not lost."""
+        if self.lost is None or not bool(self.lost.any()):
+            return replace(self, lost=None)
+        return replace(self.pick((~self.lost).nonzero().flatten().tolist())[0], lost=None)
 
     def split(self, size: int) -> Iterator[tuple[Trajectories, slice]]:
         """Parts of at most `size` trajectories in order, as `rows` gives them."""
@@ -189,6 +198,10 @@ def continued(first: Trajectories, which: Sequence[int], rest: Trajectories) -> 
         rewards = both.rewards.clone()
         rewards[list(which)] = torch.nan if rest.rewards is None else rest.rewards
         own["rewards"] = rewards
+    if rest.lost is not None:
+        gone = torch.zeros(len(first), dtype=torch.bool) if first.lost is None else first.lost.clone()
+        gone[list(which)] |= rest.lost
+        own["lost"] = gone
     if rest.stopped is not None:
         reasons = list(first.stopped or [None] * len(first))
         for index, reason in zip(which, rest.stopped, strict=True):

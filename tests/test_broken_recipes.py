@@ -241,7 +241,7 @@ def test_a_path_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_is_missing_is_told_what_it_may_be():
-    with pytest.raises(RecipeError, match=r"distill\(\).*'teacher' is required.*a live one.*self, stored"):
+    with pytest.raises(RecipeError, match=r"distill\(\).*'teacher' is required.*a live one.*self, served, stored"):
         opd.distill("org/small", prompts=["1+1="])
     with pytest.raises(RecipeError, match=r"distill\(\): prompts is missing; give strings, rows"):
         opd.distill("org/small", "org/large")

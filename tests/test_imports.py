@@ -19,6 +19,7 @@ AXES = (
     "verifiers",
     "watches",
     "compatibility",
+    "engines",
 )
 
 ORDER = (

@@ -86,6 +86,41 @@ class Asker(ABC):
         """Give the student the weights that were kept last; False when none were. Optimiser state stays."""
 
 
+class MustAskError(Exception):
+    """A draw that cannot be said without asking the run something."""
+
+
+class NobodyToAsk(Asker):
+    """For a course that is asked what it would draw while the run does something else.
+
+    Raises:
+        MustAskError: by whatever is asked.
+    """
+
+    def roll_out(
+        self, prompts: Sequence[Prompt], group: int = 1, budget: int | None = None, by: Rollout | None = None
+    ) -> Trajectories:
+        raise MustAskError
+
+    def ask(self, trajectories: Trajectories) -> list[Target]:
+        raise MustAskError
+
+    def log_probs(self, trajectories: Trajectories) -> torch.Tensor:
+        raise MustAskError
+
+    def gather(self, trajectories: Trajectories, numbers: torch.Tensor) -> torch.Tensor:
+        raise MustAskError
+
+    def working(self, text: str) -> AbstractContextManager[None]:
+        raise MustAskError
+
+    def keep_weights(self) -> None:
+        raise MustAskError
+
+    def restore_weights(self) -> bool:
+        raise MustAskError
+
+
 class Course(ABC):
     """A built curriculum; everything that it remembers is in `state_dict`."""
 

@@ -68,6 +68,12 @@ class OnAction(CategoricalDivergence):
         return value, coefficient, gap
 
     def check_trajectories(self, rollout: Writing) -> None:
+        if rollout.stale:
+            raise IncompatibleError(
+                f"objective {self.model_dump()['kind']!r} needs samples of the student as it is, and "
+                "rollout.engine.overlap draws them from weights one step old: add shaping truncated_importance, take "
+                "reverse_kl, which compares whole distributions, or leave overlap out"
+            )
         if rollout.learners != {"student"} or not rollout.current:
             kind = self.model_dump()["kind"]
             raise IncompatibleError(

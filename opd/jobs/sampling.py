@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
-from opd.errors import RecipeError
+from opd.errors import RecipeError, RunError
 from opd.jobs.work import work_through
 from opd.language.tokens import tokens_of
 from opd.policies.causal_lm import CausalLMStudent
@@ -19,6 +19,7 @@ from opd.rollouts.teacher import TeacherRollout
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader, VocabularyHeader
+from opd.teachers import reasons
 from opd.teachers.local import LanguageTeacher
 from opd.weights import weights_hash
 
@@ -96,7 +97,13 @@ def sample(
                 draw, ids = store.part(shard)
                 here = [by_id[name] for name in ids]
                 asked = Request(here, store.header.group, store.header.budget, draw, recipe.rollout, context)
-                store.write(shard, source(asked))
+                written = source(asked)
+                if written.lost is not None and bool(written.lost.any()):
+                    raise RunError(
+                        f"{int(written.lost.sum())} rollouts of shard {shard} could not be written "
+                        f"({reasons([source])}): mend what failed and run opd rollout again, it goes on there"
+                    )
+                store.write(shard, written)
 
     work_through(store.missing(), store.header.shards, write, "sampling", quiet)
     tidy(store.shard_path(0).parent)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from opd.context import Context
+from opd.distributions import Sampled
 from opd.errors import OpdError, SelfTestError
-from opd.language.engines.base import EncodedPrompt, ids_of
+from opd.language.engines.base import Drawing, EncodedPrompt, Row, ids_of
 from opd.language.engines.cpu.packing import can_pack
 from opd.language.engines.in_process import InProcess, Layout
 from opd.language.engines.sampler import Sampler
@@ -130,6 +132,30 @@ def _gap(sampler: Sampler, contexts: Sequence[EncodedPrompt], language: InProces
         own = torch.log_softmax(logits, -1).gather(1, head.vocabulary.columns(actions)[:, None]).squeeze(1)
         gaps.append((own - log_probs).abs())
     return float(torch.cat(gaps).mean())
+
+
+Sample = Callable[[Sequence[EncodedPrompt], int, int, Sequence[int], Drawing], Sequence[Row]]
+
+
+@torch.no_grad()
+def check_written(
+    sample: Sample, contexts: Sequence[EncodedPrompt], language: InProcess, context: Context, tolerance: float
+) -> None:
+    """Raise `SelfTestError` when the log-probabilities of somebody who writes with the model's weights elsewhere
+    (`sample`, as `Engine.sample`) are not those of the model here."""
+    rows = sample(contexts, 2, DRAWN, range(2 * len(contexts)), Drawing(context))
+    of_rows = [each for each in contexts for _ in range(2)]
+    pairs = [(prompt, row) for prompt, row in zip(of_rows, rows, strict=True) if not row.lost]
+    if not pairs:
+        raise SelfTestError("rollout.engine wrote none of a few short completions; its log says why")
+    scored = language.score([prompt for prompt, _ in pairs], [row.actions for _, row in pairs], context)
+    own = Sampled.of(scored, torch.cat([row.actions for _, row in pairs]).to(language.device)).log_probs.cpu()
+    gap = float((own - torch.cat([row.log_probs for _, row in pairs])).abs().mean())
+    if not gap <= tolerance:
+        raise SelfTestError(
+            f"rollout.engine: its log-probabilities and those of the student's own forward pass differ by {gap:.2g} "
+            f"nats on average (tolerance {tolerance:g}): the server does not run the student's model as it is here"
+        )
 
 
 def _half(context: EncodedPrompt) -> EncodedPrompt:

@@ -1,9 +1,10 @@
-"""Completions sampled from a language model in this process; the student's and the teacher's rollouts share it."""
+"""Completions sampled from a language model, in this process or by a writer elsewhere; the student's and the teacher's
+rollouts share it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
@@ -12,11 +13,12 @@ from pydantic import Field, model_validator
 
 from opd.choice import OneOf, Settings
 from opd.context import Context
+from opd.engines import Pending, Writer
 from opd.errors import RunError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.base import Drawing, EncodedPrompt, Row, followed_by
 from opd.language.engines.in_process import InProcess
-from opd.language.own_outputs import TOLERANCE, check_draws, compute_dtype
+from opd.language.own_outputs import TOLERANCE, check_draws, check_written, compute_dtype
 from opd.language.watching import SEGMENT, Watching
 from opd.planning import Shape
 from opd.prompts import Prompt
@@ -76,6 +78,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         author: who the writer is to the student.
         sees: column with the writer's view of a prompt; default the student's.
         watch: sees the rows while they are written.
+        writer: who draws in place of the model in this process.
     """
 
     def __init__(
@@ -88,8 +91,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         author: Author = "student",
         sees: str | None = None,
         watch: LiveWatch | None = None,
+        writer: Writer | None = None,
     ):
-        self.language, self.watch = language, watch
+        self.language, self.watch, self.writer = language, watch, writer
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
         own = next(language.parameters()).dtype
@@ -98,6 +102,8 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         if wanted and own != torch.bfloat16:
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
+        if writer is not None:
+            self.dtype, self.stale, self.ahead = writer.dtype, writer.stale, writer.ahead
 
     def exact(self, settings: SamplingSettings) -> bool:
         return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"
@@ -118,12 +124,23 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         # The student's view of a prompt will do: one of the writer's own may be missing where others write.
         contexts = [self.reader.encode(prompt) for prompt in prompts]
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
-        sampler = self.engine().sampler(Drawing(context))
-        check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
+        if self.writer is not None:
+            with whole(self.language):
+                check_written(self.writer.sample, contexts, self.language, context, tolerance)
+        else:
+            sampler = self._in_process().sampler(Drawing(context))
+            check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
         self.language.train(training)
 
-    def engine(self) -> InProcess:
-        """What draws: the model itself, or its copy, which is then renewed."""
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if self.writer is not None:
+            self.writer.check_prompts(prompts)
+
+    def engine(self) -> InProcess | Writer:
+        """What draws: a writer elsewhere, the model itself, or its copy, which is then renewed."""
+        return self._in_process() if self.writer is None else self.writer
+
+    def _in_process(self) -> InProcess:
         if self.copy is None:
             return self.language
         for mine, live in zip(self.copy.parameters(), self.language.parameters(), strict=True):
@@ -135,7 +152,30 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         with whole(self.language):
             return self._sampled(request)
 
-    def _sampled(self, request: Request[SamplingSettings]) -> Trajectories:
+    @torch.no_grad()
+    def begin(self, request: Request[SamplingSettings]) -> None:
+        if self.writer is None:
+            return
+        with whole(self.language):
+            self.writer.begin(self._asked(request)[1])
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return () if self.writer is None else self.writer.notes
+
+    def failures(self) -> Mapping[str, int]:
+        return {} if self.writer is None else self.writer.failures()
+
+    def own_signals(self) -> Mapping[str, float]:
+        return {} if self.writer is None else self.writer.own_signals()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _asked(self, request: Request[SamplingSettings]) -> tuple[Sequence[EncodedPrompt], Pending]:
+        """The prompts as the writer reads them, and what is asked of it: for rows that go on from something, with that
+        behind them."""
         prompts, group, begun, settings = request.prompts, request.group, request.begun, request.settings
         own = [self.language.encode(p, self.sees) for p in prompts]
         views, members = own, group
@@ -147,8 +187,14 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         of = (request.context.seed, request.stream)
         seeds = [row_seed(*of, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
         drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch)
-        watching = self._watching(request, of_rows, [view for view in views for _ in range(members)])
-        rows = self.engine().sample(views, members, request.budget, seeds, drawing, watching)
+        return own, Pending(views, members, request.budget, seeds, drawing)
+
+    def _sampled(self, request: Request[SamplingSettings]) -> Trajectories:
+        prompts, group = request.prompts, request.group
+        own, asked = self._asked(request)
+        of_rows = [prompt for prompt in prompts for _ in range(group)]
+        watching = self._watching(request, of_rows, [view for view in asked.contexts for _ in range(asked.group)])
+        rows = self.engine().sample(asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing, watching)
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
@@ -181,6 +227,7 @@ def pack_rows(
 ) -> Trajectories:
     """Trajectories of P prompts from P * group rows."""
     actions = torch.cat([row.actions for row in rows])
+    lost = torch.tensor([row.lost for row in rows], dtype=torch.bool)
     return Trajectories(
         prompts=[p for p in prompts for _ in range(group)],
         contexts=[c for c in contexts for _ in range(group)],
@@ -191,4 +238,5 @@ def pack_rows(
         learn=torch.ones_like(actions, dtype=torch.bool),
         authors=torch.full_like(actions, AUTHORS.index(author), dtype=torch.uint8),
         groups=torch.arange(len(prompts)).repeat_interleave(group),
+        lost=lost if bool(lost.any()) else None,
     )

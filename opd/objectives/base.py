@@ -29,6 +29,10 @@ class Writing(Protocol):
     def current(self) -> bool:
         """What the student writes, it writes now."""
 
+    @property
+    def stale(self) -> int:
+        """Steps by which the weights that it writes with may lie behind those that learn, uncorrected."""
+
 
 class Objective(Choice):
     """Base of the axis. A recipe may list several; their losses are summed."""

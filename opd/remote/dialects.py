@@ -82,7 +82,7 @@ class VLLM(Dialect):
         _same_length(len(rows), len(ids))
         found: list[tuple[float, Entries]] = []
         for token, row in zip(ids[start:], rows[start:], strict=True):
-            entries: Entries = {int(i): _number(entry["logprob"]) for i, entry in row.items()}
+            entries: Entries = {int(i): number(entry["logprob"]) for i, entry in row.items()}
             if token not in entries:
                 raise RequestError("other ids", f"no log-probability of the given id {token}")
             found.append((entries[token], entries))
@@ -120,8 +120,8 @@ class OpenAI(Dialect):
             _same_length(len(rows) - (self.most if len(rows) > len(ids) else 0), len(ids))
         rows = []
         for at in range(start, len(ids)):
-            _same_id(_id(tokens[at]), ids[at])
-            rows.append((_number(of_tokens[at]), {_id(i): _number(value) for i, value in tops[at].items()}))
+            _same_id(listed_id(tokens[at]), ids[at])
+            rows.append((number(of_tokens[at]), {listed_id(i): number(value) for i, value in tops[at].items()}))
         return rows
 
 
@@ -152,7 +152,7 @@ class SGLang(Dialect):
         rows = []
         for token, one, top in zip(ids[start:], of_tokens[-count:], tops[-count:], strict=True):
             _same_id(int(one[1]), token)
-            rows.append((_number(one[0]), {int(i): _number(value) for value, i, *_ in top}))
+            rows.append((number(one[0]), {int(i): number(value) for value, i, *_ in top}))
         return rows
 
 
@@ -179,7 +179,7 @@ def _checked(rows: list[tuple[float, Entries]], k: int) -> Scored:
     )
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A log-probability; `RequestError` where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError("no number", f"{value!r} for a log-probability"[:80])
@@ -192,7 +192,8 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _id(text: str) -> int:
+def listed_id(text: str) -> int:
+    """The id of `token_id:N`; `RequestError` where something else is written."""
     if not text.startswith(TOKEN):
         raise RequestError("texts for ids", f"{text[:20]!r} where {TOKEN}N was asked for")
     return int(text.removeprefix(TOKEN))

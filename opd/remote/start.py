@@ -29,16 +29,16 @@ class Found:
     about: ModelHeader | None = None
 
 
-def look(client: Client, url: str, dialect: DialectName, model: str | None) -> Found:
-    """What answers at an address.
+def look(client: Client, url: str, dialect: DialectName, model: str | None, place: str = "teacher") -> Found:
+    """What answers at an address; `place` is where a recipe names it.
 
     Raises:
         ModelError: nobody, or not the model that was named.
     """
-    about = _opd(client, url, dialect)
+    about = _opd(client, url, dialect, place)
     if about is not None:
         if model not in (None, about.model):
-            raise ModelError(f"teacher.model is {model!r}, and {url} serves {about.model!r}; leave the key out")
+            raise ModelError(f"{place}.model is {model!r}, and {url} serves {about.model!r}; leave the key out")
         return Found("opd", about.model, about.longest, about)
     kind = dialect if dialect != "auto" else _kind(client, url)
     try:
@@ -46,13 +46,13 @@ def look(client: Client, url: str, dialect: DialectName, model: str | None) -> F
         names = {str(card["id"]): card for card in cards}
     except RequestError as error:
         if error.status != 404 or model is None:
-            raise refused(url, error) from None
+            raise refused(url, error, place=place) from None
         return Found(kind, model, None)
     except (KeyError, TypeError):
         raise ModelError(f"{url}/v1/models lists no models: this is no server that `opd` knows") from None
     if model is not None and model not in names:
         close = nearest(model, names)
-        raise ModelError(f"teacher.model is {model!r}{close}, and {url} serves {', '.join(names) or 'nothing'}")
+        raise ModelError(f"{place}.model is {model!r}{close}, and {url} serves {', '.join(names) or 'nothing'}")
     name = model or next(iter(names), None)
     if name is None:
         raise ModelError(f"{url} serves no model; start it with one")
@@ -89,23 +89,24 @@ def split_alike(client: Client, url: str, found: Found, text: str, ids: Sequence
     return not isinstance(tokens, list) or list(tokens) == list(ids)
 
 
-def refused(url: str, error: RequestError, k: int = 0) -> ModelError:
+def refused(url: str, error: RequestError, k: int = 0, place: str = "teacher") -> ModelError:
     """What is said of a server that cannot be used, with the way out."""
     told = f"{error.reason}{': ' + error.detail if error.detail else ''}"
     if error.status in (401, 403):
-        way = "name the environment variable that holds its key in teacher.key_env"
+        way = f"name the environment variable that holds its key in {place}.key_env"
     elif error.status == 404:
-        way = "give the address of a server with /v1/completions (vLLM, opd serve) or set teacher.dialect: sglang"
+        way = "give the address of a server with /v1/completions (vLLM, opd serve)"
+        way += " or set teacher.dialect: sglang" if place == "teacher" else ""
     elif error.status == 400 and k and "logprobs" in error.detail:
-        way = f"start it with --max-logprobs {k}, or lower teacher.top_k"
+        way = f"start it with --max-logprobs {k}, or lower {place}.top_k"
     elif error.reason in ("timeout", "connection") or (error.status or 0) >= 500:
-        way = ended_at(url) or "start it, wait until it answers at /health, or correct teacher.url"
+        way = ended_at(url) or f"start it, wait until it answers at /health, or correct {place}.url"
     else:
-        way = "it must score given token ids (teacher.dialect says how it is asked); vLLM, SGLang and opd serve do"
-    return ModelError(f"the teacher's server does not answer as it must ({told}): {way}")
+        way = f"it must score given token ids ({place}.dialect says how it is asked); vLLM, SGLang and opd serve do"
+    return ModelError(f"the server of {place} does not answer as it must ({told}): {way}")
 
 
-def _opd(client: Client, url: str, dialect: DialectName) -> ModelHeader | None:
+def _opd(client: Client, url: str, dialect: DialectName, place: str) -> ModelHeader | None:
     if dialect not in ("auto", "opd"):
         return None
     try:
@@ -113,7 +114,7 @@ def _opd(client: Client, url: str, dialect: DialectName) -> ModelHeader | None:
     except RequestError as error:
         if dialect == "auto" and error.status is not None and error.status not in (401, 403) and error.status < 500:
             return None
-        raise refused(url, error) from None
+        raise refused(url, error, place=place) from None
 
 
 def _kind(client: Client, url: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from opd.choice import Choice, Settings
 from opd.context import Context
-from opd.errors import IncompatibleError
+from opd.errors import RESUME, IncompatibleError, RunError
 from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.request import Request, S
@@ -36,11 +37,20 @@ class PrefixSource(ABC, Generic[S]):
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
         dtype: what the sampler computes in.
+        stale: steps by which the weights that the student writes with may lie behind those that learn from it.
+        ahead: whether it can write what it is told to `begin` while the run does something else.
     """
 
     authors: frozenset[Author] = frozenset({"student"})
     current: bool = True
     dtype: torch.dtype = torch.float32
+    stale: int = 0
+    ahead: bool = False
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know before the first step."""
+        return ()
 
     @abstractmethod
     def __call__(self, request: Request[S]) -> Trajectories:
@@ -60,6 +70,21 @@ class PrefixSource(ABC, Generic[S]):
         """Who writes when the student is measured, whoever writes what it trains on: by default the student alone, as
         its policy samples."""
         return student.own_sampler(context)
+
+    def begin(self, request: Request[S]) -> None:
+        """Start on what this process will be asked for next, from the weights as they are now, where `ahead`. Asked for
+        something else it forgets that. All processes call."""
+
+    def failures(self) -> Mapping[str, int]:
+        """How often trajectories were lost, by reason."""
+        return {}
+
+    def own_signals(self) -> Mapping[str, float]:
+        """What it measured of how it wrote since it was last asked; logged as train/NAME."""
+        return {}
+
+    def close(self) -> None:
+        """The run is over."""
 
     def drawn(self, request: Request[S]) -> None:
         """Told of all prompts of a step, those of every process, before it is asked for this process's share."""
@@ -92,7 +117,16 @@ class HeldOutSampler:
     context: Context
 
     def __call__(self, prompts: Sequence[Prompt], group: int, budget: int, stream: int) -> Trajectories:
-        return self.source(Request(prompts, group, budget, stream, self.settings, self.context))
+        """Those that were not lost.
+
+        Raises:
+            RunError: all were.
+        """
+        found = self.source(Request(prompts, group, budget, stream, self.settings, self.context)).written()
+        if prompts and not len(found):
+            told = ", ".join(f"{reason}: {count}" for reason, count in self.source.failures().items())
+            raise RunError(f"no held-out rollout could be written ({told}); mend it and go on with {RESUME}")
+        return found
 
     def changed(self, **values: float) -> HeldOutSampler:
         """The same writer under other settings.
@@ -128,6 +162,20 @@ class Combination(PrefixSource[C]):
         self.sources = sources
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
+        self.stale = max((source.stale for source in sources), default=0)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return [note for source in self.sources for note in source.notes]
+
+    def failures(self) -> Mapping[str, int]:
+        counts: Counter[str] = Counter()
+        for source in self.sources:
+            counts.update(source.failures())
+        return counts
+
+    def own_signals(self) -> Mapping[str, float]:
+        return {name: value for source in self.sources for name, value in source.own_signals().items()}
 
     def exact(self, settings: C) -> bool:
         return False

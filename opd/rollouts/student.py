@@ -1,11 +1,15 @@
-"""On-policy: the student extends the prompts itself, in this process."""
+"""On-policy: the student extends the prompts itself, in this process or by an engine that holds its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
+from pydantic import Field, model_validator
+
+from opd.choice import OneOf
 from opd.context import Context
+from opd.engines import RolloutEngine
 from opd.language.engines.in_process import language_of
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.planning import Shape
@@ -21,13 +25,33 @@ class StudentRollout(SamplingSettings, OneSource):
     the states are no longer exactly the student's own, while the loss still compares whole distributions."""
 
     kind: Literal["student"] = "student"
+    engine: Annotated[RolloutEngine, OneOf(RolloutEngine)] | None = Field(
+        None, description="Who draws, where not this process: a server that takes up the student's weights"
+    )
     modality: ClassVar[str | None] = "language"
 
     def samplers(
         self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
     ) -> Iterator[tuple[Sampling, Shape]]:
-        yield self, student
+        if self.engine is None:
+            yield self, student
+
+    @model_validator(mode="after")
+    def _drawn_elsewhere(self) -> Self:
+        if self.engine is None:
+            return self
+        own = {name: getattr(self, name) for name in ("dtype", "batch")}
+        for name, value in own.items():
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is {value} and says how this process draws; with an engine the server decides: remove it"
+                )
+        if self.watch is not None and getattr(self.engine, "overlap", False):
+            raise ValueError("watch and engine.overlap: nobody looks at what is written ahead; leave one of them out")
+        return self
 
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LanguageRollout:
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
-        return LanguageRollout(language_of(student, "the student"), self, context, watch=watch)
+        language = language_of(student, "the student")
+        writer = None if self.engine is None else self.engine.build(language, self.longest, context)
+        return LanguageRollout(language, self, context, watch=watch, writer=writer)

@@ -155,6 +155,9 @@ class Shaping(Choice):
     needs_reward: ClassVar[bool] = False
     """Whether it goes by verdicts, which a verifier or the rollout must give then."""
 
+    corrects: ClassVar[bool] = False
+    """Whether its weights make up for samples of a student that is a little older than the one that learns."""
+
     def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
         """What it did to one trajectory and why, for a reader of the report; None where there is nothing to say.
 

@@ -87,10 +87,10 @@ class Margin(ByOutcome):
         return MarginShaper()
 
     def check_trajectories(self, rollout: Writing, exact: bool) -> None:
-        if rollout.learners != {"student"} or not rollout.current or not exact:
+        if rollout.learners != {"student"} or not rollout.current or rollout.stale or not exact:
             raise IncompatibleError(
                 f"shaping {kind_of(self)!r} needs the student's log-probabilities as its rollout draws them: take "
-                "rollout: student without top_p and top_k"
+                "rollout: student without top_p, top_k and engine.overlap"
             )
 
     def check_answers(self, teacher: Answering) -> None:

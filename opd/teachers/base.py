@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Generic, Protocol, TypeVar
 
@@ -162,11 +162,18 @@ def unanswered(trajectories: Trajectories, targets: Sequence[Target]) -> torch.T
     return lost
 
 
-def reasons(teachers: Sequence[LiveTeacher]) -> str:
-    """Why teachers were asked in vain so far, the commonest first."""
+class Fails(Protocol):
+    """A teacher that may be asked in vain, or a writer that may write nothing."""
+
+    def failures(self) -> Mapping[str, int]:
+        """How often, by reason."""
+
+
+def reasons(parts: Sequence[Fails]) -> str:
+    """Why trajectories were lost so far, the commonest reason first."""
     counts: Counter[str] = Counter()
-    for teacher in teachers:
-        counts.update(teacher.failures())
+    for part in parts:
+        counts.update(part.failures())
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common(4)) or "no reason was given"
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from opd.choice import as_list
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Sampled, Target, TopK, Vocabulary
 from opd.errors import IncompatibleError, ModelError, RecipeError
@@ -25,10 +22,11 @@ from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
-from opd.remote.client import LOOPBACK, Client, Job, RequestError
+from opd.remote.client import Job, RequestError
 from opd.remote.dialects import Dialect
 from opd.remote.exact import WireDtype, head_job, score_job
-from opd.remote.launch import ServerStart, ended_at
+from opd.remote.launch import ended_at
+from opd.remote.settings import Reached
 from opd.remote.start import Found, look, probe, refused, split_alike
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.trajectories import Trajectories
@@ -39,7 +37,7 @@ KINDS: dict[str, type[Distribution]] = {"exact": Categorical, "top_k": TopK, "sa
 T = TypeVar("T")
 
 
-class ServedTeacher(Teacher):
+class ServedTeacher(Reached, Teacher):
     """Scores the student's exact token ids over HTTP: `opd serve`, vLLM, SGLang, or another server whose
     `/v1/completions` echoes log-probabilities. Trajectories that it does not answer are in nothing of their step.
 
@@ -48,14 +46,8 @@ class ServedTeacher(Teacher):
     """
 
     kind: Literal["served"] = "served"
+    place: ClassVar[str] = "teacher"
     modality: ClassVar[str | None] = "language"
-    url: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        min_length=1, description="The server's address, e.g. http://127.0.0.1:8000; or a list of replicas"
-    )
-    start: ServerStart | None = Field(
-        None, description="Start the server, at `url` on this machine, and end it with the run; default: it is running"
-    )
-    model: str | None = Field(None, description="Name under which it is served; default the server's first")
     tokenizer: str | None = Field(
         None, description="The teacher's tokenizer, a folder or hub name; default the student's, with its template"
     )
@@ -75,38 +67,6 @@ class ServedTeacher(Teacher):
     wire: WireDtype | None = Field(
         None, description="dtype of hidden states on their way, with answers: exact; default that of the weights there"
     )
-    concurrency: int = Field(32, ge=1, le=4096, description="Requests under way at once, over all replicas")
-    timeout: float = Field(300.0, gt=0, description="Seconds until an answer must be there")
-    retries: int = Field(6, ge=0, le=100, description="Tries after a timeout, a broken connection, 429 or 5xx")
-    backoff: float = Field(0.5, ge=0, description="Seconds before the first of them; doubled each time, at most 60")
-    key_env: str | None = Field(
-        None, pattern=r"^\w+$", description="Environment variable with the key; the key itself is written nowhere"
-    )
-
-    @field_validator("url")
-    @classmethod
-    def _addresses(cls, value: list[str]) -> list[str]:
-        found = []
-        for url in value:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"{url!r} is no address; write http://HOST:PORT")
-            if parts.username or parts.password or parts.query:
-                raise ValueError(
-                    f"the address of {parts.hostname} holds a name, password or query, which would be written down; "
-                    "put the key into an environment variable and name it in key_env"
-                )
-            found.append(url.rstrip("/").removesuffix("/v1"))
-        if len(set(found)) < len(found):
-            raise ValueError("an address is listed twice; list each replica once")
-        return found
-
-    @field_validator("start")
-    @classmethod
-    def _here(cls, value: ServerStart | None, info: ValidationInfo) -> ServerStart | None:
-        if value is not None and "url" in info.data:
-            value.check_address(info.data["url"])
-        return value
 
     @field_validator("answers")
     @classmethod
@@ -133,19 +93,6 @@ class ServedTeacher(Teacher):
 
     def check_scorer(self, home: torch.device) -> None:
         raise answers_whole_texts_alone(self)
-
-    def key(self) -> str | None:
-        """The key, read where `key_env` says.
-
-        Raises:
-            RecipeError: nothing is there.
-        """
-        if self.key_env is None:
-            return None
-        key = os.environ.get(self.key_env)
-        if not key:
-            raise RecipeError(f"teacher.key_env names {self.key_env!r}, and no such variable is set: export it")
-        return key
 
     def build(self, context: Context, student: Student | None) -> LiveServedTeacher:
         own = None if student is None else language_of(student, "the student")
@@ -183,15 +130,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
     def __init__(self, settings: ServedTeacher, reader: LanguageModel, seed: int = 0):
         self.settings, self.reader = settings, reader
         reader.owner = f"the teacher {settings.name or settings.model or settings.url[0]}"
-        self.client = Client(
-            settings.url,
-            settings.key(),
-            concurrency=settings.concurrency,
-            timeout=settings.timeout,
-            retries=settings.retries,
-            backoff=settings.backoff,
-            seed=seed,
-        )
+        self.client = settings.client(seed)
         self.failed: Counter[str] = Counter()
         self._notes: list[str] = []
         self.found = self._replicas()
@@ -228,9 +167,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
                 "the teacher's prompts are written with another template than the served model's own: "
                 "teacher.tokenizer, template and template_options set it"
             )
-        outside = [url for url in map(urlsplit, settings.url) if url.hostname not in LOOPBACK]
-        if settings.key_env and any(url.scheme == "http" for url in outside):
-            self._notes.append("teacher.url is http: the key and all texts travel unencrypted; use https or a tunnel")
+        self._notes += settings.told_of_key()
         return replace(first, longest=min(lengths, default=None))
 
     def _kind_of_answers(self) -> str:

@@ -80,13 +80,15 @@ class Row(NamedTuple):
     """One completion.
 
     `actions` int64 `[T]`, the end token included; `log_probs` float32 `[T]` under the distribution drawn from;
-    `finished`: it ended by itself; `stopped`: why somebody who looked ended it, else None.
+    `finished`: it ended by itself; `stopped`: why somebody who looked ended it, else None; `lost`: it could not be
+    written, whatever is there of it.
     """
 
     actions: torch.Tensor
     log_probs: torch.Tensor
     finished: bool
     stopped: str | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True)

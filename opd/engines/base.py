@@ -1,0 +1,90 @@
+"""Engines: who draws the student's completions in place of the process that trains it, from weights that follow."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from opd.choice import Choice
+from opd.context import Context
+from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row
+from opd.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What a writer is asked for, as `Engine.sample` is."""
+
+    contexts: Sequence[EncodedPrompt]
+    group: int
+    budget: int
+    seeds: Sequence[int]
+    drawing: Drawing
+
+
+class Writer(ABC):
+    """A built engine. It holds a copy of the student's weights somewhere, and brings it up to date.
+
+    Attributes:
+        dtype: what the copy is taken to compute in, as far as rounding goes.
+        stale: steps by which its weights may lie behind the student's.
+        ahead: whether it can write what it is told to `begin` while the process trains.
+        notes: what a person should know.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    stale: int = 0
+    ahead: bool = False
+    notes: Sequence[str] = ()
+
+    @abstractmethod
+    def sample(
+        self,
+        contexts: Sequence[EncodedPrompt],
+        group: int,
+        budget: int,
+        seeds: Sequence[int],
+        drawing: Drawing,
+        looker: Looker | None = None,
+    ) -> list[Row]:
+        """As `Engine.sample`, from the student's weights as they are now, or where that was begun before from those of
+        then. Rows that could not be written are `lost`. All processes call.
+
+        Raises:
+            RunError: the weights that wrote are not those that were sent.
+        """
+
+    @abstractmethod
+    def begin(self, asked: Pending) -> None:
+        """Start on that, from the weights as they are now, where `ahead`; `sample` of the same then waits for it. All
+        processes call."""
+
+    @abstractmethod
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise where a prompt with its longest completion is more than this can write."""
+
+    @abstractmethod
+    def failures(self) -> Mapping[str, int]:
+        """How often rows were lost, by reason."""
+
+    @abstractmethod
+    def own_signals(self) -> Mapping[str, float]:
+        """What it measured since it was last asked; logged as train/NAME."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave nothing behind; it may be called twice."""
+
+
+class RolloutEngine(Choice):
+    """Base of the axis."""
+
+    axis: ClassVar[str] = "engine"
+
+    @abstractmethod
+    def build(self, language: Engine, budget: int, context: Context) -> Writer:
+        """Make the writer for a student; `budget` is the longest completion of a run."""
