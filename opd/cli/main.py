@@ -188,9 +188,13 @@ def serve(
     ] = None,
     max_logprobs: Annotated[int, typer.Option(min=1, help="Ids that a request may ask for at each position.")] = 64,
     max_body: Annotated[int, typer.Option(min=1, help="Megabytes of a request.")] = 64,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Take up weights from folders that clients name, as a rollout's engine.")
+    ] = False,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
-    """Score token ids for others with a model of transformers, as a teacher of kind served asks for it."""
+    """Score and write token ids for others with a model of transformers: a teacher or a rollout's engine of kind
+    served."""
     from dataclasses import replace
 
     import torch
@@ -215,7 +219,7 @@ def serve(
     )
 
     def load() -> ServedModel:
-        served = ServedModel.load(settings, torch.device(device), name, batch=batch)
+        served = ServedModel.load(settings, torch.device(device), name, batch=batch, follows=follow)
         served.limits = replace(
             served.limits,
             length=max_model_len or served.limits.length,

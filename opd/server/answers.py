@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
-from opd.distributions import Head
+from opd.distributions import Head, TopK
+from opd.language.engines.base import Row
 from opd.server.reading import Completion
 
 ROWS_AT_ONCE = 128
@@ -58,15 +59,55 @@ def completion_answer(
             choice["logprobs"] = _echo(ids, rows, echoed, tokenizer, asked.return_tokens_as_token_ids)
         choices.append(choice)
     tokens = sum(len(ids) for ids in prompts)
-    answer = {
+    usage = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    return json.dumps(_answer(name, choices, usage)).encode()
+
+
+def written_answer(
+    row: Row, likeliest: TopK | None, asked: Completion, prompt: int, tokenizer: PreTrainedTokenizerBase, name: str
+) -> bytes:
+    """What `/v1/completions` says of a completion that was written behind `prompt` tokens.
+
+    Raises:
+        ArithmeticError: the model computed something that is no number.
+    """
+    if not bool(row.log_probs.isfinite().all()):
+        raise ArithmeticError("the model computed something that is no number; serve it with another --dtype")
+    actions, log_probs = row.actions.tolist(), row.log_probs.tolist()
+
+    def named(i: int) -> str:
+        return f"token_id:{i}" if asked.return_tokens_as_token_ids else str(tokenizer.decode([i]))
+
+    choice: dict[str, Any] = {"index": 0, "text": tokenizer.decode(actions, skip_special_tokens=True)}
+    choice |= {"finish_reason": "stop" if row.finished else "length", "logprobs": None}
+    if asked.return_token_ids:
+        choice["token_ids"] = actions
+    if asked.logprobs is not None:
+        tops: list[dict[str, float]] = [{} for _ in actions]
+        if likeliest is not None:
+            of_each = zip(likeliest.ids.tolist(), likeliest.log_probs.tolist(), strict=True)
+            tops = [{named(i): value for i, value in zip(ids, values, strict=True)} for ids, values in of_each]
+        for entry, i, value in zip(tops, actions, log_probs, strict=True):
+            entry.setdefault(named(i), value)
+        choice["logprobs"] = {
+            "tokens": [named(i) for i in actions],
+            "token_logprobs": log_probs,
+            "top_logprobs": tops,
+            "text_offset": [],
+        }
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(actions), "total_tokens": prompt + len(actions)}
+    return json.dumps(_answer(name, [choice], usage)).encode()
+
+
+def _answer(name: str, choices: list[dict[str, Any]], usage: dict[str, int]) -> dict[str, Any]:
+    return {
         "id": "opd",
         "object": "text_completion",
         "created": int(time.time()),
         "model": name,
         "choices": choices,
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        "usage": usage,
     }
-    return json.dumps(answer).encode()
 
 
 Scores = tuple[int, float, int, list[int], list[float]]

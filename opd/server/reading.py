@@ -32,18 +32,54 @@ class Limits:
 
 
 class Completion(BaseModel):
-    """Of `/v1/completions`, as far as it scores; what else clients send changes no score and is let be."""
+    """Of `/v1/completions`: it scores where `prompt_logprobs` or `echo` is given, and else it writes. What else clients
+    send and what would change what is drawn is refused; the rest is let be."""
 
     model_config = ConfigDict(extra="ignore")
 
     prompt: str | Ids | list[Ids] = Field(description="Ids to score, of one text or several; or a text")
     model: str | None = Field(None, description="The name that is served; default that")
-    max_tokens: int | None = Field(None, ge=0, description="0, or 1 of clients that must write something")
+    max_tokens: int | None = Field(
+        None, ge=0, description="Most tokens to write; with scores 0, or 1 of clients that must write something"
+    )
     echo: bool = Field(False, description="Answer about the prompt's tokens in `logprobs`")
-    logprobs: int | None = Field(None, ge=0, description="Likeliest ids at each position, with echo")
+    logprobs: int | None = Field(None, ge=0, description="Likeliest ids at each position that is written, or echoed")
     prompt_logprobs: int | None = Field(None, ge=0, description="Likeliest ids at each position of the prompt")
     return_tokens_as_token_ids: bool = Field(False, description="Write token_id:N for texts of tokens")
-    temperature: float | None = Field(None, description="0 or 1: scores are those of 1")
+    return_token_ids: bool = Field(False, description="Answer with `token_ids` too")
+    temperature: float | None = Field(None, ge=0, le=1000, description="Of what is written; scores are those of 1")
+    top_p: float | None = Field(None, gt=0, le=1, description="Write from the likeliest ids of this mass")
+    top_k: int | None = Field(None, ge=-1, description="Write from so many of the likeliest ids; 0 and -1 of all")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Of what is written; default another each time")
+    stop_token_ids: list[StrictInt] | None = Field(
+        None, description="Ids that end what is written, besides the model's"
+    )
+    ignore_eos: bool = Field(False, description="Let no ids end it but those in stop_token_ids")
+    n: int = Field(1, ge=1, description="1")
+    best_of: int | None = None
+    suffix: str | None = None
+    stream: bool | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    min_tokens: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+
+    @property
+    def scores(self) -> bool:
+        return self.prompt_logprobs is not None or self.echo
+
+    def unknown(self) -> list[str]:
+        """What would change what is drawn, and is not done here."""
+        neutral = {"n": 1, "best_of": 1, "min_tokens": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "stream": False}
+        names = (*neutral, "suffix", "stop", "logit_bias", "allowed_token_ids", "bad_words")
+        given = {name: getattr(self, name) for name in names}
+        return [name for name, value in given.items() if value not in (None, neutral.get(name), [], {}, "")]
 
 
 class Row(BaseModel):
@@ -53,6 +89,28 @@ class Row(BaseModel):
 
     prompt: Ids = Field(min_length=1, description="What stands before")
     completion: Ids = Field(min_length=1, description="What is scored")
+
+
+class WeightsPath(BaseModel):
+    """Where `/collective_rpc` finds weights."""
+
+    model_config = ConfigDict(extra="forbid")
+    weights_path: str = Field(min_length=1, max_length=4096, description="A folder that this machine sees")
+
+
+class Rpc(BaseModel):
+    """Of `/collective_rpc`: reading weights anew is all that it does here."""
+
+    model_config = ConfigDict(extra="ignore")
+    method: Literal["reload_weights"]
+    kwargs: WeightsPath
+
+
+class Version(BaseModel):
+    """Of `/update_weight_version`."""
+
+    model_config = ConfigDict(extra="ignore")
+    new_version: str = Field(min_length=1, max_length=200, description="What the weights are called from now on")
 
 
 class Exact(BaseModel):

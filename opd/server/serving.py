@@ -1,15 +1,19 @@
-"""A model of `transformers` behind HTTP: `/v1/completions` as far as it scores, and exact answers at `/opd/score`."""
+"""A model of `transformers` behind HTTP: `/v1/completions`, which scores and writes, exact answers at `/opd/score`, and
+where it `follows` somebody's training the routes by which weights are taken up."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import ipaddress
+import json
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,10 +24,11 @@ from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model, load_tokenizer
 from opd.remote.exact import ABOUT, HEAD, SCORE, ModelHeader
-from opd.server.answers import completion_answer, exact_answer, head_answer
-from opd.server.batching import Batcher, Rows, TooBusyError
-from opd.server.reading import BadRequestError, Completion, Exact, Limits, check_rows
-from opd.weights import weights_hash
+from opd.remote.writing import LABEL, LABELLED, RESET, RPC
+from opd.server.answers import completion_answer, exact_answer, head_answer, written_answer
+from opd.server.batching import Batcher, Item, Manner, Rows, Task, TooBusyError, Writing
+from opd.server.reading import BadRequestError, Completion, Exact, Limits, Rpc, Version, check_rows
+from opd.weights import copy_into, weights_hash
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -48,20 +53,26 @@ class ServedModel:
         limits: of a request; None for the model's own length.
     """
 
-    def __init__(self, language: InProcess, name: str, batch: int = 16, limits: Limits | None = None):
+    def __init__(
+        self, language: InProcess, name: str, batch: int = 16, limits: Limits | None = None, follows: bool = False
+    ):
         self.language, self.name, self.batch = language.eval().requires_grad_(False), name, batch
         made_for = getattr(language.base.config, "max_position_embeddings", None)
         length = made_for if isinstance(made_for, int) and made_for > 0 else UNKNOWN_LENGTH
         self.limits = limits or Limits(length, rows=max(256, batch))
         self.head = language.head(1.0).detach()
         self.batcher = Batcher(self.language, batch, WAITING)
+        self.follows, self.version = follows, "default"
 
     @classmethod
-    def load(cls, settings: ModelSettings, device: torch.device, name: str | None, batch: int = 16) -> ServedModel:
+    def load(
+        cls, settings: ModelSettings, device: torch.device, name: str | None, batch: int = 16, follows: bool = False
+    ) -> ServedModel:
         """The model that settings name, its chat template where it has one."""
         tokenizer = load_tokenizer(settings.model_copy(update={"template": "plain"}))
         template = "chat" if tokenizer.chat_template else "plain"
-        return cls(LanguageModel(load_model(settings, device), tokenizer, template), name or settings.model, batch)
+        language = LanguageModel(load_model(settings, device), tokenizer, template)
+        return cls(language, name or settings.model, batch, follows=follows)
 
     @cached_property
     def about(self) -> ModelHeader:
@@ -84,7 +95,7 @@ class ServedModel:
     def head_bytes(self) -> bytes:
         return head_answer(self.head)
 
-    def completion(self, asked: Completion) -> Rows:
+    def completion(self, asked: Completion) -> Rows | Writing:
         """What `/v1/completions` asks the model.
 
         Raises:
@@ -92,12 +103,6 @@ class ServedModel:
         """
         if asked.model not in (None, self.name):
             raise BadRequestError(f"the model {asked.model!r} is not served here; {self.name!r} is")
-        if asked.prompt_logprobs is None and not (asked.echo and asked.logprobs is not None):
-            raise BadRequestError("this server scores and writes nothing: pass prompt_logprobs, or echo and logprobs")
-        if (asked.max_tokens or 0) > 1:
-            raise BadRequestError("this server scores and writes nothing: pass max_tokens 0 (or 1, where 0 is refused)")
-        if asked.temperature not in (None, 0.0, 1.0):
-            raise BadRequestError("log-probabilities are those of temperature 1")
         most = max(asked.prompt_logprobs or 0, asked.logprobs or 0)
         if most > min(self.limits.logprobs, self.head.size):
             raise BadRequestError(
@@ -107,6 +112,83 @@ class ServedModel:
         if isinstance(prompt, str):
             prompt = list(self.language.tokenizer(prompt)["input_ids"])
         prompts: list[list[int]] = prompt if prompt and isinstance(prompt[0], list) else [prompt]  # type: ignore[list-item]
+        return self._scoring(asked, prompts) if asked.scores else self._writing(asked, prompts)
+
+    def _writing(self, asked: Completion, prompts: list[list[int]]) -> Writing:
+        if unknown := asked.unknown():
+            raise BadRequestError(f"{unknown[0]}={getattr(asked, unknown[0])!r} is not done here; leave it out")
+        if len(prompts) != 1 or not prompts[0]:
+            raise BadRequestError(f"{len(prompts)} prompts, and one request writes behind one that is not empty")
+        budget = 16 if asked.max_tokens is None else asked.max_tokens
+        if budget < 1:
+            raise BadRequestError("max_tokens is 0 and nothing is scored: pass prompt_logprobs, or write 1 or more")
+        ids = prompts[0]
+        check_rows(prompts, self.limits, self.head.size)
+        if len(ids) + budget > self.limits.length:
+            raise BadRequestError(
+                f"a text of {len(ids)} tokens with {budget} more, and this server takes {self.limits.length} "
+                "(--max-model-len)"
+            )
+        ends = set(asked.stop_token_ids or ()) | (set() if asked.ignore_eos else set(self._own_ends))
+        temperature = 1.0 if asked.temperature is None else asked.temperature
+        top_k = max(0, asked.top_k or 0)
+        if temperature == 0:
+            temperature, top_k = 1.0, 1
+        manner = Manner(
+            budget, temperature, 1.0 if asked.top_p is None else asked.top_p, top_k, tuple(sorted(ends)),
+            asked.logprobs or 0,
+        )  # fmt: skip
+        seed = secrets.randbits(62) if asked.seed is None else asked.seed % 2**63
+        finish = partial(
+            written_answer, asked=asked, prompt=len(ids), tokenizer=self.language.tokenizer, name=self.name
+        )
+        return Writing(torch.tensor(ids, dtype=torch.int64), seed, manner, finish)
+
+    @cached_property
+    def _own_ends(self) -> tuple[int, ...]:
+        """Ids with which the model itself ends."""
+        own = getattr(self.language.base.generation_config, "eos_token_id", None)
+        found = own if own is not None else self.language.tokenizer.eos_token_id
+        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+    def reload(self, asked: Rpc) -> Task:
+        """Take up the weights in a folder, between passes.
+
+        Raises:
+            BadRequestError: none are there.
+        """
+        folder = Path(asked.kwargs.weights_path)
+        if not folder.is_dir() or not list(folder.glob("*.safetensors")):
+            raise BadRequestError(f"{folder} holds no weights (*.safetensors)")
+
+        def work() -> bytes:
+            own = self.language.base
+            with torch.no_grad():
+                found = type(own).from_pretrained(folder, dtype=own.dtype, use_safetensors=True)
+                copy_into(own.state_dict(), dict(found.state_dict()), "served model")
+            for name in ("about", "head_bytes"):
+                self.__dict__.pop(name, None)
+            self.version = "default"
+            return b'{"results": [null]}'
+
+        return Task(work)
+
+    def rename(self, asked: Version) -> Task:
+        """Name the weights."""
+
+        def work() -> bytes:
+            self.version = asked.new_version
+            return json.dumps({"success": True, "new_version": self.version}).encode()
+
+        return Task(work)
+
+    def _scoring(self, asked: Completion, prompts: list[list[int]]) -> Rows:
+        if asked.prompt_logprobs is None and asked.logprobs is None:
+            raise BadRequestError("echo without logprobs scores nothing: pass logprobs too")
+        if (asked.max_tokens or 0) > 1:
+            raise BadRequestError("a request that scores writes nothing: pass max_tokens 0 (or 1, where 0 is refused)")
+        if asked.temperature not in (None, 0.0, 1.0):
+            raise BadRequestError("log-probabilities of a prompt are those of temperature 1")
         if any(len(ids) < 2 for ids in prompts):
             raise BadRequestError("a prompt of fewer than two tokens has nothing to score")
         check_rows(prompts, self.limits, self.head.size)
@@ -147,7 +229,7 @@ def application(served: ServedModel, token: str | None = None) -> Starlette:
 
         return checked
 
-    def asking(kind: type[B], ask: Callable[[B], Rows], media: str) -> Callable[[Request], Awaitable[Response]]:
+    def asking(kind: type[B], ask: Callable[[B], Item], media: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             # What a web page may send unasked has another type.
             if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
@@ -158,8 +240,8 @@ def application(served: ServedModel, token: str | None = None) -> Starlette:
                 if len(body) > served.limits.body:
                     return problem(413, f"the request has more than {served.limits.body} bytes")
             try:
-                rows = ask(kind.model_validate_json(bytes(body)))
-                found = await asyncio.wrap_future(served.batcher.submit(rows))
+                item = ask(kind.model_validate_json(bytes(body)))
+                found = await asyncio.wrap_future(served.batcher.submit(item))
             except ValidationError as error:
                 first = error.errors()[0]
                 return problem(400, f"{'.'.join(map(str, first['loc'])) or 'the body'}: {first['msg']}")
@@ -187,6 +269,19 @@ def application(served: ServedModel, token: str | None = None) -> Starlette:
     async def head(request: Request) -> Response:
         return Response(served.head_bytes, media_type="application/octet-stream")
 
+    async def version(request: Request) -> Response:
+        return JSONResponse({"weight_version": served.version})
+
+    async def nothing(request: Request) -> Response:
+        # Keys and values are kept for no longer than a request.
+        return JSONResponse({"success": True})
+
+    following = [
+        Route(RPC, guarded(asking(Rpc, served.reload, "application/json")), methods=["POST"]),
+        Route(LABEL, guarded(asking(Version, served.rename, "application/json")), methods=["POST"]),
+        Route(LABELLED, guarded(version)),
+        Route(RESET, guarded(nothing), methods=["POST"]),
+    ]
     complete = asking(Completion, served.completion, "application/json")
     score = asking(Exact, served.exact, "application/octet-stream")
     return Starlette(
@@ -197,6 +292,7 @@ def application(served: ServedModel, token: str | None = None) -> Starlette:
             Route(ABOUT, guarded(about)),
             Route(HEAD, guarded(head)),
             Route(SCORE, guarded(score), methods=["POST"]),
+            *(following if served.follows else ()),
         ]
     )
 
