@@ -28,7 +28,6 @@ from opd.language.saving import is_adapted, merged, write_weights
 from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
 from opd.remote.client import Job, RequestError
-from opd.remote.dialects import VLLM
 from opd.remote.settings import Reached
 from opd.remote.start import look, refused
 from opd.remote.writing import (
@@ -48,6 +47,9 @@ from opd.remote.writing import (
 from opd.weights import fingerprint, trained
 
 PLACE = "rollout.engine"
+
+PROBED = 8
+"""Tokens that are written behind a known text, to see what writes."""
 
 AGAIN = 2
 """How often rows are written anew when the weights that wrote them were not those that were sent."""
@@ -213,7 +215,7 @@ class ServedWriter(Writer):
                 problem = str(error)
         problems = [each for each in gather_object([problem]) if each is not None]
         if problems:
-            raise RunError(problems[0])
+            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if self._mark else problems[0])
         self._mark = mark
         self._add("engine/push_seconds", time.perf_counter() - begun)
         self._add("engine/pushes", 1)
@@ -247,7 +249,7 @@ class ServedWriter(Writer):
                     self._must(label_job(self.label), url)
         if not self._scores_alike():
             raise ModelError(
-                f"{PLACE}: after it took up the student's weights the server scores a known text otherwise, by "
+                f"{PLACE}: after it took up the student's weights the server draws from something else, by "
                 f"{self.measured['engine/score_gap']:.2g} nats a token: it serves another model ({self.base}), or "
                 "quantised; serve the student's own"
             )
@@ -257,15 +259,15 @@ class ServedWriter(Writer):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _scores_alike(self) -> bool:
-        """Whether every replica's scores of a known text are the student's, up to rounding."""
-        ids = self._probe()
-        with torch.no_grad(), self.language.quiet():
-            hidden = self.language([torch.tensor(ids[:1])], [torch.tensor(ids[1:])])
-            log_probs = torch.log_softmax(self.language.head(1.0).detach().logits(hidden), -1).cpu()
-        own = log_probs.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
-        worst = 0.0
+        """Whether every replica draws from what the student computes, up to rounding: it writes a few tokens behind a
+        known text, and says how likely they were."""
+        ids, worst = self._probe(), 0.0
         for url in self.settings.url:
-            found = self._must(VLLM().job(self.model, ids, 1, 1), url)
+            found = self._must(write_job(self.model, ids, PROBED, 0, Draws(1.0, 1.0, 0, ())), url)
+            with torch.no_grad(), self.language.quiet():
+                hidden = self.language([torch.tensor(ids)], [found.actions])
+                log_probs = torch.log_softmax(self.language.head(1.0).detach().logits(hidden), -1).cpu()
+            own = log_probs.gather(1, found.actions[:, None]).squeeze(1)
             worst = max(worst, float((found.log_probs - own).abs().mean()))
         self.measured["engine/score_gap"] = worst
         return worst <= TOLERANCE[self.dtype]

@@ -103,7 +103,7 @@ class Rpc(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     method: Literal["reload_weights"]
-    kwargs: WeightsPath
+    where: WeightsPath = Field(validation_alias="kwargs")
 
 
 class Version(BaseModel):

@@ -157,7 +157,7 @@ class ServedModel:
         Raises:
             BadRequestError: none are there.
         """
-        folder = Path(asked.kwargs.weights_path)
+        folder = Path(asked.where.weights_path)
         if not folder.is_dir() or not list(folder.glob("*.safetensors")):
             raise BadRequestError(f"{folder} holds no weights (*.safetensors)")
 
