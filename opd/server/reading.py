@@ -98,7 +98,8 @@ class WeightsPath(BaseModel):
     weights_path: str = Field(min_length=1, max_length=4096, description="A folder that this machine sees")
 
 
-class Rpc(BaseModel):
+# The plugin of mypy gives every model an __init__ with **kwargs, and takes the alias for another one.
+class Rpc(BaseModel):  # type: ignore[no-redef]
     """Of `/collective_rpc`: reading weights anew is all that it does here."""
 
     model_config = ConfigDict(extra="ignore")
