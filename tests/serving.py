@@ -18,9 +18,9 @@ from opd.server.serving import application
 from tests.conftest import character_tokenizer, tiny_model
 
 
-def served_model(seed=7, batch=16, limits=None, **options):
+def served_model(seed=7, batch=16, limits=None, follows=False, **options):
     language = LanguageModel(tiny_model(seed=seed, vocabulary=47, **options), character_tokenizer(), template="plain")
-    return ServedModel(language, "tiny-teacher", batch, limits)
+    return ServedModel(language, "tiny-teacher", batch, limits, follows)
 
 
 class Running:

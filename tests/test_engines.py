@@ -1,241 +1,462 @@
-"""The interface of engines: what a context may be, completions scored as they grow, and rows that are watched."""
+"""Completions by a server: the same as in this process, from weights that are the student's, whatever happens to it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import threading
 
+import httpx2
 import pytest
 import torch
+from pydantic import ValidationError
 
-from opd.context import Context
-from opd.errors import ModelError, RecipeError
-from opd.language.engines.base import Drawing, Look, Looker, PromptInputs, followed_by, same_prompt
-from opd.language.engines.scorer import CachedScorer, WholeScorer
-from opd.language.engines.transformers import LanguageModel
-from opd.language.tokens import Tokens
+from opd.engines.served import LOST, ServedEngine
+from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
 from opd.recipe import parse_recipe
-from opd.rollouts.mixture import MixtureRollout
-from opd.rollouts.student import StudentRollout
-from opd.rollouts.switch import SwitchRollout
-from opd.teachers.memory import Memory, MemorySettings
-from opd.watches.repetition import Repetition, repeated
-from tests.conftest import tiny_model, writing
-from tests.families import FAMILIES, tiny
-from tests.tiny import turn_tokenizer
-
-CPU = Context(torch.device("cpu"))
-GROWING = {"llama": True, "gpt2": True, "gemma3_text": True, "mistral": True, "mamba": False, "bamba": False}
-"""Families by name, and whether what they keep of a row can grow by several tokens."""
+from opd.server.serving import application
+from tests.conftest import save_tiny
+from tests.serving import served_model, serving
+from tests.test_served import losses, run, weights_of
 
 
-def ids(lengths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 60, (length,), generator=generator) for length in lengths]
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return save_tiny(root / "student", vocabulary=47, seed=1), save_tiny(root / "teacher", vocabulary=47, seed=7)
 
 
-def language_of(name):
-    return LanguageModel(tiny(next(f for f in FAMILIES if f.name == name)), turn_tokenizer(), "plain").eval()
+class Seen:
+    """In front of an application: counts what is asked, and may do something with it."""
+
+    def __init__(self, app, before=None):
+        self.app, self.before, self.paths = app, before, []
+
+    async def __call__(self, scope, receive, send):
+        self.paths.append(scope["path"])
+        if self.before is not None and self.before(scope["path"], self.paths):
+            return await refuse(send)
+        await self.app(scope, receive, send)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", GROWING)
-def test_growing_completions_are_scored_as_in_one_pass(name, attention):
-    """Prompts of unequal length, two of them one group; rows that stop early, are left out, and come back."""
-    language = language_of(name)
-    if attention == "eager":
-        language.base.set_attn_implementation("eager")
-    prompts = ids([9, 4, 4, 13])
-    prompts[2] = prompts[1]
-    completions = ids([11, 11, 7, 14], seed=1)
-    # By extension and row, how many tokens are new; the first row is dropped, the third pauses.
-    plan = [{0: 3, 1: 3, 2: 3, 3: 3}, {0: 4, 1: 4, 2: 2, 3: 4}, {1: 1, 3: 1}, {1: 3, 2: 2, 3: 3}, {3: 3}]
-    scorer = language.scorer(prompts, CPU)
-    assert isinstance(scorer, CachedScorer if GROWING[name] else WholeScorer)
-    given, found = dict.fromkeys(range(4), 0), {i: [] for i in range(4)}
-    for k, step in enumerate(plan):
-        new = {row: completions[row][given[row] : given[row] + n] for row, n in step.items()}
-        hidden = scorer.extend(new).hidden
-        for row, states in zip(new, torch.split(hidden, list(step.values())), strict=True):
-            found[row].append(states)
-            given[row] += step[row]
-        if k == 1:
-            scorer.drop([0])
-    whole = language.score(prompts, [y[: given[row]] for row, y in enumerate(completions)], CPU)
-    for row, want in enumerate(torch.split(whole.hidden, list(given.values()))):
-        torch.testing.assert_close(torch.cat(found[row]), want, atol=2e-5, rtol=2e-4)
-
-
-def test_a_growing_completion_costs_a_pass_over_its_new_tokens_alone():
-    language = language_of("llama")
-    fed = []
-    language.base.get_input_embeddings().register_forward_hook(lambda m, i, o: fed.append(i[0].numel()))
-    scorer = language.scorer(ids([9, 9]), CPU)
-    for start in range(0, 12, 4):
-        scorer.extend({row: torch.arange(start + 3, start + 7) for row in range(2)})
-    assert fed == [18, 6, 8, 8]
-
-
-def test_contexts_with_inputs_go_on_and_compare_by_both():
-    ids, image = torch.tensor([5, 6, 7]), torch.zeros(1, 3)
-    one = PromptInputs(ids, {"pixel_values": image})
-    longer = followed_by(one, torch.tensor([8]))
-    assert len(longer) == 4
-    assert longer.inputs is one.inputs
-    assert followed_by(ids, torch.tensor([8])).tolist() == [5, 6, 7, 8]
-    assert same_prompt(one, PromptInputs(ids.clone(), {"pixel_values": image.clone()}))
-    assert not same_prompt(one, replace(one, inputs={"pixel_values": image + 1}))
-    assert not same_prompt(one, ids)
-
-
-def test_an_answer_is_remembered_for_the_inputs_that_it_was_given_for(tmp_path):
-    memory = Memory(MemorySettings(path=str(tmp_path)), "teacher")
-    ids, actions = torch.tensor([5, 6]), torch.tensor([7])
-    images = [PromptInputs(ids, {"pixel_values": torch.full((1, 2), value)}) for value in (0.0, 1.0, 0.0)]
-    first, second, again = (memory.path(image, actions) for image in images)
-    assert first == again
-    assert len({first, second, memory.path(ids, actions)}) == 3
-
-
-def test_a_model_of_text_refuses_other_inputs(student):
-    image = PromptInputs(torch.tensor([5, 6]), {"pixel_values": torch.zeros(1)})
-    with pytest.raises(ModelError, match=r"the student reads text alone, and a prompt has \['pixel_values'\]"):
-        student.language([image], [torch.tensor([7])])
-
-
-class Ending(Looker):
-    """Notes what it sees, and ends a row of each batch at its first look."""
-
-    segment = 3
-
-    def __init__(self):
-        self.seen, self.ended = [], {}
-
-    def begin(self, written):
-        assert all(len(actions) == 0 for actions in written.actions)
-        self.seen.append([])
-        return EndingOne(self.seen[-1], self.ended)
-
-
-class EndingOne(Look):
-    def __init__(self, seen, ended):
-        self.seen, self.ended = seen, ended
-
-    def look(self, written):
-        self.seen.append(list(written.going))
-        assert all(len(written.actions[place]) == 3 * len(self.seen) for place in written.going)
-        return {written.going[0]: "enough"} if len(self.seen) == 1 else {}
-
-    def end(self, written):
-        assert not written.going
-        self.ended[tuple(written.rows)] = [len(actions) for actions in written.actions]
-
-
-def test_rows_end_where_a_looker_says_so_and_the_others_draw_as_ever(student):
-    contexts, drawing = ids([4, 6, 5]), Drawing(student.context.with_(agreed=Tokens(end_ids=(0,))), batch=4)
-    plain = student.language.sample(contexts, 2, 14, range(6), drawing)
-    looker = Ending()
-    watched = student.language.sample(contexts, 2, 14, range(6), drawing, looker)
-    assert len(looker.seen) == 2
-    stopped = [i for i, row in enumerate(watched) if row.stopped == "enough"]
-    assert len(stopped) == 2
-    for i, (own, before) in enumerate(zip(watched, plain, strict=True)):
-        length = 3 if i in stopped else len(before.actions)
-        assert torch.equal(own.actions, before.actions[:length])
-        assert own.finished == (before.finished and i not in stopped)
-    for rows, lengths in looker.ended.items():
-        assert lengths == [len(watched[row].actions) for row in rows]
+async def refuse(send, status=500):
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+    await send({"type": "http.response.body", "body": b'{"error": {"message": "broken"}}'})
 
 
 @pytest.fixture
-def looping(student, prompts):
-    """Prompts that end with a 7, and a student that goes on with 890890890...: its state is its last token's."""
-    model = tiny_model(layers=1)
-    head = torch.zeros(64, 32)
-    with torch.no_grad():
-        for part in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
-            part.weight.zero_()
-        model.model.embed_tokens.weight.zero_()
-        for i in range(3):
-            model.model.embed_tokens.weight[10 + i, i] = 1.0
-            head[10 + (i + 1) % 3, i] = 9.0
-        model.lm_head.weight.copy_(head)
-    student.language.model = model
-    return [replace(p, fields={"prompt": f"{p.fields['prompt']} 7"}) for p in prompts]
+def engine():
+    """A server of other weights than the student's, which follows."""
+    served = served_model(seed=3, follows=True)
+    seen = Seen(application(served))
+    with serving(seen) as running:
+        seen.url, seen.served = running.url, served
+        yield seen
+    served.batcher.close()
 
 
-@pytest.mark.parametrize(
-    ("actions", "size"), [([1, 2, 1, 2, 1, 2], 2), ([5, 5, 5], 1), ([1, 2, 3, 1, 2], None), ([], None)]
-)
-def test_the_smallest_repeated_piece_is_found(actions, size):
-    assert repeated(torch.tensor(actions, dtype=torch.int64), 3, 4) == size
+def by(url, **settings):
+    return {
+        "kind": "student",
+        "max_new_tokens": 10,
+        "engine": {"kind": "served", "url": url, "retries": 2, "backoff": 0.01, **settings},
+    }
 
 
-def test_a_piece_longer_than_the_longest_is_none():
-    actions = torch.arange(5).repeat(3)
-    assert repeated(actions, 3, 4) is None
-    assert repeated(actions, 3, 5) == 5
+def measured(result, name):
+    return [row[f"train/{name}"] for row in result.history if f"train/{name}" in row]
 
 
-def test_a_completion_that_goes_round_in_circles_is_ended(student, looping):
-    settings = {"watch": {"kind": "repetition", "times": 4, "longest": 5}, "segment": 10}
-    watched = writing(StudentRollout(**settings), student)(looping, 2, 200, stream=0)
-    plain = writing(StudentRollout(), student)(looping, 2, 200, stream=0)
-    assert plain.stopped is None
-    assert plain.lengths.float().mean() > 100
-    assert watched.lengths.max() <= 40
-    assert set(watched.stopped) == {"3 tokens 4 times over"}
-    assert not watched.finished.any()
-    for own, before in zip(watched.completions(), plain.completions(), strict=True):
-        assert torch.equal(own, before[: len(own)])
-    assert student.rows(watched, {})[0]["stopped"] == "3 tokens 4 times over"
+def same(a, b):
+    mine, theirs = weights_of(a), weights_of(b)
+    return all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def test_mixtures_and_switches_watch_what_their_parts_write(student, looping):
-    watched = {"kind": "student", "watch": {"kind": "repetition", "times": 4}, "segment": 8}
-    mixed = writing(MixtureRollout(first=watched, second="student", share=0.5), student)
-    trajectories = mixed(looping, 2, 64, stream=0)
-    stopped = [reason is not None for reason in trajectories.stopped]
-    assert 0 < sum(stopped) < len(stopped)
-    assert all((n < 64) == cut for n, cut in zip(trajectories.lengths.tolist(), stopped, strict=True))
-    switched = writing(SwitchRollout(first=watched, then="student", position=32), student)
-    trajectories = switched(looping, 1, 64, stream=0)
-    # A row that was ended goes on under nobody.
-    assert trajectories.lengths.max() < 32
-    assert all(trajectories.stopped)
-    later = writing(SwitchRollout(first="student", then=watched, position=5), student)
-    trajectories = later(looping, 1, 64, stream=0)
-    assert trajectories.lengths.min() > 5
-    assert all(trajectories.stopped)
+def test_a_run_is_what_it_is_in_this_process(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    here = run(tmp_path / "here", student, teacher)
+    there = run(tmp_path / "there", student, teacher, rollout=by(engine.url))
+    assert losses(here) == losses(there)
+    assert same(tmp_path / "here", tmp_path / "there")
+    # Weights are sent when they have moved: before the first step, and after each for what comes then.
+    assert engine.paths.count("/collective_rpc") == 4
+    assert measured(there, "engine/score_gap")[0] < 1e-4
+    assert measured(there, "rollout_gap") == pytest.approx(measured(here, "rollout_gap"), abs=1e-6)
 
 
-def test_nobody_watches_held_out_samples(student, looping):
-    watched = writing(StudentRollout(watch={"kind": "repetition", "times": 3}), student)
-    assert watched(looping, 1, 64, stream=0).stopped is not None
-    measured = watched.source.held_out(watched.settings, student.context, student)
-    assert measured(looping, 1, 64, stream=0).stopped is None
+def test_groups_and_cuts_are_those_of_this_process(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    changes = {"batch": {"prompts": 2, "group": 3, "micro": 6}, "temperature": 0.8, "steps": 2}
+    cuts = {"top_p": 0.9, "top_k": 20}
+    here = run(tmp_path / "here", student, teacher, rollout={"max_new_tokens": 10, **cuts}, **changes)
+    there = run(tmp_path / "there", student, teacher, rollout=by(engine.url) | cuts, **changes)
+    assert losses(here) == losses(there)
 
 
-def test_segments_without_a_watch_are_refused():
-    with pytest.raises(RecipeError, match="segment is 8, and without a watch nobody looks between segments"):
-        parse_recipe(
-            {
-                "student": {"model": "s"},
-                "teacher": {"model": "t"},
-                "prompts": {"kind": "inline", "prompts": ["a"]},
-                "rollout": {"kind": "student", "segment": 8},
-            }
+def test_a_student_with_an_adapter_is_sent_merged_where_asked(folders, engine, tmp_path):
+    student, teacher = folders
+    lora = {"model": student, "template": "plain", "lora": {"rank": 2}}
+    changes = {"rollout": by(engine.url, weights="folder"), "update": {"learning_rate": 1e-2}}
+    there = run_of(tmp_path / "there", lora, teacher, **changes)
+    here = run_of(tmp_path / "here", lora, teacher, update={"learning_rate": 1e-2})
+    assert losses(there) == pytest.approx(losses(here), rel=1e-4)
+    with pytest.raises(RunError, match=r"takes up no adapters.*enable-lora.*rank 2.*weights: folder"):
+        run_of(tmp_path / "no", lora, teacher, rollout=by(engine.url))
+
+
+def run_of(folder, student, teacher, **changes):
+    import opd
+    from tests.test_served import TEXTS
+
+    settings = {
+        "steps": 3,
+        "batch": {"prompts": 4, "micro": 4},
+        "rollout": {"max_new_tokens": 10},
+        "evaluation": {"held_out": 2, "samples": 1},
+        "checkpoint": {"every": 0},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+        "output": str(folder),
+        **changes,
+    }
+    teacher = {"model": teacher, "template": "plain"} if isinstance(teacher, str) else teacher
+    return opd.distill(student, teacher, TEXTS * 2, quiet=True, overwrite=True, **settings)
+
+
+@pytest.mark.parametrize("when", [0, 2], ids=["before the probe", "while it writes"])
+def test_rows_that_other_weights_wrote_are_written_anew(when, folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    other = save_tiny(tmp_path / "other", vocabulary=47, seed=9)
+    done = threading.Event()
+
+    def disturb(path, paths):
+        # As if the server had been started anew between the weights and the rollout of the second step.
+        if path == "/v1/completions" and paths.count("/collective_rpc") == 2 and not done.is_set():
+            if paths[::-1].index("/update_weight_version") <= when:
+                return False
+            done.set()
+            from safetensors.torch import load_file
+
+            engine.served.language.base.load_state_dict(load_file(f"{other}/model.safetensors"), strict=False)
+            engine.served.version = "default"
+        return False
+
+    here = run(tmp_path / "here", student, teacher)
+    engine.before = disturb
+    there = run(tmp_path / "there", student, teacher, rollout=by(engine.url))
+    assert done.is_set()
+    assert losses(here) == losses(there)
+    assert same(tmp_path / "here", tmp_path / "there")
+    assert (sum(measured(there, "engine/rewritten")) > 0) == (when > 0)
+
+
+def test_weights_that_somebody_else_sends_again_and_again_are_an_error(folders, engine, tmp_path):
+    student, teacher = folders
+
+    def disturb(path, paths):
+        if path == "/weight_info" and len(paths) > 8:
+            engine.served.version = "opd-other-1"
+        return False
+
+    engine.before = disturb
+    with pytest.raises(RunError, match=r"weights that wrote are not those that were sent.*another run"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url))
+
+
+def test_completions_that_were_not_written_are_in_nothing(folders, engine, tmp_path, monkeypatch):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    changes = {"failures": {"max_invalid": 0.9}, "steps": 4}
+    lost_ones = []
+
+    # By design: every completion whose first token is even is thrown away after it was drawn.
+    from opd.language.engines.in_process import InProcess
+
+    drawn = InProcess.sample
+
+    def designed(self, *args, **kwargs):
+        rows = drawn(self, *args, **kwargs)
+        return [LOST if int(row.actions[0]) % 3 == 0 and len(row.actions) > 1 else row for row in rows]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(InProcess, "sample", designed)
+        here = run(tmp_path / "here", student, teacher, self_test=False, **changes)
+
+    class Breaking:
+        """Breaks the same ones on their way: the answer is one of five that no client may believe."""
+
+        def __init__(self, app):
+            self.app = app
+
+        async def __call__(self, scope, receive, send):
+            if scope.get("path") != "/v1/completions":
+                return await self.app(scope, receive, send)
+            found, start = [], []
+
+            async def keep(message):
+                (start if message["type"] == "http.response.start" else found).append(message)
+
+            await self.app(scope, receive, keep)
+            data = json.loads(b"".join(m.get("body", b"") for m in found))
+            choice = data.get("choices", [{}])[0]
+            ids = choice.get("token_ids")
+            if ids and ids[0] % 3 == 0 and len(ids) > 1 and len(choice["logprobs"]["tokens"]) != 8:
+                lost_ones.append(ids)
+                way = len(lost_ones) % 5
+                if way == 0:
+                    return await refuse(send, 400)
+                if way == 1:
+                    choice["token_ids"] = ids[:-1]
+                if way == 2:
+                    choice["logprobs"]["token_logprobs"][0] = float("nan")
+                if way == 3:
+                    choice["logprobs"]["token_logprobs"].pop()
+                if way == 4:
+                    choice["logprobs"]["tokens"][0] = "token_id:46"
+            body = json.dumps(data).encode()
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+    served = served_model(seed=3, follows=True)
+    with serving(Breaking(application(served))) as running:
+        there = run(tmp_path / "there", student, teacher, rollout=by(running.url), self_test=False, **changes)
+    served.batcher.close()
+    assert lost_ones
+    assert measured(here, "invalid") == measured(there, "invalid")
+    assert losses(here) == losses(there)
+    assert same(tmp_path / "here", tmp_path / "there")
+
+
+def test_the_next_step_is_written_while_this_one_trains(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    ahead = run(tmp_path / "ahead", student, teacher, rollout=by(engine.url, overlap=True), steps=4)
+    assert measured(ahead, "engine/staleness") == [0.0, 1.0, 1.0, 1.0]
+    # The first step has nothing to be ahead of.
+    here = run(tmp_path / "here", student, teacher, steps=4)
+    assert losses(ahead)[0] == losses(here)[0]
+    assert losses(ahead)[1:] != losses(here)[1:]
+    # Nothing is written beyond the last step, and what was written ahead was used: prompts and their probes alone.
+    assert measured(ahead, "rollout_gap")[1] > 10 * measured(here, "rollout_gap")[1]
+
+
+def test_what_was_written_ahead_for_another_draw_is_not_used(folders, engine, tmp_path, monkeypatch):
+    from opd.curricula import Draw, NobodyToAsk
+    from opd.curricula.shuffled import ShuffledCourse
+
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    plain = ShuffledCourse.next
+
+    def otherwise(self, step, signals, asker):
+        draw = plain(self, step, signals, asker)
+        return Draw(draw.prompts[::-1]) if isinstance(asker, NobodyToAsk) else draw
+
+    monkeypatch.setattr(ShuffledCourse, "next", otherwise)
+    ahead = run(tmp_path / "ahead", student, teacher, rollout=by(engine.url, overlap=True))
+    here = run(tmp_path / "here", student, teacher)
+    assert measured(ahead, "engine/staleness") == [0.0, 0.0, 0.0]
+    assert losses(ahead) == losses(here)
+
+
+def test_older_weights_need_a_correction_where_the_objective_takes_the_students_own_samples(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    changes = {"rollout": by(engine.url, overlap=True), "objective": "reverse_kl_sampled"}
+    with pytest.raises(IncompatibleError, match="one step old: add shaping truncated_importance"):
+        run(tmp_path / "no", student, teacher, **changes)
+    found = run(tmp_path / "yes", student, teacher, shaping="truncated_importance", **changes)
+    assert all(0.5 < value < 1.5 for value in measured(found, "importance"))
+    assert measured(found, "importance")[0] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_rows_may_be_looked_at_while_a_server_writes_them(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    watch = {"watch": {"kind": "drift"}, "segment": 3}
+    there = run(tmp_path / "there", student, teacher, rollout=by(engine.url) | watch, shaping="drift")
+    assert len(losses(there)) == 3
+    assert measured(there, "rollout_gap")[0] < 1e-4
+
+
+def test_a_server_sleeps_while_the_student_trains(folders, tmp_path):
+    student, teacher = folders
+    served, asleep, refused = served_model(seed=3, follows=True), [False], []
+    app = application(served)
+
+    async def with_sleep(scope, receive, send):
+        path = scope["path"]
+        if path in ("/sleep", "/wake_up"):
+            asleep[0] = path == "/sleep"
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            return await send({"type": "http.response.body", "body": b"{}"})
+        if asleep[0]:
+            refused.append(path)
+            return await refuse(send, 503)
+        return await app(scope, receive, send)
+
+    with serving(Seen(with_sleep)) as running:
+        found = run(
+            tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(running.url, sleep=True)
+        )
+    served.batcher.close()
+    assert len(losses(found)) == 3
+    assert not refused
+    assert asleep[0]
+
+
+def test_a_server_that_cannot_sleep_is_refused(folders, engine, tmp_path):
+    student, teacher = folders
+    with pytest.raises(RunError, match=r"sleep.*enable-sleep-mode, or leave sleep out"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url, sleep=True))
+
+
+def test_a_server_that_takes_up_no_weights_is_refused(folders, tmp_path):
+    student, teacher = folders
+    served = served_model(seed=3)
+    with serving(application(served)) as running, pytest.raises(RunError, match=r"takes up no weights.*--follow"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(running.url))
+    served.batcher.close()
+
+
+def test_another_model_is_found_out_by_what_it_writes(folders, engine, tmp_path, monkeypatch):
+    student, teacher = folders
+    monkeypatch.setattr("opd.server.serving.copy_into", lambda *args: None)
+    with pytest.raises(RunError, match=r"draws from something else, by .* nats a token"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url))
+
+
+def test_a_teacher_at_the_same_server_is_refused(folders, engine, tmp_path):
+    student, _ = folders
+    with pytest.raises(IncompatibleError, match=r"at one server.*the teacher would be the student.*another port"):
+        run(tmp_path / "run", student, {"kind": "served", "url": engine.url}, rollout=by(engine.url))
+
+
+def test_log_probabilities_of_something_else_than_what_is_drawn_from_are_refused(folders, engine, tmp_path):
+    """As vLLM's are without --logprobs-mode processed_logprobs."""
+    student, teacher = folders
+
+    class Raw(Seen):
+        async def __call__(self, scope, receive, send):
+            if scope["path"] != "/v1/completions":
+                return await self.app(scope, receive, send)
+            body = b""
+            more = True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+            asked = json.loads(body) | {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+            async def again():
+                return {"type": "http.request", "body": json.dumps(asked).encode(), "more_body": False}
+
+            return await self.app(scope, again, send)
+
+    with serving(Raw(engine)) as running, pytest.raises(RunError, match="--logprobs-mode processed_logprobs"):
+        run(
+            tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(running.url), temperature=0.7
         )
 
 
-def test_a_watch_of_a_recipe_is_a_choice_like_others():
-    recipe = parse_recipe(
-        {
-            "student": {"model": "s"},
-            "teacher": {"model": "t"},
-            "prompts": {"kind": "inline", "prompts": ["a"]},
-            "rollout": {"kind": "student", "watch": "repetition", "segment": 8},
-        }
-    )
-    assert recipe.rollout.watch == Repetition()
-    with pytest.raises(RecipeError, match="did you mean 'repetition'"):
-        parse_recipe({**recipe.dump(), "rollout": {"kind": "student", "watch": "repetitions"}})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": {"sleep": True, "overlap": True}}, "cannot write; set one"),
+        ({"engine": {"overlap": True}, "watch": "drift"}, "nobody looks at what is written ahead"),
+        ({"dtype": "bfloat16"}, "with an engine the server decides"),
+        ({"batch": 8}, "with an engine the server decides"),
+        ({"engine": {"url": "127.0.0.1:1"}}, "is no address"),
+    ],
+)
+def test_settings_that_contradict_are_refused(changes, message):
+    engine = {"kind": "served", "url": "http://127.0.0.1:1", **changes.pop("engine", {})}
+    rollout = {"kind": "student", "engine": engine, **changes}
+    prompts = {"kind": "inline", "prompts": ["a"]}
+    recipe = {"name": "x", "student": {"model": "m"}, "teacher": {"model": "t"}, "prompts": prompts, "rollout": rollout}
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe({**recipe, "objective": "reverse_kl", "steps": 1})
+
+
+def test_an_adapter_needs_a_student_that_has_one(folders, engine, tmp_path):
+    student, teacher = folders
+    with pytest.raises(ModelError, match="weights is adapter, and the student has none"):
+        run(
+            tmp_path / "run",
+            student,
+            {"model": teacher, "template": "plain"},
+            rollout=by(engine.url, weights="adapter"),
+        )
+
+
+def test_a_text_longer_than_the_server_takes_is_refused(folders, tmp_path):
+    from opd.server import Limits
+
+    student, teacher = folders
+    served = served_model(seed=3, follows=True, limits=Limits(12))
+    with serving(application(served)) as running, pytest.raises(ModelError, match="--max-model-len"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(running.url))
+    served.batcher.close()
+
+
+def test_nothing_is_left_of_the_weights_that_were_sent(folders, engine, tmp_path):
+    student, teacher = folders
+    own = tmp_path / "shared"
+    own.mkdir()
+    (own / "mine.txt").write_text("kept")
+    run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url, folder=str(own)))
+    assert [path.name for path in own.iterdir()] == ["mine.txt"]
+
+
+# -- opd serve as a writer --------------------------------------------------------------------------------------------
+
+
+def ask(url, **body):
+    answer = httpx2.post(f"{url}/v1/completions", json=body)
+    return answer.status_code, answer.json()
+
+
+def test_what_is_written_depends_on_its_seed_alone(engine):
+    body = {"prompt": [5, 6, 7], "max_tokens": 6, "logprobs": 2, "return_token_ids": True}
+    first, again, other = (ask(engine.url, seed=seed, **body)[1]["choices"][0] for seed in (1, 1, 2))
+    assert first["token_ids"] == again["token_ids"]
+    assert first["token_ids"] != other["token_ids"]
+    assert len(first["logprobs"]["top_logprobs"][0]) in (2, 3)
+    greedy = [ask(engine.url, temperature=0, seed=seed, **body)[1]["choices"][0]["token_ids"] for seed in (1, 2)]
+    assert greedy[0] == greedy[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"n": 2}, "n=2 is not done here"),
+        ({"stop": ["a"]}, "stop="),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"stream": True}, "stream"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": 100_000}, "--max-model-len"),
+        ({"prompt": [[1], [2]]}, "2 prompts"),
+        ({"prompt": [1, 470]}, "id 470"),
+    ],
+)
+def test_what_is_not_done_is_refused(body, message, engine):
+    status, answer = ask(engine.url, **{"prompt": [5, 6], "max_tokens": 4, **body})
+    assert status == 400
+    assert message in answer["error"]["message"]
+
+
+def test_weights_are_read_from_safetensors_alone(engine, tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
+    answer = httpx2.post(f"{engine.url}/collective_rpc", json=body)
+    assert answer.status_code == 400
+    assert "safetensors" in answer.text
+    answer = httpx2.post(f"{engine.url}/collective_rpc", json={"method": "eval", "kwargs": {"weights_path": "/"}})
+    assert answer.status_code == 400
+
+
+def test_the_settings_of_an_engine_say_where_they_stand():
+    with pytest.raises(ValidationError, match="listed twice"):
+        ServedEngine(url=["http://127.0.0.1:1", "http://127.0.0.1:1/v1"])

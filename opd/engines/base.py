@@ -64,6 +64,10 @@ class Writer(ABC):
         processes call."""
 
     @abstractmethod
+    def check_teachers(self, teachers: Sequence[Choice]) -> None:
+        """Raise `IncompatibleError` where the weights that it sends would reach one of these teachers (settings)."""
+
+    @abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise where a prompt with its longest completion is more than this can write."""
 

@@ -16,10 +16,11 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 
+from opd.choice import Choice, nested
 from opd.context import Context
 from opd.distributions import TopK
 from opd.engines.base import Pending, RolloutEngine, Writer
-from opd.errors import RESUME, ModelError, RunError
+from opd.errors import RESUME, IncompatibleError, ModelError, OpdError, RunError
 from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Written, ids_of, same_prompt
 from opd.language.engines.in_process import InProcess
 from opd.language.identity import PROBE
@@ -54,10 +55,19 @@ PROBED = 8
 AGAIN = 2
 """How often rows are written anew when the weights that wrote them were not those that were sent."""
 
+NOT_OURS = (
+    f"the weights that wrote are not those that were sent, {AGAIN + 1} times: the server is started anew again and "
+    "again, or another run sends it weights; give each run its own"
+)
+
 SEED = 2**63
 """Seeds are below it."""
 
 T = TypeVar("T")
+
+
+class OtherWeightsError(Exception):
+    """A server has lost what was sent to it a moment ago."""
 
 
 class ServedEngine(Reached, RolloutEngine):
@@ -176,6 +186,16 @@ class ServedWriter(Writer):
         names: list[str] | RequestError = self._asked(names_job(), url)
         return not isinstance(names, RequestError) and self.label in names
 
+    def check_teachers(self, teachers: Sequence[Choice]) -> None:
+        for part in nested(list(teachers)):
+            if self.adapter or not isinstance(part, Reached):
+                continue
+            if shared := [url for url in part.url if url in self.settings.url]:
+                raise IncompatibleError(
+                    f"{PLACE} and a teacher are at one server, {shared[0]}: it takes up the student's weights, so "
+                    "the teacher would be the student; serve the teacher at another port"
+                )
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             length = len(self.language.encode(prompt))
@@ -210,8 +230,8 @@ class ServedWriter(Writer):
         problem = None
         if _is_first():
             try:
-                self._push()
-            except (ModelError, RunError) as error:
+                self._push_until_held()
+            except OpdError as error:
                 problem = str(error)
         problems = [each for each in gather_object([problem]) if each is not None]
         if problems:
@@ -227,6 +247,14 @@ class ServedWriter(Writer):
         if self._labels:
             return all(self._has_label(url, self.label) for url in self.settings.url)
         return self._scores_alike()
+
+    def _push_until_held(self) -> None:
+        for _ in range(AGAIN + 1):
+            try:
+                return self._push()
+            except OtherWeightsError:
+                continue
+        raise RunError(f"{PLACE}: {NOT_OURS}")
 
     def _push(self) -> None:
         """Write the weights, have every replica read them, and compare scores of a text."""
@@ -248,6 +276,9 @@ class ServedWriter(Writer):
                 if self._labels:
                     self._must(label_job(self.label), url)
         if not self._scores_alike():
+            if not self._holds():
+                # It was started anew meanwhile, or somebody else sent it weights.
+                raise OtherWeightsError
             raise ModelError(
                 f"{PLACE}: after it took up the student's weights the server draws from something else, by "
                 f"{self.measured['engine/score_gap']:.2g} nats a token: it serves another model ({self.base}), or "
@@ -335,11 +366,7 @@ class ServedWriter(Writer):
             found = None
             self.renew(anew=True)
         else:
-            raise RunError(
-                f"{PLACE}: the weights that wrote are not those that were sent, {AGAIN + 1} times: the server is "
-                f"started anew again and again, or another run sends it weights; give each run its own and go on with "
-                f"{RESUME}"
-            )
+            raise RunError(f"{PLACE}: {NOT_OURS} and go on with {RESUME}")
         assert found is not None
         self._sleep()
         self._add("engine/retried", self.client.retried)

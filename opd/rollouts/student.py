@@ -54,4 +54,6 @@ class StudentRollout(SamplingSettings, OneSource):
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
         language = language_of(student, "the student")
         writer = None if self.engine is None else self.engine.build(language, self.longest, context)
+        if writer is not None:
+            writer.check_teachers([teacher.settings for teacher in teachers])
         return LanguageRollout(language, self, context, watch=watch, writer=writer)
