@@ -1,0 +1,253 @@
+"""Engines against this process: `python -m benchmarks.engines --vllm PYTHON [--part learning speed] [--json PATH]`.
+
+PYTHON is that of an environment with vLLM (`make .venv-vllm/.ready` makes one with its build for CPUs). Two servers of
+it are started, of SmolLM2-135M and of the same without its layers 10 to 17, and ended in the end.
+
+`learning`: ten steps in which the small one heals under the whole one, once with both in this process and once with the
+engine writing and the teacher served, with three seeds. Both students are then measured in this process, on the same
+held-out prompts. `speed`: tokens a second that are written and scored by the server and here, taking turns, medians of
+five rounds; and a step's seconds with the next one's completions written ahead and without, taking turns too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import opd
+from benchmarks.loss_operator import describe_machine, versions
+from benchmarks.sizes import MODELS, SMOLLM2
+from opd.context import Context
+from opd.engines.served import ServedEngine, ServedWriter
+from opd.language.engines.base import Drawing
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings, load_model, load_tokenizer
+from opd.language.tokens import Tokens
+from opd.prompts import Prompt
+from opd.prompts.file import FilePrompts
+from opd.remote.launch import servers_of, started
+from opd.teachers.served import ServedTeacher
+
+SEEDS = (0, 1, 2)
+STEPS = 10
+ROUNDS = 5
+ROWS, NEW = 32, 64
+"""Rows that are written and scored side by side, and tokens of each."""
+
+TOP_K = 64
+DATA = Path(__file__).parent.parent / "recipes" / "data" / "instructions.jsonl"
+PORTS = {"student": 18771, "teacher": 18772}
+
+SERVING = [
+    *("-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--dtype", "bfloat16", "--enforce-eager"),
+    *("--max-model-len", "512", "--max-num-seqs", "32", "--max-logprobs", "64"),
+    *("--logprobs-mode", "processed_logprobs"),
+]
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def models() -> dict[str, Path]:
+    """Folders of the two, made when they are not there yet."""
+    found = {"student": MODELS / "smollm2-less", "teacher": MODELS / "smollm2-whole"}
+    for name, folder in found.items():
+        if not (folder / "model.safetensors").exists():
+            dropped = list(range(10, 18)) if name == "student" else []
+            settings = ModelSettings(model=SMOLLM2, dtype="float32", drop_layers=dropped)
+            load_model(settings, "cpu").save_pretrained(folder)
+            load_tokenizer(settings).save_pretrained(folder)
+    return found
+
+
+def start(python: str, folder: Path, name: str) -> dict[str, Any]:
+    """The `url` and `start` of one server."""
+    command = [python, *SERVING, "--model", str(folder), "--port", "{port}", "--served-model-name", name]
+    return {"url": f"http://127.0.0.1:{PORTS[name]}", "start": {"command": command, "environment": ENVIRONMENT}}
+
+
+@contextlib.contextmanager
+def serving(python: str, folders: dict[str, Path], which: list[str], logs: Path) -> Iterator[None]:
+    blocks = [ServedTeacher(name=name, **start(python, folders[name], name)) for name in which]
+
+    @contextlib.contextmanager
+    def status(text: str) -> Iterator[None]:
+        print(text, flush=True)
+        yield
+
+    shown: Callable[[str], AbstractContextManager[None]] = status
+    with started(servers_of(blocks, logs), shown):
+        yield
+
+
+def run(folder: Path, folders: dict[str, Path], seed: int, served: bool, **changes: Any) -> list[dict[str, float]]:
+    """Heal for some steps; the log's rows."""
+    teacher: dict[str, Any] = {"model": str(folders["teacher"])}
+    rollout: dict[str, Any] = {"kind": "student", "max_new_tokens": 32}
+    if served:
+        teacher = {
+            "kind": "served",
+            "url": f"http://127.0.0.1:{PORTS['teacher']}",
+            "answers": "top_k",
+            "top_k": TOP_K,
+            "tokenizer": str(folders["teacher"]),
+        }
+        rollout["engine"] = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}"}
+    rollout |= changes.pop("rollout", {})
+    settings = {
+        "steps": STEPS,
+        "seed": seed,
+        "rollout": rollout,
+        "objective": {"kind": "reverse_kl", "top_k": TOP_K},
+        "update": {"learning_rate": {"kind": "cosine", "start": 4e-4, "warmup": 2}},
+        "batch": {"prompts": 16, "micro": 16},
+        "evaluation": {"held_out": 32, "samples": 0},
+        "max_prompt_tokens": 256,
+        "checkpoint": {"every": 0},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "precision": "fp32"},
+        "output": str(folder),
+        **changes,
+    }
+    student = {"model": str(folders["student"]), "freeze": ["embed_tokens"]}
+    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()]
+    return opd.distill(student, teacher, prompts, quiet=True, overwrite=True, **settings).history
+
+
+def measured(folder: Path, folders: dict[str, Path]) -> dict[str, float]:
+    """A trained student against the teacher in this process, on the same held-out prompts with the same draws."""
+    student = {"model": str(folder / "student")}
+    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()]
+    with tempfile.TemporaryDirectory() as place:
+        result = opd.distill(
+            student,
+            {"model": str(folders["teacher"])},
+            prompts,
+            quiet=True,
+            overwrite=True,
+            steps=1,
+            seed=0,
+            rollout={"max_new_tokens": 32},
+            update={"learning_rate": 0.0},
+            batch={"prompts": 1, "micro": 16},
+            evaluation={"held_out": 96, "samples": 0},
+            max_prompt_tokens=256,
+            checkpoint={"every": 0},
+            tracking={"trackers": []},
+            hardware={"device": "cpu", "precision": "fp32"},
+            output=place,
+        )
+    return {name: value for name, value in result.before.items() if name in ("reverse_kl", "forward_kl")}
+
+
+def learning(folders: dict[str, Path], place: Path) -> dict[str, Any]:
+    """Held-out divergences of both ways by seed, their ratio, and the gaps of the served runs."""
+    found: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        row: dict[str, Any] = {"seed": seed}
+        for way in ("here", "served"):
+            folder = place / f"{way}-{seed}"
+            history = run(folder, folders, seed, way == "served")
+            row[way] = measured(folder, folders)
+            gaps = [step["train/rollout_gap"] for step in history if "train/rollout_gap" in step]
+            scores = [step["train/engine/score_gap"] for step in history if "train/engine/score_gap" in step]
+            row[f"{way}_gap"] = {"mean": statistics.mean(gaps), "most": max(gaps)}
+            if scores:
+                row["score_gap_most"] = max(scores)
+            print(json.dumps(row), flush=True)
+        row["ratio"] = row["served"]["reverse_kl"] / row["here"]["reverse_kl"]
+        found.append(row)
+    first = {"before": measured_untrained(folders), "rows": found}
+    means = {way: statistics.mean(row[way]["reverse_kl"] for row in found) for way in ("here", "served")}
+    return {**first, "means": means, "ratio_of_means": means["served"] / means["here"]}
+
+
+def measured_untrained(folders: dict[str, Path]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "student").symlink_to(folders["student"])
+        return measured(Path(place), folders)
+
+
+def speed(folders: dict[str, Path], place: Path) -> dict[str, Any]:
+    """Tokens a second, and a step's seconds; medians, and all of them."""
+    device, name = torch.device("cpu"), str(folders["student"])
+    language, half = (
+        LanguageModel.load(ModelSettings(model=name, dtype=dtype), device) for dtype in ("float32", "bfloat16")
+    )
+    texts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()][:ROWS]
+    contexts = [language.encode(Prompt(str(i), {"prompt": text})) for i, text in enumerate(texts)]
+    context = Context(device, agreed=Tokens())
+    drawing = Drawing(context)
+    writer = ServedWriter(
+        ServedEngine(url=f"http://127.0.0.1:{PORTS['student']}"),
+        language,
+        NEW,
+        context,  # type: ignore[arg-type]
+    )
+    seeds = range(ROWS)
+    writer.sample(contexts, 1, NEW, seeds, drawing)
+    ways: dict[str, Callable[[], Any]] = {
+        "server, bfloat16": lambda: writer.sample(contexts, 1, NEW, seeds, drawing),
+        "here, bfloat16": lambda: half.sample(contexts, 1, NEW, seeds, drawing),
+        "here, float32": lambda: language.sample(contexts, 1, NEW, seeds, drawing),
+    }
+    written: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, work in ways.items():
+            begun = time.perf_counter()
+            rows = work()
+            written[way].append(sum(len(row.actions) for row in rows) / (time.perf_counter() - begun))
+    writer.close()
+    steps: dict[str, list[float]] = {"ahead": [], "not ahead": []}
+    for round_ in range(3):
+        for way in steps:
+            changes = {"rollout": {"max_new_tokens": 64}, "steps": 6, "evaluation": {"held_out": 2, "samples": 0}}
+            engine = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}", "overlap": way == "ahead"}
+            changes["rollout"] = {"max_new_tokens": 64, "engine": engine}
+            history = run(place / f"{way}-{round_}", folders, round_, True, **changes)
+            # The first step has nothing to be ahead of, and the last nothing to write.
+            steps[way] += [row["train/seconds/step"] for row in history if "train/seconds/step" in row][1:-1]
+    return {
+        "tokens_a_second": {way: {"median": statistics.median(all_), "all": all_} for way, all_ in written.items()},
+        "seconds_a_step": {way: {"median": statistics.median(all_), "all": all_} for way, all_ in steps.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", required=True, help="Python of an environment with vLLM")
+    parser.add_argument("--part", nargs="+", choices=("learning", "speed"), default=["learning", "speed"])
+    parser.add_argument("--json", type=Path, help="where the figures go; parts that are there already stay")
+    options = parser.parse_args()
+    folders = models()
+    found: dict[str, Any] = {}
+    if options.json is not None and options.json.exists():
+        found = json.loads(options.json.read_text(encoding="utf-8"))
+    found |= {"machine": describe_machine("cpu"), "versions": versions()}
+    with tempfile.TemporaryDirectory() as place:
+        work = Path(place)
+        with serving(options.vllm, folders, ["student", "teacher"], work / "logs"):
+            for part, measure in (("learning", learning), ("speed", speed)):
+                if part in options.part:
+                    found[part] = measure(folders, work)
+                    print(json.dumps(found[part], indent=2), flush=True)
+                    if options.json is not None:
+                        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
