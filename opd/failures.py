@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
 from opd.errors import RESUME, RunError
@@ -65,15 +66,16 @@ class Skips:
         if not share:
             return
         what = f"step {run.step}: {share:.0%} of its rollouts were lost"
+        why = run.reasons(gather_object)
         # Steps that are still to come count as good ones, so that a single failure does not end a young run.
         if sum(self.invalid) / over <= self.settings.max_invalid:
-            run.monitor.warn(f"{what} and are in nothing of the step (so far {run.reasons()})")
+            run.monitor.warn(f"{what} and are in nothing of the step (so far {why})")
             return
         found, self.invalid = sum(self.invalid) / over, []
         run.checkpoints.write(run)
         raise RunError(
             f"{what}, and {found:.0%} of the last {over} steps' (failures.max_invalid={self.settings.max_invalid:g}). "
-            f"What failed: {run.reasons()}.\nmend it and go on with {RESUME}; the checkpoint was written"
+            f"What failed: {why}.\nmend it and go on with {RESUME}; the checkpoint was written"
         )
 
     def _count_empty(self, run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
@@ -221,16 +221,17 @@ class Run:
         none_left = float(self.sum_over_processes(lost.all().double()))
         processes = self.accelerator.num_processes
         if processes > 1 and (none_left or self.accelerator.is_fsdp2):
+            why = self.reasons(gather_object)
             raise RunError(
-                f"{count:g} of {drawn:g} rollouts were lost ({self.reasons()}), and "
+                f"{count:g} of {drawn:g} rollouts were lost ({why}), and "
                 f"{'a process has none left' if none_left else 'with FSDP2 every process needs equally many'}: mend "
                 f"what failed and go on with {RESUME}"
             )
         return True
 
-    def reasons(self) -> str:
-        """Why rollouts were lost so far, the commonest reason first."""
-        return reasons([*self.teachers, self.rollout])
+    def reasons(self, gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list) -> str:
+        """Why rollouts were lost so far, the commonest reason first; with `gather` on any process, and all must ask."""
+        return reasons([*self.teachers, self.rollout], gather)
 
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part of a step's prompts."""

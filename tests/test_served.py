@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,7 @@ from opd.server.serving import application, checked_token
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.served import LiveServedTeacher, ServedTeacher
 from tests.conftest import said, save_tiny, trajectories_of
-from tests.serving import LASTING, Faulty, Running, is_lost, served_model, serving, serving_tiny, silent
+from tests.serving import served_model, serving, serving_tiny, silent
 from tests.tiny import TEXTS
 
 TEXTS = [text for text in TEXTS if set(text) <= set("0123456789abcdefghijklmnopqrstuvwxyz +-=?.,#")]
@@ -127,102 +125,6 @@ def test_the_likeliest_ids_are_those_of_the_whole_distribution(dialect, url):
     exact = said(teacher_at(url), trajectories)
     assert isinstance(exact, Categorical)
     assert torch.equal(exact.log_probs(), whole.log_probs())
-
-
-class Designed(LiveServedTeacher):
-    """Answers all, and says of some trajectories that it has not."""
-
-    def answer(self, trajectories, settings, context):
-        (target,) = super().answer(trajectories, settings, context)
-        asked = [
-            self.reader.encode(prompt).tolist() + actions.tolist()
-            for prompt, actions in zip(trajectories.prompts, trajectories.completions(), strict=True)
-        ]
-        lost = torch.tensor([is_lost(ids) for ids in asked])
-        missing = lost.repeat_interleave(trajectories.lengths)
-        self.failed.update({"by design": int(lost.sum())})
-        target.distribution.log_probs[missing] = torch.nan
-        return [replace(target, missing=missing)]
-
-
-def test_a_rollout_whose_request_failed_is_in_nothing(folders, tmp_path, monkeypatch):
-    """30 % of all texts meet a fault; the run is the one in which those that no retry mends are invalid by design."""
-    student, _ = folders
-    changes = {
-        "objective": "reverse_kl",
-        "batch": {"prompts": 4, "micro": 4, "group": 3},
-        "failures": {"max_invalid": 1.0},
-        "self_test": False,
-        "steps": 4,
-    }
-    served = {"kind": "served", "dialect": "vllm", "answers": "top_k", "top_k": 5, "retries": 3, "backoff": 0.01}
-    model = served_model(batch=1)
-    faulty = Faulty(application(model))
-    with serving(faulty) as running:
-        broken = run(tmp_path / "broken", student, {**served, "url": running.url}, **changes)
-    with serving(application(model)) as running:
-        monkeypatch.setattr("opd.teachers.served.LiveServedTeacher", Designed)
-        designed = run(tmp_path / "designed", student, {**served, "url": running.url}, **changes)
-    shares = [[row.get("train/invalid", 0.0) for row in r.history if "train/loss" in row] for r in (broken, designed)]
-    assert shares[0] == shares[1]
-    assert any(shares[0])
-    assert losses(broken) == losses(designed)
-    mine, theirs = weights_of(tmp_path / "broken"), weights_of(tmp_path / "designed")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    met = Counter(faulty.met)
-    trained = sum(round(share * 12) for share in shares[0])
-    assert trained <= sum(met[fault] for fault in LASTING)
-    assert len(met) >= 6, met
-
-
-def test_a_run_stops_when_too_many_rollouts_go_without_an_answer(folders, tmp_path):
-    student, _ = folders
-
-    class Dying(Faulty):
-        async def __call__(self, scope, receive, send):
-            if scope["type"] == "http" and scope["path"] == "/v1/completions":
-                self.spared -= 1
-                if self.spared < 0:
-                    scope = {**scope, "path": "/gone"}
-            return await self.app(scope, receive, send)
-
-    teacher = {"kind": "served", "dialect": "vllm", "answers": "top_k", "top_k": 5, "retries": 0}
-    with serving(Dying(application(served_model()), 1 + 4)) as running, pytest.raises(RunError) as told:
-        run(
-            tmp_path / "run",
-            student,
-            {**teacher, "url": running.url},
-            self_test=False,
-            steps=8,
-        )
-    assert "got no answer of their teacher" in str(told.value)
-    assert "HTTP 404" in str(told.value)
-
-
-def test_a_server_that_comes_back_is_waited_for(folders, tmp_path, monkeypatch):
-    student, _ = folders
-    model = served_model()
-    running = [Running(application(model))]
-    port, url = running[0].port, running[0].url
-    calls = []
-    own = LiveServedTeacher.answer
-
-    def answer(self, trajectories, settings, context):
-        calls.append(1)
-        if len(calls) == 4:
-            import threading
-
-            running[0].stop()
-            threading.Timer(0.5, lambda: running.append(Running(application(model), port))).start()
-        return own(self, trajectories, settings, context)
-
-    monkeypatch.setattr(LiveServedTeacher, "answer", answer)
-    teacher = {"kind": "served", "url": url, "backoff": 0.2, "retries": 10}
-    result = run(tmp_path / "run", student, teacher, steps=4)
-    running[-1].stop()
-    assert len(running) == 2
-    assert len(losses(result)) == 4
-    assert not any("train/invalid" in row for row in result.history)
 
 
 def test_the_key_is_in_no_file_and_no_message(folders, tmp_path, monkeypatch, capfd):

@@ -33,13 +33,21 @@ class RequestError(Exception):
         again: whether another try may help.
         wait: seconds that the server asked for, or None.
         status: of HTTP, where an answer came.
+        silent: nobody took the request, or nobody answered in time.
     """
 
     def __init__(
-        self, reason: str, detail: str = "", again: bool = False, wait: float | None = None, status: int | None = None
+        self,
+        reason: str,
+        detail: str = "",
+        again: bool = False,
+        wait: float | None = None,
+        status: int | None = None,
+        silent: bool = False,
     ):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail, self.again, self.wait, self.status = reason, detail, again, wait, status
+        self.silent = silent
 
 
 @dataclass(frozen=True)
@@ -167,9 +175,12 @@ class Client:
                     else self._http.post(url + job.path, json=job.body)
                 )
         except httpx2.TimeoutException:
-            raise RequestError("timeout", f"{url}: no answer in {self.timeout:g} s", again=True) from None
+            detail = f"{url}: no answer in {self.timeout:g} s"
+            raise RequestError("timeout", detail, again=True, silent=True) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-            raise RequestError("connection", self._line(f"{url}: {error or type(error).__name__}"), True) from None
+            detail = self._line(f"{url}: {error or type(error).__name__}")
+            silent = isinstance(error, httpx2.ConnectError | httpx2.InvalidURL)
+            raise RequestError("connection", detail, again=True, silent=silent) from None
         if answer.status_code != 200:
             raise RequestError(
                 f"HTTP {answer.status_code}",

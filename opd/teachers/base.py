@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, Generic, Protocol, TypeVar
 
@@ -169,11 +169,14 @@ class Fails(Protocol):
         """How often, by reason."""
 
 
-def reasons(parts: Sequence[Fails]) -> str:
-    """Why trajectories were lost so far, the commonest reason first."""
+def reasons(
+    parts: Sequence[Fails], gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list
+) -> str:
+    """Why trajectories were lost so far, the commonest reason first; with `gather`, which brings lists of all processes
+    together, on any of them."""
     counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.failures())
+    for found in gather([part.failures() for part in parts]):
+        counts.update(found)
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common(4)) or "no reason was given"
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Sampled, Target, TopK, Vocabulary
-from opd.errors import IncompatibleError, ModelError, RecipeError
+from opd.errors import DataError, IncompatibleError, ModelError, RecipeError
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess, language_of
 from opd.language.engines.transformers import LanguageModel
@@ -231,8 +231,15 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         return f"served:{self.found.model}" if about is None else about.weights
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        about = self.found.about
         for prompt in prompts:
-            self.reader.encode(prompt, self.settings.sees)
+            ids = ids_of(self.reader.encode(prompt, self.settings.sees))
+            if about is not None and len(ids) and int(ids.max()) >= about.rows:
+                raise DataError(
+                    f"{prompt.where}: prompt {prompt.id!r} has the id {int(ids.max())} for the teacher, and the model "
+                    f"at {self.settings.url[0]} ends at {about.rows - 1}: name the served model's tokenizer in "
+                    "teacher.tokenizer, or leave the prompt out"
+                )
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
         longest = max((len(self.reader.encode(prompt, self.settings.sees)) for prompt in prompts), default=1)
@@ -299,23 +306,30 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         about = self.found.about
         assert about is not None
         size = min(self.settings.batch, about.batch)
-        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
-        jobs = [
-            score_job([contexts[i] for i in part], [completions[i] for i in part], about, self.wire) for part in parts
-        ]
         dtype = getattr(torch, self.wire)
         rows: list[tuple[torch.Tensor, ...]] = [
             (torch.full((len(each), about.width), torch.nan, dtype=dtype),) for each in completions
         ]
         lost: set[int] = set()
-        answers = self.client.ask_all(jobs)
-        for part, found in zip(parts, answers, strict=True):
-            if isinstance(found, RequestError):
-                self._count(found, len(part))
-                lost.update(part)
-                continue
-            for i, hidden in zip(part, torch.split(found, [len(completions[i]) for i in part]), strict=True):
-                rows[i] = (hidden,)
+        parts = [asked[start : start + size] for start in range(0, len(asked), size)]
+        while parts:
+            jobs = [
+                score_job([contexts[i] for i in part], [completions[i] for i in part], about, self.wire)
+                for part in parts
+            ]
+            alone: list[Sequence[int]] = []
+            for part, found in zip(parts, self.client.ask_all(jobs), strict=True):
+                if not isinstance(found, RequestError):
+                    for i, hidden in zip(part, torch.split(found, [len(completions[i]) for i in part]), strict=True):
+                        rows[i] = (hidden,)
+                elif len(part) > 1 and not found.silent:
+                    # One trajectory may have spoilt the answer about all. Where nobody answers, asking more often would
+                    # only wait longer.
+                    alone += [[i] for i in part]
+                else:
+                    self._count(found, len(part))
+                    lost.update(part)
+            parts = alone
         return rows, lost
 
     def _scored(
