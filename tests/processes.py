@@ -3,6 +3,7 @@ the library already."""
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import socket
@@ -42,11 +43,20 @@ def together(recipe, environment, **options):
     return answers
 
 
+def digest(module):
+    """Hash of all weights."""
+    found = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def _member(pipe, environment, recipe, options):
     os.environ.update({name: str(value) for name, value in environment.items()})
     try:
         result = execute(recipe, quiet=True, **options)
         sharded = any(isinstance(parameter, DTensor) for parameter in result.student.parameters())
-        pipe.send({"history": result.history, "sharded": sharded})
+        weights = None if sharded else digest(result.student)
+        pipe.send({"history": result.history, "sharded": sharded, "weights": weights})
     except BaseException as error:
         pipe.send(error if isinstance(error, RunError) else traceback.format_exc())

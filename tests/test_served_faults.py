@@ -27,11 +27,12 @@ from opd.rollouts.student import StudentRollout
 from opd.server.serving import application
 from opd.teachers.served import LiveServedTeacher
 from opd.verifiers import Scorer, Verifier
-from tests.conftest import said, save_tiny, trajectories_of
+from tests.conftest import character_tokenizer, said, save_tiny, trajectories_of
 from tests.processes import together
 from tests.serving import LASTING, PASSING, Faulty, RowByRow, Running, fault_of, is_lost, served_model, serving
 from tests.test_loop import recipe_for
 from tests.test_served import CONTEXT, folders, losses, run, teacher_at, weights_of  # noqa: F401
+from tests.test_sharding import FSDP2, assert_close, states
 
 TOP_K = {"kind": "served", "dialect": "vllm", "answers": "top_k", "top_k": 5, "retries": 3, "backoff": 0.01}
 EXACT = {"kind": "served", "batch": 3, "retries": 3, "backoff": 0.01}
@@ -225,3 +226,69 @@ def test_rollouts_are_compared_as_if_the_lost_had_never_been_written(way, folder
     assert mine == theirs
     shown = {name for row in mine for name, value in row.items() if value}
     assert shown >= MEASURED[way]
+
+
+def of_prompt(text):
+    """Whether ids are those of a prompt and what was written behind it."""
+    first = character_tokenizer()(text)["input_ids"]
+    return lambda ids: list(ids[: len(first)]) == first
+
+
+def shared_recipe(folders, tmp_path, name, url, **changes):  # noqa: F811
+    teacher = [{**EXACT, "url": url}]
+    settings = {"output": str(tmp_path / name), "teacher": teacher, "update": {"learning_rate": 1e-3}, **LOSSY}
+    return recipe_for(folders, tmp_path, **{**settings, **changes})
+
+
+def test_two_processes_that_lost_rollouts_train_as_one(folders, tmp_path):  # noqa: F811
+    """Whole groups of one process among them, and numbers that are compared over both."""
+    changes = {
+        "objective": [{"kind": "grpo", "spread": "batch"}, {"kind": "reverse_kl_sampled"}],
+        "shaping": {"kind": "outcome_balance", "scope": "global", "denominator": "kept"},
+        "verifier": "graded_by_tokens",
+        "batch": {"prompts": 8, "group": 3, "micro": 4},
+        "evaluation": {"held_out": 1},
+        "checkpoint": {"every": 1},
+    }
+    whole_group = of_prompt("3+2=")
+    steady = Faulty(
+        application(served_model(kind=RowByRow)),
+        spared=0,
+        fault=lambda ids, path: "HTTP 400" if whole_group(ids) or is_lost(ids) else None,
+    )
+    with serving(steady) as running:
+        alone, both = (shared_recipe(folders, tmp_path, n, running.url, **changes) for n in ("alone", "both"))
+        history = execute(alone, quiet=True).history
+        answers = together(both, {})
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    assert answers[0]["weights"] == answers[1]["weights"]
+    assert_close(states(alone), states(both))
+    rows = list(zip(history, answers[0]["history"], strict=True))
+    assert any(mine.get("train/invalid") for mine, _ in rows)
+    for mine, theirs in rows:
+        assert mine.get("train/invalid") == theirs.get("train/invalid")
+        for name in ("train/reward", "train/positions", "train/sampled_tokens", "train/balance/kept", "train/loss"):
+            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "lost", "told"),
+    [
+        ({}, of_prompt("1+1="), "a process has none left"),
+        (FSDP2, of_prompt("1+1="), "a process has none left"),
+        (FSDP2, is_lost, "with FSDP2 every process needs equally many"),
+    ],
+)
+def test_processes_that_cannot_go_on_stop_together(environment, lost, told, folders, tmp_path):  # noqa: F811
+    server = Faulty(application(served_model()), spared=0, fault=lambda ids, path: "HTTP 400" if lost(ids) else None)
+    changes = {
+        "prompts": {"kind": "inline", "prompts": ["1+1=", "1+2=", "1+3="]},
+        "batch": {"prompts": 2, "group": 6 if lost is is_lost else 2, "micro": 4},
+        "evaluation": {"held_out": 1},
+    }
+    with serving(server) as running:
+        answers = together(shared_recipe(folders, tmp_path, "both", running.url, **changes), environment)
+    assert all(isinstance(answer, RunError) for answer in answers), answers
+    assert str(answers[0]) == str(answers[1])
+    assert told in str(answers[0])
+    assert "HTTP 400" in str(answers[0])
