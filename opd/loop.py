@@ -93,7 +93,7 @@ def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: M
     counts = [objective.position_weights(*of_each) for objective in now.recipe.objective]
     batch = MicroBatches(run, trajectories, measurement)
     for micro, here in batch:
-        with batch.fitting():
+        with batch.fitting(), run.optimiser.passes(batch.last):
             answers = [target.select(here) for target in targets]
             accumulate(run, now, micro, answers, [count[here] for count in counts], batch, clock, measurement)
     return trajectories

@@ -295,9 +295,15 @@ class Run:
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())
 
     def verify(self, trajectories: Trajectories) -> Trajectories:
-        """The trajectories with their rewards, compared within the step: the verifier's verdicts, and where there is
+        """A step's trajectories with their rewards, as `judged` gives them, compared over all processes, which must all
+        ask."""
+        judged = self.judged(trajectories)
+        return judged if judged.rewards is None else judged.rewarded(judged.rewards, self._spread(judged.rewards))
+
+    def judged(self, trajectories: Trajectories) -> Trajectories:
+        """The trajectories with their rewards, compared among themselves: the verifier's verdicts, and where there is
         none what the rollout gave; NaN where neither did. Without rewards when the recipe has no verifier and the
-        rollout sets none."""
+        rollout sets none. A process without trajectories need not ask."""
         own = trajectories.rewards
         if self.verifier is None and own is None:
             return trajectories
@@ -306,13 +312,22 @@ class Run:
             rewards = self.verifier.score(trajectories, self.student.outcomes(trajectories))
             rewards = rewards if own is None else torch.where(rewards.isnan(), own, rewards)
         assert rewards is not None
-        return trajectories.rewarded(rewards, self._spread(rewards))
+        return trajectories.rewarded(rewards, spread_of(sums_of(rewards)))
 
     def _spread(self, rewards: torch.Tensor) -> float:
-        known = rewards[~rewards.isnan()].double()
-        sums = torch.stack([known.sum(), known.square().sum(), torch.tensor(len(known)).double()])
-        total, squares, count = self.sum_over_processes(sums).tolist()
-        return max(0.0, squares / count - (total / count) ** 2) ** 0.5 if count else 0.0
+        return spread_of(self.sum_over_processes(sums_of(rewards)))
+
+
+def sums_of(rewards: torch.Tensor) -> torch.Tensor:
+    """float64 `[3]`: the sum of the known rewards, that of their squares, and their number."""
+    known = rewards[~rewards.isnan()].double()
+    return torch.stack([known.sum(), known.square().sum(), torch.tensor(len(known)).double()])
+
+
+def spread_of(sums: torch.Tensor) -> float:
+    """The standard deviation that `sums_of` some rewards say; 0 of none."""
+    total, squares, count = sums.tolist()
+    return max(0.0, squares / count - (total / count) ** 2) ** 0.5 if count else 0.0
 
 
 def _able(name: str, part: Any, able_to: str) -> Iterator[tuple[str, Any]]:

@@ -268,7 +268,7 @@ def test_two_processes_that_lost_rollouts_train_as_one(folders, tmp_path):  # no
     for mine, theirs in rows:
         assert mine.get("train/invalid") == theirs.get("train/invalid")
         for name in ("train/reward", "train/positions", "train/sampled_tokens", "train/balance/kept", "train/loss"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def measure(run: Measured, student: Student, at: Moment) -> HeldOut:
     items: dict[str, dict[str, float]] = {}
     teacher = judge(run)
     if prompts:
-        drawn = run.verify(at.sampler(prompts, settings.k, 1, stream=STREAM))
+        drawn = run.judged(at.sampler(prompts, settings.k, 1, stream=STREAM))
         sums |= outcomes(drawn)
         items["accuracy"] = by_prompt(drawn)
         for task in tasks:

@@ -82,7 +82,7 @@ class Measured(Protocol):
     def share(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """This process's part."""
 
-    def verify(self, trajectories: Trajectories) -> Trajectories:
+    def judged(self, trajectories: Trajectories) -> Trajectories:
         """The trajectories with their rewards, where there is a verifier."""
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor: ...
@@ -92,7 +92,7 @@ def roll_out(run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[P
     """`k` trajectories of each held-out prompt, with verdicts; unless the recipe says how long, as long as the student
     writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
-    return run.verify(sampler(prompts, k, at.settings.longest or own, stream=STREAM))
+    return run.judged(sampler(prompts, k, at.settings.longest or own, stream=STREAM))
 
 
 def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -111,14 +111,14 @@ class PlainOptimiser(Optimiser):
         module = extract_model_from_parallel(self.student.module)
         return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
+    def passes(self, last: bool) -> AbstractContextManager[None]:
+        # The forward pass decides whether the backward pass waits for other processes.
+        return nullcontext() if last else self.accelerator.no_sync(self.student.module)
+
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
         # Data parallelism averages over processes while the denominator is already global.
         total = torch.stack([loss.total for loss in losses]).sum() * self.accelerator.num_processes
-        if last:
-            self.accelerator.backward(total)
-        else:
-            with self.accelerator.no_sync(self.student.module):
-                self.accelerator.backward(total)
+        self.accelerator.backward(total)
 
     def discard(self) -> None:
         self.optimizer.zero_grad()
