@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -93,10 +94,16 @@ def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: M
     counts = [objective.position_weights(*of_each) for objective in now.recipe.objective]
     batch = MicroBatches(run, trajectories, measurement)
     for micro, here in batch:
-        with batch.fitting(), run.optimiser.passes(batch.last):
+        with batch.fitting(), apart(run, batch.last):
             answers = [target.select(here) for target in targets]
             accumulate(run, now, micro, answers, [count[here] for count in counts], batch, clock, measurement)
     return trajectories
+
+
+def apart(run: Run, last: bool) -> AbstractContextManager[None]:
+    """Around all passes of one micro-batch: processes average their gradients in a step's `last` one alone, as they may
+    have different numbers of them. The forward pass decides already whether the backward pass waits for others."""
+    return nullcontext() if last else run.accelerator.no_sync(run.student.module)
 
 
 def move(run: Run, now: Now, measurement: Measurement) -> dict[str, float]:

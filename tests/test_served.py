@@ -21,7 +21,7 @@ from opd.recipe import load_recipe, parse_recipe
 from opd.remote.client import Client, Job, RequestError, read_json
 from opd.remote.dialects import VLLM, OpenAI, SGLang
 from opd.server import Limits
-from opd.server.serving import application, checked_token
+from opd.server.serving import checked_token
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.served import LiveServedTeacher, ServedTeacher
 from tests.conftest import said, save_tiny, trajectories_of
@@ -344,43 +344,3 @@ def test_the_shipped_recipe_is_planned_without_its_server():
     found = make_plan(load_recipe("qwen3_8b_served_to_1p7b"))
     assert not found.teachers
     assert any("takes no memory here" in note for note in found.notes)
-
-
-def test_both_commands_work_together(folders, tmp_path, monkeypatch):
-    """`opd serve` in a process of its own, and `opd train` with a recipe in YAML."""
-    import os
-    import re
-    import subprocess
-    import sys
-
-    import yaml
-
-    from opd.cli import main
-
-    student, teacher = folders
-    command = [sys.executable, "-m", "opd", "serve", teacher, "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        line = process.stdout.readline()
-        url = re.search(r"at (http://127\.0\.0\.1:\d+) ", line).group(1)
-        recipe = {
-            "student": {"model": student, "template": "plain"},
-            "teacher": {"kind": "served", "url": url},
-            "prompts": {"kind": "inline", "prompts": TEXTS},
-            "steps": 2,
-            "rollout": {"max_new_tokens": 6},
-            "batch": {"prompts": 2, "micro": 2},
-            "hardware": {"device": "cpu", "threads": 1},
-            "evaluation": {"held_out": 2, "samples": 1},
-            "tracking": {"trackers": []},
-            "output": str(tmp_path / "run"),
-        }
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        monkeypatch.setattr("sys.argv", ["opd", "train", str(tmp_path / "recipe.yaml"), "--quiet"])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert not ended.value.code
-        assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
-    finally:
-        process.terminate()
-        process.wait(20)

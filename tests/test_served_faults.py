@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from typing import Literal
@@ -27,11 +22,11 @@ from opd.rollouts.student import StudentRollout
 from opd.server.serving import application
 from opd.teachers.served import LiveServedTeacher
 from opd.verifiers import Scorer, Verifier
-from tests.conftest import character_tokenizer, said, save_tiny, trajectories_of
+from tests.conftest import character_tokenizer, said, trajectories_of
 from tests.processes import together
-from tests.serving import LASTING, PASSING, Faulty, RowByRow, Running, fault_of, is_lost, served_model, serving
+from tests.serving import LASTING, PASSING, Faulty, RowByRow, fault_of, is_lost, served_model, serving
 from tests.test_loop import recipe_for
-from tests.test_served import CONTEXT, folders, losses, run, teacher_at, weights_of  # noqa: F401
+from tests.test_served import CONTEXT, TEXTS, folders, losses, run, teacher_at, weights_of  # noqa: F401
 from tests.test_sharding import FSDP2, assert_close, states
 
 TOP_K = {"kind": "served", "dialect": "vllm", "answers": "top_k", "top_k": 5, "retries": 3, "backoff": 0.01}
@@ -123,6 +118,28 @@ def test_a_rollout_whose_request_failed_is_in_nothing(teacher, folders, tmp_path
     met = Counter(faulty.met)
     assert sum(round(share * 16) for share in invalid(broken)) <= sum(met[fault] for fault in sum(LASTING.values(), ()))
     assert len(met) >= 5, met
+
+
+def test_a_run_stops_when_too_many_rollouts_go_without_an_answer(folders, tmp_path):  # noqa: F811
+    class Dying(Faulty):
+        async def __call__(self, scope, receive, send):
+            if scope["type"] == "http" and scope["path"] == "/v1/completions":
+                self.spared -= 1
+                if self.spared < 0:
+                    scope = {**scope, "path": "/gone"}
+            return await self.app(scope, receive, send)
+
+    teacher = {"kind": "served", "dialect": "vllm", "answers": "top_k", "top_k": 5, "retries": 0}
+    with serving(Dying(application(served_model()), 1 + 4)) as running, pytest.raises(RunError) as told:
+        run(
+            tmp_path / "run",
+            folders[0],
+            {**teacher, "url": running.url},
+            self_test=False,
+            steps=8,
+        )
+    assert "got no answer of their teacher" in str(told.value)
+    assert "HTTP 404" in str(told.value)
 
 
 REASONS = {"infinite": "NaN", "always cut off": "not safetensors"}
@@ -275,7 +292,6 @@ def test_two_processes_that_lost_rollouts_train_as_one(folders, tmp_path):  # no
     ("environment", "lost", "told"),
     [
         ({}, of_prompt("1+1="), "a process has none left"),
-        (FSDP2, of_prompt("1+1="), "a process has none left"),
         (FSDP2, is_lost, "with FSDP2 every process needs equally many"),
     ],
 )
@@ -292,3 +308,59 @@ def test_processes_that_cannot_go_on_stop_together(environment, lost, told, fold
     assert str(answers[0]) == str(answers[1])
     assert told in str(answers[0])
     assert "HTTP 400" in str(answers[0])
+
+
+def test_ids_that_the_served_model_lacks_lose_one_rollout():
+    prompts = [Prompt(f"p{i}", {"prompt": "a"}) for i in range(4)]
+    trajectories = trajectories_of([3, 4, 5, 2], prompts=prompts)
+    trajectories.actions[4] = 60
+    with serving(application(served_model())) as running:
+        for answers in ({}, {"dialect": "vllm", "answers": "top_k", "top_k": 4}):
+            teacher = teacher_at(running.url, batch=4, **answers)
+            (target,) = teacher.answer(trajectories, teacher.settings, CONTEXT)
+            assert target.missing.tolist() == [False] * 3 + [True] * 4 + [False] * 7
+            assert teacher.failures() == {"HTTP 400": 1}
+
+
+def test_prompts_with_ids_that_the_served_model_lacks_are_refused_at_the_start():
+    with serving(application(served_model(vocabulary=46))) as running:
+        teacher = teacher_at(running.url)
+        teacher.check_prompts([Prompt("p", {"prompt": "ab"})])
+        with pytest.raises(DataError, match=r"'p' has the id 46 for the teacher, .* ends at 45: .*teacher\.tokenizer"):
+            teacher.check_prompts([Prompt("p", {"prompt": "a#"})])
+
+
+def test_a_recipe_is_checked_without_its_server(folders, tmp_path, monkeypatch, capsys):  # noqa: F811
+    recipe = {
+        "student": {"model": folders[0], "template": "plain"},
+        "teacher": {"kind": "served", "url": "http://127.0.0.1:9"},
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "evaluation": {"held_out": 2},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("sys.argv", ["opd", "check", str(tmp_path / "recipe.yaml")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "asked over HTTP" in "".join(capsys.readouterr())
+
+
+def test_what_was_lost_counts_after_a_run_is_resumed(folders, tmp_path):  # noqa: F811
+    """Half of each step: 12 %, 25 % and 37 % of four steps, and 50 % at the fourth."""
+    lost = of_prompt("1+1=")
+    server = Faulty(application(served_model()), spared=0, fault=lambda ids, path: "HTTP 400" if lost(ids) else None)
+    changes = {
+        "prompts": {"kind": "inline", "prompts": ["1+1=", "1+2=", "1+3="]},
+        "batch": {"prompts": 2, "group": 2, "micro": 4},
+        "evaluation": {"held_out": 1},
+        "checkpoint": {"every": 1},
+        "failures": {"max_invalid": 0.4, "invalid_over": 4},
+    }
+    with serving(server) as running:
+        first, rest = (shared_recipe(folders, tmp_path, "run", running.url, **changes, steps=n) for n in (2, 6))
+        execute(first, quiet=True)
+        with pytest.raises(RunError, match=r"step 4: 50% of its rollouts .*, and 50% of the last 4 steps'"):
+            execute(rest, resume=True, quiet=True)
+        server.fault = lambda ids, path: None
+        assert execute(rest, resume=True, quiet=True).summary["steps"] == 6

@@ -318,7 +318,8 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
                 for part in parts
             ]
             alone: list[Sequence[int]] = []
-            for part, found in zip(parts, self.client.ask_all(jobs), strict=True):
+            answers = self.client.ask_all(jobs)
+            for part, found in zip(parts, answers, strict=True):
                 if not isinstance(found, RequestError):
                     for i, hidden in zip(part, torch.split(found, [len(completions[i]) for i in part]), strict=True):
                         rows[i] = (hidden,)

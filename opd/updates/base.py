@@ -32,15 +32,10 @@ class Optimiser(ABC):
     takes_empty: bool = False
     writes_rollouts: bool = True
 
-    def passes(self, last: bool) -> AbstractContextManager[None]:
-        """Around all passes of one micro-batch, forward and backward; `last` marks the final one of the step: processes
-        meet there and nowhere before, as they may have different numbers of micro-batches."""
-        return nullcontext()
-
     @abstractmethod
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
-        """Backward of the sum of one micro-batch's losses, in its `passes`; `last` marks the final one of the step:
-        gradients are synchronised then."""
+        """Backward of the sum of one micro-batch's losses; `last` marks the final one of the step: gradients are
+        synchronised then."""
 
     @abstractmethod
     def discard(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
@@ -110,10 +110,6 @@ class PlainOptimiser(Optimiser):
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         module = extract_model_from_parallel(self.student.module)
         return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-
-    def passes(self, last: bool) -> AbstractContextManager[None]:
-        # The forward pass decides whether the backward pass waits for other processes.
-        return nullcontext() if last else self.accelerator.no_sync(self.student.module)
 
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
         # Data parallelism averages over processes while the denominator is already global.
