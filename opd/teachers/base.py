@@ -169,9 +169,7 @@ class Fails(Protocol):
         """How often, by reason."""
 
 
-def reasons(
-    parts: Sequence[Fails], gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list
-) -> str:
+def reasons(parts: Sequence[Fails], gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list) -> str:
     """Why trajectories were lost so far, the commonest reason first; with `gather`, which brings lists of all processes
     together, on any of them."""
     counts: Counter[str] = Counter()
