@@ -124,14 +124,14 @@ def run(folder: Path, folders: dict[str, Path], seed: int, served: bool, **chang
         **changes,
     }
     student = {"model": str(folders["student"]), "freeze": ["embed_tokens"]}
-    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()]
+    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=str(DATA)).rows()]
     return opd.distill(student, teacher, prompts, quiet=True, overwrite=True, **settings).history
 
 
 def measured(folder: Path, folders: dict[str, Path]) -> dict[str, float]:
     """A trained student against the teacher in this process, on the same held-out prompts with the same draws."""
     student = {"model": str(folder / "student")}
-    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()]
+    prompts = [str(row["prompt"]) for _, row in FilePrompts(path=str(DATA)).rows()]
     with tempfile.TemporaryDirectory() as place:
         result = opd.distill(
             student,
@@ -188,7 +188,7 @@ def speed(folders: dict[str, Path], place: Path) -> dict[str, Any]:
     language, half = (
         LanguageModel.load(ModelSettings(model=name, dtype=dtype), device) for dtype in ("float32", "bfloat16")
     )
-    texts = [str(row["prompt"]) for _, row in FilePrompts(path=DATA).rows()][:ROWS]
+    texts = [str(row["prompt"]) for _, row in FilePrompts(path=str(DATA)).rows()][:ROWS]
     contexts = [language.encode(Prompt(str(i), {"prompt": text})) for i, text in enumerate(texts)]
     context = Context(device, agreed=Tokens())
     drawing = Drawing(context)

@@ -258,6 +258,16 @@ def test_the_shaping_counts_less_where_the_teacher_is_unsure(together):
         shaper(None, targets * 2, made, settings)
 
 
+def test_the_engine_writes_with_a_copy_that_follows(theirs, models, tmp_path):
+    result, _, run = trained(tmp_path / "run", models, **named("Engine"))
+    records = steps_of(result)
+    copied = [record["train/engine/copied"] for record in records]
+    assert copied == sorted(set(copied))
+    # A copy that had stayed behind would be farther off at each step.
+    assert all(0 < record["train/rollout_gap"] < 0.1 for record in records)
+    assert run.rollout.writer.copy is None
+
+
 def test_the_signal_of_compatibility_says_where_they_part(theirs, models, tmp_path):
     result, _, run = trained(tmp_path / "run", models, **named("Compatibility"))
     assert all(0 < record["train/likeness"] <= 1 for record in steps_of(result))

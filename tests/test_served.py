@@ -291,7 +291,8 @@ def test_requests_beyond_the_limits_are_refused():
             ({"prompt": [[3, 4]] * 3, "prompt_logprobs": 1}, 400, "may have 2"),
             ({"prompt": [3, 99], "prompt_logprobs": 1}, 400, "id 99"),
             ({"prompt": [3, 4], "prompt_logprobs": 4}, 400, "--max-logprobs"),
-            ({"prompt": [3, 4]}, 400, "scores and writes nothing"),
+            ({"prompt": [3, 4], "echo": True}, 400, "echo without logprobs"),
+            ({"prompt": [3, 4], "max_tokens": 7}, 400, "--max-model-len"),
             ({"prompt": [3, 4] * 2000, "prompt_logprobs": 1}, 413, "2000 bytes"),
             ({"prompt": "ab", "prompt_logprobs": 1}, 200, ""),
         ]:

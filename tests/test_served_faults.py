@@ -138,7 +138,7 @@ def test_a_run_stops_when_too_many_rollouts_go_without_an_answer(folders, tmp_pa
             self_test=False,
             steps=8,
         )
-    assert "got no answer of their teacher" in str(told.value)
+    assert "rollouts were lost" in str(told.value)
     assert "HTTP 404" in str(told.value)
 
 

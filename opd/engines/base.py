@@ -11,7 +11,8 @@ import torch
 
 from opd.choice import Choice
 from opd.context import Context
-from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row
+from opd.planning import Shape
 from opd.prompts import Prompt
 
 
@@ -24,6 +25,7 @@ class Pending:
     budget: int
     seeds: Sequence[int]
     drawing: Drawing
+    ended: Ended | None = None
 
 
 class Writer(ABC):
@@ -50,6 +52,7 @@ class Writer(ABC):
         seeds: Sequence[int],
         drawing: Drawing,
         looker: Looker | None = None,
+        ended: Ended | None = None,
     ) -> list[Row]:
         """As `Engine.sample`, from the student's weights as they are now, or where that was begun before from those of
         then. Rows that could not be written are `lost`. All processes call.
@@ -88,6 +91,10 @@ class RolloutEngine(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "engine"
+
+    @abstractmethod
+    def told(self, student: Shape) -> str:
+        """What a plan says of it, in a line."""
 
     @abstractmethod
     def build(self, language: Engine, budget: int, context: Context) -> Writer:

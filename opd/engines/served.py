@@ -7,7 +7,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
@@ -21,12 +21,13 @@ from opd.context import Context
 from opd.distributions import TopK
 from opd.engines.base import Pending, RolloutEngine, Writer
 from opd.errors import RESUME, IncompatibleError, ModelError, OpdError, RunError
-from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Written, ids_of, same_prompt
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Written, ids_of, same_prompt
 from opd.language.engines.in_process import InProcess
 from opd.language.identity import PROBE
 from opd.language.own_outputs import TOLERANCE
 from opd.language.saving import is_adapted, merged, write_weights
 from opd.language.tokens import tokens_of
+from opd.planning import Shape, bytes_text
 from opd.prompts import Prompt
 from opd.remote.client import Job, RequestError
 from opd.remote.settings import Reached
@@ -103,6 +104,14 @@ class ServedEngine(Reached, RolloutEngine):
         if self.sleep and self.overlap:
             raise ValueError("sleep and overlap: a server that sleeps while the student trains cannot write; set one")
         return self
+
+    def told(self, student: Shape) -> str:
+        adapter = self.weights == "adapter" or (self.weights == "auto" and student.trainable < student.parameters / 10)
+        size = student.trainable * student.size if adapter else student.weight_bytes
+        return (
+            f"{', '.join(self.url)}: completions are asked for over HTTP and take no memory here; after a step the "
+            f"server reads {bytes_text(size)} of weights from {self.folder or 'a temporary folder'}"
+        )
 
     def build(self, language: Engine, budget: int, context: Context) -> ServedWriter:
         if not isinstance(language, InProcess):
@@ -352,8 +361,9 @@ class ServedWriter(Writer):
         seeds: Sequence[int],
         drawing: Drawing,
         looker: Looker | None = None,
+        ended: Ended | None = None,
     ) -> list[Row]:
-        asked = Pending(contexts, group, budget, seeds, drawing)
+        asked = Pending(contexts, group, budget, seeds, drawing, ended)
         self._check_cuts(drawing)
         found = self._taken(asked) if looker is None else None
         for _ in range(AGAIN + 1):
@@ -395,10 +405,19 @@ class ServedWriter(Writer):
         """All rows, from whatever weights the server has; reads the student in no way, so a thread may do it."""
         starts = [ids_of(context).tolist() for context in asked.contexts for _ in range(asked.group)]
         if looker is None:
-            answers = self._ask_for(starts, [asked.budget] * len(starts), asked.seeds, asked.drawing, 0)
-            rows = [self._row(each, asked.drawing) for each in answers]
+            rows = [LOST] * len(starts)
+
+            def told(place: int, found: Drawn | RequestError) -> None:
+                rows[place] = self._row(found, asked.drawing)
+                if asked.ended is not None and not rows[place].lost:
+                    asked.ended(place, rows[place])
+
+            self._ask_for(starts, [asked.budget] * len(starts), asked.seeds, asked.drawing, 0, told)
         else:
             rows = Segments(self, asked, starts, looker).rows()
+            if asked.ended is not None:
+                for place in (i for i, row in enumerate(rows) if not row.lost):
+                    asked.ended(place, rows[place])
         return Wrote(rows, not self._still())
 
     def _still(self) -> bool:
@@ -406,7 +425,13 @@ class ServedWriter(Writer):
         return not self._labels or self._holds()
 
     def _ask_for(
-        self, texts: Sequence[list[int]], budgets: Sequence[int], seeds: Sequence[int], drawing: Drawing, k: int
+        self,
+        texts: Sequence[list[int]],
+        budgets: Sequence[int],
+        seeds: Sequence[int],
+        drawing: Drawing,
+        k: int,
+        told: Callable[[int, Drawn | RequestError], None] | None = None,
     ) -> list[Drawn | RequestError]:
         ends = tokens_of(drawing.context).end_ids
         draws = Draws(drawing.context.temperature, drawing.top_p, drawing.top_k, tuple(ends))
@@ -414,7 +439,8 @@ class ServedWriter(Writer):
             [
                 write_job(self.model, ids, budget, seed % SEED, draws, k)
                 for ids, budget, seed in zip(texts, budgets, seeds, strict=True)
-            ]
+            ],
+            told,
         )
 
     def _row(self, found: Drawn | RequestError, drawing: Drawing) -> Row:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
@@ -13,6 +16,7 @@ from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
+from opd.remote.launch import FOLDER, servers_of, started
 from opd.rollouts import Request, Rollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.teacher import TeacherRollout
@@ -44,6 +48,19 @@ def sample(
     Raises:
         OpdError: when the store was begun with other settings, or the recipe samples nothing.
     """
+    logs = path.with_name(f"{path.name}-{FOLDER}")
+    with started(servers_of(recipe.rollout, logs, "rollout"), partial(_told, quiet)):
+        return _sampled(recipe, path, draws, prompts_per_shard, quiet)
+
+
+@contextmanager
+def _told(quiet: bool, text: str) -> Iterator[None]:
+    if not quiet:
+        print(f"opd: {text}", file=sys.stderr)
+    yield
+
+
+def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, quiet: bool) -> Store:
     if isinstance(recipe.rollout, StoredRollout):
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
@@ -106,6 +123,7 @@ def sample(
                 store.write(shard, written)
 
     work_through(store.missing(), store.header.shards, write, "sampling", quiet)
+    source.close()
     tidy(store.shard_path(0).parent)
     return store
 

@@ -16,7 +16,7 @@ from opd.context import Context
 from opd.engines import Pending, Writer
 from opd.errors import RunError
 from opd.hardware import fast_in_bf16
-from opd.language.engines.base import Drawing, EncodedPrompt, Row, followed_by
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Row, followed_by
 from opd.language.engines.in_process import InProcess
 from opd.language.own_outputs import TOLERANCE, check_draws, check_written, compute_dtype
 from opd.language.watching import SEGMENT, Watching
@@ -31,6 +31,7 @@ from opd.watches import LiveWatch, Watch
 
 if TYPE_CHECKING:
     from opd.policies import Student
+    from opd.teachers import LiveTeacher
 
 
 class SamplingSettings(Settings):
@@ -79,6 +80,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         sees: column with the writer's view of a prompt; default the student's.
         watch: sees the rows while they are written.
         writer: who draws in place of the model in this process.
+        listeners: teachers who are told of every trajectory of training as soon as it is written.
     """
 
     def __init__(
@@ -92,8 +94,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         sees: str | None = None,
         watch: LiveWatch | None = None,
         writer: Writer | None = None,
+        listeners: Sequence[LiveTeacher] = (),
     ):
-        self.language, self.watch, self.writer = language, watch, writer
+        self.language, self.watch, self.writer, self.listeners = language, watch, writer, listeners
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
         own = next(language.parameters()).dtype
@@ -187,14 +190,29 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         of = (request.context.seed, request.stream)
         seeds = [row_seed(*of, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
         drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch)
-        return own, Pending(views, members, request.budget, seeds, drawing)
+        ended = self._telling(of_rows) if begun is None and request.stream >= 0 else None
+        return own, Pending(views, members, request.budget, seeds, drawing, ended)
+
+    def _telling(self, prompts: Sequence[Prompt]) -> Ended | None:
+        """What tells the teachers of the rows of these prompts. A row that goes on from another is no trajectory yet,
+        and of those that are measured a teacher need not be asked."""
+        if not self.listeners:
+            return None
+
+        def told(index: int, row: Row) -> None:
+            for teacher in self.listeners:
+                teacher.expect(prompts[index], row.actions)
+
+        return told
 
     def _sampled(self, request: Request[SamplingSettings]) -> Trajectories:
         prompts, group = request.prompts, request.group
         own, asked = self._asked(request)
         of_rows = [prompt for prompt in prompts for _ in range(group)]
         watching = self._watching(request, of_rows, [view for view in asked.contexts for _ in range(asked.group)])
-        rows = self.engine().sample(asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing, watching)
+        rows = self.engine().sample(
+            asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing, watching, asked.ended
+        )
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "

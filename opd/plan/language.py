@@ -12,6 +12,7 @@ import torch
 from opd.assembly import check_ids
 from opd.choice import nested
 from opd.distributions import Distribution
+from opd.engines import RolloutEngine
 from opd.errors import DataError, ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.cpu.packing import common_beginning
@@ -105,6 +106,7 @@ def plan_language(recipe: Recipe) -> Plan:
     teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
     check_ids(recipe, min(shape.vocabulary for shape in (student, *(s for _, shapes in teachers for s in shapes))))
     notes += [f"{each.told()}; it is not started here" for each in servers_of(recipe, recipe.directory / FOLDER)]
+    notes += [part.told(student) for part in nested(recipe.rollout) if isinstance(part, RolloutEngine)]
     asked = [shapes for _, shapes in teachers if shapes]
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
@@ -241,8 +243,12 @@ def _memory(
     drawn = max(recipe.batch.prompts * recipe.batch.group, recipe.evaluation.held_out * recipe.evaluation.k)
     # Samplers of several sources, and of evaluations, work one after the other.
     rollout = max(
-        _sampling(settings, shape, device, drawn, longest) + _watching(settings, teachers, drawn, prompt + completion)
-        for settings, shape in samplers
+        (
+            _sampling(settings, shape, device, drawn, longest)
+            + _watching(settings, teachers, drawn, prompt + completion)
+            for settings, shape in samplers
+        ),
+        default=0,
     )
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
@@ -257,7 +263,7 @@ def _memory(
 
 def _samplers(recipe: Recipe, student: Shape, teachers: Sequence[Members]) -> Iterator[tuple[Sampling, Shape]]:
     """Who writes, with which settings: every source of the rollout, and the student for evaluations."""
-    own = False
+    own = any(isinstance(part, RolloutEngine) for part in nested(recipe.rollout))
     for settings, shape in recipe.rollout.samplers(student, teachers):
         own = own or (settings is recipe.rollout and shape is student)
         yield settings, shape

@@ -9,6 +9,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
@@ -111,15 +112,25 @@ class Client:
             raise found
         return found
 
-    def ask_all(self, jobs: Sequence[Job[T]]) -> list[T | RequestError]:
-        """The answers, in order; in the place of one that did not come, why."""
+    def submit(self, job: Job[T]) -> Future[T | RequestError]:
+        """The answer to come, or why none did."""
+        work = self._tried(job, None)
+        return asyncio.run_coroutine_threadsafe(work, self._running())
+
+    def ask_all(
+        self, jobs: Sequence[Job[T]], told: Callable[[int, T | RequestError], None] | None = None
+    ) -> list[T | RequestError]:
+        """The answers, in order; in the place of one that did not come, why. `told` hears of each as it comes, with its
+        place, in the background."""
+
+        async def one(place: int, job: Job[T]) -> T | RequestError:
+            found: T | RequestError = await self._tried(job, None)
+            if told is not None:
+                told(place, found)
+            return found
 
         async def together() -> list[T | RequestError]:
-            tries: list[Coroutine[Any, Any, T | RequestError]] = []
-            for job in jobs:
-                work = self._tried(job, None)
-                tries.append(work)
-            return list(await asyncio.gather(*tries))
+            return list(await asyncio.gather(*(one(place, job) for place, job in enumerate(jobs))))
 
         work = together()
         return self._run(work)
@@ -134,12 +145,16 @@ class Client:
             loop.call_soon_threadsafe(loop.stop)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._running()).result()
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        """The thread's loop."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, name="opd-teacher", daemon=True).start()
                 asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return self._loop
 
     async def _open(self) -> None:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}

@@ -137,6 +137,19 @@ MEANINGS = {
     "train/code/": Meaning(
         "programs", "share of programs", "that met their time, their memory, or were stopped for something else"
     ),
+    "train/engine/staleness": Meaning(
+        "engine: age of the weights", "steps", "behind those that learn, of what was written ahead", "lower"
+    ),
+    "train/engine/score_gap": Meaning(
+        "engine: gap after the weights were sent", "nats a token", "of a few tokens behind a known text", "lower"
+    ),
+    "train/engine/push_seconds": Meaning("engine: time of sending weights", "s", "", "lower"),
+    "train/engine/pushes": Meaning("engine: times that weights were sent"),
+    "train/engine/waited": Meaning("engine: wait for what was written ahead", "s", "", "lower"),
+    "train/engine/rewritten": Meaning(
+        "engine: rows written anew", "rows", "since other weights than the student's had written them", "lower"
+    ),
+    "train/engine/retried": Meaning("engine: requests tried again", "", "", "lower"),
     "train/rollout_gap": Meaning(
         "rollout gap",
         "nats a token",

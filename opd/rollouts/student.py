@@ -56,4 +56,5 @@ class StudentRollout(SamplingSettings, OneSource):
         writer = None if self.engine is None else self.engine.build(language, self.longest, context)
         if writer is not None:
             writer.check_teachers([teacher.settings for teacher in teachers])
-        return LanguageRollout(language, self, context, watch=watch, writer=writer)
+        early = [teacher for teacher in teachers if getattr(teacher, "early", False)]
+        return LanguageRollout(language, self, context, watch=watch, writer=writer, listeners=early)

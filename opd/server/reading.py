@@ -56,18 +56,18 @@ class Completion(BaseModel):
     )
     ignore_eos: bool = Field(False, description="Let no ids end it but those in stop_token_ids")
     n: int = Field(1, ge=1, description="1")
-    best_of: int | None = None
-    suffix: str | None = None
-    stream: bool | None = None
-    stop: str | list[str] | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    min_tokens: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    best_of: int | None = Field(None, description="1")
+    suffix: str | None = Field(None, description="Refused")
+    stream: bool | None = Field(None, description="false")
+    stop: str | list[str] | None = Field(None, description="Refused")
+    logit_bias: dict[str, float] | None = Field(None, description="Refused")
+    allowed_token_ids: list[int] | None = Field(None, description="Refused")
+    bad_words: list[str] | None = Field(None, description="Refused")
+    min_tokens: int | None = Field(None, description="0")
+    min_p: float | None = Field(None, description="0")
+    repetition_penalty: float | None = Field(None, description="1")
+    presence_penalty: float | None = Field(None, description="0")
+    frequency_penalty: float | None = Field(None, description="0")
 
     @property
     def scores(self) -> bool:

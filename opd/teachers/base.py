@@ -92,6 +92,13 @@ class LiveTeacher(ABC, Generic[S]):
         """
         raise answers_whole_texts_alone(self.settings)
 
+    early: bool = False
+    """Whether `expect` begins something."""
+
+    def expect(self, prompt: Prompt, actions: torch.Tensor) -> None:
+        """Told, from whatever thread, of a trajectory about which `answer` will probably ask, int64 `[T]`, as soon as
+        it is written: a teacher elsewhere can begin while others are written."""
+
     def failures(self) -> dict[str, int]:
         """How often it was asked in vain since it was built, by reason; empty for one that answers always."""
         return {}

@@ -178,6 +178,13 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
         each = [joined_targets(said, positions) for said in zip(*parts.values(), strict=True)]
         return [replace(target, teacher=settings.name) for target in each]
 
+    @property
+    def early(self) -> bool:  # type: ignore[override]
+        return any(member.early for member in self.members().values())
+
+    def expect(self, prompt: Prompt, actions: torch.Tensor) -> None:
+        self.members()[self.route(prompt)].expect(prompt, actions)
+
     def failures(self) -> dict[str, int]:
         counts: Counter[str] = Counter()
         for route in self.routes.values():

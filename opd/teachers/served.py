@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -23,7 +25,7 @@ from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.remote.client import Job, RequestError
-from opd.remote.dialects import Dialect
+from opd.remote.dialects import Dialect, Scored
 from opd.remote.exact import WireDtype, head_job, score_job
 from opd.remote.launch import ended_at
 from opd.remote.settings import Reached
@@ -35,6 +37,9 @@ KINDS: dict[str, type[Distribution]] = {"exact": Categorical, "top_k": TopK, "sa
 """The distribution that each kind of answer is."""
 
 T = TypeVar("T")
+
+Text = tuple[tuple[int, ...], tuple[int, ...]]
+"""Ids of a prompt as the teacher reads it, and of what was written behind it."""
 
 
 class ServedTeacher(Reached, Teacher):
@@ -132,6 +137,8 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         reader.owner = f"the teacher {settings.name or settings.model or settings.url[0]}"
         self.client = settings.client(seed)
         self.failed: Counter[str] = Counter()
+        self._expected: dict[Text, tuple[int, Future[Scored | RequestError]]] = {}
+        self._turn, self._lock = 0, threading.Lock()
         self._notes: list[str] = []
         self.found = self._replicas()
         self.answers = KINDS[self._kind_of_answers()]
@@ -280,6 +287,36 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
 
     # -- at every step ---------------------------------------------------------------------------------------------
 
+    @property
+    def early(self) -> bool:  # type: ignore[override]
+        # Whole distributions are asked for in batches that only the step knows.
+        return self.head is None
+
+    def expect(self, prompt: Prompt, actions: torch.Tensor) -> None:
+        context, completion = ids_of(self.reader.encode(prompt, self.settings.sees)).tolist(), actions.tolist()
+        if self.early and completion:
+            begun: Future[Scored | RequestError] = self.client.submit(self._job(context, completion))
+            with self._lock:
+                self._expected[tuple(context), tuple(completion)] = (self._turn, begun)
+
+    def _job(self, context: list[int], completion: list[int]) -> Job[Scored]:
+        assert self.dialect is not None
+        return self.dialect.job(self.found.model, context + completion, len(context), self.k)
+
+    def _of(self, contexts: Sequence[list[int]], completions: Sequence[list[int]]) -> list[Scored | RequestError]:
+        """The answers about these, in order; what was asked before is waited for."""
+        keys = [(tuple(context), tuple(completion)) for context, completion in zip(contexts, completions, strict=True)]
+        with self._lock:
+            early = [self._expected.pop(key, None) for key in keys]
+            # Written and never asked about, as rows that were written anew; those of the next step may be there.
+            for key in [key for key, (turn, _) in self._expected.items() if turn < self._turn]:
+                self._expected.pop(key)[1].cancel()
+            self._turn += 1
+        jobs = [self._job(contexts[i], completions[i]) for i, one in enumerate(early) if one is None]
+        answers: list[Scored | RequestError] = self.client.ask_all(jobs)
+        asked = iter(answers)
+        return [next(asked) if one is None else one[1].result() for one in early]
+
     @torch.no_grad()
     def answer(self, trajectories: Trajectories, settings: ServedTeacher, context: Context) -> list[Target]:
         contexts = [ids_of(self.reader.encode(p, settings.sees)).tolist() for p in trajectories.prompts]
@@ -338,16 +375,13 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
     ) -> tuple[list[tuple[torch.Tensor, ...]], set[int]]:
         """float32 `[T]`, int64 `[T, K]` and float32 `[T, K]` of each trajectory, as `Scored` has them, and those that
         got none."""
-        assert self.dialect is not None
         vocabulary, k = tokens_of(context).vocabulary, self.k
-        model, ask = self.found.model, self.dialect
-        jobs = [ask.job(model, contexts[i] + completions[i], len(contexts[i]), k) for i in asked]
         rows: list[tuple[torch.Tensor, ...]] = [
             (torch.full((len(c),), torch.nan), torch.zeros(len(c), k).long(), torch.full((len(c), k), torch.nan))
             for c in completions
         ]
         lost: set[int] = set()
-        answers = self.client.ask_all(jobs)
+        answers = self._of([contexts[i] for i in asked], [completions[i] for i in asked])
         for i, found in zip(asked, answers, strict=True):
             if not isinstance(found, RequestError) and bool(vocabulary.outside(found.ids).any()):
                 found = RequestError("ids that the student lacks", "among the likeliest")

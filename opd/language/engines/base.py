@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -145,6 +145,10 @@ class Look(ABC):
         """Every row is as long as it gets."""
 
 
+Ended = Callable[[int, Row], None]
+"""Told of a row by its index among all that were asked for, perhaps from another thread."""
+
+
 class Scorer(ABC):
     """Scores completions as they grow, without gradient; B rows, each begun by its prompt."""
 
@@ -198,6 +202,7 @@ class Engine(ABC):
         seeds: Sequence[int],
         drawing: Drawing,
         looker: Looker | None = None,
+        ended: Ended | None = None,
     ) -> list[Row]:
         """`group` completions of each prompt, neighbours those of one, from the weights as they are now.
 
@@ -205,6 +210,7 @@ class Engine(ABC):
             budget: most tokens of one.
             seeds: of each row; its draws depend on its own seed and on nothing else.
             looker: sees the rows between segments and may end some.
+            ended: hears of every row when it is as long as it gets.
         """
 
     @abstractmethod

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
-from opd.language.engines.base import Drawing, EncodedPrompt, Engine, Looker, Row, Scorer
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Scorer
 from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
@@ -168,6 +168,7 @@ class InProcess(torch.nn.Module, Engine):
         seeds: Sequence[int],
         drawing: Drawing,
         looker: Looker | None = None,
+        ended: Ended | None = None,
     ) -> list[Row]:
         # Prompts of one length share a batch with little padding; the order of the result is that of the prompts.
         waiting = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
@@ -185,7 +186,11 @@ class InProcess(torch.nn.Module, Engine):
                         now, waiting = waiting[:joining], waiting[joining:]
                         rows = [i * group + g for i in now for g in range(group)]
                         batches.begin(rows, [contexts[i] for i in now], [seeds[r] for r in rows])
-                    found |= batches.extend(len(waiting) * group)
+                    done = batches.extend(len(waiting) * group)
+                    found |= done
+                    if ended is not None:
+                        for index, row in done.items():
+                            ended(index, row)
         return [found[i] for i in range(len(found))]
 
     @torch.no_grad()

@@ -1,0 +1,205 @@
+"""Against a real vLLM: `make test-engines`, which installs its build for CPUs. Skipped where OPD_VLLM names no Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+import opd
+from benchmarks.engines import ENVIRONMENT, PORTS, SERVING, models, run, serving, start
+from opd.remote.launch import _running
+
+PYTHON = os.environ.get("OPD_VLLM")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM: make test-engines")
+
+ROUNDING = 0.15
+"""Nats a token by which a server in bfloat16 may be off."""
+
+
+@pytest.fixture(scope="module")
+def folders():
+    return models()
+
+
+@pytest.fixture(scope="module")
+def both(folders, tmp_path_factory):
+    """A server of the student and one of the teacher."""
+    with serving(PYTHON, folders, ["student", "teacher"], tmp_path_factory.mktemp("logs")):
+        yield
+
+
+def metrics(history, name):
+    return [row[f"train/{name}"] for row in history if f"train/{name}" in row]
+
+
+def test_the_student_learns_with_both_behind_vllm(both, folders, tmp_path):
+    history = run(tmp_path / "run", folders, 0, True, steps=4, batch={"prompts": 8, "micro": 8})
+    assert all(gap < ROUNDING for gap in metrics(history, "rollout_gap"))
+    # The weights that moved are those that write: had they stayed, the gap would have grown with every step.
+    assert all(gap < ROUNDING for gap in metrics(history, "engine/score_gap"))
+    assert sum(metrics(history, "engine/pushes")) >= 4
+    assert "train/invalid" not in {name for row in history for name in row}
+    first, *_, last = metrics(history, "divergence")
+    assert last < first
+
+
+def test_what_is_written_ahead_is_one_step_old(both, folders, tmp_path):
+    engine = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}", "overlap": True}
+    history = run(
+        tmp_path / "run",
+        folders,
+        0,
+        True,
+        steps=3,
+        batch={"prompts": 4, "micro": 4},
+        rollout={"max_new_tokens": 16, "engine": engine},
+    )
+    assert metrics(history, "engine/staleness") == [0.0, 1.0, 1.0]
+
+
+def test_cuts_temperature_and_a_watch(both, folders, tmp_path):
+    rollout = {"max_new_tokens": 16, "watch": {"kind": "repetition"}, "segment": 8, "top_p": 0.9}
+    history = run(
+        tmp_path / "run",
+        folders,
+        0,
+        True,
+        steps=1,
+        temperature=1.0,
+        batch={"prompts": 4, "micro": 4},
+        rollout=rollout,
+    )
+    assert metrics(history, "length")[0] > 1
+
+
+def test_a_store_is_written_and_scored(both, folders, tmp_path):
+    from opd.jobs.sampling import sample
+    from opd.jobs.scoring import score
+    from opd.recipe import parse_recipe
+
+    recipe = parse_recipe(
+        {
+            "name": "store",
+            "steps": 1,
+            "student": {"model": str(folders["student"])},
+            "teacher": {
+                "kind": "served",
+                "url": f"http://127.0.0.1:{PORTS['teacher']}",
+                "tokenizer": str(folders["teacher"]),
+                "answers": "top_k",
+            },
+            "prompts": {"kind": "inline", "prompts": ["Name a colour.", "What is tea?"]},
+            "rollout": {
+                "kind": "student",
+                "max_new_tokens": 12,
+                "engine": {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}"},
+            },
+            "objective": "reverse_kl",
+            "hardware": {"device": "cpu"},
+        }
+    )
+    sample(recipe, tmp_path / "store", quiet=True)
+    targets = score(recipe, tmp_path / "store", "top_k", top_k=8, quiet=True)
+    assert not targets.missing()
+
+
+def test_a_server_that_is_killed_and_comes_back(folders, tmp_path):
+    """The engine is killed while it writes, and started again from the weights that it began with."""
+    block = start(PYTHON, folders["student"], "student") | {"url": "http://127.0.0.1:18775"}
+    command = [word.replace("{port}", "18775") for word in block["start"]["command"]]
+
+    def serve(log):
+        return subprocess.Popen(
+            command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True
+        )
+
+    import threading
+
+    import httpx2
+
+    with (tmp_path / "server.log").open("wb") as log:
+        process = [serve(log)]
+        url = "http://127.0.0.1:18775"
+
+        def answers():
+            try:
+                return httpx2.get(f"{url}/health", timeout=5).status_code == 200
+            except httpx2.HTTPError:
+                return False
+
+        try:
+            until = time.monotonic() + 600
+            while not answers():
+                assert time.monotonic() < until
+                time.sleep(1)
+
+            def disturb():
+                path = tmp_path / "run" / "metrics.jsonl"
+                while not (path.exists() and '"step": 1' in path.read_text()):
+                    time.sleep(0.2)
+                os.killpg(process[0].pid, signal.SIGKILL)
+                process[0].wait()
+                process[0] = serve(log)
+
+            thread = threading.Thread(target=disturb, daemon=True)
+            thread.start()
+            engine = {"kind": "served", "url": url, "retries": 40, "backoff": 2.0, "timeout": 300}
+            history = opd.distill(
+                {"model": str(folders["student"]), "freeze": ["embed_tokens"]},
+                {"model": str(folders["teacher"])},
+                ["Name a colour.", "What is tea?", "Where is Rome?", "Who wrote Hamlet?", "Count to five.", "Say no."],
+                quiet=True,
+                overwrite=True,
+                steps=3,
+                rollout={"kind": "student", "max_new_tokens": 16, "engine": engine},
+                batch={"prompts": 4, "micro": 4},
+                evaluation={"held_out": 2, "samples": 0},
+                tracking={"trackers": []},
+                hardware={"device": "cpu", "precision": "fp32"},
+                output=str(tmp_path / "run"),
+            ).history
+            thread.join(5)
+            assert not thread.is_alive()
+        finally:
+            os.killpg(process[0].pid, signal.SIGKILL)
+            process[0].wait()
+    assert len(metrics(history, "loss")) == 3
+    assert all(gap < ROUNDING for gap in metrics(history, "rollout_gap"))
+    assert "train/invalid" not in {name for row in history for name in row}
+
+
+def test_an_adapter_follows(folders, tmp_path):
+    """Started and ended by the run itself."""
+    command = [PYTHON, *SERVING, "--model", str(folders["student"]), "--port", "{port}"]
+    command += ["--enable-lora", "--max-lora-rank", "8"]
+    environment = {**ENVIRONMENT, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    engine = {
+        "kind": "served",
+        "url": "http://127.0.0.1:18773",
+        "start": {"command": command, "environment": environment},
+    }
+    result = opd.distill(
+        {"model": str(folders["student"]), "lora": {"rank": 8}},
+        {"model": str(folders["teacher"])},
+        ["Name a colour.", "What is tea?", "Where is Rome?", "Who wrote Hamlet?", "Count to five.", "Say no."],
+        quiet=True,
+        overwrite=True,
+        steps=3,
+        rollout={"kind": "student", "max_new_tokens": 16, "engine": engine},
+        update={"learning_rate": 1e-3},
+        batch={"prompts": 4, "micro": 4},
+        evaluation={"held_out": 2, "samples": 0},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "precision": "fp32"},
+        output=str(tmp_path / "run"),
+    )
+    assert all(gap < ROUNDING for gap in metrics(result.history, "rollout_gap"))
+    assert sum(metrics(result.history, "engine/pushes")) >= 3
+    assert not _running
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved["steps"] == 3
