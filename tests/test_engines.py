@@ -202,7 +202,7 @@ def test_completions_that_were_not_written_are_in_nothing(folders, engine, tmp_p
             data = json.loads(b"".join(m.get("body", b"") for m in found))
             choice = data.get("choices", [{}])[0]
             ids = choice.get("token_ids")
-            if ids and ids[0] % 3 == 0 and len(ids) > 1 and len(choice["logprobs"]["tokens"]) != 8:
+            if ids and ids[0] % 3 == 0 and len(ids) > 1 and len(choice["logprobs"]["tokens"]) <= 10:
                 lost_ones.append(ids)
                 way = len(lost_ones) % 5
                 if way == 0:
@@ -325,7 +325,7 @@ def test_a_server_that_takes_up_no_weights_is_refused(folders, tmp_path):
 def test_another_model_is_found_out_by_what_it_writes(folders, engine, tmp_path, monkeypatch):
     student, teacher = folders
     monkeypatch.setattr("opd.server.serving.copy_into", lambda *args: None)
-    with pytest.raises(RunError, match=r"draws from something else, by .* nats a token"):
+    with pytest.raises(RunError, match=r"draws from something else, by .* nats at half of the tokens"):
         run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url))
 
 

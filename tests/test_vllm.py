@@ -1,4 +1,4 @@
-"""Against a real vLLM: `make test-engines`, which installs its build for CPUs. Skipped where OPD_VLLM names no Python."""
+"""Against a real vLLM: `make test-engines` installs its build for CPUs. Skipped where OPD_VLLM names no Python."""
 
 from __future__ import annotations
 

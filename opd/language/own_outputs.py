@@ -150,11 +150,12 @@ def check_written(
         raise SelfTestError("rollout.engine wrote none of a few short completions; its log says why")
     scored = language.score([prompt for prompt, _ in pairs], [row.actions for _, row in pairs], context)
     own = Sampled.of(scored, torch.cat([row.actions for _, row in pairs]).to(language.device)).log_probs.cpu()
-    gap = float((own - torch.cat([row.log_probs for _, row in pairs])).abs().mean())
+    # A server in bfloat16 may be far off at a single token, another model at most of them.
+    gap = float((own - torch.cat([row.log_probs for _, row in pairs])).abs().median())
     if not gap <= tolerance:
         raise SelfTestError(
             f"rollout.engine: its log-probabilities and those of the student's own forward pass differ by {gap:.2g} "
-            f"nats on average (tolerance {tolerance:g}): the server does not run the student's model as it is here"
+            f"nats at half of the tokens (tolerance {tolerance:g}): the server does not run the student's model as it is"
         )
 
 

@@ -141,7 +141,7 @@ MEANINGS = {
         "engine: age of the weights", "steps", "behind those that learn, of what was written ahead", "lower"
     ),
     "train/engine/score_gap": Meaning(
-        "engine: gap after the weights were sent", "nats a token", "of a few tokens behind a known text", "lower"
+        "engine: gap after the weights were sent", "nats", "median over 32 tokens behind a known text", "lower"
     ),
     "train/engine/push_seconds": Meaning("engine: time of sending weights", "s", "", "lower"),
     "train/engine/pushes": Meaning("engine: times that weights were sent"),
