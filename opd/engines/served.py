@@ -290,8 +290,8 @@ class ServedWriter(Writer):
                 raise OtherWeightsError
             raise ModelError(
                 f"{PLACE}: after it took up the student's weights the server draws from something else, by "
-                f"{self.measured['engine/score_gap']:.2g} nats at half of the tokens: it serves another model ({self.base}), or "
-                "quantised; serve the student's own"
+                f"{self.measured['engine/score_gap']:.2g} nats at half of the tokens: it serves another model "
+                f"({self.base}), or quantised; serve the student's own"
             )
         # An adapter is read again where a server drops and loads it.
         for old in self.folder.iterdir():
