@@ -267,6 +267,11 @@ def assemble(
     training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
+    if rollout.together and 0 < len(held_out) < accelerator.num_processes:
+        raise RecipeError(
+            f"there are {len(held_out)} held-out prompts, and with rollout.engine each of the "
+            f"{accelerator.num_processes} processes measures one or more; name more (evaluation.held_out), or none"
+        )
     lengths = check_lengths(recipe, student, built, [*training, *held_out])
     for note in dict.fromkeys(
         [*student.notes, *(note for teacher in built for note in teacher.notes), *rollout.notes, *lengths]

@@ -25,6 +25,18 @@ def trained(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def present(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters (a tied one once) and persistent buffers of a module as they lie there now, by name; detached, not
+    copied. Of a module whose weights are whole for a time (`opd.sharding.whole`) the whole ones: its own `state_dict`
+    would cut them again."""
+    found = {name: p.detach() for name, p in module.named_parameters()}
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                found[f"{prefix}.{name}".strip(".")] = buffer
+    return found
+
+
 def frozen(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The parameters that training leaves as they are."""
     return [(name, full(p.detach())) for name, p in module.named_parameters() if not p.requires_grad]

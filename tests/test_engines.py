@@ -10,13 +10,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import opd
+from opd.api import execute
 from opd.engines.served import LOST, ServedEngine
 from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
-from opd.recipe import parse_recipe
+from opd.plan import make_plan
+from opd.recipe import load_recipe, parse_recipe
+from opd.rollouts.student import StudentRollout
 from opd.server.serving import application
 from tests.conftest import save_tiny
+from tests.processes import together
 from tests.serving import served_model, serving
-from tests.test_served import losses, run, weights_of
+from tests.test_served import TEXTS, losses, run, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +111,6 @@ def test_a_student_with_an_adapter_is_sent_merged_where_asked(folders, engine, t
 
 
 def run_of(folder, student, teacher, **changes):
-    import opd
-    from tests.test_served import TEXTS
-
     settings = {
         "steps": 3,
         "batch": {"prompts": 4, "micro": 4},
@@ -460,3 +462,93 @@ def test_weights_are_read_from_safetensors_alone(engine, tmp_path):
 def test_the_settings_of_an_engine_say_where_they_stand():
     with pytest.raises(ValidationError, match="listed twice"):
         ServedEngine(url=["http://127.0.0.1:1", "http://127.0.0.1:1/v1"])
+
+
+# -- with others ------------------------------------------------------------------------------------------------------
+
+
+def test_a_served_teacher_hears_of_rows_as_they_are_written(folders, engine, tmp_path):
+    student, _ = folders
+    served = served_model(seed=7)
+    teacher = Seen(application(served))
+    # A row that is written hears an answer before the last one is.
+    order = []
+    engine.before = lambda path, paths: order.append(("wrote", path)) if path == "/v1/completions" else None
+    teacher.before = lambda path, paths: order.append(("scored", path)) if path == "/v1/completions" else None
+    with serving(teacher) as running:
+        asked = {"kind": "served", "url": running.url, "answers": "top_k", "top_k": 8}
+        found = run(tmp_path / "there", student, asked, rollout=by(engine.url, concurrency=1))
+        scored = sum(what == "scored" for what, _ in order)
+        plain = run(tmp_path / "here", student, asked)
+    served.batcher.close()
+    # Requests of one server share passes as they come.
+    assert losses(found) == pytest.approx(losses(plain), abs=1e-5)
+    between = [what for what, _ in order]
+    assert "wrote" in between[between.index("scored") :]
+    # Nobody is asked about what is not trained on, nor twice: three steps of four rows, held-out rows twice, probes.
+    assert scored <= 3 * 4 + 2 * 2 + 6
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_have_their_rows_written_by_one_server(sharded, folders, engine, tmp_path):
+    student, teacher = folders
+    prompts = {"kind": "inline", "prompts": [f"{i} + {i}=" for i in range(8)]}
+    recipe = parse_recipe(
+        {
+            "name": "two",
+            "steps": 3,
+            "student": {"model": student, "template": "plain"},
+            "teacher": {"model": teacher, "template": "plain"},
+            "prompts": prompts,
+            "rollout": by(engine.url),
+            "objective": "reverse_kl",
+            "batch": {"prompts": 4, "micro": 2},
+            "evaluation": {"held_out": 2, "samples": 0},
+            "checkpoint": {"every": 0},
+            "tracking": {"trackers": []},
+            "hardware": {"device": "cpu", "threads": 1},
+            "output": str(tmp_path / "run"),
+        }
+    )
+    environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
+    answers = together(recipe, environment)
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    here = execute(
+        recipe.model_copy(update={"output": str(tmp_path / "here"), "rollout": StudentRollout(max_new_tokens=10)}),
+        quiet=True,
+    )
+    for answer in answers:
+        found = [row["train/loss"] for row in answer["history"] if "train/loss" in row]
+        assert found == pytest.approx(losses(here), rel=1e-4)
+    # One of them sends weights, for both.
+    assert engine.paths.count("/collective_rpc") == 4
+
+
+def test_a_run_goes_on_with_rows_written_anew(folders, engine, tmp_path):
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    changes = {"rollout": by(engine.url, overlap=True), "checkpoint": {"every": 1}, "steps": 4}
+    run(tmp_path / "run", student, teacher, **changes | {"steps": 2})
+    going_on = opd.distill(
+        {"model": student, "template": "plain"},
+        teacher,
+        TEXTS * 2,
+        quiet=True,
+        resume=True,
+        force_changed=True,
+        batch={"prompts": 4, "micro": 4},
+        evaluation={"held_out": 2, "samples": 1},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "threads": 1},
+        update={"learning_rate": 1e-3},
+        output=str(tmp_path / "run"),
+        **changes,
+    )
+    # What was begun before the end is not kept: the first step after it is not ahead.
+    assert measured(going_on, "engine/staleness")[-2:] == [0.0, 1.0]
+
+
+def test_a_plan_counts_no_sampler_and_says_what_is_sent(folders):
+    found = make_plan(load_recipe("qwen3_8b_vllm_to_1p7b"))
+    assert not [part for part in found.memory if part.startswith("rollout")]
+    assert any("the server reads 3.20 GiB of weights" in note for note in found.notes)

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from pydantic import Field, model_validator
 
+from opd import sharding
 from opd.choice import Choice, nested
 from opd.context import Context
 from opd.distributions import TopK
@@ -46,7 +47,7 @@ from opd.remote.writing import (
     wake_job,
     write_job,
 )
-from opd.weights import fingerprint, trained
+from opd.weights import fingerprint, present
 
 PLACE = "rollout.engine"
 
@@ -145,11 +146,10 @@ class ServedWriter(Writer):
         self.longest = min(lengths, default=None)
         self.base = self.found[0].model
         self.adapter = self._sends_adapter()
-        # Other runs may write beside this one, and send weights to a server that this one thinks is its own.
-        self.run, self.sent = uuid.uuid4().hex[:8], 0
         self._made = tempfile.TemporaryDirectory(prefix="opd-weights-") if settings.folder is None else None
         self.folder = Path(self._made.name) if self._made is not None else self._own_folder()
         self._mark: str | None = None
+        self._loaded: str | None = None
         self._processed: bool | None = None
         self._thread = ThreadPoolExecutor(1, "opd-ahead")
         self._begun: tuple[Pending, str | None, Future[Wrote]] | None = None
@@ -162,11 +162,15 @@ class ServedWriter(Writer):
         adapted = is_adapted(self.language.model)
         if self.settings.weights == "adapter" and not adapted:
             raise ModelError(f"{PLACE}.weights is adapter, and the student has none: set student.lora, or take folder")
+        if self.settings.weights == "folder" and adapted and sharding.plugin() is not None:
+            raise ModelError(
+                f"{PLACE}.weights is folder: with FSDP2 adapters are not merged while they train; leave it out"
+            )
         return adapted and self.settings.weights != "folder"
 
     def _own_folder(self) -> Path:
         assert self.settings.folder is not None
-        folder = self.settings.folder.resolve() / f"opd-{self.run}"
+        folder = self.settings.folder.resolve() / f"opd-{uuid.uuid4().hex[:8]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -219,8 +223,13 @@ class ServedWriter(Writer):
 
     @property
     def label(self) -> str:
-        """Of the weights that were sent last: no two pushes of any run share it."""
-        return f"opd-{self.run}-{self.sent}"
+        """Of the weights that were sent last, made of what they are: other runs may send theirs to a server that this
+        one thinks is its own, and workers that send the same may share one."""
+        return f"opd-{(self._mark or '')[:16]}"
+
+    def _marked(self) -> str:
+        """What the student's weights are now."""
+        return fingerprint(present(self.language).items())
 
     @property
     def model(self) -> str:
@@ -231,11 +240,10 @@ class ServedWriter(Writer):
         """Bring every replica to the student's weights as they are now, unless it has them; `anew`: in any case."""
         self._wait()
         self._wake()
-        mark = fingerprint(trained(self.language).items())
-        if mark == self._mark and not anew and self._agreed(_is_first() and self._holds()):
+        going_on, self._mark = self._mark is not None, self._marked()
+        if not anew and self._agreed(_is_first() and self._holds()):
             return
         begun = time.perf_counter()
-        self.sent += 1
         problem = None
         if _is_first():
             try:
@@ -244,8 +252,7 @@ class ServedWriter(Writer):
                 problem = str(error)
         problems = [each for each in gather_object([problem]) if each is not None]
         if problems:
-            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if self._mark else problems[0])
-        self._mark = mark
+            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if going_on else problems[0])
         self._add("engine/push_seconds", time.perf_counter() - begun)
         self._add("engine/pushes", 1)
 
@@ -271,14 +278,17 @@ class ServedWriter(Writer):
         folder = self.folder / self.label
         model = self.language.model
         if self.adapter:
-            model.save_pretrained(str(folder))
+            model.save_pretrained(str(folder), state_dict=present(model))
+        elif is_adapted(model):
+            write_weights(folder, merged(model))
         else:
-            write_weights(folder, merged(model) if is_adapted(model) else self.language.base)
+            write_weights(folder, self.language.base, present(self.language.base))
         for url in self.settings.url:
             if self.adapter:
-                self._must(load_job(self.label, str(folder)), url)
-                if self.sent > 1:
-                    self._asked(unload_job(f"opd-{self.run}-{self.sent - 1}"), url)
+                if not self._has_adapter(url):
+                    self._must(load_job(self.label, str(folder)), url)
+                if self._loaded not in (None, self.label):
+                    self._asked(unload_job(str(self._loaded)), url)
             else:
                 self._must(reload_job(str(folder)), url)
                 self._must(reset_job(), url)
@@ -293,6 +303,7 @@ class ServedWriter(Writer):
                 f"{self.measured['engine/score_gap']:.2g} nats at half of the tokens: it serves another model "
                 f"({self.base}), or quantised; serve the student's own"
             )
+        self._loaded = self.label
         # An adapter is read again where a server drops and loads it.
         for old in self.folder.iterdir():
             if old != folder:
@@ -394,7 +405,7 @@ class ServedWriter(Writer):
         begun = time.perf_counter()
         found = future.result()
         self._add("engine/waited", time.perf_counter() - begun)
-        moved = fingerprint(trained(self.language).items()) != mark
+        moved = self._marked() != mark
         self._add("engine/staleness", int(moved))
         return found
 
@@ -520,9 +531,10 @@ class ServedWriter(Writer):
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self.adapter and self.sent and _is_first():
+        if self._loaded is not None and self.adapter:
             for url in self.settings.url:
-                self._asked(unload_job(self.label), url)
+                self._asked(unload_job(self._loaded), url)
+            self._loaded = None
         self.client.close()
         if self._made is not None:
             self._made.cleanup()

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -103,8 +104,9 @@ def valid_generation_config(model: PreTrainedModel) -> tuple[GenerationConfig | 
         cleared += names
 
 
-def write_weights(folder: Path, model: PreTrainedModel) -> list[str]:
+def write_weights(folder: Path, model: PreTrainedModel, weights: Mapping[str, torch.Tensor] | None = None) -> list[str]:
     """Weights, config and generation config in the format of transformers; a sentence for each part that is lacking.
+    `weights` are written in place of the model's own.
 
     Raises:
         OSError, SafetensorError: the weights cannot be written: the disk.
@@ -113,7 +115,7 @@ def write_weights(folder: Path, model: PreTrainedModel) -> list[str]:
     before = getattr(own, "generation_config", None)
     try:
         own.generation_config = _or_none(model)
-        own.save_pretrained(folder)
+        own.save_pretrained(folder, **({} if weights is None else {"state_dict": dict(weights)}))
         return []
     except (OSError, SafetensorError, MemoryError):
         raise
