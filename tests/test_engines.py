@@ -552,3 +552,25 @@ def test_a_plan_counts_no_sampler_and_says_what_is_sent(folders):
     found = make_plan(load_recipe("qwen3_8b_vllm_to_1p7b"))
     assert not [part for part in found.memory if part.startswith("rollout")]
     assert any("the server reads 3.20 GiB of weights" in note for note in found.notes)
+
+
+def test_a_server_that_does_not_name_its_weights_is_sent_them_all_the_same(folders, tmp_path):
+    """As older versions of vLLM do not: whether it has the newest cannot be asked, so it is sent them."""
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    served = served_model(seed=3, follows=True)
+    app = application(served)
+    sent = []
+
+    async def nameless(scope, receive, send):
+        if scope["path"] in ("/weight_info", "/update_weight_version"):
+            return await refuse(send, 404)
+        sent.append(scope["path"])
+        await app(scope, receive, send)
+
+    with serving(nameless) as running:
+        there = run(tmp_path / "there", student, teacher, rollout=by(running.url))
+    served.batcher.close()
+    here = run(tmp_path / "here", student, teacher)
+    assert losses(there) == losses(here)
+    assert sent.count("/collective_rpc") == 4

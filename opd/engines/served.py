@@ -22,6 +22,7 @@ from opd.context import Context
 from opd.distributions import TopK
 from opd.engines.base import Pending, RolloutEngine, Writer
 from opd.errors import RESUME, IncompatibleError, ModelError, OpdError, RunError
+from opd.files.whole import told as in_a_line
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Written, ids_of, same_prompt
 from opd.language.engines.in_process import InProcess
 from opd.language.identity import PROBE
@@ -240,19 +241,25 @@ class ServedWriter(Writer):
         """Bring every replica to the student's weights as they are now, unless it has them; `anew`: in any case."""
         self._wait()
         self._wake()
-        going_on, self._mark = self._mark is not None, self._marked()
-        if not anew and self._agreed(_is_first() and self._holds()):
+        before, self._mark = self._mark, self._marked()
+        # What a server writes tells its weights from quite other ones, not from those of the step before.
+        known = self._labels or before == self._mark
+        if known and not anew and self._agreed(_is_first() and self._holds()):
             return
         begun = time.perf_counter()
-        problem = None
+        problem: Exception | None = None
         if _is_first():
             try:
                 self._push_until_held()
-            except OpdError as error:
-                problem = str(error)
-        problems = [each for each in gather_object([problem]) if each is not None]
+            except Exception as error:
+                # The others wait to hear how it went.
+                problem = error
+        said = None if problem is None else str(problem) if isinstance(problem, OpdError) else in_a_line(problem)
+        problems = [each for each in gather_object([said]) if each is not None]
+        if problem is not None and not isinstance(problem, OpdError):
+            raise problem
         if problems:
-            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if going_on else problems[0])
+            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if before else problems[0])
         self._add("engine/push_seconds", time.perf_counter() - begun)
         self._add("engine/pushes", 1)
 
