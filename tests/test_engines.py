@@ -324,6 +324,27 @@ def test_a_server_that_takes_up_no_weights_is_refused(folders, tmp_path):
     served.batcher.close()
 
 
+def test_a_server_of_the_very_student_that_takes_up_no_weights_is_refused_before_a_step(folders, tmp_path):
+    student, teacher = folders
+    served = served_model(seed=1)
+    with serving(application(served)) as running, pytest.raises(RunError, match=r"takes up no weights.*--follow"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(running.url))
+    served.batcher.close()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_server_that_names_no_weights_is_sent_them_after_each_step(folders, engine, tmp_path):
+    """However little a step changes: less than the scores of a text would show."""
+    student, teacher = folders
+    teacher = {"model": teacher, "template": "plain"}
+    engine.before = lambda path, paths: path == "/weight_info"
+    small = {"update": {"learning_rate": 1e-6}}
+    here = run(tmp_path / "here", student, teacher, **small)
+    there = run(tmp_path / "there", student, teacher, rollout=by(engine.url, retries=0), **small)
+    assert engine.paths.count("/collective_rpc") == 4
+    assert losses(here) == losses(there)
+
+
 def test_another_model_is_found_out_by_what_it_writes(folders, engine, tmp_path, monkeypatch):
     student, teacher = folders
     monkeypatch.setattr("opd.server.serving.copy_into", lambda *args: None)

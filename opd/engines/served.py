@@ -150,6 +150,7 @@ class ServedWriter(Writer):
         self._made = tempfile.TemporaryDirectory(prefix="opd-weights-") if settings.folder is None else None
         self.folder = Path(self._made.name) if self._made is not None else self._own_folder()
         self._mark: str | None = None
+        self._sent: str | None = None
         self._loaded: str | None = None
         self._processed: bool | None = None
         self._thread = ThreadPoolExecutor(1, "opd-ahead")
@@ -241,10 +242,10 @@ class ServedWriter(Writer):
         """Bring every replica to the student's weights as they are now, unless it has them; `anew`: in any case."""
         self._wait()
         self._wake()
-        before, self._mark = self._mark, self._marked()
-        # What a server writes tells its weights from quite other ones, not from those of the step before.
-        known = self._labels or before == self._mark
-        if known and not anew and self._agreed(_is_first() and self._holds()):
+        going_on, self._mark = self._mark is not None, self._marked()
+        # What a step changes is less than rounding, so of a server that names nothing only what was sent is known.
+        known = self._labels or self._sent == self._mark
+        if not anew and known and self._agreed(_is_first() and self._holds()):
             return
         begun = time.perf_counter()
         problem: Exception | None = None
@@ -259,7 +260,8 @@ class ServedWriter(Writer):
         if problem is not None and not isinstance(problem, OpdError):
             raise problem
         if problems:
-            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if before else problems[0])
+            raise RunError(f"{problems[0]}. What was trained goes on with {RESUME}" if going_on else problems[0])
+        self._sent = self._mark
         self._add("engine/push_seconds", time.perf_counter() - begun)
         self._add("engine/pushes", 1)
 
