@@ -13,7 +13,7 @@ from pydantic import ValidationError
 import opd
 from opd.api import execute
 from opd.engines.served import LOST, ServedEngine
-from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
+from opd.errors import IncompatibleError, ModelError, RecipeError, RunError, SelfTestError
 from opd.plan import make_plan
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts.student import StudentRollout
@@ -343,6 +343,15 @@ def test_a_server_that_names_no_weights_is_sent_them_after_each_step(folders, en
     there = run(tmp_path / "there", student, teacher, rollout=by(engine.url, retries=0), **small)
     assert engine.paths.count("/collective_rpc") == 4
     assert losses(here) == losses(there)
+
+
+def test_a_server_of_which_no_completion_can_be_used_is_refused_with_the_reason(folders, tmp_path):
+    """Of a model with rows for ids that its tokenizer does not have, and draws them."""
+    student = save_tiny(tmp_path / "wide", vocabulary=2000, seed=1)
+    served = served_model(seed=1, vocabulary=2000, follows=True)
+    with serving(application(served)) as running, pytest.raises(SelfTestError, match=r"can be used \(.* x writing: ids"):
+        run(tmp_path / "run", student, {"model": folders[1], "template": "plain"}, rollout=by(running.url))
+    served.batcher.close()
 
 
 def test_another_model_is_found_out_by_what_it_writes(folders, engine, tmp_path, monkeypatch):

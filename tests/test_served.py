@@ -168,6 +168,9 @@ def test_what_a_server_cannot_give_is_refused_at_the_start(url):
     teacher_at(url).check_context(CONTEXT.with_(temperature=0.7))
     with pytest.raises(ModelError, match="--max-model-len"):
         teacher_at(url).check_lengths([Prompt("p", {"prompt": "ab"})], 300, "the teacher")
+    told = pytest.raises(ModelError, match=r"takes 8 .*start it with a larger --max-model-len")
+    with serving_tiny(limits=Limits(8)) as short, told:
+        teacher_at(short)
     with pytest.raises(ModelError, match="serves 'tiny-teacher'"):
         teacher_at(url, model="another")
     with pytest.raises(ModelError, match="start it, wait until it answers"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,15 +139,22 @@ Sample = Callable[[Sequence[EncodedPrompt], int, int, Sequence[int], Drawing], S
 
 @torch.no_grad()
 def check_written(
-    sample: Sample, contexts: Sequence[EncodedPrompt], language: InProcess, context: Context, tolerance: float
+    sample: Sample,
+    failures: Callable[[], Mapping[str, int]],
+    contexts: Sequence[EncodedPrompt],
+    language: InProcess,
+    context: Context,
+    tolerance: float,
 ) -> None:
     """Raise `SelfTestError` when the log-probabilities of somebody who writes with the model's weights elsewhere
-    (`sample`, as `Engine.sample`) are not those of the model here."""
+    (`sample`, as `Engine.sample`; `failures` says by reason how many rows it did not bring) are not those of the model
+    here."""
     rows = sample(contexts, 2, DRAWN, range(2 * len(contexts)), Drawing(context))
     of_rows = [each for each in contexts for _ in range(2)]
     pairs = [(prompt, row) for prompt, row in zip(of_rows, rows, strict=True) if not row.lost]
     if not pairs:
-        raise SelfTestError("rollout.engine wrote none of a few short completions; its log says why")
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in failures().items())
+        raise SelfTestError(f"rollout.engine: none of {len(rows)} short completions can be used ({reasons})")
     scored = language.score([prompt for prompt, _ in pairs], [row.actions for _, row in pairs], context)
     own = Sampled.of(scored, torch.cat([row.actions for _, row in pairs]).to(language.device)).log_probs.cpu()
     # A server in bfloat16 may be far off at a single token, another model at most of them.

@@ -129,7 +129,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
         if self.writer is not None:
             with whole(self.language):
-                check_written(self.writer.sample, contexts, self.language, context, tolerance)
+                check_written(self.writer.sample, self.writer.failures, contexts, self.language, context, tolerance)
         else:
             sampler = self._in_process().sampler(Drawing(context))
             check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)

@@ -93,12 +93,14 @@ def refused(url: str, error: RequestError, k: int = 0, place: str = "teacher") -
     """What is said of a server that cannot be used, with the way out."""
     told = f"{error.reason}{': ' + error.detail if error.detail else ''}"
     if error.status in (401, 403):
-        way = f"name the environment variable that holds its key in {place}.key_env"
+        way = f"{place}.key_env must name the environment variable that holds its key"
     elif error.status == 404:
         way = "give the address of a server with /v1/completions (vLLM, opd serve)"
         way += " or set teacher.dialect: sglang" if place == "teacher" else ""
     elif error.status == 400 and k and "logprobs" in error.detail:
         way = f"start it with --max-logprobs {k}, or lower {place}.top_k"
+    elif error.status == 400 and ("max-model-len" in error.detail or "context length" in error.detail):
+        way = "start it with a larger --max-model-len: the longest prompt with its completion, and one token more"
     elif error.reason in ("timeout", "connection") or (error.status or 0) >= 500:
         way = ended_at(url) or f"start it, wait until it answers at /health, or correct {place}.url"
     else:
