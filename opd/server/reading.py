@@ -103,8 +103,8 @@ class Rpc(BaseModel):  # type: ignore[no-redef]
     """Of `/collective_rpc`: reading weights anew is all that it does here."""
 
     model_config = ConfigDict(extra="ignore")
-    method: Literal["reload_weights"]
-    where: WeightsPath = Field(validation_alias="kwargs")
+    method: Literal["reload_weights"] = Field(description="What is asked for")
+    where: WeightsPath = Field(validation_alias="kwargs", description="From where")
 
 
 class Version(BaseModel):
