@@ -154,10 +154,15 @@ def measured(folder: Path, folders: dict[str, Path]) -> dict[str, float]:
     return {name: value for name, value in result.before.items() if name in ("reverse_kl", "forward_kl")}
 
 
-def learning(folders: dict[str, Path], place: Path) -> dict[str, Any]:
-    """Held-out divergences of both ways by seed, their ratio, and the gaps of the served runs."""
-    found: list[dict[str, Any]] = []
+def learning(
+    folders: dict[str, Path], place: Path, before: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Held-out divergences of both ways by seed, their ratio, and the gaps of the served runs; seeds that are there
+    `before` are not run again."""
+    found: list[dict[str, Any]] = list(before.get("rows", []))
     for seed in SEEDS:
+        if any(row["seed"] == seed for row in found):
+            continue
         row: dict[str, Any] = {"seed": seed}
         for way in ("here", "served"):
             folder = place / f"{way}-{seed}"
@@ -171,6 +176,7 @@ def learning(folders: dict[str, Path], place: Path) -> dict[str, Any]:
             print(json.dumps(row), flush=True)
         row["ratio"] = row["served"]["reverse_kl"] / row["here"]["reverse_kl"]
         found.append(row)
+        keep({"rows": found})
     first = {"before": measured_untrained(folders), "rows": found}
     means = {way: statistics.mean(row[way]["reverse_kl"] for row in found) for way in ("here", "served")}
     return {**first, "means": means, "ratio_of_means": means["served"] / means["here"]}
@@ -182,7 +188,9 @@ def measured_untrained(folders: dict[str, Path]) -> dict[str, float]:
         return measured(Path(place), folders)
 
 
-def speed(folders: dict[str, Path], place: Path) -> dict[str, Any]:
+def speed(
+    folders: dict[str, Path], place: Path, before: dict[str, Any], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Tokens a second, and a step's seconds; medians, and all of them."""
     device, name = torch.device("cpu"), str(folders["student"])
     language, half = (
@@ -242,11 +250,16 @@ def main() -> None:
         work = Path(place)
         with serving(options.vllm, folders, ["student", "teacher"], work / "logs"):
             for part, measure in (("learning", learning), ("speed", speed)):
-                if part in options.part:
-                    found[part] = measure(folders, work)
-                    print(json.dumps(found[part], indent=2), flush=True)
+                if part not in options.part:
+                    continue
+
+                def keep(figures: dict[str, Any], part: str = part) -> None:
+                    found[part] = figures
                     if options.json is not None:
                         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+                keep(measure(folders, work, found.get(part, {}), keep))
+                print(json.dumps(found[part], indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def assemble(
     training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)
-    if rollout.together and 0 < len(held_out) < accelerator.num_processes:
+    if rollout.elsewhere and 0 < len(held_out) < accelerator.num_processes:
         raise RecipeError(
             f"there are {len(held_out)} held-out prompts, and with rollout.engine each of the "
             f"{accelerator.num_processes} processes measures one or more; name more (evaluation.held_out), or none"

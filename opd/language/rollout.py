@@ -106,7 +106,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
         if writer is not None:
-            self.dtype, self.stale, self.ahead, self.together = writer.dtype, writer.stale, writer.ahead, True
+            self.dtype, self.stale, self.ahead, self.elsewhere = writer.dtype, writer.stale, writer.ahead, True
 
     def exact(self, settings: SamplingSettings) -> bool:
         return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"

@@ -38,7 +38,8 @@ class PrefixSource(ABC, Generic[S]):
         current: what the student writes, it writes now; False where an earlier student did.
         dtype: what the sampler computes in.
         stale: steps by which the weights that the student writes with may lie behind those that learn from it.
-        together: whether all processes must ask it equally often.
+        elsewhere: whether another program writes: all processes must ask it equally often, and its rounding may be far
+            off at single tokens.
         ahead: whether it can write what it is told to `begin` while the run does something else.
     """
 
@@ -47,7 +48,7 @@ class PrefixSource(ABC, Generic[S]):
     dtype: torch.dtype = torch.float32
     stale: int = 0
     ahead: bool = False
-    together: bool = False
+    elsewhere: bool = False
 
     @property
     def notes(self) -> Sequence[str]:
@@ -165,7 +166,7 @@ class Combination(PrefixSource[C]):
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
         self.stale = max((source.stale for source in sources), default=0)
-        self.together = any(source.together for source in sources)
+        self.elsewhere = any(source.elsewhere for source in sources)
 
     @property
     def notes(self) -> Sequence[str]:
