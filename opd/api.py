@@ -16,7 +16,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from opd.assembly import assemble, load_data, not_held_out
+from opd.assembly import assemble, check_ahead, load_data, not_held_out
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
@@ -199,6 +199,7 @@ def execute(
         check_push(recipe.push_to)
     if not (resume or overwrite or recipe.resume == "auto"):
         refuse_occupied(recipe.directory)
+    check_ahead(recipe)
     bad: list[DataError] = []
     data = load_data(recipe, bad)
     monitor = Monitor(recipe.directory, console, quiet)

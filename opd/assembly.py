@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ from opd.choice import kind_of, nested
 from opd.compatibility import Compatibility
 from opd.context import Context
 from opd.curricula import Curriculum
+from opd.engines import RolloutEngine
 from opd.errors import DataError, IncompatibleError, RecipeError
 from opd.failures import Skips
 from opd.hardware import check_device, fast_in_bf16
@@ -39,6 +40,7 @@ from opd.self_test import PROBE, PROBE_POSITIONS, self_test
 from opd.shaping import Shaping
 from opd.stopping import Watch
 from opd.teachers import LiveTeacher
+from opd.trajectories import Author
 from opd.updates import Optimiser
 from opd.verifiers import Scorer
 
@@ -146,6 +148,28 @@ def check_offsets(recipe: Recipe) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Foreseen:
+    """Who will write, as far as a recipe says it: see `Writing`."""
+
+    stale: int
+    learners: frozenset[Author] = frozenset({"student"})
+    current: bool = True
+
+
+def check_ahead(recipe: Recipe) -> None:
+    """Raise `IncompatibleError` when rollouts are written from older weights and some part needs the student's own, as
+    it is; before anything is loaded or started."""
+    behind = max((part.behind for part in nested(recipe.rollout) if isinstance(part, RolloutEngine)), default=0)
+    if not behind:
+        return
+    corrected = any(shaping.corrects for shaping in recipe.shaping)
+    for objective in recipe.objective:
+        objective.check_trajectories(Foreseen(0 if corrected else behind))
+    for shaping in recipe.shaping:
+        shaping.check_trajectories(Foreseen(behind), exact=True)
+
+
 def check_ids(recipe: Recipe, count: int | None) -> None:
     """Raise `IncompatibleError` when a part looks at more ids of a state than the `count` that student and teachers
     have in common, where that is known."""
@@ -249,6 +273,7 @@ def assemble(
     """
     bad: list[DataError] = []
     check_offsets(recipe)
+    check_ahead(recipe)
     if recipe.verifier is not None:
         recipe.verifier.check_machine()
     loaded = training, held_out = data or load_data(recipe, bad)

@@ -604,3 +604,14 @@ def test_a_server_that_does_not_name_its_weights_is_sent_them_all_the_same(folde
     here = run(tmp_path / "here", student, teacher)
     assert losses(there) == losses(here)
     assert sent.count("/collective_rpc") == 4
+
+
+def test_older_weights_are_refused_before_anything_is_started(folders, tmp_path):
+    """By a plan too, and without a server."""
+    student, teacher = folders
+    settings = {"rollout": by("http://127.0.0.1:9", overlap=True), "objective": "reverse_kl_sampled"}
+    with pytest.raises(IncompatibleError, match="one step old"):
+        run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, **settings)
+    recipe = load_recipe("qwen3_8b_vllm_to_1p7b", ["objective=reverse_kl_sampled", "shaping=uniform"])
+    with pytest.raises(IncompatibleError, match="one step old"):
+        make_plan(recipe)

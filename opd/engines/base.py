@@ -92,6 +92,11 @@ class RolloutEngine(Choice):
 
     axis: ClassVar[str] = "engine"
 
+    @property
+    def behind(self) -> int:
+        """Steps by which the weights that write may lie behind those that learn."""
+        return 0
+
     @abstractmethod
     def told(self, student: Shape) -> str:
         """What a plan says of it, in a line."""

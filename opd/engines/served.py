@@ -107,6 +107,10 @@ class ServedEngine(Reached, RolloutEngine):
             raise ValueError("sleep and overlap: a server that sleeps while the student trains cannot write; set one")
         return self
 
+    @property
+    def behind(self) -> int:
+        return int(self.overlap)
+
     def told(self, student: Shape) -> str:
         adapter = self.weights == "adapter" or (self.weights == "auto" and student.trainable < student.parameters / 10)
         size = student.trainable * student.size if adapter else student.weight_bytes
@@ -137,7 +141,7 @@ class ServedWriter(Writer):
 
     def __init__(self, settings: ServedEngine, language: InProcess, budget: int, context: Context):
         self.settings, self.language, self.budget = settings, language, budget
-        self.stale, self.ahead = int(settings.overlap), settings.overlap
+        self.stale, self.ahead = settings.behind, settings.overlap
         self.client = settings.client(context.seed)
         self.notes = settings.told_of_key()
         self.failed: Counter[str] = Counter()

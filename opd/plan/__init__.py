@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from opd.assembly import check_offsets
+from opd.assembly import check_ahead, check_offsets
 from opd.choice import kind_of
 from opd.errors import OpdError
 from opd.plan.flow import FlowPlan, plan_flow
@@ -27,4 +27,5 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
     if plan is None:
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     check_offsets(recipe)
+    check_ahead(recipe)
     return plan(recipe)
