@@ -68,8 +68,8 @@ def self_test(
         if not gap <= allowed:
             raise SelfTestError(
                 f"rollout and training log-probabilities of the same actions differ by {gap:.2g} nats "
-                f"{'at half of the tokens' if rollout.elsewhere else 'on average'} (tolerance {allowed:g}): the sampler "
-                "and the trainer do not run the same model"
+                f"{'at half of the tokens' if rollout.elsewhere else 'on average'} (tolerance {allowed:g}): the "
+                "sampler and the trainer do not run the same model"
             )
     for objective in objectives:
         if not isinstance(objective, Divergence):
