@@ -6,7 +6,7 @@ import errno
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -218,6 +218,7 @@ def execute(
         around.enter_context(started(servers, monitor.status, monitor.give_up))
         with monitor.status("loading models and checking that they fit together"):
             run = assemble(recipe, monitor, student=student, teachers=teachers, data=data)
+            around.callback(run.close)
             for text in run.student.check_savable():
                 monitor.warn(text)
             if found is not None:
@@ -243,9 +244,6 @@ def execute(
             for tracker in run.accelerator.trackers:
                 tracker.finish()
             raise
-        finally:
-            for _, part in run.parts("close"):
-                part.close()
 
 
 @contextmanager
@@ -386,7 +384,7 @@ def assembled(
     recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written, and servers are
-    not started."""
+    not started. `close` it where a server takes part."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.status("loading models and checking that they fit together"):
         return assemble(
@@ -419,7 +417,7 @@ def measure(
     shown = Monitor(recipe.directory, console, quiet)
     with started(servers_of(recipe, recipe.directory / FOLDER), shown.status):
         built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
-        with built.monitor.status("measuring the student on held-out prompts"):
+        with closing(built), built.monitor.status("measuring the student on held-out prompts"):
             return evaluate(built)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,14 +42,16 @@ class RunAsker(Asker):
         run, now = self.run, self.now
         with self.clock("curriculum"):
             mine = run.share_of_draw(count_repeats(prompts))
-            if by is None:
-                sampler, most = run.sampler(now), now.recipe.rollout.budget
-            else:
-                by = by.at(run.step, run.recipe.steps)
-                source = by.build(now.context, run.student, run.teachers)
-                sampler, most = HeldOutSampler(source, by, now.context), by.budget
-            # Streams from 0 are those of training, and -1 is that of evaluations.
-            made = run.verify(sampler(mine, group, most if budget is None else budget, stream=-2 - run.step))
+            with ExitStack() as opened:
+                if by is None:
+                    sampler, most = run.sampler(now), now.recipe.rollout.budget
+                else:
+                    by = by.at(run.step, run.recipe.steps)
+                    source = by.build(now.context, run.student, run.teachers)
+                    opened.callback(source.close)
+                    sampler, most = HeldOutSampler(source, by, now.context), by.budget
+                # Streams from 0 are those of training, and -1 is that of evaluations.
+                made = run.verify(sampler(mine, group, most if budget is None else budget, stream=-2 - run.step))
             if len(made) < len(mine) * group:
                 raise RunError(
                     f"the curriculum has rollouts written and some were lost ({run.reasons()}): mend what failed and "

@@ -6,6 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,6 +35,7 @@ from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe, axis_of
 from opd.rollouts import PrefixSource
+from opd.rollouts.base import Combination
 from opd.run import Run, held_out_sampler
 from opd.same_view import nothing_to_learn
 from opd.self_test import PROBE, PROBE_POSITIONS, self_test
@@ -198,12 +200,18 @@ def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
 
 
 def check_lengths(
-    recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], prompts: Sequence[Prompt]
+    recipe: Recipe,
+    student: Student,
+    teachers: Sequence[LiveTeacher],
+    prompts: Sequence[Prompt],
+    rollout: PrefixSource | None = None,
 ) -> list[str]:
     """Warnings about models that were made for less than the longest prompt with the longest completion of a run;
     raises `ModelError` where one cannot read that at all."""
     budget = max(recipe.rollout.longest, recipe.curriculum.longest or 1, recipe.evaluation.longest or 1)
     warnings = student.check_lengths(prompts, budget)
+    if rollout is not None:
+        rollout.check_lengths(prompts, budget)
     for i, teacher in enumerate(teachers):
         which = f"teacher {i}" if len(teachers) > 1 else "the teacher"
         warnings += teacher.check_lengths(prompts, budget, which)
@@ -248,9 +256,14 @@ def build_models(
     """`(student, teachers, context)`: loaded unless given, and agreed on vocabulary and end tokens."""
     context = Context(device=device, temperature=recipe.temperature, seed=recipe.seed, steps=recipe.steps)
     student = student or recipe.student.build(context)
-    built = list(teachers) if teachers is not None else [t.build(context, student) for t in recipe.teacher]
-    context = student.agree(context, built, recipe.end_tokens)
-    check_ids(recipe, context.agreed.count)
+    built = list(teachers or ())
+    with ExitStack() as opened:
+        for settings in recipe.teacher if teachers is None else ():
+            built.append(settings.build(context, student))
+            opened.callback(built[-1].close)
+        context = student.agree(context, built, recipe.end_tokens)
+        check_ids(recipe, context.agreed.count)
+        opened.pop_all()
     student.context = context
     return student, built, context
 
@@ -271,6 +284,21 @@ def assemble(
 
     `student` and `teachers` may be given already built (from Python); otherwise they load here.
     """
+    # What was opened for a run that does not come about is closed.
+    with ExitStack() as opened:
+        run = _assembled(recipe, monitor, opened, student, teachers, data)
+        opened.pop_all()
+        return run
+
+
+def _assembled(
+    recipe: Recipe,
+    monitor: Monitor,
+    opened: ExitStack,
+    student: Student | None,
+    teachers: Sequence[LiveTeacher] | None,
+    data: tuple[list[Prompt], list[Prompt]] | None,
+) -> Run:
     bad: list[DataError] = []
     check_offsets(recipe)
     check_ahead(recipe)
@@ -282,12 +310,20 @@ def assemble(
         recipe, compute_device(recipe, accelerator), student=student, teachers=teachers
     )
     for teacher in built:
+        opened.callback(teacher.close)
         teacher.check_student(student, context)
         if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
             teacher.check_origin(student)
     for warning in nothing_to_learn(recipe, student, built):
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
+    opened.callback(rollout.close)
+    if isinstance(rollout, Combination) and rollout.together and accelerator.num_processes > 1:
+        raise IncompatibleError(
+            f"rollout {kind_of(recipe.rollout)!r} has a part with an engine, and its parts get unequal shares in the "
+            f"{accelerator.num_processes} processes, which the engine needs all at once: run one process, or make the "
+            "part with the engine the whole rollout"
+        )
     verifiers = [] if recipe.verifier is None else [recipe.verifier]
     training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
@@ -297,7 +333,7 @@ def assemble(
             f"there are {len(held_out)} held-out prompts, and with rollout.engine each of the "
             f"{accelerator.num_processes} processes measures one or more; name more (evaluation.held_out), or none"
         )
-    lengths = check_lengths(recipe, student, built, [*training, *held_out])
+    lengths = check_lengths(recipe, student, built, [*training, *held_out], rollout)
     for note in dict.fromkeys(
         [*student.notes, *(note for teacher in built for note in teacher.notes), *rollout.notes, *lengths]
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from opd import sharding
 from opd.context import Context
-from opd.curricula import Course, Draw, MustAskError, NobodyToAsk
+from opd.curricula import Course, Draw, Foreseen, MustAskError, NobodyToAsk
 from opd.errors import RESUME, IncompatibleError, RunError
 from opd.kept_weights import KeptWeights
 from opd.measurement import Measurement
@@ -123,6 +123,12 @@ class Run:
             items = {f"{entry.name}.{i}": item for i, item in enumerate(value)} if isinstance(value, list) else None
             for name, part in (items or {entry.name: value}).items():
                 yield from _able(name, part, able_to)
+
+    def close(self) -> None:
+        """Leave nothing behind that goes on: threads, connections, weights that were sent."""
+        with ExitStack() as parts:
+            for _, part in self.parts("close"):
+                parts.callback(part.close)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on: a part that has `state_dict` is in it. Every process must ask; of weights
@@ -246,7 +252,7 @@ class Run:
             return
         before = copy.deepcopy(self.course.state_dict())
         try:
-            following = self.course.next(step, self.signals | draw.signals, NobodyToAsk())
+            following = self.course.next(step, Foreseen(self.signals | draw.signals), NobodyToAsk())
         except MustAskError:
             following = None
         finally:

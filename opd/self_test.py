@@ -52,7 +52,9 @@ def self_test(
     with torch.autocast(next(student.module.parameters()).device.type, enabled=False):
         sources = [rollout, *([] if measured is None else [measured.source])]
         check_writers(sources, probe.prompts, probe.context)
-    trajectories = rollout(probe)
+    trajectories = rollout(probe).written()
+    if not len(trajectories):
+        raise SelfTestError(f"none of a few short rollouts could be written ({reasons([rollout])}); mend what failed")
     tolerance = TOLERANCE[compute_dtype(student.module)]
 
     student.check_outputs(trajectories, tolerance)

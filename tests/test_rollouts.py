@@ -19,6 +19,7 @@ from opd.policies.held_out import roll_out
 from opd.prompts import Prompt, count_repeats
 from opd.recipe import parse_recipe
 from opd.rollouts import Request
+from opd.rollouts.base import row_seed
 from opd.rollouts.data import DataRollout
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.student import StudentRollout
@@ -180,6 +181,21 @@ def test_the_switch_continues_what_the_first_source_began(student, teacher, prom
     log_q = student(whole).log_probs().gather(1, whole.actions[:, None]).squeeze(1)
     mine = whole.authors == STUDENT
     torch.testing.assert_close(log_q[mine], whole.behaviour_log_probs[mine], atol=1e-4, rtol=1e-4)
+
+
+def test_what_goes_on_in_a_switch_has_draws_of_its_own(student, teacher, prompts):
+    first, then = TeacherRollout(max_new_tokens=3, top_k=1), StudentRollout(max_new_tokens=12)
+    switched = writing(SwitchRollout(first=first, then=then, position=3), student, [teacher])
+    made = switched(prompts[:1], 4, 12, stream=1)
+    # All of a group begin alike, and go on each in its own way.
+    starts, rests = zip(*((tuple(a[:3].tolist()), tuple(a[3:].tolist())) for a in made.completions()), strict=True)
+    assert len(set(starts)) == 1
+    assert len(set(rests)) > 1
+    # What began by chance and goes on by chance is not drawn by the same numbers twice.
+    seeds = {row_seed(0, 1, prompts[0], 4, member, begun) for member in range(4) for begun in (0, 3)}
+    assert len(seeds) == 8
+    again = writing(SwitchRollout(first=first, then=then, position=3), student, [teacher])(prompts[:1], 4, 12, stream=1)
+    assert torch.equal(made.actions, again.actions)
 
 
 def test_each_source_of_a_switch_keeps_its_own_bound(student, teacher, prompts):

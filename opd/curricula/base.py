@@ -121,6 +121,17 @@ class NobodyToAsk(Asker):
         raise MustAskError
 
 
+class Foreseen(dict[str, float]):
+    """Measurements of a step that is not over: what is not among them may be when it is.
+
+    Raises:
+        MustAskError: by reading such a one.
+    """
+
+    def __missing__(self, name: str) -> float:
+        raise MustAskError(name)
+
+
 class Course(ABC):
     """A built curriculum; everything that it remembers is in `state_dict`."""
 

@@ -71,8 +71,8 @@ class Writer(ABC):
         """Raise `IncompatibleError` where the weights that it sends would reach one of these teachers (settings)."""
 
     @abstractmethod
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise where a prompt with its longest completion is more than this can write."""
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
+        """Raise `ModelError` where a prompt with a completion of `budget` is more than this can write."""
 
     @abstractmethod
     def failures(self) -> Mapping[str, int]:
@@ -102,5 +102,5 @@ class RolloutEngine(Choice):
         """What a plan says of it, in a line."""
 
     @abstractmethod
-    def build(self, language: Engine, budget: int, context: Context) -> Writer:
-        """Make the writer for a student; `budget` is the longest completion of a run."""
+    def build(self, language: Engine, context: Context) -> Writer:
+        """Make the writer for a student."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -9,12 +10,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 
 from opd import sharding
 from opd.choice import Choice, nested
@@ -32,7 +35,7 @@ from opd.language.tokens import tokens_of
 from opd.planning import Shape, bytes_text
 from opd.prompts import Prompt
 from opd.remote.client import Job, RequestError
-from opd.remote.settings import Reached
+from opd.remote.settings import Reached, same_server
 from opd.remote.start import look, refused
 from opd.remote.writing import (
     Drawn,
@@ -48,7 +51,7 @@ from opd.remote.writing import (
     wake_job,
     write_job,
 )
-from opd.weights import fingerprint, present
+from opd.weights import contents, present
 
 PLACE = "rollout.engine"
 
@@ -62,6 +65,12 @@ NOT_OURS = (
     f"the weights that wrote are not those that were sent, {AGAIN + 1} times: the server is started anew again and "
     "again, or another run sends it weights; give each run its own"
 )
+
+UNKNOWN = "opd-none"
+"""Name of weights that are on their way."""
+
+LAST = 10.0
+"""Seconds for which a server is waited for when a run is over."""
 
 SEED = 2**63
 """Seeds are below it."""
@@ -119,10 +128,10 @@ class ServedEngine(Reached, RolloutEngine):
             f"server reads {bytes_text(size)} of weights from {self.folder or 'a temporary folder'}"
         )
 
-    def build(self, language: Engine, budget: int, context: Context) -> ServedWriter:
+    def build(self, language: Engine, context: Context) -> ServedWriter:
         if not isinstance(language, InProcess):
             raise ModelError(f"{PLACE}: the student is no model in this process, so there are no weights to send")
-        return ServedWriter(self, language, budget, context)
+        return ServedWriter(self, language, context)
 
 
 class Wrote(NamedTuple):
@@ -139,18 +148,23 @@ class ServedWriter(Writer):
         ModelError: a server cannot be reached, or cannot take up weights.
     """
 
-    def __init__(self, settings: ServedEngine, language: InProcess, budget: int, context: Context):
-        self.settings, self.language, self.budget = settings, language, budget
+    def __init__(self, settings: ServedEngine, language: InProcess, context: Context):
+        self.settings, self.language = settings, language
         self.stale, self.ahead = settings.behind, settings.overlap
         self.client = settings.client(context.seed)
         self.notes = settings.told_of_key()
         self.failed: Counter[str] = Counter()
         self.measured: dict[str, float] = {}
-        self.found = [look(self.client, url, "auto", settings.model, PLACE) for url in settings.url]
+        # Who cannot be used keeps no thread.
+        with ExitStack() as opened:
+            opened.callback(self.client.close)
+            self.adapter = self._sends_adapter()
+            self.found = [look(self.client, url, "auto", settings.model, PLACE) for url in settings.url]
+            self._labels = self._can_label()
+            opened.pop_all()
         lengths = [each.longest for each in self.found if each.longest is not None]
         self.longest = min(lengths, default=None)
         self.base = self.found[0].model
-        self.adapter = self._sends_adapter()
         self._made = tempfile.TemporaryDirectory(prefix="opd-weights-") if settings.folder is None else None
         self.folder = Path(self._made.name) if self._made is not None else self._own_folder()
         self._mark: str | None = None
@@ -159,8 +173,8 @@ class ServedWriter(Writer):
         self._processed: bool | None = None
         self._thread = ThreadPoolExecutor(1, "opd-ahead")
         self._begun: tuple[Pending, str | None, Future[Wrote]] | None = None
-        self._asleep = False
-        self._labels = self._can_label()
+        # A run that was killed may have left it asleep; one that is awake takes no harm.
+        self._asleep = settings.sleep
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -209,20 +223,21 @@ class ServedWriter(Writer):
         for part in nested(list(teachers)):
             if self.adapter or not isinstance(part, Reached):
                 continue
-            if shared := [url for url in part.url if url in self.settings.url]:
+            own = {same_server(url) for url in self.settings.url}
+            if shared := [url for url in part.url if same_server(url) in own]:
                 raise IncompatibleError(
                     f"{PLACE} and a teacher are at one server, {shared[0]}: it takes up the student's weights, so "
                     "the teacher would be the student; serve the teacher at another port"
                 )
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
         for prompt in prompts:
             length = len(self.language.encode(prompt))
-            if self.longest is not None and length + self.budget > self.longest:
+            if self.longest is not None and length + budget > self.longest:
                 raise ModelError(
                     f"{PLACE}: the server takes texts of {self.longest} tokens, and {prompt.where} has {length} with a "
-                    f"completion up to {self.budget}: start it with --max-model-len {length + self.budget}, or shorten "
-                    "rollout.max_new_tokens"
+                    f"completion up to {budget}: start it with --max-model-len {length + budget}, or shorten "
+                    "rollout.max_new_tokens (and evaluation.max_new_tokens)"
                 )
 
     # -- weights ---------------------------------------------------------------------------------------------------
@@ -235,7 +250,7 @@ class ServedWriter(Writer):
 
     def _marked(self) -> str:
         """What the student's weights are now."""
-        return fingerprint(present(self.language).items())
+        return contents(present(self.language).items())
 
     @property
     def model(self) -> str:
@@ -256,6 +271,11 @@ class ServedWriter(Writer):
         if _is_first():
             try:
                 self._push_until_held()
+            except (OSError, SafetensorError) as error:
+                problem = RunError(
+                    f"{PLACE}: the weights cannot be written to {self.folder} ({in_a_line(error)}); free some space, or "
+                    f"name another place in {PLACE}.folder"
+                )
             except Exception as error:
                 # The others wait to hear how it went.
                 problem = error
@@ -275,7 +295,8 @@ class ServedWriter(Writer):
             return all(self._has_adapter(url) for url in self.settings.url)
         if self._labels:
             return all(self._has_label(url, self.label) for url in self.settings.url)
-        return self._scores_alike()
+        # Weights of the step before score alike too, up to rounding.
+        return self._sent == self._mark and self._scores_alike()
 
     def _push_until_held(self) -> None:
         for _ in range(AGAIN + 1):
@@ -299,10 +320,17 @@ class ServedWriter(Writer):
         for url in self.settings.url:
             if self.adapter:
                 if not self._has_adapter(url):
-                    self._must(load_job(self.label, str(folder)), url)
+                    found = self._asked(load_job(self.label, str(folder)), url)
+                    # A second try after one that was answered too late is refused, since the name is there.
+                    if isinstance(found, RequestError) and not self._has_adapter(url):
+                        raise self._refusal(found, url)
                 if self._loaded not in (None, self.label):
                     self._asked(unload_job(str(self._loaded)), url)
             else:
+                if self._labels:
+                    # The name of weights that are being replaced stays with vLLM, and whoever comes after an end in
+                    # between would believe it.
+                    self._must(label_job(UNKNOWN), url)
                 self._must(reload_job(str(folder)), url)
                 self._must(reset_job(), url)
                 if self._labels:
@@ -316,7 +344,7 @@ class ServedWriter(Writer):
                 f"{self.measured['engine/score_gap']:.2g} nats at half of the tokens: it serves another model "
                 f"({self.base}), or quantised; serve the student's own"
             )
-        self._loaded = self.label
+        self._loaded, self._sent = self.label, self._mark
         # An adapter is read again where a server drops and loads it.
         for old in self.folder.iterdir():
             if old != folder:
@@ -334,7 +362,8 @@ class ServedWriter(Writer):
                 log_probs = torch.log_softmax(self.language.head(1.0).detach().logits(hidden), -1).cpu()
             own = log_probs.gather(1, found.actions[:, None]).squeeze(1)
             # Rounding may be far off at a single token, another model at most of them.
-            worst = max(worst, float((found.log_probs - own).abs().median()))
+            gap = float((found.log_probs - own).abs().median())
+            worst = max(worst, gap if gap == gap else math.inf)
         self.measured["engine/score_gap"] = worst
         return worst <= TOLERANCE[self.dtype]
 
@@ -345,20 +374,24 @@ class ServedWriter(Writer):
         found = self._asked(job, url)
         if not isinstance(found, RequestError):
             return found
+        raise self._refusal(found, url)
+
+    def _refusal(self, found: RequestError, url: str) -> ModelError:
+        """What is said of a server that cannot be used, with the way out."""
         if found.status in (404, 405) and self.adapter:
             rank = getattr(self.language.model.peft_config.get("default"), "r", 16)
-            raise ModelError(
+            return ModelError(
                 f"{PLACE}: {url} takes up no adapters ({found}): start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True "
                 f"and --enable-lora --max-lora-rank {rank}, or set weights: folder"
             )
         if found.status in (404, 405):
-            raise ModelError(
+            return ModelError(
                 f"{PLACE}: {url} takes up no weights ({found}): start vLLM with VLLM_SERVER_DEV_MODE=1, or opd serve "
                 "with --follow"
             )
         if found.again:
-            raise refused(url, found, place=PLACE)
-        raise ModelError(
+            return refused(url, found, place=PLACE)
+        return ModelError(
             f"{PLACE}: {url} did not take up the student's weights ({found}): it must serve the student's own model "
             f"and see {self.folder} (folder sets another place)"
         )
@@ -543,11 +576,19 @@ class ServedWriter(Writer):
         self.measured[name] = self.measured.get(name, 0.0) + value
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._loaded is not None and self.adapter:
-            for url in self.settings.url:
-                self._asked(unload_job(self._loaded), url)
-            self._loaded = None
+        # What is being written ahead is wanted no more; whoever waits for it hears that.
+        self.client.close()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._begun = None
+        # A server that is gone is not waited for.
+        self.client.retries, self.client.timeout = 0, min(self.client.timeout, LAST)
+        loaded, self._loaded = self._loaded, None
+        for url in self.settings.url if _is_first() else ():
+            if self._asleep:
+                self._asked(wake_job(), url)
+            if loaded is not None and self.adapter:
+                self._asked(unload_job(loaded), url)
+        self._asleep = False
         self.client.close()
         if self._made is not None:
             self._made.cleanup()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -49,8 +49,8 @@ def sample(
         OpdError: when the store was begun with other settings, or the recipe samples nothing.
     """
     logs = path.with_name(f"{path.name}-{FOLDER}")
-    with started(servers_of(recipe.rollout, logs, "rollout"), partial(_told, quiet)):
-        return _sampled(recipe, path, draws, prompts_per_shard, quiet)
+    with started(servers_of(recipe.rollout, logs, "rollout"), partial(_told, quiet)), ExitStack() as opened:
+        return _sampled(recipe, path, draws, prompts_per_shard, quiet, opened)
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def _told(quiet: bool, text: str) -> Iterator[None]:
     yield
 
 
-def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, quiet: bool) -> Store:
+def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, quiet: bool, opened: ExitStack) -> Store:
     if isinstance(recipe.rollout, StoredRollout):
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
     if recipe.student.modality != "language":
@@ -79,7 +79,8 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
     source = recipe.rollout.build(context, student, teachers)
-    for warning in check_lengths(recipe, student, teachers, prompts):
+    opened.callback(source.close)
+    for warning in check_lengths(recipe, student, teachers, prompts, source):
         print(f"opd: {warning}", file=sys.stderr)
     if recipe.self_test:
         check_writers([source], prompts[:2], context)
@@ -123,7 +124,6 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
                 store.write(shard, written)
 
     work_through(store.missing(), store.header.shards, write, "sampling", quiet)
-    source.close()
     tidy(store.shard_path(0).parent)
     return store
 

@@ -135,9 +135,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
             check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
         self.language.train(training)
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
         if self.writer is not None:
-            self.writer.check_prompts(prompts)
+            self.writer.check_lengths(prompts, budget)
 
     def engine(self) -> InProcess | Writer:
         """What draws: a writer elsewhere, the model itself, or its copy, which is then renewed."""
@@ -188,7 +188,8 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
             members = 1
         of_rows = [prompt for prompt in prompts for _ in range(group)]
         of = (request.context.seed, request.stream)
-        seeds = [row_seed(*of, prompt, group, i % group) for i, prompt in enumerate(of_rows)]
+        behind = [0] * len(of_rows) if begun is None else [len(start) for start in begun]
+        seeds = [row_seed(*of, prompt, group, i % group, behind[i]) for i, prompt in enumerate(of_rows)]
         drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch)
         ended = self._telling(of_rows) if begun is None and request.stream >= 0 else None
         return own, Pending(views, members, request.budget, seeds, drawing, ended)
@@ -218,8 +219,10 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
                 "update.learning_rate, or take hardware.precision: fp32"
             )
-        same = self.reader is self.language and self.sees is None
+        same, home = self.reader is self.language and self.sees is None, request.context.device
         contexts = own if same else [self.reader.encode(p) for p in prompts]
+        # Those of a server come on the CPU.
+        rows = [row._replace(actions=row.actions.to(home), log_probs=row.log_probs.to(home)) for row in rows]
         trajectories = pack_rows(prompts, contexts, group, rows, self.author)
         if watching is None:
             return trajectories

@@ -14,7 +14,7 @@ from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
 from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
 from opd.rollouts.base import Combination
-from opd.teachers import LiveTeacher, Teacher, answers_of
+from opd.teachers import LiveTeacher, Teacher, answers_of, reasons
 from opd.trajectories import Trajectories
 
 STREAM = -1
@@ -92,7 +92,12 @@ def roll_out(run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[P
     """`k` trajectories of each held-out prompt, with verdicts; unless the recipe says how long, as long as the student
     writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
-    return run.judged(sampler(prompts, k, at.settings.longest or own, stream=STREAM))
+    found = sampler(prompts, k, at.settings.longest or own, stream=STREAM)
+    if len(found) < len(prompts) * k:
+        run.monitor.warn_once(
+            f"held-out measurements leave out rollouts that could not be written ({reasons([sampler.source])})"
+        )
+    return run.judged(found)
 
 
 def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:

@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
@@ -94,6 +95,7 @@ class Client:
         self._turn = itertools.count()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._http: httpx2.AsyncClient | None = None
         self._seats: asyncio.Semaphore | None = None
 
@@ -136,13 +138,26 @@ class Client:
         return self._run(work)
 
     def close(self) -> None:
-        """End the thread; another request starts a new one."""
+        """End the thread; another request starts a new one. Whoever waits for an answer yet gets `CancelledError`."""
         with self._lock:
             loop, self._loop = self._loop, None
-        if loop is not None:
-            if self._http is not None:
-                asyncio.run_coroutine_threadsafe(self._http.aclose(), loop).result(5)
-            loop.call_soon_threadsafe(loop.stop)
+        if loop is None:
+            return
+        with suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(self._end(), loop).result(5)
+        loop.call_soon_threadsafe(loop.stop)
+        assert self._thread is not None
+        self._thread.join(5)
+        if not self._thread.is_alive():
+            loop.close()
+
+    async def _end(self) -> None:
+        waiting = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        if self._http is not None:
+            await self._http.aclose()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._running()).result()
@@ -152,7 +167,8 @@ class Client:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="opd-teacher", daemon=True).start()
+                self._thread = threading.Thread(target=self._loop.run_forever, name="opd-client", daemon=True)
+                self._thread.start()
                 asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
             return self._loop
 

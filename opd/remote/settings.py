@@ -14,6 +14,14 @@ from opd.remote.client import LOOPBACK, Client
 from opd.remote.launch import ServerStart
 
 
+def same_server(url: str) -> tuple[str, str, int, str]:
+    """The same of two addresses under which one server is reached, as far as they say so: this machine has several
+    names."""
+    parts = urlsplit(url)
+    host = "127.0.0.1" if parts.hostname in LOOPBACK else parts.hostname or ""
+    return parts.scheme, host, parts.port or (443 if parts.scheme == "https" else 80), parts.path.rstrip("/")
+
+
 class Reached(Settings):
     """One server or several replicas of it.
 
@@ -52,7 +60,7 @@ class Reached(Settings):
                     "put the key into an environment variable and name it in key_env"
                 )
             found.append(url.rstrip("/").removesuffix("/v1"))
-        if len(set(found)) < len(found):
+        if len({same_server(url) for url in found}) < len(found):
             raise ValueError("an address is listed twice; list each replica once")
         return found
 

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from opd.choice import Choice, Settings
 from opd.context import Context
@@ -103,6 +103,10 @@ class PrefixSource(ABC, Generic[S]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt that this source cannot extend."""
 
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
+        """Raise `ModelError` where a prompt with a completion of `budget`, the longest of a run, is more than whoever
+        writes takes."""
+
     def writers(self) -> list[PrefixSource]:
         """The sources in this one that draw from a language model."""
         return []
@@ -181,6 +185,10 @@ class Combination(PrefixSource[C]):
     def own_signals(self) -> Mapping[str, float]:
         return {name: value for source in self.sources for name, value in source.own_signals().items()}
 
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
     def exact(self, settings: C) -> bool:
         return False
 
@@ -193,6 +201,10 @@ class Combination(PrefixSource[C]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for source in self.sources:
             source.check_prompts(prompts)
+
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
+        for source in self.sources:
+            source.check_lengths(prompts, budget)
 
     def teachers(self) -> list[str]:
         return [name for source in self.sources for name in source.teachers()]
@@ -284,6 +296,15 @@ class OneSource(Rollout):
 class SeveralSources(Rollout):
     """Base of rollouts that are made of others."""
 
+    @model_validator(mode="after")
+    def _nothing_ahead(self) -> Self:
+        if any(getattr(getattr(part, "engine", None), "overlap", False) for part in self.parts):
+            kind = self.model_dump()["kind"]
+            raise ValueError(
+                f"engine.overlap: the parts of a {kind} write one after the other and nothing ahead; leave overlap out"
+            )
+        return self
+
     @property
     def budget(self) -> int:
         return max(part.budget for part in self.parts)
@@ -293,7 +314,9 @@ class SeveralSources(Rollout):
         return max(part.longest for part in self.parts)
 
 
-def row_seed(seed: int, stream: int, prompt: Prompt, group: int, member: int) -> int:
-    """63-bit seed of one of the `group` rows of a prompt, the same whatever batch it is sampled in."""
-    text = f"{seed}/{stream}/{prompt.id}/{prompt.repeat * group + member}".encode()
+def row_seed(seed: int, stream: int, prompt: Prompt, group: int, member: int, begun: int = 0) -> int:
+    """63-bit seed of one of the `group` rows of a prompt, the same whatever batch it is sampled in. One that goes on
+    behind so many actions that are `begun` has another: the draws that wrote those depend on theirs."""
+    name = f"{seed}/{stream}/{prompt.id}/{prompt.repeat * group + member}" + (f"/{begun}" if begun else "")
+    text = name.encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1

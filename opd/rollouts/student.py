@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -53,8 +54,11 @@ class StudentRollout(SamplingSettings, OneSource):
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LanguageRollout:
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
         language = language_of(student, "the student")
-        writer = None if self.engine is None else self.engine.build(language, self.longest, context)
+        writer = None if self.engine is None else self.engine.build(language, context)
         if writer is not None:
-            writer.check_teachers([teacher.settings for teacher in teachers])
+            with ExitStack() as opened:
+                opened.callback(writer.close)
+                writer.check_teachers([teacher.settings for teacher in teachers])
+                opened.pop_all()
         early = [teacher for teacher in teachers if getattr(teacher, "early", False)]
         return LanguageRollout(language, self, context, watch=watch, writer=writer, listeners=early)

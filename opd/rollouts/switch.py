@@ -82,12 +82,17 @@ class Switched(Combination[SwitchRollout]):
         first = begin(request.to(before, budget=at))
         # What ended by itself or was stopped stays as it is; the rest goes on, each from its own beginning.
         stopped = first.stopped or [None] * len(first)
-        going = [i for i, ended in enumerate(first.finished.tolist()) if not ended and stopped[i] is None]
+        lost = [False] * len(first) if first.lost is None else first.lost.tolist()
+        ended = [done or gone for done, gone in zip(first.finished.tolist(), lost, strict=True)]
+        going = [i for i, over in enumerate(ended) if not over and stopped[i] is None]
         if not going or at == request.budget:
             return first
         own, begun = first.completions(), request.begun
         starts = [own[i] if begun is None else torch.cat([begun[i].to(own[i].device), own[i]]) for i in going]
-        asked = replace(request.to(after, budget=left), prompts=[first.prompts[i] for i in going])
+        # Each is asked for alone, and still has draws of its own.
+        members = [(first.prompts[i], i % request.group) for i in going]
+        prompts = [replace(prompt, repeat=prompt.repeat * request.group + member) for prompt, member in members]
+        asked = replace(request.to(after, budget=left), prompts=prompts)
         return continued(first, going, go_on(replace(asked, group=1, begun=starts)))
 
     def drawn(self, request: Request[SwitchRollout]) -> None:

@@ -4,6 +4,7 @@ where it `follows` somebody's training the routes by which weights are taken up.
 from __future__ import annotations
 
 import asyncio
+import copy
 import hmac
 import ipaddress
 import json
@@ -14,12 +15,15 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from opd.errors import RunError
+from opd.errors import OpdError, RunError
+from opd.files.whole import told
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model, load_tokenizer
@@ -160,12 +164,16 @@ class ServedModel:
         folder = Path(asked.where.weights_path)
         if not folder.is_dir() or not list(folder.glob("*.safetensors")):
             raise BadRequestError(f"{folder} holds no weights (*.safetensors)")
+        if (folder / "adapter_config.json").exists():
+            raise BadRequestError(f"{folder} holds an adapter, which names its model itself; send whole weights")
 
         def work() -> bytes:
             own = self.language.base
-            with torch.no_grad():
-                found = type(own).from_pretrained(folder, dtype=own.dtype, use_safetensors=True)
-                copy_into(own.state_dict(), dict(found.state_dict()), "served model")
+            try:
+                with torch.no_grad():
+                    copy_into(own.state_dict(), _weights_in(folder, own), "served model")
+            except (OSError, ValueError, RuntimeError, SafetensorError, OpdError) as error:
+                raise BadRequestError(f"the weights in {folder} are not this model's ({told(error)})") from None
             for name in ("about", "head_bytes"):
                 self.__dict__.pop(name, None)
             self.version = "default"
@@ -211,8 +219,32 @@ class ServedModel:
         return Rows(contexts, completions, partial(exact_answer, dtype=asked.dtype))
 
 
+def _weights_in(folder: Path, own: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights in a folder by the model's names for them. Nothing but numbers is read there: a configuration of
+    somebody else's may name code.
+
+    Raises:
+        RunError: some are lacking, or are none of this model's.
+    """
+    # What it returns depends on an argument, which its types do not say.
+    both: Any = type(own).from_pretrained(
+        folder,
+        config=copy.deepcopy(own.config),
+        dtype=own.dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    found, said = both
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, said.get(what) or ())):
+            raise RunError(f"{what.replace('_', ' ')}: {', '.join(names[:3])}")
+    return dict(found.state_dict())
+
+
 def application(served: ServedModel, token: str | None = None) -> Starlette:
-    """The routes; with a token none but `/health` answers without it."""
+    """The routes; with a token none but `/health` answers without it, and without a token none to a page of the web
+    that had its own name resolved to this machine: its requests say that name."""
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
@@ -222,6 +254,8 @@ def application(served: ServedModel, token: str | None = None) -> Starlette:
 
     def guarded(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def checked(request: Request) -> Response:
+            if token is None and not is_loopback(request.url.hostname or ""):
+                return problem(403, f"this server is called 127.0.0.1 or localhost, not {request.url.hostname!r}")
             given = request.headers.get("authorization", "").encode()
             if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
                 return problem(401, "no valid key")

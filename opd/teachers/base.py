@@ -99,6 +99,12 @@ class LiveTeacher(ABC, Generic[S]):
         """Told, from whatever thread, of a trajectory about which `answer` will probably ask, int64 `[T]`, as soon as
         it is written: a teacher elsewhere can begin while others are written."""
 
+    def close(self) -> None:
+        """The run is over; another question may still come, and it may be called twice."""
+        for member in self.members().values():
+            if member is not self:
+                member.close()
+
     def failures(self) -> dict[str, int]:
         """How often it was asked in vain since it was built, by reason; empty for one that answers always."""
         return {}

@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -140,13 +141,17 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         self._expected: dict[Text, tuple[int, Future[Scored | RequestError]]] = {}
         self._turn, self._lock = 0, threading.Lock()
         self._notes: list[str] = []
-        self.found = self._replicas()
-        self.answers = KINDS[self._kind_of_answers()]
         self.head: Head | None = None
         self._placed: Head | None = None
-        self.k = settings.top_k if self.answers is TopK else 0
         self.dialect: Dialect | None = None
-        self._probe()
+        # Who cannot be used keeps no thread.
+        with ExitStack() as opened:
+            opened.callback(self.client.close)
+            self.found = self._replicas()
+            self.answers = KINDS[self._kind_of_answers()]
+            self.k = settings.top_k if self.answers is TopK else 0
+            self._probe()
+            opened.pop_all()
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -224,6 +229,11 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
     @property
     def notes(self) -> list[str]:
         return [*self._notes, *self.reader.notes]
+
+    def close(self) -> None:
+        with self._lock:
+            self._expected.clear()
+        self.client.close()
 
     def failures(self) -> dict[str, int]:
         ended = ended_at(self.settings.url[0]) if self.failed["connection"] else None

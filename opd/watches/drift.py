@@ -77,6 +77,9 @@ class DriftWatch(LiveWatch[Drift]):
 
     def end(self, rows: Rows[Drift]) -> Findings:
         self._score(rows)
+        if not self.said:
+            # Nobody wrote anything, as a server that is gone.
+            return Findings()
         starts = torch.tensor([0, *(len(actions) for actions in rows.actions)]).cumsum(0).tolist()
         places = [
             torch.cat([torch.arange(starts[p] + first, starts[p] + stop) for p, first, stop in spans])
