@@ -152,8 +152,8 @@ def test_held_out_rows_that_were_not_written_are_spoken_of(folders, engine, tmp_
 def test_a_measurement_longer_than_the_server_takes_is_refused(folders, tmp_path):  # noqa: F811
     student, teacher = folders
     served = served_model(seed=3, follows=True, limits=Limits(60))
+    evaluation = {"held_out": 2, "samples": 1, "max_new_tokens": 80}
     with serving(application(served)) as running, pytest.raises(ModelError, match=r"--max-model-len.*evaluation"):
-        evaluation = {"held_out": 2, "samples": 1, "max_new_tokens": 80}
         run(tmp_path / "run", student, at(teacher), rollout=by(running.url), evaluation=evaluation)
     served.batcher.close()
 

@@ -286,13 +286,14 @@ def test_rows_may_be_looked_at_while_a_server_writes_them(folders, engine, tmp_p
 
 def test_a_server_sleeps_while_the_student_trains(folders, tmp_path):
     student, teacher = folders
-    served, asleep, refused = served_model(seed=3, follows=True), [False], []
+    served, asleep, refused, slept = served_model(seed=3, follows=True), [False], [], []
     app = application(served)
 
     async def with_sleep(scope, receive, send):
         path = scope["path"]
         if path in ("/sleep", "/wake_up"):
             asleep[0] = path == "/sleep"
+            slept.append(path)
             await send({"type": "http.response.start", "status": 200, "headers": []})
             return await send({"type": "http.response.body", "body": b"{}"})
         if asleep[0]:
@@ -307,7 +308,9 @@ def test_a_server_sleeps_while_the_student_trains(folders, tmp_path):
     served.batcher.close()
     assert len(losses(found)) == 3
     assert not refused
-    assert asleep[0]
+    # After each of three rollouts and of two measurements, and never beyond the run.
+    assert slept.count("/sleep") >= 5
+    assert not asleep[0]
 
 
 def test_a_server_that_cannot_sleep_is_refused(folders, engine, tmp_path):
