@@ -318,7 +318,7 @@ def _assembled(
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
     opened.callback(rollout.close)
-    if isinstance(rollout, Combination) and rollout.together and accelerator.num_processes > 1:
+    if isinstance(rollout, Combination) and rollout.elsewhere and accelerator.num_processes > 1:
         raise IncompatibleError(
             f"rollout {kind_of(recipe.rollout)!r} has a part with an engine, and its parts get unequal shares in the "
             f"{accelerator.num_processes} processes, which the engine needs all at once: run one process, or make the "

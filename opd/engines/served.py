@@ -273,8 +273,8 @@ class ServedWriter(Writer):
                 self._push_until_held()
             except (OSError, SafetensorError) as error:
                 problem = RunError(
-                    f"{PLACE}: the weights cannot be written to {self.folder} ({in_a_line(error)}); free some space, or "
-                    f"name another place in {PLACE}.folder"
+                    f"{PLACE}: the weights cannot be written to {self.folder} ({in_a_line(error)}); free some space, "
+                    f"or name another place in {PLACE}.folder"
                 )
             except Exception as error:
                 # The others wait to hear how it went.
