@@ -192,7 +192,7 @@ def test_what_cannot_run_is_refused_in_one_line(monkeypatch):
 
 def test_a_layout_that_no_attention_reads_is_an_error(monkeypatch):
     """Otherwise every row of a packed one would see all before it, with the start-up test switched off in silence."""
-    monkeypatch.setattr("opd.language.engines.cpu.packing.NOT_PACKED", ())
+    monkeypatch.setattr("opd.language.attention.NOT_TOLD", ())
     with pytest.raises(ModelError, match="'nemotron' does not tell its attention"):
         check_logits(language_of(tiny(NAMES["nemotron"])), ids(9, 5), ids(5, 7), "the student")
 

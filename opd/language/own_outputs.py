@@ -11,9 +11,10 @@ import torch
 from opd.context import Context
 from opd.distributions import Sampled
 from opd.errors import OpdError, SelfTestError
+from opd.language.attention import attention_of, check_dtype
 from opd.language.engines.base import Drawing, EncodedPrompt, Row, ids_of
-from opd.language.engines.cpu.packing import can_pack
-from opd.language.engines.in_process import InProcess, Layout
+from opd.language.engines.in_process import InProcess
+from opd.language.engines.layouts import Layout, usual_layout
 from opd.language.engines.sampler import Sampler
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
@@ -41,6 +42,7 @@ def check_logits(
     # A group with one prompt, and rows of unequal length.
     rows = [first, (first[0], first[1].flip(0)), *zip(contexts[1:], completions[1:], strict=True)]
     rows.append((_half(last[0]), last[1]))
+    check_dtype(attention_of(language.base), compute_dtype(language), which)
     tolerance = max(TOLERANCE[compute_dtype(language)], 1e-3)
     with _runs(language, which):
         own = [language.own_logits(*row) for row in rows]
@@ -70,7 +72,8 @@ def check_logits(
             f"{which}: the model's own logits and its hidden states times its head differ by {alone:.1%}: "
             f"{language.family} changes its logits in a way that opd does not know; take another model"
         )
-    way = "attention: eager pads rows instead" if can_pack(language.base) else "take another model"
+    instead = {"packed": "eager", "varlen": "sdpa"}.get(usual_layout(language.base, language.device.type))
+    way = f"attention: {instead} pads rows instead" if instead else "take another model"
     raise SelfTestError(
         f"{which}: rows that share a batch get other logits than each alone, by {together:.1%}: {language.family} "
         f"lets one row or its padding reach another; {way}"
@@ -107,6 +110,7 @@ def check_draws(
         tolerance: in nats, on average.
     """
     contexts = [*contexts, _half(contexts[0])]
+    check_dtype(attention_of(sampler.model.base), compute_dtype(sampler.model), f"{which} as a writer")
     with _runs(language, f"{which} as a writer"):
         gap = _gap(sampler, contexts, language)
     if not gap <= tolerance:

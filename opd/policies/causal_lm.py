@@ -27,9 +27,11 @@ from opd.language.agreement import (
     notes_on_end,
     tokens_of_some,
 )
+from opd.language.attention import check_attention
 from opd.language.dropout import restore, silence
 from opd.language.engines.base import ids_of
-from opd.language.engines.in_process import InProcess, Layout
+from opd.language.engines.in_process import InProcess
+from opd.language.engines.layouts import Layout
 from opd.language.engines.transformers import LanguageModel
 from opd.language.experts import Experts
 from opd.language.lora_targets import adapted, spare_routers
@@ -105,6 +107,7 @@ class CausalLM(ModelSettings, Policy):
     )
 
     def build(self, context: Context) -> CausalLMStudent:
+        check_attention(self.attention, "student.attention", context.device)
         language = LanguageModel.load(self, context.device, keep_adapter=self.lora is not None)
         folder = Path(self.model)
         beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder

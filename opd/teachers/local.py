@@ -12,6 +12,7 @@ from opd.context import Context
 from opd.distributions import Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.hardware import DEVICE, check_device
+from opd.language.attention import check_attention
 from opd.language.engines.base import EncodedPrompt, Scorer, followed_by
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
@@ -64,6 +65,7 @@ class LocalTeacher(ModelSettings, Teacher):
     def build(self, context: Context, student: Student | None) -> LanguageTeacher:
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
+        check_attention(self.attention, "teacher.attention", device)
         language = LanguageModel.load(self, "cpu" if self.offload else device)
         language.requires_grad_(False)
         return LanguageTeacher(language, self, device)

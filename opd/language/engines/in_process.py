@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
+from opd.language.attention import in_its_dtype
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Scorer
 from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
 from opd.language.engines.cpu.prepacked import FEWEST, prepacked
+from opd.language.engines.layouts import Layout
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 
     from opd.policies import Student
     from opd.teachers import LiveTeacher
-
-Layout = Literal["auto", "packed", "right", "left"]
-"""How rows of unequal length share a pass; what a model does not know, it does as `auto`."""
 
 
 class InProcess(torch.nn.Module, Engine):
@@ -77,7 +76,7 @@ class InProcess(torch.nn.Module, Engine):
         Args:
             contexts: B prompts; neighbours with the same prompt may be computed once.
             completions: B completions, int64 `[T_i]`; position t of a completion is predicted from the state before it.
-            layout: one packed row, or a batch padded on either side; the result does not depend on it.
+            layout: one row without padding, or a batch padded on either side; the result does not depend on it.
         """
 
     @abstractmethod
@@ -113,7 +112,8 @@ class InProcess(torch.nn.Module, Engine):
 
     def body(self, **inputs: object) -> Any:
         """The decoder without the head: `last_hidden_state` is final-normed."""
-        return decoder_of(self.base)(**inputs)
+        with in_its_dtype(self.base):
+            return decoder_of(self.base)(**inputs)
 
     def packed_body(self, row: PackedRow, **options: object) -> torch.Tensor:
         """Final hidden states `[1, L, D]` of a packed row."""

@@ -7,9 +7,6 @@ itself; nothing attends across. The result equals that of separate padded rows; 
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,21 +17,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from opd.language.layers import decoder_layers, decoder_of
+from opd.language.attention import meets_in_attention
+from opd.language.layers import decoder_of
 
 ATTENTION = "opd_packed"
 SHORT = 256
 """Keys up to which attention is computed in float32 whatever the model's dtype: on a CPU its backward pass in bfloat16
 takes 2 to 5 times as long for sequences of 64 tokens, as long for 512, and is the faster one from 1024 on."""
-
-PACKABLE = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose whole mask is the causal one and a window."""
-NOT_PACKED = ("nemotron",)
-"""Families whose layers keep from their attention what the decoder is called with, the layout too."""
-MIXERS = re.compile(
-    r"mamba|ssm|recurrent|rwkv|conv(?!ert)|shift|linearattention|lightning|delta|indexer|retention", re.I
-)
-"""Parts of the names of modules that mix positions by other means than softmax attention."""
 
 
 @dataclass(frozen=True)
@@ -134,45 +123,25 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (len(a) == len(b) and torch.equal(a, b))
 
 
-def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a transformers model attends through the pluggable interface with plain softmax attention throughout,
-    and nothing else in it looks from one position to another.
-
-    Restricted to the CPU: there a loop over short sequences is the fastest exact attention; on an accelerator it would
-    be many small kernels, and padded batches are used.
-    """
-    body = decoder_of(model)
-    config, layers = body.config, decoder_layers(body)
+def packable(model: PreTrainedModel) -> bool:
+    """Whether rows of a transformers model can be packed on a CPU: they meet in its attention alone, and that is what
+    torch computes."""
+    config = decoder_of(model).config
     return (
-        next(model.parameters()).device.type == "cpu"
-        and getattr(config, "_attn_implementation", None) in ("sdpa", ATTENTION)
+        getattr(config, "_attn_implementation", None) in ("sdpa", ATTENTION)
         and bool(getattr(model, "_supports_attention_backend", False))
-        and config.model_type not in NOT_PACKED
-        and bool(layers)
-        # A hybrid's layer without attention has the attribute all the same, with nothing in it.
-        and all(_is_pluggable(getattr(layer, "self_attn", None)) for layer in layers or ())
-        and set(getattr(config, "layer_types", None) or ()) <= PACKABLE
-        and not any(_mixes_positions(part) for part in body.modules())
         and getattr(config, "attn_logit_softcapping", None) is None
+        and meets_in_attention(model)
     )
 
 
-def _is_pluggable(attention: object) -> bool:
-    """Whether an attention is a module that asks transformers' interface what to compute with."""
-    if not isinstance(attention, torch.nn.Module):
-        return False
-    code = getattr(inspect.unwrap(type(attention).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether it is packed where it is.
 
-
-def _mixes_positions(part: torch.nn.Module) -> bool:
-    """Whether a module that is no softmax attention looks from one position to another: a convolution, a recurrence."""
-    return isinstance(part, torch.nn.Conv1d) or _names_mixer(type(part).__name__)
-
-
-@functools.cache
-def _names_mixer(name: str) -> bool:
-    return MIXERS.search(name) is not None
+    Restricted to the CPU: there a loop over short sequences is the fastest exact attention; on an accelerator it would
+    be many small kernels.
+    """
+    return next(model.parameters()).device.type == "cpu" and packable(model)
 
 
 def packed_attention(
