@@ -28,7 +28,7 @@ PACKAGES = {
     "flash_attention_3": "flash_attn_interface",
     "flash_attention_4": "flash_attn.cute",
 }
-"""Modules of the packages that these are computed with; transformers takes `kernels` from the hub where one is not there."""
+"""Modules that these are computed with; where one is not there, transformers takes a kernel of the hub by `kernels`."""
 
 
 def attention_of(model: PreTrainedModel) -> str:

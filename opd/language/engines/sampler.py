@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from opd.language.engines.in_process import InProcess
 
 
+LOOK_EVERY = 8
+"""Tokens between two looks, on an accelerator, at which rows have ended: whoever looks waits until the device has done
+all that it was given. In between rows that have ended are drawn on, and what they got too much is cut."""
+
+
 class Drawn(NamedTuple):
     """One token of every row in the batch: ids `[alive]`, log-probabilities `[alive, 1]`, and where they are kept the
     likeliest ids `[alive, K]`."""
@@ -141,11 +146,12 @@ class Sampling:
     def _keep(self, keep: torch.Tensor) -> None:
         if bool(keep.all()):
             return
-        self.alive, self.drawn = self.alive[keep], self.drawn[keep]
-        self.hidden = self.hidden[keep]
-        self.uniforms = self.uniforms[:, keep]
-        self.prompt_lengths = self.prompt_lengths[keep]
-        self.mask = self.mask[keep]
+        places = keep.nonzero().squeeze(1)
+        self.alive, self.drawn = self.alive[places], self.drawn[places]
+        self.hidden = self.hidden[places]
+        self.uniforms = self.uniforms[:, places]
+        self.prompt_lengths = self.prompt_lengths[places]
+        self.mask = self.mask[places]
         if self.padded and self.cache is not None and keeps_all(self.cache) and len(self.alive):
             # What is padding of all rows that are left would be read with every token.
             unread = int(self.mask.any(0).byte().argmax())
@@ -154,7 +160,7 @@ class Sampling:
                 cut_columns(self.cache, unread)
         self.padded = self.padded and not bool(self.mask[:, : self.width].all())
         if self.cache is not None:
-            take_rows(self.cache, keep.nonzero().squeeze(1))
+            take_rows(self.cache, places)
 
 
 class Sampler:
@@ -186,6 +192,8 @@ class Sampler:
         self.ends = torch.zeros(max([last, *(i + 1 for i in end_ids)]), dtype=torch.bool, device=model.device)
         self.ends[sorted(end_ids)] = True
         self.top_p, self.top_k = top_p, top_k
+        self.look_every = 1 if model.device.type == "cpu" else LOOK_EVERY
+        """Tokens between two looks at which rows have ended. Without a cache it is looked at each."""
         # A window would keep the padding of rows that join, a state would have to go without it, and angles that depend
         # on the longest row would make draws depend on who shares a batch.
         fixed = all(getattr(part, "rope_type", "default") in STATIC for part in body.modules())
@@ -236,25 +244,27 @@ class Sampler:
     @torch.no_grad()
     def extend(self, state: Sampling, tokens: int, fewest: int = 0) -> Sampling:
         """Draw up to `tokens` more for every row still in the batch (never past the budget), as long as more than
-        `fewest` rows are in it."""
+        `fewest` rows are in it; those that end are seen to have ended every `look_every` tokens and at the end."""
         as_it_is = state.cache is not None and self._sees_everything(state.cache)
         decoder = self.decoder if as_it_is and not torch.is_autocast_enabled("cpu") else None
         latest: list[Drawn] = []
-        for _ in range(tokens):
+        every = 1 if state.cache is None or self.cache_name is None else self.look_every
+        unseen, room = 0, 0
+        for left in range(tokens - 1, -1, -1):
             if len(state.alive) <= fewest:
                 break
+            if every > 1 and not unseen:
+                # No row passes its budget unseen.
+                room = min(every, state.budget - int(state.drawn.max()))
             log_probs, likeliest = self._distribution(state)
             column = inverse_cdf(log_probs, state.uniforms.gather(0, state.drawn[None])[0])
             token = self.head.vocabulary.named(column)
             latest.append(Drawn(token, log_probs.gather(1, column[:, None]), likeliest))
             state.drawn = state.drawn + 1
-            ended = self.ends[token]
-            over = ended | (state.drawn == state.budget)
-            if bool(over.any()):
-                state.record(latest)
-                state.finished[state.alive[ended]] = True
-                state._keep(~over)
-                token = token[~over]
+            unseen += 1
+            if every == 1 or unseen == room or not left:
+                token = self._look(state, latest, unseen)
+                unseen = 0
             if not len(token):
                 break
             if state.cache is None or self.cache_name is None:
@@ -275,6 +285,22 @@ class Sampler:
                 state.hidden = hidden[:, -1]
         state.record(latest)
         return state
+
+    def _look(self, state: Sampling, latest: list[Drawn], unseen: int) -> torch.Tensor:
+        """Take rows out that ended in the last `unseen` draws, or are at their budget; the last token of the others."""
+        token = latest[-1].tokens
+        ends = self.ends[token if unseen == 1 else torch.stack([drawn.tokens for drawn in latest[-unseen:]], 1)]
+        ended = ends if unseen == 1 else ends.any(1)
+        over = ended | (state.drawn == state.budget)
+        if not bool(over.any()):
+            return token
+        state.record(latest)
+        if unseen > 1:
+            # Each count is of the ends up to and with a token: what comes behind the first is too much.
+            state.lengths[state.alive] -= (ends.cumsum(1) - ends.long() > 0).sum(1)
+        state.finished[state.alive] = ended
+        state._keep(~over)
+        return token[~over]
 
     def _anew(self, state: Sampling) -> torch.Tensor:
         """The states `[alive, D]` after all that has been drawn, by the pass that training makes."""
