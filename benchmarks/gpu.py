@@ -1,9 +1,9 @@
 """What `opd` does on a GPU, in one command and one file: `python -m benchmarks.gpu --json PATH` (`make gpu`).
 
-Runs the tests marked `gpu`, the loss operator's benchmark, and steps of a Qwen3-8B-shaped teacher with a
-Qwen3-1.7B-shaped student: random weights made on the device, bfloat16, completions of 1k to 4k tokens. Nothing is
-loaded from a network. Each part is a command of its own; their figures stand in PATH under the device's name.
-`--device cpu --shape tiny` runs the same code where there is no GPU; its figures mean nothing.
+Runs the tests marked `gpu`, the loss operator's benchmark, what unequal lengths cost, and steps of a Qwen3-8B-shaped
+teacher with a Qwen3-1.7B-shaped student: random weights made on the device, bfloat16, completions of 1k to 4k tokens.
+Nothing is loaded from a network. Each part is a command of its own; their figures stand in PATH under the device's
+name. `--device cpu --shape tiny` runs the same code where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks import peers
+from benchmarks import lengths, peers
 from benchmarks.alternation import versions_and_machine, write
 from benchmarks.head_to_head import progress
 
 SHAPES = {"qwen3": ["--size", "qwen3"], "tiny": ["--size", "qwen3-tiny", "--repeats", "1"]}
 OPERATOR = {"qwen3": [], "tiny": ["--quick", "--vocabulary", "1024", "--repeats", "1"]}
 
+PARTS = ("tests", "loss_operator", "lengths", "head_to_head")
 TESTS = ("tests/test_gpu.py", "tests/test_benchmarks.py")
 
 
@@ -59,7 +60,8 @@ def last_line(report: dict[str, Any]) -> str:
             f"{cell['size']['name']} step: {of['wall_seconds']:.3g} s, {gigabytes:.3g} GB, "
             f"{cell['utilisation']['step']:.0%} of the matrix throughput"
         )
-    failed = [name for name in ("tests", "loss_operator", "head_to_head") if report[name]["exit_status"]]
+    parts += lengths.told(report["lengths"])
+    failed = [name for name in PARTS if report[name]["exit_status"]]
     return f"gpu ({report['device']}): {'; '.join(parts)}; " + (f"FAILED: {', '.join(failed)}" if failed else "done")
 
 
@@ -85,12 +87,12 @@ def main() -> int:
             **versions_and_machine(options.device),
             "tests": tests(),
             "loss_operator": run("benchmarks.loss_operator", operator, Path(where)),
+            "lengths": run("benchmarks.lengths", [*device, *SHAPES[options.shape]], Path(where)),
             "head_to_head": run("benchmarks.head_to_head", [*device, *SHAPES[options.shape]], Path(where)),
         }
     write(options.json, report)
     print(last_line(report), flush=True)
-    parts = [report[name] for name in ("tests", "loss_operator", "head_to_head")]
-    return int(any(part["exit_status"] for part in parts))
+    return int(any(report[name]["exit_status"] for name in PARTS))
 
 
 def _peers_here(device: str) -> bool:

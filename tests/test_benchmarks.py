@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import flow_step, pages, phases, scaling, sizes, store
+from benchmarks import flow_step, lengths, pages, phases, scaling, sizes, store
 from benchmarks.bare import FloorSession
 from benchmarks.contestants import OpdSession
 from benchmarks.head_to_head import utilisation
@@ -132,6 +132,27 @@ def test_a_step_of_models_made_on_the_device(device, monkeypatch, tmp_path):
     # Of so small a step the clock may show nothing.
     assert found["step"] > 0 or math.isnan(found["step"])
     assert set(found["by_phase"]) == {"rollout", "teacher", "student", "loss", "backward"}
+
+
+@pytest.mark.parametrize("device", ["cpu", cuda])
+def test_what_unequal_lengths_cost(device, monkeypatch, tmp_path):
+    """What `make gpu` runs at the size of Qwen3, small."""
+    monkeypatch.setattr(sizes, "MODELS", tmp_path)
+    size = ON_DEVICE["qwen3-tiny"]
+    found = lengths.measure(size, device, 1)
+    assert 0 < found["layouts"]["padding"] < 1
+    assert found["layouts"]["apart"] < 0.05
+    for sides in (*found["layouts"]["seconds"].values(), found["looks"]["seconds"]):
+        assert [len(seconds) for seconds in sides.values()] == [1, 1]
+    assert len(set(found["looks"]["rows"])) > 1
+    assert found["looks"]["same"] > 0
+    assert len(lengths.told(found)) == 3
+    if device == "cpu":
+        assert found["layouts"]["attention"] == "sdpa"
+        assert "flash attention is not there" in found["note"]
+        monkeypatch.setattr(lengths, "can_flatten", lambda model: False)
+        skipped = lengths.layouts(lengths.language_of(size, device, False), size, device, 1)
+        assert lengths.told({"layouts": skipped})[0] == "layouts skipped: the family 'qwen3' is padded always"
 
 
 def test_a_public_models_shape_is_its_own(monkeypatch, tmp_path):

@@ -6,16 +6,18 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from opd.errors import ModelError, SelfTestError
+from opd.errors import ModelError, RecipeError, SelfTestError
 from opd.language.attention import attention_of, check_attention, check_dtype
 from opd.language.dropout import silence
 from opd.language.engines.layouts import can_flatten, flatten, usual_layout
 from opd.language.engines.transformers import LanguageModel
 from opd.language.own_outputs import check_logits
+from opd.plan import make_plan
+from opd.recipe import parse_recipe
 from tests import flash
 from tests.conftest import save_tiny, tiny_model, trajectories_of
 from tests.families import FAMILIES, tiny
-from tests.tiny import short_run, turn_tokenizer
+from tests.tiny import TEXTS, short_run, turn_tokenizer
 
 NAMES = {family.label or family.name: family for family in FAMILIES if family.rows != "refused"}
 SINKS = ("flint", "granite_swa", "gpt_oss")
@@ -201,3 +203,35 @@ def test_what_no_device_here_can_do_is_refused(monkeypatch, tmp_path):
         of[role]["attention"] = "flash_attention_2"
         with pytest.raises(ModelError, match=rf"{role}\.attention is 'flash_attention_2', which computes on no CPU"):
             short_run(tmp_path / "run", of["student"], of["teacher"])
+
+
+def test_a_plan_says_how_rows_share_a_pass_and_with_what(monkeypatch, tmp_path):
+    path = save_tiny(tmp_path / "m")
+
+    def plan(attention=None, **hardware):
+        model = {"model": path, "template": "plain"}
+        prompts = {"kind": "inline", "prompts": TEXTS}
+        asked = {**model, "attention": attention} if attention else model
+        recipe = {"student": asked, "teacher": model, "prompts": prompts, "hardware": hardware}
+        recipe["evaluation"] = {"held_out": 2}
+        return make_plan(parse_recipe(recipe))
+
+    own = "one row without padding, what rows share computed once; attention sdpa"
+    assert plan(device="cpu").as_dict()["rows_share_a_pass"] == [own, own]
+    assert plan("eager", device="cpu").rows == ("padded; attention eager", own)
+    assert plan(device="cuda").rows == ("padded; attention sdpa",) * 2
+    monkeypatch.setattr("opd.language.attention._installed", lambda module: True)
+    flashed = plan("flash_attention_2", device="cuda", precision="bf16")
+    assert flashed.rows == ("one row without padding; attention flash_attention_2", "padded; attention sdpa")
+    assert ("rows in a pass", [("student", flashed.rows[0]), ("teacher 0", flashed.rows[1])]) in flashed.sections()
+    with pytest.raises(ModelError, match=r"student\.attention is 'flash_attention_2', which computes on no CPU"):
+        plan("flash_attention_2", device="cpu")
+    with pytest.raises(ModelError, match=r"computes in bfloat16 and float16 alone, and is asked in float32"):
+        plan("flash_attention_2", device="cuda", precision="fp32")
+    with pytest.raises(RecipeError, match=r"'flash2' is no attention of transformers; take one of eager, flash_att"):
+        plan("flash2")
+    mamba = tiny(NAMES["mamba"])
+    mamba.save_pretrained(tmp_path / "mamba")
+    path = str(tmp_path / "mamba")
+    with pytest.raises(ModelError, match=r"the family 'mamba' has no attention 'flash_attention_2' in transformers"):
+        plan("flash_attention_2", device="cuda", precision="bf16")

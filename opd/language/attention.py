@@ -55,12 +55,17 @@ def check_attention(attention: str | None, key: str, device: torch.device | str)
     kind = torch.device(device).type
     if kind == "cpu":
         raise ModelError(f"{key} is {attention!r}, which computes on no CPU; take sdpa there, or hardware.device: cuda")
-    package = PACKAGES.get(str(attention))
-    if package is not None and not (_installed(package) or _installed("kernels")):
+    if not installed(str(attention)):
+        package = PACKAGES[str(attention)].partition(".")[0]
         raise ModelError(
-            f"{key} is {attention!r}, and neither {package.partition('.')[0]} nor kernels is installed; install one of "
-            "them, or take sdpa"
+            f"{key} is {attention!r}, and neither {package} nor kernels is installed; install one of them, or take sdpa"
         )
+
+
+def installed(attention: str) -> bool:
+    """Whether this machine has what an attention is computed with; of kernels of the hub nothing is known before."""
+    package = PACKAGES.get(attention)
+    return package is None or _installed(package) or _installed("kernels")
 
 
 def _installed(module: str) -> bool:

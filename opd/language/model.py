@@ -20,6 +20,7 @@ from opd.choice import Settings
 from opd.errors import ModelError
 from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
+from opd.language.attention import attentions
 from opd.language.layers import drop_layers, drop_layers_from_config
 from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
@@ -38,7 +39,11 @@ class ModelSettings(Settings):
     tokenizer: str | None = Field(None, description="Where the tokenizer is, when not beside the model")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     dtype: Dtype = Field("auto", description="Of the weights; auto: as they are stored")
-    attention: str | None = Field(None, description="attn_implementation of transformers: sdpa, eager, ...")
+    attention: str | None = Field(
+        None,
+        description="attn_implementation of transformers: sdpa, eager, flash_attention_2, ...; default what the family "
+        "takes, mostly sdpa",
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with the model")
     drop_layers: list[int] = Field(default=[], description="Layers to remove after loading, e.g. '10-17' or [3, 5]")
     template: Literal["chat", "plain"] = Field("chat", description="Apply the chat template, or encode text as it is")
@@ -60,6 +65,16 @@ class ModelSettings(Settings):
                     raise ValueError(f"{part.strip()!r} is no range of layers; give the smaller number first, from 0")
                 layers += range(start, end + 1)
             return layers
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def _of_transformers(cls, value: str | None) -> str | None:
+        if value is not None and value not in attentions() and "/" not in value:
+            raise ValueError(
+                f"{value!r} is no attention of transformers; take one of {', '.join(attentions())}, or a kernel of the "
+                "hub (org/name)"
+            )
         return value
 
     @field_validator("revision")

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from opd.errors import ModelError, first_line
+from opd.language.attention import takes_lengths
+from opd.language.layers import decoder_of
 from opd.language.model import ModelSettings, load_config
 from opd.planning import DTYPE_BYTES, Shape
 
@@ -63,7 +65,8 @@ def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> Pre
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=getattr(torch, dtype, torch.float32),
-                attn_implementation=settings.attention,
+                # Kernels are not loaded to count weights.
+                attn_implementation=None if takes_lengths(settings.attention) else settings.attention,
                 trust_remote_code=settings.trust_remote_code,
             )
     except Exception as error:
@@ -72,6 +75,13 @@ def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> Pre
             f"model {settings.model!r}: transformers makes no causal language model of its config.json "
             f"({first_line(error)}); choose another model, or mend the file"
         ) from None
+    if takes_lengths(settings.attention):
+        if not model._supports_flash_attn:
+            raise ModelError(
+                f"model {settings.model!r}: the family {config.model_type!r} has no attention {settings.attention!r} "
+                "in transformers; take attention: sdpa, or eager"
+            )
+        decoder_of(model).config._attn_implementation = settings.attention
     return model
 
 

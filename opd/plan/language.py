@@ -15,9 +15,11 @@ from opd.distributions import Distribution
 from opd.engines import RolloutEngine
 from opd.errors import DataError, ModelError
 from opd.hardware import fast_in_bf16
+from opd.language.attention import attention_of, check_attention, check_dtype
 from opd.language.engines.cpu.packing import common_beginning
+from opd.language.engines.layouts import TOLD, usual_layout
 from opd.language.engines.transformers import LanguageModel
-from opd.language.model import load_tokenizer
+from opd.language.model import ModelSettings, load_tokenizer
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.language.rollout import SamplingSettings
@@ -48,6 +50,8 @@ class Plan:
     teraflops: dict[str, float]
     steps: int
     notes: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    """How rows of unequal length share a pass, and what they attend with: the student, and the teachers' models."""
 
     @property
     def peak(self) -> int:
@@ -59,6 +63,7 @@ class Plan:
             "steps": self.steps,
             "student": self.student.as_dict(),
             "teachers": [t.as_dict() for t in self.teachers],
+            "rows_share_a_pass": list(self.rows),
             "tokens_per_step": {
                 "sampled": self.trajectories * self.completion_tokens,
                 "scored_by_teachers": self.trajectories * (self.prompt_tokens + self.completion_tokens),
@@ -78,6 +83,7 @@ class Plan:
                 for role, s in models
             ],
         )
+        yield "rows in a pass", [(role, told) for (role, _), told in zip(models, self.rows, strict=True)]
         yield (
             "a step, at most",
             [
@@ -101,6 +107,7 @@ def plan_language(recipe: Recipe) -> Plan:
     """The plan of a recipe for a language model; reads configurations, and prompts and tokenizer where they are at
     hand."""
     notes = nothing_to_learn(recipe)
+    _check_attention(recipe)
     student = recipe.student.shape(notes)
     _check_answers(recipe)
     teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
@@ -110,6 +117,8 @@ def plan_language(recipe: Recipe) -> Plan:
     asked = [shapes for _, shapes in teachers if shapes]
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
+    models = (student, *(shape for shapes in asked for shape in shapes))
+    rows = tuple(_rows(recipe, shape) for shape in models)
     prompt, common = _prompt_tokens(recipe, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
@@ -124,7 +133,34 @@ def plan_language(recipe: Recipe) -> Plan:
         teraflops=_operations(student, asked, trajectories, prompt, completion, bool(recipe.rollout.sampled)),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
+        rows=rows,
     )
+
+
+def _home(recipe: Recipe) -> str:
+    """The kind of device that a recipe computes on."""
+    named = recipe.hardware.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else torch.device(named).type
+
+
+def _check_attention(recipe: Recipe) -> None:
+    """Raise `ModelError` for an attention that a run could not use."""
+    parts = [(role, part) for role in ("student", "teacher") for part in nested(getattr(recipe, role))]
+    for role, part in parts:
+        if isinstance(part, ModelSettings):
+            check_attention(part.attention, f"{role}.attention", getattr(part, "device", None) or _home(recipe))
+
+
+def _rows(recipe: Recipe, shape: Shape) -> str:
+    """How rows share a pass of a model, in words; raises `ModelError` where its attention knows not the dtype."""
+    base = shape.model.get_base_model() if hasattr(shape.model, "get_base_model") else shape.model
+    home, precision = _home(recipe), recipe.hardware.precision
+    # Of a device that is elsewhere the best is assumed.
+    fast = home == "cuda" and not torch.cuda.is_available()
+    in_bf16 = precision == "bf16" or (precision == "auto" and (fast or fast_in_bf16(home)))
+    attention = attention_of(base)
+    check_dtype(attention, torch.bfloat16 if in_bf16 else next(base.parameters()).dtype, shape.name)
+    return f"{TOLD[usual_layout(base, home)]}; attention {attention}"
 
 
 Members = tuple[str | None, list[Shape]]

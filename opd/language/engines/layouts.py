@@ -18,6 +18,12 @@ Layout = Literal["auto", "packed", "varlen", "right", "left"]
 """`packed`: one row, what rows share computed once, by our own attention. `varlen`: one row, each row whole, by
 transformers' attention. `right`, `left`: a batch padded there. What a model does not know, it does as `auto`."""
 
+TOLD = {
+    "packed": "one row without padding, what rows share computed once",
+    "varlen": "one row without padding",
+    "right": "padded",
+}
+"""The kinds of `usual_layout` in words."""
 WITHOUT_POSITIONS = ("afmoe", "biogpt", "opt")
 """Families that make their mask without positions, and so of one row where several lie behind each other."""
 
