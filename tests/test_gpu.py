@@ -13,12 +13,16 @@ from opd.checkpoints.store import folder_of, steps_stored
 from opd.context import Context
 from opd.distributions import Categorical, Head
 from opd.divergences import ForwardKL, JensenShannon, ReverseKL, Target, divergence_loss
+from opd.language.attention import installed
+from opd.language.engines.layouts import usual_layout
+from opd.language.engines.transformers import LanguageModel
+from opd.language.own_outputs import check_logits
 from opd.language.rollout import LanguageRollout
 from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLMStudent
 from opd.rollouts import HeldOutSampler
 from opd.rollouts.student import StudentRollout
-from tests.conftest import save_tiny
+from tests.conftest import save_tiny, tiny_model, trajectories_of
 from tests.test_loop import recipe_for
 
 cuda = pytest.param(
@@ -97,6 +101,21 @@ def test_rollouts_and_their_log_probabilities_are_those_of_the_cpu(device, stude
     scored = CausalLMStudent(there, None, context)(found)
     log_probs = scored.log_probs().gather(1, found.actions[:, None]).squeeze(1)
     assert (log_probs - found.behaviour_log_probs).abs().max() <= 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_without_padding_by_flash_attention_itself(tokenizer):
+    if not installed("flash_attention_2"):
+        pytest.skip("needs flash-attn, or kernels")
+    model = tiny_model("qwen3", width=128).to("cuda", torch.bfloat16)
+    model.set_attn_implementation("flash_attention_2")
+    language = LanguageModel(model, tokenizer, "plain")
+    assert usual_layout(model, "cuda") == "varlen"
+    trajectories = trajectories_of([5, 1, 9, 3])
+    check_logits(language, trajectories.contexts, trajectories.completions(), "the student")
+    of_layouts = [language(trajectories.contexts, trajectories.completions(), way) for way in ("varlen", "right")]
+    assert (of_layouts[0] - of_layouts[1]).abs().mean() <= 0.02 * of_layouts[1].abs().mean()
 
 
 @pytest.fixture
