@@ -200,12 +200,7 @@ def speed(
     contexts = [language.encode(Prompt(str(i), {"prompt": text})) for i, text in enumerate(texts)]
     context = Context(device, agreed=Tokens())
     drawing = Drawing(context)
-    writer = ServedWriter(
-        ServedEngine(url=f"http://127.0.0.1:{PORTS['student']}"),
-        language,
-        NEW,
-        context,  # type: ignore[arg-type]
-    )
+    writer = ServedWriter(ServedEngine(url=[f"http://127.0.0.1:{PORTS['student']}"]), language, context)
     seeds = range(ROWS)
     writer.sample(contexts, 1, NEW, seeds, drawing)
     ways: dict[str, Callable[[], Any]] = {

@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_is_named(folders, engine, tmp_path, monkeypatch):  
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     student, teacher = folders
-    monkeypatch.setattr("opd.engines.served.write_weights", full)
+    monkeypatch.setattr("opd.engines.following.write_weights", full)
     folder = tmp_path / "shared"
     with pytest.raises(RunError, match=r"cannot be written to .*No space left.*engine\.folder") as error:
         run(tmp_path / "run", student, at(teacher), rollout=by(engine.url, folder=str(folder)))
