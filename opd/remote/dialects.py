@@ -179,7 +179,7 @@ def _checked(rows: list[tuple[float, Entries]], k: int) -> Scored:
     )
 
 
-def number(value: Any) -> float:
+def number(value: object) -> float:
     """A log-probability; `RequestError` where it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError("no number", f"{value!r} for a log-probability"[:80])
