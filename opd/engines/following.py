@@ -8,6 +8,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -112,6 +113,7 @@ class Follower:
         self._mark: str | None = None
         self._sent: str | None = None
         self._loaded: str | None = None
+        self._written: list[Path] = []
 
     def meet(self, found: Sequence[Found]) -> None:
         """Find out what the replicas can do, each as it was looked at, and make a place for weights.
@@ -139,7 +141,7 @@ class Follower:
         assert self.settings.folder is not None
         folder = self.settings.folder.resolve() / f"opd-{uuid.uuid4().hex[:8]}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
         except OSError as error:
             raise ModelError(f"{PLACE}.folder {self.settings.folder}: {error.strerror}; name one to write to") from None
         return folder
@@ -235,6 +237,8 @@ class Follower:
         """Write the weights, have every replica read them, and compare scores of a text."""
         # A server that reads files elsewhere must find the same path.
         folder = self.folder / self.label
+        if folder not in self._written:
+            self._written.append(folder)
         model = self.language.model
         if self.adapter:
             model.save_pretrained(str(folder), state_dict=present(model))
@@ -271,9 +275,13 @@ class Follower:
             )
         self._loaded, self._sent = self.label, self._mark
         # An adapter is read again where a server drops and loads it.
-        for old in self.folder.iterdir():
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        self._remove([old for old in self._written if old != folder])
+
+    def _remove(self, folders: Sequence[Path]) -> None:
+        """Delete what was written here; whatever else lies beside it stays."""
+        for old in folders:
+            shutil.rmtree(old, ignore_errors=True)
+            self._written.remove(old)
 
     def _scores_alike(self) -> bool:
         """Whether every replica draws from what the student computes, up to rounding: it writes a few tokens behind a
@@ -336,10 +344,12 @@ class Follower:
         loaded, self._loaded = self._loaded, None
         for url in self.settings.url if is_first() and loaded is not None and self.adapter else ():
             self.asked(unload_job(str(loaded)), url)
+        self._remove(list(self._written))
         if self._made is not None:
             self._made.cleanup()
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.rmdir()
 
 
 def is_first() -> bool:
