@@ -1,0 +1,187 @@
+"""Chain drafting: one decoder layer whose own output takes the place of the target's features, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch.nn import Linear, RMSNorm
+
+from opd.distributions import Head
+from opd.drafting.base import Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
+from opd.drafting.layers import FeedForward, in_heads, of_blocks, rotate
+from opd.errors import ModelError
+
+
+class Chain(DrafterSettings):
+    """EAGLE-3: features of three layers of the target are fused, and one layer over `[embedding, feature]` proposes one
+    token after the other, each time reading its own last output as the next feature (arXiv 2503.01840)."""
+
+    kind: Literal["chain"] = "chain"
+    architecture: ClassVar[str] = "LlamaForCausalLMEagle3"
+    taps: list[int] = Field(
+        [], description="0-based layers of the target whose outputs it reads; default 1, n/2 - 1 and n - 4 of n"
+    )
+    proposals: int = Field(7, ge=1, le=64, description="Tokens of a block")
+    vocabulary: list[int] = Field([], description="The ids that it may propose; default all of the target's")
+    mlp: int | None = Field(None, ge=1, description="Width within its feed-forward part; default the target's")
+
+    @field_validator("vocabulary")
+    @classmethod
+    def _ids(cls, value: list[int]) -> list[int]:
+        if value and (value[0] < 0 or value != sorted(set(value))):
+            raise ValueError("give ids ascending, each once, none negative")
+        return value
+
+    def build(self, target: Outline, head: Head) -> ChainDrafter:
+        taps = check_taps(self.taps, target, _default_taps(target))
+        if self.vocabulary and self.vocabulary[-1] >= target.vocabulary:
+            raise ModelError(
+                f"student.drafter.vocabulary names {self.vocabulary[-1]}, and the target's ids end at "
+                f"{target.vocabulary - 1}"
+            )
+        return ChainDrafter(target, taps, self.proposals, tuple(self.vocabulary) or None, self.mlp or target.mlp, head)
+
+    @classmethod
+    def of_config(cls, config: dict[str, Any], target: Outline) -> Chain:
+        if config.get("hidden_size") != target.width or config.get("vocab_size") != target.vocabulary:
+            raise ModelError(
+                f"the drafter is for a target of width {config.get('hidden_size')} with {config.get('vocab_size')} "
+                f"ids, and student.target has width {target.width} and {target.vocabulary} ids"
+            )
+        outputs = config.get("eagle_aux_hidden_state_layer_ids")
+        return cls(
+            # The format counts as transformers does its hidden states, of which the first is the embedding.
+            taps=[i - 1 for i in outputs] if outputs else [],
+            proposals=int(config.get("opd_proposals", 7)),
+            mlp=config["intermediate_size"],
+        )
+
+
+def _default_taps(target: Outline) -> tuple[int, ...]:
+    return (1, target.layers // 2 - 1, target.layers - 4)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, target: Outline):
+        super().__init__()
+        both, d = 2 * target.width, target.head_dim
+        self.q_proj = Linear(both, target.heads * d, bias=False)
+        self.k_proj = Linear(both, target.key_heads * d, bias=False)
+        self.v_proj = Linear(both, target.key_heads * d, bias=False)
+        self.o_proj = Linear(target.heads * d, target.width, bias=False)
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, target: Outline, mlp: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(target.width, target.eps)
+        self.hidden_norm = RMSNorm(target.width, target.eps)
+        self.self_attn = _Attention(target)
+        self.post_attention_layernorm = RMSNorm(target.width, target.eps)
+        self.mlp = FeedForward(target.width, mlp)
+
+
+class ChainDrafter(Drafter):
+    """The built form.
+
+    Row t of its layer holds the feature of position t and the embedding of the token at t + 1, and predicts the token
+    at t + 2; so the row before an anchor proposes slot 1. Behind it the rows hold proposed tokens and the layer's own
+    outputs, which see all that stands and the rows of their own block.
+    """
+
+    def __init__(
+        self, target: Outline, taps: tuple[int, ...], proposals: int, ids: tuple[int, ...] | None, mlp: int, head: Head
+    ):
+        super().__init__()
+        self.target, self.taps, self.proposals, self.ids = target, taps, proposals, ids
+        self.fc = Linear(len(taps) * target.width, target.width, bias=False)
+        self.midlayer = _Layer(target, mlp)
+        self.norm = RMSNorm(target.width, target.eps)
+        rows = head.weight.detach() if ids is None else head.weight.detach()[list(ids)]
+        self.lm_head = Linear(target.width, len(rows), bias=False)
+        with torch.no_grad():
+            self.lm_head.weight.copy_(rows * head.scale)
+
+    def own_head(self) -> torch.Tensor:
+        return self.lm_head.weight
+
+    def read(
+        self, features: torch.Tensor, following: torch.Tensor, positions: torch.Tensor, embed: Embed
+    ) -> list[Pair]:
+        return [self._keys_and_values(self._inputs(embed(following), self.fc(features)), positions)]
+
+    def propose(
+        self,
+        kept: Sequence[Pair],
+        before: torch.Tensor,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        proposals: int,
+        follow: Follow,
+        embed: Embed,
+    ) -> torch.Tensor:
+        ((keys, values),) = kept
+        attention, width = self.midlayer.self_attn, self.target
+        feature, found = self.fc(before), []
+        nothing = keys.new_zeros(len(keys), keys.shape[1], anchors.shape[1], 0, width.head_dim)
+        own = (nothing, nothing)
+        for k in range(1, proposals + 1):
+            position = anchors + (k - 2)
+            inputs = self._inputs(embed(tokens), feature)
+            if k > 1:  # the row of slot 1 stands: it is among those before the anchor
+                new = self._keys_and_values(inputs, position)
+                own = (torch.cat([own[0], new[0][:, :, :, None]], 3), torch.cat([own[1], new[1][:, :, :, None]], 3))
+            query = rotate(in_heads(attention.q_proj(inputs), width.heads), position, width.theta)
+            mixed = of_blocks(query[:, :, :, None], (keys, values), own, anchors)
+            feature = feature + attention.o_proj(mixed[:, :, 0])
+            feature = feature + self.midlayer.mlp(self.midlayer.post_attention_layernorm(feature))
+            found.append(self.norm(feature))
+            tokens = follow(k, found[-1])
+        return torch.stack(found, 2)
+
+    def _inputs(self, embedded: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
+        layer = self.midlayer
+        return torch.cat([layer.input_layernorm(embedded.to(feature.dtype)), layer.hidden_norm(feature)], -1)
+
+    def _keys_and_values(self, inputs: torch.Tensor, positions: torch.Tensor) -> Pair:
+        attention, heads = self.midlayer.self_attn, self.target.key_heads
+        keys = rotate(in_heads(attention.k_proj(inputs), heads), positions, self.target.theta)
+        return keys, in_heads(attention.v_proj(inputs), heads)
+
+    def config(self) -> dict[str, Any]:
+        target = self.target
+        made = {
+            "architectures": [Chain.architecture],
+            "model_type": "llama",
+            "num_hidden_layers": 1,
+            "hidden_size": target.width,
+            "intermediate_size": self.midlayer.mlp.up_proj.out_features,
+            "num_attention_heads": target.heads,
+            "num_key_value_heads": target.key_heads,
+            "head_dim": target.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": target.eps,
+            "rope_theta": target.theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": target.theta},
+            "max_position_embeddings": target.positions,
+            "vocab_size": target.vocabulary,
+            "draft_vocab_size": self.lm_head.out_features,
+            "tie_word_embeddings": False,
+            "norm_before_residual": False,
+            "opd_proposals": self.proposals,
+        }
+        if self.taps != _default_taps(target):
+            # Servers take the default by themselves, and do not all count these alike.
+            made["eagle_aux_hidden_state_layer_ids"] = [tap + 1 for tap in self.taps]
+        return made
+
+    def extras(self) -> dict[str, torch.Tensor]:
+        """`t2d` bool `[V]`, which ids it may propose; `d2t` int64 `[V_d]`, what is added to the place of one in its head
+        to have the target's id."""
+        ids = torch.arange(self.target.vocabulary) if self.ids is None else torch.tensor(self.ids)
+        t2d = torch.zeros(self.target.vocabulary, dtype=torch.bool)
+        t2d[ids] = True
+        return {"t2d": t2d, "d2t": ids - torch.arange(len(ids))}

@@ -1,0 +1,303 @@
+"""Speculative decoding of many rows: a drafter proposes, its target reads all proposals at once and says how many stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import DynamicCache
+
+from opd.distributions import Head
+from opd.drafting.base import Drafter, Pair
+from opd.drafting.record import Drafted
+from opd.drafting.target import Target, take_rows
+from opd.drafting.verification import Verdict, agreeing, by_ratio
+from opd.language.engines.sampler import inverse_cdf
+
+Proposing = Literal["likeliest", "drawn"]
+"""How a slot's token is chosen from the drafter's distribution."""
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """How rows are written.
+
+    Attributes:
+        target: who verifies; its `written` ids are those that a text may hold.
+        drafter: who proposes, in eval mode.
+        written: the target's head over the ids that a text may hold, at a temperature of 1.
+        drafts: the drafter's head, at a temperature of 1.
+        end_ids: ids that end a text.
+        proposals: K.
+        temperature: of the text; at 0 the likeliest token.
+        proposing: see `Proposing`.
+    """
+
+    target: Target
+    drafter: Drafter
+    written: Head
+    drafts: Head
+    end_ids: tuple[int, ...]
+    proposals: int
+    temperature: float
+    proposing: Proposing
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row, N = M * K slots.
+
+    Attributes:
+        record: what a drafter needs to draft the blocks again.
+        finished: it ended by itself.
+        proposed: int64 `[N]`.
+        log_q: float32 `[N]`, the drafter's log-probability of each proposal, at the text's temperature, or at 1 where
+            that is 0.
+        hidden: `[N, D]`, the target's final hidden states that teach the slots, those behind a rejection too.
+    """
+
+    record: Drafted
+    finished: bool
+    proposed: torch.Tensor
+    log_q: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass
+class _Row:
+    """One answer while it is written."""
+
+    prompt: torch.Tensor
+    tokens: list[int]
+    uniforms: torch.Tensor
+    generator: torch.Generator
+    finished: bool = False
+    features: list[torch.Tensor] = field(default_factory=list)
+    anchors: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    committed: list[int] = field(default_factory=list)
+    proposed: list[torch.Tensor] = field(default_factory=list)
+    log_q: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+
+    def answer(self) -> Answer:
+        read = self.anchors[-1] if self.anchors else 0
+        empty = torch.zeros(0, dtype=torch.int64)
+        record = Drafted(
+            self.prompt,
+            torch.tensor(self.tokens),
+            torch.cat(self.features)[:read],
+            *(torch.tensor(x, dtype=torch.int64) for x in (self.anchors, self.accepted, self.committed)),
+        )
+        hidden = torch.cat(self.hidden) if self.hidden else self.features[0][:0]
+        proposed = torch.cat(self.proposed) if self.proposed else empty
+        log_q = torch.cat(self.log_q) if self.log_q else empty.float()
+        return Answer(record, self.finished, proposed, log_q, hidden)
+
+
+class _Kept:
+    """Keys and values that a drafter keeps of rows of unequal length, a column for each position."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+
+    def add(self, new: Sequence[Pair], positions: torch.Tensor, present: torch.Tensor, width: int) -> None:
+        """Write what was read at int64 `[B, n]` positions, where `present`; no position is beyond `width`."""
+        if not self.pairs or self.pairs[0][0].shape[2] < width:
+            room = width + width // 4 + 64
+            old = self.pairs or [(k[:, :, :0], v[:, :, :0]) for k, v in new]
+            self.pairs = [(_wider(k, room), _wider(v, room)) for k, v in old]
+        rows, columns = present.nonzero(as_tuple=True)
+        for pair, read in zip(self.pairs, new, strict=True):
+            for buffer, states in zip(pair, read, strict=True):
+                buffer[rows, :, positions[rows, columns]] = states[rows, :, columns]
+
+    def upto(self, width: int) -> list[Pair]:
+        return [(k[:, :, :width], v[:, :, :width]) for k, v in self.pairs]
+
+    def take(self, rows: torch.Tensor) -> None:
+        self.pairs = [(k[rows], v[rows]) for k, v in self.pairs]
+
+
+def _wider(states: torch.Tensor, room: int) -> torch.Tensor:
+    made = states.new_zeros(states.shape[0], states.shape[1], room, states.shape[3])
+    made[:, :, : states.shape[2]] = states
+    return made
+
+
+@torch.no_grad()
+def speculate(
+    how: Speculation, prompts: Sequence[torch.Tensor], seeds: Sequence[int], budget: int
+) -> list[Answer]:
+    """B answers of at most `budget` tokens to int64 `[P_i]` prompts, side by side.
+
+    A text does not depend on the drafter: at a temperature of 0, and where the likeliest tokens are proposed, it is
+    token by token what `opd.language.engines.sampler.Sampler` draws with the same seed; where tokens are drawn from the
+    drafter it has the same distribution.
+    """
+    batch = _Batch(how, prompts, seeds, budget)
+    while batch.rows:
+        batch.step()
+    return [row.answer() for row in batch.all]
+
+
+class _Batch:
+    """Rows that are still being written, and what target and drafter keep of them."""
+
+    def __init__(self, how: Speculation, prompts: Sequence[torch.Tensor], seeds: Sequence[int], budget: int):
+        self.how, self.budget = how, budget
+        self.device = how.target.language.device
+        self.cache: DynamicCache = how.target.begin()
+        self.kept = _Kept()
+        self.all = [
+            _Row(
+                prompt.cpu(),
+                [],
+                # A slot behind the last token may be drawn too.
+                torch.rand(budget, generator=torch.Generator().manual_seed(seed)),
+                torch.Generator().manual_seed(seed ^ 0x5EED),
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        self.rows = list(self.all)
+        self._first()
+
+    def _first(self) -> None:
+        """Read the prompts; the first token is the target's own."""
+        width = max(len(row.prompt) for row in self.rows)
+        ids = torch.stack([torch.nn.functional.pad(row.prompt, (0, width - len(row.prompt))) for row in self.rows])
+        positions = torch.arange(width, device=self.device).expand(len(ids), width)
+        hidden, features = self.how.target.read(ids.to(self.device), positions, self.cache)
+        last = torch.tensor([len(row.prompt) - 1 for row in self.rows], device=self.device)
+        final = hidden[torch.arange(len(last), device=self.device), last]
+        tokens = self._drawn(final[:, None])[:, 0].tolist()
+        for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            row.features.append(features[i, : len(row.prompt)])
+            row.tokens.append(token)
+            row.finished = token in self.how.end_ids
+        self._drop_written()
+        self._let_drafter_read([row.features[0] for row in self.rows])
+
+    def step(self) -> None:
+        """One block of every row."""
+        how, rows, count = self.how, self.rows, self.how.proposals
+        anchors = torch.tensor([len(row.prompt) + len(row.tokens) - 1 for row in rows], device=self.device)
+        tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
+        proposed, log_q, q = self._propose(anchors, tokens)
+        block = torch.cat([tokens[:, None], proposed], 1)
+        positions = anchors[:, None] + torch.arange(count + 1, device=self.device)
+        hidden, features = how.target.read(block, positions, self.cache)
+        verdict = self._verified(hidden, proposed, q)
+        news = []
+        accepted, behind = verdict.accepted.tolist(), verdict.token.tolist()
+        for i, row in enumerate(rows):
+            new = [*proposed[i, : accepted[i]].tolist(), behind[i]][: self.budget - len(row.tokens)]
+            ends = [k for k, token in enumerate(new) if token in how.end_ids]
+            row.finished = bool(ends)
+            new = new[: ends[0] + 1] if ends else new
+            row.anchors.append(int(anchors[i]))
+            row.committed.append(len(new))
+            row.accepted.append(min(accepted[i], len(new)))
+            row.proposed.append(proposed[i].cpu())
+            row.log_q.append(log_q[i].cpu())
+            row.hidden.append(hidden[i, :count])
+            row.features.append(features[i, : len(new)])
+            row.tokens += new
+            news.append(row.features[-1])
+        alive = self._drop_written()
+        self._let_drafter_read([news[i] for i in alive])
+
+    def _drop_written(self) -> list[int]:
+        """Take rows that have ended out of the batch; the places of the others."""
+        alive = [i for i, row in enumerate(self.rows) if not row.finished and len(row.tokens) < self.budget]
+        if len(alive) < len(self.rows):
+            places = torch.tensor(alive, dtype=torch.int64, device=self.device)
+            take_rows(self.cache, places)
+            self.kept.take(places)
+            self.rows = [self.rows[i] for i in alive]
+        return alive
+
+    def _let_drafter_read(self, news: Sequence[torch.Tensor]) -> None:
+        """Hand over the features of what stands and the target has read since the last time."""
+        if not self.rows:
+            return
+        how, counts = self.how, [len(new) for new in news]
+        most = max(counts)
+        dtype = next(how.drafter.parameters()).dtype
+        features = torch.stack([torch.nn.functional.pad(new, (0, 0, 0, most - len(new))) for new in news]).to(dtype)
+        following, positions = (torch.zeros(len(news), most, dtype=torch.int64) for _ in range(2))
+        present = torch.zeros(len(news), most, dtype=torch.bool)
+        width = 0
+        for i, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
+            text = torch.cat([row.prompt, torch.tensor(row.tokens)])
+            following[i, :count] = text[-count:]
+            positions[i, :count] = torch.arange(len(text) - 1 - count, len(text) - 1)
+            present[i, :count] = True
+            width = max(width, len(text))
+        following, positions, present = (x.to(self.device) for x in (following, positions, present))
+        new_pairs = how.drafter.read(features, following, positions, how.target.embed)
+        self.kept.add(new_pairs, positions, present, width)
+        last = torch.tensor([count - 1 for count in counts], device=self.device)
+        self.before = features[torch.arange(len(last), device=self.device), last]
+
+    def _propose(
+        self, anchors: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`[B, K]` proposals, the drafter's log-probabilities of them, and where they are drawn the probabilities
+        `[B, K, V]` over the columns of the target's head that they were drawn from."""
+        how, found, chances, all_q = self.how, [], [], []
+        scale = how.temperature or 1.0
+        uniforms = None
+        if how.proposing == "drawn":
+            uniforms = torch.stack([torch.rand(how.proposals, generator=row.generator) for row in self.rows])
+            uniforms = uniforms.to(self.device)
+
+        def follow(k: int, hidden: torch.Tensor) -> torch.Tensor:
+            log_q = (how.drafts.logits(hidden[:, 0]) / scale).log_softmax(-1)
+            if uniforms is None:
+                column = log_q.argmax(-1)
+            else:
+                column = inverse_cdf(log_q, uniforms[:, k - 1])
+                all_q.append(self._over_written(log_q.exp()))
+            found.append(how.drafts.vocabulary.named(column))
+            chances.append(log_q.gather(1, column[:, None])[:, 0])
+            return found[-1][:, None]
+
+        kept = self.kept.upto(int(anchors.max()))
+        how.drafter.propose(
+            kept, self.before[:, None], tokens[:, None], anchors[:, None], how.proposals, follow, how.target.embed
+        )
+        return torch.stack(found, 1), torch.stack(chances, 1), torch.stack(all_q, 1) if all_q else None
+
+    def _over_written(self, q: torch.Tensor) -> torch.Tensor:
+        """`[B, V_d]` probabilities of the drafter's ids as `[B, V]` of the target's."""
+        own, theirs = self.how.drafts.vocabulary, self.how.written.vocabulary
+        ids = own.named(torch.arange(q.shape[1], device=q.device))
+        made = q.new_zeros(len(q), self.how.written.size)
+        return made.index_add_(1, theirs.columns(ids), q)
+
+    def _verified(self, hidden: torch.Tensor, proposed: torch.Tensor, q: torch.Tensor | None) -> Verdict:
+        how = self.how
+        if q is None or how.temperature == 0:
+            return agreeing(self._drawn(hidden), proposed)
+        p = (how.written.logits(hidden) / how.temperature).softmax(-1)
+        chances = torch.stack([torch.rand(how.proposals + 1, generator=row.generator) for row in self.rows])
+        chances = chances.to(self.device)
+        found = by_ratio(p, q, how.written.vocabulary.columns(proposed), chances[:, :-1], chances[:, -1])
+        return Verdict(found.accepted, how.written.vocabulary.named(found.token))
+
+    def _drawn(self, hidden: torch.Tensor) -> torch.Tensor:
+        """int64 `[B, n]`: the target's own tokens behind `[B, n, D]` hidden states, the next n of each row; those beyond
+        the budget are of no row."""
+        how = self.how
+        logits = how.written.logits(hidden.flatten(0, 1))
+        if how.temperature == 0:
+            columns = logits.argmax(-1)
+        else:
+            n = hidden.shape[1]
+            uniforms = [torch.nn.functional.pad(row.uniforms[len(row.tokens) :][:n], (0, n)) for row in self.rows]
+            flat = torch.cat([each[:n] for each in uniforms]).to(self.device)
+            columns = inverse_cdf((logits / how.temperature).log_softmax(-1), flat)
+        return how.written.vocabulary.named(columns).unflatten(0, hidden.shape[:2])

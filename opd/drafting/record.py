@@ -1,0 +1,72 @@
+"""What a rollout by drafts leaves of one answer: the text, where the target verified, and what the drafter had read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from opd.drafting.base import Blocks
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """The context of a trajectory whose positions are the slots of M blocks, K of each: `actions` are what was
+    proposed, `[M * K]`, whether it was accepted or not.
+
+    Attributes:
+        prompt: int64 `[P]`.
+        response: int64 `[T]`, what stands: the first token is the target's own, from reading the prompt.
+        features: `[S, F]`, the target's tapped hidden states at positions 0 to S - 1, up to the last anchor; detached.
+        anchors: int64 `[M]`, the position in `prompt + response` of the last token that stood before each block.
+        accepted: int64 `[M]`, how many proposals of each block the target accepted.
+        committed: int64 `[M]`, how many tokens each step of verifying added: one more than were accepted, unless the
+            answer ended before.
+    """
+
+    prompt: torch.Tensor
+    response: torch.Tensor
+    features: torch.Tensor
+    anchors: torch.Tensor
+    accepted: torch.Tensor
+    committed: torch.Tensor
+
+    def __len__(self) -> int:
+        """P."""
+        return len(self.prompt)
+
+
+def acceptance_length(drafted: Sequence[Drafted]) -> float:
+    """Tokens that a pass of the target added while it verified: all tokens over all steps. The first token of an answer,
+    which comes from reading the prompt, is not among them; NaN where nothing was verified."""
+    steps = sum(len(each.anchors) for each in drafted)
+    return sum(int(each.committed.sum()) for each in drafted) / steps if steps else float("nan")
+
+
+def blocks_of(drafted: Sequence[Drafted], proposals: Sequence[torch.Tensor], device: torch.device) -> Blocks:
+    """The blocks of B records, to be drafted again.
+
+    Args:
+        proposals: B int64 `[M_i * K]`.
+    """
+    rows, most = len(drafted), max(len(each.anchors) for each in drafted)
+    slots = max(len(p) // max(1, len(each.anchors)) for p, each in zip(proposals, drafted, strict=True))
+    length = max(1, *(len(each.features) for each in drafted))
+    first = drafted[0].features
+    found = Blocks(
+        features=first.new_zeros(rows, length, first.shape[1], device=device),
+        tokens=torch.zeros(rows, length + 1, dtype=torch.int64, device=device),
+        anchors=torch.ones(rows, most, dtype=torch.int64, device=device),
+        proposals=torch.zeros(rows, most, slots, dtype=torch.int64, device=device),
+        present=torch.zeros(rows, most, dtype=torch.bool, device=device),
+    )
+    for i, (each, tokens) in enumerate(zip(drafted, proposals, strict=True)):
+        count, read = len(each.anchors), len(each.features)
+        text = torch.cat([each.prompt.cpu(), each.response.cpu()])[: read + 1]
+        found.features[i, :read] = each.features.to(device)
+        found.tokens[i, : len(text)] = text.to(device)
+        found.anchors[i, :count] = each.anchors.to(device)
+        found.proposals[i, :count] = tokens.view(count, slots).to(device)
+        found.present[i, :count] = True
+    return found
