@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,19 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical, Distribution
-from opd.errors import DataError, IncompatibleError, ModelError, RunError, nearest
+from opd.errors import ModelError, RunError, nearest
 from opd.files.whole import attempt, told
 from opd.language import evaluation
-from opd.language.agreement import (
-    agree_on_end,
-    check_tokenizers,
-    common_vocabulary,
-    notes_on_end,
-    tokens_of_some,
-)
 from opd.language.attention import check_attention
 from opd.language.dropout import restore, silence
-from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.layouts import Layout
 from opd.language.engines.transformers import LanguageModel
@@ -37,7 +28,6 @@ from opd.language.experts import Experts
 from opd.language.lora_targets import adapted, spare_routers
 from opd.language.model import ModelSettings
 from opd.language.own_outputs import check_logits
-from opd.language.positions import check_positions
 from opd.language.saving import (
     check_savable,
     difference,
@@ -48,21 +38,20 @@ from opd.language.saving import (
     write_weights,
 )
 from opd.language.shape import model_shape
-from opd.language.tokens import Tokens, tokens_of
+from opd.language.student import LanguageStudent
+from opd.language.tokens import tokens_of
 from opd.objectives.base import Loss
 from opd.planning import Shape
-from opd.policies.base import LIVE, Policy, Student
+from opd.policies.base import LIVE, Policy
 from opd.policies.evaluation import Evaluation
 from opd.policies.held_out import HeldOut, Measured, Moment
-from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
-from opd.trajectories import AUTHORS, Trajectories
+from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from opd.rollouts import HeldOutSampler
-    from opd.teachers import LiveTeacher
     from opd.teachers.local import LanguageTeacher
     from opd.teachers.self_teacher import SelfLanguageTeacher, SelfTeacher
 
@@ -160,7 +149,7 @@ def _live(model: Any, tokenizer: PreTrainedTokenizerBase | None, context: Contex
     return LanguageModel(model.to(context.device), tokenizer, "chat" if tokenizer.chat_template else "plain")
 
 
-class CausalLMStudent(Student):
+class CausalLMStudent(LanguageStudent):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
     library = "transformers"
@@ -173,6 +162,7 @@ class CausalLMStudent(Student):
         context: Context,
         origin: dict[str, Any] | None = None,
     ):
+        super().__init__()
         self.language = language
         language.owner = "the student"
         self.context = context
@@ -205,8 +195,10 @@ class CausalLMStudent(Student):
             enable({"use_reentrant": False})
             language.base.enable_input_require_grads()
         self.module: torch.nn.Module = language
-        self.texts: dict[int, str] = {}
-        """What each id reads as, alone, as far as anyone has asked: measuring asks for every token and alternative."""
+
+    @property
+    def reader(self) -> InProcess:
+        return self.language
 
     def __call__(
         self, trajectories: Trajectories, context: Context | None = None, layout: Layout = "auto"
@@ -227,97 +219,8 @@ class CausalLMStudent(Student):
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         return self.experts.signals(sum_over_processes)
 
-    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
-        members = [
-            (
-                (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else ""),
-                member,
-            )
-            for i, t in enumerate(teachers)
-            for route, member in t.members().items()
-        ]
-        read = [(which, getattr(member, "language", getattr(member, "reader", None))) for which, member in members]
-        others = [(which, language) for which, language in read if isinstance(language, InProcess)]
-        for which, other in others:
-            check_tokenizers(self.language, other, which)
-        models = [self.language, *(other for _, other in others)]
-        common = common_vocabulary(models, [m.vocabulary for _, m in members if m.vocabulary is not None])
-        last = common.ids[-1] if common.ids is not None else (common.size or 0) - 1
-        if unknown := [i for i in end_tokens or () if i > last]:
-            raise IncompatibleError(
-                f"end_tokens names {unknown[0]}, and no model has a token beyond {last}: no completion "
-                "would end. Take ids of the student's tokenizer"
-            )
-        of_some = tokens_of_some(models)
-        if of_some:
-            named = ", ".join([repr(of_some[i]) for i in sorted(of_some)[:3]] + ["..."] * (len(of_some) > 3))
-            self.notes.append(f"{len(of_some)} tokens that not every tokenizer has ({named}) are in no distribution")
-        holes = [i for i in common.excluded if i not in of_some and i not in self.language.placeholders]
-        if holes:
-            self.notes.append(f"{len(holes)} ids between tokens (the first: {holes[0]}) are in no distribution")
-        ends = agree_on_end(self.language, others, end_tokens)
-        self.notes.extend(notes_on_end(self.language, others, ends, end_tokens is not None, common))
-        return context.with_(agreed=Tokens(common, ends))
-
-    def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
-        tokenizer = self.language.tokenizer
-        # Some tokenizers name the end token as the unknown one.
-        unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
-        for prompt in prompts:
-            ids = ids_of(self.language.encode(prompt))
-            length = len(ids)
-            self.notes.extend(note for note in self.language.notes if note not in self.notes)
-            if unknown is not None and bool((ids == unknown).any()):
-                raise DataError(
-                    f"{prompt.where}: the student's tokenizer has no token for a part of {str(prompt.view())[:60]!r}; "
-                    "take a student whose tokenizer was made for this data"
-                )
-            if length > limit:
-                raise DataError(
-                    f"{prompt.where}: the prompt has {length} tokens, more than max_prompt_tokens={limit}; "
-                    "shorten it or raise the limit"
-                )
-
-    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
-        longest = max((len(self.language.encode(prompt)) for prompt in prompts), default=1)
-        warning = check_positions(self.language, longest, budget, "the student")
-        return [] if warning is None else [warning]
-
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
         check_logits(self.language, trajectories.contexts, trajectories.completions(), "the student")
-
-    def decode(self, actions: torch.Tensor) -> str:
-        """A completion as a person reads it."""
-        return self.language.decode(actions)
-
-    def outcomes(self, trajectories: Trajectories) -> list[str]:
-        return [self.decode(actions) for actions in trajectories.completions()]
-
-    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """`tokens` are the completion's; where a watch cut it `stopped` says why, and where the environment wrote some
-        `authors` says who wrote each. Held-out rows add `alternatives` (`student` and `teacher`: for each token `[text,
-        probability]` pairs)."""
-        rows = []
-        start = 0
-        names = [AUTHORS[author] for author in trajectories.authors.tolist()]
-        for i, actions in enumerate(trajectories.completions()):
-            here = slice(start, start + len(actions))
-            start = here.stop
-            row = {
-                "id": trajectories.prompts[i].id,
-                "prompt": trajectories.prompts[i].view(),
-                "completion": self.decode(actions),
-                "finished": bool(trajectories.finished[i]),
-                "reward": trajectories.reward(i),
-                "tokens": self.tokens(actions),
-                "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
-            }
-            if trajectories.stopped is not None and trajectories.stopped[i] is not None:
-                row["stopped"] = trajectories.stopped[i]
-            if "environment" in (authors := names[here]):
-                row["authors"] = authors
-            rows.append(row)
-        return rows
 
     def own_sampler(self, context: Context) -> HeldOutSampler:
         from opd.language.rollout import LanguageRollout
@@ -326,17 +229,6 @@ class CausalLMStudent(Student):
 
         settings = StudentRollout()
         return HeldOutSampler(LanguageRollout(self.language, settings, context), settings, context)
-
-    def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
-        from opd.language.rollout import GREEDY
-
-        assert isinstance(settings, evaluation.LanguageEvaluation)
-        if settings.greedy:
-            sampler.changed(**GREEDY)
-        if settings.temperature is not None:
-            sampler = replace(sampler, context=sampler.context.with_(temperature=settings.temperature))
-        cuts = {"top_p": settings.top_p, "top_k": settings.top_k}
-        return sampler.changed(**{name: value for name, value in cuts.items() if value is not None})
 
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)
@@ -350,13 +242,6 @@ class CausalLMStudent(Student):
         # Whoever passed it gets its rates of dropout back.
         restore(self.silenced)
         return self.language.model.eval(), self.language.tokenizer
-
-    def tokens(self, actions: torch.Tensor) -> list[str]:
-        """Each token as a person reads it, alone."""
-        ids = actions.tolist()
-        for i in set(ids) - self.texts.keys():
-            self.texts[i] = str(self.language.tokenizer.decode([i]))
-        return [self.texts[i] for i in ids]
 
     def unwrap(self, accelerator: Accelerator) -> None:
         super().unwrap(accelerator)
