@@ -18,8 +18,8 @@ Embed = Callable[[torch.Tensor], torch.Tensor]
 """The target's embedding: int64 `[...]` ids to `[..., D]`, detached."""
 
 Follow = Callable[[int, torch.Tensor], torch.Tensor]
-"""`(k, hidden [B, M, D]) -> int64 [B, M]`: the token that stands at slot k, 1 to K, of each block, drawn from that slot's
-final hidden states or read from a record. Asked once for every slot, in order."""
+"""`(k, hidden [B, M, D]) -> int64 [B, M]`: the token at slot k, 1 to K, of each block, drawn from that slot's final
+hidden states or read from a record. Asked once for every slot, in order."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, `[B, heads, S, d]`."""
@@ -76,8 +76,8 @@ class Outline:
             )
         except (AttributeError, TypeError) as error:
             raise ModelError(
-                f"{which}: the config of the family {config.model_type!r} lacks what a drafter is made after ({error}); "
-                "take a target of the Llama or Qwen kind"
+                f"{which}: the config of the family {config.model_type!r} lacks what a drafter is made after "
+                f"({error}); take a target of the Llama or Qwen kind"
             ) from None
 
 
@@ -93,7 +93,6 @@ class Drafter(torch.nn.Module, ABC):
         proposals: K, as it was made for.
         most: the largest K; None where any will do.
         ids: the ids that it may propose, ascending; None for all of the target's.
-        deterministic: its slots do not see the block's other tokens, and are only proposed by their likeliest.
     """
 
     taps: tuple[int, ...]

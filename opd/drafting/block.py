@@ -97,6 +97,10 @@ class BlockDrafter(Drafter):
         self.layers = torch.nn.ModuleList(_Layer(target, mlp) for _ in range(layers))
         self.norm = RMSNorm(target.width, target.eps)
 
+    @property
+    def stack(self) -> list[_Layer]:
+        return [layer for layer in self.layers if isinstance(layer, _Layer)]
+
     def own_head(self) -> None:
         return None
 
@@ -104,7 +108,7 @@ class BlockDrafter(Drafter):
         self, features: torch.Tensor, following: torch.Tensor, positions: torch.Tensor, embed: Embed
     ) -> list[Pair]:
         context = self.hidden_norm(self.fc(features))
-        return [self._keys_and_values(layer, context, positions) for layer in self.layers]
+        return [self._keys_and_values(layer, context, positions) for layer in self.stack]
 
     def propose(
         self,
@@ -120,7 +124,7 @@ class BlockDrafter(Drafter):
         masks = torch.full((rows, blocks, proposals), self.mask_token, device=tokens.device)
         hidden = embed(torch.cat([tokens[:, :, None], masks], 2)).to(before.dtype)
         places = (anchors[:, :, None] + torch.arange(proposals + 1, device=anchors.device)).flatten(1)
-        for layer, context in zip(self.layers, kept, strict=True):
+        for layer, context in zip(self.stack, kept, strict=True):
             attention, normed = layer.self_attn, layer.input_layernorm(hidden).flatten(1, 2)
             query = attention.q_norm(in_heads(attention.q_proj(normed), self.target.heads))
             query = rotate(query, places, self.target.theta).unflatten(2, (blocks, -1))
@@ -132,19 +136,19 @@ class BlockDrafter(Drafter):
             follow(k, found[:, :, k - 1])
         return found
 
-    def _keys_and_values(self, layer: torch.nn.Module, states: torch.Tensor, positions: torch.Tensor) -> Pair:
+    def _keys_and_values(self, layer: _Layer, states: torch.Tensor, positions: torch.Tensor) -> Pair:
         attention, heads = layer.self_attn, self.target.key_heads
         keys = attention.k_norm(in_heads(attention.k_proj(states), heads))
         return rotate(keys, positions, self.target.theta), in_heads(attention.v_proj(states), heads)
 
     def config(self) -> dict[str, Any]:
-        target, count = self.target, len(self.layers)
+        target, count = self.target, len(self.stack)
         return {
             "architectures": [Block.architecture],
             "model_type": "qwen3",
             "num_hidden_layers": count,
             "hidden_size": target.width,
-            "intermediate_size": self.layers[0].mlp.up_proj.out_features,
+            "intermediate_size": self.stack[0].mlp.up_proj.out_features,
             "num_attention_heads": target.heads,
             "num_key_value_heads": target.key_heads,
             "head_dim": target.head_dim,

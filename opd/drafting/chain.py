@@ -179,8 +179,8 @@ class ChainDrafter(Drafter):
         return made
 
     def extras(self) -> dict[str, torch.Tensor]:
-        """`t2d` bool `[V]`, which ids it may propose; `d2t` int64 `[V_d]`, what is added to the place of one in its head
-        to have the target's id."""
+        """`t2d` bool `[V]`, which ids it may propose; `d2t` int64 `[V_d]`, what the place of one in its head lacks to
+        be the target's id."""
         ids = torch.arange(self.target.vocabulary) if self.ids is None else torch.tensor(self.ids)
         t2d = torch.zeros(self.target.vocabulary, dtype=torch.bool)
         t2d[ids] = True

@@ -1,4 +1,4 @@
-"""Speculative decoding of many rows: a drafter proposes, its target reads all proposals at once and says how many stand."""
+"""Speculative decoding of many rows: a drafter proposes a block, its target reads it and says how much of it stands."""
 
 from __future__ import annotations
 
@@ -128,9 +128,7 @@ def _wider(states: torch.Tensor, room: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def speculate(
-    how: Speculation, prompts: Sequence[torch.Tensor], seeds: Sequence[int], budget: int
-) -> list[Answer]:
+def speculate(how: Speculation, prompts: Sequence[torch.Tensor], seeds: Sequence[int], budget: int) -> list[Answer]:
     """B answers of at most `budget` tokens to int64 `[P_i]` prompts, side by side.
 
     A text does not depend on the drafter: at a temperature of 0, and where the likeliest tokens are proposed, it is
@@ -289,8 +287,8 @@ class _Batch:
         return Verdict(found.accepted, how.written.vocabulary.named(found.token))
 
     def _drawn(self, hidden: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, n]`: the target's own tokens behind `[B, n, D]` hidden states, the next n of each row; those beyond
-        the budget are of no row."""
+        """int64 `[B, n]`: the target's own next n tokens of each row, from `[B, n, D]` hidden states; those beyond the
+        budget are of no row."""
         how = self.how
         logits = how.written.logits(hidden.flatten(0, 1))
         if how.temperature == 0:

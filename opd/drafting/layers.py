@@ -41,7 +41,7 @@ def of_blocks(
     Returns:
         `[B, M, n, heads * d]`.
     """
-    rows, heads, blocks, slots, d = queries.shape
+    _, heads, blocks, slots, d = queries.shape
     shared = heads // context[0].shape[1]
     keys, values, own_keys, own_values = (
         x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (*context, *own)

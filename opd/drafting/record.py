@@ -38,8 +38,8 @@ class Drafted:
 
 
 def acceptance_length(drafted: Sequence[Drafted]) -> float:
-    """Tokens that a pass of the target added while it verified: all tokens over all steps. The first token of an answer,
-    which comes from reading the prompt, is not among them; NaN where nothing was verified."""
+    """Tokens that a pass of the target added while it verified: all tokens over all steps. The first token of an
+    answer, which comes from reading the prompt, is not among them; NaN where nothing was verified."""
     steps = sum(len(each.anchors) for each in drafted)
     return sum(int(each.committed.sum()) for each in drafted) / steps if steps else float("nan")
 

@@ -72,8 +72,8 @@ class Target:
         plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=language.base.config).layers)
         if layers is None or name is None or not plain or getattr(body.config, "alibi", False):
             raise ModelError(
-                f"student.target: {language.family} does not keep keys and values of all tokens in each layer, and what "
-                "a target has read of proposals that do not stand must be taken back; take one that does"
+                f"student.target: {language.family} does not keep keys and values of all tokens in each layer, and what"
+                " a target has read of proposals that do not stand must be taken back; take one that does"
             )
         self.layers, self.cache_name = layers, name
 
@@ -101,11 +101,10 @@ class Target:
                 f"student.target.attention is {config._attn_implementation!r}, which takes no mask of rows of unequal "
                 "length; take sdpa or eager"
             )
-        width = int(positions.max()) + 1
-        for layer in cache.layers:
-            assert isinstance(layer, Ragged)
-            layer.positions, layer.width = positions, max(width, layer.width)
-        width = cache.layers[0].width  # type: ignore[attr-defined]
+        kept = [layer for layer in cache.layers if isinstance(layer, Ragged)]
+        width = max(int(positions.max()) + 1, kept[0].width)
+        for layer in kept:
+            layer.positions, layer.width = positions, width
         dtype = next(self.language.parameters()).dtype
         hidden_from = torch.arange(width, device=ids.device) > positions[:, :, None]
         # Eager attention adds the mask: a boolean one would be taken for numbers.

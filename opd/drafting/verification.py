@@ -10,19 +10,19 @@ from opd.language.engines.sampler import inverse_cdf
 
 
 class Verdict(NamedTuple):
-    """`accepted`, int64 `[B]`, 0 to K: how many proposals of each row stand. `token`, int64 `[B]`: the target's own behind
-    them, which corrects the first that does not stand, or follows where all do."""
+    """`accepted`, int64 `[B]`, 0 to K: how many proposals of each row stand. `token`, int64 `[B]`: the target's own
+    behind them, which corrects the first that does not stand, or follows where all do."""
 
     accepted: torch.Tensor
     token: torch.Tensor
 
 
 def agreeing(drawn: torch.Tensor, proposed: torch.Tensor) -> Verdict:
-    """For proposals without randomness: they stand as far as they are what the target draws, which is then what it would
-    have drawn without them.
+    """For proposals without randomness: they stand as far as they are what the target draws, which is then what it
+    would have drawn without them.
 
     Args:
-        drawn: int64 `[B, K + 1]`, draws of the target at each slot and behind the last, each after the proposals before.
+        drawn: int64 `[B, K + 1]`, draws of the target at each slot and behind the last, given the proposals before.
         proposed: int64 `[B, K]`.
     """
     accepted = (drawn[:, :-1] == proposed).long().cumprod(1).sum(1)
