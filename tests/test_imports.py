@@ -31,7 +31,7 @@ ORDER = (
     ("a run", "run measurement rounding now kept_weights"),
     ("the recipe", "recipe"),
     ("the choices of the axes", " ".join(AXES)),
-    ("what choices of one modality share", "language flow drawings procedural merging store sandbox remote"),
+    ("what choices of one modality share", "language flow drafting drawings procedural merging store sandbox remote"),
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")

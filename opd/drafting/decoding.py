@@ -53,8 +53,8 @@ class Answer:
         record: what a drafter needs to draft the blocks again.
         finished: it ended by itself.
         proposed: int64 `[N]`.
-        log_q: float32 `[N]`, the drafter's log-probability of each proposal, at the text's temperature, or at 1 where
-            that is 0.
+        log_q: float32 `[N]`, the drafter's log-probability of each proposal at a temperature of 1.
+        drawn_log_q: float32 `[N]`, that under the distribution that it was drawn from; 0 for the likeliest.
         hidden: `[N, D]`, the target's final hidden states that teach the slots, those behind a rejection too.
     """
 
@@ -62,6 +62,7 @@ class Answer:
     finished: bool
     proposed: torch.Tensor
     log_q: torch.Tensor
+    drawn_log_q: torch.Tensor
     hidden: torch.Tensor
 
 
@@ -80,21 +81,20 @@ class _Row:
     committed: list[int] = field(default_factory=list)
     proposed: list[torch.Tensor] = field(default_factory=list)
     log_q: list[torch.Tensor] = field(default_factory=list)
+    drawn_log_q: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
 
     def answer(self) -> Answer:
         read = self.anchors[-1] if self.anchors else 0
-        empty = torch.zeros(0, dtype=torch.int64)
         record = Drafted(
             self.prompt,
             torch.tensor(self.tokens),
             torch.cat(self.features)[:read],
             *(torch.tensor(x, dtype=torch.int64) for x in (self.anchors, self.accepted, self.committed)),
         )
-        hidden = torch.cat(self.hidden) if self.hidden else self.features[0][:0]
-        proposed = torch.cat(self.proposed) if self.proposed else empty
-        log_q = torch.cat(self.log_q) if self.log_q else empty.float()
-        return Answer(record, self.finished, proposed, log_q, hidden)
+        proposed = torch.cat([torch.zeros(0, dtype=torch.int64), *self.proposed])
+        log_q, drawn_log_q = (torch.cat([torch.zeros(0), *parts]) for parts in (self.log_q, self.drawn_log_q))
+        return Answer(record, self.finished, proposed, log_q, drawn_log_q, torch.cat(self.hidden))
 
 
 class _Kept:
@@ -175,6 +175,7 @@ class _Batch:
             row.features.append(features[i, : len(row.prompt)])
             row.tokens.append(token)
             row.finished = token in self.how.end_ids
+            row.hidden.append(final[i : i + 1, :][:0])
         self._drop_written()
         self._let_drafter_read([row.features[0] for row in self.rows])
 
@@ -183,7 +184,7 @@ class _Batch:
         how, rows, count = self.how, self.rows, self.how.proposals
         anchors = torch.tensor([len(row.prompt) + len(row.tokens) - 1 for row in rows], device=self.device)
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
-        proposed, log_q, q = self._propose(anchors, tokens)
+        proposed, log_q, drawn_log_q, q = self._propose(anchors, tokens)
         block = torch.cat([tokens[:, None], proposed], 1)
         positions = anchors[:, None] + torch.arange(count + 1, device=self.device)
         hidden, features = how.target.read(block, positions, self.cache)
@@ -200,6 +201,7 @@ class _Batch:
             row.accepted.append(min(accepted[i], len(new)))
             row.proposed.append(proposed[i].cpu())
             row.log_q.append(log_q[i].cpu())
+            row.drawn_log_q.append(drawn_log_q[i].cpu())
             row.hidden.append(hidden[i, :count])
             row.features.append(features[i, : len(new)])
             row.tokens += new
@@ -242,32 +244,38 @@ class _Batch:
 
     def _propose(
         self, anchors: torch.Tensor, tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`[B, K]` proposals, the drafter's log-probabilities of them, and where they are drawn the probabilities
-        `[B, K, V]` over the columns of the target's head that they were drawn from."""
-        how, found, chances, all_q = self.how, [], [], []
-        scale = how.temperature or 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`[B, K]` proposals, the drafter's log-probabilities of them at a temperature of 1 and as they were drawn, and
+        where they are drawn the probabilities `[B, K, V]` that they were drawn from, over the columns of the target's
+        head."""
+        how = self.how
+        found, log_q, drawn_log_q, all_q = [], [], [], list[torch.Tensor]()
         uniforms = None
         if how.proposing == "drawn":
             uniforms = torch.stack([torch.rand(how.proposals, generator=row.generator) for row in self.rows])
             uniforms = uniforms.to(self.device)
 
         def follow(k: int, hidden: torch.Tensor) -> torch.Tensor:
-            log_q = (how.drafts.logits(hidden[:, 0]) / scale).log_softmax(-1)
+            logits = how.drafts.logits(hidden[:, 0])
+            plain = logits.log_softmax(-1)
             if uniforms is None:
-                column = log_q.argmax(-1)
+                column = plain.argmax(-1)
+                drawn_log_q.append(torch.zeros_like(plain[:, 0]))
             else:
-                column = inverse_cdf(log_q, uniforms[:, k - 1])
-                all_q.append(self._over_written(log_q.exp()))
+                warped = (logits / (how.temperature or 1.0)).log_softmax(-1)
+                column = inverse_cdf(warped, uniforms[:, k - 1])
+                drawn_log_q.append(warped.gather(1, column[:, None])[:, 0])
+                all_q.append(self._over_written(warped.exp()))
             found.append(how.drafts.vocabulary.named(column))
-            chances.append(log_q.gather(1, column[:, None])[:, 0])
+            log_q.append(plain.gather(1, column[:, None])[:, 0])
             return found[-1][:, None]
 
         kept = self.kept.upto(int(anchors.max()))
         how.drafter.propose(
             kept, self.before[:, None], tokens[:, None], anchors[:, None], how.proposals, follow, how.target.embed
         )
-        return torch.stack(found, 1), torch.stack(chances, 1), torch.stack(all_q, 1) if all_q else None
+        of_slots = (torch.stack(each, 1) for each in (found, log_q, drawn_log_q))
+        return *of_slots, torch.stack(all_q, 1) if all_q else None  # type: ignore[return-value]  # three of them
 
     def _over_written(self, q: torch.Tensor) -> torch.Tensor:
         """`[B, V_d]` probabilities of the drafter's ids as `[B, V]` of the target's."""

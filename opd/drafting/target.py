@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from opd.drafting.base import Outline
+from opd.distributions import Head, Vocabulary
+from opd.drafting.base import Drafter, Outline
 from opd.errors import IncompatibleError, ModelError
 from opd.language.engines.cache import ROOM
 from opd.language.engines.cpu.packing import ATTENTION
@@ -144,3 +145,11 @@ def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
     for layer in cache.layers:
         assert isinstance(layer, Ragged)
         layer.take(rows)
+
+
+def draft_head(drafter: Drafter, target: Target, vocabulary: Vocabulary, temperature: float) -> Head:
+    """The head over the ids that a drafter may propose, its own or the target's; with a graph where it is trained."""
+    own = drafter.own_head()
+    if own is None:
+        return target.language.head(temperature, vocabulary).detach()
+    return Head(own, temperature=temperature, vocabulary=vocabulary)

@@ -116,7 +116,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             comparison = compare(own, None if answer is None else answer.distribution, micro.actions)
             for name, value in (comparison.sums(micro.chosen) | {COMPARED: float(micro.chosen.sum())}).items():
                 sums[name] = sums.get(name, 0.0) + value
-            rows += _rows(run, student, micro, comparison)
+            rows += compared_rows(run, student, micro, comparison)
             compared.append(micro)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         groups = [group for micro in compared for group in micro.groups.tolist()]
@@ -172,7 +172,8 @@ def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     return metrics
 
 
-def _rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+def compared_rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
+    """Rows for logs of compared trajectories, with the likeliest alternatives at each position."""
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
     rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers)
     start = 0

@@ -1,0 +1,125 @@
+"""Divergences at the slots of drafted blocks: those that the target accepted, and those that it did not."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from opd.choice import kind_of
+from opd.distributions import Distribution, Target
+from opd.divergences.base import CategoricalDivergence
+from opd.divergences.forward_kl import ForwardKL
+from opd.divergences.on_support import OnSupport
+from opd.divergences.reverse_kl import ReverseKL
+from opd.errors import IncompatibleError
+from opd.operator import Chunk, Compared, Loss, Whole
+from opd.reduction import Reduction, sums_by_trajectory
+from opd.schedules import OverSteps
+from opd.trajectories import Trajectories
+
+Direction = Literal["forward_kl", "reverse_kl"]
+"""Which way the drafter moves at a slot: to cover its target, or to keep to what it finds likely."""
+
+KL: dict[str, OnSupport] = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}
+
+
+class OfBlocks(CategoricalDivergence):
+    """Base of objectives on one stream of a rollout's blocks, each with its own denominator: the sum of the weights of
+    its slots in the whole step, so that a stream without a slot adds nothing."""
+
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
+    accepts: ClassVar[tuple[str, ...]] = ("categorical",)
+    alternative: ClassVar[str] = "take teacher: target"
+
+    kl: Direction
+
+    @property
+    def descends(self) -> str:
+        return self.kl
+
+    @abstractmethod
+    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        """float32 `[N]`: what each slot weighs beside the others of its stream; 0 outside."""
+
+    def position_weights(
+        self,
+        trajectories: Trajectories,
+        reduction: Reduction,
+        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
+        expected: int | None = None,
+    ) -> torch.Tensor:
+        share = self.slots(self._columns(trajectories)).to(trajectories.learn.device)
+        mine = replace(trajectories, learn=trajectories.learn & (share > 0))
+        alike = super().position_weights(mine, reduction, sum_over_processes, expected)
+        weighed = alike * share
+        how = self.reduction or reduction
+        if how == "sequence_sum":
+            return weighed
+        if how == "sequence_mean":
+            before, after = (sums_by_trajectory(each, trajectories.lengths) for each in (alike, weighed))
+            factor = (before / after.where(after > 0, 1.0)).repeat_interleave(trajectories.lengths.to(share.device))
+            return weighed * factor
+        before, after = (sum_over_processes(each.sum()) for each in (alike, weighed))
+        return weighed * (before / after if float(after) else 0.0)
+
+    def __call__(
+        self,
+        student: Distribution,
+        targets: Sequence[Target],
+        weights: torch.Tensor,
+        trajectories: Trajectories,
+        per_example: bool = False,
+    ) -> Loss:
+        self._columns(trajectories)
+        return super().__call__(student, targets, weights, trajectories, per_example)
+
+    def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
+        return KL[self.kl].begin(whole)
+
+    def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return KL[self.kl].exact(log_p, log_q)
+
+    def _columns(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        columns = dict(trajectories.columns)
+        if not {"slot", "accepted", "rejected", "corrected"} <= columns.keys():
+            raise IncompatibleError(
+                f"objective {kind_of(self)!r} looks at the slots of drafted blocks, and this rollout drafts none; take "
+                "rollout: speculative, with student.kind draft"
+            )
+        return columns
+
+
+class Accepted(OfBlocks):
+    """The KL at the slots whose proposals the target accepted: `(1 / |I|) sum KL(p || q)` over the step, `q` the
+    drafter (Draft-OPD, arXiv 2605.29343)."""
+
+    kind: Literal["accepted"] = "accepted"
+    kl: Direction = Field("forward_kl", description="Its direction")
+    correction: bool = Field(
+        False, description="Whether the first slot of a block that was not accepted counts here too, beside `rejected`"
+    )
+
+    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        accepted = columns["accepted"]
+        return (accepted | columns["corrected"] if self.correction else accepted).float()
+
+
+class Rejected(OfBlocks):
+    """The KL at the first slot of each block that the target did not accept and at all behind it, each under the
+    proposals before it: `sum w_k KL(q || p) / sum w_k` over the step, with `w_k = decay ** (k - 1)` at slot k of the
+    block, counted from 1 (Draft-OPD, arXiv 2605.29343)."""
+
+    kind: Literal["rejected"] = "rejected"
+    kl: Direction = Field("reverse_kl", description="Its direction")
+    decay: Annotated[float, OverSteps(gt=0, le=1)] = Field(
+        0.8, description="Factor from a slot to the next, from the beginning of the block; 1 weighs all alike"
+    )
+
+    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        weight = float(self.decay) ** (columns["slot"] - 1).float()
+        return weight * columns["rejected"]

@@ -1,0 +1,93 @@
+"""Held-out measurement of a drafter: how many of its proposals stand, and how far it is from its target at each
+slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from opd.divergences import compare
+from opd.divergences.statistics import MEANS
+from opd.drafting.record import Drafted
+from opd.language.evaluation import Writer, compared_rows
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import (
+    COUNTS,
+    HeldOut,
+    Measured,
+    Moment,
+    accuracies,
+    by_prompt,
+    first_answer,
+    firsts,
+    judge,
+    outcomes,
+    roll_out,
+    totals,
+)
+
+STEPS = ("steps", "committed", "accepted", "tokens", "compared")
+
+
+class DraftEvaluation(Evaluation):
+    """Held-out answers of the target, written with the drafter's help."""
+
+    temperature: float | None = Field(
+        None, ge=0, le=1e6, description="Of the target's held-out texts, 0 the likeliest; default the rollout's"
+    )
+    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default the rollout's")
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_new_tokens
+
+
+def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
+    """Let the target write to every held-out prompt with the drafter's help, and compare both at every slot that
+    counts.
+
+    Metrics: `acceptance_length`, tokens a verifying pass of the target adds, over all passes (the first token of an
+    answer, which needs none, not counted); `accepted`, accepted proposals of a block; where the target teaches those of
+    `MEANS` in nats, means over the slots; `length` of the answers in tokens, `truncated` share, and verdicts.
+    """
+    prompts = run.share(run.held_out)
+    sums: dict[str, float] = {}
+    rows: list[dict[str, Any]] = []
+    items: dict[str, dict[str, float]] = {}
+    if prompts:
+        trajectories = roll_out(run, at, at.sampler, prompts, at.settings.k)
+        sums = outcomes(trajectories) | counts_of(trajectories.contexts)
+        items["accuracy"] = by_prompt(trajectories)
+        teacher, shown = judge(run), set(firsts(trajectories))
+        done = 0
+        for micro, _ in trajectories.split(run.micro):
+            answer = None if teacher is None else first_answer(run, at, teacher, micro).distribution
+            comparison = compare(student(micro, at.context), answer, micro.actions)
+            counted = {"compared": float(micro.learnt.sum())} | comparison.sums(micro.learnt)
+            sums |= {name: sums.get(name, 0.0) + value for name, value in counted.items()}
+            found = compared_rows(run, student, micro, comparison)
+            rows += [row for i, row in enumerate(found, start=done) if i in shown]
+            done += len(micro)
+    known = [name for name in MEANS if judge(run) is not None or name == "student_entropy"]
+    total = totals(run, sums, [*known, *STEPS, *COUNTS])
+    metrics = {name: total[name] / total["compared"] for name in known if total["compared"]}
+    if total["steps"]:
+        metrics["acceptance_length"] = total["committed"] / total["steps"]
+        metrics["accepted"] = total["accepted"] / total["steps"]
+    metrics["length"] = total["tokens"] / total["trajectories"]
+    metrics["truncated"] = total["truncated"] / total["trajectories"]
+    metrics |= accuracies(total, at.settings.k)
+    return HeldOut(metrics, rows, {name: values for name, values in items.items() if values})
+
+
+def counts_of(records: Sequence[Drafted]) -> dict[str, float]:
+    """Sums over answers: verifying `steps` of the target, tokens that these `committed`, proposals `accepted`, and all
+    `tokens`."""
+    return {
+        "steps": float(sum(len(each.anchors) for each in records)),
+        "committed": float(sum(int(each.committed.sum()) for each in records)),
+        "accepted": float(sum(int(each.accepted.sum()) for each in records)),
+        "tokens": float(sum(len(each.response) for each in records)),
+    }

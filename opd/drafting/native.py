@@ -1,0 +1,110 @@
+"""Drafters on the disk, in the formats that servers load: `model.safetensors` and `config.json` of their kind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from opd.distributions import Head
+from opd.drafting.base import Drafter, DrafterSettings, Outline
+from opd.drafting.block import Block
+from opd.drafting.chain import Chain
+from opd.errors import ModelError
+from opd.files.whole import told
+
+FORMS: dict[str, type[DrafterSettings]] = {form.architecture: form for form in (Chain, Block)}
+"""By what a native `config.json` calls them."""
+
+EMBEDDING = "embed_tokens.weight"
+"""Of the target; a drafter has none of its own."""
+
+
+def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor | None) -> None:
+    """Write the weights, then the config.
+
+    Args:
+        embedding: `[V, D]`, the target's, to be written beside the drafter where its format has one.
+
+    Raises:
+        OSError, SafetensorError: they cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
+    dtype = next(drafter.parameters()).dtype
+    weights |= drafter.extras()
+    if embedding is not None:
+        weights[EMBEDDING] = embedding.detach().to("cpu", dtype).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = drafter.config() | {"dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.57.0"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """The native config of a saved drafter.
+
+    Raises:
+        ModelError: there is none, or it is of no form that is known here.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"student.model {folder!r} holds no drafter ({told(error)}); give a drafter's folder"
+        ) from None
+    names = config.get("architectures") or [None]
+    if names[0] not in FORMS:
+        raise ModelError(
+            f"student.model {folder!r} is {names[0]!r}, and drafters are {' or '.join(FORMS)}: give a drafter's "
+            "folder, or leave model out and say with student.drafter which form a new one has"
+        )
+    return config
+
+
+def load_drafter(folder: str, target: Outline, head: Head) -> Drafter:
+    """A saved drafter of a target, with the target's `head` where it has none of its own.
+
+    Raises:
+        ModelError: the folder holds none, or one of another target.
+    """
+    config = read_config(folder)
+    form = FORMS[config["architectures"][0]]
+    path = Path(folder).expanduser() / "model.safetensors"
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"student.model {folder!r}: its weights cannot be read ({told(error)})") from None
+    try:
+        settings = form.of_config(config, target)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"student.model {folder!r}: its config.json lacks a part ({told(error)})") from None
+    if isinstance(settings, Chain) and bool((~(kept := weights["t2d"].bool())).any()):
+        settings = settings.model_copy(update={"vocabulary": kept.nonzero().flatten().tolist()})
+    drafter = settings.build(target, head)
+    own = drafter.state_dict()
+    beside = {EMBEDDING, *drafter.extras()}
+    lacking = sorted(own.keys() - weights.keys()) + sorted(weights.keys() - own.keys() - beside)
+    wrong = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if lacking or wrong:
+        name = (lacking + wrong)[0]
+        raise ModelError(
+            f"student.model {folder!r}: its weights are not those of its config.json ({name} is "
+            f"{'absent on one side' if lacking else 'of another shape'}); give the folder as it was saved"
+        )
+    drafter.load_state_dict({name: weights[name] for name in own})
+    return drafter
+
+
+def difference(folder: Path, drafter: Drafter) -> str | None:
+    """How a saved drafter differs from the live one; None where every weight is the same."""
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        names = set(stored.keys())
+        for name, value in (drafter.state_dict() | drafter.extras()).items():
+            if name not in names or not torch.equal(stored.get_tensor(name), value.cpu()):
+                return f"{name} in {folder} is not that of the trained drafter"
+    return None

@@ -1,0 +1,230 @@
+"""A drafter as the student: it proposes blocks of tokens, which a frozen target verifies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from transformers import PreTrainedTokenizerBase
+
+from opd.choice import OneOf
+from opd.context import Context
+from opd.distributions import Categorical, Distribution, Vocabulary
+from opd.divergences import compare
+from opd.drafting import evaluation
+from opd.drafting.base import Drafter, DrafterSettings
+from opd.drafting.chain import ChainDrafter
+from opd.drafting.evaluation import DraftEvaluation, counts_of
+from opd.drafting.native import difference, load_drafter, save_drafter
+from opd.drafting.record import blocks_of
+from opd.drafting.target import Target, draft_head
+from opd.drafting.tokens import DraftTokens
+from opd.errors import IncompatibleError, RunError, SelfTestError
+from opd.files.whole import attempt
+from opd.language.engines.in_process import InProcess
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
+from opd.language.shape import model_shape
+from opd.language.student import LanguageStudent
+from opd.language.tokens import tokens_of
+from opd.planning import Shape
+from opd.policies.base import Policy
+from opd.policies.evaluation import Evaluation
+from opd.policies.held_out import HeldOut, Measured, Moment
+from opd.provenance import read_origin
+from opd.trajectories import Trajectories
+from opd.weights import fingerprint
+
+if TYPE_CHECKING:
+    from opd.rollouts import HeldOutSampler
+    from opd.teachers import LiveTeacher
+    from opd.teachers.self_teacher import SelfTeacher
+
+NO_OTHER_TEACHER = (
+    "a drafter's positions are the slots of proposed blocks, of which only its target can say something: take "
+    "teacher: target"
+)
+
+
+class Draft(Policy):
+    """A draft model for speculative decoding with `target`, which stays as it is: loaded from the folder `model`, or
+    new in the form that `drafter` says."""
+
+    kind: Literal["draft"] = "draft"
+    modality: ClassVar[str | None] = "language"
+    teacher: ClassVar[str] = "target"
+    answers: ClassVar[type[Distribution]] = Categorical
+    evaluation: ClassVar[type[Evaluation]] = DraftEvaluation
+    of_live: ClassVar[tuple[str, ...]] = ("target",)
+    target: ModelSettings = Field(description="The model that is sped up: it writes, verifies and teaches")
+    model: str | None = Field(None, description="Folder of a drafter in its native format; default a new one")
+    drafter: Annotated[DrafterSettings, OneOf(DrafterSettings)] | None = Field(
+        None, description="Form of a new drafter; that of a saved one stands in its folder"
+    )
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("drafter")
+    @classmethod
+    def _new_or_saved(cls, value: DrafterSettings | None, info: ValidationInfo) -> DrafterSettings | None:
+        model = info.data.get("model")
+        if "model" in info.data and value is None and model is None:
+            raise ValueError("give model, the folder of a drafter, or drafter, the form of a new one (chain, block)")
+        if value is not None and model is not None:
+            raise ValueError("the form of a saved drafter stands in the folder that model names; remove one of the two")
+        return value
+
+    def build(self, context: Context) -> DraftStudent:
+        language = LanguageModel.load(self.target, context.device)
+        target, head = Target(language), language.head(1.0).detach()
+        if self.model is not None:
+            drafter = load_drafter(self.model, target.outline, head)
+            return DraftStudent(target, drafter, context, read_origin(Path(self.model)))
+        assert self.drafter is not None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.seed)
+            return DraftStudent(target, self.drafter.build(target.outline, head), context)
+
+    def shape(self, notes: list[str]) -> Shape:
+        return model_shape(self.target, notes)
+
+    @classmethod
+    def takes(cls, model: object) -> bool:
+        return isinstance(model, Drafter)
+
+    @classmethod
+    def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
+        assert isinstance(model, Drafter)
+        return iter(model.parameters())
+
+    def live_student(self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> DraftStudent:
+        assert isinstance(model, Drafter)
+        return DraftStudent(Target(LanguageModel.load(self.target, context.device)), model, context)
+
+    @classmethod
+    def live_teacher(cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
+        raise RunError(f"distill() got a drafter as a teacher; {NO_OTHER_TEACHER}")
+
+
+class DraftStudent(LanguageStudent):
+    """The built policy: a drafter that is trained, and its target, which is not. `origin` is what the run that saved it
+    wrote about it, if one did."""
+
+    library = "opd"
+
+    def __init__(self, target: Target, drafter: Drafter, context: Context, origin: dict[str, Any] | None = None):
+        super().__init__()
+        self.target = Target(target.language, drafter.taps)
+        self.drafter = drafter.to(context.device).float()
+        self.module: torch.nn.Module = self.drafter
+        self.context, self.origin = context, origin or {}
+        self._seen: dict[str, float] = {}
+
+    @property
+    def reader(self) -> InProcess:
+        return self.target.language
+
+    def __call__(self, trajectories: Trajectories, context: Context | None = None) -> Categorical:
+        """At each slot, as the drafter proposes it behind the recorded text, the anchor and the block's tokens
+        before."""
+        now = self.facts(context)
+        training = torch.is_grad_enabled()
+        if training:
+            for name, count in counts_of(trajectories.contexts).items():
+                self._seen[name] = self._seen.get(name, 0.0) + count
+        # The wrapper of several processes talks to the others in every pass.
+        module = self.module if training else self.drafter
+        head = draft_head(self.drafter, self.target, tokens_of(now).vocabulary, now.temperature)
+        if not trajectories.positions:
+            return Categorical(torch.zeros(0, self.target.outline.width, device=now.device), head)
+        blocks = blocks_of(trajectories.contexts, trajectories.completions(), now.device)
+        return Categorical(module(blocks, self.target.embed), head)
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """`acceptance_length` of the step's rollouts, and `accepted` proposals of a block."""
+        names = ("steps", "committed", "accepted")
+        mine = torch.tensor([self._seen.get(name, 0.0) for name in names], dtype=torch.float64)
+        steps, committed, accepted = sum_over_processes(mine).tolist()
+        self._seen = {}
+        return {"acceptance_length": committed / steps, "accepted": accepted / steps} if steps else {}
+
+    def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
+        strange = next((t for t in teachers if getattr(t, "target", None) is not self.target), None)
+        if strange is not None:
+            raise IncompatibleError(f"teacher {type(strange).__name__} beside student.kind draft: {NO_OTHER_TEACHER}")
+        agreed = super().agree(context, [], end_tokens)
+        own = tokens_of(agreed)
+        ids = self.drafter.ids
+        unknown = next((i for i in ids or () if not own.vocabulary.holds(i)), None)
+        if unknown is not None:
+            raise IncompatibleError(
+                f"the drafter may propose id {unknown}, which is no token that its target writes; take it out of its "
+                "vocabulary"
+            )
+        proposed = own.vocabulary if ids is None else Vocabulary.of(ids)
+        return agreed.with_(agreed=DraftTokens(proposed, own.end_ids, own.vocabulary))
+
+    @torch.no_grad()
+    def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
+        """The blocks that the rollout proposed must be as likely to be proposed when they are drafted again."""
+        if not trajectories.positions:
+            return
+        again = compare(self(trajectories, self.context.with_(temperature=1.0)), None, trajectories.actions)
+        gap = float((again.values["log_q"].cpu() - trajectories.columns["log_q"]).abs().mean())
+        if not gap <= tolerance:
+            raise SelfTestError(
+                f"the drafter gives its own proposals other log-probabilities when they are drafted again, by "
+                f"{gap:.2g} nats on average (tolerance {tolerance:g}): what proposes and what trains are not one model"
+            )
+
+    def outcomes(self, trajectories: Trajectories) -> list[str]:
+        return [self.decode(record.response) for record in trajectories.contexts]
+
+    def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        """`tokens` are the proposals, block by block; `completion` is the answer."""
+        columns = {
+            name: trajectories.columns[name].float() for name in ("slot", "accepted") if name in trajectories.columns
+        }
+        rows = super().rows(trajectories, columns | values)
+        for row, answer in zip(rows, self.outcomes(trajectories), strict=True):
+            row["completion"] = answer
+        return rows
+
+    def own_sampler(self, context: Context) -> HeldOutSampler:
+        from opd.rollouts import HeldOutSampler
+        from opd.rollouts.speculative import Speculative, SpeculativeRollout
+
+        source = Speculative(self, self.target, self.drafter, asked=False, name=None)
+        return HeldOutSampler(source, SpeculativeRollout(), context)
+
+    def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
+        assert isinstance(settings, DraftEvaluation)
+        return sampler if settings.temperature is None else sampler.changed(temperature=settings.temperature)
+
+    def measure(self, run: Measured, at: Moment) -> HeldOut:
+        return evaluation.measure(run, self, at)
+
+    def as_teacher(self, settings: SelfTeacher, context: Context) -> LiveTeacher:
+        raise IncompatibleError(f"teacher 'self' beside student.kind draft: {NO_OTHER_TEACHER}")
+
+    def live(self) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+        return self.drafter.eval(), self.reader.tokenizer
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.target.language.model.named_parameters())
+
+    def save(self, folder: Path, card: str) -> list[str]:
+        """`folder` is loaded by servers that know the drafter's form (SGLang, vLLM), and by `student.model`."""
+        drafter = self.drafter
+        embedding: Any = self.reader.base.get_input_embeddings()
+        save_drafter(folder, drafter, embedding.weight if isinstance(drafter, ChainDrafter) else None)
+        return attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
+
+    def compare(self, folder: Path) -> str | None:
+        return difference(folder, self.drafter)

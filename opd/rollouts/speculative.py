@@ -1,0 +1,184 @@
+"""Speculative decoding: the target writes, the drafter proposes, and every block that the target verified is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from opd.context import Context
+from opd.distributions import Categorical, Head, Target
+from opd.drafting.base import Drafter
+from opd.drafting.decoding import Answer, Proposing, Speculation, speculate
+from opd.drafting.target import Target as DraftTarget
+from opd.drafting.target import draft_head
+from opd.drafting.tokens import draft_tokens
+from opd.errors import IncompatibleError
+from opd.language.engines.base import ids_of
+from opd.planning import Shape
+from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Sampling, row_seed
+from opd.rollouts.request import Request
+from opd.trajectories import AUTHORS, Trajectories
+
+if TYPE_CHECKING:
+    from opd.policies import Student
+    from opd.teachers import LiveTeacher
+
+
+class SpeculativeRollout(OneSource):
+    """Lossless speculative decoding with the drafter as it is now. A trajectory is an answer of the target, and its
+    positions are the slots of all blocks that were proposed for it, accepted or not; columns say which is which. The
+    target's answer at each slot comes along, behind rejections too (Draft-OPD, arXiv 2605.29343)."""
+
+    kind: Literal["speculative"] = "speculative"
+    modality: ClassVar[str | None] = "language"
+    temperature: float = Field(
+        0.0,
+        ge=0,
+        le=1e6,
+        description="Of the target's text, 0 the likeliest; the recipe's is the loss's, on both sides",
+    )
+    proposals: int | None = Field(None, ge=1, le=256, description="Tokens of a block; default the drafter's")
+    proposing: Proposing = Field(
+        "likeliest",
+        description="Whether a slot's likeliest token is proposed, or one drawn from the drafter at this temperature",
+    )
+    batch: int = Field(64, ge=1, description="Answers written side by side")
+
+    def samplers(
+        self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
+    ) -> Iterator[tuple[Sampling, Shape]]:
+        yield from ()
+
+    def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> Speculative:
+        target, drafter = getattr(student, "target", None), getattr(student, "module", None)
+        if not (isinstance(target, DraftTarget) and isinstance(drafter, Drafter)):
+            raise IncompatibleError(
+                "rollout 'speculative' lets a drafter propose, and the student is none: take student.kind draft"
+            )
+        name = next((t.settings.name for t in teachers if getattr(t, "target", None) is target), None)
+        asked = any(getattr(t, "target", None) is target for t in teachers)
+        made = Speculative(student, target, drafter, asked, name)
+        made.check(self)
+        return made
+
+
+class Speculative(PrefixSource[SpeculativeRollout]):
+    """The built rollout.
+
+    Columns by position: `slot` int64, 1 to K; `accepted` bool; `rejected` bool, the first slot of a block that did not
+    stand and all behind it; `corrected` bool, that first slot alone; `log_q` float32, the drafter's log-probability of
+    its proposal when it proposed, at a temperature of 1. Slots that a text's end cut off are neither accepted nor
+    rejected, and in no loss; nor are those at which the target's likeliest token is none that the drafter may propose.
+
+    Args:
+        asked: whether the target teaches, under the `name`.
+    """
+
+    def __init__(self, student: Student, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None):
+        self.student, self.target, self.drafter = student, target, drafter
+        self.asked, self.name = asked, name
+        self.dtype = next(target.language.parameters()).dtype
+
+    def check(self, settings: SpeculativeRollout) -> None:
+        """Raise `IncompatibleError` for settings that the drafter does not allow."""
+        most = self.drafter.most
+        if settings.proposals is not None and most is not None and settings.proposals > most:
+            raise IncompatibleError(
+                f"rollout.proposals is {settings.proposals}, and this drafter proposes {most} at most; lower it"
+            )
+        if settings.proposing == "drawn" and self.drafter.parallel:
+            raise IncompatibleError(
+                "rollout.proposing is 'drawn', and the slots of this drafter do not see each other: drawn apart they "
+                "are no text. Leave it at 'likeliest'"
+            )
+
+    def exact(self, settings: SpeculativeRollout) -> bool:
+        """Never: proposals are drawn at the text's temperature, by a rule of their own."""
+        return False
+
+    def held_out(self, settings: SpeculativeRollout, context: Context, student: Student) -> HeldOutSampler:
+        return HeldOutSampler(self, settings, context)
+
+    @torch.no_grad()
+    def __call__(self, request: Request[SpeculativeRollout]) -> Trajectories:
+        settings, context, group = request.settings, request.context, request.group
+        if request.begun is not None:
+            raise IncompatibleError(
+                "rollout 'speculative' goes on from no other source's beginning; take it out of the switch"
+            )
+        training = self.drafter.training
+        self.drafter.eval()
+        how = self.speculation(settings, context)
+        prompts = [prompt for prompt in request.prompts for _ in range(group)]
+        ids = [ids_of(self.target.language.encode(prompt)) for prompt in request.prompts]
+        texts = [each for each in ids for _ in range(group)]
+        of = (context.seed, request.stream)
+        seeds = [row_seed(*of, prompt, group, i % group) for i, prompt in enumerate(prompts)]
+        answers: list[Answer] = []
+        for start in range(0, len(texts), settings.batch):
+            here = slice(start, start + settings.batch)
+            answers += speculate(how, texts[here], seeds[here], request.budget)
+        self.drafter.train(training)
+        return self._packed(request, how, answers)
+
+    def speculation(self, settings: SpeculativeRollout, context: Context) -> Speculation:
+        """How a step's answers are written."""
+        tokens = draft_tokens(context)
+        written = self.target.language.head(1.0, tokens.written)
+        drafts = draft_head(self.drafter, self.target, tokens.vocabulary, 1.0)
+        return Speculation(
+            self.target,
+            self.drafter,
+            written.detach(),
+            drafts.detach(),
+            tokens.end_ids,
+            settings.proposals or self.drafter.proposals,
+            settings.temperature,
+            settings.proposing,
+        )
+
+    def _packed(
+        self, request: Request[SpeculativeRollout], how: Speculation, answers: Sequence[Answer]
+    ) -> Trajectories:
+        context, count, records = request.context, how.proposals, [answer.record for answer in answers]
+        actions = torch.cat([answer.proposed for answer in answers])
+        slot = (torch.arange(len(actions)) % count) + 1
+        stood, added = (torch.cat([getattr(r, name) for r in records]) for name in ("accepted", "committed"))
+        of_block = torch.arange(len(stood)).repeat_interleave(count)
+        accepted = slot <= stood[of_block]
+        # The target's own token behind what stood was added only if nothing cut the step before it.
+        whole = (added == stood + 1)[of_block]
+        hidden = torch.cat([answer.hidden for answer in answers]).to(context.device)
+        learn = accepted | whole
+        vocabulary = draft_tokens(context).vocabulary
+        if vocabulary.ids is not None and len(actions):
+            likeliest = how.written.vocabulary.named(_likeliest(hidden, how.written))
+            learn &= ~vocabulary.outside(likeliest.cpu())
+        head = self.target.language.head(context.temperature, vocabulary).detach()
+        return Trajectories(
+            prompts=[prompt for prompt in request.prompts for _ in range(request.group)],
+            contexts=records,
+            actions=actions,
+            lengths=torch.tensor([len(answer.proposed) for answer in answers]),
+            behaviour_log_probs=torch.cat([answer.drawn_log_q for answer in answers]),
+            finished=torch.tensor([answer.finished for answer in answers]),
+            learn=learn,
+            authors=torch.full_like(actions, AUTHORS.index("student"), dtype=torch.uint8),
+            groups=torch.arange(len(request.prompts)).repeat_interleave(request.group),
+            columns={
+                "slot": slot,
+                "accepted": accepted,
+                "rejected": ~accepted & whole,
+                "corrected": whole & (slot == stood[of_block] + 1),
+                "log_q": torch.cat([answer.log_q for answer in answers]),
+            },
+            answers=(Target(Categorical(hidden, head), teacher=self.name),) if self.asked else None,
+        )
+
+
+def _likeliest(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    """int64 `[N]`, columns; a few rows at a time."""
+    return torch.cat([head.logits(part).argmax(-1) for part in torch.split(hidden, 512)])
