@@ -36,7 +36,7 @@ class OfBlocks(CategoricalDivergence):
     accepts: ClassVar[tuple[str, ...]] = ("categorical",)
     alternative: ClassVar[str] = "take teacher: target"
 
-    kl: Direction
+    kl: Direction = Field("forward_kl", description="Its direction")
 
     @property
     def descends(self) -> str:
@@ -99,7 +99,6 @@ class Accepted(OfBlocks):
     drafter (Draft-OPD, arXiv 2605.29343)."""
 
     kind: Literal["accepted"] = "accepted"
-    kl: Direction = Field("forward_kl", description="Its direction")
     correction: bool = Field(
         False, description="Whether the first slot of a block that was not accepted counts here too, beside `rejected`"
     )

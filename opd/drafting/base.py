@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -101,6 +101,9 @@ class Drafter(torch.nn.Module, ABC):
     ids: tuple[int, ...] | None = None
     parallel: ClassVar[bool] = False
     """Whether its slots do not see which tokens stand at the others: drawn apart, they would be no coherent block."""
+
+    ships_embedding: ClassVar[bool] = False
+    """Whether its native format holds the target's embedding besides."""
 
     @abstractmethod
     def read(
@@ -205,8 +208,11 @@ class DrafterSettings(Choice):
 
     @classmethod
     @abstractmethod
-    def of_config(cls, config: dict[str, Any], target: Outline) -> DrafterSettings:
+    def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> DrafterSettings:
         """The settings under which `build` makes the structure that a native `config.json` describes.
+
+        Args:
+            weights: what lies beside it.
 
         Raises:
             ModelError: it was made for another target.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -38,7 +38,7 @@ class Block(DrafterSettings):
         return BlockDrafter(target, taps, self.layers, self.block, self.mask_token, self.mlp or target.mlp)
 
     @classmethod
-    def of_config(cls, config: dict[str, Any], target: Outline) -> Block:
+    def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> Block:
         made_for = (config.get("hidden_size"), config.get("num_target_layers"))
         if made_for != (target.width, target.layers):
             raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -45,7 +45,7 @@ class Chain(DrafterSettings):
         return ChainDrafter(target, taps, self.proposals, tuple(self.vocabulary) or None, self.mlp or target.mlp, head)
 
     @classmethod
-    def of_config(cls, config: dict[str, Any], target: Outline) -> Chain:
+    def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> Chain:
         if config.get("hidden_size") != target.width or config.get("vocab_size") != target.vocabulary:
             raise ModelError(
                 f"the drafter is for a target of width {config.get('hidden_size')} with {config.get('vocab_size')} "
@@ -56,6 +56,7 @@ class Chain(DrafterSettings):
             # The format counts as transformers does its hidden states, of which the first is the embedding.
             taps=[i - 1 for i in outputs] if outputs else [],
             proposals=int(config.get("opd_proposals", 7)),
+            vocabulary=[] if bool(weights["t2d"].all()) else weights["t2d"].nonzero().flatten().tolist(),
             mlp=config["intermediate_size"],
         )
 
@@ -85,12 +86,14 @@ class _Layer(torch.nn.Module):
 
 
 class ChainDrafter(Drafter):
-    """The built form.
+    """The built form. Its head is its own and begins as the target's; the embedding is the target's.
 
     Row t of its layer holds the feature of position t and the embedding of the token at t + 1, and predicts the token
     at t + 2; so the row before an anchor proposes slot 1. Behind it the rows hold proposed tokens and the layer's own
     outputs, which see all that stands and the rows of their own block.
     """
+
+    ships_embedding: ClassVar[bool] = True
 
     def __init__(
         self, target: Outline, taps: tuple[int, ...], proposals: int, ids: tuple[int, ...] | None, mlp: int, head: Head

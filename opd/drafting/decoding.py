@@ -141,6 +141,12 @@ def speculate(how: Speculation, prompts: Sequence[torch.Tensor], seeds: Sequence
     return [row.answer() for row in batch.all]
 
 
+def chosen(log_q: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 `[B]`, what is proposed: of float32 `[B, V]` the likeliest column of each row, or one drawn by its
+    uniform."""
+    return log_q.argmax(-1) if uniforms is None else inverse_cdf(log_q, uniforms)
+
+
 class _Batch:
     """Rows that are still being written, and what target and drafter keep of them."""
 
@@ -251,7 +257,7 @@ class _Batch:
         how = self.how
         found, log_q, drawn_log_q, all_q = [], [], [], list[torch.Tensor]()
         uniforms = None
-        if how.proposing == "drawn":
+        if how.proposing == "drawn" and how.temperature > 0:
             uniforms = torch.stack([torch.rand(how.proposals, generator=row.generator) for row in self.rows])
             uniforms = uniforms.to(self.device)
 
@@ -259,11 +265,11 @@ class _Batch:
             logits = how.drafts.logits(hidden[:, 0])
             plain = logits.log_softmax(-1)
             if uniforms is None:
-                column = plain.argmax(-1)
+                column = chosen(plain)
                 drawn_log_q.append(torch.zeros_like(plain[:, 0]))
             else:
-                warped = (logits / (how.temperature or 1.0)).log_softmax(-1)
-                column = inverse_cdf(warped, uniforms[:, k - 1])
+                warped = (logits / how.temperature).log_softmax(-1)
+                column = chosen(warped, uniforms[:, k - 1])
                 drawn_log_q.append(warped.gather(1, column[:, None])[:, 0])
                 all_q.append(self._over_written(warped.exp()))
             found.append(how.drafts.vocabulary.named(column))
@@ -286,7 +292,7 @@ class _Batch:
 
     def _verified(self, hidden: torch.Tensor, proposed: torch.Tensor, q: torch.Tensor | None) -> Verdict:
         how = self.how
-        if q is None or how.temperature == 0:
+        if q is None:
             return agreeing(self._drawn(hidden), proposed)
         p = (how.written.logits(hidden) / how.temperature).softmax(-1)
         chances = torch.stack([torch.rand(how.proposals + 1, generator=row.generator) for row in self.rows])

@@ -10,25 +10,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from opd.choice import choices_of
 from opd.distributions import Head
 from opd.drafting.base import Drafter, DrafterSettings, Outline
-from opd.drafting.block import Block
-from opd.drafting.chain import Chain
 from opd.errors import ModelError
 from opd.files.whole import told
-
-FORMS: dict[str, type[DrafterSettings]] = {form.architecture: form for form in (Chain, Block)}
-"""By what a native `config.json` calls them."""
 
 EMBEDDING = "embed_tokens.weight"
 """Of the target; a drafter has none of its own."""
 
 
-def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor | None) -> None:
+def forms() -> dict[str, type[DrafterSettings]]:
+    """The forms of drafters by what a native `config.json` calls them."""
+    found = choices_of(DrafterSettings).values()
+    return {form.architecture: form for form in found if issubclass(form, DrafterSettings)}
+
+
+def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor) -> None:
     """Write the weights, then the config.
 
     Args:
-        embedding: `[V, D]`, the target's, to be written beside the drafter where its format has one.
+        embedding: `[V, D]`, the target's, written beside the drafter where its format has one.
 
     Raises:
         OSError, SafetensorError: they cannot be written.
@@ -37,7 +39,7 @@ def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor | None)
     weights = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
     dtype = next(drafter.parameters()).dtype
     weights |= drafter.extras()
-    if embedding is not None:
+    if drafter.ships_embedding:
         weights[EMBEDDING] = embedding.detach().to("cpu", dtype).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = drafter.config() | {"dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.57.0"}
@@ -58,9 +60,10 @@ def read_config(folder: str) -> dict[str, Any]:
             f"student.model {folder!r} holds no drafter ({told(error)}); give a drafter's folder"
         ) from None
     names = config.get("architectures") or [None]
-    if names[0] not in FORMS:
+    known = forms()
+    if names[0] not in known:
         raise ModelError(
-            f"student.model {folder!r} is {names[0]!r}, and drafters are {' or '.join(FORMS)}: give a drafter's "
+            f"student.model {folder!r} is {names[0]!r}, and drafters are {' or '.join(known)}: give a drafter's "
             "folder, or leave model out and say with student.drafter which form a new one has"
         )
     return config
@@ -73,18 +76,16 @@ def load_drafter(folder: str, target: Outline, head: Head) -> Drafter:
         ModelError: the folder holds none, or one of another target.
     """
     config = read_config(folder)
-    form = FORMS[config["architectures"][0]]
+    form = forms()[config["architectures"][0]]
     path = Path(folder).expanduser() / "model.safetensors"
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"student.model {folder!r}: its weights cannot be read ({told(error)})") from None
     try:
-        settings = form.of_config(config, target)
+        settings = form.of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"student.model {folder!r}: its config.json lacks a part ({told(error)})") from None
-    if isinstance(settings, Chain) and bool((~(kept := weights["t2d"].bool())).any()):
-        settings = settings.model_copy(update={"vocabulary": kept.nonzero().flatten().tolist()})
     drafter = settings.build(target, head)
     own = drafter.state_dict()
     beside = {EMBEDDING, *drafter.extras()}

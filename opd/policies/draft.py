@@ -16,7 +16,6 @@ from opd.distributions import Categorical, Distribution, Vocabulary
 from opd.divergences import compare
 from opd.drafting import evaluation
 from opd.drafting.base import Drafter, DrafterSettings
-from opd.drafting.chain import ChainDrafter
 from opd.drafting.evaluation import DraftEvaluation, counts_of
 from opd.drafting.native import difference, load_drafter, save_drafter
 from opd.drafting.record import blocks_of
@@ -221,9 +220,8 @@ class DraftStudent(LanguageStudent):
 
     def save(self, folder: Path, card: str) -> list[str]:
         """`folder` is loaded by servers that know the drafter's form (SGLang, vLLM), and by `student.model`."""
-        drafter = self.drafter
         embedding: Any = self.reader.base.get_input_embeddings()
-        save_drafter(folder, drafter, embedding.weight if isinstance(drafter, ChainDrafter) else None)
+        save_drafter(folder, self.drafter, embedding.weight)
         return attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
 
     def compare(self, folder: Path) -> str | None:

@@ -43,7 +43,8 @@ class SpeculativeRollout(OneSource):
     proposals: int | None = Field(None, ge=1, le=256, description="Tokens of a block; default the drafter's")
     proposing: Proposing = Field(
         "likeliest",
-        description="Whether a slot's likeliest token is proposed, or one drawn from the drafter at this temperature",
+        description="Whether a slot's likeliest token is proposed, or one drawn from the drafter at this temperature; "
+        "at 0 they are the same",
     )
     batch: int = Field(64, ge=1, description="Answers written side by side")
 
