@@ -1,0 +1,311 @@
+"""A drafter trained on its own blocks, through the whole loop; and its two objectives by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import opd
+from opd.api import execute
+from opd.assembly import assemble
+from opd.distributions import Categorical, Head, Target
+from opd.divergences.forward_kl import ForwardKL
+from opd.divergences.of_blocks import Accepted, Rejected
+from opd.divergences.reverse_kl import ReverseKL
+from opd.errors import IncompatibleError, RecipeError
+from opd.loop import train
+from opd.monitor import Monitor
+from opd.recipe import parse_recipe
+from tests.conftest import save_tiny, trajectories_of
+from tests.drafters import LAYERS
+
+TEXTS = [f"{a}+{b}=" for a in range(1, 6) for b in range(1, 5)]
+CHAIN = {"kind": "chain", "proposals": 4}
+BLOCK = {"kind": "block", "layers": 2, "block": 5, "mask_token": 2}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("target"), seed=1, layers=LAYERS, initializer_range=0.15)
+
+
+def recipe_for(target, tmp_path, drafter=CHAIN, **changes):
+    student = {"kind": "draft", "target": {"model": target, "template": "plain"}, "drafter": drafter}
+    data = {
+        "output": str(tmp_path / "run"),
+        "steps": 3,
+        "student": student,
+        "teacher": "target",
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "rollout": {"kind": "speculative", "max_new_tokens": 16},
+        "objective": [{"kind": "accepted", "weight": 0.5}, {"kind": "rejected", "weight": 0.5}],
+        "batch": {"prompts": 6, "micro": 4},
+        "update": {"learning_rate": 1e-2},
+        "evaluation": {"held_out": 4, "samples": 1},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+    }
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+    data["teacher"] = {"kind": data["teacher"]} if isinstance(data["teacher"], str) else data["teacher"]
+    return parse_recipe(data)
+
+
+def build(recipe, tmp_path):
+    (tmp_path / "run").mkdir(exist_ok=True)
+    return assemble(recipe, Monitor(tmp_path / "run", quiet=True))
+
+
+# The objectives: two answers with the blocks of the specification's example, K = 3.
+
+ACCEPTED = [[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0]]
+REJECTED = [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]]
+CORRECTED = [[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def blocks(accepted=ACCEPTED, rejected=REJECTED, corrected=CORRECTED, lengths=(6, 6)):
+    made = trajectories_of(list(lengths))
+    columns = {
+        name: torch.tensor(value).flatten().bool()
+        for name, value in (("accepted", accepted), ("rejected", rejected), ("corrected", corrected))
+    }
+    columns["slot"] = torch.tensor([1, 2, 3] * len(accepted))
+    learn = columns["accepted"] | columns["rejected"]
+    return replace(made, columns=columns, learn=learn)
+
+
+def whole(x):
+    return x
+
+
+def test_each_stream_has_its_own_denominator():
+    made = blocks()
+    weights = Accepted().position_weights(made, "token_mean", whole)
+    assert weights.view(4, 3).tolist() == pytest.approx((torch.tensor(ACCEPTED) / 6).tolist())
+    weights = Rejected().position_weights(made, "token_mean", whole)
+    share = torch.tensor([[0, 0, 0.64], [1, 0.8, 0.64], [0, 0, 0], [0, 0, 0]])
+    assert float(share.sum()) == pytest.approx(3.08)
+    torch.testing.assert_close(weights.view(4, 3), share / 3.08)
+    plain = Rejected(decay=1.0, weight=0.5).position_weights(made, "token_mean", whole)
+    torch.testing.assert_close(plain.view(4, 3), 0.5 * torch.tensor(REJECTED) / 4)
+    both = Accepted(correction=True).position_weights(made, "token_mean", whole)
+    torch.testing.assert_close(both.view(4, 3), (torch.tensor(ACCEPTED) + torch.tensor(CORRECTED)) / 8)
+
+
+def test_denominators_of_other_reductions_and_of_several_processes():
+    made = blocks()
+    share = torch.tensor([[0, 0, 0.64], [1, 0.8, 0.64], [0, 0, 0], [0, 0, 0]])
+    # All rejected slots are the first answer's, which alone counts.
+    weights = Rejected().position_weights(made, "sequence_mean", whole)
+    torch.testing.assert_close(weights.view(4, 3), share / 3.08)
+    weights = Accepted().position_weights(made, "sequence_mean", whole)
+    torch.testing.assert_close(weights.view(2, 6).sum(1), torch.tensor([0.5, 0.5]))
+    weights = Rejected().position_weights(made, "sequence_sum", whole)
+    torch.testing.assert_close(weights.view(4, 3), share)
+    # Another process has as much.
+    weights = Rejected().position_weights(made, "token_mean", lambda x: 2 * x)
+    torch.testing.assert_close(weights.view(4, 3), share / 6.16)
+
+
+def test_a_stream_without_a_slot_adds_nothing():
+    none = [[0, 0, 0]] * 4
+    made = blocks(rejected=none, corrected=none)
+    assert not Rejected().position_weights(made, "token_mean", whole).any()
+    made = blocks(accepted=none)
+    assert not Accepted().position_weights(made, "token_mean", whole).any()
+
+
+def test_a_slot_that_is_not_learnt_is_in_neither_sum_nor_denominator():
+    made = blocks()
+    made = replace(made, learn=made.learn & (torch.arange(12) != 3))
+    weights = Rejected().position_weights(made, "token_mean", whole)
+    assert float(weights[3]) == 0
+    assert float(weights[4]) == pytest.approx(0.8 / 2.08)
+
+
+@pytest.mark.parametrize(
+    ("objective", "value", "gradient"),
+    [
+        (Accepted(), 0.1308, -0.25),
+        (Accepted(kl="reverse_kl"), 0.1438, -0.2747),
+        (Rejected(), 0.1438, -0.2747),
+        (Rejected(kl="forward_kl"), 0.1308, -0.25),
+    ],
+)
+def test_directions_by_hand(objective, value, gradient):
+    """Of p = (3/4, 1/4) and q = (1/2, 1/2): value, and gradient in the first logit."""
+    logits, p = torch.zeros(12, 2, requires_grad=True), torch.tensor([0.75, 0.25]).log().expand(12, 2)
+    one = Head(torch.eye(2))
+    made = blocks()
+    made = replace(made, actions=made.actions % 2)
+    weights = objective.position_weights(made, "token_mean", whole)
+    loss = objective(Categorical(logits, one), [Target(Categorical(p, one))], weights, made)
+    assert float(loss.total) == pytest.approx(value, abs=1e-4)
+    loss.total.backward()
+    torch.testing.assert_close(logits.grad[:, 0], weights * gradient, atol=1e-4, rtol=1e-3)
+
+
+def test_what_they_descend_is_said():
+    assert (Accepted().descends, Rejected().descends) == ("forward_kl", "reverse_kl")
+    log_p, log_q = torch.randn(2, 5, 7).log_softmax(-1)
+    torch.testing.assert_close(Accepted().exact(log_p, log_q), ForwardKL().exact(log_p, log_q))
+    torch.testing.assert_close(Rejected().exact(log_p, log_q), ReverseKL().exact(log_p, log_q))
+
+
+def test_trajectories_without_blocks_are_refused():
+    with pytest.raises(IncompatibleError, match=r"'accepted'.*drafts none.*speculative"):
+        Accepted().position_weights(trajectories_of([3]), "token_mean", whole)
+
+
+# Runs.
+
+
+@pytest.mark.parametrize("drafter", [CHAIN, {**CHAIN, "vocabulary": list(range(3, 40))}, BLOCK])
+def test_a_drafter_learns_from_its_target(target, tmp_path, drafter):
+    result = execute(recipe_for(target, tmp_path, drafter, steps=25), quiet=True)
+    for name in ("forward_kl", "reverse_kl"):
+        assert result.after[name] < 0.6 * result.before[name]
+    steps = [r for r in result.history if "train/loss" in r]
+    assert len(steps) == 25
+    for record in steps:
+        assert record["train/acceptance_length"] == pytest.approx(1 + record["train/accepted"], abs=0.3)
+        assert {"train/objective/accepted", "train/objective/rejected"} & record.keys()
+    assert 1 <= result.after["acceptance_length"] <= 5
+    assert isinstance(result.student, torch.nn.Module)
+    rows = [json.loads(line) for line in (result.directory / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert len(row["tokens"]) == len(row["values"]["slot"]) == len(row["values"]["accepted"])
+        assert len(row["tokens"]) % 4 == 0
+        assert row["completion"]
+    summary = json.loads((result.directory / "summary.json").read_text())
+    assert "lacking" not in summary
+    assert "acceptance_length" in summary["after"]
+
+
+def test_a_saved_drafter_goes_on_as_it_was(target, tmp_path):
+    first = execute(recipe_for(target, tmp_path / "a"), quiet=True)
+    folder = str(first.directory / "student")
+    student = {"kind": "draft", "target": {"model": target, "template": "plain"}, "model": folder, "drafter": None}
+    second = execute(recipe_for(target, tmp_path / "b", student=student), quiet=True)
+    assert second.before == pytest.approx(first.after, rel=1e-4)
+    weights = load_file(first.directory / "student" / "model.safetensors")
+    assert weights["embed_tokens.weight"].shape == (64, 32)
+
+
+def test_a_live_drafter_is_trained_in_place(target, tmp_path):
+    first = execute(recipe_for(target, tmp_path / "a"), quiet=True)
+    before = {name: p.detach().clone() for name, p in first.student.named_parameters()}
+    recipe = recipe_for(target, tmp_path / "b").dump()
+    result = opd.distill(
+        {"model": first.student, "kind": "draft", "target": recipe["student"]["target"]},
+        {"kind": "target"},
+        TEXTS,
+        quiet=True,
+        **{k: recipe[k] for k in ("rollout", "objective", "batch", "update", "evaluation", "tracking", "hardware")},
+        steps=2,
+        output=str(tmp_path / "b"),
+    )
+    assert result.student is first.student
+    assert any(bool((p != before[name]).any()) for name, p in result.student.named_parameters())
+
+
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(target, tmp_path):
+    norms = []
+    for micro in (1, 2, 6):
+        result = execute(recipe_for(target, tmp_path / str(micro), steps=1, batch={"micro": micro}), quiet=True)
+        norms.append(result.history[1]["train/gradient_norm"])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)
+
+
+def test_the_target_is_not_asked_again_and_does_not_move(target, tmp_path, monkeypatch):
+    run = build(recipe_for(target, tmp_path), tmp_path)
+    before = run.student.fingerprint()
+    monkeypatch.setattr(type(run.teachers[0]), "answer", None)
+    train(run)
+    assert run.student.fingerprint() == before
+    state = run.student.state_dict()
+    assert state.keys() == dict(run.student.drafter.named_parameters()).keys(), "checkpoints hold the drafter alone"
+
+
+def test_a_state_is_gone_on_from(target, tmp_path):
+    whole_run = build(recipe_for(target, tmp_path / "a", steps=4), tmp_path / "a")
+    train(whole_run)
+    half = build(recipe_for(target, tmp_path / "b", steps=4), tmp_path / "b")
+    half.watch.read = lambda run, step, measured: setattr(run.watch, "ended_by", "enough" if step == 2 else None)
+    train(half)
+    assert half.step == 2
+    rest = build(recipe_for(target, tmp_path / "c", steps=4), tmp_path / "c")
+    rest.restore(half.state())
+    train(rest)
+    for (name, one), other in zip(
+        whole_run.student.state_dict().items(), rest.student.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_held_out_texts_have_a_temperature_of_their_own(target, tmp_path):
+    texts = []
+    for i, temperature in enumerate((None, 0.0, 1.0)):
+        recipe = recipe_for(target, tmp_path / str(i), evaluation={"temperature": temperature, "max_new_tokens": 9})
+        run = build(recipe, tmp_path / str(i))
+        made = run.sampler(run.at(0))(run.held_out, 1, 9, -1)
+        texts.append(run.student.outcomes(made))
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+def test_groups_of_drawn_texts(target, tmp_path):
+    rollout = {"temperature": 1.0, "proposing": "drawn", "proposals": 3}
+    run = build(recipe_for(target, tmp_path, rollout=rollout, batch={"group": 3}), tmp_path)
+    made = run.rollout(run.at(0).request(run.course.next(0, {}, None).prompts, stream=0))
+    assert len(set(run.student.outcomes(made)[:3])) == 3
+    assert int(made.columns["slot"].max()) == 3
+    train(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout": {"kind": "student"}}, r"no language model in this process"),
+        ({"teacher": {"kind": "self"}}, r"teacher: target"),
+        ({"teacher": {"kind": "local", "model": "TARGET", "template": "plain"}}, r"teacher: target"),
+        ({"rollout": {"proposals": 9}, "drafter": BLOCK}, r"rollout.proposals is 9.*4 at most"),
+        ({"rollout": {"proposing": "drawn", "temperature": 1.0}, "drafter": BLOCK}, r"'drawn'.*likeliest"),
+        ({"student": {"kind": "causal_lm", "model": "TARGET", "template": "plain"}}, r"student is none"),
+        ({"evaluation": {"greedy": True}}, r"greedy"),
+        ({"student": {"drafter": None}}, r"model, the folder of a drafter, or drafter"),
+        ({"student": {"model": "x"}}, r"remove one of the two"),
+        ({"student": {"model": "x", "drafter": None}}, r"'x' holds no drafter"),
+        ({"objective": [{"kind": "rejected", "decay": 0}]}, r"decay"),
+    ],
+)
+def test_mistakes_are_told_of(target, tmp_path, changes, said):
+    text = json.dumps(changes).replace('"TARGET"', json.dumps(target))
+    changes = json.loads(text)
+    if changes.get("student", {}).get("kind") == "causal_lm":
+        changes = {"student": changes["student"]}
+    with pytest.raises((IncompatibleError, RecipeError, opd.OpdError), match=said):
+        if "student" in changes and "kind" in changes["student"]:
+            data = recipe_for(target, tmp_path).dump() | changes | {"evaluation": {"held_out": 4}}
+            build(parse_recipe(data), tmp_path)
+        else:
+            build(recipe_for(target, tmp_path, **changes), tmp_path)
+
+
+def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):
+    data = {
+        "output": str(tmp_path / "run"),
+        "student": {"model": target, "template": "plain"},
+        "teacher": {"model": target, "template": "plain"},
+        "prompts": {"kind": "inline", "prompts": TEXTS},
+        "rollout": {"max_new_tokens": 8},
+        "objective": "accepted",
+        "hardware": {"device": "cpu", "threads": 1},
+        "tracking": {"trackers": []},
+    }
+    with pytest.raises(IncompatibleError, match="drafts none"):
+        build(parse_recipe(data), tmp_path)
