@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from opd.assembly import build_models, check_lengths, compute_device, make_accelerator
+from opd.choice import kind_of
 from opd.errors import RecipeError, RunError
 from opd.jobs.work import work_through
 from opd.language.tokens import tokens_of
-from opd.policies.causal_lm import CausalLMStudent
+from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -66,6 +67,11 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
     if recipe.student.modality != "language":
         raise RecipeError(
             f"a store holds texts and the student is a {recipe.student.modality} model: see opd.jobs.images"
+        )
+    if not isinstance(recipe.student, CausalLM):
+        raise RecipeError(
+            f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}; take "
+            "the model that writes as a student or a teacher"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)

@@ -12,6 +12,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 
 from opd.assembly import compute_device, make_accelerator
+from opd.choice import kind_of
 from opd.context import Context
 from opd.distributions import Target
 from opd.errors import DataError, IncompatibleError, RecipeError, RunError, nearest
@@ -82,7 +83,10 @@ class Scorer:
         settings = chosen_teacher(recipe, teacher)
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
-        assert isinstance(recipe.student, CausalLM)
+        if not isinstance(recipe.student, CausalLM):
+            raise IncompatibleError(
+                f"a store is scored for students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}"
+            )
         reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
         self.teacher: LanguageTeacher | LiveServedTeacher
         if isinstance(settings, ServedTeacher):

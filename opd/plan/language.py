@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from opd.assembly import check_ids
-from opd.choice import nested
+from opd.choice import kind_of, nested
 from opd.distributions import Distribution
 from opd.engines import RolloutEngine
-from opd.errors import DataError, ModelError
+from opd.errors import DataError, ModelError, OpdError
 from opd.hardware import fast_in_bf16
 from opd.language.attention import attention_of, check_attention, check_dtype
 from opd.language.engines.cpu.packing import common_beginning
@@ -106,6 +106,8 @@ class Plan:
 def plan_language(recipe: Recipe) -> Plan:
     """The plan of a recipe for a language model; reads configurations, and prompts and tokenizer where they are at
     hand."""
+    if not isinstance(recipe.student, CausalLM):
+        raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     notes = nothing_to_learn(recipe)
     _check_attention(recipe)
     student = recipe.student.shape(notes)
