@@ -377,3 +377,29 @@ def test_what_the_page_writes_into_a_recipe_is_accepted(section):
     recipe = parse_recipe(rest | needs | named(section))
     (kind,) = re.findall(r'kind: Literal\["(.*?)"\]', code_of(section))
     assert f'"{kind}"' in json.dumps(recipe.dump())
+
+
+def test_the_drafter_learns_and_is_loaded_again(models, tmp_path, theirs):
+    def run(place, **student):
+        return opd.distill(
+            {**named("Drafter")["student"], "target": {"model": models["org/large"], "template": "plain"}, **student},
+            {"kind": "target"},
+            [f"{a}+{b}=" for a in range(4) for b in range(4)],
+            rollout={"kind": "speculative", "max_new_tokens": 12},
+            objective=["accepted", "rejected"],
+            steps=8,
+            batch={"prompts": 6, "micro": 5},
+            update={"learning_rate": 1e-2},
+            evaluation={"held_out": 2, "samples": 1},
+            tracking={"trackers": []},
+            hardware={"device": "cpu", "threads": 1},
+            output=str(tmp_path / place),
+            quiet=True,
+        )
+
+    first = run("first")
+    assert first.after["reverse_kl"] < first.before["reverse_kl"]
+    assert first.after["acceptance_length"] >= 1
+    again = run("again", model=str(first.directory / "student"), drafter=None)
+    assert type(again.student) is type(first.student) is theirs["Drafter"].HeadsDrafter
+    assert again.before == pytest.approx(first.after, rel=1e-3)
