@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -70,6 +70,21 @@ GREEDY = {"top_p": 1.0, "top_k": 1}
 """Cuts that leave the likeliest token alone."""
 
 
+class Faster(Protocol):
+    """Draws for a model what it would draw itself, or from the same distribution, in less time."""
+
+    def sample(
+        self,
+        engine: InProcess,
+        contexts: Sequence[EncodedPrompt],
+        group: int,
+        budget: int,
+        seeds: Sequence[int],
+        drawing: Drawing,
+    ) -> list[Row]:
+        """As `Engine.sample` of the model itself, which nobody looks at meanwhile."""
+
+
 class LanguageRollout(PrefixSource[SamplingSettings]):
     """Rollouts of one language model.
 
@@ -81,6 +96,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         watch: sees the rows while they are written.
         writer: who draws in place of the model in this process.
         listeners: teachers who are told of every trajectory of training as soon as it is written.
+        faster: draws in the place of the model, in this process.
     """
 
     def __init__(
@@ -95,8 +111,10 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         watch: LiveWatch | None = None,
         writer: Writer | None = None,
         listeners: Sequence[LiveTeacher] = (),
+        faster: Faster | None = None,
     ):
         self.language, self.watch, self.writer, self.listeners = language, watch, writer, listeners
+        self.faster = faster
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
         own = next(language.parameters()).dtype
@@ -211,9 +229,13 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         own, asked = self._asked(request)
         of_rows = [prompt for prompt in prompts for _ in range(group)]
         watching = self._watching(request, of_rows, [view for view in asked.contexts for _ in range(asked.group)])
-        rows = self.engine().sample(
-            asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing, watching, asked.ended
-        )
+        given = (asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing)
+        if self.faster is not None and watching is None:
+            rows = self.faster.sample(self._in_process(), *given)
+            for index, row in enumerate(rows) if asked.ended is not None else ():
+                asked.ended(index, row)
+        else:
+            rows = self.engine().sample(*given, watching, asked.ended)
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "

@@ -324,14 +324,20 @@ class Sampler:
             top = logits.topk(self.candidates, dim=-1)
             normalised = top.values - logits.logsumexp(-1, keepdim=True)
             likeliest = TopK(normalised, self.head.vocabulary.named(top.indices))
-        if self.top_k:
-            floor = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < floor, float("-inf"))
-        if self.top_p < 1.0:
-            ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= self.top_p
-            logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-        return torch.log_softmax(logits, dim=-1), likeliest
+        return torch.log_softmax(cut(logits, self.top_p, self.top_k), dim=-1), likeliest
+
+
+def cut(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """`[B, V]` logits, minus infinity outside of the `top_k` likeliest (0: of all) and of the least set of likeliest
+    ids that has the mass `top_p`."""
+    if top_k:
+        floor = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
+    return logits
 
 
 def _attends(cache: DynamicCache) -> bool:
