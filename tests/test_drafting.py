@@ -231,6 +231,54 @@ def test_a_budget_cuts_where_it_ends(budget):
     assert (made.columns["rejected"].view(-1, 3).any(1) <= whole).all()
 
 
+FEW_IDS = (Chain(proposals=4), Chain(proposals=4, vocabulary=[1, 3, 4]), Block(mask_token=5, layers=2, block=5))
+"""Forms for a target with six ids, of which a drafter without training hits some."""
+
+
+@pytest.mark.parametrize("form", FEW_IDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_walk_along_the_text_finds_the_same_steps(form, temperature):
+    """What is proposed without randomness changes no text, so the drafter may be asked at all positions at once."""
+    model = language(vocabulary=SMALL, initializer_range=0.1)
+    drafter = drafter_of(form, model).eval()
+    settings = how(model, drafter, ends=(), temperature=temperature)
+    prompt, count, found = prompts_of()[0] % SMALL, settings.proposals, []
+    (answer,) = speculate(settings, [prompt], [7], 60)
+    record = answer.record
+    text = torch.cat([prompt, record.response])
+    positions = torch.arange(len(text) - 1)
+    _, features = settings.target.read(text[None, :-1], positions[None], settings.target.begin())
+    kept = drafter.read(features, text[None, 1:], positions[None], settings.target.embed)
+    anchors = torch.arange(len(prompt), len(text) - 1)
+
+    def follow(k, hidden):
+        found.append(settings.drafts.vocabulary.named(settings.drafts.logits(hidden[0]).argmax(-1)))
+        return found[-1][None]
+
+    with torch.no_grad():
+        drafter.propose(
+            kept,
+            features[:, anchors - 1],
+            text[None, anchors],
+            anchors[None],
+            count,
+            follow,
+            settings.target.embed,
+        )
+    proposals = torch.stack(found, 1)
+    at, steps = len(prompt), []
+    while at < len(text) - 1:
+        block = proposals[at - len(prompt)]
+        accepted = 0
+        while accepted < count and at + 1 + accepted < len(text) and block[accepted] == text[at + 1 + accepted]:
+            accepted += 1
+        steps.append((at, accepted, block.tolist()))
+        at += accepted + 1
+    blocks = answer.proposed.view(-1, count).tolist()
+    assert steps == list(zip(record.anchors.tolist(), record.accepted.tolist(), blocks, strict=True))
+    assert len({accepted for _, accepted, _ in steps}) > 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("temperature", "proposing"), [(0.0, "likeliest"), (0.7, "likeliest"), (0.7, "drawn")])
 def test_drafting_again_gives_what_was_proposed(form, temperature, proposing):

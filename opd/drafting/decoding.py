@@ -14,7 +14,7 @@ from opd.drafting.base import Drafter, Pair
 from opd.drafting.record import Drafted
 from opd.drafting.target import Target, take_rows
 from opd.drafting.verification import Verdict, agreeing, by_ratio
-from opd.language.engines.sampler import inverse_cdf
+from opd.language.engines.sampler import cut, inverse_cdf
 
 Proposing = Literal["likeliest", "drawn"]
 """How a slot's token is chosen from the drafter's distribution."""
@@ -33,6 +33,7 @@ class Speculation:
         proposals: K.
         temperature: of the text; at 0 the likeliest token.
         proposing: see `Proposing`.
+        top_p, top_k: cuts of the distribution that the text is drawn from; 1 and 0 cut nothing.
     """
 
     target: Target
@@ -43,6 +44,8 @@ class Speculation:
     proposals: int
     temperature: float
     proposing: Proposing
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Answer:
 
     Attributes:
         record: what a drafter needs to draft the blocks again.
+        log_p: float32 `[T]`, the target's log-probability of each token of the text under the distribution that it is
+            drawn from; 0 at a temperature of 0.
         finished: it ended by itself.
         proposed: int64 `[N]`.
         log_q: float32 `[N]`, the drafter's log-probability of each proposal at a temperature of 1.
@@ -59,6 +64,7 @@ class Answer:
     """
 
     record: Drafted
+    log_p: torch.Tensor
     finished: bool
     proposed: torch.Tensor
     log_q: torch.Tensor
@@ -80,6 +86,7 @@ class _Row:
     accepted: list[int] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
     proposed: list[torch.Tensor] = field(default_factory=list)
+    log_p: list[torch.Tensor] = field(default_factory=list)
     log_q: list[torch.Tensor] = field(default_factory=list)
     drawn_log_q: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
@@ -94,7 +101,9 @@ class _Row:
         )
         proposed = torch.cat([torch.zeros(0, dtype=torch.int64), *self.proposed])
         log_q, drawn_log_q = (torch.cat([torch.zeros(0), *parts]) for parts in (self.log_q, self.drawn_log_q))
-        return Answer(record, self.finished, proposed, log_q, drawn_log_q, torch.cat(self.hidden))
+        return Answer(
+            record, torch.cat(self.log_p), self.finished, proposed, log_q, drawn_log_q, torch.cat(self.hidden)
+        )
 
 
 class _Kept:
@@ -176,10 +185,14 @@ class _Batch:
         hidden, features = self.how.target.read(ids.to(self.device), positions, self.cache)
         last = torch.tensor([len(row.prompt) - 1 for row in self.rows], device=self.device)
         final = hidden[torch.arange(len(last), device=self.device), last]
-        tokens = self._drawn(final[:, None])[:, 0].tolist()
+        log_p = self._distribution(final[:, None])
+        first = self._drawn(log_p)
+        said = self._said(log_p, first)
+        tokens = first[:, 0].tolist()
         for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
             row.features.append(features[i, : len(row.prompt)])
             row.tokens.append(token)
+            row.log_p.append(said[i].cpu())
             row.finished = token in self.how.end_ids
             row.hidden.append(final[i : i + 1, :][:0])
         self._drop_written()
@@ -194,7 +207,12 @@ class _Batch:
         block = torch.cat([tokens[:, None], proposed], 1)
         positions = anchors[:, None] + torch.arange(count + 1, device=self.device)
         hidden, features = how.target.read(block, positions, self.cache)
-        verdict = self._verified(hidden, proposed, q)
+        log_p = self._distribution(hidden)
+        verdict = self._verified(log_p, proposed, q)
+        # The text is what was accepted and one token behind it; what would stand behind that is of no row.
+        accepts = torch.arange(count + 1, device=self.device) < verdict.accepted[:, None]
+        padded = torch.nn.functional.pad(proposed, (0, 1))
+        said = self._said(log_p, torch.where(accepts, padded, verdict.token[:, None]))
         news = []
         accepted, behind = verdict.accepted.tolist(), verdict.token.tolist()
         for i, row in enumerate(rows):
@@ -205,6 +223,7 @@ class _Batch:
             row.anchors.append(int(anchors[i]))
             row.committed.append(len(new))
             row.accepted.append(min(accepted[i], len(new)))
+            row.log_p.append(said[i, : len(new)].cpu())
             row.proposed.append(proposed[i].cpu())
             row.log_q.append(log_q[i].cpu())
             row.drawn_log_q.append(drawn_log_q[i].cpu())
@@ -290,26 +309,37 @@ class _Batch:
         made = q.new_zeros(len(q), self.how.written.size)
         return made.index_add_(1, theirs.columns(ids), q)
 
-    def _verified(self, hidden: torch.Tensor, proposed: torch.Tensor, q: torch.Tensor | None) -> Verdict:
-        how = self.how
-        if q is None:
-            return agreeing(self._drawn(hidden), proposed)
-        p = (how.written.logits(hidden) / how.temperature).softmax(-1)
-        chances = torch.stack([torch.rand(how.proposals + 1, generator=row.generator) for row in self.rows])
-        chances = chances.to(self.device)
-        found = by_ratio(p, q, how.written.vocabulary.columns(proposed), chances[:, :-1], chances[:, -1])
-        return Verdict(found.accepted, how.written.vocabulary.named(found.token))
-
-    def _drawn(self, hidden: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, n]`: the target's own next n tokens of each row, from `[B, n, D]` hidden states; those beyond the
-        budget are of no row."""
+    def _distribution(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 `[B, n, V]` of `[B, n, D]` hidden states: log-probabilities of the text's next token; at a
+        temperature of 0 logits."""
         how = self.how
         logits = how.written.logits(hidden.flatten(0, 1))
-        if how.temperature == 0:
-            columns = logits.argmax(-1)
+        if how.temperature > 0:
+            logits = cut(logits / how.temperature, how.top_p, how.top_k).log_softmax(-1)
+        return logits.unflatten(0, hidden.shape[:2])
+
+    def _verified(self, log_p: torch.Tensor, proposed: torch.Tensor, q: torch.Tensor | None) -> Verdict:
+        how = self.how
+        if q is None:
+            return agreeing(self._drawn(log_p), proposed)
+        chances = torch.stack([torch.rand(how.proposals + 1, generator=row.generator) for row in self.rows])
+        chances = chances.to(self.device)
+        columns = how.written.vocabulary.columns(proposed)
+        found = by_ratio(log_p.exp(), q, columns, chances[:, :-1], chances[:, -1])
+        return Verdict(found.accepted, how.written.vocabulary.named(found.token))
+
+    def _drawn(self, log_p: torch.Tensor) -> torch.Tensor:
+        """int64 `[B, n]`: the target's own next n tokens of each row; those beyond the budget are of no row."""
+        flat, n = log_p.flatten(0, 1), log_p.shape[1]
+        if self.how.temperature == 0:
+            columns = flat.argmax(-1)
         else:
-            n = hidden.shape[1]
-            uniforms = [torch.nn.functional.pad(row.uniforms[len(row.tokens) :][:n], (0, n)) for row in self.rows]
-            flat = torch.cat([each[:n] for each in uniforms]).to(self.device)
-            columns = inverse_cdf((logits / how.temperature).log_softmax(-1), flat)
-        return how.written.vocabulary.named(columns).unflatten(0, hidden.shape[:2])
+            uniforms = [torch.nn.functional.pad(row.uniforms[len(row.tokens) :][:n], (0, n))[:n] for row in self.rows]
+            columns = inverse_cdf(flat, torch.cat(uniforms).to(self.device))
+        return self.how.written.vocabulary.named(columns).unflatten(0, log_p.shape[:2])
+
+    def _said(self, log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """float32 `[B, n]`: the log-probabilities of int64 `[B, n]` tokens of the text."""
+        if self.how.temperature == 0:
+            return torch.zeros(tokens.shape)
+        return log_p.gather(2, self.how.written.vocabulary.columns(tokens)[:, :, None])[:, :, 0]

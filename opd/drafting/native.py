@@ -46,8 +46,8 @@ def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor) -> Non
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: str) -> dict[str, Any]:
-    """The native config of a saved drafter.
+def read_config(folder: str, key: str) -> dict[str, Any]:
+    """The native config of a saved drafter; `key` is what a recipe calls the folder.
 
     Raises:
         ModelError: there is none, or it is of no form that is known here.
@@ -56,36 +56,35 @@ def read_config(folder: str) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"student.model {folder!r} holds no drafter ({told(error)}); give a drafter's folder"
-        ) from None
+        raise ModelError(f"{key} {folder!r} holds no drafter ({told(error)}); give a drafter's folder") from None
     names = config.get("architectures") or [None]
-    known = forms()
+    known, new = forms(), key == "student.model"
     if names[0] not in known:
         raise ModelError(
-            f"student.model {folder!r} is {names[0]!r}, and drafters are {' or '.join(known)}: give a drafter's "
-            "folder, or leave model out and say with student.drafter which form a new one has"
+            f"{key} {folder!r} is {names[0]!r}, and drafters are {' or '.join(known)}: give a drafter's "
+            "folder" + (", or leave it out and say with student.drafter which form a new one has" if new else "")
         )
     return config
 
 
-def load_drafter(folder: str, target: Outline, head: Head) -> Drafter:
-    """A saved drafter of a target, with the target's `head` where it has none of its own.
+def load_drafter(folder: str, target: Outline, head: Head, key: str = "student.model") -> Drafter:
+    """A saved drafter of a target, which begins with the target's `head` where it has one of its own; `key` is what a
+    recipe calls the folder.
 
     Raises:
         ModelError: the folder holds none, or one of another target.
     """
-    config = read_config(folder)
+    config = read_config(folder, key)
     form = forms()[config["architectures"][0]]
     path = Path(folder).expanduser() / "model.safetensors"
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"student.model {folder!r}: its weights cannot be read ({told(error)})") from None
+        raise ModelError(f"{key} {folder!r}: its weights cannot be read ({told(error)})") from None
     try:
         settings = form.of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"student.model {folder!r}: its config.json lacks a part ({told(error)})") from None
+        raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
     drafter = settings.build(target, head)
     own = drafter.state_dict()
     beside = {EMBEDDING, *drafter.extras()}
@@ -94,7 +93,7 @@ def load_drafter(folder: str, target: Outline, head: Head) -> Drafter:
     if lacking or wrong:
         name = (lacking + wrong)[0]
         raise ModelError(
-            f"student.model {folder!r}: its weights are not those of its config.json ({name} is "
+            f"{key} {folder!r}: its weights are not those of its config.json ({name} is "
             f"{'absent on one side' if lacking else 'of another shape'}); give the folder as it was saved"
         )
     drafter.load_state_dict({name: weights[name] for name in own})

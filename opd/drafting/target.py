@@ -1,4 +1,4 @@
-"""The target of a drafter: a frozen language model whose hidden states are tapped, and which verifies blocks."""
+"""The target of a drafter: a language model whose hidden states are tapped, and which verifies blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from opd.drafting.base import Drafter, Outline
 from opd.errors import IncompatibleError, ModelError
 from opd.language.engines.cache import ROOM
 from opd.language.engines.cpu.packing import ATTENTION
+from opd.language.engines.in_process import InProcess
 from opd.language.engines.prefill import cache_name
-from opd.language.engines.transformers import LanguageModel
 from opd.language.layers import decoder_layers, decoder_of
 
 
@@ -55,25 +55,25 @@ class Ragged(DynamicLayer):
 
 
 class Target:
-    """A frozen language model as drafters see it.
+    """A language model as drafters see it.
 
     Args:
         taps: 0-based layers whose outputs are the features, side by side.
+        which: what messages call it.
 
     Raises:
         ModelError: its layers cannot be tapped, or keep something else than all keys and values.
     """
 
-    def __init__(self, language: LanguageModel, taps: Sequence[int] = ()):
-        self.language, self.taps = language.requires_grad_(False).eval(), tuple(taps)
-        language.owner = "the target"
-        self.outline = Outline.of(language.base.config, "student.target")
+    def __init__(self, language: InProcess, taps: Sequence[int] = (), which: str = "student.target"):
+        self.language, self.taps, self.which = language, tuple(taps), which
+        self.outline = Outline.of(language.base.config, which)
         body = decoder_of(language.base)
         layers, name = decoder_layers(body), cache_name(language)
         plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=language.base.config).layers)
         if layers is None or name is None or not plain or getattr(body.config, "alibi", False):
             raise ModelError(
-                f"student.target: {language.family} does not keep keys and values of all tokens in each layer, and what"
+                f"{which}: {language.family} does not keep keys and values of all tokens in each layer, and what"
                 " a target has read of proposals that do not stand must be taken back; take one that does"
             )
         self.layers, self.cache_name = layers, name
@@ -99,7 +99,7 @@ class Target:
         config: Any = decoder_of(self.language.base).config
         if config._attn_implementation not in ("sdpa", "eager", ATTENTION):
             raise IncompatibleError(
-                f"student.target.attention is {config._attn_implementation!r}, which takes no mask of rows of unequal "
+                f"{self.which}: attention is {config._attn_implementation!r}, which takes no mask of rows of unequal "
                 "length; take sdpa or eager"
             )
         kept = [layer for layer in cache.layers if isinstance(layer, Ragged)]

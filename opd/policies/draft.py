@@ -119,6 +119,7 @@ class DraftStudent(LanguageStudent):
 
     def __init__(self, target: Target, drafter: Drafter, context: Context, origin: dict[str, Any] | None = None):
         super().__init__()
+        target.language.requires_grad_(False).eval().owner = "the target"
         self.target = Target(target.language, drafter.taps)
         self.drafter = drafter.to(context.device).float()
         self.module: torch.nn.Module = self.drafter

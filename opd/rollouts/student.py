@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from opd.choice import OneOf
 from opd.context import Context
+from opd.drafting.faster import Helped
 from opd.engines import RolloutEngine
 from opd.language.engines.in_process import language_of
 from opd.language.rollout import LanguageRollout, SamplingSettings
@@ -30,6 +31,20 @@ class StudentRollout(SamplingSettings, OneSource):
         None, description="Who draws, where not this process: a server that takes up the student's weights"
     )
     modality: ClassVar[str | None] = "language"
+    drafter: Helped | None = Field(
+        None, description="A drafter that proposes while the student writes: the same distribution, in less time"
+    )
+
+    @model_validator(mode="after")
+    def _one_helper(self) -> Self:
+        if self.drafter is not None and self.engine is not None:
+            raise ValueError("a drafter helps this process to write, and an engine writes elsewhere; remove one of them")
+        if self.drafter is not None and self.watch is not None:
+            raise ValueError(
+                "a watch looks between segments of one length, and a drafter writes rows of unequal length; remove "
+                "watch, or drafter"
+            )
+        return self
 
     def samplers(
         self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
@@ -61,4 +76,7 @@ class StudentRollout(SamplingSettings, OneSource):
                 writer.check_teachers([teacher.settings for teacher in teachers])
                 opened.pop_all()
         early = [teacher for teacher in teachers if getattr(teacher, "early", False)]
-        return LanguageRollout(language, self, context, watch=watch, writer=writer, listeners=early)
+        faster = None if self.drafter is None else self.drafter.build(language, context, "the student")
+        return LanguageRollout(
+            language, self, context, watch=watch, writer=writer, listeners=early, faster=faster
+        )
