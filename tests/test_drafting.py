@@ -242,41 +242,36 @@ def test_a_walk_along_the_text_finds_the_same_steps(form, temperature):
     model = language(vocabulary=SMALL, initializer_range=0.1)
     drafter = drafter_of(form, model).eval()
     settings = how(model, drafter, ends=(), temperature=temperature)
-    prompt, count, found = prompts_of()[0] % SMALL, settings.proposals, []
-    (answer,) = speculate(settings, [prompt], [7], 60)
-    record = answer.record
-    text = torch.cat([prompt, record.response])
-    positions = torch.arange(len(text) - 1)
+    prompts, seen = [prompt % SMALL for prompt in prompts_of()], set()
+    for prompt, answer in zip(prompts, speculate(settings, prompts, range(5), 60), strict=True):
+        record, blocks = answer.record, answer.proposed.view(-1, settings.proposals).tolist()
+        steps = walked(settings, torch.cat([prompt, record.response]), len(prompt))
+        assert steps == list(zip(record.anchors.tolist(), record.accepted.tolist(), blocks, strict=True))
+        seen |= set(record.accepted.tolist())
+    assert len(seen) > 1
+
+
+@torch.no_grad()
+def walked(settings, text, begin):
+    """`(anchor, accepted, block)` of each step along a text, of the likeliest proposals at all its positions."""
+    positions, anchors, found = torch.arange(len(text) - 1), torch.arange(begin, len(text) - 1), []
+    embed = settings.target.embed
     _, features = settings.target.read(text[None, :-1], positions[None], settings.target.begin())
-    kept = drafter.read(features, text[None, 1:], positions[None], settings.target.embed)
-    anchors = torch.arange(len(prompt), len(text) - 1)
+    kept = settings.drafter.read(features, text[None, 1:], positions[None], embed)
 
     def follow(k, hidden):
         found.append(settings.drafts.vocabulary.named(settings.drafts.logits(hidden[0]).argmax(-1)))
         return found[-1][None]
 
-    with torch.no_grad():
-        drafter.propose(
-            kept,
-            features[:, anchors - 1],
-            text[None, anchors],
-            anchors[None],
-            count,
-            follow,
-            settings.target.embed,
-        )
-    proposals = torch.stack(found, 1)
-    at, steps = len(prompt), []
+    before, tokens = features[:, anchors - 1], text[None, anchors]
+    settings.drafter.propose(kept, before, tokens, anchors[None], settings.proposals, follow, embed)
+    at, steps, proposals = begin, [], torch.stack(found, 1).tolist()
     while at < len(text) - 1:
-        block = proposals[at - len(prompt)]
-        accepted = 0
-        while accepted < count and at + 1 + accepted < len(text) and block[accepted] == text[at + 1 + accepted]:
-            accepted += 1
-        steps.append((at, accepted, block.tolist()))
-        at += accepted + 1
-    blocks = answer.proposed.view(-1, count).tolist()
-    assert steps == list(zip(record.anchors.tolist(), record.accepted.tolist(), blocks, strict=True))
-    assert len({accepted for _, accepted, _ in steps}) > 1
+        block, following = proposals[at - begin], text[at + 1 :].tolist()
+        agree = [a == b for a, b in zip(block, following, strict=False)]
+        steps.append((at, [*agree, False].index(False), block))
+        at += steps[-1][1] + 1
+    return steps
 
 
 @pytest.mark.parametrize("form", FORMS)
