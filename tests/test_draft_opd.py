@@ -24,6 +24,7 @@ from opd.plan import make_plan
 from opd.recipe import parse_recipe
 from tests.conftest import save_tiny, trajectories_of
 from tests.drafters import LAYERS
+from tests.test_gpu import on_each_device
 
 TEXTS = [f"{a}+{b}=" for a in range(1, 6) for b in range(1, 5)]
 CHAIN = {"kind": "chain", "proposals": 4}
@@ -319,3 +320,14 @@ def test_commands_that_know_no_drafters_say_so(target, tmp_path):
         make_plan(recipe)
     with pytest.raises(opd.OpdError, match="students of kind causal_lm"):
         sample(recipe, tmp_path / "store")
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("drafter", [CHAIN, BLOCK])
+def test_a_run_on_each_device_of_a_target_in_each_dtype(target, tmp_path, drafter, dtype, device):
+    block = {"target": {"model": target, "template": "plain", "dtype": dtype}}
+    rollout = {"temperature": 1.0}
+    recipe = recipe_for(target, tmp_path, drafter, student=block, rollout=rollout, hardware={"device": device})
+    result = execute(recipe, quiet=True)
+    assert result.after["reverse_kl"] < result.before["reverse_kl"]

@@ -176,7 +176,7 @@ class DraftStudent(LanguageStudent):
         if not trajectories.positions:
             return
         again = compare(self(trajectories, self.context.with_(temperature=1.0)), None, trajectories.actions)
-        gap = float((again.values["log_q"].cpu() - trajectories.columns["log_q"]).abs().mean())
+        gap = float((again.values["log_q"] - trajectories.columns["log_q"]).abs().mean())
         if not gap <= tolerance:
             raise SelfTestError(
                 f"the drafter gives its own proposals other log-probabilities when they are drafted again, by "

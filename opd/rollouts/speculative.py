@@ -145,26 +145,27 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         self, request: Request[SpeculativeRollout], how: Speculation, answers: Sequence[Answer]
     ) -> Trajectories:
         context, count, records = request.context, how.proposals, [answer.record for answer in answers]
-        actions = torch.cat([answer.proposed for answer in answers])
-        slot = (torch.arange(len(actions)) % count) + 1
-        stood, added = (torch.cat([getattr(r, name) for r in records]) for name in ("accepted", "committed"))
-        of_block = torch.arange(len(stood)).repeat_interleave(count)
+        device = context.device
+        actions = torch.cat([answer.proposed for answer in answers]).to(device)
+        slot = (torch.arange(len(actions), device=device) % count) + 1
+        stood, added = (torch.cat([getattr(r, name) for r in records]).to(device) for name in ("accepted", "committed"))
+        of_block = torch.arange(len(stood), device=device).repeat_interleave(count)
         accepted = slot <= stood[of_block]
         # The target's own token behind what stood was added only if nothing cut the step before it.
         whole = (added == stood + 1)[of_block]
-        hidden = torch.cat([answer.hidden for answer in answers]).to(context.device)
+        hidden = torch.cat([answer.hidden for answer in answers]).to(device)
         learn = accepted | whole
         vocabulary = draft_tokens(context).vocabulary
         if vocabulary.ids is not None and len(actions):
-            likeliest = how.written.vocabulary.named(_likeliest(hidden, how.written))
-            learn &= ~vocabulary.outside(likeliest.cpu())
+            learn &= ~vocabulary.outside(how.written.vocabulary.named(_likeliest(hidden, how.written)))
         head = self.target.language.head(context.temperature, vocabulary).detach()
+        log_q, drawn_log_q = (torch.cat([getattr(a, name) for a in answers]) for name in ("log_q", "drawn_log_q"))
         return Trajectories(
             prompts=[prompt for prompt in request.prompts for _ in range(request.group)],
             contexts=records,
             actions=actions,
             lengths=torch.tensor([len(answer.proposed) for answer in answers]),
-            behaviour_log_probs=torch.cat([answer.drawn_log_q for answer in answers]),
+            behaviour_log_probs=drawn_log_q.to(device),
             finished=torch.tensor([answer.finished for answer in answers]),
             learn=learn,
             authors=torch.full_like(actions, AUTHORS.index("student"), dtype=torch.uint8),
@@ -174,7 +175,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
                 "accepted": accepted,
                 "rejected": ~accepted & whole,
                 "corrected": whole & (slot == stood[of_block] + 1),
-                "log_q": torch.cat([answer.log_q for answer in answers]),
+                "log_q": log_q.to(device),
             },
             answers=(Target(Categorical(hidden, head), teacher=self.name),) if self.asked else None,
         )

@@ -88,8 +88,11 @@ class LiveTargetTeacher(LiveTeacher[TargetTeacher]):
             text = torch.cat([record.prompt, record.response])
             before += [text[: anchor + 1] for anchor in record.anchors.tolist()]
             blocks += list(proposed.cpu().view(len(record.anchors), -1)) if len(proposed) else []
-        size, parts = self.settings.batch, [torch.zeros(0, self.target.outline.width)]
+        size, parts = (
+            self.settings.batch,
+            [torch.zeros(0, self.target.outline.width, device=self.target.language.device)],
+        )
         with self.target.language.quiet():
             for start in range(0, len(blocks), size):
-                parts.append(self.target.language(before[start : start + size], blocks[start : start + size]).cpu())
+                parts.append(self.target.language(before[start : start + size], blocks[start : start + size]))
         return torch.cat(parts)
