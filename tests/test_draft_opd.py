@@ -77,6 +77,7 @@ def blocks(accepted=ACCEPTED, rejected=REJECTED, corrected=CORRECTED, lengths=(6
         for name, value in (("accepted", accepted), ("rejected", rejected), ("corrected", corrected))
     }
     columns["slot"] = torch.tensor([1, 2, 3] * len(accepted))
+    columns["verified"] = torch.where(columns["accepted"], 0, torch.where(columns["corrected"], 1, -1))
     learn = columns["accepted"] | columns["rejected"]
     return replace(made, columns=columns, learn=learn)
 
@@ -150,6 +151,44 @@ def test_directions_by_hand(objective, value, gradient):
     assert float(loss.total.detach()) == pytest.approx(value, abs=1e-4)
     loss.total.backward()
     torch.testing.assert_close(logits.grad[:, 0], weights * gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("objective", "values", "slopes"),
+    [
+        # At accepted slots stands token 0, at corrected ones token 1: of p 3/4 and 1/4, of q 1/2 both.
+        (Accepted(estimator="token"), {0: 0.1308}, {0: -0.5}),
+        (Accepted(estimator="token", correction=True), {0: 0.1308, 2: 0.1308}, {0: -0.5, 2: 0.5}),
+        (Accepted(estimator="token", kl="reverse_kl"), {0: 0.0945}, {0: -0.5}),
+        (Rejected(estimator="token"), {2: 0.1931, 3: 0.1931}, {2: 0.5, 3: 0.5}),
+    ],
+)
+def test_one_token_of_a_slot_by_hand(objective, values, slopes):
+    """`slopes` are in that token's log-probability; a logit of two gets half of it."""
+    logits, p = torch.zeros(12, 2, requires_grad=True), torch.tensor([0.75, 0.25]).log().expand(12, 2)
+    one = Head(torch.eye(2))
+    made = replace(blocks(), actions=torch.ones(12, dtype=torch.int64))
+    ones = torch.ones(12)
+    loss = objective(Categorical(logits, one), [Target(Categorical(p, one))], ones, made)
+    assert {i: float(loss.values[i]) for i in values} == pytest.approx(values, abs=1e-4)
+    loss.total.backward()
+    for i, slope in slopes.items():
+        token = int(made.columns["verified"][i]) if isinstance(objective, Accepted) else 1
+        assert float(logits.grad[i, token]) == pytest.approx(slope * 0.5, abs=1e-4)
+    assert not loss.values[objective.slots(made.columns) == 0].any()
+
+
+def test_one_token_has_bounds():
+    """What a drafter, or its target, finds nearly impossible or nearly sure counts up to a bound."""
+    logits = torch.tensor([[0.0, 40.0]] * 12, requires_grad=True)
+    p = torch.tensor([[40.0, 0.0]] * 12).log_softmax(-1)
+    one, made = Head(torch.eye(2)), replace(blocks(), actions=torch.zeros(12, dtype=torch.int64))
+    for objective in (Accepted(estimator="token"), Rejected(estimator="token")):
+        loss = objective(Categorical(logits, one), [Target(Categorical(p, one))], torch.ones(12), made)
+        assert 0 < float(loss.values.max()) <= 10
+        loss.total.backward()
+        assert logits.grad.isfinite().all()
+        logits.grad = None
 
 
 def test_what_they_descend_is_said():
@@ -258,6 +297,17 @@ def test_held_out_texts_have_a_temperature_of_their_own(target, tmp_path):
         texts.append(run.student.outcomes(made))
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("drafter", [{**CHAIN, "vocabulary": list(range(3, 40))}, BLOCK])
+def test_a_run_by_one_token_of_each_slot(target, tmp_path, drafter):
+    objective = [
+        {"kind": "accepted", "estimator": "token", "correction": True, "weight": 0.5},
+        {"kind": "rejected", "estimator": "token", "weight": 0.5},
+    ]
+    recipe = recipe_for(target, tmp_path, drafter, objective=objective, rollout={"temperature": 1.0}, steps=10)
+    result = execute(recipe, quiet=True)
+    assert result.after["reverse_kl"] < result.before["reverse_kl"]
 
 
 def test_groups_of_drawn_texts(target, tmp_path):

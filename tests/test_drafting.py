@@ -216,6 +216,12 @@ def test_every_step_of_verifying_is_recorded():
     assert accepted == [[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 0, 0]]
     assert rejected == [[0, 0, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]], "the end cut the last block before it was decided"
     assert corrected == [[0, 0, 1], [1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert made.columns["verified"].view(4, 3).tolist() == [
+        [y[1], y[2], y[3]],
+        [y[4], -1, -1],
+        [y[5], y[6], y[7]],
+        [y[9], -1, -1],
+    ]
     assert made.learn.view(4, 3).int().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 0, 0]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.on_support import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
 from opd.errors import IncompatibleError
-from opd.operator import Chunk, Compared, Loss, Whole
+from opd.operator import Chunk, Compared, Loss, Whole, along_actions
 from opd.reduction import Reduction, sums_by_trajectory
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
@@ -26,6 +27,10 @@ Direction = Literal["forward_kl", "reverse_kl"]
 """Which way the drafter moves at a slot: to cover its target, or to keep to what it finds likely."""
 
 KL: dict[str, OnSupport] = {"forward_kl": ForwardKL(), "reverse_kl": ReverseKL()}
+
+
+FLOOR, NEARLY_ONE, MOST = -10.0, math.log1p(-1e-6), 10.0
+"""Bounds of log-probabilities, and of a value, where one token stands for a distribution."""
 
 
 class OfBlocks(CategoricalDivergence):
@@ -38,9 +43,19 @@ class OfBlocks(CategoricalDivergence):
 
     kl: Direction = Field("forward_kl", description="Its direction")
 
+    estimator: Literal["whole", "token"] = Field(
+        "whole",
+        description="Over the whole vocabulary, or from one token of each slot: by the two outcomes that it is drawn or "
+        "not (forward) or by `p/q - log(p/q) - 1` (reverse)",
+    )
+
     @property
     def descends(self) -> str:
         return self.kl
+
+    @property
+    def unbiased(self) -> bool:
+        return self.estimator == "whole"
 
     @abstractmethod
     def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -75,18 +90,39 @@ class OfBlocks(CategoricalDivergence):
         trajectories: Trajectories,
         per_example: bool = False,
     ) -> Loss:
-        self._columns(trajectories)
+        columns = self._columns(trajectories)
+        if self.estimator == "token":
+            live = self.slots(columns).to(weights.device) > 0
+            weights, trajectories = weights * live, replace(trajectories, actions=self.tokens(trajectories))
         return super().__call__(student, targets, weights, trajectories, per_example)
 
+    def tokens(self, trajectories: Trajectories) -> torch.Tensor:
+        """int64 `[N]`: the token of each slot of the stream that stands for its distribution."""
+        return trajectories.actions
+
     def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
-        return KL[self.kl].begin(whole)
+        return KL[self.kl].begin(whole) if self.estimator == "whole" else self._of_tokens
+
+    def _of_tokens(self, chunk: Chunk) -> Compared:
+        (target,) = chunk.targets
+        log_q, log_p = chunk.taken(), chunk.answered(target).clamp(FLOOR, NEARLY_ONE)
+        s = log_q.clamp(FLOOR, NEARLY_ONE)
+        p, q = log_p.exp(), s.exp()
+        if self.kl == "forward_kl":
+            value = p * (log_p - s) + (1 - p) * (torch.log1p(-p) - torch.log1p(-q))
+            slope = (q - p) / (1 - q)
+        else:
+            value, slope = (log_p - s).exp() - (log_p - s) - 1, 1 - (log_p - s).exp()
+        inside = (log_q == s) & (value <= MOST)
+        weight = torch.as_tensor(target.weight, device=value.device, dtype=value.dtype)
+        return along_actions(chunk, weight * value.clamp(max=MOST), weight * slope * inside)
 
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return KL[self.kl].exact(log_p, log_q)
 
     def _columns(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
         columns = dict(trajectories.columns)
-        if not {"slot", "accepted", "rejected", "corrected"} <= columns.keys():
+        if not {"slot", "accepted", "rejected", "corrected", "verified"} <= columns.keys():
             raise IncompatibleError(
                 f"objective {kind_of(self)!r} looks at the slots of drafted blocks, and this rollout drafts none; take "
                 "rollout: speculative, with student.kind draft"
@@ -104,8 +140,13 @@ class Accepted(OfBlocks):
     )
 
     def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        accepted = columns["accepted"]
-        return (accepted | columns["corrected"] if self.correction else accepted).float()
+        mine = columns["accepted"] | columns["corrected"] if self.correction else columns["accepted"]
+        return (mine if self.estimator == "whole" else mine & (columns["verified"] >= 0)).float()
+
+    def tokens(self, trajectories: Trajectories) -> torch.Tensor:
+        """What stands there, the target's own token at a corrected slot."""
+        verified = trajectories.columns["verified"]
+        return verified.where(verified >= 0, trajectories.actions)
 
 
 class Rejected(OfBlocks):

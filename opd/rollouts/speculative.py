@@ -12,6 +12,7 @@ from opd.context import Context
 from opd.distributions import Categorical, Head, Target
 from opd.drafting.base import Drafter
 from opd.drafting.decoding import Answer, Proposing, Speculation, speculate
+from opd.drafting.record import Drafted
 from opd.drafting.target import Target as DraftTarget
 from opd.drafting.target import draft_head
 from opd.drafting.tokens import draft_tokens
@@ -70,9 +71,11 @@ class Speculative(PrefixSource[SpeculativeRollout]):
     """The built rollout.
 
     Columns by position: `slot` int64, 1 to K; `accepted` bool; `rejected` bool, the first slot of a block that did not
-    stand and all behind it; `corrected` bool, that first slot alone; `log_q` float32, the drafter's log-probability of
-    its proposal when it proposed, at a temperature of 1. Slots that a text's end cut off are neither accepted nor
-    rejected, and in no loss; nor are those at which the target's likeliest token is none that the drafter may propose.
+    stand and all behind it; `corrected` bool, that first slot alone; `verified` int64, the text's token at an accepted
+    or corrected slot, -1 elsewhere and where the drafter may not propose it; `log_q` float32, the drafter's
+    log-probability of its proposal when it proposed, at a temperature of 1. Slots that a text's end cut off are neither
+    accepted nor rejected, and in no loss; nor are those at which the target's likeliest token is none that the drafter
+    may propose.
 
     Args:
         asked: whether the target teaches, under the `name`.
@@ -158,6 +161,9 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         vocabulary = draft_tokens(context).vocabulary
         if vocabulary.ids is not None and len(actions):
             learn &= ~vocabulary.outside(how.written.vocabulary.named(_likeliest(hidden, how.written)))
+        corrected = whole & (slot == stood[of_block] + 1)
+        verified = torch.cat([_written(record, count) for record in records]).to(device)
+        verified = verified.where((accepted | corrected) & ~vocabulary.outside(verified), -1)
         head = self.target.language.head(context.temperature, vocabulary).detach()
         log_q, drawn_log_q = (torch.cat([getattr(a, name) for a in answers]) for name in ("log_q", "drawn_log_q"))
         return Trajectories(
@@ -174,11 +180,18 @@ class Speculative(PrefixSource[SpeculativeRollout]):
                 "slot": slot,
                 "accepted": accepted,
                 "rejected": ~accepted & whole,
-                "corrected": whole & (slot == stood[of_block] + 1),
+                "corrected": corrected,
+                "verified": verified,
                 "log_q": log_q.to(device),
             },
             answers=(Target(Categorical(hidden, head), teacher=self.name),) if self.asked else None,
         )
+
+
+def _written(record: Drafted, count: int) -> torch.Tensor:
+    """int64 `[M * count]`: the text's token at the place of each slot; behind the text's end its last one."""
+    places = record.anchors[:, None] - len(record.prompt) + torch.arange(1, count + 1)
+    return record.response[places.clamp(max=len(record.response) - 1)].flatten()
 
 
 def _likeliest(hidden: torch.Tensor, head: Head) -> torch.Tensor:
