@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import opd
-from opd.api import execute
+from opd.api import execute, measure
 from opd.assembly import assemble
 from opd.distributions import Categorical, Head, Target
 from opd.divergences.forward_kl import ForwardKL
@@ -234,6 +234,12 @@ def test_a_saved_drafter_goes_on_as_it_was(target, tmp_path):
     student = {"kind": "draft", "target": {"model": target, "template": "plain"}, "model": folder, "drafter": None}
     second = execute(recipe_for(target, tmp_path / "b", student=student), quiet=True)
     assert second.before == pytest.approx(first.after, rel=1e-4)
+    again = measure(recipe_for(target, tmp_path / "c", student={"model": folder})).metrics
+    assert again == pytest.approx(first.after, rel=1e-4), "the recipe of the run itself, as `opd eval` has it"
+    longer = {**CHAIN, "proposals": 5}
+    for drafter, said in ((longer, "proposals is 5, .* has 4"), (BLOCK, "kind is block, .* has chain")):
+        with pytest.raises(opd.OpdError, match=said):
+            build(recipe_for(target, tmp_path / "d", drafter, student={"model": folder}), tmp_path / "d")
     weights = load_file(first.directory / "student" / "model.safetensors")
     assert weights["embed_tokens.weight"].shape == (64, 32)
 
@@ -330,7 +336,7 @@ def test_groups_of_drawn_texts(target, tmp_path):
         ({"student": {"kind": "causal_lm", "model": "TARGET", "template": "plain"}}, r"student is none"),
         ({"evaluation": {"greedy": True}}, r"greedy"),
         ({"student": {"drafter": None}}, r"model, the folder of a drafter, or drafter"),
-        ({"student": {"model": "x"}}, r"remove one of the two"),
+        ({"student": {"model": "x"}}, r"'x' holds no drafter"),
         ({"student": {"model": "x", "drafter": None}}, r"'x' holds no drafter"),
         ({"objective": [{"kind": "rejected", "decay": 0}]}, r"decay"),
     ],

@@ -45,8 +45,8 @@ class OfBlocks(CategoricalDivergence):
 
     estimator: Literal["whole", "token"] = Field(
         "whole",
-        description="Over the whole vocabulary, or from one token of each slot: by the two outcomes that it is drawn or "
-        "not (forward) or by `p/q - log(p/q) - 1` (reverse)",
+        description="Over the whole vocabulary, or from one token of each slot: by the two outcomes that it is drawn "
+        "or not (forward) or by `p/q - log(p/q) - 1` (reverse)",
     )
 
     @property

@@ -54,7 +54,7 @@ class Chain(DrafterSettings):
         outputs = config.get("eagle_aux_hidden_state_layer_ids")
         return cls(
             # The format counts as transformers does its hidden states, of which the first is the embedding.
-            taps=[i - 1 for i in outputs] if outputs else [],
+            taps=[i - 1 for i in outputs] if outputs else list(_default_taps(target)),
             proposals=int(config.get("opd_proposals", 7)),
             vocabulary=[] if bool(weights["t2d"].all()) else weights["t2d"].nonzero().flatten().tolist(),
             mlp=config["intermediate_size"],

@@ -67,12 +67,21 @@ def read_config(folder: str, key: str) -> dict[str, Any]:
     return config
 
 
-def load_drafter(folder: str, target: Outline, head: Head, key: str = "student.model") -> Drafter:
+def load_drafter(
+    folder: str,
+    target: Outline,
+    head: Head,
+    key: str = "student.model",
+    asked: DrafterSettings | None = None,
+) -> Drafter:
     """A saved drafter of a target, which begins with the target's `head` where it has one of its own; `key` is what a
     recipe calls the folder.
 
+    Args:
+        asked: what a recipe says of its form, as far as it says something.
+
     Raises:
-        ModelError: the folder holds none, or one of another target.
+        ModelError: the folder holds none, or one of another target, or another than was asked for.
     """
     config = read_config(folder, key)
     form = forms()[config["architectures"][0]]
@@ -85,6 +94,13 @@ def load_drafter(folder: str, target: Outline, head: Head, key: str = "student.m
         settings = form.of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
+    for name in () if asked is None else type(asked).model_fields:
+        wanted, has = getattr(asked, name), getattr(settings, name, None)
+        if wanted not in (None, []) and wanted != has:
+            raise ModelError(
+                f"student.drafter.{name} is {str(wanted)[:60]}, and the drafter in {folder} has "
+                f"{'another form' if has is None else str(has)[:60]}; write that, or leave student.drafter out"
+            )
     drafter = settings.build(target, head)
     own = drafter.state_dict()
     beside = {EMBEDDING, *drafter.extras()}

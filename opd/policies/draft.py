@@ -61,7 +61,7 @@ class Draft(Policy):
     target: ModelSettings = Field(description="The model that is sped up: it writes, verifies and teaches")
     model: str | None = Field(None, description="Folder of a drafter in its native format; default a new one")
     drafter: Annotated[DrafterSettings, OneOf(DrafterSettings)] | None = Field(
-        None, description="Form of a new drafter; that of a saved one stands in its folder"
+        None, description="Form of a new drafter; a saved one has that of its folder, which may be said here too"
     )
 
     @field_validator("target", mode="before")
@@ -75,15 +75,13 @@ class Draft(Policy):
         model = info.data.get("model")
         if "model" in info.data and value is None and model is None:
             raise ValueError("give model, the folder of a drafter, or drafter, the form of a new one (chain, block)")
-        if value is not None and model is not None:
-            raise ValueError("the form of a saved drafter stands in the folder that model names; remove one of the two")
         return value
 
     def build(self, context: Context) -> DraftStudent:
         language = LanguageModel.load(self.target, context.device)
         target, head = Target(language), language.head(1.0).detach()
         if self.model is not None:
-            drafter = load_drafter(self.model, target.outline, head)
+            drafter = load_drafter(self.model, target.outline, head, asked=self.drafter)
             return DraftStudent(target, drafter, context, read_origin(Path(self.model)))
         assert self.drafter is not None
         with torch.random.fork_rng(devices=[]):
