@@ -311,13 +311,13 @@ def test_a_run_by_one_token_of_each_slot(target, tmp_path, drafter):
         {"kind": "accepted", "estimator": "token", "correction": True, "weight": 0.5},
         {"kind": "rejected", "estimator": "token", "weight": 0.5},
     ]
-    recipe = recipe_for(target, tmp_path, drafter, objective=objective, rollout={"temperature": 1.0}, steps=10)
+    recipe = recipe_for(target, tmp_path, drafter, objective=objective, rollout={"text_temperature": 1.0}, steps=10)
     result = execute(recipe, quiet=True)
     assert result.after["reverse_kl"] < result.before["reverse_kl"]
 
 
 def test_groups_of_drawn_texts(target, tmp_path):
-    rollout = {"temperature": 1.0, "proposing": "drawn", "proposals": 3}
+    rollout = {"text_temperature": 1.0, "proposing": "drawn", "proposals": 3}
     run = build(recipe_for(target, tmp_path, rollout=rollout, batch={"group": 3}), tmp_path)
     made = run.rollout(run.at(0).request(run.course.next(0, {}, None).prompts, stream=0))
     assert len(set(run.student.outcomes(made)[:3])) == 3
@@ -332,7 +332,7 @@ def test_groups_of_drawn_texts(target, tmp_path):
         ({"teacher": {"kind": "self"}}, r"teacher: target"),
         ({"teacher": {"kind": "local", "model": "TARGET", "template": "plain"}}, r"teacher: target"),
         ({"rollout": {"proposals": 9}, "drafter": BLOCK}, r"rollout.proposals is 9.*4 at most"),
-        ({"rollout": {"proposing": "drawn", "temperature": 1.0}, "drafter": BLOCK}, r"'drawn'.*likeliest"),
+        ({"rollout": {"proposing": "drawn", "text_temperature": 1.0}, "drafter": BLOCK}, r"'drawn'.*likeliest"),
         ({"student": {"kind": "causal_lm", "model": "TARGET", "template": "plain"}}, r"student is none"),
         ({"evaluation": {"greedy": True}}, r"greedy"),
         ({"student": {"drafter": None}}, r"model, the folder of a drafter, or drafter"),
@@ -383,7 +383,7 @@ def test_commands_that_know_no_drafters_say_so(target, tmp_path):
 @pytest.mark.parametrize("drafter", [CHAIN, BLOCK])
 def test_a_run_on_each_device_of_a_target_in_each_dtype(target, tmp_path, drafter, dtype, device):
     block = {"target": {"model": target, "template": "plain", "dtype": dtype}}
-    rollout = {"temperature": 1.0}
+    rollout = {"text_temperature": 1.0}
     recipe = recipe_for(target, tmp_path, drafter, student=block, rollout=rollout, hardware={"device": device})
     result = execute(recipe, quiet=True)
     assert result.after["reverse_kl"] < result.before["reverse_kl"]

@@ -289,7 +289,7 @@ def test_drafting_again_gives_what_was_proposed(form, temperature, proposing):
         with pytest.raises(IncompatibleError, match="drawn"):
             drafted(student, TEXTS, proposing=proposing)
         return
-    made = drafted(student, TEXTS, group=2, budget=20, temperature=temperature, proposing=proposing)
+    made = drafted(student, TEXTS, group=2, budget=20, text_temperature=temperature, proposing=proposing)
     again = student(made, student.context)
     actions = again.vocabulary.columns(made.actions)
     log_q = again.log_probs().gather(1, actions[:, None])[:, 0]
@@ -309,7 +309,7 @@ def test_drafting_again_gives_what_was_proposed(form, temperature, proposing):
 def test_the_targets_answers_come_along_for_every_slot():
     model = language()
     student = student_of(drafter_of(FORMS["chain"], model), model)
-    made = drafted(student, TEXTS, budget=20, temperature=0.9)
+    made = drafted(student, TEXTS, budget=20, text_temperature=0.9)
     (answer,) = made.answers
     teacher = teacher_of(student)
     (again,) = teacher.answer(made, teacher.settings, student.context)

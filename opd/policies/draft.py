@@ -203,7 +203,7 @@ class DraftStudent(LanguageStudent):
 
     def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
         assert isinstance(settings, DraftEvaluation)
-        return sampler if settings.temperature is None else sampler.changed(temperature=settings.temperature)
+        return sampler if settings.temperature is None else sampler.changed(text_temperature=settings.temperature)
 
     def measure(self, run: Measured, at: Moment) -> HeldOut:
         return evaluation.measure(run, self, at)

@@ -35,7 +35,7 @@ class SpeculativeRollout(OneSource):
 
     kind: Literal["speculative"] = "speculative"
     modality: ClassVar[str | None] = "language"
-    temperature: float = Field(
+    text_temperature: float = Field(
         0.0,
         ge=0,
         le=1e6,
@@ -140,7 +140,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
             drafts.detach(),
             tokens.end_ids,
             settings.proposals or self.drafter.proposals,
-            settings.temperature,
+            settings.text_temperature,
             settings.proposing,
         )
 
