@@ -198,7 +198,7 @@ class DraftStudent(LanguageStudent):
         from opd.rollouts import HeldOutSampler
         from opd.rollouts.speculative import Speculative, SpeculativeRollout
 
-        source = Speculative(self, self.target, self.drafter, asked=False, name=None)
+        source = Speculative(self.target, self.drafter, asked=False, name=None)
         return HeldOutSampler(source, SpeculativeRollout(), context)
 
     def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:

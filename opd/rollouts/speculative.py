@@ -62,7 +62,7 @@ class SpeculativeRollout(OneSource):
             )
         name = next((t.settings.name for t in teachers if getattr(t, "target", None) is target), None)
         asked = any(getattr(t, "target", None) is target for t in teachers)
-        made = Speculative(student, target, drafter, asked, name)
+        made = Speculative(target, drafter, asked, name)
         made.check(self)
         return made
 
@@ -81,9 +81,8 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         asked: whether the target teaches, under the `name`.
     """
 
-    def __init__(self, student: Student, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None):
-        self.student, self.target, self.drafter = student, target, drafter
-        self.asked, self.name = asked, name
+    def __init__(self, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None):
+        self.target, self.drafter, self.asked, self.name = target, drafter, asked, name
         self.dtype = next(target.language.parameters()).dtype
 
     def check(self, settings: SpeculativeRollout) -> None:
