@@ -466,7 +466,12 @@ def test_rows_of_unequal_numbers_of_blocks_are_padded():
     made = drafted(student, TEXTS, budget=9)
     short = drafted(student, TEXTS[:1], budget=1)
     assert short.positions == 0
-    assert len(student(short, student.context)) == 0
+    nothing = student(short, student.context)
+    assert len(nothing) == 0
+    nothing.hidden.sum().backward()
+    weights = dict(student.module.named_parameters())
+    assert not weights.pop("lm_head.weight").grad
+    assert all(p.grad is not None and not p.grad.any() for p in weights.values()), "a pass that others may wait for"
     blocks = blocks_of(made.contexts, made.completions(), torch.device("cpu"))
     assert blocks.present.sum(1).tolist() == [len(each.anchors) for each in made.contexts]
     assert (blocks.proposals[blocks.present].flatten() == made.actions).all()

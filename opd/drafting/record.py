@@ -45,13 +45,15 @@ def acceptance_length(drafted: Sequence[Drafted]) -> float:
 
 
 def blocks_of(drafted: Sequence[Drafted], proposals: Sequence[torch.Tensor], device: torch.device) -> Blocks:
-    """The blocks of B records, to be drafted again.
+    """The blocks of B records, to be drafted again; where there are none at all, one that is not `present`, so that
+    every process makes its pass.
 
     Args:
         proposals: B int64 `[M_i * K]`.
     """
-    rows, most = len(drafted), max(len(each.anchors) for each in drafted)
-    slots = max(len(p) // max(1, len(each.anchors)) for p, each in zip(proposals, drafted, strict=True))
+    rows, most = len(drafted), max(1, *(len(each.anchors) for each in drafted))
+    counts = [len(p) // max(1, len(each.anchors)) for p, each in zip(proposals, drafted, strict=True)]
+    slots = max(1, *counts)
     length = max(1, *(len(each.features) for each in drafted))
     first = drafted[0].features
     found = Blocks(

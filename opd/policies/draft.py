@@ -139,8 +139,6 @@ class DraftStudent(LanguageStudent):
         # The wrapper of several processes talks to the others in every pass.
         module = self.module if training else self.drafter
         head = draft_head(self.drafter, self.target, tokens_of(now).vocabulary, now.temperature)
-        if not trajectories.positions:
-            return Categorical(torch.zeros(0, self.target.outline.width, device=now.device), head)
         blocks = blocks_of(trajectories.contexts, trajectories.completions(), now.device)
         return Categorical(module(blocks, self.target.embed), head)
 
