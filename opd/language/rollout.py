@@ -232,8 +232,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         given = (asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing)
         if self.faster is not None and watching is None:
             rows = self.faster.sample(self._in_process(), *given)
-            for index, row in enumerate(rows) if asked.ended is not None else ():
-                asked.ended(index, row)
+            if asked.ended is not None:
+                for index, row in enumerate(rows):
+                    asked.ended(index, row)
         else:
             rows = self.engine().sample(*given, watching, asked.ended)
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):

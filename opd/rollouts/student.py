@@ -38,7 +38,7 @@ class StudentRollout(SamplingSettings, OneSource):
     @model_validator(mode="after")
     def _one_helper(self) -> Self:
         if self.drafter is not None and self.engine is not None:
-            raise ValueError("a drafter helps this process to write, and an engine writes elsewhere; remove one of them")
+            raise ValueError("a drafter helps this process to write, and an engine writes elsewhere; remove one")
         if self.drafter is not None and self.watch is not None:
             raise ValueError(
                 "a watch looks between segments of one length, and a drafter writes rows of unequal length; remove "
@@ -77,6 +77,4 @@ class StudentRollout(SamplingSettings, OneSource):
                 opened.pop_all()
         early = [teacher for teacher in teachers if getattr(teacher, "early", False)]
         faster = None if self.drafter is None else self.drafter.build(language, context, "the student")
-        return LanguageRollout(
-            language, self, context, watch=watch, writer=writer, listeners=early, faster=faster
-        )
+        return LanguageRollout(language, self, context, watch=watch, writer=writer, listeners=early, faster=faster)
