@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 
+import httpx2
 import pytest
+import torch
 
 import opd
 from benchmarks.engines import ENVIRONMENT, PORTS, SERVING, models, run, serving, start
-from opd.remote.launch import _running
+from opd.context import Context
+from opd.language.engines.base import ids_of
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
+from opd.policies.draft import Draft
+from opd.prompts import Prompt
+from opd.remote.launch import _running, servers_of, started
+from opd.teachers.served import ServedTeacher
+from tests.drafters import drafted
 
 PYTHON = os.environ.get("OPD_VLLM")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM: make test-engines")
@@ -120,8 +132,6 @@ def test_a_server_that_is_killed_and_comes_back(folders, tmp_path):
 
     import threading
 
-    import httpx2
-
     with (tmp_path / "server.log").open("wb") as log:
         process = [serve(log)]
         url = "http://127.0.0.1:18775"
@@ -203,3 +213,108 @@ def test_an_adapter_follows(folders, tmp_path):
     assert not _running
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert saved["steps"] == 3
+
+
+PROMPTS = [
+    "Write a long story about a fox and a crow.",
+    "Explain at length how bread is baked.",
+    "Describe the sea in many sentences.",
+    "Tell me about the moon.",
+    "Give advice to somebody who moves to a big city.",
+]
+WRITTEN = 48
+FORMS = {
+    # Some ids, whose offsets are not all alike; all ids, and taps that a server does not take by itself.
+    "some ids": ("eagle3", {"kind": "chain", "proposals": 3, "vocabulary": [0, *range(17, 8192)]}),
+    "other taps": ("eagle3", {"kind": "chain", "proposals": 3, "taps": [2, 12, 20, 27]}),
+    "block": ("dflash", {"kind": "block", "block": 4, "layers": 2, "mask_token": 16}),
+}
+
+
+def trained_drafter(folder, target, form):
+    """The folder of a drafter that has learnt something: the answers to a few prompts, nearly by heart."""
+    opd.distill(
+        {"kind": "draft", "target": {"model": str(target)}, "drafter": form},
+        {"kind": "target"},
+        PROMPTS,
+        quiet=True,
+        overwrite=True,
+        steps=24,
+        rollout={"kind": "speculative", "max_new_tokens": WRITTEN},
+        objective=[
+            {"kind": "accepted", "weight": 0.5, "correction": True},
+            {"kind": "rejected", "weight": 0.5, "kl": "forward_kl"},
+        ],
+        update={"learning_rate": 1e-3},
+        batch={"prompts": 4, "micro": 4},
+        evaluation={"held_out": 1, "samples": 0},
+        checkpoint={"every": 0},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "precision": "fp32"},
+        output=str(folder),
+    )
+    return folder / "student"
+
+
+def written_by_server(target, prompts, logs, method="", folder=None, proposals=0):
+    """Greedy tokens of a server in float32, and how many proposals of how many blocks it accepted, by place."""
+    url = "http://127.0.0.1:18781"
+    command = [PYTHON, *SERVING, "--dtype", "float32", "--model", str(target), "--port", "{port}"]
+    command += ["--served-model-name", "target"]
+    if method:
+        config = {"method": method, "model": str(folder), "num_speculative_tokens": proposals}
+        command += ["--speculative-config", json.dumps(config)]
+    server = ServedTeacher(name="target", url=url, start={"command": command, "environment": ENVIRONMENT})
+    found = []
+    with started(servers_of([server], logs), lambda text: contextlib.nullcontext()):
+        for prompt in prompts:
+            asked = {"model": "target", "prompt": [prompt], "max_tokens": WRITTEN, "temperature": 0}
+            answer = httpx2.post(f"{url}/v1/completions", json=asked | {"return_token_ids": True}, timeout=300)
+            found.append(answer.json()["choices"][0]["token_ids"])
+        counted = re.findall(
+            r'^vllm:spec_decode_num_(drafts|accepted_tokens_per_pos)_total\{.*?(?:position="(\d+)")?\} (\S+)$',
+            httpx2.get(f"{url}/metrics", timeout=60).text,
+            re.M,
+        )
+    counts = {int(place) if place else name: int(float(value)) for name, place, value in counted}
+    return found, counts.pop("drafts", 0), [counts[k] for k in sorted(counts)]
+
+
+@pytest.fixture(scope="module")
+def alone(folders, tmp_path_factory):
+    """What the target's server writes without a drafter."""
+    language = LanguageModel.load(ModelSettings(model=str(folders["teacher"])), torch.device("cpu"))
+    prompts = [ids_of(language.encode(Prompt(text, {"prompt": text}))).tolist() for text in PROMPTS]
+    written, blocks, _ = written_by_server(folders["teacher"], prompts, tmp_path_factory.mktemp("alone"))
+    assert blocks == 0
+    return {tuple(prompt): tokens for prompt, tokens in zip(prompts, written, strict=True)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_drafter_helps_a_server_as_much_as_it_helps_here(form, alone, folders, tmp_path):
+    target, (method, settings) = folders["teacher"], FORMS[form]
+    folder = trained_drafter(tmp_path / "run", target, settings)
+    context = Context(torch.device("cpu"))
+    student = Draft(target={"model": str(target)}, model=str(folder)).build(context)
+    student.context = student.agree(context, [], None)
+    count = student.drafter.proposals
+    # Longer than what the server writes: it counts a whole block that its text's end cuts.
+    records = drafted(student, PROMPTS, budget=WRITTEN + count + 1, taught=False).contexts
+    records = [record for record in records if len(record.response) > WRITTEN]
+    assert len(records) >= 3
+    prompts = [record.prompt.tolist() for record in records]
+    plain = [alone[tuple(prompt)] for prompt in prompts]
+    assert plain == [record.response[:WRITTEN].tolist() for record in records]
+    helped, blocks, accepted = written_by_server(target, prompts, tmp_path / "helped", method, folder, count)
+    assert helped == plain
+    ours = [
+        int(stood)
+        for record in records
+        for anchor, stood in zip(record.anchors, record.accepted, strict=True)
+        if anchor < len(record.prompt) + WRITTEN - 1
+    ]
+    length = 1 + sum(accepted) / blocks
+    assert length > 1.3
+    assert length == pytest.approx(1 + sum(ours) / len(ours), rel=0.05)
+    for place, theirs in enumerate(accepted):
+        assert theirs / blocks == pytest.approx(sum(stood > place for stood in ours) / len(ours), abs=0.05)

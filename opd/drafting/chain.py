@@ -179,6 +179,7 @@ class ChainDrafter(Drafter):
         if self.taps != _default_taps(target):
             # Servers take the default by themselves, and do not all count these alike.
             made["eagle_aux_hidden_state_layer_ids"] = [tap + 1 for tap in self.taps]
+            made["num_aux_hidden_states"] = len(self.taps)
         return made
 
     def extras(self) -> dict[str, torch.Tensor]:
