@@ -290,6 +290,7 @@ def alone(folders, tmp_path_factory):
     return {tuple(prompt): tokens for prompt, tokens in zip(prompts, written, strict=True)}
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_drafter_helps_a_server_as_much_as_it_helps_here(form, alone, folders, tmp_path):
     target, (method, settings) = folders["teacher"], FORMS[form]

@@ -6,6 +6,10 @@ import math
 
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+SCORES = 2**26
+"""Attention scores of blocks that are held at once; where there are more, a part of the blocks follows the other."""
 
 
 def rotate(states: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
@@ -39,8 +43,33 @@ def of_blocks(
         anchors: int64 `[B, M]`.
 
     Returns:
-        `[B, M, n, heads * d]`.
+        `[B, M, n, heads * d]`. Of more than `SCORES` scores none stays for the backward pass, which makes them again.
     """
+    blocks = queries.shape[2]
+    parts = min(blocks, -(-scores_of(queries.shape, context[0].shape[2] + own[0].shape[3]) // SCORES))
+    if parts < 2:
+        return _of_some_blocks(queries, context, own, anchors)
+    pieces = zip(*(x.tensor_split(parts, 2) for x in (queries, *own)), anchors.tensor_split(parts, 1), strict=True)
+    return torch.cat(
+        [
+            checkpoint(_of_some_blocks, asking, context, (keys, values), places, use_reentrant=False)
+            for asking, keys, values, places in pieces
+        ],
+        1,
+    )
+
+
+def scores_of(queries: torch.Size, keys: int) -> int:
+    """How many scores `[B, heads, M, n, d]` queries have with so many keys each."""
+    return math.prod(queries[:-1]) * keys
+
+
+def _of_some_blocks(
+    queries: torch.Tensor,
+    context: tuple[torch.Tensor, torch.Tensor],
+    own: tuple[torch.Tensor, torch.Tensor],
+    anchors: torch.Tensor,
+) -> torch.Tensor:
     _, heads, blocks, slots, d = queries.shape
     shared = heads // context[0].shape[1]
     keys, values, own_keys, own_values = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,48 @@ def read_config(folder: str, key: str) -> dict[str, Any]:
     return config
 
 
+def saved_form(
+    folder: str, target: Outline, key: str = "student.model", asked: DrafterSettings | None = None
+) -> DrafterSettings:
+    """The form of a saved drafter of a target, of whose weights none but the ids that it may propose are read.
+
+    Args:
+        asked: what a recipe says of its form, as far as it says something.
+
+    Raises:
+        ModelError: the folder holds none, or one of another target, or another than was asked for.
+    """
+    config = read_config(folder, key)
+    try:
+        with safe_open(Path(folder).expanduser() / "model.safetensors", framework="pt") as stored:
+            weights = {name: stored.get_tensor(name) for name in stored.keys() if name == "t2d"}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{key} {folder!r}: its weights cannot be read ({told(error)})") from None
+    return _form(config, weights, target, folder, key, asked)
+
+
+def _form(
+    config: dict[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    target: Outline,
+    folder: str,
+    key: str,
+    asked: DrafterSettings | None,
+) -> DrafterSettings:
+    try:
+        settings = forms()[config["architectures"][0]].of_config(config, weights, target)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
+    for name in () if asked is None else type(asked).model_fields:
+        wanted, has = getattr(asked, name), getattr(settings, name, None)
+        if wanted not in (None, []) and wanted != has:
+            raise ModelError(
+                f"student.drafter.{name} is {str(wanted)[:60]}, and the drafter in {folder} has "
+                f"{'another form' if has is None else str(has)[:60]}; write that, or leave student.drafter out"
+            )
+    return settings
+
+
 def load_drafter(
     folder: str,
     target: Outline,
@@ -84,23 +127,12 @@ def load_drafter(
         ModelError: the folder holds none, or one of another target, or another than was asked for.
     """
     config = read_config(folder, key)
-    form = forms()[config["architectures"][0]]
     path = Path(folder).expanduser() / "model.safetensors"
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{key} {folder!r}: its weights cannot be read ({told(error)})") from None
-    try:
-        settings = form.of_config(config, weights, target)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
-    for name in () if asked is None else type(asked).model_fields:
-        wanted, has = getattr(asked, name), getattr(settings, name, None)
-        if wanted not in (None, []) and wanted != has:
-            raise ModelError(
-                f"student.drafter.{name} is {str(wanted)[:60]}, and the drafter in {folder} has "
-                f"{'another form' if has is None else str(has)[:60]}; write that, or leave student.drafter out"
-            )
+    settings = _form(config, weights, target, folder, key, asked)
     drafter = settings.build(target, head)
     own = drafter.state_dict()
     beside = {EMBEDDING, *drafter.extras()}

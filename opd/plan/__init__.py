@@ -8,16 +8,18 @@ from collections.abc import Callable
 from opd.assembly import check_ahead, check_offsets
 from opd.choice import kind_of
 from opd.errors import OpdError
+from opd.plan.drafter import DrafterPlan, plan_drafter
 from opd.plan.flow import FlowPlan, plan_flow
 from opd.plan.language import Plan, plan_language
+from opd.policies.draft import Draft
 from opd.recipe import Recipe
 
-__all__ = ["FlowPlan", "Plan", "make_plan"]
+__all__ = ["DrafterPlan", "FlowPlan", "Plan", "make_plan"]
 
 OF_MODALITY: dict[str, Callable[[Recipe], Plan | FlowPlan]] = {"language": plan_language, "flow": plan_flow}
 
 
-def make_plan(recipe: Recipe) -> Plan | FlowPlan:
+def make_plan(recipe: Recipe) -> Plan | FlowPlan | DrafterPlan:
     """The plan of `recipe`; no weights are read.
 
     Raises:
@@ -28,4 +30,4 @@ def make_plan(recipe: Recipe) -> Plan | FlowPlan:
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     check_offsets(recipe)
     check_ahead(recipe)
-    return plan(recipe)
+    return plan_drafter(recipe) if isinstance(recipe.student, Draft) else plan(recipe)

@@ -111,7 +111,7 @@ def plan_language(recipe: Recipe) -> Plan:
     notes = nothing_to_learn(recipe)
     _check_attention(recipe)
     student = recipe.student.shape(notes)
-    _check_answers(recipe)
+    check_answers(recipe)
     teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
     check_ids(recipe, min(shape.vocabulary for shape in (student, *(s for _, shapes in teachers for s in shapes))))
     notes += [f"{each.told()}; it is not started here" for each in servers_of(recipe, recipe.directory / FOLDER)]
@@ -121,7 +121,7 @@ def plan_language(recipe: Recipe) -> Plan:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     models = (student, *(shape for shapes in asked for shape in shapes))
     rows = tuple(_rows(recipe, shape) for shape in models)
-    prompt, common = _prompt_tokens(recipe, notes)
+    prompt, common = prompt_tokens(recipe, recipe.student, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
     return Plan(
@@ -177,7 +177,7 @@ class Foreseen:
     answers: type[Distribution]
 
 
-def _check_answers(recipe: Recipe) -> None:
+def check_answers(recipe: Recipe) -> None:
     """Raise what a run would of objectives, shapings and watches that what the teachers answer is not enough for."""
     foreseen = []
     for teacher in recipe.teacher:
@@ -197,19 +197,18 @@ def _check_answers(recipe: Recipe) -> None:
             part.check_teachers(foreseen, home)
 
 
-def _prompt_tokens(recipe: Recipe, notes: list[str]) -> tuple[int, int]:
-    """Mean length of a prompt, and how many leading tokens all prompts have in common."""
+def prompt_tokens(recipe: Recipe, reader: ModelSettings, notes: list[str]) -> tuple[int, int]:
+    """Mean length of a prompt as `reader` reads it, and how many leading tokens all prompts have in common."""
     told = bool(notes)
     prompts = prompts_at_hand(recipe, notes)
     if prompts is None:
         return recipe.max_prompt_tokens, 0
-    assert isinstance(recipe.student, CausalLM)
     try:
-        tokenizer = load_tokenizer(recipe.student, local_only=told)
+        tokenizer = load_tokenizer(reader, local_only=told)
     except ModelError:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
         return recipe.max_prompt_tokens, 0
-    language = LanguageModel(None, tokenizer, recipe.student.template, recipe.student.template_options)
+    language = LanguageModel(None, tokenizer, reader.template, reader.template_options)
     encoded = [language.encode(prompt) for prompt in prompts[:512]]
     notes += language.notes
     lengths = [len(ids) for ids in encoded]

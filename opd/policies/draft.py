@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.choice import OneOf
 from opd.context import Context
-from opd.distributions import Categorical, Distribution, Vocabulary
+from opd.distributions import Categorical, Distribution, Head, Vocabulary
 from opd.divergences import compare
 from opd.drafting import evaluation
-from opd.drafting.base import Drafter, DrafterSettings
+from opd.drafting.base import Drafter, DrafterSettings, Outline
 from opd.drafting.evaluation import DraftEvaluation, counts_of
-from opd.drafting.native import difference, load_drafter, save_drafter
+from opd.drafting.native import difference, load_drafter, save_drafter, saved_form
 from opd.drafting.record import blocks_of
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
@@ -25,8 +25,7 @@ from opd.errors import IncompatibleError, RunError, SelfTestError
 from opd.files.whole import attempt
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
-from opd.language.model import ModelSettings
-from opd.language.shape import model_shape
+from opd.language.model import ModelSettings, load_config
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
 from opd.planning import Shape
@@ -89,7 +88,29 @@ class Draft(Policy):
             return DraftStudent(target, self.drafter.build(target.outline, head), context)
 
     def shape(self, notes: list[str]) -> Shape:
-        return model_shape(self.target, notes)
+        """Of the drafter; its `model` has no weights. A saved one that is not at hand is taken to have the form that
+        the recipe says."""
+        outline = Outline.of(load_config(self.target, notes), "student.target")
+        form, name = self.drafter, "a new drafter"
+        if self.model is not None:
+            name = self.model
+            if form is None or Path(self.model).expanduser().exists():
+                form = saved_form(self.model, outline, asked=form)
+            else:
+                notes.append(f"student.model {self.model} is not at hand: it is taken to have the form student.drafter")
+        assert form is not None
+        with torch.device("meta"):
+            made = form.build(outline, Head(torch.empty(outline.vocabulary, outline.width)))
+        own, count = made.own_head(), sum(p.numel() for p in made.parameters())
+        return Shape(
+            name=name,
+            parameters=count,
+            trainable=count,
+            weight_bytes=4 * count,
+            width=outline.width,
+            vocabulary=outline.vocabulary if own is None else len(own),
+            model=made,
+        )
 
     @classmethod
     def takes(cls, model: object) -> bool:

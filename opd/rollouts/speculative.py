@@ -62,9 +62,21 @@ class SpeculativeRollout(OneSource):
             )
         name = next((t.settings.name for t in teachers if getattr(t, "target", None) is target), None)
         asked = any(getattr(t, "target", None) is target for t in teachers)
-        made = Speculative(target, drafter, asked, name)
-        made.check(self)
-        return made
+        self.check(drafter)
+        return Speculative(target, drafter, asked, name)
+
+    def check(self, drafter: Drafter) -> None:
+        """Raise `IncompatibleError` where it asks for what the drafter does not allow."""
+        most = drafter.most
+        if self.proposals is not None and most is not None and self.proposals > most:
+            raise IncompatibleError(
+                f"rollout.proposals is {self.proposals}, and this drafter proposes {most} at most; lower it"
+            )
+        if self.proposing == "drawn" and drafter.parallel:
+            raise IncompatibleError(
+                "rollout.proposing is 'drawn', and the slots of this drafter do not see each other: drawn apart they "
+                "are no text. Leave it at 'likeliest'"
+            )
 
 
 class Speculative(PrefixSource[SpeculativeRollout]):
@@ -84,19 +96,6 @@ class Speculative(PrefixSource[SpeculativeRollout]):
     def __init__(self, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None):
         self.target, self.drafter, self.asked, self.name = target, drafter, asked, name
         self.dtype = next(target.language.parameters()).dtype
-
-    def check(self, settings: SpeculativeRollout) -> None:
-        """Raise `IncompatibleError` for settings that the drafter does not allow."""
-        most = self.drafter.most
-        if settings.proposals is not None and most is not None and settings.proposals > most:
-            raise IncompatibleError(
-                f"rollout.proposals is {settings.proposals}, and this drafter proposes {most} at most; lower it"
-            )
-        if settings.proposing == "drawn" and self.drafter.parallel:
-            raise IncompatibleError(
-                "rollout.proposing is 'drawn', and the slots of this drafter do not see each other: drawn apart they "
-                "are no text. Leave it at 'likeliest'"
-            )
 
     def exact(self, settings: SpeculativeRollout) -> bool:
         """Never: proposals are drawn at the text's temperature, by a rule of their own."""

@@ -1,0 +1,251 @@
+"""What a recipe that trains a drafter will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from opd.choice import nested
+from opd.drafting.base import Drafter
+from opd.drafting.layers import SCORES
+from opd.errors import ModelError
+from opd.hardware import fast_in_bf16
+from opd.language.shape import model_shape
+from opd.operator import chunk_rows
+from opd.plan.language import check_answers, prompt_tokens
+from opd.planning import Shape, bytes_text, count_text, saved_bytes
+from opd.policies.draft import Draft
+from opd.provenance import peak_memory_bytes
+from opd.recipe import Recipe
+from opd.rollouts.speculative import SpeculativeRollout
+
+LENGTHS = (1, 2, 4)
+"""Acceptance lengths for which a plan says what a step takes."""
+
+
+@dataclass(frozen=True)
+class DrafterPlan:
+    """The plan of a recipe whose student is a drafter.
+
+    Attributes:
+        blocks: of one answer, as if no proposal stood.
+        proposals: of a block.
+        memory: in bytes by part, at that many blocks; `peak` their sum at the worst moment of a step.
+        peaks: the peak by acceptance length.
+        teraflops: matrix products of a step, attention left out.
+    """
+
+    recipe: str
+    drafter: Shape
+    target: Shape
+    trajectories: int
+    prompt_tokens: int
+    completion_tokens: int
+    blocks: int
+    proposals: int
+    memory: dict[str, int]
+    peaks: dict[int, int]
+    teraflops: dict[str, float]
+    steps: int
+    notes: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe,
+            "steps": self.steps,
+            "student": self.drafter.as_dict(),
+            "target": self.target.as_dict(),
+            "tokens_per_step": {"written": self.trajectories * self.completion_tokens},
+            "slots_per_step": self.trajectories * self.blocks * self.proposals,
+            "memory_bytes": self.memory,
+            "peak_memory_bytes": self.peak,
+            "peak_memory_bytes_by_acceptance_length": {str(k): v for k, v in self.peaks.items()},
+            "teraflops_per_step": self.teraflops,
+            "notes": list(self.notes),
+        }
+
+    def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        drafter, target = self.drafter, self.target
+        yield (
+            "models",
+            [
+                (f"student: {drafter.name}", f"{count_text(drafter.parameters)} parameters, all trained"),
+                (f"target: {target.name}", f"{count_text(target.parameters)} parameters, 0 trained"),
+            ],
+        )
+        yield (
+            "a step, at most: as if no proposal stood",
+            [
+                ("trajectories", str(self.trajectories)),
+                ("prompt tokens of a trajectory", str(self.prompt_tokens)),
+                ("written tokens", str(self.trajectories * self.completion_tokens)),
+                ("slots of blocks", str(self.trajectories * self.blocks * self.proposals)),
+                *((f"{part}, TFLOP", f"{value:.3g}") for part, value in self.teraflops.items()),
+                ("whole run, written tokens", count_text(self.steps * self.trajectories * self.completion_tokens)),
+            ],
+        )
+        yield (
+            "memory at the peak of a step",
+            [
+                *((part, bytes_text(value)) for part, value in self.memory.items()),
+                ("sum", bytes_text(self.peak)),
+                *((f"sum at an acceptance length of {k}", bytes_text(v)) for k, v in self.peaks.items() if k > 1),
+            ],
+        )
+
+
+def plan_drafter(recipe: Recipe) -> DrafterPlan:
+    """The plan of a recipe that trains a drafter; no weights are read.
+
+    Raises:
+        OpdError: what a run would refuse too, in so far as configurations show it.
+    """
+    student, notes = recipe.student, list[str]()
+    assert isinstance(student, Draft)
+    target = model_shape(student.target, notes)
+    own = student.shape(notes)
+    drafter = own.model
+    assert isinstance(drafter, Drafter)
+    settings = next((part for part in nested(recipe.rollout) if isinstance(part, SpeculativeRollout)), None)
+    count = drafter.proposals
+    if settings is not None:
+        settings.check(drafter)
+        count = settings.proposals or count
+    check_answers(recipe)
+    if unknown := [i for i in recipe.end_tokens or () if i >= target.vocabulary]:
+        raise ModelError(f"end_tokens names {unknown[0]}; the target's ids end at {target.vocabulary - 1}")
+    prompt, _ = prompt_tokens(recipe, student.target, notes)
+    completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
+    batch = settings.batch if settings is not None else recipe.batch.prompts
+    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch)
+    if not counted.on_cpu:
+        notes.append("device memory of the CUDA context itself is not counted")
+    by_length = {length: counted.memory(-(-completion // length)) for length in LENGTHS}
+    trajectories = recipe.batch.prompts * recipe.batch.group
+    return DrafterPlan(
+        recipe=recipe.name,
+        drafter=own,
+        target=target,
+        trajectories=trajectories,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        blocks=completion,
+        proposals=count,
+        memory=by_length[1],
+        peaks={length: sum(parts.values()) for length, parts in by_length.items()},
+        teraflops=_operations(own, target, trajectories, prompt, completion, count),
+        steps=recipe.steps,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What the memory of a step is counted from."""
+
+    recipe: Recipe
+    own: Shape
+    target: Shape
+    drafter: Drafter
+    proposals: int
+    prompt: int
+    completion: int
+    batch: int
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+
+    def memory(self, blocks: int) -> dict[str, int]:
+        """Bytes by part, with so many blocks in each answer."""
+        recipe, own, target = self.recipe, self.own, self.target
+        answers = recipe.batch.prompts * recipe.batch.group
+        micro = min(recipe.batch.micro, answers)
+        longest = max(self.completion, recipe.evaluation.longest or 0)
+        # Held-out answers are kept whole too while they are measured.
+        tested = recipe.evaluation.held_out * recipe.evaluation.k
+        kept = max(answers * self.completion, tested * longest)
+        texts = max(answers, tested) * self.prompt + kept
+        width, slots = target.width * target.size, self.proposals * blocks
+        parts = {
+            "target weights": target.weight_bytes,
+            "drafter weights": own.weight_bytes,
+            "gradients": own.weight_bytes,
+            "optimiser state": 2 * own.weight_bytes,
+            "features of the answers": texts * len(self.drafter.taps) * width,
+            "target's hidden states at the slots": self.proposals * -(-kept * blocks // self.completion) * width,
+        }
+        precision, device = recipe.hardware.precision, "cpu" if self.on_cpu else "cuda"
+        if precision == "bf16" or (precision == "auto" and fast_in_bf16(device)):
+            parts["bfloat16 casts of weights"] = 2 * own.parameters
+        training = {
+            "activations of a micro-batch": self._activations(micro, blocks),
+            "loss operator: chunks": 4 * 4 * chunk_rows(own.vocabulary) * own.vocabulary,
+            "loss operator: gradients": 4 * own.width * micro * slots
+            + (4 * own.vocabulary * own.width if self.drafter.own_head() is not None else 0),
+        }
+        rows, length = min(self.batch, max(answers, tested)), self.prompt + longest
+        rollout = rows * (
+            # Both keep a quarter more room than they need.
+            5 * length * (target.kv_bytes_per_token + self._kept_bytes()) // 4
+            # A block's logits, their probabilities and a copy to cut them by.
+            + 3 * 4 * (self.proposals + 1) * target.vocabulary
+        )
+        if rollout > sum(training.values()):
+            training = {"rollout: keys, values, logits": rollout}
+        if self.on_cpu:
+            training["Python and libraries"] = peak_memory_bytes()
+        return parts | training
+
+    def _kept_bytes(self) -> int:
+        """Bytes that the drafter keeps of a token while an answer is written."""
+        one = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+        pairs = self.drafter.read(self._features(1, 1), one, one, self._embed)
+        return 4 * sum(keys.numel() + values.numel() for keys, values in pairs)
+
+    def _features(self, *sizes: int) -> torch.Tensor:
+        return torch.empty(*sizes, len(self.drafter.taps) * self.target.width, device="meta")
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.empty(*ids.shape, self.target.width, device="meta")
+
+    def _activations(self, micro: int, blocks: int) -> int:
+        """Bytes that autograd keeps of a micro-batch's blocks, counted on the meta device, and one part of the
+        attention's scores."""
+        length = self.prompt + self.completion
+        at = torch.zeros(micro, blocks, dtype=torch.int64, device="meta")
+        positions = torch.zeros(micro, length, dtype=torch.int64, device="meta")
+
+        def forward() -> None:
+            pairs = self.drafter.read(self._features(micro, length), positions, positions, self._embed)
+            before = self._features(micro, blocks)
+            self.drafter.propose(pairs, before, at, at, self.proposals, lambda k, hidden: at, self._embed)
+
+        # Of a part's scores there are as many weights, and their gradients.
+        return saved_bytes(self.drafter, forward) + 4 * 4 * SCORES
+
+
+def _operations(
+    own: Shape, target: Shape, answers: int, prompt: int, completion: int, proposals: int
+) -> dict[str, float]:
+    """2 per parameter and token forward, 4 backward; every written token is a block of its own."""
+    head = target.vocabulary * target.width
+    body = target.parameters - head
+    blocks = answers * completion
+    # The drafter's parameters of a head are among its own, or they are the target's.
+    drafting = (own.parameters + (head if own.vocabulary == target.vocabulary else 0)) * proposals * blocks
+    return {
+        "rollout": (
+            2 * (body * (answers * prompt + blocks * (proposals + 1)) + head * blocks * (proposals + 1)) + 2 * drafting
+        )
+        / 1e12,
+        "drafter forward and backward": 6 * own.parameters * proposals * blocks / 1e12,
+        "loss operator": 8 * own.vocabulary * own.width * proposals * blocks / 1e12,
+    }
