@@ -16,12 +16,14 @@ from opd.distributions import Categorical, Head, Target
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.of_blocks import Accepted, Rejected
 from opd.divergences.reverse_kl import ReverseKL
+from opd.drafting.base import Blocks
 from opd.errors import IncompatibleError
 from opd.jobs.sampling import sample
 from opd.loop import train
 from opd.monitor import Monitor
-from opd.plan import make_plan
-from opd.recipe import parse_recipe
+from opd.plan import DrafterPlan, make_plan
+from opd.planning import saved_bytes
+from opd.recipe import load_recipe, parse_recipe
 from tests.conftest import save_tiny, trajectories_of
 from tests.drafters import LAYERS
 from tests.test_gpu import on_each_device
@@ -214,7 +216,7 @@ def test_a_drafter_learns_from_its_target(target, tmp_path, drafter):
     steps = [r for r in result.history if "train/loss" in r]
     assert len(steps) == 25
     for record in steps:
-        assert record["train/acceptance_length"] == pytest.approx(1 + record["train/accepted"], abs=0.3)
+        assert record["train/acceptance_length"] == pytest.approx(1 + record["train/accepted_proposals"], abs=0.3)
         assert {"train/objective/accepted", "train/objective/rejected"} & record.keys()
     assert 1 <= result.after["acceptance_length"] <= 5
     assert isinstance(result.student, torch.nn.Module)
@@ -223,6 +225,21 @@ def test_a_drafter_learns_from_its_target(target, tmp_path, drafter):
         assert len(row["tokens"]) == len(row["values"]["slot"]) == len(row["values"]["accepted"])
         assert len(row["tokens"]) % 4 == 0
         assert row["completion"]
+        # The first token comes from reading the prompt; each block adds what stood and the target's own.
+        at, added = 0, []
+        for block in row["blocks"]:
+            added += row["tokens"][at : at + block["accepted"]] + ([block["own"]] if block["own"] is not None else [])
+            at += block["proposals"]
+        assert at == len(row["tokens"])
+        # A decoded answer is without its end token.
+        assert row["completion"].endswith(("".join(added), "".join(added[:-1])))
+    last = steps[-1]
+    at = [last[f"train/accepted_at/{k}"] for k in range(1, 5)]
+    assert at == sorted(at, reverse=True)
+    assert sum(at) == pytest.approx(last["train/accepted_proposals"])
+    assert sum(result.after[f"accepted_at/{k}"] for k in range(1, 5)) == pytest.approx(
+        result.after["accepted_proposals"]
+    )
     summary = json.loads((result.directory / "summary.json").read_text())
     assert "lacking" not in summary
     assert "acceptance_length" in summary["after"]
@@ -371,11 +388,51 @@ def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):
 
 
 def test_commands_that_know_no_drafters_say_so(target, tmp_path):
-    recipe = recipe_for(target, tmp_path)
-    with pytest.raises(opd.OpdError, match="no plan for student"):
-        make_plan(recipe)
     with pytest.raises(opd.OpdError, match="students of kind causal_lm"):
-        sample(recipe, tmp_path / "store")
+        sample(recipe_for(target, tmp_path), tmp_path / "store")
+
+
+@pytest.mark.parametrize("drafter", [CHAIN, {**CHAIN, "vocabulary": list(range(3, 40))}, BLOCK])
+def test_a_plan_counts_what_a_step_holds(target, tmp_path, drafter):
+    recipe = recipe_for(target, tmp_path, drafter)
+    plan = make_plan(recipe)
+    assert isinstance(plan, DrafterPlan)
+    student = build(recipe, tmp_path).student
+    count = sum(p.numel() for p in student.drafter.parameters())
+    assert plan.drafter.parameters == plan.drafter.trainable == count
+    assert plan.memory["drafter weights"] == 4 * count
+    width, answers, texts = student.target.outline.width, 6, 6 * (plan.prompt_tokens + 16)
+    assert plan.memory["features of the answers"] == 4 * texts * len(student.drafter.taps) * width
+    assert plan.memory["target's hidden states at the slots"] == 4 * answers * 16 * 4 * width
+    assert plan.peak == sum(plan.memory.values()) == plan.peaks[1] > plan.peaks[2] > plan.peaks[4]
+    assert plan.as_dict()["slots_per_step"] == answers * 16 * 4
+    assert dict(plan.sections())["memory at the peak of a step"][-1][0] == "sum at an acceptance length of 4"
+
+
+def test_a_plan_counts_activations_as_autograd_keeps_them(target, tmp_path):
+    recipe = recipe_for(target, tmp_path, BLOCK, rollout={"max_new_tokens": 16, "kind": "speculative"})
+    plan = make_plan(recipe)
+    student = build(recipe, tmp_path).student
+    rows, blocks, length = 4, 16, plan.prompt_tokens + 16
+    outline = student.target.outline
+    told = Blocks(
+        torch.randn(rows, length, len(student.drafter.taps) * outline.width),
+        torch.ones(rows, length + 1, dtype=torch.int64),
+        torch.arange(1, blocks + 1).expand(rows, blocks),
+        torch.ones(rows, blocks, 4, dtype=torch.int64),
+        torch.ones(rows, blocks, dtype=torch.bool),
+    )
+    kept = saved_bytes(student.drafter, lambda: student.drafter(told, student.target.embed))
+    scores = rows * outline.heads * blocks * 5 * (length + 5) * 16
+    assert plan.memory["activations of a micro-batch"] == pytest.approx(kept + scores, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["draft_opd_qwen3_4b", "draft_opd_qwen3_8b"])
+def test_recipes_of_the_paper_are_planned_without_a_network(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = make_plan(load_recipe(name))
+    assert plan.proposals == 15
+    assert any("not at hand" in note for note in plan.notes)
 
 
 @on_each_device

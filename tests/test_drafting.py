@@ -475,3 +475,24 @@ def test_rows_of_unequal_numbers_of_blocks_are_padded():
     blocks = blocks_of(made.contexts, made.completions(), torch.device("cpu"))
     assert blocks.present.sum(1).tolist() == [len(each.anchors) for each in made.contexts]
     assert (blocks.proposals[blocks.present].flatten() == made.actions).all()
+
+
+def test_attention_in_parts_is_attention(monkeypatch):
+    torch.manual_seed(0)
+    rows, heads, kept, blocks, slots, d = 2, 4, 6, 5, 3, 8
+    inputs = [
+        torch.randn(rows, heads, blocks, slots, d),
+        torch.randn(rows, 2, kept, d),
+        torch.randn(rows, 2, kept, d),
+        torch.randn(rows, 2, blocks, 2, d),
+        torch.randn(rows, 2, blocks, 2, d),
+    ]
+    anchors = torch.randint(1, kept + 1, (rows, blocks))
+    found = []
+    for most in (2**26, 400):
+        monkeypatch.setattr("opd.drafting.layers.SCORES", most)
+        queries, keys, values, own_keys, own_values = live = [x.clone().requires_grad_() for x in inputs]
+        mixed = of_blocks(queries, (keys, values), (own_keys, own_values), anchors)
+        found.append([mixed.detach(), *torch.autograd.grad(mixed.square().sum(), live)])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from opd.divergences import compare
@@ -44,13 +45,14 @@ class DraftEvaluation(Evaluation):
         return self.max_new_tokens
 
 
-def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
+def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
     """Let the target write to every held-out prompt with the drafter's help, and compare both at every slot that
-    counts.
+    counts; of each block there are `slots`.
 
     Metrics: `acceptance_length`, tokens a verifying pass of the target adds, over all passes (the first token of an
-    answer, which needs none, not counted); `accepted`, accepted proposals of a block; where the target teaches those of
-    `MEANS` in nats, means over the slots; `length` of the answers in tokens, `truncated` share, and verdicts.
+    answer, which needs none, not counted); `accepted_proposals` of a block, and `accepted_at/K`, the share of blocks
+    whose proposal at slot K stood; where the target teaches those of `MEANS` in nats, means over the slots; `length` of
+    the answers in tokens, `truncated` share, and verdicts.
     """
     prompts = run.share(run.held_out)
     sums: dict[str, float] = {}
@@ -71,11 +73,12 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             rows += [row for i, row in enumerate(found, start=done) if i in shown]
             done += len(micro)
     known = [name for name in MEANS if judge(run) is not None or name == "student_entropy"]
-    total = totals(run, sums, [*known, *STEPS, *COUNTS])
+    total = totals(run, sums, [*known, *STEPS, *COUNTS, *(f"at/{k}" for k in range(1, slots + 1))])
     metrics = {name: total[name] / total["compared"] for name in known if total["compared"]}
     if total["steps"]:
         metrics["acceptance_length"] = total["committed"] / total["steps"]
-        metrics["accepted"] = total["accepted"] / total["steps"]
+        metrics["accepted_proposals"] = total["accepted"] / total["steps"]
+        metrics |= {f"accepted_at/{k}": total[f"at/{k}"] / total["steps"] for k in range(1, slots + 1)}
     metrics["length"] = total["tokens"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
     metrics |= accuracies(total, at.settings.k)
@@ -83,9 +86,11 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
 
 
 def counts_of(records: Sequence[Drafted]) -> dict[str, float]:
-    """Sums over answers: verifying `steps` of the target, tokens that these `committed`, proposals `accepted`, and all
-    `tokens`."""
-    return {
+    """Sums over answers: verifying `steps` of the target, tokens that these `committed`, proposals `accepted`, blocks
+    whose proposal `at/K` was, and all `tokens`."""
+    stood = torch.cat([torch.zeros(0, dtype=torch.int64), *(each.accepted for each in records)])
+    most = int(stood.max()) if len(stood) else 0
+    return {f"at/{k}": float((stood >= k).sum()) for k in range(1, most + 1)} | {
         "steps": float(sum(len(each.anchors) for each in records)),
         "committed": float(sum(int(each.committed.sum()) for each in records)),
         "accepted": float(sum(int(each.accepted.sum()) for each in records)),

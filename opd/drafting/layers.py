@@ -46,7 +46,7 @@ def of_blocks(
         `[B, M, n, heads * d]`. Of more than `SCORES` scores none stays for the backward pass, which makes them again.
     """
     blocks = queries.shape[2]
-    parts = min(blocks, -(-scores_of(queries.shape, context[0].shape[2] + own[0].shape[3]) // SCORES))
+    parts = min(blocks, -(-scores_of(queries.shape[:-1], context[0].shape[2] + own[0].shape[3]) // SCORES))
     if parts < 2:
         return _of_some_blocks(queries, context, own, anchors)
     pieces = zip(*(x.tensor_split(parts, 2) for x in (queries, *own)), anchors.tensor_split(parts, 1), strict=True)
@@ -60,8 +60,8 @@ def of_blocks(
 
 
 def scores_of(queries: torch.Size, keys: int) -> int:
-    """How many scores `[B, heads, M, n, d]` queries have with so many keys each."""
-    return math.prod(queries[:-1]) * keys
+    """How many scores `[B, heads, M, n]` queries have with so many keys each."""
+    return math.prod(queries) * keys
 
 
 def _of_some_blocks(

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from opd.choice import nested
-from opd.drafting.base import Drafter
-from opd.drafting.layers import SCORES
+from opd.drafting.base import Drafter, Outline
+from opd.drafting.layers import SCORES, scores_of
 from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.shape import model_shape
@@ -228,8 +228,11 @@ class _Counted:
             before = self._features(micro, blocks)
             self.drafter.propose(pairs, before, at, at, self.proposals, lambda k, hidden: at, self._embed)
 
-        # Of a part's scores there are as many weights, and their gradients.
-        return saved_bytes(self.drafter, forward) + 4 * 4 * SCORES
+        # The largest there can be of what is not kept: scores, as many weights, and the gradients of both.
+        keys = length + self.proposals + 1
+        heads = Outline.of(self.target.model.config, "student.target").heads
+        scores = scores_of(torch.Size((micro, heads, blocks, self.proposals + 1)), keys)
+        return saved_bytes(self.drafter, forward) + 4 * 4 * min(scores, SCORES)
 
 
 def _operations(

@@ -18,7 +18,7 @@ from opd.drafting import evaluation
 from opd.drafting.base import Drafter, DrafterSettings, Outline
 from opd.drafting.evaluation import DraftEvaluation, counts_of
 from opd.drafting.native import difference, load_drafter, save_drafter, saved_form
-from opd.drafting.record import blocks_of
+from opd.drafting.record import Drafted, blocks_of
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
 from opd.errors import IncompatibleError, RunError, SelfTestError
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from opd.rollouts import HeldOutSampler
     from opd.teachers import LiveTeacher
     from opd.teachers.self_teacher import SelfTeacher
+
+MOST_SLOTS = 256
+"""Of a block."""
 
 NO_OTHER_TEACHER = (
     "a drafter's positions are the slots of proposed blocks, of which only its target can say something: take "
@@ -155,7 +158,8 @@ class DraftStudent(LanguageStudent):
         now = self.facts(context)
         training = torch.is_grad_enabled()
         if training:
-            for name, count in counts_of(trajectories.contexts).items():
+            counts = counts_of(trajectories.contexts) | {"slots": float(trajectories.positions)}
+            for name, count in counts.items():
                 self._seen[name] = self._seen.get(name, 0.0) + count
         # The wrapper of several processes talks to the others in every pass.
         module = self.module if training else self.drafter
@@ -164,12 +168,17 @@ class DraftStudent(LanguageStudent):
         return Categorical(module(blocks, self.target.embed), head)
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`acceptance_length` of the step's rollouts, and `accepted` proposals of a block."""
-        names = ("steps", "committed", "accepted")
+        """`acceptance_length` of the step's rollouts, `accepted_proposals` of a block, and `accepted_at/K`, the share
+        of blocks whose proposal at slot K stood."""
+        # Every process sums as many numbers, whatever it has seen.
+        names = ("steps", "committed", "accepted", "slots", *(f"at/{k}" for k in range(1, MOST_SLOTS + 1)))
         mine = torch.tensor([self._seen.get(name, 0.0) for name in names], dtype=torch.float64)
-        steps, committed, accepted = sum_over_processes(mine).tolist()
+        steps, committed, accepted, slots, *at = sum_over_processes(mine).tolist()
         self._seen = {}
-        return {"acceptance_length": committed / steps, "accepted": accepted / steps} if steps else {}
+        if not steps:
+            return {}
+        shares = {f"accepted_at/{k}": stood / steps for k, stood in enumerate(at[: round(slots / steps)], start=1)}
+        return {"acceptance_length": committed / steps, "accepted_proposals": accepted / steps} | shares
 
     def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         strange = next((t for t in teachers if getattr(t, "target", None) is not self.target), None)
@@ -204,13 +213,26 @@ class DraftStudent(LanguageStudent):
         return [self.decode(record.response) for record in trajectories.contexts]
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """`tokens` are the proposals, block by block; `completion` is the answer."""
+        """`tokens` are the proposals, block by block; `completion` is the answer; `blocks` says of each block how many
+        proposals it has, how many of them the target `accepted`, and what it wrote behind those (`own`, None where the
+        answer ended)."""
         columns = {
             name: trajectories.columns[name].float() for name in ("slot", "accepted") if name in trajectories.columns
         }
         rows = super().rows(trajectories, columns | values)
-        for row, answer in zip(rows, self.outcomes(trajectories), strict=True):
+        for row, record, answer in zip(rows, trajectories.contexts, self.outcomes(trajectories), strict=True):
+            assert isinstance(record, Drafted)
             row["completion"] = answer
+            texts = self.tokens(record.response)
+            places = (record.anchors + record.accepted + 1 - len(record.prompt)).tolist()
+            row["blocks"] = [
+                {
+                    "proposals": len(row["tokens"]) // len(places),
+                    "accepted": stood,
+                    "own": texts[place] if added > stood else None,
+                }
+                for place, stood, added in zip(places, record.accepted.tolist(), record.committed.tolist(), strict=True)
+            ]
         return rows
 
     def own_sampler(self, context: Context) -> HeldOutSampler:
@@ -225,7 +247,8 @@ class DraftStudent(LanguageStudent):
         return sampler if settings.temperature is None else sampler.changed(text_temperature=settings.temperature)
 
     def measure(self, run: Measured, at: Moment) -> HeldOut:
-        return evaluation.measure(run, self, at)
+        slots = getattr(at.sampler.settings, "proposals", None) or self.drafter.proposals
+        return evaluation.measure(run, self, at, slots)
 
     def as_teacher(self, settings: SelfTeacher, context: Context) -> LiveTeacher:
         raise IncompatibleError(f"teacher 'self' beside student.kind draft: {NO_OTHER_TEACHER}")

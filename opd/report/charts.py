@@ -113,6 +113,19 @@ for _chart in (
         ),
         "share of answers",
     ),
+    Curves(
+        "acceptance length",
+        (Line("train/acceptance_length", "of the step's answers"), Line("held_out/acceptance_length", "held out")),
+        "tokens",
+        "that a pass of the target adds while it verifies a block",
+    ),
+    Bars(
+        "proposals that stood, by slot",
+        (("train/accepted_at/", "of the last step's answers"), ("held_out/accepted_at/", "held out")),
+        "slot of the block",
+        unit="share of blocks",
+        about="a slot stands where all before it do",
+    ),
     Bars(
         "prompts by right answers before training",
         (("train/curriculum/prompts/", "as given"), ("train/curriculum/balanced/", "in the balanced set")),

@@ -93,6 +93,16 @@ MEANINGS = {
         "share",
         "of the student's probability on its likeliest tokens that lies on the teacher's, mean over positions",
     ),
+    "train/acceptance_length": Meaning(
+        "acceptance length", "tokens", "that a pass of the target adds while it verifies a block", "higher"
+    ),
+    "held_out/acceptance_length": Meaning(
+        "acceptance length", "tokens", "that a pass of the target adds while it verifies a block", "higher"
+    ),
+    "train/accepted_proposals": Meaning("accepted proposals", "of a block", "", "higher"),
+    "held_out/accepted_proposals": Meaning("accepted proposals", "of a block", "", "higher"),
+    "train/accepted_at/": Meaning("proposals that stood at slot", "share of blocks", "", "higher"),
+    "held_out/accepted_at/": Meaning("proposals that stood at slot", "share of blocks", "", "higher"),
     "train/accepted": Meaning("accepted", "share of tokens", "that are among the teacher's likeliest of a given mass"),
     "train/drifted": Meaning("drift events", "share of positions", "where student and teacher part"),
     "train/reliable": Meaning("reliable", "share of positions", "up to the drift event that uses the weight up"),

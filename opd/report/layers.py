@@ -164,7 +164,7 @@ for _layer in (
         "colour",
         "share",
         "",
-        "1 where the token is among the teacher's likeliest of a given mass",
+        "1 where the token is among the teacher's likeliest of a given mass; of a drafter's proposals, where it stood",
         "green",
     ),
     Layer(
@@ -230,6 +230,8 @@ for _layer in (
     Layer("values.margin_kept", "kept by the mask", "colour", "share", "", "0 of an answer that was left out", "green"),
     Layer("values.outcome_kept", "kept by the balancer", "colour", "share", "", "0 of an answer it dropped", "green"),
     Layer("values.gated", "gated", "colour", "share", "", "1 where the token was left out for its log-ratio"),
+    Layer("values.slot", "slot", "colour", "amount", "", "place of the proposal in its block, from 1", "blue"),
+    Layer("blocks", "blocks that were verified", "row", "blocks"),
     Layer("shaped", "what was done to it", "row", "words"),
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
     Layer("authors", "written by", "token", "author"),
