@@ -22,6 +22,7 @@ from array import array
 import pytest
 import yaml
 
+from opd.api import execute
 from opd.choice import choices_of
 from opd.compatibility import Compatibility
 from opd.errors import RunError
@@ -33,6 +34,9 @@ from opd.report.layers import registered
 from opd.report.live import make_server
 from opd.report.page import LARGEST, collect, differing_keys, labels, page, updates
 from opd.report.rows import choose_held_out, choose_training, encode, evenly, scan
+from tests.conftest import save_tiny
+from tests.drafters import LAYERS
+from tests.test_draft_opd import recipe_for as recipe_of_a_drafter
 from tests.test_prune import DRIFT
 from tests.test_prune import run as run_pruned
 from tests.test_uni import trained as run_uni
@@ -330,10 +334,37 @@ def test_a_pruned_run_shows_signal_events_weights_and_where_rollouts_ended(prune
     assert all(f"train/{name}" in MEANINGS and f"values.{name}" in known for name in signals)
 
 
+OF_DRAFTERS = ("acceptance length", "proposals that stood, by slot")
+
+
+def test_a_drafters_run_shows_its_blocks_and_which_slots_stood(tmp_path):
+    target = save_tiny(tmp_path / "target", seed=1, layers=LAYERS, initializer_range=0.15)
+    result = execute(recipe_of_a_drafter(target, tmp_path, steps=2), quiet=True)
+    data = data_of(page([result.directory]))
+    (one,) = data["runs"]
+    length, slots = (next(chart for chart in data["charts"] if chart["title"] == title) for title in OF_DRAFTERS)
+    assert {line["reads"] for line in length["lines"]} <= one["series"].keys()
+    assert all(f"{family}{k}" in one["series"] for family, _ in slots["families"] for k in range(1, 5))
+    logged = {name for name in one["series"] if "accept" in name and "objective" not in name}
+    assert all(name in MEANINGS or name.startswith(("train/accepted_at/", "held_out/accepted_at/")) for name in logged)
+    known = {layer["reads"]: layer for layer in registered()}
+    assert known["blocks"]["renderer"] == "blocks"
+    for kind in ("training", "held_out"):
+        rows = [row for chunk in one["rows"][kind]["chunks"] for row in unpack(chunk)]
+        assert rows
+        for row in rows:
+            slots_of_row = [k for block in row["extra"]["blocks"] for k in range(1, block["proposals"] + 1)]
+            assert row["values"]["slot"] == slots_of_row
+            stood = [float(k < b["accepted"]) for b in row["extra"]["blocks"] for k in range(b["proposals"])]
+            assert row["values"]["accepted"] == stood
+
+
 def test_a_calibrated_run_shows_margins_balance_and_difficulty(calibrated):
     data = data_of(page([calibrated]))
     (one,) = data["runs"]
     for chart in data["charts"]:
+        if chart["title"] in OF_DRAFTERS:
+            continue
         if chart["kind"] == "bars":
             families = [family for family, _ in chart["families"]] + [chart["notes"]]
             assert all(f"{family}{tag}/{c}" in one["series"] for family in families for tag in "ab" for c in range(4))
