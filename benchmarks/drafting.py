@@ -36,7 +36,9 @@ from opd.recipe import load_recipe
 
 RECIPES = ("smollm2_draft_1_start", "smollm2_draft_2_opd")
 DATA = Path(__file__).parent.parent / "recipes" / "data" / "instructions.jsonl"
-TEMPERATURES = (0.0, 1.0)
+TEMPERATURES = (0, 1)
+"""At 0 the likeliest token is taken."""
+
 ROWS, NEW, ROUNDS = 4, 64, 5
 """Texts of a round, tokens of each, rounds."""
 
@@ -68,8 +70,8 @@ def speed(folder: Path, quick: bool) -> dict[str, Any]:
     new, rounds, seeds = 8 if quick else NEW, 1 if quick else ROUNDS, range(ROWS)
     found: dict[str, Any] = {}
     for temperature in TEMPERATURES:
-        context = Context(device, agreed=Tokens(), temperature=temperature)
-        drawing = Drawing(context, batch=1)
+        context = Context(device, agreed=Tokens())
+        drawing = Drawing(context, top_k=0 if temperature else 1, batch=1)
         helper = Helped(model=str(folder)).build(language, context, "the target")
 
         def alone(drawing: Drawing = drawing) -> list[Row]:
@@ -89,7 +91,7 @@ def speed(folder: Path, quick: bool) -> dict[str, Any]:
                 rows = work()
                 written[way].append(sum(len(row.actions) for row in rows) / (time.perf_counter() - begun))
         medians = {way: statistics.median(all_) for way, all_ in written.items()}
-        found[f"{temperature:g}"] = {
+        found[str(temperature)] = {
             "tokens_a_second": {way: {"median": medians[way], "all": all_} for way, all_ in written.items()},
             "ratio": medians["with a drafter"] / medians["alone"],
             "same_texts": sum(same) / len(same),
