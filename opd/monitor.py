@@ -25,7 +25,7 @@ from opd.files.whole import flush, main_process
 from opd.measurement import Measurement
 from opd.policies.held_out import HeldOut, as_logged
 from opd.progress import Bar, Lines, Nothing, shows_bars
-from opd.provenance import models_of
+from opd.provenance import models_of, student_of
 from opd.recipe import Recipe
 from opd.run import Run
 from opd.shaping import words_of
@@ -171,7 +171,7 @@ class Monitor:
             block = recipe.dump()
             teachers = ", ".join(models_of(t) for t in block["teacher"]) or "none"
             self._say(
-                f"run {recipe.name}: student {block['student'].get('model')}, teacher {teachers}, {recipe.steps} steps "
+                f"run {recipe.name}: student {student_of(block['student'])}, teacher {teachers}, {recipe.steps} steps "
                 f"of {recipe.batch.prompts * recipe.batch.group} trajectories, in {recipe.directory}"
             )
 

@@ -85,6 +85,13 @@ def read_origin(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path} does not list a student's teachers as opd writes it; mend or remove it") from None
 
 
+def student_of(student: object) -> str:
+    """What a student's block of a recipe names, for people: its model, or that which a new drafter is for."""
+    if isinstance(student, dict) and "target" in student and not student.get("model"):
+        return f"a drafter of {models_of(student['target'])}"
+    return models_of(student)
+
+
 def models_of(teacher: object) -> str:
     """What a teacher's block of a recipe names, for people: its model, those of its routes, or its kind."""
     if not isinstance(teacher, dict):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from opd.provenance import models_of
+from opd.provenance import models_of, student_of
 
 if TYPE_CHECKING:
     from opd.api import Result
@@ -121,7 +121,7 @@ def show_recipes(found: Mapping[str, Path]) -> None:
         named = data.get("teacher") or []
         teachers = named if isinstance(named, list) else [named]
         shown = ", ".join(models_of(t) for t in teachers)
-        table.add_row(name, data["student"]["model"], shown, data.get("description", ""))
+        table.add_row(name, student_of(data["student"]), shown, data.get("description", ""))
     console().print(table)
 
 
