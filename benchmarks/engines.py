@@ -266,7 +266,7 @@ def speed(
         engine = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}", "overlap": way == "ahead"}
         history = run(
             place / "steps", folders, 0, True,
-            rollout={"max_new_tokens": 32, "engine": engine}, steps=5, evaluation={"held_out": 0, "samples": 0},
+            rollout={"max_new_tokens": 32, "engine": engine}, steps=5, evaluation={"held_out": 1, "samples": 0},
         )  # fmt: skip
         # The first step has nothing to be ahead of, and the last nothing to write.
         taken = [row["train/seconds/step"] for row in history if "train/seconds/step" in row][1:-1]
