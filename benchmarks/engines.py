@@ -6,7 +6,7 @@ it are started, of SmolLM2-135M and of the same without its layers 10 to 17, and
 `learning`: ten steps in which the small one heals under the whole one, once with both in this process and once with the
 engine writing and the teacher served, with three seeds. Both students are then measured in this process, on the same
 held-out prompts. `speed`: tokens a second that are written and scored by the server and here, taking turns, medians of
-five rounds; and a step's seconds with the next one's completions written ahead and without, taking turns too.
+five rounds; and seconds of a step with the next one's completions written ahead and without, taking turns too.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,18 @@ import opd
 from benchmarks.loss_operator import describe_machine, versions
 from benchmarks.sizes import MODELS, SMOLLM2
 from opd.context import Context
+from opd.distributions import Categorical, TopK
 from opd.engines.served import ServedEngine, ServedWriter
-from opd.language.engines.base import Drawing
+from opd.language.engines.base import Drawing, Row
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_model, load_tokenizer
+from opd.language.rollout import pack_rows
 from opd.language.tokens import Tokens
 from opd.prompts import Prompt
 from opd.prompts.file import FilePrompts
 from opd.remote.launch import servers_of, started
+from opd.teachers.base import Teacher
+from opd.teachers.local import LocalTeacher
 from opd.teachers.served import ServedTeacher
 
 SEEDS = (0, 1, 2)
@@ -191,43 +196,84 @@ def measured_untrained(folders: dict[str, Path]) -> dict[str, float]:
 def speed(
     folders: dict[str, Path], place: Path, before: dict[str, Any], keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Tokens a second, and a step's seconds; medians, and all of them."""
-    device, name = torch.device("cpu"), str(folders["student"])
-    language, half = (
-        LanguageModel.load(ModelSettings(model=name, dtype=dtype), device) for dtype in ("float32", "bfloat16")
-    )
+    """Tokens a second that are written and scored, and a step's seconds: medians, and all of them. Rounds that are
+    there `before` are not run again."""
+    context = Context(torch.device("cpu"), agreed=Tokens())
+    found: dict[str, Any] = {"written": {}, "scored": {}, "steps": {}}
+    found |= {name: rows for name, rows in before.items() if name in found}
+
+    def rounds(which: str, count: int, ways: dict[str, Callable[[], float]]) -> None:
+        for round_ in range(count):
+            for way, work in ways.items():
+                rows = found[which].setdefault(way, {"all": []})
+                if len(rows["all"]) > round_:
+                    continue
+                rows["all"].append(work())
+                rows["median"] = statistics.median(rows["all"])
+            keep(found)
+            print(which, round_, json.dumps({way: found[which][way]["all"][-1] for way in ways}), flush=True)
+
     texts = [str(row["prompt"]) for _, row in FilePrompts(path=str(DATA)).rows()][:ROWS]
-    contexts = [language.encode(Prompt(str(i), {"prompt": text})) for i, text in enumerate(texts)]
-    context = Context(device, agreed=Tokens())
-    drawing = Drawing(context)
+    prompts = [Prompt(str(i), {"prompt": text}) for i, text in enumerate(texts)]
+    language, half = (
+        LanguageModel.load(ModelSettings(model=str(folders["student"]), dtype=dtype), context.device)
+        for dtype in ("float32", "bfloat16")
+    )
+    contexts = [language.encode(prompt) for prompt in prompts]
     writer = ServedWriter(ServedEngine(url=[f"http://127.0.0.1:{PORTS['student']}"]), language, context)
-    seeds = range(ROWS)
-    writer.sample(contexts, 1, NEW, seeds, drawing)
-    ways: dict[str, Callable[[], Any]] = {
-        "server, bfloat16": lambda: writer.sample(contexts, 1, NEW, seeds, drawing),
-        "here, bfloat16": lambda: half.sample(contexts, 1, NEW, seeds, drawing),
-        "here, float32": lambda: language.sample(contexts, 1, NEW, seeds, drawing),
-    }
-    written: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(ROUNDS):
-        for way, work in ways.items():
-            begun = time.perf_counter()
-            rows = work()
-            written[way].append(sum(len(row.actions) for row in rows) / (time.perf_counter() - begun))
+    writers: dict[str, Any] = {"server, bfloat16": writer, "here, bfloat16": half, "here, float32": language}
+
+    def write(who: Any) -> list[Row]:
+        rows: list[Row] = who.sample(contexts, 1, NEW, range(ROWS), Drawing(context))
+        return rows
+
+    def rate(rows: Sequence[Row], work: Callable[[], object]) -> float:
+        begun = time.perf_counter()
+        work()
+        return sum(len(row.actions) for row in rows) / (time.perf_counter() - begun)
+
+    def written(who: Any) -> float:
+        begun = time.perf_counter()
+        return sum(len(row.actions) for row in write(who)) / (time.perf_counter() - begun)
+
+    rows = write(writer)
+    rounds("written", ROUNDS, {way: partial(written, who) for way, who in writers.items()})
     writer.close()
-    steps: dict[str, list[float]] = {"ahead": [], "not ahead": []}
-    for round_ in range(3):
-        for way in steps:
-            changes = {"rollout": {"max_new_tokens": 64}, "steps": 6, "evaluation": {"held_out": 2, "samples": 0}}
-            engine = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}", "overlap": way == "ahead"}
-            changes["rollout"] = {"max_new_tokens": 64, "engine": engine}
-            history = run(place / f"{way}-{round_}", folders, round_, True, **changes)
-            # The first step has nothing to be ahead of, and the last nothing to write.
-            steps[way] += [row["train/seconds/step"] for row in history if "train/seconds/step" in row][1:-1]
-    return {
-        "tokens_a_second": {way: {"median": statistics.median(all_), "all": all_} for way, all_ in written.items()},
-        "seconds_a_step": {way: {"median": statistics.median(all_), "all": all_} for way, all_ in steps.items()},
+
+    trajectories = pack_rows(prompts, contexts, 1, rows, "student")
+    address = f"http://127.0.0.1:{PORTS['teacher']}"
+    asked: dict[str, Teacher] = {
+        "server, bfloat16": ServedTeacher(
+            url=[address], answers="top_k", top_k=TOP_K, tokenizer=str(folders["teacher"])
+        ),
+        "here, bfloat16": LocalTeacher(model=str(folders["teacher"]), dtype="bfloat16"),
+        "here, float32": LocalTeacher(model=str(folders["teacher"]), dtype="float32"),
     }
+    teachers = {way: teacher.build(context, None) for way, teacher in asked.items()}
+
+    def score(way: str) -> None:
+        answer = teachers[way].answer(trajectories, asked[way], context)[0].distribution
+        if isinstance(answer, Categorical):
+            # What the server gives as well: the likeliest ids.
+            with torch.no_grad():
+                TopK.of(answer, TOP_K)
+
+    rounds("scored", ROUNDS, {way: partial(rate, rows, partial(score, way)) for way in teachers})
+    for teacher in teachers.values():
+        teacher.close()
+
+    def step(way: str) -> float:
+        engine = {"kind": "served", "url": f"http://127.0.0.1:{PORTS['student']}", "overlap": way == "ahead"}
+        history = run(
+            place / "steps", folders, 0, True,
+            rollout={"max_new_tokens": 32, "engine": engine}, steps=5, evaluation={"held_out": 1, "samples": 0},
+        )  # fmt: skip
+        # The first step has nothing to be ahead of, and the last nothing to write.
+        taken = [row["train/seconds/step"] for row in history if "train/seconds/step" in row][1:-1]
+        return statistics.mean(taken)
+
+    rounds("steps", ROUNDS, {way: partial(step, way) for way in ("ahead", "not ahead")})
+    return found
 
 
 def main() -> None:

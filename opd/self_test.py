@@ -9,7 +9,7 @@ import torch
 from opd.context import Context
 from opd.divergences import Divergence, Target
 from opd.errors import SelfTestError
-from opd.language.own_outputs import TOLERANCE, compute_dtype
+from opd.language.own_outputs import ELSEWHERE, TOLERANCE, compute_dtype
 from opd.objectives import Objective
 from opd.objectives.sft import SFT
 from opd.policies import Student
@@ -66,7 +66,7 @@ def self_test(
     if rollout.exact(probe.settings):
         gaps = (own.log_probs - trajectories.behaviour_log_probs)[trajectories.learnt].abs()
         gap = float(gaps.median() if rollout.elsewhere else gaps.mean())
-        allowed = max(tolerance, TOLERANCE[rollout.dtype])
+        allowed = max(tolerance, TOLERANCE[rollout.dtype]) * (ELSEWHERE if rollout.elsewhere else 1)
         if not gap <= allowed:
             raise SelfTestError(
                 f"rollout and training log-probabilities of the same actions differ by {gap:.2g} nats "

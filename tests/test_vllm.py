@@ -17,9 +17,10 @@ import torch
 import opd
 from benchmarks.engines import ENVIRONMENT, PORTS, SERVING, models, run, serving, start
 from opd.context import Context
-from opd.language.engines.base import ids_of
+from opd.language.engines.base import Drawing, ids_of
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
+from opd.language.tokens import Tokens
 from opd.policies.draft import Draft
 from opd.prompts import Prompt
 from opd.remote.launch import _running, servers_of, started
@@ -29,13 +30,33 @@ from tests.drafters import drafted
 PYTHON = os.environ.get("OPD_VLLM")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM: make test-engines")
 
-ROUNDING = 0.15
-"""Nats a token by which a server in bfloat16 may be off."""
-
 
 @pytest.fixture(scope="module")
 def folders():
     return models()
+
+
+@pytest.fixture(scope="module")
+def rounding(folders):
+    """Nats by which a server in bfloat16 may be off, on average over 64 tokens: twice what bfloat16 is in this process,
+    where that is worst."""
+    device = torch.device("cpu")
+    whole, half = (
+        LanguageModel.load(ModelSettings(model=str(folders["student"]), dtype=dtype), device)
+        for dtype in ("float32", "bfloat16")
+    )
+    texts = ("Name a colour.", "What is tea?", "Where is Rome?", "Who wrote Hamlet?")
+    contexts = [whole.encode(Prompt(str(i), {"prompt": text})) for i, text in enumerate(texts)]
+    off = []
+    for seed in range(8):
+        seeds = range(seed * len(texts), (seed + 1) * len(texts))
+        rows = half.sample(contexts, 1, 16, seeds, Drawing(Context(device, agreed=Tokens())))
+        with torch.no_grad():
+            hidden = whole([ids_of(context) for context in contexts], [row.actions for row in rows])
+            own = torch.log_softmax(whole.head(1.0).logits(hidden), -1)
+        drawn, said = torch.cat([row.actions for row in rows]), torch.cat([row.log_probs for row in rows])
+        off.append(float((own.gather(1, drawn[:, None]).squeeze(1) - said).abs().mean()))
+    return 2 * max(off)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +70,11 @@ def metrics(history, name):
     return [row[f"train/{name}"] for row in history if f"train/{name}" in row]
 
 
-def test_the_student_learns_with_both_behind_vllm(both, folders, tmp_path):
+def test_the_student_learns_with_both_behind_vllm(both, rounding, folders, tmp_path):
     history = run(tmp_path / "run", folders, 0, True, steps=4, batch={"prompts": 8, "micro": 8})
-    assert all(gap < ROUNDING for gap in metrics(history, "rollout_gap"))
+    assert all(gap < rounding for gap in metrics(history, "rollout_gap"))
     # The weights that moved are those that write: had they stayed, the gap would have grown with every step.
-    assert all(gap < ROUNDING for gap in metrics(history, "engine/score_gap"))
+    assert all(gap < rounding for gap in metrics(history, "engine/score_gap"))
     assert sum(metrics(history, "engine/pushes")) >= 4
     assert "train/invalid" not in {name for row in history for name in row}
     first, *_, last = metrics(history, "divergence")
@@ -74,7 +95,7 @@ def test_what_is_written_ahead_is_one_step_old(both, folders, tmp_path):
     assert metrics(history, "engine/staleness") == [0.0, 1.0, 1.0]
 
 
-def test_cuts_temperature_and_a_watch(both, folders, tmp_path):
+def test_cuts_temperature_and_a_watch(both, rounding, folders, tmp_path):
     rollout = {"max_new_tokens": 16, "watch": {"kind": "repetition"}, "segment": 8, "top_p": 0.9}
     history = run(
         tmp_path / "run",
@@ -120,7 +141,7 @@ def test_a_store_is_written_and_scored(both, folders, tmp_path):
     assert not targets.missing()
 
 
-def test_a_server_that_is_killed_and_comes_back(folders, tmp_path):
+def test_a_server_that_is_killed_and_comes_back(rounding, folders, tmp_path):
     """The engine is killed while it writes, and started again from the weights that it began with."""
     block = start(PYTHON, folders["student"], "student") | {"url": "http://127.0.0.1:18775"}
     command = [word.replace("{port}", "18775") for word in block["start"]["command"]]
@@ -179,11 +200,11 @@ def test_a_server_that_is_killed_and_comes_back(folders, tmp_path):
             os.killpg(process[0].pid, signal.SIGKILL)
             process[0].wait()
     assert len(metrics(history, "loss")) == 3
-    assert all(gap < ROUNDING for gap in metrics(history, "rollout_gap"))
+    assert all(gap < rounding for gap in metrics(history, "rollout_gap"))
     assert "train/invalid" not in {name for row in history for name in row}
 
 
-def test_an_adapter_follows(folders, tmp_path):
+def test_an_adapter_follows(rounding, folders, tmp_path):
     """Started and ended by the run itself."""
     command = [PYTHON, *SERVING, "--model", str(folders["student"]), "--port", "{port}"]
     command += ["--enable-lora", "--max-lora-rank", "8"]
@@ -208,7 +229,7 @@ def test_an_adapter_follows(folders, tmp_path):
         hardware={"device": "cpu", "precision": "fp32"},
         output=str(tmp_path / "run"),
     )
-    assert all(gap < ROUNDING for gap in metrics(result.history, "rollout_gap"))
+    assert all(gap < rounding for gap in metrics(result.history, "rollout_gap"))
     assert sum(metrics(result.history, "engine/pushes")) >= 3
     assert not _running
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -22,7 +22,7 @@ from opd.errors import RESUME, ModelError, OpdError, RunError
 from opd.files.whole import told as in_a_line
 from opd.language.engines.in_process import InProcess
 from opd.language.identity import PROBE
-from opd.language.own_outputs import TOLERANCE
+from opd.language.own_outputs import ELSEWHERE, TOLERANCE
 from opd.language.saving import is_adapted, merged, write_weights
 from opd.remote.client import Client, Job, RequestError
 from opd.remote.settings import Reached
@@ -298,7 +298,7 @@ class Follower:
             gap = float((found.log_probs - own).abs().median())
             worst = max(worst, gap if gap == gap else math.inf)
         self.score_gap = worst
-        return worst <= TOLERANCE[self.dtype]
+        return worst <= ELSEWHERE * TOLERANCE[self.dtype]
 
     def probe(self) -> list[int]:
         return list(self.language.tokenizer(PROBE, add_special_tokens=False)["input_ids"])

@@ -21,6 +21,11 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 """Largest mean difference in nats between log-probabilities of the same actions, and largest mean difference of logits
 as a share of the largest, by compute dtype."""
 
+ELSEWHERE = 3.0
+"""Times the above that log-probabilities of another engine may be off at half of the tokens: its kernels round in other
+places, and where a model is unsure (one that has just lost layers) bfloat16 alone is off by 0.1. Another model is off
+by more than this."""
+
 DRAWN = 8
 """Tokens that a probe of a sampler draws."""
 
