@@ -118,7 +118,7 @@ def test_a_copy_in_another_dtype_verifies_and_follows_the_student(models, drafte
         gaps.append(float((own - made.behaviour_log_probs).abs().mean()))
         with torch.no_grad():
             for weight in run.student.module.parameters():
-                weight.mul_(1.5)
+                weight.copy_(weight.roll(1, 0))
     assert 0 < max(gaps) < 0.1
 
 
@@ -128,3 +128,35 @@ def test_a_plan_counts_the_sampling_and_tells_of_the_drafter(models, drafters, t
     assert with_one.memory == alone.memory
     (told,) = (note for note in with_one.notes if "proposes to the student" in note)
     assert drafters["chain"] in told
+
+
+@pytest.mark.parametrize("tree", [None, {"width": 2, "nodes": 8}])
+def test_what_was_saved_is_logged(models, drafters, tmp_path, tree):
+    settings = engine(drafters["chain"], tree=tree)
+    result = execute(
+        recipe_for(models, tmp_path, rollout={"engine": settings, "top_k": 1}, self_test=False), quiet=True
+    )
+    steps = [record for record in result.history if "train/loss" in record]
+    for i, record in enumerate(steps):
+        passes, tokens, length = (
+            record[f"train/engine/{name}"] for name in ("target_passes", "written_tokens", "acceptance_length")
+        )
+        assert record["train/engine/passes_saved"] == pytest.approx(1 - passes / tokens)
+        if i:  # before the first, held-out answers were written
+            assert tokens == record["train/sampled_tokens"]
+            assert (tokens - 16) / (passes - 16) == pytest.approx(length)
+        assert 1 <= length <= 5
+
+
+def test_a_tree_writes_what_the_student_writes_alone(models, drafters, tmp_path):
+    plain = build(recipe_for(models, tmp_path), tmp_path)
+    prompts = plain.course.next(0, {}, None).prompts
+    alone = rolled_out(plain, prompts, 2, 12)
+    rollout = {"engine": engine(drafters["chain of some ids"], tree={"width": 4, "nodes": 16})}
+    together = rolled_out(build(recipe_for(models, tmp_path, rollout=rollout), tmp_path), prompts, 2, 12)
+    assert together.actions.tolist() == alone.actions.tolist()
+    torch.testing.assert_close(together.behaviour_log_probs, alone.behaviour_log_probs, atol=1e-4, rtol=1e-4)
+    for model, tree, said in (("block", {}, "do not see each other"), ("chain", {"nodes": 2}, "4 proposals already")):
+        rollout = {"engine": engine(drafters[model], tree=tree)}
+        with pytest.raises(IncompatibleError, match=rf"rollout\.engine\.tree.*{said}"):
+            build(recipe_for(models, tmp_path, rollout=rollout), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,8 +14,10 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Vocabulary
 from opd.drafting.base import Drafter
-from opd.drafting.decoding import Proposing, Speculation, speculate
+from opd.drafting.decoding import Speculation, speculate
 from opd.drafting.native import load_drafter
+from opd.drafting.proposing import Proposes
+from opd.drafting.record import Drafted, saved
 from opd.drafting.target import Target, draft_head
 from opd.engines.base import Pending, RolloutEngine, Writer
 from opd.errors import DataError, IncompatibleError, ModelError
@@ -27,7 +30,7 @@ from opd.prompts import Prompt
 PLACE = "rollout.engine"
 
 
-class DraftedEngine(RolloutEngine):
+class DraftedEngine(Proposes, RolloutEngine):
     """A draft model proposes and the student verifies, in this process: the distribution that the student has alone, in
     fewer of its passes."""
 
@@ -35,11 +38,9 @@ class DraftedEngine(RolloutEngine):
     modality: ClassVar[str | None] = "language"
     here: ClassVar[bool] = True
     watched: ClassVar[bool] = False
+    place: ClassVar[str] = PLACE
+    shown: ClassVar[tuple[str, ...]] = ("engine/acceptance_length",)
     model: str = Field(description="Folder of a drafter in its native format, made for the student")
-    proposals: int | None = Field(None, ge=1, le=256, description="Tokens of a block; default the drafter's")
-    proposing: Proposing = Field(
-        "likeliest", description="Whether a slot's likeliest token is proposed, or one drawn from the drafter"
-    )
 
     def told(self, student: Shape) -> str:
         weights = Path(self.model).expanduser() / "model.safetensors"
@@ -63,15 +64,7 @@ class DraftedEngine(RolloutEngine):
             raise IncompatibleError(
                 f"{PLACE}.model {self.model}: it may propose id {unknown}, which no text of this run holds"
             )
-        if self.proposals is not None and drafter.most is not None and self.proposals > drafter.most:
-            raise IncompatibleError(
-                f"{PLACE}.proposals is {self.proposals}, and this drafter proposes {drafter.most} at most; lower it"
-            )
-        if self.proposing == "drawn" and drafter.parallel:
-            raise IncompatibleError(
-                f"{PLACE}.proposing is 'drawn', and the slots of this drafter do not see each other: drawn apart they "
-                "are no text. Leave it at 'likeliest'"
-            )
+        self.check(drafter)
         return DraftedWriter(self, language, drafter.to(context.device).requires_grad_(False).eval())
 
 
@@ -81,6 +74,7 @@ class DraftedWriter(Writer):
     def __init__(self, settings: DraftedEngine, language: InProcess, drafter: Drafter):
         self.settings, self.language, self.drafter = settings, language, drafter
         self.dtype = next(language.parameters()).dtype
+        self.counted: Counter[str] = Counter()
 
     @torch.no_grad()
     def sample(
@@ -115,6 +109,7 @@ class DraftedWriter(Writer):
                 for i, answer in zip(here, speculate(how, *of_rows, budget), strict=True):
                     text = answer.record.response.to(self.language.device)
                     found[i] = Row(text, answer.log_p.to(self.language.device), answer.finished)
+                    self._count(answer.record)
                     if ended is not None:
                         ended(i, found[i])
         return [found[i] for i in range(len(found))]
@@ -134,7 +129,14 @@ class DraftedWriter(Writer):
             self.settings.proposing,
             drawing.top_p,
             drawing.top_k,
+            self.settings.tree,
         )
+
+    def _count(self, record: Drafted) -> None:
+        self.counted["answers"] += 1
+        self.counted["steps"] += len(record.anchors)
+        self.counted["committed"] += int(record.committed.sum())
+        self.counted["tokens"] += len(record.response)
 
     def begin(self, asked: Pending) -> None:
         raise NotImplementedError("it is never ahead")
@@ -149,7 +151,14 @@ class DraftedWriter(Writer):
         return {}
 
     def own_signals(self) -> Mapping[str, float]:
-        return {}
+        """`acceptance_length` and what was saved, of all that was written since, held-out answers too."""
+        counted, self.counted = self.counted, Counter()
+        if not counted:
+            return {}
+        found = saved(counted["answers"] + counted["steps"], counted["tokens"])
+        if counted["steps"]:
+            found["acceptance_length"] = counted["committed"] / counted["steps"]
+        return {f"engine/{name}": value for name, value in found.items()}
 
     def close(self) -> None:
         """It holds nothing but memory."""
