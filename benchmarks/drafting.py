@@ -25,7 +25,7 @@ from benchmarks.loss_operator import describe_machine, versions
 from benchmarks.sizes import SMOLLM2
 from opd.api import execute
 from opd.context import Context
-from opd.drafting.faster import Helped
+from opd.engines.drafted import DraftedEngine, DraftedWriter
 from opd.language.engines.base import Drawing, Row
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
@@ -72,14 +72,13 @@ def speed(folder: Path, quick: bool) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         context = Context(device, agreed=Tokens())
         drawing = Drawing(context, top_k=0 if temperature else 1, batch=1)
-        helper = Helped(model=str(folder)).build(language, context, "the target")
+        helper = DraftedEngine(model=str(folder)).build(language, context)
 
         def alone(drawing: Drawing = drawing) -> list[Row]:
             return language.sample(contexts, 1, new, seeds, drawing)
 
-        def helped(drawing: Drawing = drawing, helper: Any = helper) -> list[Row]:
-            rows: list[Row] = helper.sample(language, contexts, 1, new, seeds, drawing)
-            return rows
+        def helped(drawing: Drawing = drawing, helper: DraftedWriter = helper) -> list[Row]:
+            return helper.sample(contexts, 1, new, seeds, drawing)
 
         ways: dict[str, Callable[[], list[Row]]] = {"alone": alone, "with a drafter": helped}
         written: dict[str, list[float]] = {way: [] for way in ways}

@@ -366,6 +366,8 @@ def _assembled(
         asked = now.request(probe, PROBE_POSITIONS, stream=PROBE, group=1)
         with accelerator.autocast():
             self_test(student, built, rollout, now.recipe.objective, asked, sampler)
+        # What the student counted of a tiny rollout is of no step.
+        student.own_signals(lambda own: own)
     # Dropout and gradient checkpointing act in training mode alone; rollouts and evaluations leave it for their time.
     student.module.train()
 

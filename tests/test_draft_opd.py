@@ -420,7 +420,7 @@ def test_a_plan_counts_activations_as_autograd_keeps_them(target, tmp_path):
         torch.ones(rows, length + 1, dtype=torch.int64),
         torch.arange(1, blocks + 1).expand(rows, blocks),
         torch.ones(rows, blocks, 4, dtype=torch.int64),
-        torch.ones(rows, blocks, dtype=torch.bool),
+        torch.ones(rows, blocks, 4, dtype=torch.bool),
     )
     kept = saved_bytes(student.drafter, lambda: student.drafter(told, student.target.embed))
     scores = rows * outline.heads * blocks * 5 * (length + 5) * 16

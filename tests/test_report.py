@@ -25,6 +25,7 @@ import yaml
 from opd.api import execute
 from opd.choice import choices_of
 from opd.compatibility import Compatibility
+from opd.drafting.record import saved
 from opd.errors import RunError
 from opd.report import Bars, Curves, Layer, Line, register, register_chart, write_report
 from opd.report.charts import registered_charts
@@ -334,7 +335,7 @@ def test_a_pruned_run_shows_signal_events_weights_and_where_rollouts_ended(prune
     assert all(f"train/{name}" in MEANINGS and f"values.{name}" in known for name in signals)
 
 
-OF_DRAFTERS = ("acceptance length", "proposals that stood, by slot")
+OF_DRAFTERS = ("acceptance length", "passes saved by a drafter", "proposals that stood, by slot")
 
 
 def test_a_drafters_run_shows_its_blocks_and_which_slots_stood(tmp_path):
@@ -342,8 +343,12 @@ def test_a_drafters_run_shows_its_blocks_and_which_slots_stood(tmp_path):
     result = execute(recipe_of_a_drafter(target, tmp_path, steps=2), quiet=True)
     data = data_of(page([result.directory]))
     (one,) = data["runs"]
-    length, slots = (next(chart for chart in data["charts"] if chart["title"] == title) for title in OF_DRAFTERS)
-    assert {line["reads"] for line in length["lines"]} <= one["series"].keys()
+    length, passes, slots = (
+        next(chart for chart in data["charts"] if chart["title"] == title) for title in OF_DRAFTERS
+    )
+    assert {line["reads"] for line in length["lines"]} - {"train/engine/acceptance_length"} <= one["series"].keys()
+    assert passes["lines"][0]["reads"] == "train/passes_saved"
+    assert {f"train/{name}" for name in saved(1, 2)} <= one["series"].keys() & MEANINGS.keys()
     assert all(f"{family}{k}" in one["series"] for family, _ in slots["families"] for k in range(1, 5))
     logged = {name for name in one["series"] if "accept" in name and "objective" not in name}
     assert all(name in MEANINGS or name.startswith(("train/accepted_at/", "held_out/accepted_at/")) for name in logged)

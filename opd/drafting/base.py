@@ -21,6 +21,10 @@ Follow = Callable[[int, torch.Tensor], torch.Tensor]
 """`(k, hidden [B, M, D]) -> int64 [B, M]`: the token at slot k, 1 to K, of each block, drawn from that slot's final
 hidden states or read from a record. Asked once for every slot, in order."""
 
+Choose = Callable[[int, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""`(k, hidden [B, M, D]) -> (int64 [B, M'], int64 [B, M'])`: from the final hidden states at slot k of M lines the
+tokens of the M' that go on with one, and on which of the M each of these stands. Asked once for each slot, in order."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values, `[B, heads, S, d]`."""
 
@@ -140,8 +144,43 @@ class Drafter(torch.nn.Module, ABC):
             follow: the tokens at the slots.
         """
 
+    def branch(
+        self,
+        kept: Sequence[Pair],
+        before: torch.Tensor,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        proposals: int,
+        choose: Choose,
+        embed: Embed,
+    ) -> None:
+        """Propose several lines behind one anchor, which part where `choose` goes on from one of them more than once;
+        of drafters whose slots see each other. What a line gets is what `propose` gives for it alone.
+
+        Here all lines are drafted anew from the anchor for every slot; a form that keeps what it has of them
+        overrides this.
+
+        Args:
+            kept: as in `propose`.
+            before: `[B, 1, F]`.
+            tokens, anchors: int64 `[B, 1]`.
+            proposals: K, tokens of a line.
+        """
+        lines = tokens[:, :, None][:, :, :0]
+        for k in range(1, proposals + 1):
+            rows, count = lines.shape[:2]
+
+            def follow(slot: int, hidden: torch.Tensor, lines: torch.Tensor = lines) -> torch.Tensor:
+                return lines[:, :, slot - 1] if slot <= lines.shape[2] else torch.zeros_like(hidden[:, :, 0]).long()
+
+            alike = (before.expand(rows, count, -1), tokens.expand(rows, count), anchors.expand(rows, count))
+            hidden = self.propose(kept, *alike, k, follow, embed)
+            found, origins = choose(k, hidden[:, :, k - 1])
+            before_it = lines.gather(1, origins[:, :, None].expand(-1, -1, k - 1))
+            lines = torch.cat([before_it, found[:, :, None]], 2)
+
     def forward(self, blocks: Blocks, embed: Embed) -> torch.Tensor:
-        """Final hidden states `[N, D]` at the slots of recorded blocks, with a graph: N = K times their number."""
+        """Final hidden states `[N, D]` at the slots of recorded blocks, with a graph."""
         width = blocks.features.shape[1]
         positions = torch.arange(width, device=blocks.features.device).expand(len(blocks.features), width)
         features = blocks.features.to(next(self.parameters()).dtype)
@@ -156,7 +195,7 @@ class Drafter(torch.nn.Module, ABC):
             lambda k, _: blocks.proposals[:, :, k - 1],
             embed,
         )
-        return hidden[blocks.present].flatten(0, 1)
+        return hidden[blocks.present].flatten(0, -2)
 
     @abstractmethod
     def own_head(self) -> torch.Tensor | None:
@@ -180,7 +219,7 @@ class Blocks:
         tokens: int64 `[B, S + 1]`, what stands there.
         anchors: int64 `[B, M]`; 1 where a row has fewer blocks.
         proposals: int64 `[B, M, K]`.
-        present: bool `[B, M]`, which blocks there are.
+        present: bool `[B, M, K]`, which slots there are.
     """
 
     features: torch.Tensor

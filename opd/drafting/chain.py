@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch.nn import Linear, RMSNorm
 
 from opd.distributions import Head
-from opd.drafting.base import Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
+from opd.drafting.base import Choose, Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
 from opd.drafting.layers import FeedForward, in_heads, of_blocks, rotate
 from opd.errors import ModelError
 
@@ -126,24 +126,67 @@ class ChainDrafter(Drafter):
         follow: Follow,
         embed: Embed,
     ) -> torch.Tensor:
-        ((keys, values),) = kept
-        attention, width = self.midlayer.self_attn, self.target
-        feature, found = self.fc(before), []
-        nothing = keys.new_zeros(len(keys), keys.shape[1], anchors.shape[1], 0, width.head_dim)
-        own = (nothing, nothing)
+        feature, own, found = self.fc(before), self._nothing(kept, anchors), []
         for k in range(1, proposals + 1):
-            position = anchors + (k - 2)
-            inputs = self._inputs(embed(tokens), feature)
-            if k > 1:  # the row of slot 1 stands: it is among those before the anchor
-                new = self._keys_and_values(inputs, position)
-                own = (torch.cat([own[0], new[0][:, :, :, None]], 3), torch.cat([own[1], new[1][:, :, :, None]], 3))
-            query = rotate(in_heads(attention.q_proj(inputs), width.heads), position, width.theta)
-            mixed = of_blocks(query[:, :, :, None], (keys, values), own, anchors)
-            feature = feature + attention.o_proj(mixed[:, :, 0])
-            feature = feature + self.midlayer.mlp(self.midlayer.post_attention_layernorm(feature))
+            feature, own = self._row(k, kept, feature, own, embed(tokens), anchors)
             found.append(self.norm(feature))
             tokens = follow(k, found[-1])
         return torch.stack(found, 2)
+
+    def branch(
+        self,
+        kept: Sequence[Pair],
+        before: torch.Tensor,
+        tokens: torch.Tensor,
+        anchors: torch.Tensor,
+        proposals: int,
+        choose: Choose,
+        embed: Embed,
+    ) -> None:
+        feature, own = self.fc(before), self._nothing(kept, anchors)
+        for k in range(1, proposals + 1):
+            lines = anchors.expand(-1, tokens.shape[1])
+            feature, own = self._row(k, kept, feature, own, embed(tokens), lines)
+            tokens, origins = choose(k, self.norm(feature))
+            # Each line takes along the rows of that on which it stands.
+            rows = torch.arange(len(origins), device=origins.device)[:, None]
+            feature = feature[rows, origins]
+            keys, values = (each.transpose(1, 2)[rows, origins].transpose(1, 2) for each in own)
+            own = (keys, values)
+
+    def _nothing(self, kept: Sequence[Pair], anchors: torch.Tensor) -> Pair:
+        """Keys and values `[B, key heads, M, 0, d]` of blocks without a row of their own."""
+        ((keys, _),) = kept
+        made = keys.new_zeros(len(keys), keys.shape[1], anchors.shape[1], 0, self.target.head_dim)
+        return made, made
+
+    def _row(
+        self,
+        k: int,
+        kept: Sequence[Pair],
+        feature: torch.Tensor,
+        own: Pair,
+        embedded: torch.Tensor,
+        anchors: torch.Tensor,
+    ) -> tuple[torch.Tensor, Pair]:
+        """The layer's output `[B, M, D]` that proposes slot k of M blocks, and the keys and values of all rows of each
+        block so far.
+
+        Args:
+            feature: `[B, M, D]`, of the row: fused from the target at slot 1, then the output before.
+            own: `[B, key heads, M, k - 2, d]`, of the rows before; of none at slots 1 and 2.
+            embedded: `[B, M, D]`, the token before the slot.
+        """
+        (stands,), attention, width = kept, self.midlayer.self_attn, self.target
+        position = anchors + (k - 2)
+        inputs = self._inputs(embedded, feature)
+        if k > 1:  # the row of slot 1 stands: it is among those before the anchor
+            new = self._keys_and_values(inputs, position)
+            own = (torch.cat([own[0], new[0][:, :, :, None]], 3), torch.cat([own[1], new[1][:, :, :, None]], 3))
+        query = rotate(in_heads(attention.q_proj(inputs), width.heads), position, width.theta)
+        mixed = of_blocks(query[:, :, :, None], stands, own, anchors)
+        feature = feature + attention.o_proj(mixed[:, :, 0])
+        return feature + self.midlayer.mlp(self.midlayer.post_attention_layernorm(feature)), own
 
     def _inputs(self, embedded: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
         layer = self.midlayer

@@ -1,23 +1,22 @@
-"""Speculative decoding of many rows: a drafter proposes a block, its target reads it and says how much of it stands."""
+"""Speculative decoding of many rows: a drafter proposes a block or a tree, its target reads it and says how much of it
+stands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from transformers import DynamicCache
 
 from opd.distributions import Head
 from opd.drafting.base import Drafter, Pair
+from opd.drafting.proposing import Proposing, Tree
 from opd.drafting.record import Drafted
-from opd.drafting.target import Target, take_rows
+from opd.drafting.target import Target, keep, take_rows
+from opd.drafting.tree import followed, grow
 from opd.drafting.verification import Verdict, agreeing, by_ratio
 from opd.language.engines.sampler import cut, inverse_cdf
-
-Proposing = Literal["likeliest", "drawn"]
-"""How a slot's token is chosen from the drafter's distribution."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Speculation:
         temperature: of the text; at 0 the likeliest token.
         proposing: see `Proposing`.
         top_p, top_k: cuts of the distribution that the text is drawn from; 1 and 0 cut nothing.
+        tree: the shape of proposals; None for one line of them.
     """
 
     target: Target
@@ -46,11 +46,12 @@ class Speculation:
     proposing: Proposing
     top_p: float = 1.0
     top_k: int = 0
+    tree: Tree | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One row, N = M * K slots.
+    """One row, the N slots of all its blocks. Of a tree these are the slots of one line (`opd.drafting.tree.Line`).
 
     Attributes:
         record: what a drafter needs to draft the blocks again.
@@ -72,6 +73,31 @@ class Answer:
     hidden: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A line of K proposals for each of B rows, and what the target says of it.
+
+    Attributes:
+        proposed: int64 `[B, K]`.
+        log_q, drawn_log_q: float32 `[B, K]`, as in `Answer`.
+        sizes: B numbers of proposals that there are, K or fewer.
+        accepted: int64 `[B]`.
+        token: int64 `[B]`, the target's own behind those that stand.
+        said: float32 `[B, K + 1]`, the target's log-probabilities of what stands and of that token.
+        hidden, features: `[B, K + 1, D]` and `[B, K + 1, F]`, of the anchor and the proposals.
+    """
+
+    proposed: torch.Tensor
+    log_q: torch.Tensor
+    drawn_log_q: torch.Tensor
+    sizes: list[int]
+    accepted: torch.Tensor
+    token: torch.Tensor
+    said: torch.Tensor
+    hidden: torch.Tensor
+    features: torch.Tensor
+
+
 @dataclass
 class _Row:
     """One answer while it is written."""
@@ -85,6 +111,7 @@ class _Row:
     anchors: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     committed: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
     proposed: list[torch.Tensor] = field(default_factory=list)
     log_p: list[torch.Tensor] = field(default_factory=list)
     log_q: list[torch.Tensor] = field(default_factory=list)
@@ -97,7 +124,7 @@ class _Row:
             self.prompt,
             torch.tensor(self.tokens),
             torch.cat(self.features)[:read],
-            *(torch.tensor(x, dtype=torch.int64) for x in (self.anchors, self.accepted, self.committed)),
+            *(torch.tensor(x, dtype=torch.int64) for x in (self.anchors, self.accepted, self.committed, self.sizes)),
         )
         proposed = torch.cat([torch.zeros(0, dtype=torch.int64), *self.proposed])
         log_q, drawn_log_q = (torch.cat([torch.zeros(0), *parts]) for parts in (self.log_q, self.drawn_log_q))
@@ -186,7 +213,7 @@ class _Batch:
         last = torch.tensor([len(row.prompt) - 1 for row in self.rows], device=self.device)
         final = hidden[torch.arange(len(last), device=self.device), last]
         log_p = self._distribution(final[:, None])
-        first = self._drawn(log_p)
+        first = self._drawn(log_p, self._uniforms(1))
         said = self._said(log_p, first)
         tokens = first[:, 0].tolist()
         for i, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
@@ -200,39 +227,79 @@ class _Batch:
 
     def step(self) -> None:
         """One block of every row."""
-        how, rows, count = self.how, self.rows, self.how.proposals
+        how, rows = self.how, self.rows
         anchors = torch.tensor([len(row.prompt) + len(row.tokens) - 1 for row in rows], device=self.device)
         tokens = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
-        proposed, log_q, drawn_log_q, q = self._propose(anchors, tokens)
-        block = torch.cat([tokens[:, None], proposed], 1)
-        positions = anchors[:, None] + torch.arange(count + 1, device=self.device)
-        hidden, features = how.target.read(block, positions, self.cache)
-        log_p = self._distribution(hidden)
-        verdict = self._verified(log_p, proposed, q)
-        # The text is what was accepted and one token behind it; what would stand behind that is of no row.
-        accepts = torch.arange(count + 1, device=self.device) < verdict.accepted[:, None]
-        padded = torch.nn.functional.pad(proposed, (0, 1))
-        said = self._said(log_p, torch.where(accepts, padded, verdict.token[:, None]))
+        found = self._line(anchors, tokens) if how.tree is None else self._of_tree(how.tree, anchors, tokens)
         news = []
-        accepted, behind = verdict.accepted.tolist(), verdict.token.tolist()
-        for i, row in enumerate(rows):
-            new = [*proposed[i, : accepted[i]].tolist(), behind[i]][: self.budget - len(row.tokens)]
+        accepted, behind = found.accepted.tolist(), found.token.tolist()
+        for i, (row, size) in enumerate(zip(rows, found.sizes, strict=True)):
+            new = [*found.proposed[i, : accepted[i]].tolist(), behind[i]][: self.budget - len(row.tokens)]
             ends = [k for k, token in enumerate(new) if token in how.end_ids]
             row.finished = bool(ends)
             new = new[: ends[0] + 1] if ends else new
             row.anchors.append(int(anchors[i]))
             row.committed.append(len(new))
             row.accepted.append(min(accepted[i], len(new)))
-            row.log_p.append(said[i, : len(new)].cpu())
-            row.proposed.append(proposed[i].cpu())
-            row.log_q.append(log_q[i].cpu())
-            row.drawn_log_q.append(drawn_log_q[i].cpu())
-            row.hidden.append(hidden[i, :count])
-            row.features.append(features[i, : len(new)])
+            row.sizes.append(size)
+            row.log_p.append(found.said[i, : len(new)].cpu())
+            row.proposed.append(found.proposed[i, :size].cpu())
+            row.log_q.append(found.log_q[i, :size].cpu())
+            row.drawn_log_q.append(found.drawn_log_q[i, :size].cpu())
+            row.hidden.append(found.hidden[i, :size])
+            row.features.append(found.features[i, : len(new)])
             row.tokens += new
             news.append(row.features[-1])
         alive = self._drop_written()
         self._let_drafter_read([news[i] for i in alive])
+
+    def _line(self, anchors: torch.Tensor, tokens: torch.Tensor) -> _Block:
+        """A block of every row, read and verified."""
+        count = self.how.proposals
+        proposed, log_q, drawn_log_q, q = self._propose(anchors, tokens)
+        block = torch.cat([tokens[:, None], proposed], 1)
+        positions = anchors[:, None] + torch.arange(count + 1, device=self.device)
+        hidden, features = self.how.target.read(block, positions, self.cache)
+        log_p = self._distribution(hidden)
+        verdict = self._verified(log_p, proposed, q)
+        # The text is what was accepted and one token behind it; what would stand behind that is of no row.
+        accepts = torch.arange(count + 1, device=self.device) < verdict.accepted[:, None]
+        padded = torch.nn.functional.pad(proposed, (0, 1))
+        said = self._said(log_p, torch.where(accepts, padded, verdict.token[:, None]))
+        sizes = [count] * len(anchors)
+        return _Block(proposed, log_q, drawn_log_q, sizes, verdict.accepted, verdict.token, said, hidden, features)
+
+    def _of_tree(self, tree: Tree, anchors: torch.Tensor, tokens: torch.Tensor) -> _Block:
+        """The line that the target takes through a tree of every row; keys and values of the others are dropped."""
+        how, count = self.how, self.how.proposals
+        kept, first = self.kept.upto(int(anchors.max())), anchors[:, None]
+        block = (kept, self.before[:, None], tokens[:, None], first)
+        grown = grow(how.drafter, tree, how.drafts, *block, count, how.target.embed)
+        hidden, features = how.target.read(grown.tokens, first + grown.depths, self.cache, grown.seen())
+        uniforms = self._uniforms(count + 1).gather(1, grown.depths)
+        drawn, said = [], []
+        # As many distributions at once as a line has.
+        for of_some, some in zip(hidden.split(count + 1, 1), uniforms.split(count + 1, 1), strict=True):
+            log_p = self._distribution(of_some)
+            drawn.append(self._drawn(log_p, some))
+            said.append(self._said(log_p, drawn[-1]))
+        own = torch.cat(drawn, 1)
+        line = followed(grown, own)
+        keep(self.cache, first + line.nodes, first + torch.arange(count + 1, device=self.device))
+        rows = torch.arange(len(anchors), device=self.device)[:, None]
+        own_of_line, proposals = own[rows, line.nodes], line.nodes[:, 1:]
+        log_q = grown.log_q[rows, proposals]
+        return _Block(
+            grown.tokens[rows, proposals],
+            log_q,
+            torch.zeros_like(log_q),
+            line.sizes.tolist(),
+            line.accepted,
+            own_of_line.gather(1, line.accepted[:, None])[:, 0],
+            torch.cat(said, 1)[rows, line.nodes],
+            hidden[rows, line.nodes],
+            features[rows, line.nodes],
+        )
 
     def _drop_written(self) -> list[int]:
         """Take rows that have ended out of the batch; the places of the others."""
@@ -321,25 +388,26 @@ class _Batch:
     def _verified(self, log_p: torch.Tensor, proposed: torch.Tensor, q: torch.Tensor | None) -> Verdict:
         how = self.how
         if q is None:
-            return agreeing(self._drawn(log_p), proposed)
+            return agreeing(self._drawn(log_p, self._uniforms(how.proposals + 1)), proposed)
         chances = torch.stack([torch.rand(how.proposals + 1, generator=row.generator) for row in self.rows])
         chances = chances.to(self.device)
         columns = how.written.vocabulary.columns(proposed)
         found = by_ratio(log_p.exp(), q, columns, chances[:, :-1], chances[:, -1])
         return Verdict(found.accepted, how.written.vocabulary.named(found.token))
 
-    def _drawn(self, log_p: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, n]`: the target's own next n tokens of each row; those beyond the budget are of no row."""
-        flat, n = log_p.flatten(0, 1), log_p.shape[1]
-        if self.how.temperature == 0:
-            columns = flat.argmax(-1)
-        else:
-            uniforms = [torch.nn.functional.pad(row.uniforms[len(row.tokens) :][:n], (0, n))[:n] for row in self.rows]
-            columns = inverse_cdf(flat, torch.cat(uniforms).to(self.device))
+    def _uniforms(self, n: int) -> torch.Tensor:
+        """float32 `[B, n]`: those by which the next n tokens of each row are drawn; beyond the budget, of no row, 0."""
+        of_rows = [torch.nn.functional.pad(row.uniforms[len(row.tokens) :][:n], (0, n))[:n] for row in self.rows]
+        return torch.stack(of_rows).to(self.device)
+
+    def _drawn(self, log_p: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        """int64 `[B, n]`: the target's own tokens at n places of each row, by float32 `[B, n]` uniforms."""
+        flat = log_p.flatten(0, 1)
+        columns = flat.argmax(-1) if self.how.temperature == 0 else inverse_cdf(flat, uniforms.flatten())
         return self.how.written.vocabulary.named(columns).unflatten(0, log_p.shape[:2])
 
     def _said(self, log_p: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """float32 `[B, n]`: the log-probabilities of int64 `[B, n]` tokens of the text."""
         if self.how.temperature == 0:
-            return torch.zeros(tokens.shape)
+            return torch.zeros(tokens.shape, device=self.device)
         return log_p.gather(2, self.how.written.vocabulary.columns(tokens)[:, :, None])[:, :, 0]

@@ -29,7 +29,8 @@ from opd.policies.held_out import (
     totals,
 )
 
-STEPS = ("steps", "committed", "accepted", "tokens", "compared")
+STEPS = ("steps", "committed", "accepted", "tokens")
+"""Sums that `counts_of` answers are, besides those by slot."""
 
 
 class DraftEvaluation(Evaluation):
@@ -73,7 +74,7 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
             rows += [row for i, row in enumerate(found, start=done) if i in shown]
             done += len(micro)
     known = [name for name in MEANS if judge(run) is not None or name == "student_entropy"]
-    total = totals(run, sums, [*known, *STEPS, *COUNTS, *(f"at/{k}" for k in range(1, slots + 1))])
+    total = totals(run, sums, [*known, *STEPS, "compared", *COUNTS, *(f"at/{k}" for k in range(1, slots + 1))])
     metrics = {name: total[name] / total["compared"] for name in known if total["compared"]}
     if total["steps"]:
         metrics["acceptance_length"] = total["committed"] / total["steps"]

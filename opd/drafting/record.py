@@ -12,8 +12,8 @@ from opd.drafting.base import Blocks
 
 @dataclass(frozen=True)
 class Drafted:
-    """The context of a trajectory whose positions are the slots of M blocks, K of each: `actions` are what was
-    proposed, `[M * K]`, whether it was accepted or not.
+    """The context of a trajectory whose N positions are the slots of M blocks, K of each or fewer: `actions` are what
+    was proposed, `[N]`, whether it was accepted or not.
 
     Attributes:
         prompt: int64 `[P]`.
@@ -23,6 +23,7 @@ class Drafted:
         accepted: int64 `[M]`, how many proposals of each block the target accepted.
         committed: int64 `[M]`, how many tokens each step of verifying added: one more than were accepted, unless the
             answer ended before.
+        sizes: int64 `[M]`, slots of each block; None where all have as many.
     """
 
     prompt: torch.Tensor
@@ -31,10 +32,25 @@ class Drafted:
     anchors: torch.Tensor
     accepted: torch.Tensor
     committed: torch.Tensor
+    sizes: torch.Tensor | None = None
+
+    def slots(self, positions: int) -> torch.Tensor:
+        """int64 `[M]`: slots of each block, of N `positions` in all."""
+        if self.sizes is not None:
+            return self.sizes
+        return torch.full_like(self.anchors, positions // max(1, len(self.anchors)))
 
     def __len__(self) -> int:
         """P."""
         return len(self.prompt)
+
+
+def numbered(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the N slots of M blocks of int64 `[M]` sizes: int64 `[N]`, which block each is in, and int64 `[N]`, its number
+    there, from 1."""
+    of_block = torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+    first = sizes.cumsum(0) - sizes
+    return of_block, torch.arange(len(of_block), device=sizes.device) - first[of_block] + 1
 
 
 def acceptance_length(drafted: Sequence[Drafted]) -> float:
@@ -44,16 +60,27 @@ def acceptance_length(drafted: Sequence[Drafted]) -> float:
     return sum(int(each.committed.sum()) for each in drafted) / steps if steps else float("nan")
 
 
+def saved(passes: float, tokens: float) -> dict[str, float]:
+    """What a drafter's help comes to: `target_passes`, the rows of all passes of the target, of which one reads each
+    prompt and the others verify; `written_tokens`, as many as it had made alone; `passes_saved`, the share it did
+    without."""
+    return {
+        "target_passes": passes,
+        "written_tokens": tokens,
+        "passes_saved": 1 - passes / tokens if tokens else 0.0,
+    }
+
+
 def blocks_of(drafted: Sequence[Drafted], proposals: Sequence[torch.Tensor], device: torch.device) -> Blocks:
     """The blocks of B records, to be drafted again; where there are none at all, one that is not `present`, so that
     every process makes its pass.
 
     Args:
-        proposals: B int64 `[M_i * K]`.
+        proposals: B int64 `[N_i]`.
     """
     rows, most = len(drafted), max(1, *(len(each.anchors) for each in drafted))
-    counts = [len(p) // max(1, len(each.anchors)) for p, each in zip(proposals, drafted, strict=True)]
-    slots = max(1, *counts)
+    sizes = [each.slots(len(p)) for p, each in zip(proposals, drafted, strict=True)]
+    slots = max([1, *(int(each.max()) for each in sizes if len(each))])
     length = max(1, *(len(each.features) for each in drafted))
     first = drafted[0].features
     found = Blocks(
@@ -61,14 +88,15 @@ def blocks_of(drafted: Sequence[Drafted], proposals: Sequence[torch.Tensor], dev
         tokens=torch.zeros(rows, length + 1, dtype=torch.int64, device=device),
         anchors=torch.ones(rows, most, dtype=torch.int64, device=device),
         proposals=torch.zeros(rows, most, slots, dtype=torch.int64, device=device),
-        present=torch.zeros(rows, most, dtype=torch.bool, device=device),
+        present=torch.zeros(rows, most, slots, dtype=torch.bool, device=device),
     )
     for i, (each, tokens) in enumerate(zip(drafted, proposals, strict=True)):
         count, read = len(each.anchors), len(each.features)
+        held = (torch.arange(slots) < sizes[i][:, None]).to(device)
         text = torch.cat([each.prompt.cpu(), each.response.cpu()])[: read + 1]
         found.features[i, :read] = each.features.to(device)
         found.tokens[i, : len(text)] = text.to(device)
         found.anchors[i, :count] = each.anchors.to(device)
-        found.proposals[i, :count] = tokens.view(count, slots).to(device)
-        found.present[i, :count] = True
+        found.proposals[i, :count][held] = tokens.to(device)
+        found.present[i, :count] = held
     return found

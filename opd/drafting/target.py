@@ -21,13 +21,13 @@ from opd.language.layers import decoder_layers, decoder_of
 
 
 class Ragged(DynamicLayer):
-    """Keys and values of rows of unequal length: a token's column is its position, so that what is written there again
-    takes the place of a token that did not stand."""
+    """Keys and values of rows of unequal length: the column of a token that stands is its position, so that what is
+    written there again takes the place of one that did not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.positions: torch.Tensor = torch.zeros(0, dtype=torch.int64)
+        self.columns: torch.Tensor = torch.zeros(0, dtype=torch.int64)
         self.width = 0
 
     def update(
@@ -37,7 +37,7 @@ class Ragged(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         if self.room is None or self.width > self.room[0].shape[2]:
             self.room = (self._grown(key_states, 0), self._grown(value_states, 1))
-        place = self.positions[:, None, :, None]
+        place = self.columns[:, None, :, None]
         for buffer, states in zip(self.room, (key_states, value_states), strict=True):
             buffer.scatter_(2, place.expand_as(states), states)
         self.keys, self.values = self.room[0][:, :, : self.width], self.room[1][:, :, : self.width]
@@ -46,6 +46,12 @@ class Ragged(DynamicLayer):
     def take(self, rows: torch.Tensor) -> None:
         if self.room is not None:
             self.room = (self.room[0][rows], self.room[1][rows])
+
+    def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
+        """Write what is in int64 `[B, m]` columns into others, none of these twice."""
+        for buffer in self.room or ():
+            wanted = buffer.gather(2, sources[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3]))
+            buffer.scatter_(2, places[:, None, :, None].expand_as(wanted), wanted)
 
     def _grown(self, like: torch.Tensor, which: int) -> torch.Tensor:
         made = like.new_zeros(len(like), like.shape[1], self.width + self.width // 4 + ROOM, like.shape[3])
@@ -92,10 +98,16 @@ class Target:
 
     @torch.no_grad()
     def read(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, seen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states `[B, n, D]` and features `[B, n, F]` of int64 `[B, n]` ids at `positions`, each of which
-        sees all that the cache holds of its row at positions up to its own."""
+        sees all that the cache holds of its row at positions up to its own.
+
+        Args:
+            seen: bool `[B, n, n]`, where several ids have one position: which of them each sees, besides all that the
+                cache holds at positions before the first of them. They are in the columns from that position on, until
+                `keep` moves those that stand.
+        """
         config: Any = decoder_of(self.language.base).config
         if config._attn_implementation not in ("sdpa", "eager", ATTENTION):
             raise IncompatibleError(
@@ -103,11 +115,17 @@ class Target:
                 "length; take sdpa or eager"
             )
         kept = [layer for layer in cache.layers if isinstance(layer, Ragged)]
-        width = max(int(positions.max()) + 1, kept[0].width)
+        columns = positions
+        if seen is not None:
+            columns = positions[:, :1] + torch.arange(ids.shape[1], device=ids.device)
+        width = max(int(columns.max()) + 1, kept[0].width)
         for layer in kept:
-            layer.positions, layer.width = positions, width
+            layer.columns, layer.width = columns, width
         dtype = next(self.language.parameters()).dtype
         hidden_from = torch.arange(width, device=ids.device) > positions[:, :, None]
+        if seen is not None:
+            hidden_from = torch.arange(width, device=ids.device) >= positions[:, :1, None]
+            hidden_from = hidden_from.expand(-1, ids.shape[1], -1).scatter(2, columns[:, None].expand_as(seen), ~seen)
         # Eager attention adds the mask: a boolean one would be taken for numbers.
         mask = torch.zeros(hidden_from.shape, dtype=dtype, device=ids.device)
         mask.masked_fill_(hidden_from, torch.finfo(dtype).min)
@@ -145,6 +163,13 @@ def take_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
     for layer in cache.layers:
         assert isinstance(layer, Ragged)
         layer.take(rows)
+
+
+def keep(cache: DynamicCache, sources: torch.Tensor, places: torch.Tensor) -> None:
+    """Have int64 `[B, m]` columns of a target's cache stand in others, none of these twice."""
+    for layer in cache.layers:
+        assert isinstance(layer, Ragged)
+        layer.move(sources, places)
 
 
 def draft_head(drafter: Drafter, target: Target, vocabulary: Vocabulary, temperature: float) -> Head:

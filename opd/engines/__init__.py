@@ -1,4 +1,4 @@
-"""Who draws the student's completions, where the process that trains it does not."""
+"""Who draws the student's completions, where the rollout does not do it itself."""
 
 from opd.engines.base import Pending, RolloutEngine, Writer
 

@@ -1,4 +1,4 @@
-"""Engines: who draws the student's completions in place of the process that trains it, from weights that follow."""
+"""Engines: who draws the student's completions in the place of the rollout, from weights that follow."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Pending:
 
 
 class Writer(ABC):
-    """A built engine. It holds a copy of the student's weights somewhere, and brings it up to date.
+    """A built engine. It draws from the student's weights, or holds a copy of them somewhere and brings it up to date.
 
     Attributes:
-        dtype: what the copy is taken to compute in, as far as rounding goes.
+        dtype: what the weights that write are taken to compute in, as far as rounding goes.
         stale: steps by which its weights may lie behind the student's.
         ahead: whether it can write what it is told to `begin` while the process trains.
         notes: what a person should know.
@@ -91,6 +91,12 @@ class RolloutEngine(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "engine"
+    here: ClassVar[bool] = False
+    """Whether it draws in this process, from the model that the rollout would draw from: then `rollout.batch` and
+    `rollout.dtype` are kept to."""
+
+    watched: ClassVar[bool] = True
+    """Whether somebody may look at the rows while they are written."""
 
     @property
     def behind(self) -> int:
@@ -103,4 +109,4 @@ class RolloutEngine(Choice):
 
     @abstractmethod
     def build(self, language: Engine, context: Context) -> Writer:
-        """Make the writer for a student."""
+        """Make the writer for a student, or where it draws `here` for the copy that samples in its place."""

@@ -171,7 +171,7 @@ def check_written(
     if not gap <= tolerance:
         raise SelfTestError(
             f"rollout.engine: its log-probabilities and those of the student's own forward pass differ by {gap:.2g} "
-            f"nats at half of the tokens (tolerance {tolerance:g}): the server does not run the student's model"
+            f"nats at half of the tokens (tolerance {tolerance:g}): what writes is not the student's model"
         )
 
 

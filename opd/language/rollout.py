@@ -1,19 +1,19 @@
-"""Completions sampled from a language model, in this process or by a writer elsewhere; the student's and the teacher's
-rollouts share it."""
+"""Completions sampled from a language model, by itself or by an engine; the student's and the teacher's rollouts share
+it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
 from opd.choice import OneOf, Settings
 from opd.context import Context
-from opd.engines import Pending, Writer
+from opd.engines import Pending, RolloutEngine, Writer
 from opd.errors import RunError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Row, followed_by
@@ -70,21 +70,6 @@ GREEDY = {"top_p": 1.0, "top_k": 1}
 """Cuts that leave the likeliest token alone."""
 
 
-class Faster(Protocol):
-    """Draws for a model what it would draw itself, or from the same distribution, in less time."""
-
-    def sample(
-        self,
-        engine: InProcess,
-        contexts: Sequence[EncodedPrompt],
-        group: int,
-        budget: int,
-        seeds: Sequence[int],
-        drawing: Drawing,
-    ) -> list[Row]:
-        """As `Engine.sample` of the model itself, which nobody looks at meanwhile."""
-
-
 class LanguageRollout(PrefixSource[SamplingSettings]):
     """Rollouts of one language model.
 
@@ -94,9 +79,11 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         author: who the writer is to the student.
         sees: column with the writer's view of a prompt; default the student's.
         watch: sees the rows while they are written.
-        writer: who draws in place of the model in this process.
+        engine: makes who draws in the place of the model, from the weights that the model would draw from.
         listeners: teachers who are told of every trajectory of training as soon as it is written.
-        faster: draws in the place of the model, in this process.
+
+    Attributes:
+        writer: whom the engine made.
     """
 
     def __init__(
@@ -109,12 +96,10 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         author: Author = "student",
         sees: str | None = None,
         watch: LiveWatch | None = None,
-        writer: Writer | None = None,
+        engine: RolloutEngine | None = None,
         listeners: Sequence[LiveTeacher] = (),
-        faster: Faster | None = None,
     ):
-        self.language, self.watch, self.writer, self.listeners = language, watch, writer, listeners
-        self.faster = faster
+        self.language, self.watch, self.listeners = language, watch, listeners
         self.reader, self.author, self.sees = reader or language, author, sees
         self.authors = frozenset({author})
         own = next(language.parameters()).dtype
@@ -123,8 +108,11 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         if wanted and own != torch.bfloat16:
             self.copy = copy.deepcopy(language).to(torch.bfloat16).requires_grad_(False).eval()
         self.dtype = torch.bfloat16 if self.copy is not None else own
-        if writer is not None:
-            self.dtype, self.stale, self.ahead, self.elsewhere = writer.dtype, writer.stale, writer.ahead, True
+        self.writer: Writer | None = None
+        if engine is not None:
+            self.writer = writer = engine.build(self.copy or language, context)
+            self.dtype, self.stale, self.ahead = writer.dtype, writer.stale, writer.ahead
+            self.elsewhere = not engine.here
 
     def exact(self, settings: SamplingSettings) -> bool:
         return settings.top_p == 1.0 and settings.top_k == 0 and self.author == "student"
@@ -147,7 +135,8 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         tolerance = max(TOLERANCE[compute_dtype(self.language)], TOLERANCE[self.dtype])
         if self.writer is not None:
             with whole(self.language):
-                check_written(self.writer.sample, self.writer.failures, contexts, self.language, context, tolerance)
+                sample = self.engine().sample
+                check_written(sample, self.writer.failures, contexts, self.language, context, tolerance)
         else:
             sampler = self._in_process().sampler(Drawing(context))
             check_draws(sampler, contexts, self.language, f"the {self.author}", tolerance)
@@ -158,8 +147,9 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
             self.writer.check_lengths(prompts, budget)
 
     def engine(self) -> InProcess | Writer:
-        """What draws: a writer elsewhere, the model itself, or its copy, which is then renewed."""
-        return self._in_process() if self.writer is None else self.writer
+        """What draws: a writer, the model itself, or its copy, which is then renewed."""
+        own = self._in_process()
+        return own if self.writer is None else self.writer
 
     def _in_process(self) -> InProcess:
         if self.copy is None:
@@ -230,13 +220,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         of_rows = [prompt for prompt in prompts for _ in range(group)]
         watching = self._watching(request, of_rows, [view for view in asked.contexts for _ in range(asked.group)])
         given = (asked.contexts, asked.group, asked.budget, asked.seeds, asked.drawing)
-        if self.faster is not None and watching is None:
-            rows = self.faster.sample(self._in_process(), *given)
-            if asked.ended is not None:
-                for index, row in enumerate(rows):
-                    asked.ended(index, row)
-        else:
-            rows = self.engine().sample(*given, watching, asked.ended)
+        rows = self.engine().sample(*given, watching, asked.ended)
         if not all(bool(row.log_probs.isfinite().all()) for row in rows):
             raise RunError(
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "

@@ -11,6 +11,7 @@ import torch
 from opd.choice import nested
 from opd.drafting.base import Drafter, Outline
 from opd.drafting.layers import SCORES, scores_of
+from opd.drafting.proposing import Tree
 from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.shape import model_shape
@@ -32,7 +33,7 @@ class DrafterPlan:
 
     Attributes:
         blocks: of one answer, as if no proposal stood.
-        proposals: of a block.
+        proposals: of a block, those of one line where they are a tree.
         memory: in bytes by part, at that many blocks; `peak` their sum at the worst moment of a step.
         peaks: the peak by acceptance length.
         teraflops: matrix products of a step, attention left out.
@@ -124,7 +125,8 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     prompt, _ = prompt_tokens(recipe, student.target, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts
-    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch)
+    tree = settings.tree if settings is not None else None
+    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch, tree)
     if not counted.on_cpu:
         notes.append("device memory of the CUDA context itself is not counted")
     by_length = {length: counted.memory(-(-completion // length)) for length in LENGTHS}
@@ -140,7 +142,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         proposals=count,
         memory=by_length[1],
         peaks={length: sum(parts.values()) for length, parts in by_length.items()},
-        teraflops=_operations(own, target, trajectories, prompt, completion, count),
+        teraflops=_operations(own, target, trajectories, prompt, completion, count, tree),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -158,6 +160,7 @@ class _Counted:
     prompt: int
     completion: int
     batch: int
+    tree: Tree | None
 
     @property
     def on_cpu(self) -> bool:
@@ -191,12 +194,16 @@ class _Counted:
             "loss operator: gradients": 4 * own.width * micro * slots
             + (4 * own.vocabulary * own.width if self.drafter.own_head() is not None else 0),
         }
-        rows, length = min(self.batch, max(answers, tested)), self.prompt + longest
+        # Until one line is kept of a tree its nodes have keys and values, hidden states and features.
+        nodes = 0 if self.tree is None else self.tree.nodes
+        rows, length = min(self.batch, max(answers, tested)), self.prompt + longest + nodes
         rollout = rows * (
             # Both keep a quarter more room than they need.
             5 * length * (target.kv_bytes_per_token + self._kept_bytes()) // 4
-            # A block's logits, their probabilities and a copy to cut them by.
+            # A block's logits, their probabilities and a copy to cut them by; the drafter's of a tree's depth, twice.
             + 3 * 4 * (self.proposals + 1) * target.vocabulary
+            + (0 if self.tree is None else 2 * 4 * self.tree.width * own.vocabulary)
+            + nodes * width * (1 + len(self.drafter.taps))
         )
         if rollout > sum(training.values()):
             training = {"rollout: keys, values, logits": rollout}
@@ -236,19 +243,18 @@ class _Counted:
 
 
 def _operations(
-    own: Shape, target: Shape, answers: int, prompt: int, completion: int, proposals: int
+    own: Shape, target: Shape, answers: int, prompt: int, completion: int, proposals: int, tree: Tree | None
 ) -> dict[str, float]:
     """2 per parameter and token forward, 4 backward; every written token is a block of its own."""
+    read = 1 + (proposals if tree is None else tree.nodes)
+    asked = proposals if tree is None else 1 + (proposals - 1) * tree.width
     head = target.vocabulary * target.width
     body = target.parameters - head
     blocks = answers * completion
     # The drafter's parameters of a head are among its own, or they are the target's.
-    drafting = (own.parameters + (head if own.vocabulary == target.vocabulary else 0)) * proposals * blocks
+    drafting = (own.parameters + (head if own.vocabulary == target.vocabulary else 0)) * asked * blocks
     return {
-        "rollout": (
-            2 * (body * (answers * prompt + blocks * (proposals + 1)) + head * blocks * (proposals + 1)) + 2 * drafting
-        )
-        / 1e12,
+        "rollout": (2 * (body * (answers * prompt + blocks * read) + head * blocks * read) + 2 * drafting) / 1e12,
         "drafter forward and backward": 6 * own.parameters * proposals * blocks / 1e12,
         "loss operator": 8 * own.vocabulary * own.width * proposals * blocks / 1e12,
     }

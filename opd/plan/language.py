@@ -300,7 +300,7 @@ def _memory(
 
 def _samplers(recipe: Recipe, student: Shape, teachers: Sequence[Members]) -> Iterator[tuple[Sampling, Shape]]:
     """Who writes, with which settings: every source of the rollout, and the student for evaluations."""
-    own = any(isinstance(part, RolloutEngine) for part in nested(recipe.rollout))
+    own = any(isinstance(part, RolloutEngine) and not part.here for part in nested(recipe.rollout))
     for settings, shape in recipe.rollout.samplers(student, teachers):
         own = own or (settings is recipe.rollout and shape is student)
         yield settings, shape

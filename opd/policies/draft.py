@@ -16,9 +16,9 @@ from opd.distributions import Categorical, Distribution, Head, Vocabulary
 from opd.divergences import compare
 from opd.drafting import evaluation
 from opd.drafting.base import Drafter, DrafterSettings, Outline
-from opd.drafting.evaluation import DraftEvaluation, counts_of
+from opd.drafting.evaluation import STEPS, DraftEvaluation, counts_of
 from opd.drafting.native import difference, load_drafter, save_drafter, saved_form
-from opd.drafting.record import Drafted, blocks_of
+from opd.drafting.record import Drafted, blocks_of, saved
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
 from opd.errors import IncompatibleError, RunError, SelfTestError
@@ -133,6 +133,14 @@ class Draft(Policy):
         raise RunError(f"distill() got a drafter as a teacher; {NO_OTHER_TEACHER}")
 
 
+def slots_of(trajectories: Trajectories) -> dict[str, float]:
+    """How many `answers` there are, and blocks `of/K` that have a slot K."""
+    of_records = zip(trajectories.contexts, trajectories.lengths.tolist(), strict=True)
+    sizes = torch.cat([torch.zeros(0, dtype=torch.int64), *(record.slots(n) for record, n in of_records)])
+    most = int(sizes.max()) if len(sizes) else 0
+    return {f"of/{k}": float((sizes >= k).sum()) for k in range(1, most + 1)} | {"answers": float(len(trajectories))}
+
+
 class DraftStudent(LanguageStudent):
     """The built policy: a drafter that is trained, and its target, which is not. `origin` is what the run that saved it
     wrote about it, if one did."""
@@ -158,7 +166,7 @@ class DraftStudent(LanguageStudent):
         now = self.facts(context)
         training = torch.is_grad_enabled()
         if training:
-            counts = counts_of(trajectories.contexts) | {"slots": float(trajectories.positions)}
+            counts = counts_of(trajectories.contexts) | slots_of(trajectories)
             for name, count in counts.items():
                 self._seen[name] = self._seen.get(name, 0.0) + count
         # The wrapper of several processes talks to the others in every pass.
@@ -168,17 +176,20 @@ class DraftStudent(LanguageStudent):
         return Categorical(module(blocks, self.target.embed), head)
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`acceptance_length` of the step's rollouts, `accepted_proposals` of a block, and `accepted_at/K`, the share
-        of blocks whose proposal at slot K stood."""
+        """Of the step's rollouts `acceptance_length`, `accepted_proposals` of a block, `accepted_at/K`, the share of
+        blocks whose proposal at slot K stood, and what was saved (`opd.drafting.record.saved`)."""
         # Every process sums as many numbers, whatever it has seen.
-        names = ("steps", "committed", "accepted", "slots", *(f"at/{k}" for k in range(1, MOST_SLOTS + 1)))
+        slots = range(1, MOST_SLOTS + 1)
+        names = ("answers", *STEPS, *(f"at/{k}" for k in slots), *(f"of/{k}" for k in slots))
         mine = torch.tensor([self._seen.get(name, 0.0) for name in names], dtype=torch.float64)
-        steps, committed, accepted, slots, *at = sum_over_processes(mine).tolist()
+        seen = dict(zip(names, sum_over_processes(mine).tolist(), strict=True))
         self._seen = {}
+        steps = seen["steps"]
         if not steps:
             return {}
-        shares = {f"accepted_at/{k}": stood / steps for k, stood in enumerate(at[: round(slots / steps)], start=1)}
-        return {"acceptance_length": committed / steps, "accepted_proposals": accepted / steps} | shares
+        shares = {f"accepted_at/{k}": seen[f"at/{k}"] / steps for k in slots if seen[f"of/{k}"]}
+        lengths = {"acceptance_length": seen["committed"] / steps, "accepted_proposals": seen["accepted"] / steps}
+        return lengths | shares | saved(seen["answers"] + steps, seen["tokens"])
 
     def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         strange = next((t for t in teachers if getattr(t, "target", None) is not self.target), None)
@@ -225,13 +236,11 @@ class DraftStudent(LanguageStudent):
             row["completion"] = answer
             texts = self.tokens(record.response)
             places = (record.anchors + record.accepted + 1 - len(record.prompt)).tolist()
+            of_blocks = (places, record.accepted.tolist(), record.committed.tolist())
+            sizes = record.slots(len(row["tokens"])).tolist()
             row["blocks"] = [
-                {
-                    "proposals": len(row["tokens"]) // len(places),
-                    "accepted": stood,
-                    "own": texts[place] if added > stood else None,
-                }
-                for place, stood, added in zip(places, record.accepted.tolist(), record.committed.tolist(), strict=True)
+                {"proposals": size, "accepted": stood, "own": texts[place] if added > stood else None}
+                for size, place, stood, added in zip(sizes, *of_blocks, strict=True)
             ]
         return rows
 

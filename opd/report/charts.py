@@ -115,9 +115,19 @@ for _chart in (
     ),
     Curves(
         "acceptance length",
-        (Line("train/acceptance_length", "of the step's answers"), Line("held_out/acceptance_length", "held out")),
+        (
+            Line("train/acceptance_length", "of the step's answers"),
+            Line("train/engine/acceptance_length", "of the step's answers"),
+            Line("held_out/acceptance_length", "held out"),
+        ),
         "tokens",
         "that a pass of the target adds while it verifies a block",
+    ),
+    Curves(
+        "passes saved by a drafter",
+        (_share("passes_saved", "of the target"), _share("engine/passes_saved", "of the student")),
+        "share",
+        "of those that writing the same tokens takes without one",
     ),
     Bars(
         "proposals that stood, by slot",

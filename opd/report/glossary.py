@@ -101,6 +101,11 @@ MEANINGS = {
     ),
     "train/accepted_proposals": Meaning("accepted proposals", "of a block", "", "higher"),
     "held_out/accepted_proposals": Meaning("accepted proposals", "of a block", "", "higher"),
+    "train/target_passes": Meaning("passes of the target", "rows", "that read the prompts and verified", "lower"),
+    "train/written_tokens": Meaning("written by the target", "tokens"),
+    "train/passes_saved": Meaning(
+        "passes of the target saved", "share", "of those that it takes alone, one a token", "higher"
+    ),
     "train/accepted_at/": Meaning("proposals that stood at slot", "share of blocks", "", "higher"),
     "held_out/accepted_at/": Meaning("proposals that stood at slot", "share of blocks", "", "higher"),
     "train/accepted": Meaning("accepted", "share of tokens", "that are among the teacher's likeliest of a given mass"),
@@ -160,6 +165,22 @@ MEANINGS = {
         "engine: rows written anew", "rows", "since other weights than the student's had written them", "lower"
     ),
     "train/engine/retried": Meaning("engine: requests tried again", "", "", "lower"),
+    "train/engine/acceptance_length": Meaning(
+        "engine: acceptance length",
+        "tokens",
+        "that a pass of the student adds while it verifies; of held-out answers since the step before too",
+        "higher",
+    ),
+    "train/engine/target_passes": Meaning(
+        "engine: passes of the student", "rows", "that read prompts and verified proposals", "lower"
+    ),
+    "train/engine/written_tokens": Meaning("engine: written with a drafter's help", "tokens"),
+    "train/engine/passes_saved": Meaning(
+        "engine: passes of the student saved",
+        "share",
+        "of those that it takes alone, one a token",
+        "higher",
+    ),
     "train/rollout_gap": Meaning(
         "rollout gap",
         "nats a token",

@@ -11,8 +11,9 @@ from pydantic import Field
 from opd.context import Context
 from opd.distributions import Categorical, Head, Target
 from opd.drafting.base import Drafter
-from opd.drafting.decoding import Answer, Proposing, Speculation, speculate
-from opd.drafting.record import Drafted
+from opd.drafting.decoding import Answer, Speculation, speculate
+from opd.drafting.proposing import Proposes
+from opd.drafting.record import Drafted, numbered
 from opd.drafting.target import Target as DraftTarget
 from opd.drafting.target import draft_head
 from opd.drafting.tokens import draft_tokens
@@ -28,24 +29,20 @@ if TYPE_CHECKING:
     from opd.teachers import LiveTeacher
 
 
-class SpeculativeRollout(OneSource):
+class SpeculativeRollout(Proposes, OneSource):
     """Lossless speculative decoding with the drafter as it is now. A trajectory is an answer of the target, and its
     positions are the slots of all blocks that were proposed for it, accepted or not; columns say which is which. The
     target's answer at each slot comes along, behind rejections too (Draft-OPD, arXiv 2605.29343)."""
 
     kind: Literal["speculative"] = "speculative"
     modality: ClassVar[str | None] = "language"
+    place: ClassVar[str] = "rollout"
+    shown: ClassVar[tuple[str, ...]] = ("acceptance_length",)
     text_temperature: float = Field(
         0.0,
         ge=0,
         le=1e6,
         description="Of the target's text, 0 the likeliest; the recipe's is the loss's, on both sides",
-    )
-    proposals: int | None = Field(None, ge=1, le=256, description="Tokens of a block; default the drafter's")
-    proposing: Proposing = Field(
-        "likeliest",
-        description="Whether a slot's likeliest token is proposed, or one drawn from the drafter at this temperature; "
-        "at 0 they are the same",
     )
     batch: int = Field(64, ge=1, description="Answers written side by side")
 
@@ -65,22 +62,10 @@ class SpeculativeRollout(OneSource):
         self.check(drafter)
         return Speculative(target, drafter, asked, name)
 
-    def check(self, drafter: Drafter) -> None:
-        """Raise `IncompatibleError` where it asks for what the drafter does not allow."""
-        most = drafter.most
-        if self.proposals is not None and most is not None and self.proposals > most:
-            raise IncompatibleError(
-                f"rollout.proposals is {self.proposals}, and this drafter proposes {most} at most; lower it"
-            )
-        if self.proposing == "drawn" and drafter.parallel:
-            raise IncompatibleError(
-                "rollout.proposing is 'drawn', and the slots of this drafter do not see each other: drawn apart they "
-                "are no text. Leave it at 'likeliest'"
-            )
-
 
 class Speculative(PrefixSource[SpeculativeRollout]):
-    """The built rollout.
+    """The built rollout. Of a tree the slots of one line are kept (`opd.drafting.tree.Line`): those that stand, and the
+    likeliest children behind the last of them, which do not.
 
     Columns by position: `slot` int64, 1 to K; `accepted` bool; `rejected` bool, the first slot of a block that did not
     stand and all behind it; `corrected` bool, that first slot alone; `verified` int64, the text's token at an accepted
@@ -140,17 +125,18 @@ class Speculative(PrefixSource[SpeculativeRollout]):
             settings.proposals or self.drafter.proposals,
             settings.text_temperature,
             settings.proposing,
+            tree=settings.tree,
         )
 
     def _packed(
         self, request: Request[SpeculativeRollout], how: Speculation, answers: Sequence[Answer]
     ) -> Trajectories:
-        context, count, records = request.context, how.proposals, [answer.record for answer in answers]
+        context, records = request.context, [answer.record for answer in answers]
         device = context.device
         actions = torch.cat([answer.proposed for answer in answers]).to(device)
-        slot = (torch.arange(len(actions), device=device) % count) + 1
+        sizes = [answer.record.slots(len(answer.proposed)) for answer in answers]
+        of_block, slot = numbered(torch.cat(sizes).to(device))
         stood, added = (torch.cat([getattr(r, name) for r in records]).to(device) for name in ("accepted", "committed"))
-        of_block = torch.arange(len(stood), device=device).repeat_interleave(count)
         accepted = slot <= stood[of_block]
         # The target's own token behind what stood was added only if nothing cut the step before it.
         whole = (added == stood + 1)[of_block]
@@ -160,7 +146,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         if vocabulary.ids is not None and len(actions):
             learn &= ~vocabulary.outside(how.written.vocabulary.named(_likeliest(hidden, how.written)))
         corrected = whole & (slot == stood[of_block] + 1)
-        verified = torch.cat([_written(record, count) for record in records]).to(device)
+        verified = torch.cat([_written(*each) for each in zip(records, sizes, strict=True)]).to(device)
         verified = verified.where((accepted | corrected) & ~vocabulary.outside(verified), -1)
         head = self.target.language.head(context.temperature, vocabulary).detach()
         log_q, drawn_log_q = (torch.cat([getattr(a, name) for a in answers]) for name in ("log_q", "drawn_log_q"))
@@ -186,10 +172,12 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         )
 
 
-def _written(record: Drafted, count: int) -> torch.Tensor:
-    """int64 `[M * count]`: the text's token at the place of each slot; behind the text's end its last one."""
-    places = record.anchors[:, None] - len(record.prompt) + torch.arange(1, count + 1)
-    return record.response[places.clamp(max=len(record.response) - 1)].flatten()
+def _written(record: Drafted, sizes: torch.Tensor) -> torch.Tensor:
+    """int64 `[N]`: the text's token at the place of each slot of blocks of int64 `[M]` sizes; behind the text's end its
+    last one."""
+    of_block, slot = numbered(sizes)
+    places = record.anchors[of_block] - len(record.prompt) + slot
+    return record.response[places.clamp(max=len(record.response) - 1)]
 
 
 def _likeliest(hidden: torch.Tensor, head: Head) -> torch.Tensor:

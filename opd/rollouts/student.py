@@ -1,4 +1,4 @@
-"""On-policy: the student extends the prompts itself, in this process or by an engine that holds its weights."""
+"""On-policy: the student extends the prompts itself, alone or by an engine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from opd.choice import OneOf
+from opd.choice import OneOf, kind_of
 from opd.context import Context
-from opd.drafting.faster import Helped
 from opd.engines import RolloutEngine
 from opd.language.engines.in_process import language_of
 from opd.language.rollout import LanguageRollout, SamplingSettings
@@ -28,35 +27,26 @@ class StudentRollout(SamplingSettings, OneSource):
 
     kind: Literal["student"] = "student"
     engine: Annotated[RolloutEngine, OneOf(RolloutEngine)] | None = Field(
-        None, description="Who draws, where not this process: a server that takes up the student's weights"
+        None, description="Who draws, where not the student alone: a server that has its weights, a drafter that helps"
     )
     modality: ClassVar[str | None] = "language"
-    drafter: Helped | None = Field(
-        None, description="A drafter that proposes while the student writes: the same distribution, in less time"
-    )
-
-    @model_validator(mode="after")
-    def _one_helper(self) -> Self:
-        if self.drafter is not None and self.engine is not None:
-            raise ValueError("a drafter helps this process to write, and an engine writes elsewhere; remove one")
-        if self.drafter is not None and self.watch is not None:
-            raise ValueError(
-                "a watch looks between segments of one length, and a drafter writes rows of unequal length; remove "
-                "watch, or drafter"
-            )
-        return self
 
     def samplers(
         self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
     ) -> Iterator[tuple[Sampling, Shape]]:
-        if self.engine is None:
+        if self.engine is None or self.engine.here:
             yield self, student
 
     @model_validator(mode="after")
-    def _drawn_elsewhere(self) -> Self:
+    def _fits_engine(self) -> Self:
         if self.engine is None:
             return self
-        own = {name: getattr(self, name) for name in ("dtype", "batch")}
+        if self.watch is not None and not self.engine.watched:
+            raise ValueError(
+                f"a watch looks between segments, and the engine {kind_of(self.engine)!r} writes rows that have none; "
+                "remove watch, or engine"
+            )
+        own = {} if self.engine.here else {name: getattr(self, name) for name in ("dtype", "batch")}
         for name, value in own.items():
             if value != type(self).model_fields[name].default:
                 raise ValueError(
@@ -69,12 +59,11 @@ class StudentRollout(SamplingSettings, OneSource):
     def build(self, context: Context, student: Student, teachers: Sequence[LiveTeacher]) -> LanguageRollout:
         watch = None if self.watch is None else self.watch.build(context, student, teachers)
         language = language_of(student, "the student")
-        writer = None if self.engine is None else self.engine.build(language, context)
-        if writer is not None:
-            with ExitStack() as opened:
-                opened.callback(writer.close)
-                writer.check_teachers([teacher.settings for teacher in teachers])
-                opened.pop_all()
         early = [teacher for teacher in teachers if getattr(teacher, "early", False)]
-        faster = None if self.drafter is None else self.drafter.build(language, context, "the student")
-        return LanguageRollout(language, self, context, watch=watch, writer=writer, listeners=early, faster=faster)
+        made = LanguageRollout(language, self, context, watch=watch, engine=self.engine, listeners=early)
+        with ExitStack() as opened:
+            opened.callback(made.close)
+            if made.writer is not None:
+                made.writer.check_teachers([teacher.settings for teacher in teachers])
+            opened.pop_all()
+        return made

@@ -87,7 +87,7 @@ class LiveTargetTeacher(LiveTeacher[TargetTeacher]):
             assert isinstance(record, Drafted)
             text = torch.cat([record.prompt, record.response])
             before += [text[: anchor + 1] for anchor in record.anchors.tolist()]
-            blocks += list(proposed.cpu().view(len(record.anchors), -1)) if len(proposed) else []
+            blocks += list(proposed.cpu().split(record.slots(len(proposed)).tolist()))
         size, parts = (
             self.settings.batch,
             [torch.zeros(0, self.target.outline.width, device=self.target.language.device)],
