@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,8 @@ class Drafted:
         committed: int64 `[M]`, how many tokens each step of verifying added: one more than were accepted, unless the
             answer ended before.
         sizes: int64 `[M]`, slots of each block; None where all have as many.
+        steps: bool `[M]`, which blocks are steps of verifying in which the drafter's proposals were read on the way
+            along the text; None for all. Others are placed in it otherwise.
     """
 
     prompt: torch.Tensor
@@ -33,12 +35,21 @@ class Drafted:
     accepted: torch.Tensor
     committed: torch.Tensor
     sizes: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
     def slots(self, positions: int) -> torch.Tensor:
         """int64 `[M]`: slots of each block, of N `positions` in all."""
         if self.sizes is not None:
             return self.sizes
         return torch.full_like(self.anchors, positions // max(1, len(self.anchors)))
+
+    def of_steps(self) -> Drafted:
+        """This record without the blocks that are no steps of verifying."""
+        if self.steps is None:
+            return self
+        kept = {name: getattr(self, name)[self.steps] for name in ("anchors", "accepted", "committed")}
+        sizes = None if self.sizes is None else self.sizes[self.steps]
+        return replace(self, steps=None, sizes=sizes, **kept)
 
     def __len__(self) -> int:
         """P."""
@@ -56,6 +67,7 @@ def numbered(sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def acceptance_length(drafted: Sequence[Drafted]) -> float:
     """Tokens that a pass of the target added while it verified: all tokens over all steps. The first token of an
     answer, which comes from reading the prompt, is not among them; NaN where nothing was verified."""
+    drafted = [each.of_steps() for each in drafted]
     steps = sum(len(each.anchors) for each in drafted)
     return sum(int(each.committed.sum()) for each in drafted) / steps if steps else float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -102,6 +103,7 @@ class Draft(Policy):
             else:
                 notes.append(f"student.model {self.model} is not at hand: it is taken to have the form student.drafter")
         assert form is not None
+        form = form.settled(outline)
         with torch.device("meta"):
             made = form.build(outline, Head(torch.empty(outline.vocabulary, outline.width)))
         own, count = made.own_head(), sum(p.numel() for p in made.parameters())
@@ -134,9 +136,11 @@ class Draft(Policy):
 
 
 def slots_of(trajectories: Trajectories) -> dict[str, float]:
-    """How many `answers` there are, and blocks `of/K` that have a slot K."""
-    of_records = zip(trajectories.contexts, trajectories.lengths.tolist(), strict=True)
-    sizes = torch.cat([torch.zeros(0, dtype=torch.int64), *(record.slots(n) for record, n in of_records)])
+    """How many `answers` there are, and steps of verifying `of/K` whose block has a slot K."""
+    sizes = torch.zeros(0, dtype=torch.int64)
+    for record, positions in zip(trajectories.contexts, trajectories.lengths.tolist(), strict=True):
+        own = record.slots(positions)
+        sizes = torch.cat([sizes, own if record.steps is None else own[record.steps]])
     most = int(sizes.max()) if len(sizes) else 0
     return {f"of/{k}": float((sizes >= k).sum()) for k in range(1, most + 1)} | {"answers": float(len(trajectories))}
 
@@ -209,8 +213,9 @@ class DraftStudent(LanguageStudent):
 
     @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
-        """The blocks that the rollout proposed must be as likely to be proposed when they are drafted again."""
-        if not trajectories.positions:
+        """The blocks that this drafter proposed in the rollout must be as likely to be proposed when they are drafted
+        again."""
+        if not trajectories.positions or "log_q" not in trajectories.columns:
             return
         again = compare(self(trajectories, self.context.with_(temperature=1.0)), None, trajectories.actions)
         gap = float((again.values["log_q"] - trajectories.columns["log_q"]).abs().mean())
@@ -266,7 +271,12 @@ class DraftStudent(LanguageStudent):
         return self.drafter.eval(), self.reader.tokenizer
 
     def fingerprint(self) -> str:
-        return fingerprint(self.target.language.model.named_parameters())
+        """Of what the state is a state of, besides the recipe: the target's weights, and the ids that the drafter may
+        propose, which may have been counted in a store."""
+        of_target = fingerprint(self.target.language.model.named_parameters())
+        if self.drafter.ids is None:
+            return of_target
+        return f"{of_target}, ids {hashlib.sha256(repr(self.drafter.ids).encode()).hexdigest()[:16]}"
 
     def save(self, folder: Path, card: str) -> list[str]:
         """`folder` is loaded by servers that know the drafter's form (SGLang, vLLM), and by `student.model`."""
