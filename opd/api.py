@@ -373,7 +373,7 @@ def _best(run: Run) -> dict[str, Any] | None:
     recipe = run.recipe
     stop = recipe.evaluation.stop
     metric = recipe.checkpoint.keep_best or (None if stop is None else stop.metric)
-    found = None if metric is None else best_of(run.monitor.history, metric)
+    found = None if metric is None else best_of(run.monitor.history, metric, type(recipe.evaluation))
     if found is None:
         return None
     step, value = found

@@ -234,7 +234,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def trained(folders, tmp_path_factory):
-    """From a form to the folder of a drafter that has learnt something: the answers to a few prompts, nearly by heart."""
+    """From a form to the folder of a drafter that has learnt something: answers to a few prompts, nearly by heart."""
 
     @functools.cache
     def of(form):

@@ -64,8 +64,7 @@ class Format(ABC):
 
     def no_place(self, of: Made, instead: str) -> ModelError:
         """The refusal of a form; `instead` says what to do."""
-        form = of.drafter.config()["architectures"][0]
-        return ModelError(f"--as {self.library} has no place for drafters of the form {form}: {instead}")
+        return ModelError(f"--as {self.library} has no place for a {type(of.drafter).__name__}: {instead}")
 
 
 def write(folder: Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from opd.drafting.servers.base import Served, Server
+from opd.drafting.servers.base import Served, Server, own_form
 from opd.drafting.servers.sglang import SGLang
 from opd.drafting.servers.transformers import Transformers
 from opd.drafting.servers.vllm import VLLM
@@ -26,6 +26,6 @@ def check_served(names: Sequence[str], served: Served, key: str) -> None:
         ModelError: a server reads something else, which is said, with what it accepts.
     """
     for name in names:
-        why = SERVERS[name].misreads(served)
+        why = own_form(served) or SERVERS[name].misreads(served)
         if why is not None:
             raise ModelError(f"{key} {name!r}: {why}")

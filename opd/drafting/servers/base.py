@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from opd.drafting.base import Drafter
+from opd.drafting.block import BlockDrafter
+from opd.drafting.chain import ChainDrafter
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Server(ABC):
     @abstractmethod
     def launch(self, drafter: Drafter) -> str:
         """How it is started with the folder `student` of a run, in words of its own command line."""
+
+
+def own_form(served: Served) -> str | None:
+    """The refusal of a form that none of them knows."""
+    if isinstance(served.drafter, ChainDrafter | BlockDrafter):
+        return None
+    return f"it loads the forms chain and block alone, and no {type(served.drafter).__name__}; leave it out"
 
 
 def dropped_layers(served: Served) -> str | None:
