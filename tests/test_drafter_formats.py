@@ -119,6 +119,7 @@ def test_a_chain_of_all_ids_has_no_maps(tmp_path):
     _, _, config, weights = exported(Chain(taps=[0, 2, 4, 6]), tmp_path, "speculators")
     assert not {"d2t", "t2d"} & weights.keys(), "vLLM knows no parameter for them then"
     assert config["draft_vocab_size"] == config["transformer_layer_config"]["vocab_size"]
+    assert drafter_of(Chain(vocabulary=list(range(64))), language()).ids is None
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5, 7]
     assert config["transformer_layer_config"]["num_aux_hidden_states"] == 4
 
@@ -131,7 +132,7 @@ def test_a_block_drafter_in_the_format_of_speculators(tmp_path):
     assert config["aux_hidden_state_layer_ids"] == [2, 5]
     assert (config["block_size"], config["mask_token_id"], config["sample_from_anchor"]) == (5, 2, False)
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4, "one fewer than slots"
-    assert config["sliding_window_non_causal"] is True, "without it vLLM makes all layers causal"
+    assert config["sliding_window_non_causal"] is True, "where it is false vLLM makes all layers causal"
     layer = config["transformer_layer_config"]
     assert (layer["model_type"], layer["layer_types"]) == ("qwen3", ["full_attention"] * 2)
     assert layer["sliding_window"] is None
@@ -157,7 +158,7 @@ print(json.dumps({"class": type(model).__name__, "taps": list(model.target_layer
 """
 
 
-@pytest.mark.skipif(not SPECULATORS, reason="OPD_SPECULATORS names no Python with the library speculators")
+@pytest.mark.skipif(not SPECULATORS, reason="OPD_SPECULATORS names no Python with speculators: make test-formats")
 @pytest.mark.parametrize("drafter", [CHAIN, {**CHAIN, "vocabulary": list(range(3, 40))}, BLOCK])
 def test_the_library_speculators_loads_it(drafter, target, tmp_path):
     student = recipe_for(target, tmp_path, drafter).student.build(Context(torch.device("cpu")))
@@ -294,8 +295,8 @@ def test_what_a_format_has_no_place_for_is_refused(target, tmp_path):
 # Servers that a recipe names.
 
 
-def served(drafter, servers, target, tmp_path, **student):
-    recipe = recipe_for(target, tmp_path, drafter)
+def served(drafter, servers, folder, tmp_path, **student):
+    recipe = recipe_for(folder, tmp_path, drafter)
     whole = recipe.dump()
     return parse_recipe(whole | {"student": whole["student"] | {"servers": servers} | student})
 
@@ -335,6 +336,10 @@ def test_a_plan_says_how_each_server_is_started(drafter, servers, launch, target
     recipe = served(drafter, servers, target, tmp_path)
     (note,) = [note for note in make_plan(recipe).notes if note.startswith(f"{servers[0]}: ")]
     assert launch in note
+    assert "--dtype" not in note
+    if servers != ["transformers"]:
+        named = served(drafter, servers, target, tmp_path, target={"model": target, "dtype": "bfloat16"})
+        assert any("TARGET --dtype bfloat16 " in note for note in make_plan(named).notes)
     recipe.student.build(Context(torch.device("cpu")))
 
 
@@ -378,7 +383,7 @@ def test_a_form_of_ones_own_has_its_native_format_alone(tmp_path):
 
 
 def test_a_server_that_nobody_knows_is_refused(target, tmp_path):
-    with pytest.raises(RecipeError, match=r"student.servers.*'vllm', 'sglang' or 'transformers'"):
+    with pytest.raises(RecipeError, match=r"student.servers.0 is 'vlm': accepted: vllm, sglang, transformers"):
         served(CHAIN, ["vlm"], target, tmp_path)
 
 

@@ -42,7 +42,9 @@ class Chain(DrafterSettings):
                 f"student.drafter.vocabulary names {self.vocabulary[-1]}, and the target's ids end at "
                 f"{target.vocabulary - 1}"
             )
-        return ChainDrafter(target, taps, self.proposals, tuple(self.vocabulary) or None, self.mlp or target.mlp, head)
+        # A list of all ids is none: servers want no maps then.
+        ids = tuple(self.vocabulary) if 0 < len(self.vocabulary) < target.vocabulary else None
+        return ChainDrafter(target, taps, self.proposals, ids, self.mlp or target.mlp, head)
 
     @classmethod
     def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> Chain:

@@ -120,7 +120,8 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         settings.check(drafter)
         count = settings.proposals or count
     student.check_servers(drafter, target.model)
-    notes += [f"{name}: {SERVERS[name].launch(drafter)}" for name in student.servers]
+    served = student.served(drafter, target.model)
+    notes += [f"{name}: {SERVERS[name].launch(served)}" for name in student.servers]
     check_answers(recipe)
     if unknown := [i for i in recipe.end_tokens or () if i >= target.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the target's ids end at {target.vocabulary - 1}")

@@ -106,7 +106,11 @@ class Draft(Policy):
 
     def check_servers(self, drafter: Drafter, target: PreTrainedModel) -> None:
         """Raise `ModelError` where one of `servers` would misread the drafter of a target; both may be on meta."""
-        check_served(self.servers, Served(drafter, target, self.target.drop_layers), "student.servers names")
+        check_served(self.servers, self.served(drafter, target), "student.servers names")
+
+    def served(self, drafter: Drafter, target: PreTrainedModel) -> Served:
+        """What servers see of the drafter of a target."""
+        return Served(drafter, target, self.target.drop_layers, self.target.dtype)
 
     def shape(self, notes: list[str]) -> Shape:
         """Of the drafter; its `model` has no weights. A saved one that is not at hand is taken to have the form that

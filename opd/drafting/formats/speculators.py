@@ -94,7 +94,7 @@ class Speculators(Format):
             "mask_token_id": drafter.mask_token,
             "block_size": drafter.proposals + 1,
             "sample_from_anchor": False,
-            # speculators means layers with a window by it, and here are none; vLLM makes every layer causal without it.
+            # It is about layers with a window, and here are none; but where it is false vLLM makes every layer causal.
             "sliding_window_non_causal": True,
         }
 

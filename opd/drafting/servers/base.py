@@ -22,11 +22,18 @@ class Served:
         drafter: on any device, meta among them.
         target: likewise.
         dropped: layers that the recipe takes from the target, as it numbers them.
+        dtype: in which the recipe loads the target, `auto` as it is stored.
     """
 
     drafter: Drafter
     target: PreTrainedModel
     dropped: Sequence[int] = ()
+    dtype: str = "auto"
+
+    @property
+    def dtype_option(self) -> str:
+        """For a server that would load the target as it is stored: the word of its command line that changes it."""
+        return "" if self.dtype == "auto" else f" --dtype {self.dtype}"
 
     @property
     def last_layer(self) -> int:
@@ -53,7 +60,7 @@ class Server(ABC):
         do; None where it reads all as it is."""
 
     @abstractmethod
-    def launch(self, drafter: Drafter) -> str:
+    def launch(self, served: Served) -> str:
         """How it is started with the folder `student` of a run, in words of its own command line."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from opd.drafting.base import Drafter
 from opd.drafting.servers.base import Served, Server, dropped_layers, head_bias, last_tap
 
 
@@ -17,8 +16,10 @@ class SGLang(Server):
             or last_tap(served, "and sglang takes hidden states before layers, none behind the last")
         )
 
-    def launch(self, drafter: Drafter) -> str:
-        told = "sglang serve --model-path TARGET --speculative-draft-model-path STUDENT --speculative-algorithm "
+    def launch(self, served: Served) -> str:
+        drafter = served.drafter
+        told = f"sglang serve --model-path TARGET{served.dtype_option} --speculative-draft-model-path STUDENT "
+        told += "--speculative-algorithm "
         slots = f"--speculative-num-draft-tokens {drafter.proposals + 1}"
         if drafter.parallel:
             return f"{told}DFLASH {slots}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from opd.drafting.base import Drafter
 from opd.drafting.servers.base import Served, Server, dropped_layers, last_tap
 
 
@@ -24,5 +23,5 @@ class Transformers(Server):
             )
         return dropped_layers(served) or last_tap(served, "which generate() hands over behind the final norm")
 
-    def launch(self, drafter: Drafter) -> str:
+    def launch(self, served: Served) -> str:
         return 'opd export RUN FOLDER --as transformers, then generate(assistant_model=..., speculation_type="dflash")'

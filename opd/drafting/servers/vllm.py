@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-from opd.drafting.base import Drafter
 from opd.drafting.servers.base import Served, Server, dropped_layers, head_bias
 
 
@@ -14,7 +13,8 @@ class VLLM(Server):
     def misreads(self, served: Served) -> str | None:
         return dropped_layers(served) or head_bias(served)
 
-    def launch(self, drafter: Drafter) -> str:
+    def launch(self, served: Served) -> str:
+        drafter = served.drafter
         method = "dflash" if drafter.parallel else "eagle3"
         told = {"method": method, "model": "STUDENT", "num_speculative_tokens": drafter.proposals}
-        return f"vllm serve TARGET --speculative-config '{json.dumps(told)}'"
+        return f"vllm serve TARGET{served.dtype_option} --speculative-config '{json.dumps(told)}'"
