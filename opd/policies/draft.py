@@ -316,4 +316,5 @@ class DraftStudent(LanguageStudent):
             self.target.language.head(1.0).weight.detach(),
             str(folder.resolve()) if folder.is_dir() else name,
             tuple(base.config.architectures or (type(base).__name__,)),
+            None if self.source is None else self.source.revision,
         )

@@ -30,6 +30,7 @@ class Made:
         head: `[V, D]`, the weight of the target's output head, detached.
         target: its hub name, or its folder.
         architectures: what the target's config calls its classes.
+        revision: branch, tag or commit of the target on the hub; None for the hub's default.
     """
 
     drafter: Drafter
@@ -37,6 +38,7 @@ class Made:
     head: torch.Tensor
     target: str
     architectures: tuple[str, ...]
+    revision: str | None = None
 
 
 class Format(ABC):

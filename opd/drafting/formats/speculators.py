@@ -10,6 +10,7 @@ from opd.drafting.base import Drafter
 from opd.drafting.block import BlockDrafter
 from opd.drafting.chain import ChainDrafter
 from opd.drafting.formats.base import Format, Made
+from opd.errors import ModelError
 
 LAYER = (
     "model_type",
@@ -61,6 +62,7 @@ class Speculators(Format):
         layer: dict[str, Any] = {name: native[name] for name in LAYER if name in native}
         layer |= {"mlp_bias": False, "num_aux_hidden_states": len(drafter.taps)}
         dtype = str(next(drafter.parameters()).dtype).removeprefix("torch.")
+        _check_named(of)
         proposing = {"proposal_type": "greedy", "speculative_tokens": drafter.proposals}
         return own | {
             "speculators_model_type": algorithm,
@@ -97,6 +99,21 @@ class Speculators(Format):
             # It is about layers with a window, and here are none; but where it is false vLLM makes every layer causal.
             "sliding_window_non_causal": True,
         }
+
+
+def _check_named(of: Made) -> None:
+    """Raise `ModelError` for a target that cannot be named as others load it."""
+    said = "--as speculators names the target for those who load it, and student.target."
+    if of.target.startswith("package:") or of.target.endswith(".gguf"):
+        raise ModelError(
+            f"{said}model is {of.target!r}, which they do not load; save it as a folder of transformers, and train "
+            "with that as student.target.model, or leave --as out"
+        )
+    if of.revision is not None:
+        raise ModelError(
+            f"{said}revision {of.revision!r} has no place there; download it into a folder, and train with that as "
+            "student.target.model, or leave --as out"
+        )
 
 
 def _as_hidden_states(drafter: Drafter) -> list[int]:
