@@ -20,7 +20,7 @@ NUMERICAL := tests/test_divergences.py tests/test_language.py tests/test_rollout
   tests/flow/test_objectives.py tests/flow/test_sampler.py tests/flow/test_runs.py
 LONGEST := blank_model or share_a_step or command_line or prints_the_table or to_its_own_teacher
 
-.PHONY: quickstart test test-avx2 test-engines lint types docs unit gpu constraints newest clean
+.PHONY: quickstart test test-avx2 test-engines test-formats lint types docs unit gpu constraints newest clean
 
 # Which torch is TORCH's to say.
 $(VENV)/constraints.txt: $(filter-out /dev/null,$(CONSTRAINTS))
@@ -72,6 +72,18 @@ OPD_VLLM ?= $(CURDIR)/.venv-vllm/bin/python
 test-engines: $(VENV)/.ready $(if $(filter $(CURDIR)/.venv-vllm/bin/python,$(OPD_VLLM)),.venv-vllm/.ready)
 	OPD_VLLM=$(OPD_VLLM) $(BIN)/python -m pytest -q tests/test_vllm.py
 
+# The library of one of the formats of drafters wants other versions, and has an environment of its own.
+SPECULATORS ?= speculators==0.9.0
+.venv-speculators/.ready:
+	$(PYTHON) -m venv .venv-speculators
+	.venv-speculators/bin/python -m pip install --quiet "$(TORCH)" "$(SPECULATORS)"
+	.venv-speculators/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
+OPD_SPECULATORS ?= $(CURDIR)/.venv-speculators/bin/python
+test-formats: $(VENV)/.ready $(if $(filter $(CURDIR)/.venv-speculators/bin/python,$(OPD_SPECULATORS)),.venv-speculators/.ready)
+	OPD_SPECULATORS=$(OPD_SPECULATORS) $(BIN)/python -m pytest -q tests/test_drafter_formats.py
+
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -98,4 +110,4 @@ gpu: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-vllm runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-vllm .venv-speculators runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -373,7 +373,7 @@ def _best(run: Run) -> dict[str, Any] | None:
     recipe = run.recipe
     stop = recipe.evaluation.stop
     metric = recipe.checkpoint.keep_best or (None if stop is None else stop.metric)
-    found = None if metric is None else best_of(run.monitor.history, metric)
+    found = None if metric is None else best_of(run.monitor.history, metric, type(recipe.evaluation))
     if found is None:
         return None
     step, value = found
@@ -421,14 +421,19 @@ def measure(
             return evaluate(built)
 
 
-def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bool = False) -> Path:
+def export(
+    directory: Path, out: Path, step: int | None = None, *, form: str | None = None, overwrite: bool = False
+) -> Path:
     """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
 
     Args:
+        form: of a drafter the format: native (default), speculators or transformers.
         overwrite: replace the model that `opd` wrote into `out`.
 
     Raises:
         RunError: no checkpoint of that step, or a damaged one; or `out` holds something.
+        RecipeError: a format that students of this kind are not written in.
+        ModelError: the format has no place for this drafter, or who loads it would misread it.
     """
     if not directory.is_dir():
         raise RunError(f"run directory {directory} does not exist; give the directory that a run wrote (its output)")
@@ -440,18 +445,25 @@ def export(directory: Path, out: Path, step: int | None = None, *, overwrite: bo
     folder = folder_of(directory, steps[0] if step is None else step)
     facts = verify(folder)
     recipe = parse_recipe(facts["recipe"], str(folder))
+    if form is not None and form not in recipe.student.formats:
+        known = ", ".join(recipe.student.formats)
+        raise RecipeError(
+            f"--as is {form!r}, and a student of kind {kind_of(recipe.student)!r} is written "
+            + (f"as one of {known}" if known else "in one format alone: leave --as out")
+        )
     student = recipe.student.build(Context(torch.device("cpu")))
     if facts["weights"]["student"] != student.fingerprint():
         raise RunError(f"{folder} belongs to other weights than {facts['recipe']['student'].get('model')!r} has now")
     parts = read(folder)["parts"]
     student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
-    card = f"---\nlibrary_name: {student.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
+    written = student if form is None else student.written_as(form)
+    card = f"---\nlibrary_name: {written.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
-        lacking = student.save(
+        lacking = written.save(
             partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n"
         )
         write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
-    different = student.compare(out)
+    different = written.compare(out)
     lacking += [] if different is None else [different]
     if lacking:
         raise RunError(f"{'; '.join(lacking)}. The weights are in {out}")

@@ -389,6 +389,6 @@ def _assembled(
         monitor=monitor,
         checkpoints=Checkpoints(recipe.checkpoint, identity(recipe, itertools.chain(*loaded))),
         skips=Skips(recipe.failures),
-        watch=Watch(recipe.evaluation.stop, recipe.evaluation.alarm),
+        watch=Watch(recipe.evaluation),
         micro=recipe.batch.micro,
     )

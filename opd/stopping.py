@@ -6,34 +6,36 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opd.policies.evaluation import HIGHER, Alarm, Stop
+from opd.policies.evaluation import Alarm, Evaluation, Stop
 from opd.run import Run
 
 WATCHED = {"length": "length", "entropy": "student_entropy"}
 """What an alarm may watch, and the held-out metric that it is."""
 
 
-def best_of(history: Iterable[Mapping[str, float]], metric: str) -> tuple[int, float] | None:
-    """Step and value of the best held-out measurement of `metric` in a run's log; of equal ones the first, unless the
-    run's last is among them. None where it was never a number."""
+def best_of(
+    history: Iterable[Mapping[str, float]], metric: str, settings: type[Evaluation]
+) -> tuple[int, float] | None:
+    """Step and value of the best held-out measurement of `metric` in a run's log, as `settings` say what is better; of
+    equal ones the first, unless the run's last is among them. None where it was never a number."""
     key = f"held_out/{metric}"
     found = [(int(record["step"]), record[key]) for record in history if not math.isnan(record.get(key, math.nan))]
     if not found:
         return None
-    best = (max if metric in HIGHER else min)(value for _, value in found)
+    best = max((value for _, value in found), key=lambda value: settings.rank(metric, value))
     return found[-1] if found[-1][1] == best else next(item for item in found if item[1] == best)
 
 
 class Watch:
-    """Reads every evaluation of a run.
+    """Reads every evaluation of a run, which is made under `settings`.
 
     Attributes:
         ended_by: why the run should end, or None.
         alarms: a line for each time that a metric left its band.
     """
 
-    def __init__(self, stop: Stop | None, alarm: Alarm | None):
-        self.stop, self.alarm = stop, alarm
+    def __init__(self, settings: Evaluation):
+        self.settings, self.stop, self.alarm = settings, settings.stop, settings.alarm
         self.ended_by: str | None = None
         self.alarms: list[str] = []
         self._best: float | None = None
@@ -54,7 +56,7 @@ class Watch:
             self._compare(run, step, self.alarm, measured)
 
     def _count(self, step: int, stop: Stop, value: float) -> None:
-        value = value if stop.metric in HIGHER else -value
+        value = self.settings.rank(stop.metric, value)
         if self._best is None or value > self._best + stop.least_gain:
             self._best, self._without_gain = value, 0
             return

@@ -564,6 +564,8 @@ def test_a_checkpoint_is_exported_as_a_student(make, tmp_path):
     assert not torch.equal(earlier.lm_head.weight, model.lm_head.weight)
     with pytest.raises(RunError, match="no checkpoint of step 5; there are 6, 4"):
         opd.api.export(recipe.directory, tmp_path / "none", 5)
+    with pytest.raises(opd.RecipeError, match=r"--as is 'native', .*'causal_lm' is written in one format alone"):
+        opd.api.export(recipe.directory, tmp_path / "none", form="native")
 
 
 # ---- the command line, and what the machine does to it ----

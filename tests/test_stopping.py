@@ -11,9 +11,13 @@ import pytest
 import opd.monitor
 from opd.api import execute, export
 from opd.cli.display import best_line, show_result
+from opd.drafting.evaluation import DraftEvaluation
 from opd.errors import RecipeError
+from opd.language.evaluation import LanguageEvaluation
+from opd.policies.evaluation import Alarm, Evaluation, Stop
+from opd.recipe import parse_recipe
 from opd.report.page import collect
-from opd.stopping import Alarm, Stop, Watch, best_of
+from opd.stopping import Watch, best_of
 from tests.test_checkpoints import make, models  # noqa: F401
 
 
@@ -25,8 +29,12 @@ class Run:
         self.monitor = SimpleNamespace(before=SimpleNamespace(metrics=before), warn=self.heard.append)
 
 
-def ends_at(stop, metric, values):
-    watch = Watch(stop, None)
+def watching(stop=None, alarm=None, kind=LanguageEvaluation):
+    return Watch(kind(every=1, stop=stop, alarm=alarm))
+
+
+def ends_at(stop, metric, values, kind=LanguageEvaluation):
+    watch = watching(stop, kind=kind)
     for step, value in enumerate(values):
         watch.read(Run(), step, {metric: value})
         if watch.ended_by is not None:
@@ -43,13 +51,15 @@ def test_patience_counts_evaluations_since_the_best_one():
     up = [0.1, 0.4, 0.3, 0.4, 0.5]
     assert ends_at(Stop(metric="accuracy", patience=2), "accuracy", up) == 3
     assert ends_at(Stop(metric="accuracy", patience=1), "accuracy", up) == 2
-    watch = Watch(Stop(patience=1), None)
+    longer = [1.1, 1.6, 1.5, 1.6, 2.0]
+    assert ends_at(Stop(metric="acceptance_length", patience=2), "acceptance_length", longer, DraftEvaluation) == 3
+    watch = watching(Stop(patience=1))
     watch.read(Run(), 1, {})
     assert watch.ended_by is None
 
 
 def test_an_alarm_rings_once_for_each_time_outside_of_the_band():
-    run, watch = Run(length=10.0, student_entropy=2.0), Watch(None, Alarm(length=(0.5, 2), entropy=(0.5, 2)))
+    run, watch = Run(length=10.0, student_entropy=2.0), watching(None, Alarm(length=(0.5, 2), entropy=(0.5, 2)))
     for step, length, entropy in [(1, 12, 2), (2, 21, 2), (3, 30, 0.9), (4, 19, 0.5), (5, 4, 0.8)]:
         watch.read(run, step, {"length": length, "student_entropy": entropy})
     assert [text.split(" is ")[0] for text in watch.alarms] == [
@@ -60,7 +70,7 @@ def test_an_alarm_rings_once_for_each_time_outside_of_the_band():
     assert "2.1 times what it was before training" in watch.alarms[0]
     assert len(run.heard) == 3
     assert watch.ended_by is None
-    only = Watch(None, Alarm(length=None, entropy=(0.5, 2), stop=True))
+    only = watching(None, Alarm(length=None, entropy=(0.5, 2), stop=True))
     only.read(run, 1, {"length": 1e6, "student_entropy": 2.0})
     assert only.ended_by is None
     only.read(run, 2, {"length": 1e6, "student_entropy": 0.1})
@@ -117,14 +127,15 @@ def test_the_end_says_which_step_was_the_best_and_how_to_get_it(make, monkeypatc
 
 
 def test_the_best_of_a_log_is_the_last_where_that_is_as_good():
-    def best(*values, metric="reverse_kl"):
-        return best_of([{"step": i, f"held_out/{metric}": value} for i, value in enumerate(values)], metric)
+    def best(*values, metric="reverse_kl", kind=LanguageEvaluation):
+        return best_of([{"step": i, f"held_out/{metric}": value} for i, value in enumerate(values)], metric, kind)
 
     assert best(3.0, 1.0, 2.0, 1.0, 4.0) == (1, 1.0)
     assert best(3.0, 1.0, 2.0, 1.0) == (3, 1.0)
     assert best(0.1, 0.3, float("nan"), metric="accuracy") == (1, 0.3)
     assert best(float("nan")) is None
-    assert best_of([{"step": 1, "train/loss": 2.0}], "reverse_kl") is None
+    assert best(1.2, 2.5, 2.5, 1.9, metric="acceptance_length", kind=DraftEvaluation) == (1, 2.5)
+    assert best_of([{"step": 1, "train/loss": 2.0}], "reverse_kl", LanguageEvaluation) is None
 
 
 def test_a_collapse_is_said_and_may_end_the_run(make, monkeypatch, capsys):  # noqa: F811
@@ -143,6 +154,37 @@ def test_a_collapse_is_said_and_may_end_the_run(make, monkeypatch, capsys):  # n
     assert execute(recipe, quiet=True).summary["steps"] == 2
     recipe = make("deaf", evaluation={"every": 1, "alarm": None})
     assert execute(recipe, quiet=True).summary["alarms"] == []
+
+
+def test_each_measure_says_what_is_better():
+    for kind in (Evaluation, *Evaluation.__subclasses__()):
+        assert set(kind.measures.values()) <= {"larger", "smaller"}
+        assert kind.measures.items() >= Evaluation.measures.items()
+    assert LanguageEvaluation.rank("accuracy", 0.5) == 0.5
+    assert LanguageEvaluation.rank("forward_kl", 0.5) == -0.5
+    assert DraftEvaluation.rank("acceptance_length", 2.0) > DraftEvaluation.rank("acceptance_length", 1.0)
+
+
+def test_a_metric_that_does_not_say_what_is_better_is_refused(make):  # noqa: F811
+    for evaluation, checkpoint in (
+        ({"every": 1, "stop": {"metric": "acceptance_lenght"}}, {}),
+        ({"every": 1}, {"every": 1, "keep_best": "student_entropy"}),
+    ):
+        with pytest.raises(RecipeError, match=r"is no metric that says .*these do: reverse_kl, accuracy"):
+            make("run", evaluation=evaluation, checkpoint=checkpoint)
+    drafter = {
+        "student": {"kind": "draft", "target": "x", "drafter": {"kind": "chain"}},
+        "teacher": {"kind": "target"},
+        "prompts": {"kind": "inline", "prompts": ["a", "b"]},
+        "rollout": {"kind": "speculative"},
+        "objective": "accepted",
+        "evaluation": {"held_out": 1, "every": 1, "stop": {"metric": "acceptance_length"}},
+        "checkpoint": {"every": 1, "keep_best": "acceptance_length"},
+    }
+    assert parse_recipe(drafter).checkpoint.keep_best == "acceptance_length"
+    drafter["evaluation"]["stop"] = {"metric": "acceptance_lenght"}
+    with pytest.raises(RecipeError, match=r"did you mean 'acceptance_length'"):
+        parse_recipe(drafter)
 
 
 def test_what_cannot_end_a_run_is_refused(make):  # noqa: F811

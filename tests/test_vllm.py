@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -252,39 +253,45 @@ FORMS = {
 }
 
 
-def trained_drafter(folder, target, form):
-    """The folder of a drafter that has learnt something: the answers to a few prompts, nearly by heart."""
-    opd.distill(
-        {"kind": "draft", "target": {"model": str(target)}, "drafter": form},
-        {"kind": "target"},
-        PROMPTS,
-        quiet=True,
-        overwrite=True,
-        steps=24,
-        rollout={"kind": "speculative", "max_new_tokens": WRITTEN},
-        objective=[
-            {"kind": "accepted", "weight": 0.5, "correction": True},
-            {"kind": "rejected", "weight": 0.5, "kl": "forward_kl"},
-        ],
-        update={"learning_rate": 1e-3},
-        batch={"prompts": 4, "micro": 4},
-        evaluation={"held_out": 1, "samples": 0},
-        checkpoint={"every": 0},
-        tracking={"trackers": []},
-        hardware={"device": "cpu", "precision": "fp32"},
-        output=str(folder),
-    )
-    return folder / "student"
+@pytest.fixture(scope="module")
+def trained(folders, tmp_path_factory):
+    """From a form to the folder of a drafter that has learnt something: answers to a few prompts, nearly by heart."""
+
+    @functools.cache
+    def of(form):
+        folder = tmp_path_factory.mktemp("drafter") / "run"
+        opd.distill(
+            {"kind": "draft", "target": {"model": str(folders["teacher"])}, "drafter": FORMS[form][1]},
+            {"kind": "target"},
+            PROMPTS,
+            quiet=True,
+            overwrite=True,
+            steps=24,
+            rollout={"kind": "speculative", "max_new_tokens": WRITTEN},
+            objective=[
+                {"kind": "accepted", "weight": 0.5, "correction": True},
+                {"kind": "rejected", "weight": 0.5, "kl": "forward_kl"},
+            ],
+            update={"learning_rate": 1e-3},
+            batch={"prompts": 4, "micro": 4},
+            evaluation={"held_out": 1, "samples": 0},
+            checkpoint={"every": 0},
+            tracking={"trackers": []},
+            hardware={"device": "cpu", "precision": "fp32"},
+            output=str(folder),
+        )
+        return folder / "student"
+
+    return of
 
 
-def written_by_server(target, prompts, logs, method="", folder=None, proposals=0):
+def written_by_server(model, prompts, logs, drafting=None):
     """Greedy tokens of a server in float32, and how many proposals of how many blocks it accepted, by place."""
     url = "http://127.0.0.1:18781"
-    command = [PYTHON, *SERVING, "--dtype", "float32", "--model", str(target), "--port", "{port}"]
+    command = [PYTHON, *SERVING, "--dtype", "float32", "--model", str(model), "--port", "{port}"]
     command += ["--served-model-name", "target"]
-    if method:
-        config = {"method": method, "model": str(folder), "num_speculative_tokens": proposals}
-        command += ["--speculative-config", json.dumps(config)]
+    if drafting is not None:
+        command += ["--speculative-config", json.dumps(drafting)]
     server = ServedTeacher(name="target", url=url, start={"command": command, "environment": ENVIRONMENT})
     found = []
     with started(servers_of([server], logs), lambda text: contextlib.nullcontext()):
@@ -311,13 +318,13 @@ def alone(folders, tmp_path_factory):
     return {tuple(prompt): tokens for prompt, tokens in zip(prompts, written, strict=True)}
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("as_", ["native", "speculators"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_drafter_helps_a_server_as_much_as_it_helps_here(form, alone, folders, tmp_path):
-    target, (method, settings) = folders["teacher"], FORMS[form]
-    folder = trained_drafter(tmp_path / "run", target, settings)
+def test_a_drafter_helps_a_server_as_much_as_it_helps_here(form, as_, alone, trained, folders, tmp_path):
+    target, folder, method = folders["teacher"], trained(form), FORMS[form][0]
     context = Context(torch.device("cpu"))
-    student = Draft(target={"model": str(target)}, model=str(folder)).build(context)
+    student = Draft(target={"model": str(target)}, model=str(folder), servers=["vllm"]).build(context)
     student.context = student.agree(context, [], None)
     count = student.drafter.proposals
     # Longer than what the server writes: it counts a whole block that its text's end cuts.
@@ -327,7 +334,13 @@ def test_a_drafter_helps_a_server_as_much_as_it_helps_here(form, alone, folders,
     prompts = [record.prompt.tolist() for record in records]
     plain = [alone[tuple(prompt)] for prompt in prompts]
     assert plain == [record.response[:WRITTEN].tolist() for record in records]
-    helped, blocks, accepted = written_by_server(target, prompts, tmp_path / "helped", method, folder, count)
+    if as_ == "native":
+        drafting = {"method": method, "model": str(folder), "num_speculative_tokens": count}
+        helped, blocks, accepted = written_by_server(target, prompts, tmp_path / "helped", drafting)
+    else:
+        # The folder alone: it names its target, and says how many tokens are proposed.
+        student.written_as("speculators").save(tmp_path / "exported", "")
+        helped, blocks, accepted = written_by_server(tmp_path / "exported", prompts, tmp_path / "helped")
     assert helped == plain
     ours = [
         int(stood)

@@ -10,7 +10,6 @@ from typing import Any
 from opd.checkpoints.store import FILES, LEFTOVER, UnusableError, facts_of, folder_of, steps_stored, write
 from opd.errors import RESUME, RunError
 from opd.files.ours import foreign, remove
-from opd.policies.evaluation import HIGHER
 from opd.recipe import Checkpoint
 from opd.run import Run
 
@@ -82,7 +81,7 @@ class Checkpoints:
     def _is_best(self, run: Run) -> bool:
         value = _number(run.monitor.held_out_at(run.step), self.settings.keep_best)
         best = self._best(run)
-        return value is not None and (best is None or self._rank(value) > self._rank(best[1]))
+        return value is not None and (best is None or self._rank(run, value) > self._rank(run, best[1]))
 
     def _best(self, run: Run) -> tuple[int, float] | None:
         """Step and value of the best held-out measurement among the stored checkpoints."""
@@ -96,10 +95,11 @@ class Checkpoints:
                 continue
             if value is not None:
                 found.append((step, value))
-        return max(found, key=lambda item: self._rank(item[1]), default=None)
+        return max(found, key=lambda item: self._rank(run, item[1]), default=None)
 
-    def _rank(self, value: float) -> float:
-        return value if self.settings.keep_best in HIGHER else -value
+    def _rank(self, run: Run, value: float) -> float:
+        assert self.settings.keep_best is not None
+        return run.recipe.evaluation.rank(self.settings.keep_best, value)
 
 
 def _number(measured: Mapping[str, float], metric: str | None) -> float | None:

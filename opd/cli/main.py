@@ -469,13 +469,17 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     step: Annotated[int | None, typer.Option(help="Of this step; default the newest.", show_default=False)] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--as", help="Of a drafter: native, speculators or transformers.", show_default="native"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
-    """Write the student of a checkpoint as a folder that transformers loads."""
+    """Write the student of a checkpoint as a folder that its library loads, or of a drafter in another format."""
     from opd.api import export as write_student
 
     _quiet_libraries()
-    print(write_student(run, out, step, overwrite=overwrite))
+    print(write_student(run, out, step, form=form, overwrite=overwrite))
 
 
 @app.command()

@@ -161,6 +161,8 @@ class BlockDrafter(Drafter):
             "block_size": self.proposals + 1,
             "num_target_layers": target.layers,
             "layer_types": ["full_attention"] * count,
+            "sliding_window": None,
+            "attention_bias": False,
             "dflash_config": {"mask_token_id": self.mask_token, "target_layer_ids": list(self.taps)},
             "tie_word_embeddings": False,
         }

@@ -51,7 +51,9 @@ class Chain(DrafterSettings):
             raise ModelError(
                 f"student.drafter.vocabulary names {ids[-1]}, and the target's ids end at {target.vocabulary - 1}"
             )
-        return ChainDrafter(target, taps, self.proposals, tuple(ids) or None, self.mlp or target.mlp, head)
+        # A list of all ids is none: servers want no maps then.
+        proposed = tuple(ids) if 0 < len(ids) < target.vocabulary else None
+        return ChainDrafter(target, taps, self.proposals, proposed, self.mlp or target.mlp, head)
 
     @classmethod
     def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> Chain:
@@ -65,9 +67,15 @@ class Chain(DrafterSettings):
             # The format counts as transformers does its hidden states, of which the first is the embedding.
             taps=[i - 1 for i in outputs] if outputs else list(_default_taps(target)),
             proposals=int(config.get("opd_proposals", 7)),
-            vocabulary=[] if bool(weights["t2d"].all()) else weights["t2d"].nonzero().flatten().tolist(),
+            vocabulary=_proposed(weights),
             mlp=config["intermediate_size"],
         )
+
+
+def _proposed(weights: Mapping[str, torch.Tensor]) -> list[int]:
+    """The ids that a saved drafter may propose; empty for all."""
+    which = weights.get("t2d")
+    return [] if which is None or bool(which.all()) else which.nonzero().flatten().tolist()
 
 
 def _default_taps(target: Outline) -> tuple[int, ...]:
@@ -225,19 +233,28 @@ class ChainDrafter(Drafter):
             "vocab_size": target.vocabulary,
             "draft_vocab_size": self.lm_head.out_features,
             "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
             "norm_before_residual": False,
             "opd_proposals": self.proposals,
         }
         if self.taps != _default_taps(target):
-            # Servers take the default by themselves, and do not all count these alike.
+            # Servers take the default by themselves, and do not count alike: vLLM reads the first and counts hidden
+            # states, of which the embedding is one; SGLang reads the second and counts layers.
             made["eagle_aux_hidden_state_layer_ids"] = [tap + 1 for tap in self.taps]
+            made["eagle_config"] = {
+                "eagle_aux_hidden_state_layer_ids": list(self.taps),
+                "use_aux_hidden_state": True,
+            }
             made["num_aux_hidden_states"] = len(self.taps)
         return made
 
     def extras(self) -> dict[str, torch.Tensor]:
         """`t2d` bool `[V]`, which ids it may propose; `d2t` int64 `[V_d]`, what the place of one in its head lacks to
-        be the target's id."""
-        ids = torch.arange(self.target.vocabulary) if self.ids is None else torch.tensor(self.ids)
+        be the target's id. Nothing where it may propose all: vLLM refuses the maps then."""
+        if self.ids is None:
+            return {}
+        ids = torch.tensor(self.ids)
         t2d = torch.zeros(self.target.vocabulary, dtype=torch.bool)
         t2d[ids] = True
         return {"t2d": t2d, "d2t": ids - torch.arange(len(ids))}

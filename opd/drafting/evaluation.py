@@ -3,8 +3,8 @@ slot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from opd.divergences import compare
 from opd.divergences.statistics import MEANS
 from opd.drafting.record import Drafted
 from opd.language.evaluation import Writer, compared_rows
-from opd.policies.evaluation import Evaluation
+from opd.policies.evaluation import Better, Evaluation
 from opd.policies.held_out import (
     COUNTS,
     HeldOut,
@@ -36,6 +36,13 @@ STEPS = ("steps", "committed", "accepted", "tokens")
 class DraftEvaluation(Evaluation):
     """Held-out answers of the target, written with the drafter's help."""
 
+    measures: ClassVar[Mapping[str, Better]] = {
+        **Evaluation.measures,
+        "acceptance_length": "larger",
+        "accepted_proposals": "larger",
+        "forward_kl": "smaller",
+        "top1_agreement": "larger",
+    }
     temperature: float | None = Field(
         None, ge=0, le=1e6, description="Of the target's held-out texts, 0 the likeliest; default the rollout's"
     )

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from opd.choice import choices_of
 from opd.distributions import Head
+from opd.drafting import formats
 from opd.drafting.base import Drafter, DrafterSettings, Outline
+from opd.drafting.structure import other_structure
 from opd.errors import ModelError
 from opd.files.whole import told
 
@@ -36,15 +38,12 @@ def save_drafter(folder: Path, drafter: Drafter, embedding: torch.Tensor) -> Non
     Raises:
         OSError, SafetensorError: they cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in drafter.state_dict().items()}
     dtype = next(drafter.parameters()).dtype
-    weights |= drafter.extras()
+    weights = drafter.state_dict() | drafter.extras()
     if drafter.ships_embedding:
-        weights[EMBEDDING] = embedding.detach().to("cpu", dtype).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        weights[EMBEDDING] = embedding.to(dtype=dtype)
     config = drafter.config() | {"dtype": str(dtype).removeprefix("torch."), "transformers_version": "4.57.0"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    formats.write(folder, weights, config)
 
 
 def read_config(folder: str, key: str) -> dict[str, Any]:
@@ -100,6 +99,9 @@ def _form(
         settings = forms()[config["architectures"][0]].of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
+    other = other_structure(config, target)
+    if other is not None:
+        raise ModelError(f"{key} {folder!r} is another drafter than can be built here: in its config.json {other}")
     asked = None if asked is None else asked.settled(target)
     for name in () if asked is None else type(asked).model_fields:
         wanted, has = getattr(asked, name), getattr(settings, name, None)
@@ -151,9 +153,4 @@ def load_drafter(
 
 def difference(folder: Path, drafter: Drafter) -> str | None:
     """How a saved drafter differs from the live one; None where every weight is the same."""
-    with safe_open(folder / "model.safetensors", framework="pt") as stored:
-        names = set(stored.keys())
-        for name, value in (drafter.state_dict() | drafter.extras()).items():
-            if name not in names or not torch.equal(stored.get_tensor(name), value.cpu()):
-                return f"{name} in {folder} is not that of the trained drafter"
-    return None
+    return formats.difference(folder, drafter.state_dict() | drafter.extras())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -12,7 +13,7 @@ from opd.distributions import Categorical, Target
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
 from opd.language.rollout import GREEDY
-from opd.policies.evaluation import Evaluation
+from opd.policies.evaluation import Better, Evaluation
 from opd.policies.held_out import (
     COUNTS,
     HeldOut,
@@ -52,6 +53,15 @@ MOVED = ("moved", "moved_squared", "moved_positions")
 class LanguageEvaluation(Evaluation):
     """Held-out completions, scored token by token."""
 
+    measures: ClassVar[Mapping[str, Better]] = {
+        **Evaluation.measures,
+        "forward_kl": "smaller",
+        "reverse_kl_top_k": "smaller",
+        "forward_kl_top_k": "smaller",
+        "reverse_kl_sampled": "smaller",
+        "top1_agreement": "larger",
+        "greedy_accuracy": "larger",
+    }
     greedy: bool = Field(False, description="Also measure greedy decoding")
     temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
     top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")

@@ -12,6 +12,7 @@ from opd.choice import nested
 from opd.drafting.base import Drafter, Outline
 from opd.drafting.layers import SCORES, scores_of
 from opd.drafting.proposing import Tree
+from opd.drafting.servers import SERVERS
 from opd.drafting.texts import LOGITS
 from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
@@ -131,6 +132,9 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     if settings is not None:
         settings.check(drafter)
         count = settings.proposals or count
+    student.check_servers(drafter, target.model)
+    served = student.served(drafter, target.model)
+    notes += [f"{name}: {SERVERS[name].launch(served)}" for name in student.servers]
     check_answers(recipe)
     if unknown := [i for i in recipe.end_tokens or () if i >= target.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the target's ids end at {target.vocabulary - 1}")

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -37,6 +37,20 @@ if TYPE_CHECKING:
 
 LIVE = "(passed from Python)"
 """What stands for the name of a model that was passed as an object."""
+
+
+class Written(Protocol):
+    """Who writes a student into a folder, and knows whether what lies there is that student."""
+
+    @property
+    def library(self) -> str:
+        """What loads the folder, as hubs call it."""
+
+    def save(self, folder: Path, card: str) -> list[str]:
+        """As `Student.save`."""
+
+    def compare(self, folder: Path) -> str | None:
+        """As `Student.compare`."""
 
 
 class Student(ABC):
@@ -190,6 +204,14 @@ class Student(ABC):
         kind of model knows no such test."""
         return None
 
+    def written_as(self, form: str) -> Written:
+        """Who writes the student in a format, one of `Policy.formats`.
+
+        Raises:
+            ModelError: the format has no place for it, or who loads it would take it for another model.
+        """
+        return self
+
 
 class Policy(Choice):
     """Base of the axis."""
@@ -199,6 +221,8 @@ class Policy(Choice):
     """Kind of the teacher that is a model like this one."""
     evaluation: ClassVar[type[Evaluation]]
     """What a recipe may say of held-out measurements of students of this kind."""
+    formats: ClassVar[tuple[str, ...]] = ()
+    """What `opd export --as` writes students of this kind in; empty where there is one format alone."""
     unused: ClassVar[Mapping[str, str]] = {}
     """Keys at the top of a recipe that would change nothing for students of this kind, with the reason."""
     answers: ClassVar[type[Distribution]]

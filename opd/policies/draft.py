@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.choice import OneOf
 from opd.context import Context
@@ -18,8 +18,11 @@ from opd.divergences import compare
 from opd.drafting import evaluation
 from opd.drafting.base import Drafter, DrafterSettings, Outline
 from opd.drafting.evaluation import STEPS, DraftEvaluation, counts_of
+from opd.drafting.exported import Exported
+from opd.drafting.formats import FORMATS, NATIVE, Made
 from opd.drafting.native import difference, load_drafter, save_drafter, saved_form
 from opd.drafting.record import Drafted, blocks_of, saved
+from opd.drafting.servers import Served, ServerName, check_served
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
 from opd.errors import IncompatibleError, RunError, SelfTestError
@@ -30,7 +33,7 @@ from opd.language.model import ModelSettings, load_config
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
 from opd.planning import Shape
-from opd.policies.base import Policy
+from opd.policies.base import Policy, Written
 from opd.policies.evaluation import Evaluation
 from opd.policies.held_out import HeldOut, Measured, Moment
 from opd.provenance import read_origin
@@ -60,11 +63,16 @@ class Draft(Policy):
     teacher: ClassVar[str] = "target"
     answers: ClassVar[type[Distribution]] = Categorical
     evaluation: ClassVar[type[Evaluation]] = DraftEvaluation
-    of_live: ClassVar[tuple[str, ...]] = ("target",)
+    of_live: ClassVar[tuple[str, ...]] = ("target", "servers")
+    formats: ClassVar[tuple[str, ...]] = (NATIVE, *FORMATS)
     target: ModelSettings = Field(description="The model that is sped up: it writes, verifies and teaches")
     model: str | None = Field(None, description="Folder of a drafter in its native format; default a new one")
     drafter: Annotated[DrafterSettings, OneOf(DrafterSettings)] | None = Field(
         None, description="Form of a new drafter; a saved one has that of its folder, which may be said here too"
+    )
+    servers: list[ServerName] = Field(
+        [],
+        description="Who will load the drafter; what one of them would read otherwise than here is refused",
     )
 
     @field_validator("target", mode="before")
@@ -85,11 +93,25 @@ class Draft(Policy):
         target, head = Target(language), language.head(1.0).detach()
         if self.model is not None:
             drafter = load_drafter(self.model, target.outline, head, asked=self.drafter)
-            return DraftStudent(target, drafter, context, read_origin(Path(self.model)))
+            return self._student(target, drafter, context, read_origin(Path(self.model)))
         assert self.drafter is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.seed)
-            return DraftStudent(target, self.drafter.build(target.outline, head), context)
+            return self._student(target, self.drafter.build(target.outline, head), context)
+
+    def _student(
+        self, target: Target, drafter: Drafter, context: Context, origin: dict[str, Any] | None = None
+    ) -> DraftStudent:
+        self.check_servers(drafter, target.language.base)
+        return DraftStudent(target, drafter, context, origin, self.target)
+
+    def check_servers(self, drafter: Drafter, target: PreTrainedModel) -> None:
+        """Raise `ModelError` where one of `servers` would misread the drafter of a target; both may be on meta."""
+        check_served(self.servers, self.served(drafter, target), "student.servers names")
+
+    def served(self, drafter: Drafter, target: PreTrainedModel) -> Served:
+        """What servers see of the drafter of a target."""
+        return Served(drafter, target, self.target.drop_layers, self.target.dtype)
 
     def shape(self, notes: list[str]) -> Shape:
         """Of the drafter; its `model` has no weights. A saved one that is not at hand is taken to have the form that
@@ -128,7 +150,7 @@ class Draft(Policy):
 
     def live_student(self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> DraftStudent:
         assert isinstance(model, Drafter)
-        return DraftStudent(Target(LanguageModel.load(self.target, context.device)), model, context)
+        return self._student(Target(LanguageModel.load(self.target, context.device)), model, context)
 
     @classmethod
     def live_teacher(cls, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context) -> LiveTeacher:
@@ -147,12 +169,20 @@ def slots_of(trajectories: Trajectories) -> dict[str, float]:
 
 class DraftStudent(LanguageStudent):
     """The built policy: a drafter that is trained, and its target, which is not. `origin` is what the run that saved it
-    wrote about it, if one did."""
+    wrote about it, if one did; `source` how the target was loaded."""
 
     library = "opd"
 
-    def __init__(self, target: Target, drafter: Drafter, context: Context, origin: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        context: Context,
+        origin: dict[str, Any] | None = None,
+        source: ModelSettings | None = None,
+    ):
         super().__init__()
+        self.source = source
         target.language.requires_grad_(False).eval().owner = "the target"
         self.target = Target(target.language, drafter.taps)
         self.drafter = drafter.to(context.device).float()
@@ -286,3 +316,24 @@ class DraftStudent(LanguageStudent):
 
     def compare(self, folder: Path) -> str | None:
         return difference(folder, self.drafter)
+
+    def written_as(self, form: str) -> Written:
+        if form == NATIVE:
+            return self
+        base, found = self.reader.base, FORMATS[form]
+        dropped = [] if self.source is None else self.source.drop_layers
+        check_served(found.servers, Served(self.drafter, base, dropped), f"--as {form} is read by")
+        return Exported(found, self._made())
+
+    def _made(self) -> Made:
+        base: Any = self.reader.base
+        name = base.config.name_or_path if self.source is None else self.source.model
+        folder = Path(name).expanduser()
+        return Made(
+            self.drafter,
+            base.get_input_embeddings().weight.detach(),
+            self.target.language.head(1.0).weight.detach(),
+            str(folder.resolve()) if folder.is_dir() else name,
+            tuple(base.config.architectures or (type(base).__name__,)),
+            None if self.source is None else self.source.revision,
+        )

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from opd.choice import OneOf, Settings, as_list
+from opd.errors import nearest
 from opd.prompts import Prompts
 
-HIGHER = ("top1_agreement", "accuracy", "pass_at_k", "greedy_accuracy")
-"""Metrics of which more is better; of the others less is."""
+Better = Literal["larger", "smaller"]
+"""Which of two values of a metric is the better one."""
 
 
 class Stop(Settings):
     """When a run ends before its last step because it gains no more."""
 
-    metric: Literal[
+    metric: str = Field(
         "reverse_kl",
-        "forward_kl",
-        "reverse_kl_top_k",
-        "forward_kl_top_k",
-        "reverse_kl_sampled",
-        "top1_agreement",
-        "accuracy",
-        "pass_at_k",
-        "greedy_accuracy",
-    ] = Field("reverse_kl", description="Held-out metric that has to gain")
+        description="Held-out metric that has to gain: one of those that the kind of student is measured by",
+    )
     patience: int = Field(3, ge=1, description="Evaluations in a row without a gain before the run ends")
     least_gain: float = Field(0.0, ge=0, description="By how much the best value has to be beaten")
 
@@ -54,6 +49,9 @@ class Evaluation(Settings):
     """Base of what is measured on held-out prompts before and after training, and every `every` steps between: what
     every kind of student knows. Each policy names its own (`Policy.evaluation`)."""
 
+    measures: ClassVar[Mapping[str, Better]] = {"reverse_kl": "smaller", "accuracy": "larger", "pass_at_k": "larger"}
+    """Metrics by which a run may be ended and its best step be told, and which of two values of each is better."""
+
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 = before and after only")
     k: int = Field(1, ge=1, le=10_000, description="Completions sampled of each held-out prompt, for Avg@k and Pass@k")
     held_out: int = Field(32, ge=1, description="Prompts held out of the prompt set")
@@ -68,6 +66,27 @@ class Evaluation(Settings):
     def longest(self) -> int | None:
         """Most actions of a held-out rollout, where it is not the training rollout's."""
         return None
+
+    @classmethod
+    def rank(cls, metric: str, value: float) -> float:
+        """The larger the better: the value of one of `measures`, or of those of which less is better its negative."""
+        return value if cls.measures[metric] == "larger" else -value
+
+    @classmethod
+    def check_measure(cls, metric: str) -> None:
+        """Raise `ValueError` for a metric of which nobody says what is better."""
+        if metric not in cls.measures:
+            raise ValueError(
+                f"{metric!r} is no metric that says whether more or less of it is better; of students of this kind "
+                f"these do: {', '.join(cls.measures)}{nearest(metric, cls.measures)}"
+            )
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_by_a_measure(cls, value: Stop | None) -> Stop | None:
+        if value is not None:
+            cls.check_measure(value.metric)
+        return value
 
     @model_validator(mode="after")
     def _stops_on_evaluations(self) -> Evaluation:

@@ -63,8 +63,8 @@ class Checkpoint(Settings):
 
     every: int = Field(50, ge=0, description="Steps between checkpoints; one more at the end. 0 = none at all")
     keep_last: int = Field(2, ge=1, description="How many of the newest stay on the disk")
-    keep_best: Literal["reverse_kl", "forward_kl", "top1_agreement", "accuracy"] | None = Field(
-        None, description="A held-out metric: its best evaluation is written too and stays"
+    keep_best: str | None = Field(
+        None, description="A held-out metric, as in evaluation.stop: its best evaluation is written too and stays"
     )
 
 

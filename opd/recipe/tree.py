@@ -130,6 +130,11 @@ class Recipe(Settings):
         evaluation = info.data.get("evaluation")
         if value.keep_best and not (value.every and evaluation is not None and evaluation.every):
             raise ValueError("keep_best needs evaluations to choose from; set evaluation.every (and checkpoint.every)")
+        if value.keep_best and evaluation is not None:
+            try:
+                evaluation.check_measure(value.keep_best)
+            except ValueError as error:
+                raise ValueError(f"keep_best: {error}") from None
         return value
 
     @model_validator(mode="after")
