@@ -2,10 +2,10 @@
 
 A chain drafter of SmolLM2-135M is trained by the recipes `smollm2_draft_1_start` (forward KL everywhere) and
 `smollm2_draft_2_opd` (Draft-OPD). Of both is told how many tokens a pass of the target adds, on held-out prompts. Then
-the target writes to four prompts, one after the other, alone and with the drafter's help, taking turns: tokens a
-second, medians of five rounds, at temperatures of 0 and 1; and what share of the texts is the same token by token,
-which rounding alone may lower. `--quick` trains for two steps, writes eight tokens and takes one round: it shows that
-it runs.
+the target writes to four prompts, one after the other, alone, with the drafter's help, and with trees of its proposals,
+taking turns: tokens a second, medians of five rounds, at temperatures of 0 and 1; how many tokens a pass of the target
+added; and what share of the texts is the one written alone token by token, which rounding alone may lower. `--quick`
+trains for two steps, writes eight tokens and takes one round: it shows that it runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.loss_operator import describe_machine, versions
 from benchmarks.sizes import SMOLLM2
 from opd.api import execute
 from opd.context import Context
+from opd.drafting.proposing import Tree
 from opd.engines.drafted import DraftedEngine, DraftedWriter
 from opd.language.engines.base import Drawing, Row
 from opd.language.engines.transformers import LanguageModel
@@ -38,6 +40,8 @@ RECIPES = ("smollm2_draft_1_start", "smollm2_draft_2_opd")
 DATA = Path(__file__).parent.parent / "recipes" / "data" / "instructions.jsonl"
 TEMPERATURES = (0, 1)
 """At 0 the likeliest token is taken."""
+
+SHAPES = {"with a drafter": None, "with a tree": Tree(width=4, nodes=16)}
 
 ROWS, NEW, ROUNDS = 4, 64, 5
 """Texts of a round, tokens of each, rounds."""
@@ -72,18 +76,16 @@ def speed(folder: Path, quick: bool) -> dict[str, Any]:
     for temperature in TEMPERATURES:
         context = Context(device, agreed=Tokens())
         drawing = Drawing(context, top_k=0 if temperature else 1, batch=1)
-        helper = DraftedEngine(model=str(folder)).build(language, context)
-
-        def alone(drawing: Drawing = drawing) -> list[Row]:
-            return language.sample(contexts, 1, new, seeds, drawing)
-
-        def helped(drawing: Drawing = drawing, helper: DraftedWriter = helper) -> list[Row]:
-            return helper.sample(contexts, 1, new, seeds, drawing)
-
-        ways: dict[str, Callable[[], list[Row]]] = {"alone": alone, "with a drafter": helped}
+        helpers = {
+            way: DraftedEngine(model=str(folder), tree=tree).build(language, context) for way, tree in SHAPES.items()
+        }
+        who: dict[str, LanguageModel | DraftedWriter] = {"alone": language, **helpers}
+        ways: dict[str, Callable[[], list[Row]]] = {
+            way: partial(each.sample, contexts, 1, new, seeds, drawing) for way, each in who.items()
+        }
         written: dict[str, list[float]] = {way: [] for way in ways}
         first = {way: work() for way, work in ways.items()}
-        same = [torch.equal(a.actions, b.actions) for a, b in zip(*first.values(), strict=True)]
+        signals = {way: helper.own_signals() for way, helper in helpers.items()}
         for _ in range(rounds):
             for way, work in ways.items():
                 begun = time.perf_counter()
@@ -92,11 +94,17 @@ def speed(folder: Path, quick: bool) -> dict[str, Any]:
         medians = {way: statistics.median(all_) for way, all_ in written.items()}
         found[str(temperature)] = {
             "tokens_a_second": {way: {"median": medians[way], "all": all_} for way, all_ in written.items()},
-            "ratio": medians["with a drafter"] / medians["alone"],
-            "same_texts": sum(same) / len(same),
+            "ratio": {way: medians[way] / medians["alone"] for way in helpers},
+            "acceptance_length": {way: found["engine/acceptance_length"] for way, found in signals.items()},
+            "same_texts": {way: share_alike(first["alone"], first[way]) for way in helpers},
         }
         print(json.dumps(found, indent=2), flush=True)
     return found
+
+
+def share_alike(rows: list[Row], others: list[Row]) -> float:
+    """How many of the texts are the same, token by token."""
+    return sum(torch.equal(a.actions, b.actions) for a, b in zip(rows, others, strict=True)) / len(rows)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from tests.conftest import save_tiny
 from tests.drafters import FORMS, LAYERS, Knowing, drafted, drafter_of, head_of, language, student_of
 from tests.test_draft_opd import BLOCK, build, recipe_for
 from tests.test_drafting import SMALL, exact_texts, p_value, prompts_of
+from tests.test_gpu import on_each_device
 
 TREE = Tree(width=3, nodes=12)
 CHAINS = {name: form for name, form in FORMS.items() if name != "block"}
@@ -463,3 +465,16 @@ def test_mistakes_are_told_of(target, tmp_path, changes, said):
     if "drafter" in changes:
         with pytest.raises(IncompatibleError, match="do not see each other"):
             make_plan(recipe_for(target, tmp_path, **changes))
+
+
+@on_each_device
+def test_a_run_with_trees_on_each_device(target, tmp_path, device):
+    rollout = {"text_temperature": 1.0, "tree": {"width": 3, "nodes": 10}}
+    result = execute(recipe_for(target, tmp_path, rollout=rollout, hardware={"device": device}), quiet=True)
+    assert result.after["reverse_kl"] < result.before["reverse_kl"]
+
+
+def test_a_step_says_how_much_stood_and_what_was_saved(target, tmp_path, capsys):
+    execute(recipe_for(target, tmp_path, rollout={"tree": {}}, steps=1))
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert re.search(r"acceptance_length [\d.]+ passes_saved [\d.e-]+", said)

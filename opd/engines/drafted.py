@@ -39,7 +39,7 @@ class DraftedEngine(Proposes, RolloutEngine):
     here: ClassVar[bool] = True
     watched: ClassVar[bool] = False
     place: ClassVar[str] = PLACE
-    shown: ClassVar[tuple[str, ...]] = ("engine/acceptance_length",)
+    shown: ClassVar[tuple[str, ...]] = ("engine/acceptance_length", "engine/passes_saved")
     model: str = Field(description="Folder of a drafter in its native format, made for the student")
 
     def told(self, student: Shape) -> str:

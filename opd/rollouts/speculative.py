@@ -38,7 +38,7 @@ class SpeculativeRollout(Proposes, OneSource):
     kind: Literal["speculative"] = "speculative"
     modality: ClassVar[str | None] = "language"
     place: ClassVar[str] = "rollout"
-    shown: ClassVar[tuple[str, ...]] = ("acceptance_length",)
+    shown: ClassVar[tuple[str, ...]] = ("acceptance_length", "passes_saved")
     text_temperature: float = Field(
         0.0,
         ge=0,
