@@ -22,7 +22,7 @@ from opd.loop import train
 from opd.objectives.cross_entropy import CrossEntropy
 from opd.plan import DrafterPlan, make_plan
 from opd.prompts import Prompt
-from opd.recipe import parse_recipe
+from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts import PrefixSource, Request
 from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.speculative import SpeculativeRollout
@@ -420,6 +420,34 @@ def test_a_run_on_each_device_of_a_target_in_bfloat16(target, store, tmp_path, d
     assert run.step == 2
     # The texts are those of the same model in float32.
     assert ("not written with the weights" in " ".join(run.rollout.notes)) == (rollout.get("slots") != "text")
+
+
+def test_the_papers_control_is_planned_without_store_or_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = make_plan(load_recipe("draft_sft_qwen3_4b"))
+    assert (plan.blocks, plan.proposals) == (512, 15)
+    assert plan.as_dict()["tokens_per_step"] == {"read": 210 * 4096}
+    assert max(plan.peaks.values()) == pytest.approx(min(plan.peaks.values()), rel=1e-2)
+
+
+def test_a_plan_counts_the_blocks_of_each_way():
+    def blocks_of(**settings):
+        return AnchoredRollout(texts={"kind": "data"}, **settings).blocks(40, 2)
+
+    assert blocks_of() == blocks_of(anchors="random", moved="both") == 20
+    assert blocks_of(anchors="random") == blocks_of(anchors="every") == 40
+    assert blocks_of(anchors="uniform", per_text=15) == 15
+
+
+def test_a_mixture_of_given_texts_and_new_ones(target, store, tmp_path):
+    texts = {"kind": "stored", "path": store}
+    first = {"kind": "anchored", "texts": texts, "anchors": "every", "slots": "text"}
+    rollout = {"kind": "mixture", "first": first, "second": {"kind": "speculative", "max_new_tokens": 16}}
+    data = recipe_for(target, tmp_path).dump() | {"rollout": rollout, "steps": 2, "objective": MIX}
+    run = build(parse_recipe(data), tmp_path)
+    made = run.rollout(run.at(0).request(run.course.next(0, {}, None).prompts, stream=0))
+    assert set(made.authors.tolist()) == {AUTHORS.index("data"), AUTHORS.index("student")}
+    train(run)
 
 
 def test_a_run_on_stored_texts_goes_on_from_its_state(target, store, tmp_path):

@@ -231,8 +231,9 @@ class _Counted:
             + nodes * width * (1 + len(self.drafter.taps))
         )
         if self.texts is not None:
-            # The texts are read at once, and what is as wide as the vocabulary a part at a time.
-            rollout = rows * length * (target.kv_bytes_per_token + self._kept_bytes()) + 3 * 4 * LOGITS
+            # The texts are read at once, under a mask, and what is as wide as the vocabulary a part at a time.
+            rollout = rows * length * (target.kv_bytes_per_token + self._kept_bytes() + target.size * length)
+            rollout += 3 * 4 * LOGITS
         if rollout > sum(training.values()):
             training = {"rollout: keys, values, logits": rollout}
         if self.on_cpu:
