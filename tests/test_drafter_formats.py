@@ -426,11 +426,23 @@ def test_a_folder_of_another_structure_is_refused(form, change, said, tmp_path):
     path.write_text(json.dumps(config | change | blocks))
     with pytest.raises(ModelError, match=said):
         load_drafter(str(tmp_path), outline, model.head(1.0).detach())
-    # What is left out is taken to be as here.
-    for name in change:
-        config.pop(name, None) if name != "dflash_config" else None
     path.write_text(json.dumps(config))
     load_drafter(str(tmp_path), outline, model.head(1.0).detach())
+
+
+def test_what_a_config_leaves_out_is_what_its_family_takes_it_for(tmp_path):
+    model = language()
+    outline = Outline.of(model.base.config, "the target")
+    assert (outline.theta, outline.eps) == (1e4, 1e-6)
+    save_drafter(tmp_path, drafter_of(FORMS["chain"], model), model.base.get_input_embeddings().weight)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("rope_theta", "rope_parameters", "rms_norm_eps", "hidden_act", "norm_before_residual"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    load_drafter(str(tmp_path), outline, model.head(1.0).detach())
+    with pytest.raises(ModelError, match=r"rope_theta is 10000.0, and drafters of this target have 500000.0 here"):
+        load_drafter(str(tmp_path), replace(outline, theta=5e5), model.head(1.0).detach())
 
 
 def test_ids_of_layers_are_said_as_each_server_counts_them(tmp_path):

@@ -12,6 +12,7 @@ from torch.nn import Linear, RMSNorm
 from opd.distributions import Head
 from opd.drafting.base import Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
 from opd.drafting.layers import FeedForward, in_heads, of_blocks, rotate
+from opd.drafting.structure import check_structure
 from opd.errors import ModelError
 
 
@@ -45,6 +46,7 @@ class Block(DrafterSettings):
                 f"the drafter is for a target of width {made_for[0]} with {made_for[1]} layers, and student.target has "
                 f"width {target.width} and {target.layers} layers"
             )
+        check_structure(config, target)
         own = config["dflash_config"]
         return cls(
             mask_token=own["mask_token_id"],

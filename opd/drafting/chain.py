@@ -12,6 +12,7 @@ from torch.nn import Linear, RMSNorm
 from opd.distributions import Head
 from opd.drafting.base import Choose, Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
 from opd.drafting.layers import FeedForward, in_heads, of_blocks, rotate
+from opd.drafting.structure import check_structure
 from opd.drafting.vocabulary import Frequent
 from opd.errors import ModelError
 
@@ -62,6 +63,7 @@ class Chain(DrafterSettings):
                 f"the drafter is for a target of width {config.get('hidden_size')} with {config.get('vocab_size')} "
                 f"ids, and student.target has width {target.width} and {target.vocabulary} ids"
             )
+        check_structure(config, target)
         outputs = config.get("eagle_aux_hidden_state_layer_ids")
         return cls(
             # The format counts as transformers does its hidden states, of which the first is the embedding.

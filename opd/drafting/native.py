@@ -15,7 +15,6 @@ from opd.choice import choices_of
 from opd.distributions import Head
 from opd.drafting import formats
 from opd.drafting.base import Drafter, DrafterSettings, Outline
-from opd.drafting.structure import other_structure
 from opd.errors import ModelError
 from opd.files.whole import told
 
@@ -99,9 +98,6 @@ def _form(
         settings = forms()[config["architectures"][0]].of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
-    other = other_structure(config, target)
-    if other is not None:
-        raise ModelError(f"{key} {folder!r} is another drafter than can be built here: in its config.json {other}")
     asked = None if asked is None else asked.settled(target)
     for name in () if asked is None else type(asked).model_fields:
         wanted, has = getattr(asked, name), getattr(settings, name, None)

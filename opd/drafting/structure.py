@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd.drafting.base import Outline
+from opd.errors import ModelError
 
 PLAIN: tuple[str, ...] = (
     "attention_bias",
@@ -28,9 +29,19 @@ PLAIN: tuple[str, ...] = (
 """Parts that other drafters of the two forms have, and none of these: false or left out."""
 
 
-def other_structure(config: Mapping[str, Any], target: Outline) -> str | None:
-    """What a native config says that a drafter which is built for `target` would not be, with what is accepted; None
-    where it says nothing of the kind. What it leaves out is taken to be as here."""
+def check_structure(config: Mapping[str, Any], target: Outline) -> None:
+    """Refuse a native config of a drafter that is another than what is built for `target`. What it leaves out is what
+    the configs of Llama and Qwen3 take it for.
+
+    Raises:
+        ModelError: the first key that says something else, with what is accepted.
+    """
+    other = _other(config, target)
+    if other is not None:
+        raise ModelError(f"the drafter is another than can be built here: in its config.json {other}")
+
+
+def _other(config: Mapping[str, Any], target: Outline) -> str | None:
     for name, value, accepted in _compared(config, target):
         same = math.isclose(value, accepted, rel_tol=1e-6) if isinstance(accepted, float) else value == accepted
         if not same:
@@ -43,18 +54,14 @@ def other_structure(config: Mapping[str, Any], target: Outline) -> str | None:
 def _compared(config: Mapping[str, Any], target: Outline) -> Iterator[tuple[str, Any, Any]]:
     """`(key, what it says, what is accepted)` of the numbers that are the target's here."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    said: dict[str, tuple[Any, Any]] = {
-        "num_attention_heads": (config.get("num_attention_heads"), target.heads),
-        "num_key_value_heads": (config.get("num_key_value_heads"), target.key_heads),
-        "head_dim": (config.get("head_dim"), target.head_dim),
-        "rms_norm_eps": (config.get("rms_norm_eps"), target.eps),
-        "rope_theta": (rope.get("rope_theta") or config.get("rope_theta"), target.theta),
-        "rope_parameters.rope_type": (rope.get("rope_type") or rope.get("type"), "default"),
-        "hidden_act": (config.get("hidden_act"), "silu"),
-    }
-    for name, (value, accepted) in said.items():
-        if value is not None:
-            yield name, value, accepted
+    heads = config.get("num_attention_heads") or target.heads
+    yield "num_attention_heads", heads, target.heads
+    yield "num_key_value_heads", config.get("num_key_value_heads") or heads, target.key_heads
+    yield "head_dim", config.get("head_dim") or target.width // heads, target.head_dim
+    yield "rms_norm_eps", config.get("rms_norm_eps") or 1e-6, target.eps
+    yield "rope_theta", rope.get("rope_theta") or config.get("rope_theta") or 10_000.0, target.theta
+    yield "rope_parameters.rope_type", rope.get("rope_type") or rope.get("type") or "default", "default"
+    yield "hidden_act", config.get("hidden_act") or "silu", "silu"
     for kind in config.get("layer_types") or ():
         yield "layer_types", kind, "full_attention"
 
