@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from opd.choice import kind_of
 from opd.distributions import Distribution, Target
 from opd.divergences.base import CategoricalDivergence
 from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.on_support import OnSupport
 from opd.divergences.reverse_kl import ReverseKL
-from opd.errors import IncompatibleError
+from opd.objectives.of_slots import OfSlots, from_first
 from opd.operator import Chunk, Compared, Loss, Whole, along_actions
-from opd.reduction import Reduction, sums_by_trajectory
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
 
@@ -33,9 +30,8 @@ FLOOR, NEARLY_ONE, MOST = -10.0, math.log1p(-1e-6), 10.0
 """Bounds of log-probabilities, and of a value, where one token stands for a distribution."""
 
 
-class OfBlocks(CategoricalDivergence):
-    """Base of objectives on one stream of a rollout's blocks, each with its own denominator: the sum of the weights of
-    its slots in the whole step, so that a stream without a slot adds nothing."""
+class OfBlocks(OfSlots, CategoricalDivergence):
+    """Base of divergences on one stream of a rollout's blocks, each with its own denominator."""
 
     variants: ClassVar[tuple[dict[str, Any], ...]] = ()
     accepts: ClassVar[tuple[str, ...]] = ("categorical",)
@@ -57,31 +53,6 @@ class OfBlocks(CategoricalDivergence):
     def unbiased(self) -> bool:
         return self.estimator == "whole"
 
-    @abstractmethod
-    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        """float32 `[N]`: what each slot weighs beside the others of its stream; 0 outside."""
-
-    def position_weights(
-        self,
-        trajectories: Trajectories,
-        reduction: Reduction,
-        sum_over_processes: Callable[[torch.Tensor], torch.Tensor],
-        expected: int | None = None,
-    ) -> torch.Tensor:
-        share = self.slots(self._columns(trajectories)).to(trajectories.learn.device)
-        mine = replace(trajectories, learn=trajectories.learn & (share > 0))
-        alike = super().position_weights(mine, reduction, sum_over_processes, expected)
-        weighed = alike * share
-        how = self.reduction or reduction
-        if how == "sequence_sum":
-            return weighed
-        if how == "sequence_mean":
-            before, after = (sums_by_trajectory(each, trajectories.lengths) for each in (alike, weighed))
-            factor = (before / after.where(after > 0, 1.0)).repeat_interleave(trajectories.lengths.to(share.device))
-            return weighed * factor
-        before, after = (sum_over_processes(each.sum()) for each in (alike, weighed))
-        return weighed * (before / after if float(after) else 0.0)
-
     def __call__(
         self,
         student: Distribution,
@@ -90,7 +61,7 @@ class OfBlocks(CategoricalDivergence):
         trajectories: Trajectories,
         per_example: bool = False,
     ) -> Loss:
-        columns = self._columns(trajectories)
+        columns = self.columns(trajectories)
         if self.estimator == "token":
             live = self.slots(columns).to(weights.device) > 0
             weights, trajectories = weights * live, replace(trajectories, actions=self.tokens(trajectories))
@@ -120,28 +91,23 @@ class OfBlocks(CategoricalDivergence):
     def exact(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return KL[self.kl].exact(log_p, log_q)
 
-    def _columns(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
-        columns = dict(trajectories.columns)
-        if not {"slot", "accepted", "rejected", "corrected", "verified"} <= columns.keys():
-            raise IncompatibleError(
-                f"objective {kind_of(self)!r} looks at the slots of drafted blocks, and this rollout drafts none; take "
-                "rollout: speculative, with student.kind draft"
-            )
-        return columns
-
 
 class Accepted(OfBlocks):
     """The KL at the slots whose proposals the target accepted: `(1 / |I|) sum KL(p || q)` over the step, `q` the
-    drafter (Draft-OPD, arXiv 2605.29343)."""
+    drafter (Draft-OPD, arXiv 2605.29343); with a decay `sum w_k KL(p || q) / sum w_k`, `w_k = decay ** (k - 1)`."""
 
     kind: Literal["accepted"] = "accepted"
     correction: bool = Field(
         False, description="Whether the first slot of a block that was not accepted counts here too, beside `rejected`"
     )
+    decay: Annotated[float, OverSteps(gt=0, le=1)] = Field(
+        1.0, description="Factor from a slot to the next, from the beginning of the block; 1 weighs all alike"
+    )
 
-    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    def slots(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
         mine = columns["accepted"] | columns["corrected"] if self.correction else columns["accepted"]
-        return (mine if self.estimator == "whole" else mine & (columns["verified"] >= 0)).float()
+        mine = mine if self.estimator == "whole" else mine & (columns["verified"] >= 0)
+        return from_first(columns, float(self.decay)) * mine
 
     def tokens(self, trajectories: Trajectories) -> torch.Tensor:
         """What stands there, the target's own token at a corrected slot."""
@@ -160,6 +126,5 @@ class Rejected(OfBlocks):
         0.8, description="Factor from a slot to the next, from the beginning of the block; 1 weighs all alike"
     )
 
-    def slots(self, columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        weight = float(self.decay) ** (columns["slot"] - 1).float()
-        return weight * columns["rejected"]
+    def slots(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return from_first(columns, float(self.decay)) * columns["rejected"]

@@ -88,6 +88,7 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
 def counts_of(records: Sequence[Drafted]) -> dict[str, float]:
     """Sums over answers: verifying `steps` of the target, tokens that these `committed`, proposals `accepted`, blocks
     whose proposal `at/K` was, and all `tokens`."""
+    records = [each.of_steps() for each in records]
     stood = torch.cat([torch.zeros(0, dtype=torch.int64), *(each.accepted for each in records)])
     most = int(stood.max()) if len(stood) else 0
     return {f"at/{k}": float((stood >= k).sum()) for k in range(1, most + 1)} | {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,8 @@ class Drafted:
         accepted: int64 `[M]`, how many proposals of each block the target accepted.
         committed: int64 `[M]`, how many tokens each step of verifying added: one more than were accepted, unless the
             answer ended before.
+        steps: bool `[M]`, which blocks are steps of verifying in which the drafter's proposals were read on the way
+            along the text; None for all. Others are placed in it otherwise.
     """
 
     prompt: torch.Tensor
@@ -31,6 +33,14 @@ class Drafted:
     anchors: torch.Tensor
     accepted: torch.Tensor
     committed: torch.Tensor
+    steps: torch.Tensor | None = None
+
+    def of_steps(self) -> Drafted:
+        """This record without the blocks that are no steps of verifying."""
+        if self.steps is None:
+            return self
+        kept = {name: getattr(self, name)[self.steps] for name in ("anchors", "accepted", "committed")}
+        return replace(self, steps=None, **kept)
 
     def __len__(self) -> int:
         """P."""
@@ -40,6 +50,7 @@ class Drafted:
 def acceptance_length(drafted: Sequence[Drafted]) -> float:
     """Tokens that a pass of the target added while it verified: all tokens over all steps. The first token of an
     answer, which comes from reading the prompt, is not among them; NaN where nothing was verified."""
+    drafted = [each.of_steps() for each in drafted]
     steps = sum(len(each.anchors) for each in drafted)
     return sum(int(each.committed.sum()) for each in drafted) / steps if steps else float("nan")
 

@@ -158,7 +158,7 @@ class DraftStudent(LanguageStudent):
         now = self.facts(context)
         training = torch.is_grad_enabled()
         if training:
-            counts = counts_of(trajectories.contexts) | {"slots": float(trajectories.positions)}
+            counts = counts_of(trajectories.contexts) | {"slots": float(_slots_of_steps(trajectories))}
             for name, count in counts.items():
                 self._seen[name] = self._seen.get(name, 0.0) + count
         # The wrapper of several processes talks to the others in every pass.
@@ -198,8 +198,9 @@ class DraftStudent(LanguageStudent):
 
     @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
-        """The blocks that the rollout proposed must be as likely to be proposed when they are drafted again."""
-        if not trajectories.positions:
+        """The blocks that this drafter proposed in the rollout must be as likely to be proposed when they are drafted
+        again."""
+        if not trajectories.positions or "log_q" not in trajectories.columns:
             return
         again = compare(self(trajectories, self.context.with_(temperature=1.0)), None, trajectories.actions)
         gap = float((again.values["log_q"] - trajectories.columns["log_q"]).abs().mean())
@@ -267,3 +268,9 @@ class DraftStudent(LanguageStudent):
 
     def compare(self, folder: Path) -> str | None:
         return difference(folder, self.drafter)
+
+
+def _slots_of_steps(trajectories: Trajectories) -> int:
+    """Slots of the blocks that are steps of verifying."""
+    of_each = zip(trajectories.contexts, trajectories.lengths.tolist(), strict=True)
+    return sum(len(record.of_steps().anchors) * count // max(1, len(record.anchors)) for record, count in of_each)

@@ -12,6 +12,7 @@ from opd.context import Context
 from opd.distributions import Categorical, Head, Target
 from opd.drafting.base import Drafter
 from opd.drafting.decoding import Answer, Proposing, Speculation, speculate
+from opd.drafting.proposer import PROPOSER, proposer_of
 from opd.drafting.record import Drafted
 from opd.drafting.target import Target as DraftTarget
 from opd.drafting.target import draft_head
@@ -19,7 +20,7 @@ from opd.drafting.tokens import draft_tokens
 from opd.errors import IncompatibleError
 from opd.language.engines.base import ids_of
 from opd.planning import Shape
-from opd.rollouts.base import HeldOutSampler, OneSource, PrefixSource, Sampling, row_seed
+from opd.rollouts.base import C, HeldOutSampler, OneSource, PrefixSource, Sampling, row_seed
 from opd.rollouts.request import Request
 from opd.trajectories import AUTHORS, Trajectories
 
@@ -47,6 +48,7 @@ class SpeculativeRollout(OneSource):
         description="Whether a slot's likeliest token is proposed, or one drawn from the drafter at this temperature; "
         "at 0 they are the same",
     )
+    proposer: str = Field("current", description=PROPOSER)
     batch: int = Field(64, ge=1, description="Answers written side by side")
 
     def samplers(
@@ -62,8 +64,9 @@ class SpeculativeRollout(OneSource):
             )
         name = next((t.settings.name for t in teachers if getattr(t, "target", None) is target), None)
         asked = any(getattr(t, "target", None) is target for t in teachers)
-        self.check(drafter)
-        return Speculative(target, drafter, asked, name)
+        proposer = proposer_of(self.proposer, drafter, target)
+        self.check(proposer)
+        return Speculative(target, proposer, asked, name, drafter)
 
     def check(self, drafter: Drafter) -> None:
         """Raise `IncompatibleError` where it asks for what the drafter does not allow."""
@@ -85,16 +88,22 @@ class Speculative(PrefixSource[SpeculativeRollout]):
     Columns by position: `slot` int64, 1 to K; `accepted` bool; `rejected` bool, the first slot of a block that did not
     stand and all behind it; `corrected` bool, that first slot alone; `verified` int64, the text's token at an accepted
     or corrected slot, -1 elsewhere and where the drafter may not propose it; `log_q` float32, the drafter's
-    log-probability of its proposal when it proposed, at a temperature of 1. Slots that a text's end cut off are neither
-    accepted nor rejected, and in no loss; nor are those at which the target's likeliest token is none that the drafter
-    may propose.
+    log-probability of its proposal when it proposed, at a temperature of 1, where the one that is trained proposes.
+    Slots that a text's end cut off are neither accepted nor rejected, and in no loss; nor are those at which the
+    target's likeliest token is none that the drafter may propose.
 
     Args:
+        drafter: who proposes.
         asked: whether the target teaches, under the `name`.
+        trained: the drafter that is trained; default the same.
     """
 
-    def __init__(self, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None):
+    def __init__(
+        self, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None, trained: Drafter | None = None
+    ):
         self.target, self.drafter, self.asked, self.name = target, drafter, asked, name
+        self.trained = drafter if trained is None else trained
+        self.current = self.trained is drafter
         self.dtype = next(target.language.parameters()).dtype
 
     def exact(self, settings: SpeculativeRollout) -> bool:
@@ -102,7 +111,8 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         return False
 
     def held_out(self, settings: SpeculativeRollout, context: Context, student: Student) -> HeldOutSampler:
-        return HeldOutSampler(self, settings, context)
+        """The drafter that is trained proposes, whoever does elsewhere."""
+        return HeldOutSampler(Speculative(self.target, self.trained, self.asked, self.name), settings, context)
 
     @torch.no_grad()
     def __call__(self, request: Request[SpeculativeRollout]) -> Trajectories:
@@ -124,7 +134,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
             here = slice(start, start + settings.batch)
             answers += speculate(how, texts[here], seeds[here], request.budget)
         self.drafter.train(training)
-        return self._packed(request, how, answers)
+        return self.packed(request, how, answers)
 
     def speculation(self, settings: SpeculativeRollout, context: Context) -> Speculation:
         """How a step's answers are written."""
@@ -142,9 +152,8 @@ class Speculative(PrefixSource[SpeculativeRollout]):
             settings.proposing,
         )
 
-    def _packed(
-        self, request: Request[SpeculativeRollout], how: Speculation, answers: Sequence[Answer]
-    ) -> Trajectories:
+    def packed(self, request: Request[C], how: Speculation, answers: Sequence[Answer]) -> Trajectories:
+        """The trajectories of answers to a request's prompts, in their order."""
         context, count, records = request.context, how.proposals, [answer.record for answer in answers]
         device = context.device
         actions = torch.cat([answer.proposed for answer in answers]).to(device)
@@ -180,7 +189,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
                 "rejected": ~accepted & whole,
                 "corrected": corrected,
                 "verified": verified,
-                "log_q": log_q.to(device),
+                **({"log_q": log_q.to(device)} if self.current else {}),
             },
             answers=(Target(Categorical(hidden, head), teacher=self.name),) if self.asked else None,
         )

@@ -67,11 +67,12 @@ class LiveTargetTeacher(LiveTeacher[TargetTeacher]):
 
     def check_outputs(self, trajectories: Trajectories, which: str) -> None:
         came = next((t for t in trajectories.answers or () if t.teacher == self.settings.name), None)
-        if came is None or not trajectories.positions:
+        learnt = trajectories.learnt
+        if came is None or not bool(learnt.any()):
             return
         assert isinstance(came.distribution, Categorical)
         head = came.distribution.head
-        ours, own = (head.logits(hidden) for hidden in (came.distribution.hidden, self._read(trajectories)))
+        ours, own = (head.logits(hidden[learnt]) for hidden in (came.distribution.hidden, self._read(trajectories)))
         off = float((ours - own).abs().amax(1).mean() / own.abs().max().clamp(min=1e-6))
         if not off <= max(TOLERANCE[compute_dtype(self.target.language)], 1e-3):
             raise SelfTestError(
