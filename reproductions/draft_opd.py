@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opd.reproductions import Claim, Reproduction, Smoke, Stage
@@ -21,6 +22,7 @@ from reproductions.draft_opd_training import (
     new,
     started,
     trained,
+    untouched,
 )
 
 BEFORE, START_RATE = 2000, 2e-3
@@ -35,6 +37,8 @@ START, START_OF_RATES = "start", "start of rates"
 OPD, SFT, LONGER, OWN = "Draft-OPD", "SFT, equal updates", "SFT, equal CPU", "self-distilled"
 RANDOM, FROZEN, STOOD = "random anchors", "frozen record", "accepted alone"
 FORWARD, REVERSE, PLAIN, TOKEN = "all forward", "all reverse", "no decay", "sampled token"
+BEFORE_ARMS, MISPLACED, SOFT = "before", "misplaced teacher", "soft labels"
+CORRECTED, RANDOM_STOOD = "with the correction", "random anchors of what stood"
 SUPERVISED_BEST, SINGLE = "best supervised", "better single direction"
 
 
@@ -58,23 +62,23 @@ ARMS: dict[str, dict[str, Any]] = {
     SFT: SUPERVISED,
     LONGER: SUPERVISED,
     OWN: SUPERVISED,
-    "soft labels": {"objective": [{"kind": "accepted"}], "rollout": {"slots": "text"}},
+    SOFT: {"objective": [{"kind": "accepted"}], "rollout": {"slots": "text"}},
     FROZEN: at(proposer="start"),
     RANDOM: at(anchors="random", moved="both"),
-    "random anchors of what stood": at(anchors="random"),
+    RANDOM_STOOD: at(anchors="random"),
     STOOD: {"objective": [{"kind": "accepted"}]},
-    "with the correction": {"objective": [{"kind": "accepted", "correction": True}]},
+    CORRECTED: {"objective": [{"kind": "accepted", "correction": True}]},
     FORWARD: streams(rejected={"kl": "forward_kl"}),
     REVERSE: streams(accepted={"kl": "reverse_kl"}),
     PLAIN: streams(rejected={"decay": 1.0}),
     TOKEN: {"objective": [{"kind": "pooled"}]},
-    "misplaced teacher": at(kind=Misplaced.model_fields["kind"].default),
+    MISPLACED: at(kind=Misplaced.model_fields["kind"].default),
 }
 """What each says of rollout and objective."""
 OLD_TEXTS = (SFT, LONGER)
 """Arms on the texts of the supervised training before; the others are on new ones."""
-TUNED = (OPD, SFT, LONGER, OWN, "soft labels", STOOD, FORWARD, REVERSE, TOKEN)
-RATE_OF = {"with the correction": STOOD}
+TUNED = (OPD, SFT, LONGER, OWN, SOFT, STOOD, FORWARD, REVERSE, TOKEN)
+RATE_OF = {CORRECTED: STOOD}
 """Whose learning rate an arm takes that has none of its own; the others take Draft-OPD's."""
 BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 """Of each seed that drafter of these which is the best on validation prompts."""
@@ -134,77 +138,65 @@ HEADLINE = [
     longer("decay", "They stand longer with a decay of 0.8 than without one.", PLAIN),
     longer("whole", "They stand longer than after training on one token of each slot.", TOKEN),
 ]
+
+
+def drawn_too(claim: Claim) -> Claim:
+    return replace(claim, id=f"{claim.id}, drawn", statement=f"{claim.statement[:-1]} (drawn texts).", metric=T1)
+
+
+GREEDY_ONLY = [
+    longer("above the start", "They stand longer than before.", BEFORE_ARMS),
+    *(
+        longer(f"above {name}", f"They stand longer than those of {name}.", name)
+        for name in (SFT, LONGER, OWN, SOFT, FORWARD, REVERSE, CORRECTED, RANDOM_STOOD)
+    ),
+    longer("plateau", "More supervised training makes them stand longer.", BEFORE_ARMS, method=LONGER),
+    longer("harm", "A teacher that speaks of another block does harm.", MISPLACED, method=BEFORE_ARMS),
+]
 OTHERS = [
-    *(
-        longer(f"{c.id}, drawn", f"In drawn texts: {c.statement[0].lower()}{c.statement[1:]}", c.baseline, T1)
-        for c in HEADLINE
-        if not c.id.startswith("main")
-    ),
-    *(
-        longer(
-            f"above {name}{', drawn' * (metric == T1)}",
-            f"They stand longer than those of {name}, in {'greedy' if metric == T0 else 'drawn'} texts.",
-            name,
-            metric,
-        )
-        for name in (
-            SFT,
-            LONGER,
-            OWN,
-            "soft labels",
-            FORWARD,
-            REVERSE,
-            "with the correction",
-            "random anchors of what stood",
-        )
-        for metric in (T0, T1)
-    ),
-    *(
-        longer(
-            f"harm{', drawn' * (metric == T1)}",
-            f"A teacher that speaks of another block does harm, in {'greedy' if metric == T0 else 'drawn'} texts.",
-            "misplaced teacher",
-            metric,
-            method=SFT,
-        )
-        for metric in (T0, T1)
-    ),
+    *(drawn_too(claim) for claim in HEADLINE if not claim.id.startswith("main")),
+    *(each for claim in GREEDY_ONLY for each in (claim, drawn_too(claim))),
 ]
 
 reproduction = Reproduction(
     title="Draft-OPD",
     introduction=f"""
-Does a draft model that has learnt all that supervised training gives it go on learning from the blocks that it proposed
-itself? One target, a drafter for each seed at the end of its supervised training, {STEPS} updates of {BATCH} texts from
-there, and in every arm the same texts but where their change is what is asked.
+Does a draft model that has learnt all that supervised training gives it go on learning from the blocks that it
+proposed itself? One target, a drafter for each seed at the end of its supervised training, {STEPS} updates of
+{BATCH} texts from there, and in every arm the same texts but where their change is what is asked.
 
-**Target.** A Llama of 4 layers and width 96 (0.47M parameters), trained on texts drawn in code: programs on four registers
-(60 %) and facts about 48 things (40 %), whose wording is drawn. **Drafter.** DFlash with one layer and blocks of
-{DRAFTER["block"]}, that is {DRAFTER["block"] - 1} proposals; features of layers 0, 1 and 2. It learns {BEFORE:,} updates of
-cross-entropy on 2,500 texts of the target, {PER_TEXT} anchors of each, slots weighted by `exp(-(k - 1) / 4)`.
+**Target.** A Llama of 4 layers and width 96 (0.47M parameters), trained on texts drawn in code: programs on four
+registers (60 %) and facts about 48 things (40 %), whose wording is drawn. **Drafter.** DFlash with one layer and
+blocks of {DRAFTER["block"]}, that is {DRAFTER["block"] - 1} proposals; features of layers 0, 1 and 2. It learns
+{BEFORE:,} updates of cross-entropy on 2,500 texts of the target, {PER_TEXT} anchors of each, slots weighted by
+`exp(-(k - 1) / 4)`.
 
-**Measure.** Acceptance length: tokens that a verifying pass of the target adds, of speculative decoding on {TEST} test
-prompts, greedy (temperature 0) and drawn (1). Drawn texts are the same for all arms of a seed, greedy ones for all arms.
-Where texts are lossless nothing but speed can change, so tests hold losslessness and no claim is about it.
+**Measure.** Acceptance length: tokens that a verifying pass of the target adds, of speculative decoding on {TEST}
+test prompts, greedy (temperature 0) and drawn (1). Drawn texts are the same for all arms of a seed, greedy ones for
+all arms. Where texts are lossless nothing but speed can change, so tests hold losslessness and no claim is about
+it.
 
-**Premise.** With the supervised drafters, acceptance length between 0.3 and 0.6 of the block at either temperature; a gain of
-less than 2 % in the last quarter of their training and of less than 1 % when it is taken up again with a fresh optimiser
-and schedule, since the end of a cosine looks like a plateau whatever lies behind it; and room: one of the arms gains 2 % while
-rates are chosen. All seeds must pass. It is measured before any other arm runs, and is a gate.
+**Premise.** With the supervised drafters, acceptance length between 0.3 and 0.6 of the block at either temperature;
+a gain of less than 2 % in the last quarter of their training and of less than 1 % when it is taken up again with a
+fresh optimiser and schedule, since the end of a cosine looks like a plateau whatever lies behind it; and room: one
+of the arms gains 2 % while rates are chosen. All seeds must pass. It is measured before any other arm runs, and is
+a gate.
 
-**Arms.** All begin with a fresh optimiser. *Draft-OPD* has forward KL where blocks stood and reverse KL, with a decay of 0.8, where
-they did not, at the anchors of speculative decoding with the drafter as it is. Its texts are the target's answers to
-3,000 new prompts, drawn at a temperature of 1, each once. *SFT, equal updates* and *equal CPU* go on with the supervised training and its
-texts; *self-distilled* does so with the new texts; *soft labels* has forward KL on the new texts at Draft-OPD's anchors.
-*{FROZEN}* takes the blocks of the drafter as it began; *{RANDOM}* has the verified segments in another order at other places;
-*{RANDOM} of what stood* keeps the rejected stream where it was, as the authors' code has it. *{STOOD}* has no rejected stream,
-*with the correction* puts the slot that the target corrected into the accepted one. *{FORWARD}* and *{REVERSE}* have one
-direction, *{PLAIN}* has a decay of 1, *{TOKEN}* the authors' surrogate, pooled over both streams. With the *misplaced teacher* each block
-is taught by what belongs to the next: it must harm. *{SUPERVISED_BEST}* and *{SINGLE}* are, for each
-seed, the best on validation prompts of the first three supervised arms, and of the two single directions.
+**Arms.** All begin with a fresh optimiser. *Draft-OPD* has forward KL where blocks stood and reverse KL, with a
+decay of 0.8, where they did not, at the anchors of speculative decoding with the drafter as it is. Its texts are
+the target's answers to 3,000 new prompts, drawn at a temperature of 1, each once. *SFT, equal updates* and *equal
+CPU* go on with the supervised training and its texts; *self-distilled* does so with the new texts; *soft labels*
+has forward KL on the new texts at Draft-OPD's anchors. *{FROZEN}* takes the blocks of the drafter as it began;
+*{RANDOM}* has the verified segments in another order at other places; *{RANDOM} of what stood* keeps the rejected
+stream where it was, as the authors' code has it. *{STOOD}* has no rejected stream, *with the correction* puts the
+slot that the target corrected into the accepted one. *{FORWARD}* and *{REVERSE}* have one direction, *{PLAIN}* has
+a decay of 1, *{TOKEN}* the authors' surrogate, pooled over both streams. With the *{MISPLACED}* each block is
+taught by what belongs to the next: it must harm. *{SUPERVISED_BEST}* and *{SINGLE}* are, for each seed, the best on
+validation prompts of the first three supervised arms, and of the two single directions.
 
-**Selection.** Arms take the best of the rates {TRIED} by the acceptance lengths on validation prompts, from a start and a seed of
-their own; those that change neither loss nor data of Draft-OPD take its rate. All rates fall by a cosine to a tenth.
+**Selection.** Arms take the best of the rates {TRIED} by the acceptance lengths on validation prompts, from a start
+and a seed of their own; those that change neither loss nor data of Draft-OPD take its rate. All rates fall by a
+cosine to a tenth.
 """,
     discussion="",
     stages={
@@ -221,11 +213,23 @@ their own; those that change neither loss nor data of Draft-OPD take its rate. A
         "premise": Stage(premise, {"start": START, "again": drafter(SFT)}, [START, drafter(SFT)], per_seed=True),
     },
     gates=GATES,
-    arms={name: shown(names) for name, names in ({name: (name,) for name in ARMS} | BEST).items()},
+    arms={
+        BEFORE_ARMS: Stage(untouched, {"start": START, "validation": VALIDATION, "test": TEST}, [*GIVEN, START]),
+        **{name: shown(names) for name, names in ({name: (name,) for name in ARMS} | BEST).items()},
+    },
     seeds=(0, 1, 2, 3, 4),
     imports=["reproductions.draft_opd"],
     metrics=[T0, T1, f"validation_{GREEDY}", f"validation_{SAMPLED}", "rate"],
     claims=[*HEADLINE, *OTHERS],
     headline=[claim.id for claim in HEADLINE],
-    smoke=Smoke(),
+    smoke=Smoke(
+        stages={
+            TEXTS: {"sizes": {"train": 128, "taught": 32, "new": 32, "validation": 8, "test": 8}},
+            TARGET: {"recipe": {"steps": 8}},
+            START_OF_RATES: {"recipe": {"steps": 8}, "size": 4},
+            START: {"recipe": {"steps": 8}, "size": 4},
+            **{rate_stage(name): {"recipe": {"steps": 2}, "rates": [6e-4], "size": 4} for name in TUNED},
+            **{drafter(name): {"recipe": {"steps": 2}, "validation": 4, "test": 4} for name in ARMS},
+        },
+    ),
 )

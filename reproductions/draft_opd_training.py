@@ -13,7 +13,7 @@ from opd.measurement import Clock
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.reproductions import train
-from opd.reproductions.definition import Figures, merged
+from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.rollouts.speculative import SpeculativeRollout
 from reproductions.draft_opd_models import ANSWERS, CAP, DRAFTER, OF_TARGET, SAVED, prompts, recipe
@@ -127,6 +127,15 @@ def trained(
     figures |= {f"{name}_{figure}": value for name, each in measured.items() for figure, value in each.items()}
     # Training is watched on a few prompts only, which make no curve.
     return {**{name: value for name, value in figures.items() if name != "curve"}, "rate": chosen}
+
+
+def untouched(
+    folder: Path, inputs: Mapping[str, Path], *, start: str, validation: int, test: int, seed: int
+) -> Figures:
+    """The drafter of the stage `start`, measured as `trained` does; its cost is that of its supervised training."""
+    measured = acceptance(folder, inputs, inputs[start] / SAVED, of={"validation": validation, "test": test}, seed=seed)
+    figures = {f"{name}_{figure}": value for name, each in measured.items() for figure, value in each.items()}
+    return {**figures, **{name: figures_of(inputs[start])[name] for name in COSTS}}
 
 
 def best_rate(
