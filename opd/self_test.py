@@ -61,8 +61,8 @@ def self_test(
     check_teachers(teachers, trajectories)
 
     mine = student(trajectories, probe.context)
-    ones = torch.full((trajectories.positions,), 1.0 / trajectories.positions, device=trajectories.actions.device)
-    own = SFT()(mine, [], ones, trajectories)
+    alike = trajectories.learnt / max(1, trajectories.positions)
+    own = SFT()(mine, [], alike, trajectories)
     if rollout.exact(probe.settings):
         gaps = (own.log_probs - trajectories.behaviour_log_probs)[trajectories.learnt].abs()
         gap = float(gaps.median() if rollout.elsewhere else gaps.mean())
@@ -76,7 +76,7 @@ def self_test(
     for objective in objectives:
         if not isinstance(objective, Divergence):
             continue
-        loss = objective(mine, [Target(mine.detach())], ones, trajectories)
+        loss = objective(mine, [Target(mine.detach())], alike, trajectories)
         value = float(loss.values.abs().max())
         gradient = _largest_gradient(student, loss.total)
         if not (value <= 1e-3 and gradient <= 1e-3):

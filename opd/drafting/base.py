@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import PretrainedConfig
@@ -197,6 +197,10 @@ class DrafterSettings(Choice):
     modality: ClassVar[str | None] = "language"
     architecture: ClassVar[str]
     """What `config.json` of its native format calls it."""
+
+    def settled(self, target: Outline) -> Self:
+        """These settings with what a file says in the places of those that name it."""
+        return self
 
     @abstractmethod
     def build(self, target: Outline, head: Head) -> Drafter:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -12,6 +12,7 @@ from torch.nn import Linear, RMSNorm
 from opd.distributions import Head
 from opd.drafting.base import Drafter, DrafterSettings, Embed, Follow, Outline, Pair, check_taps
 from opd.drafting.layers import FeedForward, in_heads, of_blocks, rotate
+from opd.drafting.vocabulary import Frequent
 from opd.errors import ModelError
 
 
@@ -25,24 +26,32 @@ class Chain(DrafterSettings):
         [], description="0-based layers of the target whose outputs it reads; default 1, n/2 - 1 and n - 4 of n"
     )
     proposals: int = Field(7, ge=1, le=64, description="Tokens of a block")
-    vocabulary: list[int] = Field([], description="The ids that it may propose; default all of the target's")
+    vocabulary: list[int] | Frequent = Field(
+        [], description="The ids that it may propose, or how many of the most frequent; default all of the target's"
+    )
     mlp: int | None = Field(None, ge=1, description="Width within its feed-forward part; default the target's")
 
     @field_validator("vocabulary")
     @classmethod
-    def _ids(cls, value: list[int]) -> list[int]:
-        if value and (value[0] < 0 or value != sorted(set(value))):
+    def _ids(cls, value: list[int] | Frequent) -> list[int] | Frequent:
+        if isinstance(value, list) and value and (value[0] < 0 or value != sorted(set(value))):
             raise ValueError("give ids ascending, each once, none negative")
         return value
 
+    def settled(self, target: Outline) -> Self:
+        if isinstance(self.vocabulary, list):
+            return self
+        return self.model_copy(update={"vocabulary": self.vocabulary.ids(target.vocabulary)})
+
     def build(self, target: Outline, head: Head) -> ChainDrafter:
         taps = check_taps(self.taps, target, _default_taps(target))
-        if self.vocabulary and self.vocabulary[-1] >= target.vocabulary:
+        ids = self.settled(target).vocabulary
+        assert isinstance(ids, list)
+        if ids and ids[-1] >= target.vocabulary:
             raise ModelError(
-                f"student.drafter.vocabulary names {self.vocabulary[-1]}, and the target's ids end at "
-                f"{target.vocabulary - 1}"
+                f"student.drafter.vocabulary names {ids[-1]}, and the target's ids end at {target.vocabulary - 1}"
             )
-        return ChainDrafter(target, taps, self.proposals, tuple(self.vocabulary) or None, self.mlp or target.mlp, head)
+        return ChainDrafter(target, taps, self.proposals, tuple(ids) or None, self.mlp or target.mlp, head)
 
     @classmethod
     def of_config(cls, config: dict[str, Any], weights: Mapping[str, torch.Tensor], target: Outline) -> Chain:

@@ -100,6 +100,7 @@ def _form(
         settings = forms()[config["architectures"][0]].of_config(config, weights, target)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
+    asked = None if asked is None else asked.settled(target)
     for name in () if asked is None else type(asked).model_fields:
         wanted, has = getattr(asked, name), getattr(settings, name, None)
         if wanted not in (None, []) and wanted != has:

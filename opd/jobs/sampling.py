@@ -14,12 +14,15 @@ from opd.errors import RecipeError, RunError
 from opd.jobs.work import work_through
 from opd.language.tokens import tokens_of
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
+from opd.policies.draft import Draft
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of, started
 from opd.rollouts import Request, Rollout
+from opd.rollouts.speculative import SpeculativeRollout
 from opd.rollouts.stored import StoredRollout
+from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.self_test import check_writers
 from opd.store.shards import claim, tidy
@@ -68,6 +71,8 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         raise RecipeError(
             f"a store holds texts and the student is a {recipe.student.modality} model: see opd.jobs.images"
         )
+    if isinstance(recipe.student, Draft):
+        recipe = _of_target(recipe, recipe.student)
     if not isinstance(recipe.student, CausalLM):
         raise RecipeError(
             f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}; take "
@@ -132,6 +137,31 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
     work_through(store.missing(), store.header.shards, write, "sampling", quiet)
     tidy(store.shard_path(0).parent)
     return store
+
+
+def _of_target(recipe: Recipe, student: Draft) -> Recipe:
+    """A recipe by which the target of a drafter writes alone, what it writes while the drafter proposes.
+
+    Raises:
+        RecipeError: in this rollout it writes nothing.
+    """
+    rollout = recipe.rollout
+    if not isinstance(rollout, SpeculativeRollout):
+        raise RecipeError(
+            f"student.kind is 'draft' and rollout is {kind_of(rollout)!r}, in which no target writes: take rollout "
+            "speculative, whose texts are stored as the target writes them alone"
+        )
+    greedy = rollout.text_temperature == 0
+    plain = StudentRollout(
+        max_new_tokens=rollout.max_new_tokens, batch=rollout.batch, dtype="own", top_k=1 if greedy else 0
+    )
+    alone = {
+        "student": CausalLM(**student.target.model_dump()),
+        "teacher": [],
+        "rollout": plain,
+        "temperature": 1.0 if greedy else rollout.text_temperature,
+    }
+    return recipe.model_copy(update=alone)
 
 
 def _asks_teacher(rollout: Rollout) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -102,6 +103,7 @@ class Draft(Policy):
             else:
                 notes.append(f"student.model {self.model} is not at hand: it is taken to have the form student.drafter")
         assert form is not None
+        form = form.settled(outline)
         with torch.device("meta"):
             made = form.build(outline, Head(torch.empty(outline.vocabulary, outline.width)))
         own, count = made.own_head(), sum(p.numel() for p in made.parameters())
@@ -258,7 +260,12 @@ class DraftStudent(LanguageStudent):
         return self.drafter.eval(), self.reader.tokenizer
 
     def fingerprint(self) -> str:
-        return fingerprint(self.target.language.model.named_parameters())
+        """Of what the state is a state of, besides the recipe: the target's weights, and the ids that the drafter may
+        propose, which may have been counted in a store."""
+        of_target = fingerprint(self.target.language.model.named_parameters())
+        if self.drafter.ids is None:
+            return of_target
+        return f"{of_target}, ids {hashlib.sha256(repr(self.drafter.ids).encode()).hexdigest()[:16]}"
 
     def save(self, folder: Path, card: str) -> list[str]:
         """`folder` is loaded by servers that know the drafter's form (SGLang, vLLM), and by `student.model`."""

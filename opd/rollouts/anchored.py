@@ -185,12 +185,13 @@ class Anchored(Combination[AnchoredRollout]):
         how.drafter.train(training)
         placed = [made[i] for i in range(len(texts))]
         packed = self.drafting.packed(request, how, [each.answer for each in placed])
-        return _in_streams(packed, placed, how.proposals)
+        return _in_streams(packed, placed, how)
 
 
-def _in_streams(packed: Trajectories, placed: Sequence[Placed], count: int) -> Trajectories:
-    """Trajectories whose columns say of each block what is learnt of it."""
-    device = packed.actions.device
+def _in_streams(packed: Trajectories, placed: Sequence[Placed], how: Speculation) -> Trajectories:
+    """Trajectories whose columns say of each block what is learnt of it. A slot with a token of the text that the
+    drafter may not propose is in no loss."""
+    device, count = packed.actions.device, how.proposals
     streams = [stream for each in placed for stream in each.streams]
     only_accepted, only_rejected = (
         torch.tensor([stream == name for stream in streams], dtype=torch.bool, device=device).repeat_interleave(count)
@@ -200,6 +201,7 @@ def _in_streams(packed: Trajectories, placed: Sequence[Placed], count: int) -> T
     columns = dict(packed.columns)
     standing = columns["accepted"] | columns["corrected"]
     learn = packed.learn & ~(only_accepted & ~standing) & ~(only_rejected & columns["accepted"])
+    learn &= ~(of_text & how.drafts.vocabulary.outside(packed.actions))
     columns["rejected"] = columns["rejected"] & ~only_accepted
     columns["corrected"] = columns["corrected"] & ~only_rejected
     columns["verified"] = columns["verified"].where(~only_rejected, -1)
