@@ -1,8 +1,8 @@
 """The models of the reproduction of Draft-OPD: a small target that writes register programs and facts, and what it
 wrote.
 
-A register program starts from four digits and works off a few steps, whose wording and registers are drawn; a fact is
-a sentence about one of 48 things, whose words are drawn from those that the thing has. So much of a text is drawn, and
+A register program starts from four digits and works off a few steps; a fact is a sentence about one of 48 things.
+Wording, registers and what is said of a thing are drawn, with favourites (the register with the largest digit, say), and
 the rest follows from what stands before, as in answers of a real model. The target learnt it from texts drawn in code.
 It need not be right: what a drafter is held to is what the target writes.
 """
@@ -34,6 +34,8 @@ OPENERS: dict[str, float] = {"now": 0.5, "then": 0.3, "next": 0.2}
 OPERATIONS: dict[str, tuple[str, float]] = {"add": ("to", 0.5), "take": ("from", 0.3), "copy": ("to", 0.2)}
 ADVERBS: dict[str, float] = {"very": 0.4, "quite": 0.3, "rather": 0.2, "hardly": 0.1}
 THINGS, TRAITS, SORTS, VERBS, OBJECTS = 48, 16, 8, 10, 16
+FAVOURED = 0.5
+"""How often a text takes the favourite without looking at the others, so that greedy texts do not hang on ties."""
 PROGRAMS = 0.6
 """Share of register programs; the rest are facts."""
 SENTENCES = (3, 4)
@@ -64,7 +66,9 @@ def program(rng: random.Random) -> tuple[str, str]:
     state, steps = [rng.randrange(10) for _ in REGISTERS], rng.randint(*SENTENCES)
     prompt, parts = f"start {' '.join(map(str, state))} steps {steps} :", []
     for _ in range(steps):
-        source, into = rng.sample(range(len(REGISTERS)), 2)
+        largest = state.index(max(state))
+        source = largest if rng.random() < FAVOURED else rng.randrange(len(REGISTERS))
+        into = (source + (1 if rng.random() < FAVOURED else rng.randint(1, len(REGISTERS) - 1))) % len(REGISTERS)
         operation = drawn({name: weight for name, (_, weight) in OPERATIONS.items()}, rng)
         given = state[source]
         state[into] = {"add": state[into] + given, "take": state[into] - given, "copy": given}[operation] % 10
@@ -80,11 +84,13 @@ def facts(rng: random.Random) -> tuple[str, str]:
 
 
 def sentence(thing: int, rng: random.Random) -> str:
-    """Of three traits that the thing has two are named, of two deeds one."""
+    """Of three traits that the thing has two are named, of two deeds one; it has favourites among both."""
     has = random.Random(thing)
     traits, sort = has.sample(range(TRAITS), 3), has.randrange(SORTS)
     deeds = [(has.randrange(VERBS), has.randrange(OBJECTS)) for _ in range(2)]
-    (one, other), (verb, what) = rng.sample(traits, 2), rng.choice(deeds)
+    one = traits.pop(0 if rng.random() < FAVOURED else rng.randrange(3))
+    other = traits[0 if rng.random() < FAVOURED else 1]
+    verb, what = deeds[0 if rng.random() < FAVOURED else 1]
     return f"the e{thing} is one {drawn(ADVERBS, rng)} t{one} t{other} k{sort} that v{verb} the o{what} ."
 
 
@@ -168,7 +174,7 @@ STAGES: dict[str, Stage] = {
         {
             "recipe": recipe(
                 {"model": f"{{{NEW}}}/model", "template": "plain"},
-                700,
+                600,
                 3e-3,
                 teacher=[],
                 rollout={"kind": "data", "max_new_tokens": CAP},
