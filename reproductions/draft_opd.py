@@ -77,9 +77,11 @@ ARMS: dict[str, dict[str, Any]] = {
 """What each says of rollout and objective."""
 OLD_TEXTS = (SFT, LONGER)
 """Arms on the texts of the supervised training before; the others are on new ones."""
-TUNED = (OPD, SFT, LONGER, OWN, SOFT, STOOD, FORWARD, REVERSE, TOKEN)
-RATE_OF = {CORRECTED: STOOD}
+TUNED = (OPD, SFT, OWN, STOOD, FORWARD, REVERSE, TOKEN)
+RATE_OF = {LONGER: SFT, CORRECTED: STOOD, SOFT: FORWARD}
 """Whose learning rate an arm takes that has none of its own; the others take Draft-OPD's."""
+FEWER = {SOFT: 3, CORRECTED: 3, RANDOM_STOOD: 3, MISPLACED: 3}
+"""Seeds of arms that no headline claim is about."""
 BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 """Of each seed that drafter of these which is the best on validation prompts."""
 
@@ -108,12 +110,12 @@ def rates(name: str) -> Stage:
 
 def training(name: str) -> Stage:
     params = {"recipe": block(name, START), "rate": rate_stage(name), "validation": VALIDATION, "test": TEST}
-    return Stage(trained, params, [*GIVEN, START, rate_stage(name)], per_seed=True)
+    return Stage(trained, params, [*GIVEN, START, rate_stage(name)], per_seed=True, seeds=FEWER.get(name))
 
 
 def shown(names: Sequence[str]) -> Stage:
     of = [drafter(name) for name in names]
-    return Stage(best_of, {"of": of}, of)
+    return Stage(best_of, {"of": of}, of, seeds=FEWER.get(names[0]))
 
 
 OF_START = {"recipe": new(BEFORE, START_RATE), "size": VALIDATION}

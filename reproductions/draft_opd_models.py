@@ -2,7 +2,7 @@
 wrote.
 
 A register program starts from four digits and works off a few steps; a fact is a sentence about one of 48 things.
-Wording, registers and what is said of a thing are drawn, with favourites (the register with the largest digit, say), and
+Wording, registers and what is said of a thing are drawn, with favourites (the largest register, say), and
 the rest follows from what stands before, as in answers of a real model. The target learnt it from texts drawn in code.
 It need not be right: what a drafter is held to is what the target writes.
 """
