@@ -22,7 +22,7 @@ from opd.loop import train
 from opd.objectives.cross_entropy import CrossEntropy
 from opd.plan import DrafterPlan, make_plan
 from opd.prompts import Prompt
-from opd.recipe import parse_recipe
+from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts import PrefixSource, Request
 from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.speculative import SpeculativeRollout
@@ -32,8 +32,21 @@ from opd.trajectories import AUTHORS
 from tests.conftest import save_tiny, trajectories_of
 from tests.drafters import FORMS, LAYERS, drafted, drafter_of, language, student_of
 from tests.test_draft_opd import BLOCK, CHAIN, TEXTS, blocks, build, recipe_for, whole
+from tests.test_gpu import on_each_device
 
 PROMPTS = ["12+7=", "spell a word", "9", "what is 3?", "abc def ghi"]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("target"), seed=1, layers=LAYERS, initializer_range=0.15)
+
+
+@pytest.fixture(scope="module")
+def store(target, tmp_path_factory):
+    place = tmp_path_factory.mktemp("texts")
+    recipe = recipe_for(target, place, rollout={"text_temperature": 1.0})
+    return str(sample(recipe, place / "store", quiet=True).path)
 
 
 # Places.
@@ -284,6 +297,16 @@ def test_a_drafter_that_stays_behind_proposes_what_it_did():
     assert held_out.drafter is student.module
 
 
+def test_it_stays_behind_while_a_target_writes_too(target, tmp_path):
+    run = build(recipe_for(target, tmp_path, rollout={"proposer": "start"}, update={"learning_rate": 0.5}), tmp_path)
+    request = run.at(0).request(run.held_out, 16, stream=0)
+    before, live = run.rollout(request), run.sampler(run.at(0))(run.held_out, 1, 16, 0)
+    assert torch.equal(before.actions, live.actions)
+    train(run)
+    assert torch.equal(run.rollout(request).actions, before.actions)
+    assert not torch.equal(run.sampler(run.at(0))(run.held_out, 1, 16, 0).actions, before.actions)
+
+
 # Objectives.
 
 
@@ -338,18 +361,6 @@ def test_pooled_streams_have_one_denominator_by_hand():
 # Runs, on a store of the target's texts.
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("target"), seed=1, layers=LAYERS, initializer_range=0.15)
-
-
-@pytest.fixture(scope="module")
-def store(target, tmp_path_factory):
-    place = tmp_path_factory.mktemp("texts")
-    recipe = recipe_for(target, place, rollout={"text_temperature": 1.0})
-    return str(sample(recipe, place / "store", quiet=True).path)
-
-
 def test_a_store_of_a_drafters_recipe_holds_its_targets_texts(target, tmp_path):
     for temperature in (0.0, 1.0):
         recipe = recipe_for(target, tmp_path, rollout={"text_temperature": temperature})
@@ -396,6 +407,36 @@ def test_a_drafter_learns_from_stored_texts(target, store, tmp_path, drafter, ro
     if measured:
         assert "train/accepted_at/4" in steps[-1]
         assert "train/accepted_at/5" not in steps[-1]
+
+
+@on_each_device
+@pytest.mark.parametrize("drafter", [CHAIN, BLOCK])
+@pytest.mark.parametrize("rollout", [{"anchors": "every", "slots": "text"}, {"anchors": "random"}])
+def test_a_run_on_each_device_of_a_target_in_bfloat16(target, store, tmp_path, drafter, rollout, device):
+    data = anchored(target, store, tmp_path, drafter, MIX, **rollout).dump()
+    data["student"]["target"]["dtype"], data["hardware"]["device"] = "bfloat16", device
+    run = build(parse_recipe(data | {"steps": 2}), tmp_path)
+    train(run)
+    assert run.step == 2
+    # The texts are those of the same model in float32.
+    assert ("not written with the weights" in " ".join(run.rollout.notes)) == (rollout.get("slots") != "text")
+
+
+def test_the_papers_control_is_planned_without_store_or_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    plan = make_plan(load_recipe("draft_sft_qwen3_4b"))
+    assert (plan.blocks, plan.proposals) == (512, 15)
+    assert plan.as_dict()["tokens_per_step"] == {"read": 210 * 4096}
+    assert max(plan.peaks.values()) == pytest.approx(min(plan.peaks.values()), rel=1e-2)
+
+
+def test_a_plan_counts_the_blocks_of_each_way():
+    def blocks_of(**settings):
+        return AnchoredRollout(texts={"kind": "data"}, **settings).blocks(40, 2)
+
+    assert blocks_of() == blocks_of(anchors="random", moved="both") == 20
+    assert blocks_of(anchors="random") == blocks_of(anchors="every") == 40
+    assert blocks_of(anchors="uniform", per_text=15) == 15
 
 
 def test_a_run_on_stored_texts_goes_on_from_its_state(target, store, tmp_path):

@@ -215,9 +215,8 @@ class _Placing:
             for name in ("steps", "of_text")
         )
         features = self.texts.features[i, : int(anchors.max())]
-        record = Drafted(
-            row.prompt, row.response, features, anchors, of_blocks("accepted"), of_blocks("committed"), steps
-        )
+        counts_of_blocks = of_blocks("accepted"), of_blocks("committed")
+        record = Drafted(row.prompt, row.response, features, anchors, *counts_of_blocks, steps=steps)
         log_q = of_slots("log_q").cpu()
         tokens, hidden = of_slots("tokens").cpu(), of_slots("hidden")
         streams = [part.stream for part, n in zip(parts, counts, strict=True) for _ in range(n)]

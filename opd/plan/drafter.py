@@ -11,6 +11,7 @@ import torch
 from opd.choice import nested
 from opd.drafting.base import Drafter, Outline
 from opd.drafting.layers import SCORES, scores_of
+from opd.drafting.texts import LOGITS
 from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.shape import model_shape
@@ -20,6 +21,7 @@ from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.draft import Draft
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.speculative import SpeculativeRollout
 
 LENGTHS = (1, 2, 4)
@@ -33,6 +35,7 @@ class DrafterPlan:
     Attributes:
         blocks: of one answer, as if no proposal stood.
         proposals: of a block.
+        written: whether the texts are written during the run; else they are there already.
         memory: in bytes by part, at that many blocks; `peak` their sum at the worst moment of a step.
         peaks: the peak by acceptance length.
         teraflops: matrix products of a step, attention left out.
@@ -46,6 +49,7 @@ class DrafterPlan:
     completion_tokens: int
     blocks: int
     proposals: int
+    written: bool
     memory: dict[str, int]
     peaks: dict[int, int]
     teraflops: dict[str, float]
@@ -56,13 +60,17 @@ class DrafterPlan:
     def peak(self) -> int:
         return sum(self.memory.values())
 
+    @property
+    def _verb(self) -> str:
+        return "written" if self.written else "read"
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "recipe": self.recipe,
             "steps": self.steps,
             "student": self.drafter.as_dict(),
             "target": self.target.as_dict(),
-            "tokens_per_step": {"written": self.trajectories * self.completion_tokens},
+            "tokens_per_step": {self._verb: self.trajectories * self.completion_tokens},
             "slots_per_step": self.trajectories * self.blocks * self.proposals,
             "memory_bytes": self.memory,
             "peak_memory_bytes": self.peak,
@@ -85,10 +93,13 @@ class DrafterPlan:
             [
                 ("trajectories", str(self.trajectories)),
                 ("prompt tokens of a trajectory", str(self.prompt_tokens)),
-                ("written tokens", str(self.trajectories * self.completion_tokens)),
+                (f"{self._verb} tokens", str(self.trajectories * self.completion_tokens)),
                 ("slots of blocks", str(self.trajectories * self.blocks * self.proposals)),
                 *((f"{part}, TFLOP", f"{value:.3g}") for part, value in self.teraflops.items()),
-                ("whole run, written tokens", count_text(self.steps * self.trajectories * self.completion_tokens)),
+                (
+                    f"whole run, {self._verb} tokens",
+                    count_text(self.steps * self.trajectories * self.completion_tokens),
+                ),
             ],
         )
         yield (
@@ -113,7 +124,8 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     own = student.shape(notes)
     drafter = own.model
     assert isinstance(drafter, Drafter)
-    settings = next((part for part in nested(recipe.rollout) if isinstance(part, SpeculativeRollout)), None)
+    drafting = SpeculativeRollout | AnchoredRollout
+    settings = next((part for part in nested(recipe.rollout) if isinstance(part, drafting)), None)
     count = drafter.proposals
     if settings is not None:
         settings.check(drafter)
@@ -124,10 +136,11 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     prompt, _ = prompt_tokens(recipe, student.target, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts
-    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch)
+    texts = settings if isinstance(settings, AnchoredRollout) else None
+    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch, texts)
     if not counted.on_cpu:
         notes.append("device memory of the CUDA context itself is not counted")
-    by_length = {length: counted.memory(-(-completion // length)) for length in LENGTHS}
+    by_length = {length: counted.memory(counted.blocks(length)) for length in LENGTHS}
     trajectories = recipe.batch.prompts * recipe.batch.group
     return DrafterPlan(
         recipe=recipe.name,
@@ -136,11 +149,12 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         trajectories=trajectories,
         prompt_tokens=prompt,
         completion_tokens=completion,
-        blocks=completion,
+        blocks=counted.blocks(1),
         proposals=count,
+        written=texts is None,
         memory=by_length[1],
         peaks={length: sum(parts.values()) for length, parts in by_length.items()},
-        teraflops=_operations(own, target, trajectories, prompt, completion, count),
+        teraflops=_operations(counted, trajectories),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -158,6 +172,13 @@ class _Counted:
     prompt: int
     completion: int
     batch: int
+    texts: AnchoredRollout | None
+
+    def blocks(self, acceptance: int) -> int:
+        """Of one answer, at a whole acceptance length."""
+        if self.texts is not None:
+            return self.texts.blocks(self.completion, acceptance)
+        return -(-self.completion // acceptance)
 
     @property
     def on_cpu(self) -> bool:
@@ -198,6 +219,10 @@ class _Counted:
             # A block's logits, their probabilities and a copy to cut them by.
             + 3 * 4 * (self.proposals + 1) * target.vocabulary
         )
+        if self.texts is not None:
+            # The texts are read at once, under a mask, and what is as wide as the vocabulary a part at a time.
+            rollout = rows * length * (target.kv_bytes_per_token + self._kept_bytes() + target.size * length)
+            rollout += 3 * 4 * LOGITS
         if rollout > sum(training.values()):
             training = {"rollout: keys, values, logits": rollout}
         if self.on_cpu:
@@ -235,20 +260,24 @@ class _Counted:
         return saved_bytes(self.drafter, forward) + 4 * 4 * min(scores, SCORES)
 
 
-def _operations(
-    own: Shape, target: Shape, answers: int, prompt: int, completion: int, proposals: int
-) -> dict[str, float]:
-    """2 per parameter and token forward, 4 backward; every written token is a block of its own."""
+def _operations(counted: _Counted, answers: int) -> dict[str, float]:
+    """2 per parameter and token forward, 4 backward; as many blocks as at an acceptance length of 1."""
+    own, target, proposals, texts = counted.own, counted.target, counted.proposals, counted.texts
     head = target.vocabulary * target.width
     body = target.parameters - head
-    blocks = answers * completion
+    blocks, written = answers * counted.blocks(1), answers * counted.completion
     # The drafter's parameters of a head are among its own, or they are the target's.
-    drafting = (own.parameters + (head if own.vocabulary == target.vocabulary else 0)) * proposals * blocks
+    of_drafter = own.parameters + (head if own.vocabulary == target.vocabulary else 0)
+    if texts is None:
+        projected, proposed = blocks * (proposals + 1), blocks
+        read = answers * counted.prompt + projected
+    else:
+        projected, read = 0, answers * counted.prompt + written
+        read += blocks * (proposals - 1) if texts.slots == "drafter" else 0
+        walks = texts.anchors in ("verified", "random")
+        proposed = written if walks else blocks if texts.proposes else 0
     return {
-        "rollout": (
-            2 * (body * (answers * prompt + blocks * (proposals + 1)) + head * blocks * (proposals + 1)) + 2 * drafting
-        )
-        / 1e12,
+        "rollout": (2 * (body * read + head * projected) + 2 * of_drafter * proposals * proposed) / 1e12,
         "drafter forward and backward": 6 * own.parameters * proposals * blocks / 1e12,
         "loss operator": 8 * own.vocabulary * own.width * proposals * blocks / 1e12,
     }

@@ -11,6 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from opd.choice import OneOf, kind_of
 from opd.context import Context
+from opd.drafting.base import Drafter
+from opd.drafting.decoding import Speculation
 from opd.drafting.placing import Anchors, Moved, Placed, Rule, Slots, Text, place
 from opd.drafting.proposer import PROPOSER
 from opd.drafting.target import Target as DraftTarget
@@ -22,7 +24,9 @@ from opd.language.tokens import Tokens
 from opd.rollouts.base import Combination, HeldOutSampler, PrefixSource, Rollout, row_seed
 from opd.rollouts.request import Request
 from opd.rollouts.speculative import Speculative, SpeculativeRollout
+from opd.rollouts.stored import StoredTrajectories
 from opd.trajectories import AUTHORS, Author, Trajectories
+from opd.weights import weights_hash
 
 if TYPE_CHECKING:
     from opd.policies import Student
@@ -98,6 +102,25 @@ class AnchoredRollout(Rollout):
         """Whether a drafter's proposals are asked for."""
         return self.slots == "drafter" or self.anchors in ("verified", "random")
 
+    def blocks(self, tokens: int, acceptance: int) -> int:
+        """Blocks in a text of so many tokens at a whole acceptance length."""
+        if self.anchors == "every":
+            return tokens
+        if self.per_text is not None:
+            return min(self.per_text, tokens)
+        steps = -(-tokens // acceptance)
+        both = self.anchors == "random" and self.slots == "drafter" and self.moved == "accepted"
+        return 2 * steps if both else steps
+
+    def check(self, drafter: Drafter) -> None:
+        """Raise `IncompatibleError` where it asks for what the drafter does not allow."""
+        self._plain.check(drafter)
+
+    @property
+    def _plain(self) -> SpeculativeRollout:
+        """The same proposals along a text that is being written."""
+        return SpeculativeRollout(proposals=self.proposals, proposer=self.proposer)
+
     @property
     def budget(self) -> int:
         return self.texts.budget
@@ -113,14 +136,13 @@ class AnchoredRollout(Rollout):
                 "rollout 'anchored' places a drafter's blocks in texts, and the student is no drafter: take "
                 "student.kind draft, or as the rollout what stands in rollout.texts"
             )
-        plain = SpeculativeRollout(proposals=self.proposals, proposer=self.proposer)
         tokens = draft_tokens(context)
         texts = self.texts.build(
             context.with_(agreed=Tokens(tokens.written, tokens.end_ids)),
             cast("Student", _Reader(target.language)),
             teachers,
         )
-        return Anchored(self, texts, plain.build(context, student, teachers))
+        return Anchored(self, texts, self._plain.build(context, student, teachers))
 
 
 @dataclass(frozen=True)
@@ -146,7 +168,22 @@ class Anchored(Combination[AnchoredRollout]):
         if settings.slots == "drafter" and settings.anchors == "random" and settings.moved == "accepted":
             own.add("data")
         self.authors = frozenset(own)
-        self.current = drafting.current
+        self.current, self.proposes = drafting.current, settings.proposes
+
+    @property
+    def notes(self) -> Sequence[str]:
+        texts = self.sources[0]
+        if not (self.proposes and isinstance(texts, StoredTrajectories)):
+            return super().notes
+        header = texts.store.header
+        wrote = {header.student.get("weights"), *(writer["weights"] for writer in header.writers)}
+        if weights_hash(self.target.language.model) in wrote:
+            return super().notes
+        return [
+            *super().notes,
+            f"the texts of {texts.store.path} were not written with the weights of student.target: a proposal that "
+            "stands in them is not one that this target accepts",
+        ]
 
     def held_out(self, settings: AnchoredRollout, context: Context, student: Student) -> HeldOutSampler:
         return self.drafting.held_out(SpeculativeRollout(proposals=settings.proposals), context, student)
