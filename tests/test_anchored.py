@@ -439,6 +439,17 @@ def test_a_plan_counts_the_blocks_of_each_way():
     assert blocks_of(anchors="uniform", per_text=15) == 15
 
 
+def test_a_mixture_of_given_texts_and_new_ones(target, store, tmp_path):
+    texts = {"kind": "stored", "path": store}
+    first = {"kind": "anchored", "texts": texts, "anchors": "every", "slots": "text"}
+    rollout = {"kind": "mixture", "first": first, "second": {"kind": "speculative", "max_new_tokens": 16}}
+    data = recipe_for(target, tmp_path).dump() | {"rollout": rollout, "steps": 2, "objective": MIX}
+    run = build(parse_recipe(data), tmp_path)
+    made = run.rollout(run.at(0).request(run.course.next(0, {}, None).prompts, stream=0))
+    assert set(made.authors.tolist()) == {AUTHORS.index("data"), AUTHORS.index("student")}
+    train(run)
+
+
 def test_a_run_on_stored_texts_goes_on_from_its_state(target, store, tmp_path):
     def made(name):
         return build(anchored(target, store, tmp_path / name, anchors="random"), tmp_path / name)

@@ -19,6 +19,7 @@ from opd.divergences.reverse_kl import ReverseKL
 from opd.drafting.base import Blocks
 from opd.errors import IncompatibleError
 from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.plan import DrafterPlan, make_plan
@@ -388,8 +389,10 @@ def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):
 
 
 def test_commands_that_know_no_drafters_say_so(target, tmp_path):
-    with pytest.raises(opd.OpdError, match="students of kind causal_lm"):
-        sample(recipe_for(target, tmp_path), tmp_path / "store")
+    recipe = recipe_for(target, tmp_path)
+    store = sample(recipe, tmp_path / "store", quiet=True)
+    with pytest.raises(opd.OpdError, match="opd score takes kinds local and served"):
+        score(recipe, store.path, quiet=True)
 
 
 @pytest.mark.parametrize("drafter", [CHAIN, {**CHAIN, "vocabulary": list(range(3, 40))}, BLOCK])
