@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from opd.reproductions import Claim, Reproduction, Smoke, Stage
-from reproductions.draft_opd_controls import Misplaced
 from reproductions.draft_opd_models import ANSWERS, DRAFTER, STAGES, TARGET, TEXTS
 from reproductions.draft_opd_premise import GATES, premise, room
 from reproductions.draft_opd_training import (
     BATCH,
     GREEDY,
+    MISPLACED,
     PER_TEXT,
     SAMPLED,
     SUPERVISED,
@@ -37,7 +37,7 @@ START, START_OF_RATES = "start", "start of rates"
 OPD, SFT, LONGER, OWN = "Draft-OPD", "SFT, equal updates", "SFT, equal CPU", "self-distilled"
 RANDOM, FROZEN, STOOD = "random anchors", "frozen record", "accepted alone"
 FORWARD, REVERSE, PLAIN, TOKEN = "all forward", "all reverse", "no decay", "sampled token"
-BEFORE_ARMS, MISPLACED, SOFT = "before", "misplaced teacher", "soft labels"
+BEFORE_ARMS, HARMED, SOFT = "before", "misplaced teacher", "soft labels"
 CORRECTED, RANDOM_STOOD = "with the correction", "random anchors of what stood"
 SUPERVISED_BEST, SINGLE = "best supervised", "better single direction"
 
@@ -72,7 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
     REVERSE: streams(accepted={"kl": "reverse_kl"}),
     PLAIN: streams(rejected={"decay": 1.0}),
     TOKEN: {"objective": [{"kind": "pooled"}]},
-    MISPLACED: at(kind=Misplaced.model_fields["kind"].default),
+    HARMED: at(kind=MISPLACED),
 }
 """What each says of rollout and objective."""
 OLD_TEXTS = (SFT, LONGER)
@@ -80,7 +80,7 @@ OLD_TEXTS = (SFT, LONGER)
 TUNED = (OPD, SFT, OWN, STOOD, FORWARD, REVERSE, TOKEN)
 RATE_OF = {LONGER: SFT, CORRECTED: STOOD, SOFT: FORWARD}
 """Whose learning rate an arm takes that has none of its own; the others take Draft-OPD's."""
-FEWER = {SOFT: 3, CORRECTED: 3, RANDOM_STOOD: 3, MISPLACED: 3}
+FEWER = {SOFT: 3, CORRECTED: 3, RANDOM_STOOD: 3, HARMED: 3}
 """Seeds of arms that no headline claim is about."""
 BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 """Of each seed that drafter of these which is the best on validation prompts."""
@@ -153,7 +153,7 @@ GREEDY_ONLY = [
         for name in (SFT, LONGER, OWN, SOFT, FORWARD, REVERSE, CORRECTED, RANDOM_STOOD)
     ),
     longer("plateau", "More supervised training makes them stand longer.", BEFORE_ARMS, method=LONGER),
-    longer("harm", "A teacher that speaks of another block does harm.", MISPLACED, method=BEFORE_ARMS),
+    longer("harm", "A teacher that speaks of another block does harm.", HARMED, method=BEFORE_ARMS),
 ]
 OTHERS = [
     *(drawn_too(claim) for claim in HEADLINE if not claim.id.startswith("main")),
@@ -192,9 +192,9 @@ has forward KL on the new texts at Draft-OPD's anchors. *{FROZEN}* takes the blo
 *{RANDOM}* has the verified segments in another order at other places; *{RANDOM} of what stood* keeps the rejected
 stream where it was, as the authors' code has it. *{STOOD}* has no rejected stream, *with the correction* puts the
 slot that the target corrected into the accepted one. *{FORWARD}* and *{REVERSE}* have one direction, *{PLAIN}* has
-a decay of 1, *{TOKEN}* the authors' surrogate, pooled over both streams. With the *{MISPLACED}* each block is
-taught by what belongs to the next: it must harm. *{SUPERVISED_BEST}* and *{SINGLE}* are, for each seed, the best on
-validation prompts of the first three supervised arms, and of the two single directions.
+a decay of 1, *{TOKEN}* the authors' surrogate, pooled over both streams. With the *{HARMED}* each block is taught
+by what belongs to the next: it must harm. *{BEFORE_ARMS}* is the start. *{SUPERVISED_BEST}* and *{SINGLE}* are, for
+each seed, the best on validation prompts of the first three supervised arms, and of the two single directions.
 
 **Selection.** Arms take the best of the rates {TRIED} by the acceptance lengths on validation prompts, from a start
 and a seed of their own; those that change neither loss nor data of Draft-OPD take its rate. All rates fall by a
@@ -211,14 +211,14 @@ cosine to a tenth.
             {"start": START_OF_RATES, "of": [rate_stage(name) for name in TUNED]},
             [START_OF_RATES, *(rate_stage(name) for name in TUNED)],
         ),
+        drafter(BEFORE_ARMS): Stage(
+            untouched, {"start": START, "validation": VALIDATION, "test": TEST}, [*GIVEN, START], per_seed=True
+        ),
         **{drafter(name): training(name) for name in ARMS},
         "premise": Stage(premise, {"start": START, "again": drafter(SFT)}, [START, drafter(SFT)], per_seed=True),
     },
     gates=GATES,
-    arms={
-        BEFORE_ARMS: Stage(untouched, {"start": START, "validation": VALIDATION, "test": TEST}, [*GIVEN, START]),
-        **{name: shown(names) for name, names in ({name: (name,) for name in ARMS} | BEST).items()},
-    },
+    arms={name: shown(names) for name, names in ({name: (name,) for name in (BEFORE_ARMS, *ARMS)} | BEST).items()},
     seeds=(0, 1, 2, 3, 4),
     imports=["reproductions.draft_opd"],
     metrics=[T0, T1, f"validation_{GREEDY}", f"validation_{SAMPLED}", "rate"],
@@ -231,6 +231,7 @@ cosine to a tenth.
             START_OF_RATES: {"recipe": {"steps": 8}, "size": 4},
             START: {"recipe": {"steps": 8}, "size": 4},
             **{rate_stage(name): {"recipe": {"steps": 2}, "rates": [6e-4], "size": 4} for name in TUNED},
+            drafter(BEFORE_ARMS): {"validation": 4, "test": 4},
             **{drafter(name): {"recipe": {"steps": 2}, "validation": 4, "test": 4} for name in ARMS},
         },
     ),

@@ -16,6 +16,7 @@ from opd.reproductions import train
 from opd.reproductions.definition import COSTS, Figures, merged
 from opd.reproductions.training import filled
 from opd.rollouts.speculative import SpeculativeRollout
+from reproductions.draft_opd_controls import Misplaced
 from reproductions.draft_opd_models import ANSWERS, CAP, DRAFTER, OF_TARGET, SAVED, prompts, recipe
 from reproductions.on_policy import at_rate
 from reproductions.running_sum import figures_of
@@ -23,6 +24,9 @@ from reproductions.running_sum import figures_of
 BATCH, PER_TEXT = 16, 15
 SLOT_DECAY = 0.7788
 """`exp(-1/4)`: of the slots of supervised blocks."""
+
+MISPLACED = Misplaced.model_fields["kind"].default
+"""The kind of its rollout, imported here so that every job knows it."""
 
 GREEDY, SAMPLED = "acceptance_length_greedy", "acceptance_length_sampled"
 TEMPERATURES = {GREEDY: 0.0, SAMPLED: 1.0}
@@ -89,10 +93,10 @@ def acceptance(
     found: dict[str, Figures] = {name: {} for name in of}
     for figure, temperature in TEMPERATURES.items():
         how = SpeculativeRollout(text_temperature=temperature, max_new_tokens=CAP, batch=512)
-        records, start = asker.roll_out(asked, by=how).contexts, 0
-        for name, size in of.items():
-            found[name][figure] = acceptance_length(records[start : start + size])
-            start += size
+        made = asker.roll_out(asked, by=how)
+        for i, name in enumerate(of):
+            mine = [record for prompt, record in zip(asked, made.contexts, strict=True) if prompt.source == i]
+            found[name][figure] = acceptance_length(mine)
     return found
 
 
