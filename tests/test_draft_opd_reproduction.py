@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
+from typing import Literal
 
 import pytest
 import torch
 
+from opd.recipe import parse_recipe
+from opd.rollouts.anchored import AnchoredRollout
 from reproductions.draft_opd_controls import Misplaced
 from reproductions.draft_opd_models import MASK, SYMBOLS, facts, program, texts
 from reproductions.draft_opd_premise import premise, room
@@ -87,3 +90,20 @@ def test_a_misplaced_teacher_speaks_of_the_block_before():
     assert torch.equal(hidden[1][:slots], hidden[0][-slots:])
     for name in right.columns:
         assert torch.equal(right.columns[name], wrong.columns[name])
+
+
+def test_a_choice_that_holds_others_of_its_axis_is_accepted_by_recipes_that_were_there_before(tmp_path):
+    """Its own types know it when it is defined; those of recipes must learn of it too."""
+    data = {
+        "student": {"kind": "draft", "target": "org/target", "drafter": "chain"},
+        "teacher": {"kind": "target"},
+        "prompts": {"kind": "inline", "prompts": ["a"]},
+        "objective": ["accepted"],
+        "output": str(tmp_path),
+    }
+    parse_recipe({**data, "rollout": {"kind": "anchored", "texts": "data"}})
+
+    class Later(AnchoredRollout):
+        kind: Literal["later"] = "later"
+
+    assert isinstance(parse_recipe({**data, "rollout": {"kind": "later", "texts": "data"}}).rollout, Later)
