@@ -28,7 +28,7 @@ from reproductions.draft_opd_training import (
 BEFORE, START_RATE = 2000, 2e-3
 """Updates of supervised training before any arm, and their learning rate."""
 STEPS, RATES = 150, (2e-4, 6e-4, 2e-3)
-EQUAL_CPU = 2
+EQUAL_CPU = 2.5
 """Updates of supervised training that take the CPU seconds of one of Draft-OPD."""
 VALIDATION, TEST = 400, 400
 TRIED = ", ".join(f"{rate:g}" for rate in RATES)
@@ -88,7 +88,7 @@ BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 
 def block(name: str, start: str) -> dict[str, Any]:
     """An arm's recipe, without its learning rate."""
-    steps = STEPS * (EQUAL_CPU if name == LONGER else 1)
+    steps = round(STEPS * (EQUAL_CPU if name == LONGER else 1))
     return going_on(start, steps, "taught" if name in OLD_TEXTS else "new", ARMS[name])
 
 
