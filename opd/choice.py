@@ -161,6 +161,7 @@ def take_in() -> None:
         return
     blocks = [block for block in _descendants(Settings) if block.model_fields]
     # What a block holds of another's types is a copy, so all are forgotten before the first is made again.
+    OneOf.accepted.clear()
     for block in blocks:
         for made in ("__pydantic_core_schema__", "__pydantic_validator__", "__pydantic_serializer__"):
             if made in vars(block):
@@ -228,7 +229,8 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         members = choices_of(self.axis)
-        self.accepted[self.axis] = tuple(members.values())
+        # A choice that holds others of its axis, and is defined later, knows more than the recipes that are there.
+        self.accepted.setdefault(self.axis, tuple(members.values()))
         union = core_schema.tagged_union_schema(
             {kind: handler.generate_schema(member) for kind, member in members.items()},
             discriminator="kind",

@@ -103,8 +103,8 @@ class Given(PrefixSource):
         return self.found
 
 
-def placed(student, made, stream=0, **settings):
-    settings = AnchoredRollout(texts={"kind": "data"}, batch=2, **settings)
+def placed(student, made, stream=0, of=AnchoredRollout, **settings):
+    settings = of(texts={"kind": "data"}, batch=2, **settings)
     source = settings.build(student.context, student, [TargetTeacher().build(student.context, student)])
     source.sources = [Given(made)]
     return source(Request(made.prompts, 1, 64, stream, settings, student.context))
