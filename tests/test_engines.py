@@ -583,6 +583,7 @@ def test_a_run_goes_on_with_rows_written_anew(folders, engine, tmp_path):
 
 def test_a_plan_counts_no_sampler_and_says_what_is_sent(folders):
     found = make_plan(load_recipe("qwen3_8b_vllm_to_1p7b"))
+    assert found.teraflops["rollout"] == 0
     assert not [part for part in found.memory if part.startswith("rollout")]
     assert any("the server reads 3.20 GiB of weights" in note for note in found.notes)
 

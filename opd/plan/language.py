@@ -124,6 +124,7 @@ def plan_language(recipe: Recipe) -> Plan:
     prompt, common = prompt_tokens(recipe, recipe.student, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
+    sampled = _sampled_here(recipe, student, teachers)
     return Plan(
         recipe=recipe.name,
         student=student,
@@ -132,7 +133,9 @@ def plan_language(recipe: Recipe) -> Plan:
         completion_tokens=completion,
         trajectories=trajectories,
         memory=_memory(recipe, student, teachers, prompt, common, completion, notes),
-        teraflops=_operations(student, asked, trajectories, prompt, completion, bool(recipe.rollout.sampled)),
+        teraflops=_operations(
+            student, asked, trajectories, prompt, completion, _sampled_here(recipe, student, teachers)
+        ),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
@@ -298,9 +301,20 @@ def _memory(
     return parts
 
 
+def _elsewhere(recipe: Recipe) -> bool:
+    """Whether an engine that is not here writes."""
+    return any(isinstance(part, RolloutEngine) and not part.here for part in nested(recipe.rollout))
+
+
+def _sampled_here(recipe: Recipe, student: Shape, teachers: Sequence[Members]) -> bool:
+    """Whether rollouts cost this process anything."""
+    alone = _elsewhere(recipe) and not any(recipe.rollout.samplers(student, teachers))
+    return bool(recipe.rollout.sampled) and not alone
+
+
 def _samplers(recipe: Recipe, student: Shape, teachers: Sequence[Members]) -> Iterator[tuple[Sampling, Shape]]:
     """Who writes, with which settings: every source of the rollout, and the student for evaluations."""
-    own = any(isinstance(part, RolloutEngine) and not part.here for part in nested(recipe.rollout))
+    own = _elsewhere(recipe)
     for settings, shape in recipe.rollout.samplers(student, teachers):
         own = own or (settings is recipe.rollout and shape is student)
         yield settings, shape
