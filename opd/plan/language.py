@@ -133,9 +133,7 @@ def plan_language(recipe: Recipe) -> Plan:
         completion_tokens=completion,
         trajectories=trajectories,
         memory=_memory(recipe, student, teachers, prompt, common, completion, notes),
-        teraflops=_operations(
-            student, asked, trajectories, prompt, completion, _sampled_here(recipe, student, teachers)
-        ),
+        teraflops=_operations(student, asked, trajectories, prompt, completion, sampled),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
