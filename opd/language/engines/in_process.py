@@ -14,12 +14,13 @@ from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
 from opd.language.attention import in_its_dtype
-from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Scorer
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, PromptInputs, Row, Scorer
 from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
 from opd.language.engines.cpu.prepacked import FEWEST, prepacked
 from opd.language.engines.layouts import Layout
+from opd.language.engines.reading import Reading
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
@@ -84,6 +85,22 @@ class InProcess(torch.nn.Module, Engine):
         """float32 `[T, V]`: logits of the model's own forward pass, alone and in eval mode, that predict a completion;
         what start-up compares `forward` and the head with."""
 
+    def read(self, contexts: Sequence[EncodedPrompt]) -> Reading:
+        """What the decoder is given of B prompts; asked of engines that keep keys and values (`caches`).
+
+        Raises:
+            ModelError: a prompt holds what this engine does not read.
+        """
+        return Reading([self._text(context) for context in contexts])
+
+    def _text(self, context: EncodedPrompt) -> torch.Tensor:
+        if isinstance(context, PromptInputs):
+            raise ModelError(
+                f"{self.owner} reads text alone, and a prompt has {sorted(context.inputs)} besides; take a model that "
+                "reads them"
+            )
+        return context
+
     def padding(
         self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], layout: Layout = "auto"
     ) -> torch.Tensor | None:
@@ -116,17 +133,13 @@ class InProcess(torch.nn.Module, Engine):
             return decoder_of(self.base)(**inputs)
 
     def packed_body(self, row: PackedRow, **options: object) -> torch.Tensor:
-        """Final hidden states `[1, L, D]` of a packed row."""
+        """Final hidden states `[1, L, D]` of a packed row; `options` go to the decoder, beside its ids and positions or
+        in their place."""
         decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        hidden = self.body(
-            input_ids=row.ids,
-            attention_mask=nothing,
-            position_ids=row.positions,
-            opd_layout=row,
-            **{"use_cache": False, **options},
-        ).last_hidden_state
+        given = {"input_ids": row.ids, "position_ids": row.positions, "use_cache": False, **options}
+        hidden = self.body(attention_mask=nothing, opd_layout=row, **given).last_hidden_state
         if not row.read.is_set():
             raise ModelError(
                 f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "
