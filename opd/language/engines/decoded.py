@@ -68,7 +68,7 @@ class Decoded(InProcess):
 
     def _packed(self, reading: Reading, completions: Sequence[torch.Tensor]) -> torch.Tensor:
         row = pack(reading.ids, completions, self._positions(reading, completions)).to(self.device)
-        return self.packed_body(row, **reading.inputs(row.ids))[0, row.scored]
+        return self.packed_body(row, reading.inputs(row.ids))[0, row.scored]
 
     @staticmethod
     def _positions(reading: Reading, completions: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:

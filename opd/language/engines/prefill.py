@@ -53,7 +53,7 @@ def prefill(model: InProcess, name: str, contexts: Sequence[EncodedPrompt], cach
     # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
     row = pack(prompts, [prompt[:1] for prompt in prompts], reading.positions([len(p) for p in prompts]))
     row = row.to(model.device)
-    hidden = model.packed_body(row, use_cache=True, **{name: cache}, **reading.inputs(row.ids))
+    hidden = model.packed_body(row, reading.inputs(row.ids), use_cache=True, **{name: cache})
     places = torch.arange(row.ids.shape[1], device=model.device)
     of_group = [torch.cat([places[part] for part in parts]) for parts in row.contexts]
     order = torch.cat(
