@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from opd.errors import DataError
 from opd.prompts.base import Prompt
+
+T = TypeVar("T")
 
 SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"])
 """What the name of a file with a picture ends with, where a column may hold a text as well."""
@@ -76,26 +78,46 @@ def opened(value: object, prompt: Prompt, column: str, limits: Limits) -> Image.
     where = f"{prompt.where}: the picture in column {column!r}"
     if isinstance(value, dict) and "picture" in value:
         return _drawn(opened(value["picture"], prompt, column, limits), value, where, limits)
+    return _with(value, prompt, where, limits, lambda image: _finished(image, where, limits))
+
+
+def size_of(value: object, prompt: Prompt, column: str, limits: Limits) -> tuple[int, int]:
+    """`(width, height)` of a picture as `opened` gives it; of a file its head alone is read."""
+    where = f"{prompt.where}: the picture in column {column!r}"
+    if isinstance(value, dict) and "picture" in value:
+        return opened(value, prompt, column, limits).size
+
+    def size(image: Image.Image) -> tuple[int, int]:
+        _check_pixels(image.size, where, limits)
+        # Cameras say which side is up.
+        return image.size[::-1] if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else image.size
+
+    return _with(value, prompt, where, limits, size)
+
+
+def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Callable[[Image.Image], T]) -> T:
+    """What `then` makes of a picture that is open while it does."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, np.ndarray):
-        return _of_array(value, where, limits)
+        return then(_of_array(value, where))
     if isinstance(value, Image.Image):
-        return _finished(value, where, limits)
+        return then(value)
     if isinstance(value, str | Path):
-        value = _read(str(value), prompt, where, limits)
-    if not isinstance(value, bytes):
+        value = _file(str(value), prompt, where, limits)
+    if not isinstance(value, bytes | Path):
         raise DataError(
             f"{where} is of type {type(value).__name__}; give a file's path, uint8 [H, W, 3], a picture of PIL or "
             "encoded bytes"
         )
-    if len(value) > limits.bytes:
+    if isinstance(value, bytes) and len(value) > limits.bytes:
         raise DataError(f"{where} has {len(value)} bytes, more than {limits.bytes}; raise student.largest_file")
+    source = io.BytesIO(value) if isinstance(value, bytes) else value
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(value), formats=FORMATS) as image:
+        with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
             # The limit is ours, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return _finished(image, where, limits)
+            return then(image)
     except DataError:
         raise
     except Exception as error:
@@ -118,14 +140,14 @@ def _finished(image: Image.Image, where: str, limits: Limits) -> Image.Image:
     return turned.convert("RGB")
 
 
-def _of_array(value: np.ndarray, where: str, limits: Limits) -> Image.Image:
+def _of_array(value: np.ndarray, where: str) -> Image.Image:
     if value.dtype != np.uint8 or not (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4))):
         raise DataError(
             f"{where} is a {value.dtype} array of shape {list(value.shape)}; give uint8 [H, W, 3] or [H, W] in 0..255"
         )
     if not value.size:
         raise DataError(f"{where} has no pixel; its shape is {list(value.shape)}")
-    return _finished(Image.fromarray(value), where, limits)
+    return Image.fromarray(value)
 
 
 def _check_pixels(size: tuple[int, int], where: str, limits: Limits) -> None:
@@ -136,16 +158,17 @@ def _check_pixels(size: tuple[int, int], where: str, limits: Limits) -> None:
         )
 
 
-def _read(path: str, prompt: Prompt, where: str, limits: Limits) -> bytes:
+def _file(path: str, prompt: Prompt, where: str, limits: Limits) -> Path:
     if ADDRESS.match(path):
         raise DataError(f"{where} is an address ({path[:60]!r}); nothing is fetched: download it and name the file")
     place = _place(path, prompt)
     try:
-        if place.stat().st_size > limits.bytes:
-            raise DataError(
-                f"{where} has {place.stat().st_size} bytes, more than {limits.bytes}; raise student.largest_file"
-            )
-        return place.read_bytes()
+        size = place.stat().st_size
+        if not place.is_file():
+            raise DataError(f"{where}: {path!r} is no file")
+        if size > limits.bytes:
+            raise DataError(f"{where} has {size} bytes, more than {limits.bytes}; raise student.largest_file")
+        return place
     except FileNotFoundError:
         looked = "in the working directory" + (f" and in {prompt.folder}" if prompt.folder is not None else "")
         raise DataError(f"{where}: no file {path!r}; a relative path is looked for {looked}") from None
@@ -167,7 +190,8 @@ def _drawn(image: Image.Image, value: dict[str, Any], where: str, limits: Limits
         image = image.copy()
         width = int(value.get("width") or max(2, round(max(image.size) / 250)))
         # Round the box, not over it: what is asked for stays to be seen.
-        frame = (left - width, top - width, right + width - 1, bottom + width - 1)
+        outer = (left - width, top - width, right + width - 1, bottom + width - 1)
+        frame = (max(0, outer[0]), max(0, outer[1]), min(image.width - 1, outer[2]), min(image.height - 1, outer[3]))
         ImageDraw.Draw(image).rectangle(frame, outline=RED, width=width)
     if (crop := value.get("crop")) is not None:
         part = image.crop(corners(crop, image.size, where))

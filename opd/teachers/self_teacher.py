@@ -128,6 +128,9 @@ class TrustRegionTeacher(SelfLanguageTeacher):
         self.first = first.requires_grad_(False).eval()
         self.first.owner = language.owner
 
+    def fingerprint(self) -> str:
+        return super().fingerprint() + fingerprint(self.first.named_parameters())
+
     def check_student(self, student: Student, context: Context) -> None:
         super().check_student(student, context)
         if self.language.head(1.0).softcap is not None:
