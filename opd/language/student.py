@@ -23,7 +23,6 @@ from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess
 from opd.language.positions import check_positions
 from opd.language.tokens import Tokens
-from opd.pictures import data_address
 from opd.policies.base import Student
 from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
@@ -135,7 +134,7 @@ class LanguageStudent(Student):
                 "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
             if pictures:
-                row["images"] = [data_address(picture) for picture in pictures]
+                row["images"] = pictures
             if trajectories.stopped is not None and trajectories.stopped[i] is not None:
                 row["stopped"] = trajectories.stopped[i]
             if "environment" in (authors := names[here]):

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from opd.context import Context
 from opd.errors import RunError
 from opd.language.saving import base_of, is_adapted
+from opd.planning import Shape
 from opd.policies.causal_lm import IMAGE_TEXT, CausalLMStudent, TrainedModel, freeze
 from opd.prompts import Prompt
 from opd.prompts.pictures import files_of, is_picture
@@ -56,6 +57,11 @@ class ImageText(PictureSettings, TrainedModel):
             for _, parameter in of_pictures(base_of(model)):  # type: ignore[arg-type]
                 parameter.requires_grad_(False)
         freeze(model, self.freeze)
+
+    def shape(self, notes: list[str]) -> Shape:
+        found = super().shape(notes)
+        notes.append("activations of what reads pictures are not counted; its weights are")
+        return found
 
     def build(self, context: Context) -> CausalLMStudent:
         return _settled(super().build(context))

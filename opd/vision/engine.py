@@ -20,6 +20,7 @@ from opd.language.engines.decoded import Decoded
 from opd.language.engines.layouts import Layout
 from opd.language.engines.padding import pad
 from opd.language.layers import decoder_of
+from opd.pictures import data_address
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.prompts.pictures import Limits
@@ -101,6 +102,7 @@ class ImageTextModel(Decoded):
         self.encoded: Memory[PromptInputs | torch.Tensor] = Memory()
         self.looked: Memory[Seen] = Memory()
         self.lengths: Memory[int] = Memory()
+        self.addresses: Memory[tuple[str | Messages, list[str]]] = Memory(2**26)
         self.masked: bool | None = None
         """Whether the decoder reads prompts with pictures under a mask of the model's own, once that is known."""
         config = None if model is None else self.base.config
@@ -143,10 +145,14 @@ class ImageTextModel(Decoded):
         """Find out whether what pictures come to can move in training."""
         self.still = not any(parameter.requires_grad for _, parameter in of_pictures(self.base))
 
-    def shown(self, prompt: Prompt) -> tuple[str | Messages, list[np.ndarray]]:
-        view = view_of(self, prompt, None)
-        text = prompt.view()
-        return text if isinstance(text, str) else view.messages, [np.asarray(picture) for picture in view.pictures]
+    def shown(self, prompt: Prompt) -> tuple[str | Messages, list[str]]:
+        known = self.addresses.get(prompt.fields, None)
+        if known is None:
+            view, text = view_of(self, prompt, None), prompt.view()
+            pictures = [data_address(np.asarray(picture)) for picture in view.pictures]
+            known = (text if isinstance(text, str) else view.messages, pictures)
+            self.addresses.keep(prompt.fields, None, known, sum(len(each) for each in pictures))
+        return known
 
     def read(self, contexts: Sequence[EncodedPrompt]) -> PictureReading:
         distinct = {id(c.inputs): c for c in contexts if isinstance(c, PromptInputs)}

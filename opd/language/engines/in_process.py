@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -96,8 +95,8 @@ class InProcess(torch.nn.Module, Engine):
         """P of a prompt's view."""
         return len(self.encode(prompt, column))
 
-    def shown(self, prompt: Prompt) -> tuple[str | Messages, list[np.ndarray]]:
-        """The student's view of a prompt for people: its text or messages, and its pictures, uint8 `[H, W, 3]`."""
+    def shown(self, prompt: Prompt) -> tuple[str | Messages, list[str]]:
+        """The student's view of a prompt for people: its text or messages, and its pictures as `data:` addresses."""
         return prompt.view(), []
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
