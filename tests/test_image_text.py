@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from opd.api import execute
+from opd.api import distill, execute
 from opd.context import Context
 from opd.distributions import Categorical
+from opd.errors import IncompatibleError, ModelError, RunError
 from opd.language.agreement import common_vocabulary
 from opd.language.engines.base import Drawing
 from opd.language.engines.layouts import can_flatten
 from opd.language.engines.scorer import CachedScorer
 from opd.language.own_outputs import check_draws, check_logits
 from opd.language.tokens import Tokens
+from opd.policies.image_text import ImageText
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.vision.engine import ImageTextModel, of_pictures
 from opd.vision.processor import load_processor
+from tests.conftest import character_tokenizer, tiny_model
 from tests.vlm import FAMILIES, picture, save_vlm, tiny_vlm
 
 CPU = torch.device("cpu")
@@ -230,8 +234,6 @@ def own_answer(folder):
 
 
 def opd_settings(folder):
-    from opd.policies.image_text import ImageText
-
     return ImageText(model=str(folder))
 
 
@@ -277,3 +279,52 @@ def test_adapters_train_beside_pictures_that_are_read_as_they_were(tmp_path):
     assert moved
     assert not any("visual" in name for name in moved)
     own_answer(tmp_path / "run" / "student")
+
+
+def test_a_live_model_comes_with_its_processor(tmp_path):
+    model, processor = tiny_vlm("idefics3", layers=2)
+    rows = [{"prompt": f"what is {i}?", "image": picture(i), "crop": np.asarray(picture(i + 20))} for i in range(6)]
+    settings = recipe(tmp_path, {}, steps=1)
+    for key in ("student", "teacher", "prompts"):
+        del settings[key]
+    given = {"quiet": True, "overwrite": True, **settings}
+    result = distill(model, {"kind": "self", "sees": "crop"}, rows, tokenizer=processor, **given)
+    assert result.student is model
+    assert "(passed from Python" in (tmp_path / "run" / "recipe.yaml").read_text()
+    other, _ = tiny_vlm("idefics3", seed=1, layers=2)
+    taught = distill({"model": model, "vision": "frozen"}, other, rows, tokenizer=processor, **given)
+    assert taught.before["reverse_kl"] > 0.01
+    with pytest.raises(RunError, match=r"without its processor; pass tokenizer=processor"):
+        distill(model, {"kind": "self"}, rows, tokenizer=processor.tokenizer, **given)
+
+
+def test_a_server_does_not_write_for_a_model_that_reads_pictures(tmp_path):
+    folder = save_vlm(tmp_path / "model", "qwen3_vl", layers=2)
+    rollout = {"max_new_tokens": 5, "engine": {"kind": "served", "url": "http://127.0.0.1:9", "model": "x"}}
+    with pytest.raises(IncompatibleError, match=r"rollout\.engine: a server is sent the ids of prompts"):
+        run(recipe(tmp_path, {"kind": "image_text", "model": folder}, rollout=rollout))
+
+
+def test_a_model_of_text_has_no_processor(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "text")
+    character_tokenizer().save_pretrained(tmp_path / "text")
+    with pytest.raises(ModelError, match=r"cannot be loaded|has no processor that reads pictures"):
+        run(recipe(tmp_path, {"kind": "image_text", "model": str(tmp_path / "text")}))
+
+
+def test_what_a_family_hands_its_decoder_must_be_known(monkeypatch):
+    engine = ImageTextModel(*tiny_vlm("qwen3_vl", layers=2))
+    handed = ImageTextModel._handed
+    monkeypatch.setattr(ImageTextModel, "_handed", lambda self, given: {**handed(self, given), "strange": given})
+    _, contexts, completions = rows(engine)
+    with pytest.raises(ModelError, match=r"the family 'qwen3_vl' hands its decoder strange besides embeddings"):
+        engine(contexts, completions)
+
+
+def test_known_models_are_planned_without_a_network(tmp_path):
+    for name, billions in (("Qwen/Qwen3.5-4B", 4.5), ("Qwen/Qwen3.5-9B", 9.4), ("Qwen/Qwen3-VL-8B-Instruct", 8.8)):
+        notes = []
+        shape = ImageText(model=name, lora={"rank": 8}, vision="frozen").shape(notes)
+        assert abs(shape.parameters / 1e9 - billions) < 0.15
+        assert 0 < shape.trainable < 1e8
+        assert any("comes with opd" in note for note in notes)

@@ -13,16 +13,20 @@ import torch
 from PIL import Image
 
 from opd.assembly import load_data, not_held_out
-from opd.errors import DataError, IncompatibleError, RecipeError, RunError
+from opd.drawings.font import character
+from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
 from opd.language.engines.base import PromptInputs
 from opd.language.engines.transformers import LanguageModel
+from opd.policies.image_text import ImageText
 from opd.prompts import Prompt, load_prompts
 from opd.prompts.boxed import BoxedPrompts
 from opd.prompts.dataset import DatasetPrompts
 from opd.prompts.file import FilePrompts
 from opd.prompts.inline import InlinePrompts
 from opd.prompts.pictures import Limits, is_picture, opened
+from opd.prompts.tiles import COLOURS, SYMBOLS, TilePrompts
 from opd.recipe import parse_recipe
+from opd.vision.creation import create_image_text_model
 from opd.vision.engine import ImageTextModel, Pictures
 from opd.vision.view import view_of
 from tests.conftest import character_tokenizer, tiny_model
@@ -318,3 +322,49 @@ def test_a_column_is_named_by_the_student(tmp_path, engine):
     picture(0).save(tmp_path / "a.png")
     (prompt,) = load_prompts([FilePrompts(path=str(tmp_path / "rows.jsonl"))])
     assert engine.encode(prompt).inputs["pixel_values"].shape[0] == 16
+
+
+# Tiles.
+
+
+def test_tiles_are_in_their_boxes_and_the_same_for_every_size():
+    (first, *_), few = TilePrompts(size=3).rows(), TilePrompts(size=2).rows()
+    assert first[1]["prompt"] == few[0][1]["prompt"]
+    assert np.array_equal(first[1]["image"], few[0][1]["image"])
+    for _, row in TilePrompts(size=20, seed=3).rows():
+        left, top, right, bottom = row["box"]
+        tile = row["image"][top:bottom, left:right]
+        colour, sign = row["answer"].split()
+        assert colour == row["prompt"].split()[3]
+        ink = character(sign, 2)
+        assert np.array_equal((tile[1:15, 3:13] == 255).all(-1), ink)
+        assert (tile[0] == COLOURS[colour]).all()
+        assert set(row["prompt"].split()) | set(row["answer"].split()) <= set(SYMBOLS)
+
+
+def test_no_picture_of_tiles_is_in_two_splits():
+    def keys(split):
+        return {row["image"].tobytes() for _, row in TilePrompts(size=50, tiles=1, split=split).rows()}
+
+    assert not keys("train") & keys("test")
+    counts = [row["answer"] for _, row in TilePrompts(size=60, ask="count", tiles=4).rows()]
+    assert set(counts) == {"one", "two", "three", "four"}
+
+
+def test_a_new_model_reads_tiles_and_their_crops(tmp_path):
+    folder = create_image_text_model(tmp_path / "new", SYMBOLS)
+    with pytest.raises(ModelError, match=r"holds a model already"):
+        create_image_text_model(folder, SYMBOLS)
+    with pytest.raises(ModelError, match=r"width is 30 with 4 heads; give a multiple of 8"):
+        create_image_text_model(tmp_path / "other", SYMBOLS, width=30)
+    engine = ImageText(model=str(folder)).engine("cpu")
+    source = BoxedPrompts(of=TilePrompts(size=2), margin=0.5, hint=None)
+    (prompt, _) = load_prompts([source])
+    whole, crop = engine.encode(prompt), engine.encode(prompt, "crop")
+    assert (len(whole) - len(crop), len(crop)) == (36 - 16, 2 + 16 + 6)
+    assert not bool((whole.ids == engine.tokenizer.unk_token_id).any())
+    completion = torch.tensor([10, 20, engine.tokenizer.eos_token_id])
+    ours = engine.head(1.0).logits(engine([whole, crop], [completion, completion]))
+    own = torch.cat([engine.own_logits(whole, completion), engine.own_logits(crop, completion)])
+    torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
+    assert engine.decode(completion) == f"{SYMBOLS[10 - 3]} {SYMBOLS[20 - 3]}"

@@ -41,8 +41,9 @@ class BoxedPrompts(Prompts):
     units: Literal["pixels", "share", "thousandths"] = Field(
         "pixels", description="Of the box: of the picture, or parts of its width and height"
     )
-    hint: str = Field(
-        "Consider only what is inside the red box.", description="Stands before the question where the frame is drawn"
+    hint: str | None = Field(
+        "Consider only what is inside the red box.",
+        description="Stands before the question where the frame is drawn; null: the frame says enough",
     )
     scale: float = Field(2.0, gt=0, le=16, description="How many times the crop is enlarged")
     margin: float = Field(0.0, ge=0, le=10, description="Round the crop, as a share of the box's width and height")
@@ -116,7 +117,7 @@ class BoxedPrompts(Prompts):
             "crop": crop,
         }
         made = {**fields, self.image: views[self.view], "crop": crop, "whole": picture}
-        if self.view == "boxed" and self.hint:
+        if self.view == "boxed" and self.hint is not None:
             made[self.column] = _hinted(fields[self.column], self.hint)
         return made
 
