@@ -66,8 +66,9 @@ def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[
     def seen(prompt: Prompt) -> set[str]:
         view = prompt.view()
         messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-        rows = (Prompt("", {"prompt": messages}), replace(prompt, column=""))
-        return {content_of([row], lambda _: []) for row in rows}
+        fields = {"prompt": messages, **recipe.student.seen(prompt)}
+        rows = (Prompt("", fields, folder=prompt.folder), replace(prompt, column=""))
+        return {content_of([row], recipe.student.files) for row in rows}
 
     if not recipe.evaluation.prompts:
         return []

@@ -105,5 +105,5 @@ def use(model):
 def as_on_cuda(monkeypatch):
     """Have `auto` take what it would take on a CUDA device."""
     usual = layouts.usual_layout
-    for module in ("opd.language.engines.transformers", "opd.language.own_outputs"):
+    for module in ("opd.language.engines.decoded", "opd.language.own_outputs"):
         monkeypatch.setattr(f"{module}.usual_layout", lambda model, device: usual(model, "cuda"))

@@ -31,7 +31,10 @@ ORDER = (
     ("a run", "run measurement rounding now kept_weights"),
     ("the recipe", "recipe"),
     ("the choices of the axes", " ".join(AXES)),
-    ("what choices of one modality share", "language flow drafting drawings procedural merging store sandbox remote"),
+    (
+        "what choices of one modality share",
+        "language flow vision drafting drawings procedural merging store sandbox remote",
+    ),
     (
         "what an axis asks of its choices",
         " ".join(f"{axis}.base {axis}.__init__" for axis in AXES if axis != "prompts")
@@ -41,7 +44,7 @@ ORDER = (
     ("objectives, divergences among them", "objectives divergences"),
     ("projection, divergence and gradient, chunk by chunk", "operator scenes"),
     ("what the axes trade in", "distributions trajectories reduction context"),
-    ("prompts", "prompts.base prompts.messages prompts.__init__"),
+    ("prompts", "prompts.base prompts.messages prompts.pictures prompts.__init__"),
     ("facts about files, weights and machines", "files weights sharding provenance randomness pictures planning hub"),
     ("settings and errors", "choice schedules errors hardware progress trackers"),
 )

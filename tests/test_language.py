@@ -413,7 +413,7 @@ def test_a_decoder_without_modules_gives_the_modules_states(kind, dtype, packed,
     with torch.no_grad():
         for drawn in range(1, 21):
             token = torch.randint(0, 64, (6,))
-            mask, position = own.mask[:, : own.width + drawn], own.prompt_lengths + drawn - 1
+            mask, position = own.mask[:, : own.width + drawn], own.following + drawn - 1
             got = sampler.decoder(token, mask[:, None, None], position, own.cache)
             want = step(language, sampler.cache_name, token[:, None], mask.long(), position, theirs.cache)[:, -1]
             tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.06}[dtype]

@@ -166,7 +166,7 @@ def test_a_run_in_bf16_trains_in_it(monkeypatch, tmp_path):
     flash.as_on_cuda(monkeypatch)
     rows = []
     flat = LanguageModel._flat
-    monkeypatch.setattr(LanguageModel, "_flat", lambda self, c, y: rows.append(len(c)) or flat(self, c, y))
+    monkeypatch.setattr(LanguageModel, "_flat", lambda self, c, y: rows.append(len(y)) or flat(self, c, y))
     tokenizer = turn_tokenizer()
     models = [flash.use(tiny_model("qwen3", vocabulary=len(tokenizer), seed=seed, eos_token_id=1)) for seed in (1, 2)]
     hardware = {"device": "cpu", "threads": 1, "precision": "bf16"}

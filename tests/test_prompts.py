@@ -136,7 +136,7 @@ def inline(*rows, **settings):
         ([{"role": "user"}], "message 0"),
         ([USER, {"role": "assistant", "content": None}], "message 1"),
         ([{"role": "user", "content": 3}], "message 0"),
-        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "part 'image'"),
+        ([{"role": "user", "content": [{"type": "audio", "audio": "x.wav"}]}], "part 'audio'"),
         ([["hi"]], "holds list"),
         (None, "holds NoneType"),
     ],

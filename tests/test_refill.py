@@ -53,7 +53,7 @@ def counted(monkeypatch):
         held = [layer.get_seq_length() for layer in state.cache.layers]
         assert set(held) == {state.width}
         # The longest row that is left has no padding.
-        assert state.width == int((state.prompt_lengths[:, 0] + state.drawn).max())
+        assert state.width == int((state.following[:, 0] + state.drawn).max())
         assert state.mask[:, : state.width].any(0).all()
 
     def drawn(sampler, state):

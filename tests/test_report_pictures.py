@@ -110,6 +110,20 @@ def test_the_page_holds_the_pictures_itself(run):
     assert "img-src data:" in text
 
 
+@pytest.mark.slow
+def test_in_a_browser_pictures_of_a_prompt_stand_below_the_tokens(browser, run, tmp_path):  # noqa: F811
+    rng = np.random.default_rng(0)
+    seen = [data_address(rng.random((12, 16, 3))) for _ in range(2)]
+    row = {"prompt": "what?", "id": "a", "completion": "hi", "tokens": ["h", "i"], "values": {}, "images": seen}
+    write_lines(run / "samples.jsonl", [{"step": step, **row} for step in (0, 4)])
+    browser.open(write_report([run], tmp_path / "page.html").as_uri())
+    browser.until("document.querySelectorAll('#rollouts .pictures img').length >= 2")
+    shown = "[...document.querySelectorAll('#rollouts .pictures img')]"
+    browser.until(f"{shown}.every((i) => i.complete && i.naturalWidth === 16)")
+    assert browser.run(f"{shown}.slice(0, 2).map((i) => i.src)") == seen
+    assert browser.run(f"{shown}[1].alt") == "picture 2 of the prompt"
+
+
 def choose(page, label, value):
     page.run(
         f"(() => {{ const s = [...document.querySelectorAll('#pictures label')].find((l) => l.innerText.startsWith("

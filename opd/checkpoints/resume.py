@@ -42,7 +42,7 @@ def identity(recipe: Recipe, prompts: Iterable[Prompt]) -> dict[str, Any]:
     """What makes a run this run, as far as it can be known before models are loaded."""
     return {
         "recipe": recipe.dump(),
-        "prompts": content_of(prompts, recipe.rollout.files),
+        "prompts": content_of(prompts, lambda p: [*recipe.rollout.files(p), *recipe.student.files(p)]),
         COUNTING: [key for key, schedule in recipe.scheduled().items() if schedule.counts_on_steps],
         "versions": {name: version for name, version in versions().items() if name in ROUNDING},
     }

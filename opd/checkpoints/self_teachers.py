@@ -54,7 +54,7 @@ def self_teachers(trained: Recipe, run: Path | None) -> list[LiveTeacher] | None
     if run is not None and end is not None:
         folder = folder_of(run, end)
         facts, state = verify(folder), read(folder)["parts"]
-    if state is None and any(part.mode == "ema" for part in own):
+    if state is None and any(part.mode != "frozen" for part in own):
         raise RunError(
             "the teacher follows its student, and no checkpoint of the end of training holds it: it cannot be measured "
             "against; summary.json of the run has what was measured (checkpoint.every=0 keeps no checkpoint)"

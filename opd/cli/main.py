@@ -465,6 +465,27 @@ def create_flow_model(
 
 
 @app.command()
+def create_image_text_model(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    width: Annotated[int, typer.Option(help="Hidden width of the text's layers.")] = 96,
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    vision_width: Annotated[int, typer.Option(help="Hidden width of what reads pictures.")] = 64,
+    vision_layers: Annotated[int, typer.Option(help="Its layers.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
+) -> None:
+    """Write a randomly initialised image-text model and its processor, for prompts of kind tiles."""
+    from opd.prompts.tiles import SYMBOLS
+    from opd.vision.creation import create_image_text_model
+
+    _quiet_libraries()
+    sizes = {"width": width, "layers": layers, "heads": heads}
+    sizes |= {"vision_width": vision_width, "vision_layers": vision_layers}
+    print(create_image_text_model(folder, SYMBOLS, **sizes, seed=seed, overwrite=overwrite))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],

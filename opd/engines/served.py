@@ -99,6 +99,11 @@ class ServedWriter(Writer):
     """
 
     def __init__(self, settings: ServedEngine, language: InProcess, context: Context):
+        if language.reads_pictures:
+            raise IncompatibleError(
+                f"{PLACE}: a server is sent the ids of prompts, and {language.owner} reads pictures too; leave out "
+                f"{PLACE}: it writes in this process then"
+            )
         self.settings, self.language = settings, language
         self.stale, self.ahead = settings.behind, settings.overlap
         self.client = settings.client(context.seed)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.errors import DataError, nearest
 from opd.prompts.base import Prompt
-from opd.prompts.messages import Messages, check_view, text_of
+from opd.prompts.messages import Messages, check_view, has_picture, text_of
 
 if TYPE_CHECKING:
     from opd.language.engines.base import Engine
@@ -53,10 +53,15 @@ def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[
         DataError: the view is no text and no list of messages, or the template cannot write it.
     """
     view = prompt.view(column)
+    if not isinstance(view, str) and any(has_picture(message.get("content")) for message in view):
+        raise DataError(
+            f"{prompt.where}: the messages in column {column or prompt.column!r} hold a picture, and {language.owner} "
+            "reads text alone; take a model of kind image_text"
+        )
     if language.template == "chat":
         view = check_view(view, prompt.where, column or prompt.column)
         messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-        text = _render(language, prompt, messages)
+        text = render(language, prompt, messages)
         ids = list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         ids = _plain(language, prompt, view)
@@ -65,7 +70,8 @@ def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[
     return ids
 
 
-def _render(language: Engine, prompt: Prompt, messages: Messages) -> str:
+def render(language: Engine, prompt: Prompt, messages: Messages) -> str:
+    """A conversation as the chat template writes it, up to where the answer begins."""
     tokenizer, options = language.tokenizer, _arguments(language, prompt)
     try:
         return str(
@@ -168,7 +174,7 @@ def contents(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages
     formed = []
     for message in messages:
         content = message.get("content")
-        if isinstance(content, list) and not parts:
+        if isinstance(content, list) and not parts and not has_picture(content):
             content = text_of(content)
         elif isinstance(content, str) and parts:
             content = [{"type": "text", "text": content}]

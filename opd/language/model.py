@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
@@ -33,6 +33,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class ModelSettings(Settings):
     """How a model is loaded; shared by students and teachers."""
 
+    family: ClassVar[Any] = AutoModelForCausalLM
+    """The auto class of transformers that loads it."""
     model: str = Field(
         description="Hub name or folder, also of an adapter; .gguf file, or package:NAME of a Python package with one"
     )
@@ -118,28 +120,33 @@ def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Pret
         )
     except (OSError, ValueError, KeyError) as error:
         if notes is None or not known:
-            raise _cannot_load("model", settings.model, error) from None
+            raise cannot_load("model", settings.model, error) from None
         notes.append(f"{settings.model}: not on this machine; its configuration is the one that comes with opd")
         config = AutoConfig.for_model(known.pop("model_type"), **known)
     return drop_layers_from_config(config, settings.drop_layers)
 
 
-def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
+def reader_place(settings: ModelSettings, local_only: bool = False) -> str:
+    """The folder or hub name that a model's tokenizer, and whatever else it reads with, is loaded from."""
     reference = settings.tokenizer or settings.model
     source = adapter_of(reference, settings.revision, local_only)
     if source is not None:
         reference = tokenizer_places(reference, source)[0]
     # A saved adapter's folder has a tokenizer and no model.
-    alone = source is not None and reference != source.base
+    return reference if source is not None and reference != source.base else resolve(reference)
+
+
+def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
+    reference = settings.tokenizer or settings.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            reference if alone else resolve(reference),
+            reader_place(settings, local_only),
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             local_files_only=local_only,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise _cannot_load("tokenizer", reference, error) from None
+        raise cannot_load("tokenizer", reference, error) from None
     if settings.template == "chat" and not tokenizer.chat_template:
         raise ModelError(
             f"model {settings.model!r}: its tokenizer has no chat template; set template: plain beside it "
@@ -158,7 +165,7 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
     reference = settings.model if source is None else source.base
     named = reference if source is None else f"{reference} (which the adapter {source.folder} changes)"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = settings.family.from_pretrained(
             resolve(reference),
             revision=settings.revision if source is None else None,
             dtype=settings.dtype,
@@ -166,7 +173,7 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
             trust_remote_code=settings.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _cannot_load("model", named, error) from None
+        raise cannot_load("model", named, error) from None
     if source is not None:
         model = load_adapter(model, source)
         if not keep_adapter and quantised_by(model.get_base_model()) is None:
@@ -179,7 +186,7 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
     return model.to(device).eval()
 
 
-def _cannot_load(what: str, reference: str, error: Exception) -> ModelError:
+def cannot_load(what: str, reference: str, error: Exception) -> ModelError:
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return ModelError(
         f"{what} {reference!r} cannot be loaded ({reason.strip()[:180]}); "

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -199,11 +199,14 @@ def difference_of_adapter(folder: Path, model: PeftModel) -> str | None:
 
 
 @torch.no_grad()
-def difference(folder: Path, model: PreTrainedModel | PeftModel) -> str | None:
+def difference(
+    folder: Path, model: PreTrainedModel | PeftModel, probes: Sequence[Mapping[str, torch.Tensor]] = ()
+) -> str | None:
     """How the model that a folder loads as differs from the live one; None when they agree up to rounding.
 
     The folder is loaded on the CPU as a user would load it, and both models read one sequence of `PROBE` tokens from
-    all over the vocabulary: whatever goes wrong between training and loading is seen, be it merging, tying or names.
+    all over the vocabulary, and what `probes` are: whatever goes wrong between training and loading is seen, be it
+    merging, tying or names.
     Memory: a second copy of the weights on the CPU; where there is no room for one, a layer at a time is read.
     """
     base = base_of(model)
@@ -222,11 +225,19 @@ def difference(folder: Path, model: PreTrainedModel | PeftModel) -> str | None:
         rows = int(embedding.weight.shape[0])
         places = getattr(base.config.get_text_config(), "max_position_embeddings", None) or PROBE
         ids = torch.linspace(0, rows - 1, min(PROBE, rows, places)).long()[None]
-        with in_its_dtype(base):
-            live = model(input_ids=ids.to(base.device)).logits.float().cpu()
-        other = saved(input_ids=ids).logits.float()
+        found = []
+        for given in ({"input_ids": ids}, *probes):
+            with in_its_dtype(base):
+                live = model(**{name: value.to(base.device) for name, value in given.items()}).logits.float().cpu()
+            found.append((live, saved(**{name: value.cpu() for name, value in given.items()}).logits.float()))
     finally:
         model.train(was_training)
+    apart = [_apart(folder, base, live, other) for live, other in found]
+    return next((sentence for sentence in apart if sentence is not None), None)
+
+
+def _apart(folder: Path, base: PreTrainedModel, live: torch.Tensor, other: torch.Tensor) -> str | None:
+    """How the logits of a saved model differ from those of the `live` one, beyond rounding."""
     if live.shape != other.shape:
         return f"{folder} holds another model than was trained: {other.shape[-1]} logits instead of {live.shape[-1]}"
     if not bool(live.isfinite().all()):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from opd.errors import ModelError, first_line
 from opd.language.attention import takes_lengths
@@ -62,7 +62,7 @@ def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> Pre
     """The model on the meta device."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = settings.family.from_config(
                 config,
                 dtype=getattr(torch, dtype, torch.float32),
                 # Kernels are not loaded to count weights.

@@ -58,6 +58,11 @@ class LanguageStudent(Student):
         others = [(which, language) for which, language in read if isinstance(language, InProcess)]
         for which, other in others:
             check_tokenizers(self.reader, other, which)
+        blind = [which for (which, model) in read if not getattr(model, "reads_pictures", False)]
+        if self.reader.reads_pictures and blind:
+            raise IncompatibleError(
+                f"{blind[0]} reads text alone, and the student pictures too: take a teacher of kind image_text, or self"
+            )
         models = [self.reader, *(other for _, other in others)]
         common = common_vocabulary(models, [m.vocabulary for _, m in members if m.vocabulary is not None])
         last = common.ids[-1] if common.ids is not None else (common.size or 0) - 1
@@ -97,7 +102,7 @@ class LanguageStudent(Student):
                 )
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
-        longest = max((len(self.reader.encode(prompt)) for prompt in prompts), default=1)
+        longest = max((self.reader.length(prompt) for prompt in prompts), default=1)
         warning = check_positions(self.reader, longest, budget, "the student")
         return [] if warning is None else [warning]
 
@@ -118,15 +123,18 @@ class LanguageStudent(Student):
         for i, actions in enumerate(trajectories.completions()):
             here = slice(start, start + len(actions))
             start = here.stop
-            row = {
+            text, pictures = self.reader.shown(trajectories.prompts[i])
+            row: dict[str, Any] = {
                 "id": trajectories.prompts[i].id,
-                "prompt": trajectories.prompts[i].view(),
+                "prompt": text,
                 "completion": self.decode(actions),
                 "finished": bool(trajectories.finished[i]),
                 "reward": trajectories.reward(i),
                 "tokens": self.tokens(actions),
                 "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
+            if pictures:
+                row["images"] = pictures
             if trajectories.stopped is not None and trajectories.stopped[i] is not None:
                 row["stopped"] = trajectories.stopped[i]
             if "environment" in (authors := names[here]):

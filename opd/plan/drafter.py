@@ -16,6 +16,8 @@ from opd.drafting.servers import SERVERS
 from opd.drafting.texts import LOGITS
 from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
+from opd.language.engines.transformers import LanguageModel
+from opd.language.model import load_tokenizer
 from opd.language.shape import model_shape
 from opd.operator import chunk_rows
 from opd.plan.language import check_answers, prompt_tokens
@@ -138,7 +140,12 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     check_answers(recipe)
     if unknown := [i for i in recipe.end_tokens or () if i >= target.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the target's ids end at {target.vocabulary - 1}")
-    prompt, _ = prompt_tokens(recipe, student.target, notes)
+    asked = student.target
+
+    def reader(local_only: bool) -> LanguageModel:
+        return LanguageModel(None, load_tokenizer(asked, local_only), asked.template, asked.template_options)
+
+    prompt, _ = prompt_tokens(recipe, reader, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts
     tree = settings.tree if isinstance(settings, SpeculativeRollout) else None

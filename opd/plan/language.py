@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,17 +16,18 @@ from opd.engines import RolloutEngine
 from opd.errors import DataError, ModelError, OpdError
 from opd.hardware import fast_in_bf16
 from opd.language.attention import attention_of, check_attention, check_dtype
+from opd.language.engines.base import ids_of
 from opd.language.engines.cpu.packing import common_beginning
+from opd.language.engines.in_process import InProcess
 from opd.language.engines.layouts import TOLD, usual_layout
-from opd.language.engines.transformers import LanguageModel
-from opd.language.model import ModelSettings, load_tokenizer
+from opd.language.model import ModelSettings
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.language.rollout import SamplingSettings
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
-from opd.policies.causal_lm import CausalLM
+from opd.policies.causal_lm import TrainedModel
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of
@@ -106,7 +107,7 @@ class Plan:
 def plan_language(recipe: Recipe) -> Plan:
     """The plan of a recipe for a language model; reads configurations, and prompts and tokenizer where they are at
     hand."""
-    if not isinstance(recipe.student, CausalLM):
+    if not isinstance(recipe.student, TrainedModel):
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     notes = nothing_to_learn(recipe)
     _check_attention(recipe)
@@ -121,7 +122,7 @@ def plan_language(recipe: Recipe) -> Plan:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     models = (student, *(shape for shapes in asked for shape in shapes))
     rows = tuple(_rows(recipe, shape) for shape in models)
-    prompt, common = prompt_tokens(recipe, recipe.student, notes)
+    prompt, common = prompt_tokens(recipe, recipe.student.reader, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
     sampled = _sampled_here(recipe, student, teachers)
@@ -198,19 +199,19 @@ def check_answers(recipe: Recipe) -> None:
             part.check_teachers(foreseen, home)
 
 
-def prompt_tokens(recipe: Recipe, reader: ModelSettings, notes: list[str]) -> tuple[int, int]:
-    """Mean length of a prompt as `reader` reads it, and how many leading tokens all prompts have in common."""
+def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: list[str]) -> tuple[int, int]:
+    """Mean length of a prompt, and how many leading tokens all prompts have in common, as the model reads them that
+    `reader` makes: without weights, and of files on this machine alone where it is told so."""
     told = bool(notes)
     prompts = prompts_at_hand(recipe, notes)
     if prompts is None:
         return recipe.max_prompt_tokens, 0
     try:
-        tokenizer = load_tokenizer(reader, local_only=told)
+        language = reader(told)
     except ModelError:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
         return recipe.max_prompt_tokens, 0
-    language = LanguageModel(None, tokenizer, reader.template, reader.template_options)
-    encoded = [language.encode(prompt) for prompt in prompts[:512]]
+    encoded = [ids_of(language.encode(prompt)) for prompt in prompts[:512]]
     notes += language.notes
     lengths = [len(ids) for ids in encoded]
     too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
@@ -220,7 +221,9 @@ def prompt_tokens(recipe: Recipe, reader: ModelSettings, notes: list[str]) -> tu
             f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
         )
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
-    return round(sum(lengths) / len(lengths)), common_beginning(encoded)
+    # Where the same ids stand for other pictures nothing is in common.
+    common = 0 if language.reads_pictures else common_beginning(encoded)
+    return round(sum(lengths) / len(lengths)), common
 
 
 def _memory(
@@ -232,7 +235,7 @@ def _memory(
     completion: int,
     notes: list[str],
 ) -> dict[str, int]:
-    assert isinstance(recipe.student, CausalLM)
+    assert isinstance(recipe.student, TrainedModel)
     size = student.size
     micro = min(recipe.batch.micro, recipe.batch.prompts * recipe.batch.group)
     # Packed rows hold a group's prompt and the common beginning once; padded batches hold all for every trajectory.
@@ -344,7 +347,7 @@ def _watching(settings: Sampling, teachers: Sequence[Members], drawn: int, longe
 
 def _activations(recipe: Recipe, student: Shape, tokens: int, notes: list[str]) -> int:
     """Bytes that autograd keeps for one forward pass of `tokens` tokens, counted on the meta device."""
-    assert isinstance(recipe.student, CausalLM)
+    assert isinstance(recipe.student, TrainedModel)
     base = student.model.get_base_model() if hasattr(student.model, "get_base_model") else student.model
     probe = min(tokens, 512)
     ids = torch.zeros(1, probe, dtype=torch.int64, device="meta")

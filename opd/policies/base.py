@@ -239,6 +239,15 @@ class Policy(Choice):
         """What the student takes, without its weights; what a person should know of how that was found goes to
         `notes`."""
 
+    def files(self, prompt: Prompt) -> list[Path]:
+        """Files that a row names and that are read as parts of its prompt."""
+        return []
+
+    def seen(self, prompt: Prompt) -> dict[str, Any]:
+        """Columns that the student sees besides the text of a prompt: two rows with the same text and others of those
+        are two prompts."""
+        return {}
+
     @classmethod
     @abstractmethod
     def takes(cls, model: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from opd.choice import Settings
 from opd.context import Context
@@ -26,7 +28,7 @@ from opd.language.engines.layouts import Layout
 from opd.language.engines.transformers import LanguageModel
 from opd.language.experts import Experts
 from opd.language.lora_targets import adapted, spare_routers
-from opd.language.model import ModelSettings
+from opd.language.model import ModelSettings, load_tokenizer
 from opd.language.own_outputs import check_logits
 from opd.language.saving import (
     check_savable,
@@ -55,6 +57,13 @@ if TYPE_CHECKING:
     from opd.teachers.local import LanguageTeacher
     from opd.teachers.self_teacher import SelfLanguageTeacher, SelfTeacher
 
+IMAGE_TEXT = frozenset(
+    name
+    for names in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+    for name in ([names] if isinstance(names, str) else names)
+)
+"""Classes of transformers that read pictures too; live ones are students of kind image_text."""
+
 
 class LoRA(Settings):
     """Low-rank adapters, by `peft`."""
@@ -71,12 +80,10 @@ class LoRA(Settings):
     )
 
 
-class CausalLM(ModelSettings, Policy):
-    """Any `AutoModelForCausalLM`."""
+class TrainedModel(ModelSettings, Policy):
+    """What is said of any student that is a model of transformers which writes tokens."""
 
-    kind: Literal["causal_lm"] = "causal_lm"
     modality: ClassVar[str | None] = "language"
-    teacher: ClassVar[str] = "local"
     answers: ClassVar[type[Distribution]] = Categorical
     evaluation: ClassVar[type[Evaluation]] = evaluation.LanguageEvaluation
     of_live: ClassVar[tuple[str, ...]] = ("lora", "freeze", "gradient_checkpointing", "dropout")
@@ -95,30 +102,62 @@ class CausalLM(ModelSettings, Policy):
         "not what samples",
     )
 
+    @abstractmethod
+    def load(self, device: torch.device) -> InProcess:
+        """The model that the settings name, its adapter kept where one is trained."""
+
+    @abstractmethod
+    def reader(self, local_only: bool) -> InProcess:
+        """What the model reads with, without its weights."""
+
+    def adapt(self, model: PreTrainedModel, lora: LoRA) -> PeftModel:
+        """The model with new adapters."""
+        return with_lora(model, lora, self.spared(model))
+
+    def spared(self, model: PreTrainedModel) -> list[str]:
+        """Names of modules that get no adapter, where all linear ones do."""
+        return []
+
+    def freeze_parts(self, model: torch.nn.Module) -> None:
+        """Take out of training what stays as it is."""
+        freeze(model, self.freeze)
+
     def build(self, context: Context) -> CausalLMStudent:
         check_attention(self.attention, "student.attention", context.device)
-        language = LanguageModel.load(self, context.device, keep_adapter=self.lora is not None)
         folder = Path(self.model)
         beside = folder.parent if folder.name == "adapter" and not (folder / ORIGIN).is_file() else folder
-        return CausalLMStudent(language, self, context, read_origin(beside))
+        return CausalLMStudent(self.load(context.device), self, context, read_origin(beside))
 
     def shape(self, notes: list[str]) -> Shape:
         return model_shape(self, notes, self._adapted)
 
     def _adapted(self, model: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        made = model if self.lora is None else _with_lora(model, self.lora)
-        freeze(made, self.freeze)
+        made = model if self.lora is None else self.adapt(model, self.lora)
+        self.freeze_parts(made)
         return made
-
-    @classmethod
-    def takes(cls, model: object) -> bool:
-        base = model.get_base_model() if is_adapted(model) and hasattr(model, "get_base_model") else model
-        return isinstance(base, PreTrainedModel)
 
     @classmethod
     def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:
         assert isinstance(model, torch.nn.Module)
         return iter(model.parameters())
+
+
+class CausalLM(TrainedModel):
+    """Any `AutoModelForCausalLM`."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    teacher: ClassVar[str] = "local"
+
+    def load(self, device: torch.device) -> LanguageModel:
+        return LanguageModel.load(self, device, keep_adapter=self.lora is not None)
+
+    def reader(self, local_only: bool) -> LanguageModel:
+        return LanguageModel(None, load_tokenizer(self, local_only), self.template, self.template_options)
+
+    @classmethod
+    def takes(cls, model: object) -> bool:
+        base = model.get_base_model() if is_adapted(model) and hasattr(model, "get_base_model") else model
+        return isinstance(base, PreTrainedModel) and type(base).__name__ not in IMAGE_TEXT
 
     def live_student(
         self, model: object, tokenizer: PreTrainedTokenizerBase | None, context: Context
@@ -158,7 +197,7 @@ class CausalLMStudent(LanguageStudent):
     def __init__(
         self,
         language: InProcess,
-        settings: CausalLM | None,
+        settings: TrainedModel | None,
         context: Context,
         origin: dict[str, Any] | None = None,
     ):
@@ -172,7 +211,7 @@ class CausalLMStudent(LanguageStudent):
             if is_adapted(language.model):
                 _check_adapter(language.model, settings)
             else:
-                language.model = _with_lora(language.base, settings.lora)
+                language.model = settings.adapt(language.base, settings.lora)
             self.notes.append(adapted(language.model))
         quantised = quantised_by(language.base)
         dropped = settings is not None and bool(settings.drop_layers)
@@ -187,7 +226,7 @@ class CausalLMStudent(LanguageStudent):
         if self.experts.note is not None:
             self.notes.append(self.experts.note)
         if settings is not None:
-            freeze(language.model, settings.freeze)
+            settings.freeze_parts(language.model)
         if settings is not None and settings.gradient_checkpointing:
             # Renamed in transformers 5; the first argument is the same.
             base = language.base
@@ -234,9 +273,12 @@ class CausalLMStudent(LanguageStudent):
         return evaluation.measure(run, self, at)
 
     def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfLanguageTeacher:
-        from opd.teachers.self_teacher import SelfLanguageTeacher
+        from opd.teachers.self_teacher import SelfLanguageTeacher, TrustRegionTeacher
 
-        return SelfLanguageTeacher(copy.deepcopy(self.language), settings, context.device)
+        made = copy.deepcopy(self.language)
+        if settings.mode == "trust_region":
+            return TrustRegionTeacher(made, copy.deepcopy(self.language), settings, context.device)
+        return SelfLanguageTeacher(made, settings, context.device)
 
     def live(self) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
         # Whoever passed it gets its rates of dropout back.
@@ -281,14 +323,14 @@ class CausalLMStudent(LanguageStudent):
             model.save_pretrained(str(folder / "adapter"))
             card += self._of_adapter()
         problems += attempt("where completions end", lambda: write_end_ids(folder, tokens_of(self.context).end_ids))
-        problems += attempt("the tokenizer", lambda: self.language.tokenizer.save_pretrained(folder))
+        problems += attempt("the tokenizer", lambda: self.language.save_reader(folder))
         return problems + attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
 
     def compare(self, folder: Path) -> str | None:
         model: Any = self.language.model
         if is_adapted(model) and quantised_by(self.language.base) is not None:
             return difference_of_adapter(folder / "adapter", model)
-        return difference(folder, model)
+        return difference(folder, model, self.language.probes())
 
     def _of_adapter(self) -> str:
         name = self.language.base.config.name_or_path
@@ -300,7 +342,7 @@ class CausalLMStudent(LanguageStudent):
         )
 
 
-def _check_adapter(model: Any, settings: CausalLM) -> None:
+def _check_adapter(model: Any, settings: TrainedModel) -> None:
     """Raise `ModelError` where `student.lora` asks for another adapter than the one that goes on being trained."""
     lora, config = settings.lora, model.active_peft_config
     assert lora is not None
@@ -321,12 +363,13 @@ def _check_adapter(model: Any, settings: CausalLM) -> None:
     has = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     if lora.targets == "all-linear":
         base = model.get_base_model()
-        head = base.get_output_embeddings()
+        head, spared = base.get_output_embeddings(), set(settings.spared(base))
         without = [
             name
             for name, part in base.named_modules()
             if isinstance(part, torch.nn.Linear)
             and part is not head
+            and name not in spared
             and not any(mark in name for mark in ("lora_", "base_layer", "modules_to_save", "original_module"))
         ]
         fits = not without
@@ -384,7 +427,8 @@ def freeze(model: torch.nn.Module, parts: Sequence[str]) -> None:
         )
 
 
-def _with_lora(model: PreTrainedModel, lora: LoRA) -> PeftModel:
+def with_lora(model: PreTrainedModel, lora: LoRA, without: Sequence[str] = ()) -> PeftModel:
+    """A model with new adapters, but for modules whose names are in `without`."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -410,6 +454,8 @@ def _with_lora(model: PreTrainedModel, lora: LoRA) -> PeftModel:
                 f"{nearest(wanted, {name.rpartition('.')[2] for name in names})}; take names of the model's modules"
             )
     spare_routers(config, model)
+    if without:
+        config.exclude_modules = [*without, *(config.exclude_modules or ())]
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -17,7 +17,7 @@ from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Distribution, Gaussian
 from opd.distributions.transition import transition
-from opd.errors import ModelError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, SelfTestError
 from opd.flow import evaluation
 from opd.flow.denoising import believe, digits, labels
 from opd.flow.encoder import PromptTable, TextEncoders, check_prompts
@@ -241,6 +241,11 @@ class FlowStudent(Student):
     def as_teacher(self, settings: SelfTeacher, context: Context) -> SelfFlowTeacher:
         from opd.teachers.flow import SelfFlowTeacher
 
+        if settings.mode == "trust_region":
+            raise IncompatibleError(
+                "teacher 'self' with mode: trust_region takes a mean of logits, and a flow model has none; take mode: "
+                "ema, frozen or live"
+            )
         return SelfFlowTeacher(copy.deepcopy(self.model), settings, self.model)
 
     def unwrap(self, accelerator: Accelerator) -> None:

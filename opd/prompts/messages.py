@@ -25,7 +25,7 @@ def check_view(value: object, where: str, column: str) -> str | Messages:
             raise DataError(f"{where}: the prompt in column {column!r} is empty; remove the row or fill it")
         return value
     messages = check_messages(value, where, column)
-    if not any(text_of(message.get("content")).strip() for message in messages):
+    if not any(text_of(m.get("content")).strip() or has_picture(m.get("content")) for m in messages):
         raise DataError(f"{where}: the prompt in column {column!r} is empty; remove the row or fill it")
     if answers(messages):
         raise DataError(
@@ -36,8 +36,8 @@ def check_view(value: object, where: str, column: str) -> str | Messages:
 
 
 def check_messages(value: object, where: str, column: str) -> Messages:
-    """A list of messages, each with a role and a content that is a text, a list of text parts, or absent beside
-    `tool_calls`. Other keys are the template's business."""
+    """A list of messages, each with a role and a content that is a text, a list of parts, which are texts or pictures,
+    or absent beside `tool_calls`. Other keys are the template's business."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise DataError(
             f"{where}: column {column!r} holds {type(value).__name__}; "
@@ -56,11 +56,12 @@ def check_messages(value: object, where: str, column: str) -> Messages:
                 f"{where}: message {i} in column {column!r} has the keys {sorted(message)}; a message has 'role' and "
                 "'content', both texts"
             )
-        other = next((p for p in content if _part(p) is None), None) if isinstance(content, list) else None
+        parts = content if isinstance(content, list) else []
+        other = next((p for p in parts if part_text(p) is None and of_picture(p) is None), None)
         if other is not None:
             kind = other.get("type") if isinstance(other, dict) else type(other).__name__
             raise DataError(
-                f"{where}: message {i} in column {column!r} has a part {kind!r}; only text can be read here"
+                f"{where}: message {i} in column {column!r} has a part {kind!r}; only texts and pictures are read"
             )
     return value
 
@@ -73,11 +74,25 @@ def answers(messages: Messages) -> bool:
 def text_of(content: object) -> str:
     """A message's text; parts follow each other as they are."""
     if isinstance(content, list):
-        return "".join(_part(part) or "" for part in content)
+        return "".join(part_text(part) or "" for part in content)
     return content if isinstance(content, str) else ""
 
 
-def _part(part: object) -> str | None:
+def of_picture(part: object) -> object:
+    """The picture that a part of a content is; True where it stands for one of the row's column; None for others."""
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        return None
+    found = next((part[k] for k in ("image", "path", "url", "bytes", "image_url") if part.get(k) is not None), True)
+    return found["url"] if isinstance(found, dict) and isinstance(found.get("url"), str) else found
+
+
+def has_picture(content: object) -> bool:
+    """Whether a message's content has a part that is a picture."""
+    return isinstance(content, list) and any(of_picture(part) is not None for part in content)
+
+
+def part_text(part: object) -> str | None:
+    """The text that a part of a content is; None for others."""
     if isinstance(part, dict):
         part = part.get("text") if part.get("type", "text") == "text" else None
     return part if isinstance(part, str) else None

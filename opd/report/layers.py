@@ -237,5 +237,6 @@ for _layer in (
     Layer("authors", "written by", "token", "author"),
     Layer("stopped", "ended by the watch", "row", "stopped"),
     Layer("image", "picture", "row", "picture"),
+    Layer("images", "pictures of the prompt, as the student sees them", "row", "pictures"),
 ):
     register(_layer)

@@ -133,7 +133,8 @@ def encode(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         record = with_tokens(record)
         held.append(record)
-        tokens += len(record["tokens"]) + len(str(record.get("image", ""))) // IMAGE_LETTERS
+        letters = len(str(record.get("image", ""))) + len(str(record.get("images", "")))
+        tokens += len(record["tokens"]) + letters // IMAGE_LETTERS
         if len(held) >= CHUNK_ROWS or tokens >= CHUNK_TOKENS:
             chunks.append(_Chunk(held).encoded())
             held, tokens = [], 0

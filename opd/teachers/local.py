@@ -30,10 +30,9 @@ from opd.trajectories import Trajectories
 from opd.weights import weights_hash
 
 
-class LocalTeacher(ModelSettings, Teacher):
-    """Scores the student's completions with one forward pass; answers with hidden states and its own head."""
+class ScoringSettings(ModelSettings, Teacher):
+    """What is said of any teacher that is a model of transformers in this process."""
 
-    kind: Literal["local"] = "local"
     modality: ClassVar[str | None] = "language"
     device: str | None = Field(None, pattern=DEVICE, description="Where it computes; default the student's device")
     offload: bool = Field(False, description="Keep the weights on the CPU and move them over for each batch")
@@ -47,9 +46,6 @@ class LocalTeacher(ModelSettings, Teacher):
     def _switch(cls, value: Any) -> Any:
         return {} if value is True else None if value is False else value
 
-    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
-        return [model_shape(self, notes)]
-
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(Categorical, "the teacher")]
 
@@ -61,6 +57,15 @@ class LocalTeacher(ModelSettings, Teacher):
                 f"teacher.{key} keeps it away from the student, and rollout.watch asks it while rollouts are "
                 f"written: leave out teacher.{key} or rollout.watch"
             )
+
+
+class LocalTeacher(ScoringSettings):
+    """Scores the student's completions with one forward pass; answers with hidden states and its own head."""
+
+    kind: Literal["local"] = "local"
+
+    def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
+        return [model_shape(self, notes)]
 
     def build(self, context: Context, student: Student | None) -> LanguageTeacher:
         check_device(self.device, "teacher.device")
@@ -105,7 +110,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
             self.language.encode(prompt, self.settings.sees)
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
-        longest = max((len(self.language.encode(prompt, self.settings.sees)) for prompt in prompts), default=1)
+        longest = max((self.language.length(prompt, self.settings.sees) for prompt in prompts), default=1)
         warning = check_positions(self.language, longest, budget, which)
         return [] if warning is None else [warning]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,18 +15,21 @@ from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
 from opd.language.attention import in_its_dtype
-from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row, Scorer
+from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, PromptInputs, Row, Scorer
 from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
 from opd.language.engines.cpu.packing import Layout as PackedRow
 from opd.language.engines.cpu.prepacked import FEWEST, prepacked
 from opd.language.engines.layouts import Layout
+from opd.language.engines.reading import Reading
 from opd.language.engines.sampler import Sampler
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
 from opd.language.saving import base_of
 from opd.language.tokens import tokens_of
+from opd.prompts import Prompt
+from opd.prompts.messages import Messages
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -47,6 +51,9 @@ class InProcess(torch.nn.Module, Engine):
     caches: ClassVar[bool] = False
     """Whether the decoder alone (`get_decoder`) computes what ids behind a prompt come to, so that keys and values can
     be kept. Where it is not so, every token that is sampled costs a pass from the row's beginning."""
+
+    reads_pictures: ClassVar[bool] = False
+    """Whether a prompt's pictures are seen; a teacher that does not see them knows less than a student that does."""
 
     placeholders: tuple[int, ...] = ()
     """Ids that stand for other inputs than text: no distribution of a run holds them, so they are never drawn."""
@@ -84,6 +91,38 @@ class InProcess(torch.nn.Module, Engine):
         """float32 `[T, V]`: logits of the model's own forward pass, alone and in eval mode, that predict a completion;
         what start-up compares `forward` and the head with."""
 
+    def length(self, prompt: Prompt, column: str | None = None) -> int:
+        """P of a prompt's view."""
+        return len(self.encode(prompt, column))
+
+    def shown(self, prompt: Prompt) -> tuple[str | Messages, list[str]]:
+        """The student's view of a prompt for people: its text or messages, and its pictures as `data:` addresses."""
+        return prompt.view(), []
+
+    def probes(self) -> list[dict[str, torch.Tensor]]:
+        """Arguments of the model's own forward pass, besides ids of text, by which two copies of it are told apart."""
+        return []
+
+    def save_reader(self, folder: Path) -> None:
+        """Write what the model reads with beside it."""
+        self.tokenizer.save_pretrained(folder)
+
+    def read(self, contexts: Sequence[EncodedPrompt]) -> Reading:
+        """What the decoder is given of B prompts; asked of engines that keep keys and values (`caches`).
+
+        Raises:
+            ModelError: a prompt holds what this engine does not read.
+        """
+        return Reading([self._text(context) for context in contexts])
+
+    def _text(self, context: EncodedPrompt) -> torch.Tensor:
+        if isinstance(context, PromptInputs):
+            raise ModelError(
+                f"{self.owner} reads text alone, and a prompt has {sorted(context.inputs)} besides; take a model that "
+                "reads them"
+            )
+        return context
+
     def padding(
         self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], layout: Layout = "auto"
     ) -> torch.Tensor | None:
@@ -115,18 +154,14 @@ class InProcess(torch.nn.Module, Engine):
         with in_its_dtype(self.base):
             return decoder_of(self.base)(**inputs)
 
-    def packed_body(self, row: PackedRow, **options: object) -> torch.Tensor:
-        """Final hidden states `[1, L, D]` of a packed row."""
+    def packed_body(self, row: PackedRow, read: Mapping[str, object] | None = None, **options: object) -> torch.Tensor:
+        """Final hidden states `[1, L, D]` of a packed row; `read` is what the decoder is given in place of its ids."""
         decoder_of(self.base).config._attn_implementation = ATTENTION
         # A mask that is already four-dimensional is passed through; packed attention makes its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        hidden = self.body(
-            input_ids=row.ids,
-            attention_mask=nothing,
-            position_ids=row.positions,
-            opd_layout=row,
-            **{"use_cache": False, **options},
-        ).last_hidden_state
+        given = {"input_ids": row.ids} if read is None else {**read}
+        given |= {"position_ids": row.positions, "use_cache": False, **options}
+        hidden = self.body(attention_mask=nothing, opd_layout=row, **given).last_hidden_state
         if not row.read.is_set():
             raise ModelError(
                 f"the family {self.base.config.model_type!r} does not tell its attention where rows that share a batch "

@@ -52,7 +52,9 @@ class FlatRow:
     """B rows one behind the other, L tokens in all.
 
     Attributes:
-        ids, positions: int64 `[1, L]`; positions begin with 0 in each row.
+        ids: int64 `[1, L]`.
+        positions: int64 `[1, L]`, which begin with 0 in each row; where a token has a position on each of A axes
+            `[1 + A, 1, L]`, the first of them counted so and the others its own.
         bounds: int32 `[B + 1]`, where each row begins, and L.
         longest: tokens of the longest row.
         scored: int64 `[N]`, places whose hidden state predicts a token of a completion, in order.
@@ -65,10 +67,9 @@ class FlatRow:
     scored: torch.Tensor
 
     def inputs(self, attention: str, device: torch.device) -> dict[str, torch.Tensor | int | None]:
-        """What a decoder takes. transformers finds the rows in the positions where there is no mask; an attention that
-        takes lengths gets them too, or every layer would look for them and wait for the device."""
+        """What a decoder takes besides the ids. transformers finds the rows in the positions where there is no mask; an
+        attention that takes lengths gets them too, or every layer would look for them and wait for the device."""
         given: dict[str, torch.Tensor | int | None] = {
-            "input_ids": self.ids.to(device),
             "position_ids": self.positions.to(device),
             "attention_mask": None,
         }
@@ -79,8 +80,16 @@ class FlatRow:
         return given
 
 
-def flatten(contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> FlatRow:
-    """Lay out B trajectories on the CPU. The last token of each predicts nothing that is scored, so it is not fed."""
+def flatten(
+    contexts: Sequence[torch.Tensor],
+    completions: Sequence[torch.Tensor],
+    positions: Sequence[torch.Tensor] | None = None,
+) -> FlatRow:
+    """Lay out B trajectories on the CPU. The last token of each predicts nothing that is scored, so it is not fed.
+
+    Args:
+        positions: of what is fed of each, int64 `[A, L_i]` where a token has one on each of A axes.
+    """
     rows = [torch.cat([c.cpu(), y[:-1].cpu()]) for c, y in zip(contexts, completions, strict=True)]
     lengths = [len(row) for row in rows]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
@@ -89,9 +98,13 @@ def flatten(contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor
         torch.arange(start + len(context) - 1, start + length)
         for start, context, length in zip(starts, contexts, lengths, strict=False)
     ]
+    counted = torch.cat([torch.arange(length) for length in lengths])[None]
+    if positions is not None:
+        # transformers' decoders with axes find the rows in a first one that counts, and turn by the others.
+        counted = torch.cat([counted, torch.cat([torch.atleast_2d(row) for row in positions], -1)])[:, None]
     return FlatRow(
         torch.cat(rows)[None],
-        torch.cat([torch.arange(length) for length in lengths])[None],
+        counted,
         bounds.to(torch.int32),
         max(lengths),
         torch.cat(scored),

@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 
+Side = Literal["right", "left"]
 
-def pad(rows: Sequence[torch.Tensor], side: Literal["right", "left"]) -> tuple[torch.Tensor, torch.Tensor]:
+
+def pad(rows: Sequence[torch.Tensor], side: Side) -> tuple[torch.Tensor, torch.Tensor]:
     """`[B, L]` ids and int64 mask. The filler id is 0; only the mask says what is padding."""
     width = max(len(row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)

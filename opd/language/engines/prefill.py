@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import DynamicCache
 
-from opd.language.engines.base import EncodedPrompt, ids_of
+from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.cache import RoomyLayer, cache_argument
 from opd.language.engines.cpu.packing import can_pack, pack, runs_of_equal
 from opd.language.engines.padding import pad
@@ -29,20 +29,31 @@ def cache_name(model: InProcess) -> str | None:
     return None if body.config.model_type in WITHOUT_CACHE else cache_argument(body)
 
 
-def prefill(
-    model: InProcess, name: str, contexts: Sequence[EncodedPrompt], cache: DynamicCache
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last hidden state `[B, D]` and left-padded mask of the prompts; their keys and values go into the cache."""
-    prompts = [ids_of(context) for context in contexts]
+class Begun(NamedTuple):
+    """B prompts that went through a cache: the last hidden states `[B, D]`, the left-padded mask `[B, L]`, and the
+    position of the first token behind each, int64 `[B, 1]`."""
+
+    hidden: torch.Tensor
+    mask: torch.Tensor
+    following: torch.Tensor
+
+
+def prefill(model: InProcess, name: str, contexts: Sequence[EncodedPrompt], cache: DynamicCache) -> Begun:
+    """Pass prompts through a model; their keys and values go into the cache."""
+    reading = model.read(contexts)
+    prompts = reading.ids
     ids, mask = pad(prompts, "left")
-    ids, mask = ids.to(model.device), mask.to(model.device)
+    positions, following = reading.padded_positions(mask, "left"), reading.following(mask).to(model.device)
+    full = bool(mask.all())
+    ids, mask, positions = ids.to(model.device), mask.to(model.device), positions.to(model.device)
     # A layer with a window keeps the end of a packed row, not that of each prompt in it.
-    if not (keeps_all(cache) and can_pack(model.base)) or bool(mask.all()):
-        attention = None if bool(mask.all()) else mask
-        return step(model, name, ids, attention, (mask.cumsum(-1) - 1).clamp(min=0), cache)[:, -1], mask
+    if reading.masked or full or not (keeps_all(cache) and can_pack(model.base)):
+        options = {"use_cache": True, name: cache}
+        return Begun(reading.through(model, ids, None if full else mask, positions, **options)[:, -1], mask, following)
     # Prompts of unequal length are computed without padding, then their keys and values are moved to the right.
-    row = pack(prompts, [prompt[:1] for prompt in prompts]).to(model.device)
-    hidden = model.packed_body(row, use_cache=True, **{name: cache})
+    row = pack(prompts, [prompt[:1] for prompt in prompts], reading.positions([len(p) for p in prompts]))
+    row = row.to(model.device)
+    hidden = model.packed_body(row, reading.inputs(row.ids), use_cache=True, **{name: cache})
     places = torch.arange(row.ids.shape[1], device=model.device)
     of_group = [torch.cat([places[part] for part in parts]) for parts in row.contexts]
     order = torch.cat(
@@ -55,7 +66,7 @@ def prefill(
             moved = packed.new_zeros(len(prompts), mask.shape[1], packed.shape[0], packed.shape[2])
             moved[present] = packed.transpose(0, 1)[order]
             setattr(layer, part, moved.transpose(1, 2).contiguous())
-    return hidden[0, row.scored], mask
+    return Begun(hidden[0, row.scored], mask, following)
 
 
 def step(

@@ -56,7 +56,7 @@ class Sampling:
         width: columns that the cache holds.
         mask: bool `[alive, L]`: what the cache holds of each row, padded on the left; ones for what it may yet hold.
         padded: some row in the batch has padding.
-        prompt_lengths: int64 `[alive, 1]`.
+        following: int64 `[alive, 1]`, the position of the first token that is drawn.
         hidden: `[alive, D]`, the states from which the next token is drawn.
         likeliest: the K likeliest ids at each place, `[B, budget, K]`, where they are kept.
     """
@@ -73,7 +73,7 @@ class Sampling:
     width: int
     mask: torch.Tensor
     padded: bool
-    prompt_lengths: torch.Tensor
+    following: torch.Tensor
     hidden: torch.Tensor
     likeliest: TopK | None = None
 
@@ -124,7 +124,7 @@ class Sampling:
         self.mask = torch.cat([held, held.new_ones(len(held), self.budget)], 1)
         self.alive = torch.cat([self.alive, others.alive + len(self.actions)])
         self.uniforms = torch.cat([self.uniforms, others.uniforms], 1)
-        for name in ("actions", "log_probs", "lengths", "finished", "drawn", "prompt_lengths", "hidden"):
+        for name in ("actions", "log_probs", "lengths", "finished", "drawn", "following", "hidden"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(others, name)]))
         self.contexts = self.contexts + others.contexts
         if self.likeliest is not None and others.likeliest is not None:
@@ -150,7 +150,7 @@ class Sampling:
         self.alive, self.drawn = self.alive[places], self.drawn[places]
         self.hidden = self.hidden[places]
         self.uniforms = self.uniforms[:, places]
-        self.prompt_lengths = self.prompt_lengths[places]
+        self.following = self.following[places]
         self.mask = self.mask[places]
         if self.padded and self.cache is not None and keeps_all(self.cache) and len(self.alive):
             # What is padding of all rows that are left would be read with every token.
@@ -210,14 +210,15 @@ class Sampler:
         if self.cache_name is None:
             hidden = self.model(contexts, [ids_of(c)[:1] for c in contexts])
             mask = pad([ids_of(c) for c in contexts], "left")[1].to(device)
+            following = mask.sum(-1, keepdim=True)
         else:
             cache = roomy_cache(self.model.base.config)
-            hidden, mask = prefill(self.model, self.cache_name, contexts, cache)
+            hidden, mask, following = prefill(self.model, self.cache_name, contexts, cache)
         if group > 1:
             each = torch.arange(len(contexts), device=device).repeat_interleave(group)
             if cache is not None:
                 take_rows(cache, each)
-            hidden, mask = hidden[each], mask[each]
+            hidden, mask, following = hidden[each], mask[each], following[each]
         return Sampling(
             actions=torch.zeros(rows, budget, dtype=torch.int64, device=device),
             log_probs=torch.zeros(rows, budget, device=device),
@@ -231,7 +232,7 @@ class Sampler:
             width=mask.shape[1],
             mask=torch.cat([mask, mask.new_ones(rows, budget)], dim=1).bool(),
             padded=not bool(mask.all()),
-            prompt_lengths=mask.sum(-1, keepdim=True),
+            following=following,
             hidden=hidden,
             likeliest=TopK(
                 torch.zeros(rows, budget, self.candidates, device=device),
@@ -276,7 +277,7 @@ class Sampler:
                 mask = state.mask[:, : state.width + 1]
                 # One new token sees whatever is no padding: handed over as it is, the mask costs nothing to make.
                 mask = mask[:, None, None] if as_it_is else mask.long()
-            position = state.prompt_lengths + (state.drawn[:, None] - 1)
+            position = state.following + (state.drawn[:, None] - 1)
             state.width += 1
             if decoder is not None:
                 state.hidden = decoder(token, mask, position, state.cache)

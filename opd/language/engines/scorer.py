@@ -57,6 +57,8 @@ class CachedScorer(Scorer):
         self.cache: DynamicCache | None = None
         self.rows = list(range(len(contexts)))
         self.mask = torch.zeros(0)
+        self.following = torch.zeros(0)
+        """int64 `[rows, 1]`, the position of the next token that is fed."""
         self.before = torch.zeros(0)
         self.waiting: dict[int, torch.Tensor] = {}
         """The last token of each row: what it is followed by is not asked before the row is extended."""
@@ -102,11 +104,11 @@ class CachedScorer(Scorer):
             of_run.append(of_run[-1] + (not same_prompt(earlier, later)))
         starts = [contexts[of_run.index(run)] for run in range(of_run[-1] + 1)]
         self.cache = roomy_cache(self.model.base.config)
-        self.before, self.mask = prefill(self.model, str(self.name), starts, self.cache)
+        self.before, self.mask, self.following = prefill(self.model, str(self.name), starts, self.cache)
         if len(starts) < len(contexts):
             each = torch.tensor(of_run, device=self.before.device)
             take_rows(self.cache, each)
-            self.before, self.mask = self.before[each], self.mask[each]
+            self.before, self.mask, self.following = self.before[each], self.mask[each], self.following[each]
 
     def _through_cache(
         self, held: Sequence[int], tokens: Mapping[int, torch.Tensor], first: bool
@@ -119,7 +121,8 @@ class CachedScorer(Scorer):
         states = [self.before[i : i + 1] if first else self.before[:0] for i in range(len(held))]
         if max(len(new) for new in fed):
             ids, present = (each.to(self.model.device) for each in pad(fed, "right"))
-            position = self.mask.sum(-1, keepdim=True) + (present.cumsum(-1) - 1).clamp(min=0)
+            position = self.following + (present.cumsum(-1) - 1).clamp(min=0)
+            self.following = self.following + present.sum(-1, keepdim=True)
             self.mask = torch.cat([self.mask, present], 1)
             mask = None if bool(self.mask.all()) else self.mask
             hidden = step(self.model, str(self.name), ids, mask, position, self.cache)
@@ -131,5 +134,5 @@ class CachedScorer(Scorer):
             return
         places = torch.tensor([self.rows.index(row) for row in rows], dtype=torch.int64, device=self.mask.device)
         take_rows(self.cache, places)
-        self.mask, self.before = self.mask[places], self.before[places]
+        self.mask, self.before, self.following = self.mask[places], self.before[places], self.following[places]
         self.rows = list(rows)

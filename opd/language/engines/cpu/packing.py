@@ -44,7 +44,8 @@ class Layout:
     """Where things lie in a packed row of L tokens.
 
     Attributes:
-        ids, positions: int64 `[1, L]`.
+        ids: int64 `[1, L]`.
+        positions: int64 `[1, L]`, or `[A, 1, L]` with one on each of A axes.
         segments: the row cut into segments, in order.
         contexts: for each distinct context the slices that make it up.
         scored: int64 `[N]`, places in the row whose hidden state predicts the N actions, in packed order.
@@ -66,40 +67,51 @@ class Layout:
         )
 
 
-def pack(contexts: Sequence[torch.Tensor], completions: Sequence[torch.Tensor]) -> Layout:
-    """Lay out B trajectories; neighbours with the same context share it. The last token of each is not fed."""
+def pack(
+    contexts: Sequence[torch.Tensor],
+    completions: Sequence[torch.Tensor],
+    positions: Sequence[torch.Tensor] | None = None,
+) -> Layout:
+    """Lay out B trajectories; neighbours with the same context share it. The last token of each is not fed.
+
+    Args:
+        positions: of what is fed of each, int64 `[L_i]`, or `[A, L_i]` with one on each of A axes; default from 0 on.
+    """
+    if positions is None:
+        positions = [torch.arange(len(c) + len(y) - 1) for c, y in zip(contexts, completions, strict=True)]
     groups = runs_of_equal(contexts)
     beginning = common_beginning([contexts[first].cpu() for first, _ in groups])
-    pieces, positions, scored = [contexts[0][:beginning].cpu()], [torch.arange(beginning)], []
+    pieces, placed, scored = [contexts[0][:beginning].cpu()], [positions[0][..., :beginning]], []
     shared = (slice(0, beginning),) if beginning else ()
     segments = [Segment(0, beginning)] if beginning else []
     parts: list[tuple[slice, ...]] = []
     place = beginning
 
-    def lay(tokens: torch.Tensor, position: int) -> int:
+    def lay(tokens: torch.Tensor, row: int, after: int) -> int:
         nonlocal place
         pieces.append(tokens)
-        positions.append(torch.arange(position, position + len(tokens)))
+        placed.append(positions[row][..., after : after + len(tokens)])
         place += len(tokens)
         return place - len(tokens)
 
     for first, stop in groups:
         prompt = len(contexts[first])
-        start = lay(contexts[first][beginning:].cpu(), beginning)
+        start = lay(contexts[first][beginning:].cpu(), first, beginning)
         own = slice(start, place)
         parts.append((*shared, own))
         alone = stop - first == 1
         if not alone:
             segments.append(Segment(start, place - start, shared))
-        for completion in completions[first:stop]:
-            at = lay(completion[:-1].cpu(), prompt)
+        for number in range(first, stop):
+            at = lay(completions[number][:-1].cpu(), number, prompt)
             scored += [torch.tensor([own.stop - 1]), torch.arange(at, place)]
             if alone:
                 # A lone completion continues its prompt: one causal segment.
                 segments.append(Segment(start, place - start, shared))
             elif place > at:
                 segments.append(Segment(at, place - at, (*shared, own)))
-    return Layout(torch.cat(pieces)[None], torch.cat(positions)[None], tuple(segments), tuple(parts), torch.cat(scored))
+    where = torch.cat(placed, -1).unsqueeze(-2)
+    return Layout(torch.cat(pieces)[None], where, tuple(segments), tuple(parts), torch.cat(scored))
 
 
 def runs_of_equal(contexts: Sequence[torch.Tensor]) -> list[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""What choices for image-text models share: pictures of prompts, processors, and the engine."""

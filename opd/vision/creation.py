@@ -1,0 +1,133 @@
+"""New image-text models: small, randomly initialised, with a processor, for experiments from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+
+from opd.errors import ModelError
+from opd.files.ours import refuse_taken
+from opd.files.whole import whole_folder
+from opd.language.creation import symbol_tokenizer
+from opd.provenance import write_origin
+from opd.vision.processor import picture_reader
+
+PLACES = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+TEMPLATE = (
+    "{% for message in messages %}{% if message.content is string %} {{ message.content }} {% else %}"
+    "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %} {{ part.text }} {% endif %}{% endfor %}{% endif %}"
+    "{% if message.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+)
+PATCH, MERGE = 8, 2
+THETA = 100.0
+"""Of the rotary positions: pictures are a few tokens wide, and at usual values places in them look alike."""
+
+
+def create_image_text_model(
+    folder: str | Path,
+    symbols: Sequence[str],
+    *,
+    width: int = 96,
+    layers: int = 2,
+    heads: int = 4,
+    vision_width: int = 64,
+    vision_layers: int = 1,
+    pixels: int = 96,
+    spread: float = 0.06,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write a small Qwen2.5-VL with patches of 8 pixels and one token a word, and its processor.
+
+    Args:
+        folder: where to; refused when it holds anything, unless `overwrite` and that is a model that `opd` wrote.
+        symbols: the words of prompts and answers.
+        width: D of the text's layers, a multiple of twice `heads`.
+        vision_width: of what reads pictures, a multiple of four times `heads`.
+        pixels: side of the largest picture; larger ones are made smaller.
+        spread: standard deviation of the initial weights.
+        seed: of the weights, which are float32 and depend on nothing else.
+
+    Raises:
+        ModelError: sizes that fit no model, or a folder that is taken.
+    """
+    folder = Path(folder)
+    for name, value, factor in (("width", width, 2 * heads), ("vision_width", vision_width, 4 * heads)):
+        if value < 1 or value % factor:
+            raise ModelError(f"{name} is {value} with {heads} heads; give a multiple of {factor}")
+    for name, value in (("layers", layers), ("vision_layers", vision_layers)):
+        if value < 1:
+            raise ModelError(f"{name} is {value}; give 1 or more")
+    if pixels < 2 * PATCH * MERGE:
+        raise ModelError(f"pixels is {pixels}; give {2 * PATCH * MERGE} or more")
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file; give a folder")
+    if (folder / "config.json").exists() and not overwrite:
+        raise ModelError(f"{folder} holds a model already; choose another folder, or pass overwrite")
+    refuse_taken(folder, overwrite)
+    tokenizer = symbol_tokenizer(symbols, words=True)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in PLACES], special_tokens=True)
+    start, image, end, video = (tokenizer.get_vocab()[token] for token in PLACES)
+    size = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": pixels**2}
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=1, size=size)
+    processor = picture_reader(Qwen2_5_VLProcessor, images, tokenizer, TEMPLATE)
+    axial = {"rope_type": "axial", "rope_theta": THETA}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 512,
+            "initializer_range": spread,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": THETA,
+                "mrope_section": [1] * (width // heads // 2),
+            },
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": vision_layers,
+            "hidden_size": vision_width,
+            "intermediate_size": 3 * vision_width,
+            "num_heads": heads,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 1,
+            "window_size": 4 * PATCH,
+            "out_hidden_size": width,
+            "initializer_range": spread,
+            "fullatt_block_indexes": list(range(vision_layers)),
+            "rope_parameters": axial,
+        },
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        initializer_range=spread,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    try:
+        with whole_folder(folder) as partial:
+            model.save_pretrained(partial)
+            processor.save_pretrained(str(partial))
+            write_origin(partial, teachers=[])
+    except OSError as error:
+        raise ModelError(f"cannot write a model to {folder} ({error.strerror})") from None
+    return folder
