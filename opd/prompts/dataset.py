@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DatasetPrompts(Prompts):
-    """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`, one of lists holds lists
+    """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`, one of lists lists
     of these."""
 
     kind: Literal["dataset"] = "dataset"
