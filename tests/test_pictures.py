@@ -199,6 +199,12 @@ def test_pictures_of_a_dataset_stay_encoded(tmp_path, engine):
     assert set(prompt.fields["image"]) == {"bytes", "path"}
     own = engine.encode(Prompt("p", {"prompt": "what?", "image": picture(0)}))
     assert torch.equal(engine.encode(prompt).inputs["pixel_values"], own.inputs["pixel_values"])
+    features["image"] = datasets.List(datasets.Image())
+    rows = {"prompt": ["what?"], "image": [[picture(0), picture(1)]]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "lists")
+    (several,) = load_prompts([DatasetPrompts(path=str(tmp_path / "lists"))])
+    assert [set(each) for each in several.fields["image"]] == [{"bytes", "path"}] * 2
+    assert len(engine.encode(several)) > len(engine.encode(prompt))
 
 
 # Boxes.

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class DatasetPrompts(Prompts):
-    """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`."""
+    """Rows of one split of a dataset. Images stay encoded: a column of them holds `{bytes, path}`, one of lists lists
+    of these."""
 
     kind: Literal["dataset"] = "dataset"
     path: str = Field(description="Name on the hub, or a folder, as datasets.load_dataset takes it")
@@ -58,4 +59,7 @@ def encoded_images(data: Dataset) -> Dataset:
     for name, feature in (data.features or {}).items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            # A list, whatever this version of datasets calls one.
+            data = data.cast_column(name, type(feature)(datasets.Image(decode=False)))
     return data
