@@ -231,8 +231,8 @@ class Policy(Choice):
     """Settings that a live model takes too; the others say how one is loaded."""
 
     def misfit(self, part: Choice) -> str | None:
-        """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take; None where, before
-        models are loaded, nothing is known against it."""
+        """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take instead; None
+        where nothing is known against it before models are loaded."""
         return None
 
     @abstractmethod
