@@ -297,9 +297,7 @@ def test_a_run_without_checkpoints_is_exported_too(target, tmp_path):
     saved = recipe.directory / "student"
     out = export(recipe.directory, tmp_path / "out", form="speculators")
     assert torch.equal(load_file(out / "model.safetensors")["fc.weight"], drafter.fc.weight)
-    with pytest.raises(
-        RunError, match=r"has no checkpoint; checkpoint.every writes them; what it trained is in .*nt"
-    ):
+    with pytest.raises(RunError, match=r"has no checkpoint; checkpoint.every writes them; what it trained is in .*nt"):
         export(recipe.directory, tmp_path / "none")
     with pytest.raises(RunError, match=r"is a saved student; give the directory of its run"):
         export(saved, tmp_path / "none", form="speculators")
