@@ -18,6 +18,7 @@ from opd.errors import ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.shape import model_shape
 from opd.operator import chunk_rows
+from opd.plan.at_hand import stores_not_here
 from opd.plan.language import check_answers, prompt_tokens
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.draft import Draft
@@ -109,7 +110,11 @@ class DrafterPlan:
             [
                 *((part, bytes_text(value)) for part, value in self.memory.items()),
                 ("sum", bytes_text(self.peak)),
-                *((f"sum at an acceptance length of {k}", bytes_text(v)) for k, v in self.peaks.items() if k > 1),
+                *(
+                    (f"sum at an acceptance length of {k}", bytes_text(v))
+                    for k, v in self.peaks.items()
+                    if v < self.peak
+                ),
             ],
         )
 
@@ -139,6 +144,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     if unknown := [i for i in recipe.end_tokens or () if i >= target.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the target's ids end at {target.vocabulary - 1}")
     prompt, _ = prompt_tokens(recipe, student.target, notes)
+    notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts
     tree = settings.tree if isinstance(settings, SpeculativeRollout) else None
