@@ -36,8 +36,8 @@ from opd.policies.held_out import HeldOut
 from opd.progress import without_library_bars
 from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
-from opd.provenance import environment, peak_memory_bytes, write_origin
-from opd.recipe import Recipe, parse_recipe
+from opd.provenance import ORIGIN, environment, peak_memory_bytes, student_of, write_origin
+from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.remote.launch import FOLDER, servers_of, started
 from opd.run import Run
 from opd.saving import save_run
@@ -424,7 +424,8 @@ def measure(
 def export(
     directory: Path, out: Path, step: int | None = None, *, form: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it.
+    """Write the student of a checkpoint (default: the newest) to `out`, as its library loads it. Of a run without
+    checkpoints, its saved student in another format.
 
     Args:
         form: of a drafter the format: native (default), speculators or transformers.
@@ -438,36 +439,48 @@ def export(
     if not directory.is_dir():
         raise RunError(f"run directory {directory} does not exist; give the directory that a run wrote (its output)")
     refuse_taken(out, overwrite)
-    steps = steps_stored(directory)
-    if not steps or (step is not None and step not in steps):
+    steps, saved = steps_stored(directory), directory / "student"
+    if (directory / ORIGIN).is_file() and not steps:
+        raise RunError(f"{directory} is a saved student; give the directory of its run, mostly {directory.parent}")
+    if not steps and step is None and saved.is_dir() and form is not None:
+        recipe = load_recipe(str(directory / "recipe.yaml"), [f"student.model={json.dumps(str(saved))}"])
+        _check_form(recipe, form)
+        student = recipe.student.build(Context(torch.device("cpu")))
+        after = recipe.steps
+    elif not steps or (step is not None and step not in steps):
         which = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise RunError(f"{directory} has {which}; there are {', '.join(map(str, steps)) or 'none'}")
-    folder = folder_of(directory, steps[0] if step is None else step)
-    facts = verify(folder)
-    recipe = parse_recipe(facts["recipe"], str(folder))
-    if form is not None and form not in recipe.student.formats:
-        known = ", ".join(recipe.student.formats)
-        raise RecipeError(
-            f"--as is {form!r}, and a student of kind {kind_of(recipe.student)!r} is written "
-            + (f"as one of {known}" if known else "in one format alone: leave --as out")
-        )
-    student = recipe.student.build(Context(torch.device("cpu")))
-    if facts["weights"]["student"] != student.fingerprint():
-        raise RunError(f"{folder} belongs to other weights than {facts['recipe']['student'].get('model')!r} has now")
-    parts = read(folder)["parts"]
-    student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
+        instead = f"there are {', '.join(map(str, steps))}" if steps else "checkpoint.every writes them"
+        trained = f"; what it trained is in {saved}" if saved.is_dir() and not steps else ""
+        raise RunError(f"{directory} has {which}; {instead}{trained}")
+    else:
+        folder = folder_of(directory, steps[0] if step is None else step)
+        facts = verify(folder)
+        recipe, after = parse_recipe(facts["recipe"], str(folder)), facts["step"]
+        _check_form(recipe, form)
+        student = recipe.student.build(Context(torch.device("cpu")))
+        if facts["weights"]["student"] != student.fingerprint():
+            raise RunError(f"{folder} belongs to other weights than {student_of(facts['recipe']['student'])!r} has now")
+        parts = read(folder)["parts"]
+        student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
     written = student if form is None else student.written_as(form)
     card = f"---\nlibrary_name: {written.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
-        lacking = written.save(
-            partial, f"{card}{recipe.description}\n\nThe student of `opd` after {facts['step']} steps.\n"
-        )
+        lacking = written.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {after} steps.\n")
         write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
     different = written.compare(out)
     lacking += [] if different is None else [different]
     if lacking:
         raise RunError(f"{'; '.join(lacking)}. The weights are in {out}")
     return out
+
+
+def _check_form(recipe: Recipe, form: str | None) -> None:
+    if form is not None and form not in recipe.student.formats:
+        known = ", ".join(recipe.student.formats)
+        raise RecipeError(
+            f"--as is {form!r}, and a student of kind {kind_of(recipe.student)!r} is written "
+            + (f"as one of {known}" if known else "in one format alone: leave --as out")
+        )
 
 
 def _policy_of(model: Any) -> type[Policy] | None:

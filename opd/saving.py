@@ -16,7 +16,7 @@ from opd.errors import RESUME, RunError
 from opd.files.ours import foreign
 from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
-from opd.provenance import ORIGIN, models_of, write_origin
+from opd.provenance import ORIGIN, models_of, student_of, write_origin
 from opd.recipe import Recipe
 from opd.report import write_report
 from opd.run import Monitoring, Run
@@ -34,7 +34,7 @@ def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
     return (
         f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
         + (f"{recipe.description}\n\n" if recipe.description else "")
-        + f"Student `{block['student'].get('model')}` trained by {teachers or 'no teacher'} with "
+        + f"Student `{student_of(block['student'])}` trained by {teachers or 'no teacher'} with "
         f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
         f"| held out | before | after |\n|---|---|---|\n{rows}\n"

@@ -428,6 +428,9 @@ def test_the_papers_control_is_planned_without_store_or_network(monkeypatch):
     assert (plan.blocks, plan.proposals) == (512, 15)
     assert plan.as_dict()["tokens_per_step"] == {"read": 210 * 4096}
     assert max(plan.peaks.values()) == pytest.approx(min(plan.peaks.values()), rel=1e-2)
+    # So nothing is printed of other acceptance lengths.
+    assert dict(plan.sections())["memory at the peak of a step"][-1][0] == "sum"
+    assert any("no store is there; opd rollout RECIPE --out stores/draft-qwen3-4b makes one" in n for n in plan.notes)
 
 
 def test_a_plan_counts_the_blocks_of_each_way():

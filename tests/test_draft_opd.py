@@ -17,7 +17,7 @@ from opd.divergences.forward_kl import ForwardKL
 from opd.divergences.of_blocks import Accepted, Rejected
 from opd.divergences.reverse_kl import ReverseKL
 from opd.drafting.base import Blocks
-from opd.errors import IncompatibleError
+from opd.errors import IncompatibleError, RecipeError
 from opd.jobs.sampling import sample
 from opd.jobs.scoring import score
 from opd.loop import train
@@ -346,15 +346,19 @@ def test_groups_of_drawn_texts(target, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rollout": {"kind": "student"}}, r"no language model in this process"),
-        ({"teacher": {"kind": "self"}}, r"teacher: target"),
-        ({"teacher": {"kind": "local", "model": "TARGET", "template": "plain"}}, r"teacher: target"),
+        ({"rollout": {"kind": "student"}}, r"rollout 'student' beside student.kind draft.*take speculative"),
+        ({"rollout": {"kind": "stored", "path": "x"}}, r"'stored' beside student.kind draft.*kind: anchored, texts"),
+        ({"rollout": {"kind": "data"}}, r"'data' beside student.kind draft.*kind: anchored, texts"),
+        ({"teacher": {"kind": "self"}}, r"teacher 'self' beside student.kind draft.*teacher: target"),
+        ({"teacher": {"kind": "local", "model": "TARGET", "template": "plain"}}, r"teacher 'local'.*teacher: target"),
+        ({"teacher": {"kind": "served", "url": "http://127.0.0.1:1"}}, r"teacher 'served'.*teacher: target"),
+        ({"teacher": []}, r"key 'teacher' is required: .* beside student.kind draft write teacher: target$"),
         ({"rollout": {"proposals": 9}, "drafter": BLOCK}, r"rollout.proposals is 9.*4 at most"),
         ({"rollout": {"proposing": "drawn", "text_temperature": 1.0}, "drafter": BLOCK}, r"'drawn'.*likeliest"),
         ({"student": {"kind": "causal_lm", "model": "TARGET", "template": "plain"}}, r"student is none"),
         ({"evaluation": {"greedy": True}}, r"greedy"),
         ({"student": {"drafter": None}}, r"model, the folder of a drafter, or drafter"),
-        ({"student": {"model": "x"}}, r"'x' holds no drafter"),
+        ({"student": {"model": "x"}}, r"'x' holds no drafter: there is no such folder here; give a drafter's folder"),
         ({"student": {"model": "x", "drafter": None}}, r"'x' holds no drafter"),
         ({"objective": [{"kind": "rejected", "decay": 0}]}, r"decay"),
     ],
@@ -370,6 +374,19 @@ def test_mistakes_are_told_of(target, tmp_path, changes, said):
 
     with pytest.raises(opd.OpdError, match=said):
         assembled()
+
+
+def test_a_recipe_that_mixes_is_refused_before_anything_is_loaded(target, tmp_path):
+    for changes in ({"teacher": {"kind": "self"}}, {"rollout": {"kind": "student"}}):
+        with pytest.raises(RecipeError, match=r"beside student.kind draft"):
+            recipe_for(target, tmp_path, **changes)
+
+
+def test_a_runs_folder_in_the_place_of_its_drafter_is_told_of(target, tmp_path):
+    (tmp_path / "run/student").mkdir(parents=True)
+    (tmp_path / "run/student/config.json").write_text("{}")
+    with pytest.raises(opd.ModelError, match=r"no config.json is in it; did you mean '.*run/student'\?"):
+        build(recipe_for(target, tmp_path, student={"model": str(tmp_path / "run")}), tmp_path)
 
 
 def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):

@@ -24,11 +24,11 @@ from opd.drafting.formats import FORMATS
 from opd.drafting.native import load_drafter, save_drafter
 from opd.drafting.servers import SERVERS, Served, check_served
 from opd.drafting.target import Target
-from opd.errors import ModelError, RecipeError
+from opd.errors import ModelError, RecipeError, RunError
 from opd.plan import make_plan
 from opd.recipe import parse_recipe
 from tests.conftest import save_tiny
-from tests.drafters import FORMS, Knowing, drafter_of, head_of, language, student_of
+from tests.drafters import FORMS, LAYERS, Knowing, drafter_of, head_of, language, student_of
 from tests.test_draft_opd import BLOCK, CHAIN, recipe_for
 
 SPECULATORS = os.environ.get("OPD_SPECULATORS")
@@ -289,6 +289,34 @@ def test_a_checkpoint_is_exported_in_each_format(target, tmp_path, capsys):
     with pytest.raises(RecipeError, match=r"--as is 'onnx', .*one of native, speculators, transformers"):
         export(recipe.directory, tmp_path / "none", form="onnx")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_without_checkpoints_is_exported_too(target, tmp_path):
+    recipe = recipe_for(target, tmp_path, CHAIN, steps=1, checkpoint={"every": 0})
+    drafter = execute(recipe, quiet=True).student
+    saved = recipe.directory / "student"
+    out = export(recipe.directory, tmp_path / "out", form="speculators")
+    assert torch.equal(load_file(out / "model.safetensors")["fc.weight"], drafter.fc.weight)
+    with pytest.raises(RunError, match=r"has no checkpoint; checkpoint.every writes them; what it trained is in .*nt"):
+        export(recipe.directory, tmp_path / "none")
+    with pytest.raises(RunError, match=r"is a saved student; give the directory of its run"):
+        export(saved, tmp_path / "none", form="speculators")
+    with pytest.raises(RecipeError, match=r"--as is 'onnx'"):
+        export(recipe.directory, tmp_path / "none", form="onnx")
+    assert not (tmp_path / "none").exists()
+    # What the card says is for a person who has only the folder.
+    card = (saved / "README.md").read_text()
+    assert f"Student `a drafter of {target}` trained by `target`" in card
+    assert '- vllm: `vllm serve TARGET --speculative-config \'{"method": "eagle3", "model": "STUDENT"' in card
+    assert "- sglang: `sglang serve --model-path TARGET " in card
+
+
+def test_a_card_says_who_would_misread_the_drafter(target, tmp_path):
+    recipe = recipe_for(target, tmp_path, {**BLOCK, "taps": [1, LAYERS - 1]}, steps=1, checkpoint={"every": 0})
+    execute(recipe, quiet=True)
+    card = (recipe.directory / "student/README.md").read_text()
+    assert "- vllm: `vllm serve " in card
+    assert f"- sglang: not; student.drafter.taps names {LAYERS - 1}, the target's last layer" in card
 
 
 def test_what_a_format_has_no_place_for_is_refused(target, tmp_path):

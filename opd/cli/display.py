@@ -42,7 +42,8 @@ def show_result(result: Result, recipe: Recipe) -> None:
         change = f"{(after - before) / before:+.0%}" if before else ""
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
     out.print(table)
-    if result.samples:
+    # A drafter changes no text of its target.
+    if any(old["completion"] != new["completion"] for old, new in result.samples):
         shown = Table(title="the same prompts, before and after", title_justify="left", show_lines=True)
         for column in ("prompt", "before", "after"):
             shown.add_column(column, overflow="fold", ratio=1)

@@ -487,7 +487,7 @@ def create_image_text_model(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory with checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="A run directory; of a drafter also one without checkpoints.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     step: Annotated[int | None, typer.Option(help="Of this step; default the newest.", show_default=False)] = None,
     form: Annotated[

@@ -52,6 +52,14 @@ def read_config(folder: str, key: str) -> dict[str, Any]:
         ModelError: there is none, or it is of no form that is known here.
     """
     path = Path(folder).expanduser() / "config.json"
+    if not path.is_file():
+        saved, hint = Path(folder) / "student", "give a drafter's folder; one of the hub is fetched by hf download"
+        raise ModelError(
+            f"{key} {folder!r} holds no drafter: "
+            + ("no config.json is in it" if path.parent.is_dir() else "there is no such folder here")
+            + "; "
+            + (f"did you mean {str(saved)!r}?" if (saved / "config.json").is_file() else hint)
+        )
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,15 +1,19 @@
-"""The prompts of a recipe, as far as a plan can read them."""
+"""The prompts and stores of a recipe, as far as a plan can read them."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
 from opd.assembly import check_verdicts, load_data, not_held_out, readable, without_verdict
+from opd.choice import nested
 from opd.context import Context
 from opd.errors import DataError
 from opd.failures import skipped_rows
 from opd.prompts import Prompt
 from opd.recipe import Recipe
+from opd.rollouts.stored import StoredRollout
 
 
 def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
@@ -30,3 +34,14 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
     notes += without_verdict(recipe, verifier, training)
     recipe.curriculum.build(training, recipe.batch.prompts, context)
     return [*training, *held_out]
+
+
+def stores_not_here(recipe: Recipe) -> list[str]:
+    """For people: the stores that the rollout reads its texts from and that are not on this machine; a run would be
+    refused."""
+    paths = [part.path for part in nested(recipe.rollout) if isinstance(part, StoredRollout)]
+    return [
+        f"{path}: its texts are read from the disk, and no store is there; opd rollout RECIPE --out {path} makes one"
+        for path in paths
+        if not (Path(path) / "store.json").is_file()
+    ]

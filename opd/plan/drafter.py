@@ -20,6 +20,7 @@ from opd.language.engines.transformers import LanguageModel
 from opd.language.model import load_tokenizer
 from opd.language.shape import model_shape
 from opd.operator import chunk_rows
+from opd.plan.at_hand import stores_not_here
 from opd.plan.language import check_answers, prompt_tokens
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.draft import Draft
@@ -111,7 +112,11 @@ class DrafterPlan:
             [
                 *((part, bytes_text(value)) for part, value in self.memory.items()),
                 ("sum", bytes_text(self.peak)),
-                *((f"sum at an acceptance length of {k}", bytes_text(v)) for k, v in self.peaks.items() if k > 1),
+                *(
+                    (f"sum at an acceptance length of {k}", bytes_text(v))
+                    for k, v in self.peaks.items()
+                    if v < self.peak
+                ),
             ],
         )
 
@@ -146,6 +151,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         return LanguageModel(None, load_tokenizer(asked, local_only), asked.template, asked.template_options)
 
     prompt, _ = prompt_tokens(recipe, reader, notes)
+    notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts
     tree = settings.tree if isinstance(settings, SpeculativeRollout) else None

@@ -25,7 +25,7 @@ from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.language.rollout import SamplingSettings
 from opd.operator import chunk_rows
-from opd.plan.at_hand import prompts_at_hand
+from opd.plan.at_hand import prompts_at_hand, stores_not_here
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
 from opd.provenance import peak_memory_bytes
@@ -123,6 +123,7 @@ def plan_language(recipe: Recipe) -> Plan:
     models = (student, *(shape for shapes in asked for shape in shapes))
     rows = tuple(_rows(recipe, shape) for shape in models)
     prompt, common = prompt_tokens(recipe, recipe.student.reader, notes)
+    notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
     sampled = _sampled_here(recipe, student, teachers)

@@ -230,6 +230,11 @@ class Policy(Choice):
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
 
+    def misfit(self, part: Choice) -> str | None:
+        """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take instead; None
+        where nothing is known against it before models are loaded."""
+        return None
+
     @abstractmethod
     def build(self, context: Context) -> Student:
         """Load the student on to `context.device`."""

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.choice import OneOf
+from opd.choice import Choice, OneOf, kind_of
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Vocabulary
 from opd.divergences import compare
@@ -22,7 +22,7 @@ from opd.drafting.exported import Exported
 from opd.drafting.formats import FORMATS, NATIVE, Made
 from opd.drafting.native import difference, load_drafter, save_drafter, saved_form
 from opd.drafting.record import Drafted, blocks_of, saved
-from opd.drafting.servers import Served, ServerName, check_served
+from opd.drafting.servers import NATIVE_SERVERS, SERVERS, Served, ServerName, check_served, own_form
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
 from opd.errors import IncompatibleError, RunError, SelfTestError
@@ -52,6 +52,17 @@ NO_OTHER_TEACHER = (
     "a drafter's positions are the slots of proposed blocks, of which only its target can say something: take "
     "teacher: target"
 )
+
+OTHER_TEACHERS = ("local", "self", "served", "stored", "routed")
+"""Kinds of teachers that say something of tokens, and nothing of the slots of a block."""
+
+NO_BLOCKS = {
+    "student": "take speculative, with which the target writes and the drafter proposes",
+    "teacher": "take speculative, with which the target writes and the drafter proposes",
+    "stored": "take {kind: anchored, texts: {kind: stored, path: ...}}, which places blocks in stored texts",
+    "data": "take {kind: anchored, texts: {kind: data, ...}}, which places blocks in given texts",
+}
+"""Kinds of rollouts in which nobody proposes a block, with what to take instead."""
 
 
 class Draft(Policy):
@@ -87,6 +98,14 @@ class Draft(Policy):
         if "model" in info.data and value is None and model is None:
             raise ValueError("give model, the folder of a drafter, or drafter, the form of a new one (chain, block)")
         return value
+
+    def misfit(self, part: Choice) -> str | None:
+        kind = kind_of(part)
+        if part.axis == "teacher" and kind in OTHER_TEACHERS:
+            return NO_OTHER_TEACHER
+        if part.axis == "rollout" and kind in NO_BLOCKS:
+            return f"it makes no blocks for a drafter to learn on; {NO_BLOCKS[kind]}"
+        return None
 
     def build(self, context: Context) -> DraftStudent:
         language = LanguageModel.load(self.target, context.device)
@@ -315,7 +334,19 @@ class DraftStudent(LanguageStudent):
         """`folder` is loaded by servers that know the drafter's form (SGLang, vLLM), and by `student.model`."""
         embedding: Any = self.reader.base.get_input_embeddings()
         save_drafter(folder, self.drafter, embedding.weight)
-        return attempt("the model card", lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
+        told = f"{card}{self.serving()}"
+        return attempt("the model card", lambda: (folder / "README.md").write_text(told, encoding="utf-8"))
+
+    def serving(self) -> str:
+        """For the model card: how those that load the native format are started with it, and who would misread it."""
+        dropped, dtype = ([], "auto") if self.source is None else (self.source.drop_layers, self.source.dtype)
+        served = Served(self.drafter, self.reader.base, dropped, dtype)
+        of = "its target" if self.source is None else f"`{self.source.model}`"
+        lines = [f"\nA draft model for {of}, and for no other model. STUDENT is this folder, TARGET that model:\n"]
+        for name in NATIVE_SERVERS:
+            why = own_form(served) or SERVERS[name].misreads(served)
+            lines.append(f"- {name}: " + (f"`{SERVERS[name].launch(served)}`" if why is None else f"not; {why}"))
+        return "\n".join(lines) + "\n"
 
     def compare(self, folder: Path) -> str | None:
         return difference(folder, self.drafter)

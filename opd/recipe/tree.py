@@ -152,6 +152,14 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _goes_with_the_student(self) -> Recipe:
+        for key, part in (("rollout", self.rollout), *(("teacher", each) for each in self.teacher)):
+            why = self.student.misfit(part)
+            if why is not None:
+                raise ValueError(f"{key} {kind_of(part)!r} beside student.kind {kind_of(self.student)}: {why}")
+        return self
+
+    @model_validator(mode="after")
     def _says_nothing_in_vain(self) -> Recipe:
         for key, why in self.student.unused.items():
             value = getattr(self, key)
@@ -176,10 +184,16 @@ class Recipe(Settings):
         for objective in self.objective:
             kind = kind_of(objective)
             if objective.needs_teacher and not self.teacher:
+                kinds = choices_of(Teacher)
+                named = "model" in kinds[self.student.teacher].model_fields
                 raise ValueError(
-                    f"key 'teacher' is required: objective {kind!r} compares the student with a teacher; give the name "
-                    "or folder of a model (from Python also a live one), or one of kind "
-                    f"{', '.join(each for each in choices_of(Teacher) if each != 'local')}; or a list of them"
+                    f"key 'teacher' is required: objective {kind!r} compares the student with a teacher; "
+                    + (
+                        "give the name or folder of a model (from Python also a live one), or one of kind "
+                        f"{', '.join(each for each in kinds if each != 'local')}; or a list of them"
+                        if named
+                        else f"beside student.kind {kind_of(self.student)} write teacher: {self.student.teacher}"
+                    )
                 )
             if objective.teacher is not None and objective.teacher not in names:
                 raise ValueError(

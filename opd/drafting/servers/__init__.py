@@ -11,11 +11,14 @@ from opd.drafting.servers.transformers import Transformers
 from opd.drafting.servers.vllm import VLLM
 from opd.errors import ModelError
 
-__all__ = ["SERVERS", "Served", "Server", "ServerName", "check_served"]
+__all__ = ["NATIVE_SERVERS", "SERVERS", "Served", "Server", "ServerName", "check_served", "own_form"]
 
 ServerName = Literal["vllm", "sglang", "transformers"]
 
 SERVERS: dict[str, Server] = dict(zip(get_args(ServerName), (VLLM(), SGLang(), Transformers()), strict=True))
+
+NATIVE_SERVERS: tuple[ServerName, ...] = ("vllm", "sglang")
+"""Those that load a drafter in its native format."""
 
 
 def check_served(names: Sequence[str], served: Served, key: str) -> None:
