@@ -52,6 +52,11 @@ class Chain(DrafterSettings):
             raise ModelError(
                 f"student.drafter.vocabulary names {ids[-1]}, and the target's ids end at {target.vocabulary - 1}"
             )
+        if len(ids) == 1 and target.vocabulary > 1:
+            raise ModelError(
+                "student.drafter.vocabulary is one id: drafter and target are compared over what may be proposed, and "
+                "over one id there is nothing to learn; take two or more"
+            )
         # A list of all ids is none: servers want no maps then.
         proposed = tuple(ids) if 0 < len(ids) < target.vocabulary else None
         return ChainDrafter(target, taps, self.proposals, proposed, self.mlp or target.mlp, head)
