@@ -15,10 +15,10 @@ from opd.divergences.pooled import Pooled
 from opd.drafting.anchors import shuffled, uniform, walked
 from opd.drafting.block import Block
 from opd.drafting.chain import Chain
+from opd.drafting.evaluation import counts_of
 from opd.drafting.record import acceptance_length
 from opd.drafting.vocabulary import Frequent
 from opd.jobs.sampling import sample
-from opd.drafting.evaluation import counts_of
 from opd.loop import train
 from opd.objectives.cross_entropy import CrossEntropy
 from opd.plan import DrafterPlan, make_plan
