@@ -122,17 +122,17 @@ OF_START = {"recipe": new(BEFORE, START_RATE), "size": VALIDATION}
 T0, T1 = f"test_{GREEDY}", f"test_{SAMPLED}"
 
 
-def longer(id: str, statement: str, baseline: str, metric: str = T0, method: str = OPD) -> Claim:
+def longer(id: str, statement: str, baseline: str, metric: str = T1, method: str = OPD) -> Claim:
     return Claim(id, statement, metric, "higher", method, baseline)
 
 
 HEADLINE = [
     longer(
         "main",
-        "Draft-OPD's blocks stand longer than those of the best supervised drafter, in greedy texts.",
+        "Draft-OPD's blocks stand longer than those of the best supervised drafter, in drawn texts.",
         SUPERVISED_BEST,
     ),
-    longer("main, drawn", "So they do in texts drawn at a temperature of 1.", SUPERVISED_BEST, T1),
+    longer("main, greedy", "So they do in greedy texts.", SUPERVISED_BEST, T0),
     longer("anchors", "They stand longer than after training at random anchors.", RANDOM),
     longer("rejected", "They stand longer than without the rejected stream.", STOOD),
     longer("directions", "They stand longer than with either direction alone.", SINGLE),
@@ -142,11 +142,11 @@ HEADLINE = [
 ]
 
 
-def drawn_too(claim: Claim) -> Claim:
-    return replace(claim, id=f"{claim.id}, drawn", statement=f"{claim.statement[:-1]} (drawn texts).", metric=T1)
+def greedy_too(claim: Claim) -> Claim:
+    return replace(claim, id=f"{claim.id}, greedy", statement=f"{claim.statement[:-1]} (greedy texts).", metric=T0)
 
 
-GREEDY_ONLY = [
+DRAWN_ONLY = [
     longer("above the start", "They stand longer than before.", BEFORE_ARMS),
     *(
         longer(f"above {name}", f"They stand longer than those of {name}.", name)
@@ -156,8 +156,8 @@ GREEDY_ONLY = [
     longer("harm", "A teacher that speaks of another block does harm.", HARMED, method=BEFORE_ARMS),
 ]
 OTHERS = [
-    *(drawn_too(claim) for claim in HEADLINE if not claim.id.startswith("main")),
-    *(each for claim in GREEDY_ONLY for each in (claim, drawn_too(claim))),
+    *(greedy_too(claim) for claim in HEADLINE if not claim.id.startswith("main")),
+    *(each for claim in DRAWN_ONLY for each in (claim, greedy_too(claim))),
 ]
 
 reproduction = Reproduction(
@@ -178,12 +178,14 @@ test prompts, greedy (temperature 0) and drawn (1). Drawn texts are the same for
 all arms. Where texts are lossless nothing but speed can change, so tests hold losslessness and no claim is about
 it.
 
-**Premise.** With the supervised drafters, acceptance length between 0.3 and 0.6 of the block at either temperature;
-a gain of less than 2 % in the last quarter of their training, in texts drawn as those that they learn from; at
-either temperature less than 1 % when training is taken up again with a fresh optimiser and schedule, since the end
-of a cosine looks like a plateau whatever lies behind it; and room: one of the arms gains 2 % while rates are
-chosen. All seeds must pass. It is measured before any other arm runs, and is a gate. In a pilot greedy texts gained
-3.8 % in the last quarter, while rates fell, and lost 0.3 % from a new start: there the second test decides.
+**Premise.** Drawn texts decide: acceptance length between 0.3 and 0.6 of the block; a gain of less than 2 % in the
+last quarter of supervised training and of less than 1 % when it is taken up again with a fresh optimiser and
+schedule, since the end of a cosine looks like a plateau whatever lies behind it; and room: one of the arms gains
+2 % while rates are chosen. All seeds must pass. It is measured before any other arm runs, and is a gate. The same
+was asked of greedy texts at first, and failed: there blocks stand for 0.61 to 0.64 of their length, and from
+a new start four seeds moved by -0.8 to 3.1 % on one plateau (drawn texts by 0.1 to 0.4 %). Greedy texts hang on near
+ties of the target. So headline claims are about drawn texts, but for one; the others about greedy texts are in the
+appendix.
 
 **Arms.** All begin with a fresh optimiser. *Draft-OPD* has forward KL where blocks stood and reverse KL, with a
 decay of 0.8, where they did not, at the anchors of speculative decoding with the drafter as it is. Its texts are

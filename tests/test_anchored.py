@@ -15,12 +15,14 @@ from opd.divergences.pooled import Pooled
 from opd.drafting.anchors import shuffled, uniform, walked
 from opd.drafting.block import Block
 from opd.drafting.chain import Chain
+from opd.drafting.evaluation import counts_of
 from opd.drafting.record import acceptance_length
 from opd.drafting.vocabulary import Frequent
 from opd.jobs.sampling import sample
 from opd.loop import train
 from opd.objectives.cross_entropy import CrossEntropy
 from opd.plan import DrafterPlan, make_plan
+from opd.policies.draft import slots_of
 from opd.prompts import Prompt
 from opd.recipe import load_recipe, parse_recipe
 from opd.rollouts import PrefixSource, Request
@@ -276,6 +278,29 @@ def test_a_text_of_one_token_has_no_block():
         again = placed(student, made, slots=slots)
         assert again.lengths.tolist() == [0, 0]
         assert student(again).hidden.shape == (0, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "walked"),
+    [
+        ({}, True),
+        ({"anchors": "random"}, True),
+        ({"anchors": "random", "moved": "both"}, False),
+        ({"slots": "text"}, False),
+        ({"anchors": "uniform", "per_text": 3}, False),
+        ({"anchors": "every"}, False),
+    ],
+)
+@pytest.mark.parametrize("budget", [1, 9])
+def test_only_texts_along_which_the_target_verified_count_as_written(settings, walked, budget):
+    """One of a single token has no block; it is counted as others of the same rollout are."""
+    student = students(FORMS["chain"])
+    made = drafted(student, PROMPTS[:2], budget=budget)
+    again = placed(student, made, **settings)
+    counted = counts_of(again.contexts) | slots_of(again)
+    tokens = sum(len(record.response) for record in made.contexts)
+    assert (counted["answers"], counted["tokens"]) == ((2, tokens) if walked else (0, 0))
+    assert counted["steps"] == (sum(len(record.anchors) for record in made.contexts) if walked else 0)
 
 
 def test_a_drafter_that_stays_behind_proposes_what_it_did():
@@ -549,6 +574,26 @@ def test_a_proposer_of_other_ids_is_refused(target, store, tmp_path):
     folder = str(execute(recipe_for(target, tmp_path / "a", some, steps=1), quiet=True).directory / "student")
     with pytest.raises(opd.OpdError, match="other ids than the drafter that is trained"):
         build(anchored(target, store, tmp_path, proposer=folder), tmp_path)
+
+
+def test_a_proposer_of_longer_blocks_than_a_drafter_can_learn_is_refused(target, store, tmp_path):
+    folder = str(execute(recipe_for(target, tmp_path / "a", {**BLOCK, "block": 8}, steps=1), quiet=True).directory)
+    with pytest.raises(opd.OpdError, match=r"proposes 7 tokens.* 4 at most; set rollout.proposals to 4"):
+        build(anchored(target, store, tmp_path, BLOCK, proposer=f"{folder}/student"), tmp_path)
+    run = build(anchored(target, store, tmp_path, BLOCK, proposer=f"{folder}/student", proposals=4), tmp_path)
+    assert run.rollout.drafting.drafter.most == 7
+
+
+def test_a_ladder_that_goes_beyond_the_texts_is_refused(target, store, tmp_path):
+    data = anchored(target, store, tmp_path).dump()
+    for lengths, cut, said in (
+        ([8, 32], {}, "goes up to 32 and the rows of .* to 16 tokens"),
+        ([4, 8], {"max_new_tokens": 6}, "goes up to 8 and rollout.texts.max_new_tokens cuts stored trajectories at 6"),
+    ):
+        rollout = {**data["rollout"], "texts": {"kind": "stored", "path": store, **cut}}
+        ladder = {"kind": "length_ladder", "lengths": lengths, "steps_per_rung": 2}
+        with pytest.raises(opd.OpdError, match=said):
+            parse_recipe({**data, "rollout": rollout, "curriculum": ladder})
 
 
 def test_other_students_and_commands_refuse_it(target, store, tmp_path):

@@ -361,6 +361,8 @@ def test_groups_of_drawn_texts(target, tmp_path):
         ({"student": {"model": "x"}}, r"'x' holds no drafter: there is no such folder here; give a drafter's folder"),
         ({"student": {"model": "x", "drafter": None}}, r"'x' holds no drafter"),
         ({"objective": [{"kind": "rejected", "decay": 0}]}, r"decay"),
+        ({"drafter": {**CHAIN, "vocabulary": [5]}}, r"vocabulary is one id"),
+        ({"evaluation": {"max_new_tokens": 1}}, r"evaluation.max_new_tokens is 1"),
     ],
 )
 def test_mistakes_are_told_of(target, tmp_path, changes, said):
@@ -387,6 +389,19 @@ def test_a_runs_folder_in_the_place_of_its_drafter_is_told_of(target, tmp_path):
     (tmp_path / "run/student/config.json").write_text("{}")
     with pytest.raises(opd.ModelError, match=r"no config.json is in it; did you mean '.*run/student'\?"):
         build(recipe_for(target, tmp_path, student={"model": str(tmp_path / "run")}), tmp_path)
+
+
+def test_a_plan_refuses_texts_without_blocks(target, tmp_path):
+    mixture = {"kind": "mixture", "first": {"kind": "speculative"}, "second": {"kind": "student"}}
+    recipe = parse_recipe(recipe_for(target, tmp_path).dump() | {"rollout": mixture})
+    with pytest.raises(IncompatibleError, match=r"rollout 'student' proposes no blocks.*speculative, or anchored"):
+        make_plan(recipe)
+
+
+def test_a_text_beyond_the_targets_positions_is_told_of_as_the_targets(target, tmp_path):
+    run = build(recipe_for(target, tmp_path), tmp_path)
+    (said,) = run.student.check_lengths(run.held_out, 300)
+    assert said.startswith("the target was made for 256 positions")
 
 
 def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):

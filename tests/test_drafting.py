@@ -458,6 +458,34 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
         load_drafter(str(tmp_path), outline, head)
     with pytest.raises(ModelError, match="holds no drafter"):
         load_drafter(str(tmp_path / "none"), outline, head)
+    for broken in ("[]", '{"architectures": 5}', '{"architectures": [["x"]]}', '"x"'):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(ModelError, match="drafter"):
+            load_drafter(str(tmp_path), outline, head)
+
+
+@pytest.mark.parametrize("form", ["chain", "block"])
+def test_a_folder_for_a_target_of_another_depth_is_refused_by_the_key_that_names_it(form, tmp_path):
+    model = language()
+    save_drafter(tmp_path, drafter_of(FORMS[form], model), model.base.get_input_embeddings().weight)
+    outline, head = Outline.of(model.base.config, "t"), model.head(1.0).detach()
+    for layers in (6, 12):
+        with pytest.raises(ModelError, match=rf"^rollout.engine.model .* 7 layers, and this target has .*{layers}"):
+            load_drafter(str(tmp_path), replace(outline, layers=layers), head, "rollout.engine.model")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    # What others made does not say how deep its target is.
+    for name in ("opd_target_layers", "num_target_layers"):
+        config.pop(name, None)
+    if form == "chain":
+        path.write_text(json.dumps(config))
+        load_drafter(str(tmp_path), replace(outline, layers=12), head)
+        with pytest.raises(ModelError, match=r"^student.model .* reads layers \[1, 2, 2\] .* layers 0 to 5"):
+            load_drafter(str(tmp_path), replace(outline, layers=6), head)
+    for name, value in (("rope_parameters", [1]), ("rope_scaling", "x"), ("intermediate_size", "x")):
+        path.write_text(json.dumps(config | {"num_target_layers": 7, name: value}))
+        with pytest.raises(ModelError, match=r"^student.model"):
+            load_drafter(str(tmp_path), outline, head)
 
 
 def test_rows_of_unequal_numbers_of_blocks_are_padded():

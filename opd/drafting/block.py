@@ -43,7 +43,7 @@ class Block(DrafterSettings):
         made_for = (config.get("hidden_size"), config.get("num_target_layers"))
         if made_for != (target.width, target.layers):
             raise ModelError(
-                f"the drafter is for a target of width {made_for[0]} with {made_for[1]} layers, and student.target has "
+                f"the drafter is for a target of width {made_for[0]} with {made_for[1]} layers, and this target has "
                 f"width {target.width} and {target.layers} layers"
             )
         check_structure(config, target)

@@ -52,6 +52,11 @@ class Chain(DrafterSettings):
             raise ModelError(
                 f"student.drafter.vocabulary names {ids[-1]}, and the target's ids end at {target.vocabulary - 1}"
             )
+        if len(ids) == 1 and target.vocabulary > 1:
+            raise ModelError(
+                "student.drafter.vocabulary is one id: drafter and target are compared over what may be proposed, and "
+                "over one id there is nothing to learn; take two or more"
+            )
         # A list of all ids is none: servers want no maps then.
         proposed = tuple(ids) if 0 < len(ids) < target.vocabulary else None
         return ChainDrafter(target, taps, self.proposals, proposed, self.mlp or target.mlp, head)
@@ -61,9 +66,12 @@ class Chain(DrafterSettings):
         if config.get("hidden_size") != target.width or config.get("vocab_size") != target.vocabulary:
             raise ModelError(
                 f"the drafter is for a target of width {config.get('hidden_size')} with {config.get('vocab_size')} "
-                f"ids, and student.target has width {target.width} and {target.vocabulary} ids"
+                f"ids, and this target has width {target.width} and {target.vocabulary} ids"
             )
         check_structure(config, target)
+        layers = config.get("opd_target_layers", target.layers)
+        if layers != target.layers:
+            raise ModelError(f"the drafter is for a target of {layers} layers, and this target has {target.layers}")
         outputs = config.get("eagle_aux_hidden_state_layer_ids")
         return cls(
             # The format counts as transformers does its hidden states, of which the first is the embedding.
@@ -239,6 +247,8 @@ class ChainDrafter(Drafter):
             "mlp_bias": False,
             "norm_before_residual": False,
             "opd_proposals": self.proposals,
+            # Servers do not ask; the default taps would be other layers of another target.
+            "opd_target_layers": target.layers,
         }
         if self.taps != _default_taps(target):
             # Servers take the default by themselves, and do not count alike: vLLM reads the first and counts hidden

@@ -46,7 +46,12 @@ class DraftEvaluation(Evaluation):
     temperature: float | None = Field(
         None, ge=0, le=1e6, description="Of the target's held-out texts, 0 the likeliest; default the rollout's"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=10_000_000, description="Default the rollout's")
+    max_new_tokens: int | None = Field(
+        None,
+        ge=2,
+        le=10_000_000,
+        description="Default the rollout's; the first token comes from reading the prompt, without a proposal",
+    )
 
     @property
     def longest(self) -> int | None:
@@ -95,8 +100,8 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
 
 def counts_of(records: Sequence[Drafted]) -> dict[str, float]:
     """Sums over answers: verifying `steps` of the target, tokens that these `committed`, proposals `accepted`, blocks
-    whose proposal `at/K` was, and all `tokens`."""
-    records = [each.of_steps() for each in records]
+    whose proposal `at/K` was, and all `tokens` of texts along which it verified."""
+    records = [each.of_steps() for each in records if each.walked]
     stood = torch.cat([torch.zeros(0, dtype=torch.int64), *(each.accepted for each in records)])
     most = int(stood.max()) if len(stood) else 0
     return {f"at/{k}": float((stood >= k).sum()) for k in range(1, most + 1)} | {

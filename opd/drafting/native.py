@@ -62,11 +62,14 @@ def read_config(folder: str, key: str) -> dict[str, Any]:
         )
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("its config.json holds no keys")
     except (OSError, ValueError) as error:
         raise ModelError(f"{key} {folder!r} holds no drafter ({told(error)}); give a drafter's folder") from None
-    names = config.get("architectures") or [None]
+    found = config.get("architectures")
+    names = found if isinstance(found, list) and found else [found]
     known, new = forms(), key == "student.model"
-    if names[0] not in known:
+    if not isinstance(names[0], str) or names[0] not in known:
         raise ModelError(
             f"{key} {folder!r} is {names[0]!r}, and drafters are {' or '.join(known)}: give a drafter's "
             "folder" + (", or leave it out and say with student.drafter which form a new one has" if new else "")
@@ -104,8 +107,16 @@ def _form(
 ) -> DrafterSettings:
     try:
         settings = forms()[config["architectures"][0]].of_config(config, weights, target)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{key} {folder!r}: its config.json lacks a part ({told(error)})") from None
+    except ModelError as error:
+        raise ModelError(f"{key} {folder!r}: {error}") from None
+    taps = getattr(settings, "taps", [])
+    if list(taps) != sorted(set(taps)) or not all(0 <= tap < target.layers for tap in taps):
+        raise ModelError(
+            f"{key} {folder!r}: the drafter reads layers {taps} of a target, and this one has layers 0 to "
+            f"{target.layers - 1}: it was made for another"
+        )
     asked = None if asked is None else asked.settled(target)
     for name in () if asked is None else type(asked).model_fields:
         wanted, has = getattr(asked, name), getattr(settings, name, None)

@@ -86,7 +86,8 @@ def place(rule: Rule, how: Speculation, texts: Sequence[Text]) -> list[Placed]:
     Args:
         how: who proposes and teaches, and how many tokens; the drafter is in eval mode.
     """
-    found = [_without_blocks(how, text) for text in texts]
+    walks = rule.anchors == "verified" or (rule.anchors == "random" and rule.moved == "accepted")
+    found = [_without_blocks(how, text, walks and rule.slots == "drafter") for text in texts]
     which = [i for i, text in enumerate(texts) if text.places > 0]
     if which:
         for i, made in zip(which, _Placing(rule, how, [texts[i] for i in which]).placed(), strict=True):
@@ -94,11 +95,11 @@ def place(rule: Rule, how: Speculation, texts: Sequence[Text]) -> list[Placed]:
     return found
 
 
-def _without_blocks(how: Speculation, text: Text) -> Placed:
+def _without_blocks(how: Speculation, text: Text, walked: bool) -> Placed:
     none, nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     width, dtype = how.target.outline.width, next(how.target.language.parameters()).dtype
     features = torch.zeros(0, len(how.target.taps) * width, dtype=dtype)
-    record = Drafted(text.prompt, text.response, features, none, none, none)
+    record = Drafted(text.prompt, text.response, features, none, none, none, steps=None if walked else none.bool())
     hidden = torch.zeros(0, width, dtype=dtype, device=how.target.language.device)
     return Placed(Answer(record, nothing, text.finished, none, nothing, nothing, hidden), [], none.bool())
 

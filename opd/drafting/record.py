@@ -43,6 +43,12 @@ class Drafted:
             return self.sizes
         return torch.full_like(self.anchors, positions // max(1, len(self.anchors)))
 
+    @property
+    def walked(self) -> bool:
+        """Whether its blocks go along the whole text as steps of verifying do, so that they say in how many passes of
+        the target it is written."""
+        return self.steps is None or bool(self.steps.any())
+
     def of_steps(self) -> Drafted:
         """This record without the blocks that are no steps of verifying."""
         if self.steps is None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from opd.choice import nested
+from opd.choice import kind_of, nested
 from opd.drafting.base import Drafter, Outline
 from opd.drafting.layers import SCORES, scores_of
 from opd.drafting.proposing import Tree
 from opd.drafting.servers import SERVERS
 from opd.drafting.texts import LOGITS
-from opd.errors import ModelError
+from opd.errors import IncompatibleError, ModelError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import load_tokenizer
@@ -26,8 +26,13 @@ from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.draft import Draft
 from opd.provenance import peak_memory_bytes
 from opd.recipe import Recipe
+from opd.rollouts import Rollout
 from opd.rollouts.anchored import AnchoredRollout
+from opd.rollouts.data import DataRollout
 from opd.rollouts.speculative import SpeculativeRollout
+from opd.rollouts.stored import StoredRollout
+from opd.rollouts.student import StudentRollout
+from opd.rollouts.teacher import TeacherRollout
 
 LENGTHS = (1, 2, 4)
 """Acceptance lengths for which a plan says what a step takes."""
@@ -129,6 +134,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     """
     student, notes = recipe.student, list[str]()
     assert isinstance(student, Draft)
+    _check_sources(recipe.rollout)
     target = model_shape(student.target, notes)
     own = student.shape(notes)
     drafter = own.model
@@ -177,6 +183,17 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _check_sources(rollout: Rollout) -> None:
+    """Raise `IncompatibleError` where a source of the rollout gives texts without blocks."""
+    if isinstance(rollout, StudentRollout | TeacherRollout | StoredRollout | DataRollout):
+        raise IncompatibleError(
+            f"rollout {kind_of(rollout)!r} proposes no blocks, and a drafter learns from nothing else: take "
+            "speculative, or anchored with the texts of stored or data"
+        )
+    for part in () if isinstance(rollout, AnchoredRollout) else rollout.parts:
+        _check_sources(part)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,14 @@ from opd.files.whole import attempt
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings, load_config
+from opd.language.positions import check_positions
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Policy, Written
 from opd.policies.evaluation import Evaluation
 from opd.policies.held_out import HeldOut, Measured, Moment
+from opd.prompts import Prompt
 from opd.provenance import read_origin
 from opd.trajectories import Trajectories
 from opd.weights import fingerprint
@@ -177,13 +179,16 @@ class Draft(Policy):
 
 
 def slots_of(trajectories: Trajectories) -> dict[str, float]:
-    """How many `answers` there are, and steps of verifying `of/K` whose block has a slot K."""
+    """How many `answers` there are along which the target verified, and steps of that, `of/K`, whose block has a slot
+    K."""
     sizes = torch.zeros(0, dtype=torch.int64)
     for record, positions in zip(trajectories.contexts, trajectories.lengths.tolist(), strict=True):
         own = record.slots(positions)
         sizes = torch.cat([sizes, own if record.steps is None else own[record.steps]])
     most = int(sizes.max()) if len(sizes) else 0
-    return {f"of/{k}": float((sizes >= k).sum()) for k in range(1, most + 1)} | {"answers": float(len(trajectories))}
+    return {f"of/{k}": float((sizes >= k).sum()) for k in range(1, most + 1)} | {
+        "answers": float(sum(record.walked for record in trajectories.contexts))
+    }
 
 
 class DraftStudent(LanguageStudent):
@@ -259,6 +264,11 @@ class DraftStudent(LanguageStudent):
             )
         proposed = own.vocabulary if ids is None else Vocabulary.of(ids)
         return agreed.with_(agreed=DraftTokens(proposed, own.end_ids, own.vocabulary))
+
+    def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> list[str]:
+        longest = max((len(self.reader.encode(prompt)) for prompt in prompts), default=1)
+        warning = check_positions(self.reader, longest, budget, "the target")
+        return [] if warning is None else [warning]
 
     @torch.no_grad()
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:

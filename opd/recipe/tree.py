@@ -31,6 +31,7 @@ from opd.prompts import Prompts
 from opd.recipe.blocks import Batch, Checkpoint, Failures, Hardware, Tracking
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
+from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
@@ -249,12 +250,14 @@ class Recipe(Settings):
             ladder = isinstance(self.curriculum, LengthLadder)
             key = "curriculum.lengths" if ladder else "curriculum.maximum"
             instead = "leave out the longer rungs" if ladder else "lower the maximum"
+            # Blocks are placed in texts that are no longer than they are.
+            written = self.rollout.texts if isinstance(self.rollout, AnchoredRollout) else self.rollout
             longest = own = self.curriculum.longest or self.rollout.longest
             stored = [part for part in nested(self.rollout) if isinstance(part, StoredRollout)]
             if isinstance(self.rollout, MixtureRollout):
                 own = min(part.budget for part in self.rollout.parts)
-            elif isinstance(self.rollout, StoredRollout):
-                own = self.rollout.budget
+            elif isinstance(written, StoredRollout):
+                own = written.budget
             elif isinstance(self.rollout, SwitchRollout):
                 own = self.rollout.budget
                 if self.rollout.position >= longest:
@@ -268,9 +271,10 @@ class Recipe(Settings):
                     f"{key} goes up to {longest} and the rows of {short.path} to {own} tokens; {instead}, or sample "
                     "the store again with a larger rollout.max_new_tokens"
                 )
-            if longest > own and isinstance(self.rollout, StoredRollout):
+            if longest > own and isinstance(written, StoredRollout):
+                place = "rollout" if written is self.rollout else "rollout.texts"
                 raise ValueError(
-                    f"{key} goes up to {longest} and rollout.max_new_tokens cuts stored trajectories at {own}; raise "
+                    f"{key} goes up to {longest} and {place}.max_new_tokens cuts stored trajectories at {own}; raise "
                     f"it, or {instead}"
                 )
             if longest > own:

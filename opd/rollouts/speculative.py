@@ -63,6 +63,12 @@ class SpeculativeRollout(Proposes, OneSource):
         asked = any(getattr(t, "target", None) is target for t in teachers)
         proposer = proposer_of(self.proposer, drafter, target)
         self.check(proposer)
+        count = self.proposals or proposer.proposals
+        if drafter.most is not None and count > drafter.most:
+            raise IncompatibleError(
+                f"rollout.proposer {self.proposer} proposes {count} tokens, and the drafter that is trained "
+                f"{drafter.most} at most; set rollout.proposals to {drafter.most}"
+            )
         return Speculative(target, proposer, asked, name, drafter)
 
 
