@@ -213,12 +213,15 @@ cosine to a tenth.
             room,
             {"start": START_OF_RATES, "of": [rate_stage(name) for name in TUNED]},
             [START_OF_RATES, *(rate_stage(name) for name in TUNED)],
+            version=2,
         ),
         drafter(BEFORE_ARMS): Stage(
             untouched, {"start": START, "validation": VALIDATION, "test": TEST}, [*GIVEN, START], per_seed=True
         ),
         **{drafter(name): training(name) for name in ARMS},
-        "premise": Stage(premise, {"start": START, "again": drafter(SFT)}, [START, drafter(SFT)], per_seed=True),
+        "premise": Stage(
+            premise, {"start": START, "again": drafter(SFT)}, [START, drafter(SFT)], per_seed=True, version=2
+        ),
     },
     gates=GATES,
     arms={name: shown(names) for name, names in ({name: (name,) for name in (BEFORE_ARMS, *ARMS)} | BEST).items()},
