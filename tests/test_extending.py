@@ -373,8 +373,11 @@ def test_the_drawings_are_prompts_with_a_reward(models, tmp_path):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_what_the_page_writes_into_a_recipe_is_accepted(section):
     rest = {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
-    needs = {"verifier": "exact_match", "batch": {"group": 2}} if section == "Objective" else {}
-    recipe = parse_recipe(rest | needs | named(section))
+    needs = {
+        "Objective": {"verifier": "exact_match", "batch": {"group": 2}},
+        "Drafter": {"teacher": {"kind": "target"}, "rollout": "speculative", "objective": "accepted"},
+    }
+    recipe = parse_recipe(rest | needs.get(section, {}) | named(section))
     (kind,) = re.findall(r'kind: Literal\["(.*?)"\]', code_of(section))
     assert f'"{kind}"' in json.dumps(recipe.dump())
 
