@@ -38,6 +38,12 @@ def teacher(**own: Any) -> dict[str, Any]:
     return {"teacher": {"kind": "self", "sees": "crop", **own}}
 
 
+def others(size: int) -> dict[str, Any]:
+    """The arms' pictures, each with another's crop."""
+    kind = OtherCrops.model_fields["kind"].default
+    return {"kind": kind, "of": viewed(size, "train", "clean", 4), "answer": "answer"}
+
+
 FROZEN = teacher(mode="frozen")
 OPD, OTHERS, WHOLE, SFT, SAMPLED, LIVE = (
     "Vision-OPD",
@@ -49,7 +55,7 @@ OPD, OTHERS, WHOLE, SFT, SAMPLED, LIVE = (
 )
 ARMS: dict[str, dict[str, Any]] = {
     OPD: {},
-    OTHERS: {"prompts": {"kind": OtherCrops.model_fields["kind"].default}},
+    OTHERS: {"prompts": [others(SIZE)]},
     WHOLE: teacher(mode="ema", rate=EMA, sees="whole"),
     SFT: {**FROZEN, "rollout": {"kind": "teacher", "top_k": 1}, "objective": ["sft"]},
     LIVE: teacher(mode="live"),
@@ -288,6 +294,7 @@ answers to {TEST} test questions over whole pictures, as many over crops, and {T
             **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},
             student_stage(BEFORE): {"size": 8},
             **{student_stage(name): {"recipe": FEW, "size": 8} for name in ARMS},
+            student_stage(OTHERS): {"recipe": {**FEW, "prompts": [others(40)]}, "size": 8},
         },
         seeds=(0,),
     ),

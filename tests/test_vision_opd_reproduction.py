@@ -8,8 +8,7 @@ from PIL import Image
 from opd.prompts import Prompt, load_prompts
 from opd.prompts.pictures import Limits, opened
 from opd.recipe import parse_recipe
-from reproductions.vision_opd import ARMS, EMA, FROZEN, OTHERS, RATE_OF, SFT, STEPS, distilled, reproduction
-from reproductions.vision_opd_controls import OtherCrops
+from reproductions.vision_opd import ARMS, EMA, FROZEN, OTHERS, RATE_OF, SFT, STEPS, distilled, others, reproduction
 from reproductions.vision_opd_models import ALPHABET, blank, first_at, recipe, tiles, viewed
 from reproductions.vision_opd_premise import by_sign, measured, verdict
 
@@ -31,9 +30,8 @@ def seen(prompt: Prompt, column: str) -> np.ndarray:
 
 
 def test_the_control_swaps_crops_and_nothing_else():
-    block = viewed(5, "train", "clean", 4)
-    own, others = (prompts_of({**block, "kind": kind}) for kind in ("boxed", OtherCrops.model_fields["kind"].default))
-    for i, (one, other) in enumerate(zip(own, others, strict=True)):
+    own, swapped = prompts_of(viewed(5, "train", "clean", 4)), prompts_of(others(5))
+    for i, (one, other) in enumerate(zip(own, swapped, strict=True)):
         assert one.view() == other.view()
         assert (seen(one, "image") == seen(other, "image")).all()
         assert (seen(other, "crop") == seen(own[(i + 1) % 5], "crop")).all()
@@ -75,7 +73,7 @@ def test_arms_change_what_they_say_and_nothing_else():
         changed = {key for key in block if block[key] != plain[key]}
         assert changed == {key for key in changes if changes[key] != plain[key]}
     assert distilled(ARMS[SFT])["teacher"] == FROZEN["teacher"]
-    assert distilled(ARMS[OTHERS])["prompts"] == {**plain["prompts"], "kind": "other_crops"}
+    assert distilled(ARMS[OTHERS])["prompts"] == [{"kind": "other_crops", "of": plain["prompts"], "answer": "answer"}]
     assert set(RATE_OF) | set(RATE_OF.values()) <= set(ARMS)
     assert "start" in reproduction.arms
 
