@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 import opd
 from opd.api import execute
+from opd.engines.following import Follower
 from opd.engines.served import LOST, ServedEngine
 from opd.errors import IncompatibleError, ModelError, RecipeError, RunError, SelfTestError
 from opd.plan import make_plan
@@ -443,6 +444,24 @@ def test_nothing_is_left_of_the_weights_that_were_sent(folders, engine, tmp_path
     (own / "mine.txt").write_text("kept")
     run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url, folder=str(own)))
     assert [path.name for path in own.iterdir()] == ["mine.txt"]
+
+
+def test_what_lay_in_a_folder_of_weights_stays_there(folders, engine, tmp_path, monkeypatch):
+    student, teacher = folders
+    push, theirs = Follower._push, []
+
+    def pushed(self):
+        place = self.folder / self.label
+        place.mkdir(parents=True, exist_ok=True)
+        theirs.append(place / "theirs.txt")
+        theirs[-1].write_text("kept")
+        push(self)
+
+    monkeypatch.setattr(Follower, "_push", pushed)
+    own = tmp_path / "shared"
+    run(tmp_path / "run", student, {"model": teacher, "template": "plain"}, rollout=by(engine.url, folder=str(own)))
+    assert len(theirs) > 1
+    assert sorted(path for path in own.rglob("*") if path.is_file()) == sorted(theirs)
 
 
 # -- opd serve as a writer --------------------------------------------------------------------------------------------

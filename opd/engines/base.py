@@ -61,10 +61,10 @@ class Writer(ABC):
             RunError: the weights that wrote are not those that were sent.
         """
 
-    @abstractmethod
     def begin(self, asked: Pending) -> None:
-        """Start on that, from the weights as they are now, where `ahead`; `sample` of the same then waits for it. All
-        processes call."""
+        """Start on that, from the weights as they are now; `sample` of the same then waits for it. All processes call.
+        Only who is `ahead` is asked to, and has it."""
+        raise TypeError(f"{type(self).__name__} says that it writes ahead, and has no begin()")
 
     @abstractmethod
     def check_teachers(self, teachers: Sequence[Choice]) -> None:

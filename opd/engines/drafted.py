@@ -19,7 +19,7 @@ from opd.drafting.native import load_drafter
 from opd.drafting.proposing import Proposes
 from opd.drafting.record import Drafted, saved
 from opd.drafting.target import Target, draft_head
-from opd.engines.base import Pending, RolloutEngine, Writer
+from opd.engines.base import RolloutEngine, Writer
 from opd.errors import DataError, IncompatibleError, ModelError
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, PromptInputs, Row
 from opd.language.engines.in_process import InProcess
@@ -137,9 +137,6 @@ class DraftedWriter(Writer):
         self.counted["steps"] += len(record.anchors)
         self.counted["committed"] += int(record.committed.sum())
         self.counted["tokens"] += len(record.response)
-
-    def begin(self, asked: Pending) -> None:
-        raise NotImplementedError("it is never ahead")
 
     def check_teachers(self, teachers: Sequence[Choice]) -> None:
         """It sends no weights."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 
 from opd import sharding
 from opd.errors import RESUME, ModelError, OpdError, RunError
+from opd.files.ours import entries
 from opd.files.whole import told as in_a_line
 from opd.language.engines.in_process import InProcess
 from opd.language.identity import PROBE
@@ -113,7 +113,8 @@ class Follower:
         self._mark: str | None = None
         self._sent: str | None = None
         self._loaded: str | None = None
-        self._written: list[Path] = []
+        self._written: dict[Path, set[str]] = {}
+        """Folders of weights, and what was written into each."""
 
     def meet(self, found: Sequence[Found]) -> None:
         """Find out what the replicas can do, each as it was looked at, and make a place for weights.
@@ -237,15 +238,8 @@ class Follower:
         """Write the weights, have every replica read them, and compare scores of a text."""
         # A server that reads files elsewhere must find the same path.
         folder = self.folder / self.label
-        if folder not in self._written:
-            self._written.append(folder)
-        model = self.language.model
-        if self.adapter:
-            model.save_pretrained(str(folder), state_dict=present(model))
-        elif is_adapted(model):
-            write_weights(folder, merged(model))
-        else:
-            write_weights(folder, self.language.base, present(self.language.base))
+        with self._writing(folder):
+            self._write(folder)
         for url in self.settings.url:
             if self.adapter:
                 if not self._has_adapter(url):
@@ -277,11 +271,33 @@ class Follower:
         # An adapter is read again where a server drops and loads it.
         self._remove([old for old in self._written if old != folder])
 
+    def _write(self, folder: Path) -> None:
+        model = self.language.model
+        if self.adapter:
+            model.save_pretrained(str(folder), state_dict=present(model))
+        elif is_adapted(model):
+            write_weights(folder, merged(model))
+        else:
+            write_weights(folder, self.language.base, present(self.language.base))
+
+    @contextmanager
+    def _writing(self, folder: Path) -> Iterator[None]:
+        """What is new in a folder behind this, or was changed, was written here, also where it breaks off."""
+        before = _changed(folder)
+        try:
+            yield
+        finally:
+            own = {name for name, changed in _changed(folder).items() if before.get(name) != changed}
+            self._written.setdefault(folder, set()).update(own)
+
     def _remove(self, folders: Sequence[Path]) -> None:
-        """Delete what was written here; whatever else lies beside it stays."""
+        """Delete what was written here; whatever else lies in a folder or beside it stays."""
         for old in folders:
-            shutil.rmtree(old, ignore_errors=True)
-            self._written.remove(old)
+            for name in self._written.pop(old):
+                with suppress(OSError):
+                    (old / name).unlink()
+            with suppress(OSError):
+                old.rmdir()
 
     def _scores_alike(self) -> bool:
         """Whether every replica draws from what the student computes, up to rounding: it writes a few tokens behind a
@@ -355,3 +371,8 @@ class Follower:
 def is_first() -> bool:
     """Whether this is the process that sends weights for all."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _changed(folder: Path) -> dict[str, int]:
+    """When each entry below a folder was changed last, in nanoseconds."""
+    return {name: (folder / name).lstat().st_mtime_ns for name in entries(folder)}
