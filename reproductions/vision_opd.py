@@ -172,7 +172,7 @@ that). **Hold-out.** Five other characters over crops, which the start reads and
 
 **Models.** A Qwen2.5-VL of 0.4 million parameters, new for every seed. It learns from reference answers, in each
 step about {MIX["crops"]} over crops, {MIX["whole pictures"]} over whole pictures and {MIX["held out"]} held-out
-characters, and of its checkpoints, one every {EVERY} steps up to {ENDS[-1]}, the first with {GOAL:g} of 96 whole
+characters, and of its checkpoints, one every {EVERY} steps up to {ENDS[-1]}, the first with {GOAL:g} of 160 whole
 pictures right is the start.
 
 **Premise.** The start of every seed reads crops (0.95 right, 0.75 of every character) and is middling on whole pictures
