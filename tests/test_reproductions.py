@@ -112,7 +112,7 @@ def test_a_second_call_runs_only_what_is_missing_and_writes_the_same(toy):
     assert "reproduced" in out
     entry = find(str(toy))
     before, results = finished(toy), entry.results.read_text()
-    assert len(before) == 7
+    assert len(before) == 8
     assert run(toy).results is not None
     assert finished(toy) == before
     assert entry.results.read_text() == results
@@ -488,7 +488,7 @@ def test_committed_pages_and_verdicts_follow_from_committed_results(entry):
 
 def test_the_index_says_what_the_results_say():
     found = [(entry.name, entry.reproduction.title, read(entry.results)) for entry in committed()]
-    assert len(found) == 7
+    assert len(found) == 8
     index = (ROOT / "docs" / "reproductions" / "index.md").read_text(encoding="utf-8")
     assert with_verdicts(index, found) == index
     for name, title_, results in found:
