@@ -29,7 +29,11 @@ from opd.teachers.served import ServedTeacher
 from tests.drafters import drafted
 
 PYTHON = os.environ.get("OPD_VLLM")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM: make test-engines")
+pytestmark = [
+    pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM: make test-engines"),
+    # A server takes minutes to start where others want the cores too.
+    pytest.mark.timeout(1800),
+]
 
 
 @pytest.fixture(scope="module")
