@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from opd.distributions import Categorical, Head, Target
-from opd.drafting.decoding import Answer, Speculation
+from opd.drafting.decoding import Answer
 from opd.drafting.record import Drafted, numbered
 from opd.prompts import Prompt
 from opd.trajectories import AUTHORS, Trajectories
 
 
 def packed(
-    how: Speculation, answers: Sequence[Answer], prompts: Sequence[Prompt], group: int, head: Head, teacher: str | None
+    written: Head, answers: Sequence[Answer], prompts: Sequence[Prompt], group: int, head: Head, teacher: str | None
 ) -> Trajectories:
     """Trajectories of B answers, with what the target says at every slot, those behind a rejection too.
 
@@ -26,7 +26,7 @@ def packed(
     may propose.
 
     Args:
-        how: by which they were written.
+        written: the target's over the ids that a text may hold.
         prompts: B of them, those of one group next to each other.
         group: answers of a prompt.
         head: the target's over the ids that the drafter may propose, detached, at the temperature of the loss.
@@ -48,7 +48,7 @@ def packed(
     hidden = torch.cat([answer.hidden for answer in answers]).to(device) if answers else nothing
     learn = accepted | whole
     if vocabulary.ids is not None and len(actions):
-        learn &= ~vocabulary.outside(how.written.vocabulary.named(_likeliest(hidden, how.written)))
+        learn &= ~vocabulary.outside(written.vocabulary.named(_likeliest(hidden, written)))
     corrected = whole & (slot == stood[of_block] + 1)
     verified = torch.cat([none, *(_written(*each) for each in zip(records, sizes, strict=True))]).to(device)
     verified = verified.where((accepted | corrected) & ~vocabulary.outside(verified), -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, Self, TypeVar
@@ -80,6 +80,14 @@ class PrefixSource(ABC, Generic[S]):
 
     def failures(self) -> Mapping[str, int]:
         """How often trajectories were lost, by reason."""
+        return {}
+
+    def learn(self, settings: S, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Who helps the student to write learns from what was written for this step, before the student moves. All
+        processes call."""
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        """What learnt so: what writes each to a folder, by the folder's name in the run."""
         return {}
 
     def own_signals(self) -> Mapping[str, float]:
@@ -181,6 +189,13 @@ class Combination(PrefixSource[C]):
         for source in self.sources:
             counts.update(source.failures())
         return counts
+
+    def learn(self, settings: C, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for source, part in zip(self.sources, settings.parts, strict=True):
+            source.learn(part, sum_over_processes)
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        return {name: write for source in self.sources for name, write in source.beside().items()}
 
     def own_signals(self) -> Mapping[str, float]:
         return {name: value for source in self.sources for name, value in source.own_signals().items()}

@@ -144,6 +144,6 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         context = request.context
         head = self.target.language.head(context.temperature, draft_tokens(context).vocabulary).detach()
         prompts = [prompt for prompt in request.prompts for _ in range(request.group)]
-        made = packed(how, answers, prompts, request.group, head, self.name)
+        made = packed(how.written, answers, prompts, request.group, head, self.name)
         columns = {name: column for name, column in made.columns.items() if self.current or name != "log_q"}
         return replace(made, columns=columns, answers=made.answers if self.asked else None)
