@@ -17,7 +17,6 @@ from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Loo
 from opd.planning import Shape
 from opd.prompts import Prompt
 
-
 NONE_TRAINED = (
     "the checkpoint holds a drafter that was trained beside the student, and rollout.engine trains none; set "
     "rollout.engine.train as it was"
