@@ -26,7 +26,7 @@ from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, extremes
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
 from opd.watches import LiveWatch, Watch
@@ -53,6 +53,11 @@ class SamplingSettings(Settings):
     segment: int | None = Field(
         None, ge=1, description=f"Tokens drawn between two looks of the watch; default {SEGMENT}"
     )
+
+    @property
+    def alike(self) -> bool:
+        """Whether the likeliest token is taken at every step."""
+        return extremes(self.top_k) == (1, 1)
 
     def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
         """Which models score the rows while they are written, for a plan; see `Watch.scorers`."""

@@ -230,6 +230,10 @@ class Policy(Choice):
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
 
+    def readers(self, form: str | None) -> str | None:
+        """For a person: in which format a student is written as `form`, one of `formats`, and who loads it."""
+        return None
+
     def misfit(self, part: Choice) -> str | None:
         """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take instead; None
         where nothing is known against it before models are loaded."""

@@ -25,7 +25,7 @@ from opd.drafting.record import Drafted, blocks_of, saved
 from opd.drafting.servers import NATIVE_SERVERS, SERVERS, Served, ServerName, check_served, own_form
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
-from opd.errors import IncompatibleError, RunError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, RunError, SelfTestError
 from opd.files.whole import attempt
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
@@ -109,6 +109,11 @@ class Draft(Policy):
             return f"it makes no blocks for a drafter to learn on; {NO_BLOCKS[kind]}"
         return None
 
+    def readers(self, form: str | None) -> str:
+        names = NATIVE_SERVERS if form in (None, NATIVE) else FORMATS[str(form)].servers
+        told = f"a drafter of {self.target.model}, in the format {form or NATIVE!r} for {' and '.join(names)}"
+        return f"{told}; README.md there says how each is started" if form in (None, NATIVE) else told
+
     def build(self, context: Context) -> DraftStudent:
         language = LanguageModel.load(self.target, context.device)
         target, head = Target(language), language.head(1.0).detach()
@@ -127,7 +132,14 @@ class Draft(Policy):
         return DraftStudent(target, drafter, context, origin, self.target)
 
     def check_servers(self, drafter: Drafter, target: PreTrainedModel) -> None:
-        """Raise `ModelError` where one of `servers` would misread the drafter of a target; both may be on meta."""
+        """Raise `ModelError` where one of `servers` would misread the drafter of a target, or cannot load the target;
+        both may be on meta."""
+        named = self.target.model
+        if self.servers and (named.startswith("package:") or named.endswith(".gguf")):
+            raise ModelError(
+                f"student.servers names {self.servers[0]!r}: student.target.model is {named!r}, which servers do not "
+                "load as it is here; save it as a folder of transformers and name that, or leave servers out"
+            )
         check_served(self.servers, self.served(drafter, target), "student.servers names")
 
     def served(self, drafter: Drafter, target: PreTrainedModel) -> Served:

@@ -23,6 +23,7 @@ from opd.curricula.length_ladder import LengthLadder
 from opd.curricula.shuffled import Shuffled
 from opd.curricula.window import Window
 from opd.divergences import ReverseKL
+from opd.divergences.of_blocks import Rejected
 from opd.errors import nearest
 from opd.objectives import Objective
 from opd.policies import Policy
@@ -33,6 +34,7 @@ from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.mixture import MixtureRollout
+from opd.rollouts.speculative import SpeculativeRollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.switch import SwitchRollout
@@ -234,6 +236,13 @@ class Recipe(Settings):
             raise ValueError(
                 f"curriculum {kind_of(self.curriculum)!r} follows {self.curriculum.reads[0]!r} at each position, and "
                 f"shaping {kind_of(narrow)!r} takes trajectories out of what is measured; set its denominator to fixed"
+            )
+        drafting = [part for part in nested(self.rollout) if isinstance(part, SpeculativeRollout | AnchoredRollout)]
+        given = drafting and all(isinstance(part, AnchoredRollout) and part.slots == "text" for part in drafting)
+        if given and any(isinstance(objective, Rejected) for objective in self.objective):
+            raise ValueError(
+                "rollout.slots is 'text': every slot holds what the target wrote and none is rejected, so objective "
+                "'rejected' would learn nothing; remove it, or take slots: drafter"
             )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)

@@ -36,6 +36,7 @@ class PrefixSource(ABC, Generic[S]):
     Attributes:
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
+        draws: whether the student's actions are draws from its distribution; False where they are its likeliest.
         dtype: what the sampler computes in.
         stale: steps by which the weights that the student writes with may lie behind those that learn from it.
         elsewhere: whether another program writes: all processes must ask it equally often, and its rounding may be far
@@ -45,6 +46,7 @@ class PrefixSource(ABC, Generic[S]):
 
     authors: frozenset[Author] = frozenset({"student"})
     current: bool = True
+    draws: bool = True
     dtype: torch.dtype = torch.float32
     stale: int = 0
     ahead: bool = False
@@ -177,6 +179,7 @@ class Combination(PrefixSource[C]):
         self.sources = sources
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
+        self.draws = all(source.draws for source in sources)
         self.stale = max((source.stale for source in sources), default=0)
         self.elsewhere = any(source.elsewhere for source in sources)
 
@@ -260,6 +263,11 @@ class Rollout(Choice):
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
+
+    @property
+    def alike(self) -> bool:
+        """Whether all trajectories of a prompt are one: nothing is drawn."""
+        return bool(self.parts) and all(part.alike for part in self.parts)
 
     def files(self, prompt: Prompt) -> list[Path]:
         """Files that a row names and that are read during training."""

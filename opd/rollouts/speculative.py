@@ -13,7 +13,7 @@ from opd.context import Context
 from opd.drafting.base import Drafter
 from opd.drafting.decoding import Answer, Speculation, speculate
 from opd.drafting.packing import packed
-from opd.drafting.proposer import PROPOSER, proposer_of
+from opd.drafting.proposer import PROPOSER, blocks_for, proposer_of
 from opd.drafting.proposing import Proposes
 from opd.drafting.target import Target as DraftTarget
 from opd.drafting.target import draft_head
@@ -48,6 +48,10 @@ class SpeculativeRollout(Proposes, OneSource):
     proposer: str = Field("current", description=PROPOSER)
     batch: int = Field(64, ge=1, description="Answers written side by side")
 
+    @property
+    def alike(self) -> bool:
+        return self.text_temperature == 0
+
     def samplers(
         self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
     ) -> Iterator[tuple[Sampling, Shape]]:
@@ -63,13 +67,10 @@ class SpeculativeRollout(Proposes, OneSource):
         asked = any(getattr(t, "target", None) is target for t in teachers)
         proposer = proposer_of(self.proposer, drafter, target)
         self.check(proposer)
-        count = self.proposals or proposer.proposals
-        if drafter.most is not None and count > drafter.most:
-            raise IncompatibleError(
-                f"rollout.proposer {self.proposer} proposes {count} tokens, and the drafter that is trained "
-                f"{drafter.most} at most; set rollout.proposals to {drafter.most}"
-            )
-        return Speculative(target, proposer, asked, name, drafter)
+        blocks_for(self.proposer, self.proposals or proposer.proposals, drafter)
+        made = Speculative(target, proposer, asked, name, drafter)
+        made.draws = self.proposing == "drawn" and self.text_temperature == context.temperature
+        return made
 
 
 class Speculative(PrefixSource[SpeculativeRollout]):
