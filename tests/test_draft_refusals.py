@@ -7,9 +7,11 @@ from contextlib import redirect_stderr
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from opd.api import execute
 from opd.assembly import written_alike
+from opd.checkpoints import Checkpoints
 from opd.cli.display import show_store
 from opd.cli.main import app
 from opd.drafting.evaluation import DraftAlarm
@@ -19,7 +21,9 @@ from opd.plan import make_plan
 from opd.policies.draft import Draft
 from opd.policies.evaluation import Alarm
 from opd.recipe import load_recipe, parse_recipe
-from tests.drafters import FORMS, drafter_of, language
+from tests.conftest import save_tiny
+from tests.drafters import FORMS, LAYERS, drafter_of, language
+from tests.processes import together
 from tests.test_draft_opd import BLOCK, CHAIN, build, recipe_for, target
 
 __all__ = ["target"]
@@ -149,3 +153,65 @@ def test_an_export_says_for_whom_and_a_store_how_many_tokens(target, tmp_path, c
 
 def test_the_papers_control_names_its_servers():
     assert load_recipe("draft_sft_qwen3_4b").student.servers == load_recipe("draft_opd_qwen3_4b").student.servers != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "grpo", "verifier": "exact_match"}, r"objective 'grpo' .*a verdict is on the target's text"),
+        ({"objective": {"kind": "accepted", "end": "mask"}}, r"'accepted' .*end is 'mask', and the last slot"),
+        ({"shaping": {"kind": "drift", "signal": "overlap"}}, r"shaping 'drift' .*slots of one block after another"),
+    ],
+)
+def test_what_goes_along_a_text_or_by_its_verdict_teaches_no_drafter(target, tmp_path, changes, said):
+    data = recipe_for(target, tmp_path, batch={"group": 2}).dump()
+    with pytest.raises(RecipeError, match=said):
+        parse_recipe(data | changes)
+
+
+def test_two_processes_train_the_drafter_that_one_trains(target, tmp_path):
+    """Held-out measurements and what a step logs too; three prompts to two processes are unequal shares."""
+    common = {"steps": 2, "evaluation": {"held_out": 3, "samples": 1}, "self_test": False}
+    answers = together(recipe_for(target, tmp_path / "two", **common), {})
+    assert all(isinstance(answer, dict) for answer in answers), answers
+    alone = execute(recipe_for(target, tmp_path / "one", **common), quiet=True)
+    for one, two in zip(alone.history, answers[0]["history"], strict=True):
+        for name in ("train/loss", "train/acceptance_length", "train/passes_saved", "held_out/forward_kl"):
+            assert two.get(name, 0.0) == pytest.approx(one.get(name, 0.0), rel=1e-4), name
+    weights, others = (
+        load_file(path / "student" / "model.safetensors") for path in (alone.directory, tmp_path / "two" / "run")
+    )
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("rollout", [{"proposer": "start"}, {"proposing": "drawn", "text_temperature": 1.0}])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(target, tmp_path, monkeypatch, rollout):
+    def recipe(name):
+        changes = {"rollout": rollout, "update": {"average": {"every": 1}}, "checkpoint": {"every": 1}}
+        return recipe_for(target, tmp_path / name, **changes, evaluation={"held_out": 1}, self_test=False)
+
+    class KilledError(BaseException):
+        pass
+
+    def killed(self, run):
+        after_step(self, run)
+        if run.step == 2:
+            raise KilledError
+
+    whole, after_step = execute(recipe("a"), quiet=True), Checkpoints.after_step
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "after_step", killed)
+        with pytest.raises(KilledError):
+            execute(recipe("b"), quiet=True)
+    again = execute(recipe("b"), resume=True, quiet=True)
+    one, other = (load_file(run.directory / "student" / "model.safetensors") for run in (whole, again))
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+@pytest.mark.parametrize("drafter", [CHAIN, BLOCK])
+def test_a_target_whose_head_is_its_embedding(tmp_path, drafter):
+    tied = save_tiny(tmp_path / "tied", seed=1, layers=LAYERS, initializer_range=0.15, tie_word_embeddings=True)
+    result = execute(recipe_for(tied, tmp_path, drafter, steps=2, evaluation={"held_out": 1}), quiet=True)
+    losses = [record["train/loss"] for record in result.history if "train/loss" in record]
+    assert losses[1] < losses[0]

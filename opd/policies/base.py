@@ -235,8 +235,8 @@ class Policy(Choice):
         return None
 
     def misfit(self, part: Choice) -> str | None:
-        """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take instead; None
-        where nothing is known against it before models are loaded."""
+        """Why a choice of a recipe (rollout, teacher, objective, shaping, curriculum) goes with no student of this
+        kind, and what to take instead; None where nothing is known against it before models are loaded."""
         return None
 
     @abstractmethod

@@ -33,6 +33,7 @@ from opd.language.model import ModelSettings, load_config
 from opd.language.positions import check_positions
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
+from opd.objectives import Objective
 from opd.planning import Shape
 from opd.policies.base import Policy, Written
 from opd.policies.evaluation import Evaluation
@@ -57,6 +58,9 @@ NO_OTHER_TEACHER = (
 
 OTHER_TEACHERS = ("local", "self", "served", "stored", "routed")
 """Kinds of teachers that say something of tokens, and nothing of the slots of a block."""
+
+ALONG_TEXTS = (("shaping", "drift"), ("curriculum", "window"))
+"""Choices that go along the positions of a trajectory as along a text."""
 
 NO_BLOCKS = {
     "student": "take speculative, with which the target writes and the drafter proposes",
@@ -107,6 +111,12 @@ class Draft(Policy):
             return NO_OTHER_TEACHER
         if part.axis == "rollout" and kind in NO_BLOCKS:
             return f"it makes no blocks for a drafter to learn on; {NO_BLOCKS[kind]}"
+        if isinstance(part, Objective) and part.needs_reward:
+            return "a verdict is on the target's text, which is the same with any drafter; take accepted and rejected"
+        if isinstance(part, Objective) and part.end == "mask":
+            return "end is 'mask', and the last slot of an answer's blocks is not its end token; remove the key"
+        if (part.axis, kind) in ALONG_TEXTS:
+            return "it goes along a text, and the slots of one block after another are none; leave it out"
         return None
 
     def readers(self, form: str | None) -> str:

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from opd.choice import OneOf, Settings, as_list, choices_of, kind_of, nested
+from opd.choice import Choice, OneOf, Settings, as_list, choices_of, kind_of, nested
 from opd.curricula import Curriculum
 from opd.curricula.length_ladder import LengthLadder
 from opd.curricula.shuffled import Shuffled
@@ -156,10 +156,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _goes_with_the_student(self) -> Recipe:
-        for key, part in (("rollout", self.rollout), *(("teacher", each) for each in self.teacher)):
+        several = [*self.teacher, *self.objective, *self.shaping]
+        for part in (self.rollout, *several, self.curriculum):
             why = self.student.misfit(part)
             if why is not None:
-                raise ValueError(f"{key} {kind_of(part)!r} beside student.kind {kind_of(self.student)}: {why}")
+                beside = f"beside student.kind {kind_of(self.student)}"
+                raise ValueError(f"{axis_of(part)} {kind_of(part)!r} {beside}: {why}")
         return self
 
     @model_validator(mode="after")
@@ -312,7 +314,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def axis_of(part: Objective | Shaping | Curriculum) -> str:
+def axis_of(part: Choice) -> str:
     """What a person calls the axis of a part; a divergence is an objective."""
     return "objective" if isinstance(part, Objective) else part.axis
 
