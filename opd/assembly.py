@@ -139,6 +139,23 @@ def without_verdict(recipe: Recipe, verifier: Scorer | None, training: Sequence[
     ]
 
 
+def written_alike(recipe: Recipe) -> list[str]:
+    """Warnings where several trajectories of a prompt are asked for and nothing is drawn, so that they are one."""
+    rollout, how = recipe.rollout.alike, "the likeliest token is taken everywhere"
+    found = []
+    if rollout and recipe.batch.group > 1:
+        found.append(
+            f"batch.group is {recipe.batch.group}, and the rollout writes the same to a prompt each time, since {how}: "
+            "take 1, or let it draw"
+        )
+    if recipe.evaluation.k > 1 and recipe.evaluation.alike(rollout):
+        found.append(
+            f"evaluation.k is {recipe.evaluation.k}, and held-out completions of a prompt are all the same, since "
+            f"{how}: take 1, or let them be drawn"
+        )
+    return found
+
+
 def check_offsets(recipe: Recipe) -> None:
     """Raise `IncompatibleError` when a shaping makes offsets and an objective has no place for them."""
     moving = [kind_of(shaping) for shaping in recipe.shaping if shaping.makes_offsets]
@@ -158,6 +175,7 @@ class Foreseen:
     stale: int
     learners: frozenset[Author] = frozenset({"student"})
     current: bool = True
+    draws: bool = True
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -315,7 +333,7 @@ def _assembled(
         teacher.check_student(student, context)
         if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
             teacher.check_origin(student)
-    for warning in nothing_to_learn(recipe, student, built):
+    for warning in [*nothing_to_learn(recipe, student, built), *written_alike(recipe)]:
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
     opened.callback(rollout.close)

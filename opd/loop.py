@@ -75,7 +75,8 @@ def accumulate_step(run: Run, now: Now, draw: Draw, clock: Clock, measurement: M
     with clock("rollout"):
         request = now.request(count_repeats(draw.prompts), draw.budget, stream=run.step)
         run.rollout.drawn(request)
-        trajectories = run.rollout(replace(request, prompts=run.share_of_draw(request.prompts)))
+        trajectories = run.rollout(replace(request, prompts=run.share_of_draw(request.prompts), training=True))
+        run.rollout.learn(now.recipe.rollout, run.sum_over_processes)
         run.begin_next(draw)
         trajectories = run.written(trajectories, measurement)
         if not len(trajectories):

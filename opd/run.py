@@ -154,6 +154,8 @@ class Run:
         for name in dict.fromkeys([*parts, *stored]):
             if name in parts and name not in stored and not parts[name].state_dict():
                 continue
+            if name not in parts and not stored[name]:
+                continue
             if name not in parts or name not in stored:
                 side = "checkpoint" if name not in stored else "recipe"
                 raise RunError(f"the checkpoint does not fit: {name} has a state, but not in the {side}")

@@ -60,6 +60,7 @@ def save_run(run: Run, summary: dict[str, Any]) -> str | None:
         different = run.student.compare(target)
     except Exception as error:
         different = f"{target} could not be compared with the trained model ({told(error)})"
+    problems += _save_beside(run)
     lacking = [*problems, *([] if different is None else [different])]
     facts = summary | ({"lacking": lacking} if lacking else {})
     try:
@@ -75,6 +76,21 @@ def save_run(run: Run, summary: dict[str, Any]) -> str | None:
         if failed is not None:
             monitor.warn(failed)
     return different
+
+
+def _save_beside(run: Run) -> list[str]:
+    """Write what was trained beside the student, each in its folder of the run; what went wrong, which is warned of."""
+    problems = []
+    for name, write in run.rollout.beside().items():
+        target = run.recipe.directory / name
+        try:
+            _set_aside(target, run.monitor)
+            with whole_folder(target) as folder:
+                write(folder)
+        except (OSError, SafetensorError) as error:
+            problems.append(f"{target} cannot be written ({told(error)})")
+            run.monitor.warn(problems[-1])
+    return problems
 
 
 def _rescued(run: Run, card: str) -> str:

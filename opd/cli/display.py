@@ -208,6 +208,14 @@ def show_store(store: Store, verify: bool = False) -> None:
     drawn = f"{head.draws} draws of {head.prompts} prompts, {head.group} each" if head.draws > 1 else "one draw"
     state = f"{missing} of {head.shards} shards missing" if missing else f"content {store.content()}"
     out.print(f"rows:    {head.rows} ({drawn}), written by {', '.join(head.authors)}; {state}", soft_wrap=True)
+    lacking = set(store.missing())
+    shards = [store.shard(i) for i in range(head.shards) if i not in lacking]
+    written, read = (
+        [int(n) for shard in shards for n in shard.of_rows(name)] for name in ("lengths", "context_lengths")
+    )
+    if written:
+        told = f"{sum(written)} written, {sum(written) / len(written):.4g} a row and {max(written)} at most"
+        out.print(f"tokens:  {told}; {sum(read)} of prompts", highlight=False, soft_wrap=True)
     out.print(f"student: {head.student['model']} {head.student['weights']}", highlight=False, soft_wrap=True)
     for path in sorted(store.path.glob("targets/*/targets.json")):
         targets = Targets.open(store, path.parent.name)

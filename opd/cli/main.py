@@ -498,9 +498,12 @@ def export(
 ) -> None:
     """Write the student of a checkpoint as a folder that its library loads, or of a drafter in another format."""
     from opd.api import export as write_student
+    from opd.recipe import load_recipe
 
     _quiet_libraries()
     print(write_student(run, out, step, form=form, overwrite=overwrite))
+    if (run / "recipe.yaml").is_file() and (told := load_recipe(str(run / "recipe.yaml")).student.readers(form)):
+        print(f"opd: {told}", file=sys.stderr)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pydantic import Field
 from opd.distributions import Distribution, Sampled, Target
 from opd.divergences.on_action import OnAction
 from opd.errors import IncompatibleError
-from opd.objectives.base import Writing
+from opd.objectives.base import Writing, check_draws
 from opd.operator import Loss
 from opd.schedules import OverSteps
 from opd.trajectories import Trajectories
@@ -80,6 +80,7 @@ class Lightning(OnAction):
         return replace(loss, measured=measured)
 
     def check_trajectories(self, rollout: Writing) -> None:
+        check_draws(self, rollout)
         if rollout.learners != {"student"}:
             raise IncompatibleError(
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "

@@ -10,7 +10,7 @@ import torch
 
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
 from opd.errors import IncompatibleError
-from opd.objectives.base import Writing
+from opd.objectives.base import Writing, check_draws
 from opd.operator import Chunk, Compared, Whole, along_actions
 
 
@@ -68,6 +68,7 @@ class OnAction(CategoricalDivergence):
         return value, coefficient, gap
 
     def check_trajectories(self, rollout: Writing) -> None:
+        check_draws(self, rollout)
         if rollout.stale:
             raise IncompatibleError(
                 f"objective {self.model_dump()['kind']!r} needs samples of the student as it is, and "

@@ -32,6 +32,19 @@ class Chain(DrafterSettings):
     )
     mlp: int | None = Field(None, ge=1, description="Width within its feed-forward part; default the target's")
 
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _ids_or_their_number(cls, value: object) -> object:
+        if isinstance(value, Frequent):
+            return value
+        ids = isinstance(value, list | tuple) and all(type(i) is int for i in value)
+        if not ids and not (isinstance(value, dict) and set(value) == {"size", "store"}):
+            raise ValueError(
+                "give the ids, ascending ([3, 4, 9]), or {size: 32000, store: FOLDER}, so many of a store's most "
+                "frequent; leave it out for all of the target's"
+            )
+        return value
+
     @field_validator("vocabulary")
     @classmethod
     def _ids(cls, value: list[int] | Frequent) -> list[int] | Frequent:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from opd.divergences import compare
 from opd.divergences.statistics import MEANS
 from opd.drafting.record import Drafted
 from opd.language.evaluation import Writer, compared_rows
-from opd.policies.evaluation import Better, Evaluation
+from opd.policies.evaluation import Alarm, Better, Evaluation
 from opd.policies.held_out import (
     COUNTS,
     HeldOut,
@@ -33,6 +33,20 @@ STEPS = ("steps", "committed", "accepted", "tokens")
 """Sums that `counts_of` answers are, besides those by slot."""
 
 
+class DraftAlarm(Alarm):
+    """A band for held-out texts. The entropy is a drafter's own at the slots, which has no band: a new drafter's falls
+    with all that it learns, and its texts are the target's whatever it is."""
+
+    entropy: None = Field(None, description="Is not watched of drafters")
+
+    @field_validator("entropy", mode="before")
+    @classmethod
+    def _has_no_band(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("a drafter's entropy falls as it learns, and its texts are the target's: remove the key")
+        return value
+
+
 class DraftEvaluation(Evaluation):
     """Held-out answers of the target, written with the drafter's help."""
 
@@ -43,6 +57,7 @@ class DraftEvaluation(Evaluation):
         "forward_kl": "smaller",
         "top1_agreement": "larger",
     }
+    alarm: DraftAlarm | None = Field(DraftAlarm(), description="Warn when held-out texts degenerate; null never warns")
     temperature: float | None = Field(
         None, ge=0, le=1e6, description="Of the target's held-out texts, 0 the likeliest; default the rollout's"
     )
@@ -56,6 +71,9 @@ class DraftEvaluation(Evaluation):
     @property
     def longest(self) -> int | None:
         return self.max_new_tokens
+
+    def alike(self, rollout: bool) -> bool:
+        return rollout if self.temperature is None else self.temperature == 0
 
 
 def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from opd.choice import Choice
 from opd.context import Context
+from opd.errors import RunError
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, Row
 from opd.planning import Shape
 from opd.prompts import Prompt
+
+NONE_TRAINED = (
+    "the checkpoint holds a drafter that was trained beside the student, and rollout.engine trains none; set "
+    "rollout.engine.train as it was"
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,23 @@ class Writer(ABC):
         """Start on that, from the weights as they are now; `sample` of the same then waits for it. All processes call.
         Only who is `ahead` is asked to, and has it."""
         raise TypeError(f"{type(self).__name__} says that it writes ahead, and has no begin()")
+
+    def learn(self, settings: RolloutEngine, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:  # noqa: B027
+        """Learn from what was written for this step, under the engine's `settings` of now, before the student moves.
+        All processes call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of its own that the next step depends on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        if state:
+            raise RunError(NONE_TRAINED)
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        """What it trained beside the student: what writes each to a folder, by the folder's name in the run."""
+        return {}
 
     @abstractmethod
     def check_teachers(self, teachers: Sequence[Choice]) -> None:

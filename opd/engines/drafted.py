@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,13 +14,15 @@ from opd.choice import Choice
 from opd.context import Context
 from opd.distributions import Vocabulary
 from opd.drafting.base import Drafter
-from opd.drafting.decoding import Speculation, speculate
-from opd.drafting.native import load_drafter
+from opd.drafting.decoding import Answer, Speculation, speculate
+from opd.drafting.learning import Learner, Learning
+from opd.drafting.native import load_drafter, save_drafter
+from opd.drafting.packing import packed
 from opd.drafting.proposing import Proposes
 from opd.drafting.record import Drafted, saved
 from opd.drafting.target import Target, draft_head
 from opd.engines.base import RolloutEngine, Writer
-from opd.errors import DataError, IncompatibleError, ModelError
+from opd.errors import DataError, IncompatibleError, ModelError, RunError
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, PromptInputs, Row
 from opd.language.engines.in_process import InProcess
 from opd.language.tokens import tokens_of
@@ -41,11 +43,17 @@ class DraftedEngine(Proposes, RolloutEngine):
     place: ClassVar[str] = PLACE
     shown: ClassVar[tuple[str, ...]] = ("engine/acceptance_length", "engine/passes_saved")
     model: str = Field(description="Folder of a drafter in its native format, made for the student")
+    train: Learning | None = Field(
+        None,
+        description="How the drafter learns from what the student verified while it wrote; default: it stays as it is",
+    )
 
     def told(self, student: Shape) -> str:
         weights = Path(self.model).expanduser() / "model.safetensors"
         size = f"{bytes_text(weights.stat().st_size)} of weights" if weights.is_file() else "weights"
-        return f"{self.model} proposes to the student: its {size}, and what it keeps of texts, are not in the sums"
+        learns = "" if self.train is None else ", four times that while it is trained"
+        what = f"its {size}{learns}, and what it keeps of texts"
+        return f"{self.model} proposes to the student: {what}, are not in the sums"
 
     def build(self, language: Engine, context: Context) -> DraftedWriter:
         """Load the drafter.
@@ -65,16 +73,21 @@ class DraftedEngine(Proposes, RolloutEngine):
                 f"{PLACE}.model {self.model}: it may propose id {unknown}, which no text of this run holds"
             )
         self.check(drafter)
-        return DraftedWriter(self, language, drafter.to(context.device).requires_grad_(False).eval())
+        drafter = drafter.to(context.device).requires_grad_(self.train is not None).eval()
+        return DraftedWriter(self, language, drafter if self.train is None else drafter.float(), vocabulary)
 
 
 class DraftedWriter(Writer):
     """The built engine. The student may move: what verifies are its weights as they are."""
 
-    def __init__(self, settings: DraftedEngine, language: InProcess, drafter: Drafter):
-        self.settings, self.language, self.drafter = settings, language, drafter
+    def __init__(self, settings: DraftedEngine, language: InProcess, drafter: Drafter, written: Vocabulary):
+        self.settings, self.language, self.drafter, self.written = settings, language, drafter, written
+        self.proposed = written if drafter.ids is None else Vocabulary.of(drafter.ids)
         self.dtype = next(language.parameters()).dtype
         self.counted: Counter[str] = Counter()
+        self.learner = None if settings.train is None else Learner(settings.train, drafter)
+        self.learnt: dict[str, float] = {}
+        self._answers: list[Answer] = []
 
     @torch.no_grad()
     def sample(
@@ -103,6 +116,7 @@ class DraftedWriter(Writer):
         found: dict[int, Row] = {}
         with self.language.quiet():
             how = self._speculation(drawing)
+            keeps = drawing.training and self.learner is not None
             for start in range(0, len(order), drawing.batch):
                 here = order[start : start + drawing.batch]
                 of_rows = ([texts[i] for i in here], [seeds[i] for i in here])
@@ -110,6 +124,7 @@ class DraftedWriter(Writer):
                     text = answer.record.response.to(self.language.device)
                     found[i] = Row(text, answer.log_p.to(self.language.device), answer.finished)
                     self._count(answer.record)
+                    self._answers += [answer] if keeps else []
                     if ended is not None:
                         ended(i, found[i])
         return [found[i] for i in range(len(found))]
@@ -117,12 +132,11 @@ class DraftedWriter(Writer):
     def _speculation(self, drawing: Drawing) -> Speculation:
         language, tokens = self.language, tokens_of(drawing.context)
         target = Target(language, self.drafter.taps, "the student")
-        proposed = tokens.vocabulary if self.drafter.ids is None else Vocabulary.of(self.drafter.ids)
         return Speculation(
             target,
             self.drafter,
-            language.head(1.0, tokens.vocabulary).detach(),
-            draft_head(self.drafter, target, proposed, 1.0),
+            language.head(1.0, self.written).detach(),
+            draft_head(self.drafter, target, self.proposed, 1.0).detach(),
             tokens.end_ids,
             self.settings.proposals or self.drafter.proposals,
             drawing.context.temperature,
@@ -138,6 +152,40 @@ class DraftedWriter(Writer):
         self.counted["committed"] += int(record.committed.sum())
         self.counted["tokens"] += len(record.response)
 
+    def learn(self, settings: RolloutEngine, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        answers, self._answers = self._answers, []
+        if self.learner is None:
+            return
+        assert isinstance(settings, DraftedEngine)
+        assert settings.train is not None
+        written, proposed = (self.language.head(1.0, ids).detach() for ids in (self.written, self.proposed))
+        prompts = [Prompt(str(i), {}) for i in range(len(answers))]
+        made = packed(written, answers, prompts, 1, proposed, None)
+        target = Target(self.language, self.drafter.taps, "the student")
+        found = self.learner.learn(settings.train, target, self.proposed, made, sum_over_processes)
+        self.learnt = found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.learner is None else self.learner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.learner is None:
+            super().load_state_dict(state)
+        elif not state:
+            raise RunError(
+                f"{PLACE}.train is set, and the checkpoint holds no drafter; remove it, or start another run from the "
+                "saved student"
+            )
+        else:
+            self.learner.load_state_dict(state)
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        return {} if self.learner is None else {"drafter": self._save}
+
+    def _save(self, folder: Path) -> None:
+        embedding: Any = self.language.base.get_input_embeddings()
+        save_drafter(folder, self.drafter, embedding.weight)
+
     def check_teachers(self, teachers: Sequence[Choice]) -> None:
         """It sends no weights."""
 
@@ -148,11 +196,13 @@ class DraftedWriter(Writer):
         return {}
 
     def own_signals(self) -> Mapping[str, float]:
-        """`acceptance_length` and what was saved, of all that was written since, held-out answers too."""
+        """`acceptance_length` and what was saved, of all that was written since, held-out answers too; and of the
+        drafter's own step its loss and the norm of its gradient."""
         counted, self.counted = self.counted, Counter()
+        learnt, self.learnt = self.learnt, {}
         if not counted:
             return {}
-        found = saved(counted["answers"] + counted["steps"], counted["tokens"])
+        found = learnt | saved(counted["answers"] + counted["steps"], counted["tokens"])
         if counted["steps"]:
             found["acceptance_length"] = counted["committed"] / counted["steps"]
         return {f"engine/{name}": value for name, value in found.items()}

@@ -74,6 +74,9 @@ class LanguageEvaluation(Evaluation):
     def longest(self) -> int | None:
         return self.max_new_tokens
 
+    def alike(self, rollout: bool) -> bool:
+        return rollout if self.top_k is None else self.top_k == 1
+
 
 class Writer(Protocol):
     """A student of language, as far as it is measured."""

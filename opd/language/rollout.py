@@ -4,9 +4,10 @@ it."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from opd.choice import OneOf, Settings
 from opd.context import Context
 from opd.engines import Pending, RolloutEngine, Writer
+from opd.engines.base import NONE_TRAINED
 from opd.errors import RunError
 from opd.hardware import fast_in_bf16
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Row, followed_by
@@ -24,7 +26,7 @@ from opd.planning import Shape
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, row_seed
 from opd.rollouts.request import Request
-from opd.schedules import OverSteps
+from opd.schedules import OverSteps, extremes
 from opd.sharding import whole
 from opd.trajectories import AUTHORS, Author, Trajectories
 from opd.watches import LiveWatch, Watch
@@ -51,6 +53,11 @@ class SamplingSettings(Settings):
     segment: int | None = Field(
         None, ge=1, description=f"Tokens drawn between two looks of the watch; default {SEGMENT}"
     )
+
+    @property
+    def alike(self) -> bool:
+        """Whether the likeliest token is taken at every step."""
+        return extremes(self.top_k) == (1, 1)
 
     def scorers(self, teachers: Sequence[tuple[str | None, Sequence[Shape]]]) -> Sequence[Shape]:
         """Which models score the rows while they are written, for a plan; see `Watch.scorers`."""
@@ -174,6 +181,24 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
     def notes(self) -> Sequence[str]:
         return () if self.writer is None else self.writer.notes
 
+    def learn(self, settings: SamplingSettings, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        engine = getattr(settings, "engine", None)
+        if self.writer is not None and isinstance(engine, RolloutEngine):
+            with whole(self.language):
+                self.writer.learn(engine, sum_over_processes)
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        return {} if self.writer is None else self.writer.beside()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.writer is None else self.writer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.load_state_dict(state)
+        elif state:
+            raise RunError(NONE_TRAINED)
+
     def failures(self) -> Mapping[str, int]:
         return {} if self.writer is None else self.writer.failures()
 
@@ -198,7 +223,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         of = (request.context.seed, request.stream)
         behind = [0] * len(of_rows) if begun is None else [len(start) for start in begun]
         seeds = [row_seed(*of, prompt, group, i % group, behind[i]) for i, prompt in enumerate(of_rows)]
-        drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch)
+        drawing = Drawing(request.context, settings.top_p, settings.top_k, settings.batch, request.training)
         ended = self._telling(of_rows) if begun is None and request.stream >= 0 else None
         return own, Pending(views, members, request.budget, seeds, drawing, ended)
 

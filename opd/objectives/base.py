@@ -30,6 +30,11 @@ class Writing(Protocol):
         """What the student writes, it writes now."""
 
     @property
+    def draws(self) -> bool:
+        """What the student writes is drawn from its distribution, and is neither its likeliest nor drawn at another
+        temperature."""
+
+    @property
     def stale(self) -> int:
         """Steps by which the weights that it writes with may lie behind those that learn, uncorrected."""
 
@@ -145,6 +150,17 @@ class Objective(Choice):
 
     def check_trajectories(self, rollout: Writing) -> None:
         """Raise `IncompatibleError` at start-up when it is not what it says on what this source writes."""
+
+
+def check_draws(objective: Objective, rollout: Writing) -> None:
+    """Raise `IncompatibleError` where an objective that takes actions for draws of the student gets others."""
+    if not rollout.draws:
+        raise IncompatibleError(
+            f"objective {kind_of(objective)!r} takes the student's actions for draws from its distribution, and this "
+            "rollout's are a drafter's likeliest tokens, or are drawn at another temperature than the recipe's: take "
+            "accepted and rejected, which compare whole distributions, or rollout.proposing: drawn with "
+            "rollout.text_temperature equal to temperature"
+        )
 
 
 SHARED = frozenset({"kind", "weight", "reduction", "written_by", "end", "truncated", "teacher"})

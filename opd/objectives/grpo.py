@@ -11,7 +11,7 @@ from pydantic import Field
 
 from opd.distributions import Distribution, Target
 from opd.errors import IncompatibleError
-from opd.objectives.base import Objective, Writing
+from opd.objectives.base import Objective, Writing, check_draws
 from opd.objectives.surrogate import clipped
 from opd.operator import Loss, action_loss
 from opd.schedules import OverSteps
@@ -82,6 +82,7 @@ class GRPO(Objective):
         return replace(loss, computed=live != 0)
 
     def check_trajectories(self, rollout: Writing) -> None:
+        check_draws(self, rollout)
         if rollout.learners != {"student"} or not rollout.current:
             raise IncompatibleError(
                 "objective 'grpo' needs the student's own samples with their log-probabilities: take rollout: student, "

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from opd.assembly import written_alike
 from opd.choice import kind_of, nested
+from opd.distributions import Head
 from opd.drafting.base import Drafter, Outline
 from opd.drafting.layers import SCORES, scores_of
+from opd.drafting.proposer import OWN, blocks_for, foreseen_proposer
 from opd.drafting.proposing import Tree
 from opd.drafting.servers import SERVERS
 from opd.drafting.texts import LOGITS
@@ -132,7 +136,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     Raises:
         OpdError: what a run would refuse too, in so far as configurations show it.
     """
-    student, notes = recipe.student, list[str]()
+    student, notes = recipe.student, written_alike(recipe)
     assert isinstance(student, Draft)
     _check_sources(recipe.rollout)
     target = model_shape(student.target, notes)
@@ -143,8 +147,10 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     settings = next((part for part in nested(recipe.rollout) if isinstance(part, drafting)), None)
     count = drafter.proposals
     if settings is not None:
-        settings.check(drafter)
-        count = settings.proposals or count
+        proposer = _proposer(settings, drafter, target, notes)
+        settings.check(proposer)
+        count = settings.proposals or proposer.proposals
+        blocks_for(settings.proposer, count, drafter)
     student.check_servers(drafter, target.model)
     served = student.served(drafter, target.model)
     notes += [f"{name}: {SERVERS[name].launch(served)}" for name in student.servers]
@@ -183,6 +189,19 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _proposer(
+    settings: SpeculativeRollout | AnchoredRollout, drafter: Drafter, target: Shape, notes: list[str]
+) -> Drafter:
+    """Who proposes; where its folder is not at hand a note says so, and it is taken for the one that is trained."""
+    wanted = settings.proposer
+    if wanted not in OWN and not Path(wanted).expanduser().exists():
+        notes.append(f"rollout.proposer {wanted} is not at hand: it is taken to be like the drafter that is trained")
+        return drafter
+    outline = Outline.of(target.model.config, "student.target")
+    head = Head(torch.empty(outline.vocabulary, outline.width, device="meta"))
+    return foreseen_proposer(wanted, drafter, outline, head)
 
 
 def _check_sources(rollout: Rollout) -> None:

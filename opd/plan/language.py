@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opd.assembly import check_ids
+from opd.assembly import check_ids, written_alike
 from opd.choice import kind_of, nested
 from opd.distributions import Distribution
 from opd.engines import RolloutEngine
@@ -109,7 +109,7 @@ def plan_language(recipe: Recipe) -> Plan:
     hand."""
     if not isinstance(recipe.student, TrainedModel):
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
-    notes = nothing_to_learn(recipe)
+    notes = [*nothing_to_learn(recipe), *written_alike(recipe)]
     _check_attention(recipe)
     student = recipe.student.shape(notes)
     check_answers(recipe)

@@ -230,9 +230,13 @@ class Policy(Choice):
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
 
+    def readers(self, form: str | None) -> str | None:
+        """For a person: in which format a student is written as `form`, one of `formats`, and who loads it."""
+        return None
+
     def misfit(self, part: Choice) -> str | None:
-        """Why a teacher or a rollout of a recipe goes with no student of this kind, and what to take instead; None
-        where nothing is known against it before models are loaded."""
+        """Why a choice of a recipe (rollout, teacher, objective, shaping, curriculum) goes with no student of this
+        kind, and what to take instead; None where nothing is known against it before models are loaded."""
         return None
 
     @abstractmethod

@@ -25,7 +25,7 @@ from opd.drafting.record import Drafted, blocks_of, saved
 from opd.drafting.servers import NATIVE_SERVERS, SERVERS, Served, ServerName, check_served, own_form
 from opd.drafting.target import Target, draft_head
 from opd.drafting.tokens import DraftTokens
-from opd.errors import IncompatibleError, RunError, SelfTestError
+from opd.errors import IncompatibleError, ModelError, RunError, SelfTestError
 from opd.files.whole import attempt
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.transformers import LanguageModel
@@ -33,6 +33,7 @@ from opd.language.model import ModelSettings, load_config
 from opd.language.positions import check_positions
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
+from opd.objectives import Objective
 from opd.planning import Shape
 from opd.policies.base import Policy, Written
 from opd.policies.evaluation import Evaluation
@@ -57,6 +58,9 @@ NO_OTHER_TEACHER = (
 
 OTHER_TEACHERS = ("local", "self", "served", "stored", "routed")
 """Kinds of teachers that say something of tokens, and nothing of the slots of a block."""
+
+ALONG_TEXTS = (("shaping", "drift"), ("curriculum", "window"))
+"""Choices that go along the positions of a trajectory as along a text."""
 
 NO_BLOCKS = {
     "student": "take speculative, with which the target writes and the drafter proposes",
@@ -107,7 +111,18 @@ class Draft(Policy):
             return NO_OTHER_TEACHER
         if part.axis == "rollout" and kind in NO_BLOCKS:
             return f"it makes no blocks for a drafter to learn on; {NO_BLOCKS[kind]}"
+        if isinstance(part, Objective) and part.needs_reward:
+            return "a verdict is on the target's text, which is the same with any drafter; take accepted and rejected"
+        if isinstance(part, Objective) and part.end == "mask":
+            return "end is 'mask', and the last slot of an answer's blocks is not its end token; remove the key"
+        if (part.axis, kind) in ALONG_TEXTS:
+            return "it goes along a text, and the slots of one block after another are none; leave it out"
         return None
+
+    def readers(self, form: str | None) -> str:
+        names = NATIVE_SERVERS if form in (None, NATIVE) else FORMATS[str(form)].servers
+        told = f"a drafter of {self.target.model}, in the format {form or NATIVE!r} for {' and '.join(names)}"
+        return f"{told}; README.md there says how each is started" if form in (None, NATIVE) else told
 
     def build(self, context: Context) -> DraftStudent:
         language = LanguageModel.load(self.target, context.device)
@@ -127,7 +142,14 @@ class Draft(Policy):
         return DraftStudent(target, drafter, context, origin, self.target)
 
     def check_servers(self, drafter: Drafter, target: PreTrainedModel) -> None:
-        """Raise `ModelError` where one of `servers` would misread the drafter of a target; both may be on meta."""
+        """Raise `ModelError` where one of `servers` would misread the drafter of a target, or cannot load the target;
+        both may be on meta."""
+        named = self.target.model
+        if self.servers and (named.startswith("package:") or named.endswith(".gguf")):
+            raise ModelError(
+                f"student.servers names {self.servers[0]!r}: student.target.model is {named!r}, which servers do not "
+                "load as it is here; save it as a folder of transformers and name that, or leave servers out"
+            )
         check_served(self.servers, self.served(drafter, target), "student.servers names")
 
     def served(self, drafter: Drafter, target: PreTrainedModel) -> Served:

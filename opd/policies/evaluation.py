@@ -67,6 +67,10 @@ class Evaluation(Settings):
         """Most actions of a held-out rollout, where it is not the training rollout's."""
         return None
 
+    def alike(self, rollout: bool) -> bool:
+        """Whether all held-out completions of a prompt are one; `rollout`: whether those of training are."""
+        return False
+
     @classmethod
     def rank(cls, metric: str, value: float) -> float:
         """The larger the better: the value of one of `measures`, or of those of which less is better its negative."""

@@ -27,6 +27,9 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     key = _dotted(loc, data)
     more = error.error_count() - 1
     tail = f" ({more} more mistake{'s' if more > 1 else ''} in this recipe)" if more else ""
+    if kind in ("extra_forbidden", "missing") and (meant := _kind_meant(loc, data)):
+        block, own, kinds = meant
+        return f"{origin}: {block} has {own!r}, which is for kind {kinds}, and names no kind; write kind: {kinds}{tail}"
     if kind == "extra_forbidden" and (others := _of_others(loc)):
         value, kinds = short(first.get("input")), ", ".join(others)
         return f"{origin}: {key} is {value}: it is for students of kind {kinds}; remove the key{tail}"
@@ -239,6 +242,25 @@ def all_keys() -> tuple[str, ...]:
                     yield from keys(part, f"{above}{name}.", seen | set(inner))
 
     return tuple(sorted(dict.fromkeys(keys(Recipe, "", frozenset())), key=lambda k: k.count(".")))
+
+
+def _kind_meant(loc: Sequence[int | str], data: Any) -> tuple[str, str, str] | None:
+    """Of a choice that is written without its kind, and whose keys are those of other kinds than the default: where it
+    stands, a key that tells, and the kinds that have all of its keys."""
+    kinds = _at(loc[:-2])[1]
+    if len(loc) < 2 or loc[-2] not in kinds:
+        return None
+    block = data
+    for part in loc[:-2]:
+        if part in block if isinstance(block, dict) else isinstance(block, list) and isinstance(part, int):
+            block = block[part]
+    if not isinstance(block, dict) or "kind" in block:
+        return None
+    foreign = [key for key in block if key not in kinds[str(loc[-2])].model_fields]
+    fitting = [kind for kind, each in kinds.items() if set(block) <= set(each.model_fields)]
+    if not foreign or not fitting:
+        return None
+    return _dotted(loc[:-1], data), foreign[0], " or ".join(fitting)
 
 
 def _of_others(loc: Sequence[int | str]) -> list[str]:

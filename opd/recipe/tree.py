@@ -17,12 +17,13 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from opd.choice import OneOf, Settings, as_list, choices_of, kind_of, nested
+from opd.choice import Choice, OneOf, Settings, as_list, choices_of, kind_of, nested
 from opd.curricula import Curriculum
 from opd.curricula.length_ladder import LengthLadder
 from opd.curricula.shuffled import Shuffled
 from opd.curricula.window import Window
 from opd.divergences import ReverseKL
+from opd.divergences.of_blocks import Rejected
 from opd.errors import nearest
 from opd.objectives import Objective
 from opd.policies import Policy
@@ -33,6 +34,7 @@ from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.anchored import AnchoredRollout
 from opd.rollouts.mixture import MixtureRollout
+from opd.rollouts.speculative import SpeculativeRollout
 from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.switch import SwitchRollout
@@ -154,10 +156,12 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _goes_with_the_student(self) -> Recipe:
-        for key, part in (("rollout", self.rollout), *(("teacher", each) for each in self.teacher)):
+        several = [*self.teacher, *self.objective, *self.shaping]
+        for part in (self.rollout, *several, self.curriculum):
             why = self.student.misfit(part)
             if why is not None:
-                raise ValueError(f"{key} {kind_of(part)!r} beside student.kind {kind_of(self.student)}: {why}")
+                beside = f"beside student.kind {kind_of(self.student)}"
+                raise ValueError(f"{axis_of(part)} {kind_of(part)!r} {beside}: {why}")
         return self
 
     @model_validator(mode="after")
@@ -235,6 +239,13 @@ class Recipe(Settings):
                 f"curriculum {kind_of(self.curriculum)!r} follows {self.curriculum.reads[0]!r} at each position, and "
                 f"shaping {kind_of(narrow)!r} takes trajectories out of what is measured; set its denominator to fixed"
             )
+        drafting = [part for part in nested(self.rollout) if isinstance(part, SpeculativeRollout | AnchoredRollout)]
+        given = drafting and all(isinstance(part, AnchoredRollout) and part.slots == "text" for part in drafting)
+        if given and any(isinstance(objective, Rejected) for objective in self.objective):
+            raise ValueError(
+                "rollout.slots is 'text': every slot holds what the target wrote and none is rejected, so objective "
+                "'rejected' would learn nothing; remove it, or take slots: drafter"
+            )
         plain = [None if o.scheduled() else o.model_dump_json() for o in self.objective]
         twice = next((o for i, o in enumerate(self.objective) if plain[i] and plain[i] in plain[:i]), None)
         if twice is not None:
@@ -303,7 +314,7 @@ class Recipe(Settings):
         return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
 
 
-def axis_of(part: Objective | Shaping | Curriculum) -> str:
+def axis_of(part: Choice) -> str:
     """What a person calls the axis of a part; a divergence is an objective."""
     return "objective" if isinstance(part, Objective) else part.axis
 

@@ -181,6 +181,13 @@ MEANINGS = {
         "of those that it takes alone, one a token",
         "higher",
     ),
+    "train/engine/drafter_loss": Meaning(
+        "engine: drafter's loss",
+        "nats",
+        "of what is trained beside the student, on a step's blocks",
+        "lower",
+    ),
+    "train/engine/drafter_gradient_norm": Meaning("engine: gradient norm of the drafter", "", "before clipping"),
     "train/rollout_gap": Meaning(
         "rollout gap",
         "nats a token",

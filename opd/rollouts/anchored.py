@@ -102,6 +102,11 @@ class AnchoredRollout(Rollout):
         """Whether a drafter's proposals are asked for."""
         return self.slots == "drafter" or self.anchors in ("verified", "random")
 
+    @property
+    def alike(self) -> bool:
+        """Never: a prompt may have several texts."""
+        return False
+
     def blocks(self, tokens: int, acceptance: int) -> int:
         """Blocks in a text of so many tokens at a whole acceptance length."""
         if self.anchors == "every":
@@ -168,6 +173,7 @@ class Anchored(Combination[AnchoredRollout]):
         if settings.slots == "drafter" and settings.anchors == "random" and settings.moved == "accepted":
             own.add("data")
         self.authors = frozenset(own)
+        self.draws = False
         self.current, self.proposes = drafting.current, settings.proposes
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, Self, TypeVar
@@ -36,6 +36,7 @@ class PrefixSource(ABC, Generic[S]):
     Attributes:
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
+        draws: whether the student's actions are draws from its distribution; False where they are its likeliest.
         dtype: what the sampler computes in.
         stale: steps by which the weights that the student writes with may lie behind those that learn from it.
         elsewhere: whether another program writes: all processes must ask it equally often, and its rounding may be far
@@ -45,6 +46,7 @@ class PrefixSource(ABC, Generic[S]):
 
     authors: frozenset[Author] = frozenset({"student"})
     current: bool = True
+    draws: bool = True
     dtype: torch.dtype = torch.float32
     stale: int = 0
     ahead: bool = False
@@ -80,6 +82,14 @@ class PrefixSource(ABC, Generic[S]):
 
     def failures(self) -> Mapping[str, int]:
         """How often trajectories were lost, by reason."""
+        return {}
+
+    def learn(self, settings: S, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Who helps the student to write learns from what was written for this step, before the student moves. All
+        processes call."""
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        """What learnt so: what writes each to a folder, by the folder's name in the run."""
         return {}
 
     def own_signals(self) -> Mapping[str, float]:
@@ -169,6 +179,7 @@ class Combination(PrefixSource[C]):
         self.sources = sources
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
+        self.draws = all(source.draws for source in sources)
         self.stale = max((source.stale for source in sources), default=0)
         self.elsewhere = any(source.elsewhere for source in sources)
 
@@ -181,6 +192,13 @@ class Combination(PrefixSource[C]):
         for source in self.sources:
             counts.update(source.failures())
         return counts
+
+    def learn(self, settings: C, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for source, part in zip(self.sources, settings.parts, strict=True):
+            source.learn(part, sum_over_processes)
+
+    def beside(self) -> Mapping[str, Callable[[Path], None]]:
+        return {name: write for source in self.sources for name, write in source.beside().items()}
 
     def own_signals(self) -> Mapping[str, float]:
         return {name: value for source in self.sources for name, value in source.own_signals().items()}
@@ -245,6 +263,11 @@ class Rollout(Choice):
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
+
+    @property
+    def alike(self) -> bool:
+        """Whether all trajectories of a prompt are one: nothing is drawn."""
+        return bool(self.parts) and all(part.alike for part in self.parts)
 
     def files(self, prompt: Prompt) -> list[Path]:
         """Files that a row names and that are read during training."""

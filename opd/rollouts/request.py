@@ -30,6 +30,7 @@ class Request(Generic[S]):
         context: facts of the run at this step.
         begun: P * G sequences of actions that another source has written already; they stand before the actions that
             are drawn now and are not part of what is returned.
+        training: whether a step of training learns from them.
     """
 
     prompts: Sequence[Prompt]
@@ -39,6 +40,7 @@ class Request(Generic[S]):
     settings: S
     context: Context
     begun: Sequence[torch.Tensor] | None = None
+    training: bool = False
 
     def to(self, settings: Other, which: Sequence[int] | None = None, budget: int | None = None) -> Request[Other]:
         """This request to a part of the source, under the part's own settings.
@@ -52,4 +54,4 @@ class Request(Generic[S]):
             prompts = [prompts[i] for i in which]
             begun = None if begun is None else [begun[i * self.group + g] for i in which for g in range(self.group)]
         longest = self.budget if budget is None else budget
-        return Request(prompts, self.group, longest, self.stream, settings, self.context, begun)
+        return Request(prompts, self.group, longest, self.stream, settings, self.context, begun, self.training)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from opd.context import Context
-from opd.distributions import Categorical, Head, Target
 from opd.drafting.base import Drafter
 from opd.drafting.decoding import Answer, Speculation, speculate
-from opd.drafting.proposer import PROPOSER, proposer_of
+from opd.drafting.packing import packed
+from opd.drafting.proposer import PROPOSER, blocks_for, proposer_of
 from opd.drafting.proposing import Proposes
-from opd.drafting.record import Drafted, numbered
 from opd.drafting.target import Target as DraftTarget
 from opd.drafting.target import draft_head
 from opd.drafting.tokens import draft_tokens
@@ -23,7 +23,7 @@ from opd.language.engines.base import ids_of
 from opd.planning import Shape
 from opd.rollouts.base import C, HeldOutSampler, OneSource, PrefixSource, Sampling, row_seed
 from opd.rollouts.request import Request
-from opd.trajectories import AUTHORS, Trajectories
+from opd.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from opd.policies import Student
@@ -48,6 +48,10 @@ class SpeculativeRollout(Proposes, OneSource):
     proposer: str = Field("current", description=PROPOSER)
     batch: int = Field(64, ge=1, description="Answers written side by side")
 
+    @property
+    def alike(self) -> bool:
+        return self.text_temperature == 0
+
     def samplers(
         self, student: Shape, teachers: Sequence[tuple[str | None, Sequence[Shape]]]
     ) -> Iterator[tuple[Sampling, Shape]]:
@@ -63,25 +67,17 @@ class SpeculativeRollout(Proposes, OneSource):
         asked = any(getattr(t, "target", None) is target for t in teachers)
         proposer = proposer_of(self.proposer, drafter, target)
         self.check(proposer)
-        count = self.proposals or proposer.proposals
-        if drafter.most is not None and count > drafter.most:
-            raise IncompatibleError(
-                f"rollout.proposer {self.proposer} proposes {count} tokens, and the drafter that is trained "
-                f"{drafter.most} at most; set rollout.proposals to {drafter.most}"
-            )
-        return Speculative(target, proposer, asked, name, drafter)
+        blocks_for(self.proposer, self.proposals or proposer.proposals, drafter)
+        made = Speculative(target, proposer, asked, name, drafter)
+        made.draws = self.proposing == "drawn" and self.text_temperature == context.temperature
+        return made
 
 
 class Speculative(PrefixSource[SpeculativeRollout]):
     """The built rollout. Of a tree the slots of one line are kept (`opd.drafting.tree.Line`): those that stand, and the
     likeliest children behind the last of them, which do not.
 
-    Columns by position: `slot` int64, 1 to K; `accepted` bool; `rejected` bool, the first slot of a block that did not
-    stand and all behind it; `corrected` bool, that first slot alone; `verified` int64, the text's token at an accepted
-    or corrected slot, -1 elsewhere and where the drafter may not propose it; `log_q` float32, the drafter's
-    log-probability of its proposal when it proposed, at a temperature of 1, where the one that is trained proposes.
-    Slots that a text's end cut off are neither accepted nor rejected, and in no loss; nor are those at which the
-    target's likeliest token is none that the drafter may propose.
+    Columns are those of `opd.drafting.packing.packed`, `log_q` where the drafter that is trained proposes.
 
     Args:
         drafter: who proposes.
@@ -146,55 +142,9 @@ class Speculative(PrefixSource[SpeculativeRollout]):
 
     def packed(self, request: Request[C], how: Speculation, answers: Sequence[Answer]) -> Trajectories:
         """The trajectories of answers to a request's prompts, in their order."""
-        context, records = request.context, [answer.record for answer in answers]
-        device = context.device
-        actions = torch.cat([answer.proposed for answer in answers]).to(device)
-        sizes = [answer.record.slots(len(answer.proposed)) for answer in answers]
-        of_block, slot = numbered(torch.cat(sizes).to(device))
-        stood, added = (torch.cat([getattr(r, name) for r in records]).to(device) for name in ("accepted", "committed"))
-        accepted = slot <= stood[of_block]
-        # The target's own token behind what stood was added only if nothing cut the step before it.
-        whole = (added == stood + 1)[of_block]
-        hidden = torch.cat([answer.hidden for answer in answers]).to(device)
-        learn = accepted | whole
-        vocabulary = draft_tokens(context).vocabulary
-        if vocabulary.ids is not None and len(actions):
-            learn &= ~vocabulary.outside(how.written.vocabulary.named(_likeliest(hidden, how.written)))
-        corrected = whole & (slot == stood[of_block] + 1)
-        verified = torch.cat([_written(*each) for each in zip(records, sizes, strict=True)]).to(device)
-        verified = verified.where((accepted | corrected) & ~vocabulary.outside(verified), -1)
-        head = self.target.language.head(context.temperature, vocabulary).detach()
-        log_q, drawn_log_q = (torch.cat([getattr(a, name) for a in answers]) for name in ("log_q", "drawn_log_q"))
-        return Trajectories(
-            prompts=[prompt for prompt in request.prompts for _ in range(request.group)],
-            contexts=records,
-            actions=actions,
-            lengths=torch.tensor([len(answer.proposed) for answer in answers]),
-            behaviour_log_probs=drawn_log_q.to(device),
-            finished=torch.tensor([answer.finished for answer in answers]),
-            learn=learn,
-            authors=torch.full_like(actions, AUTHORS.index("student"), dtype=torch.uint8),
-            groups=torch.arange(len(request.prompts)).repeat_interleave(request.group),
-            columns={
-                "slot": slot,
-                "accepted": accepted,
-                "rejected": ~accepted & whole,
-                "corrected": corrected,
-                "verified": verified,
-                **({"log_q": log_q.to(device)} if self.current else {}),
-            },
-            answers=(Target(Categorical(hidden, head), teacher=self.name),) if self.asked else None,
-        )
-
-
-def _written(record: Drafted, sizes: torch.Tensor) -> torch.Tensor:
-    """int64 `[N]`: the text's token at the place of each slot of blocks of int64 `[M]` sizes; behind the text's end its
-    last one."""
-    of_block, slot = numbered(sizes)
-    places = record.anchors[of_block] - len(record.prompt) + slot
-    return record.response[places.clamp(max=len(record.response) - 1)]
-
-
-def _likeliest(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    """int64 `[N]`, columns; a few rows at a time."""
-    return torch.cat([head.logits(part).argmax(-1) for part in torch.split(hidden, 512)])
+        context = request.context
+        head = self.target.language.head(context.temperature, draft_tokens(context).vocabulary).detach()
+        prompts = [prompt for prompt in request.prompts for _ in range(request.group)]
+        made = packed(how.written, answers, prompts, request.group, head, self.name)
+        columns = {name: column for name, column in made.columns.items() if self.current or name != "log_q"}
+        return replace(made, columns=columns, answers=made.answers if self.asked else None)

@@ -201,7 +201,7 @@ class ImageTextModel(Decoded):
             )
         # Such masks let tokens of one picture see each other.
         ids, embeds, positions = given["input_ids"], handed["inputs_embeds"], handed.get("position_ids")
-        here = ids == self.picture_id
+        here = torch.eq(ids, int(self.picture_id or 0))
         counts = here.sum(1).tolist()
         layers = [torch.split(layer, counts) for layer in handed.get("deepstack_visual_embeds") or ()]
         types = next((name for name in OF_TOKENS if name in given), None)
@@ -218,10 +218,10 @@ class ImageTextModel(Decoded):
             found.append(Seen(embeds[i, here[i]], own, tuple(layer[i] for layer in layers), types))
         return found
 
-    def _handed(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _handed(self, given: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
         """What the model's own forward pass hands its decoder."""
 
-        def stop(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def stop(module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             raise _Reached({**dict(zip(("input_ids",), args, strict=False)), **kwargs})
 
         hook = decoder_of(self.base).register_forward_pre_hook(stop, with_kwargs=True)
@@ -240,12 +240,12 @@ class ImageTextModel(Decoded):
         found = getattr(self.base, self.base.base_model_prefix, None)
         return found if isinstance(found, PreTrainedModel) else self.base
 
-    def _given(self, contexts: Sequence[PromptInputs]) -> dict[str, Any]:
+    def _given(self, contexts: Sequence[PromptInputs]) -> dict[str, torch.Tensor]:
         """Arguments of the model's own forward pass: prompts padded on the right, their tensors joined."""
         ids, mask = pad([context.ids.cpu() for context in contexts], "right")
         # The filler must stand for no picture.
         ids[mask == 0] = next(i for i in range(len(self.placeholders) + 1) if i not in self.placeholders)
-        given: dict[str, Any] = {"input_ids": ids}
+        given: dict[str, torch.Tensor] = {"input_ids": ids}
         if not bool(mask.all()):
             given["attention_mask"] = mask
         for name in contexts[0].inputs:

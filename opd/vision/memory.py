@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -35,11 +35,11 @@ class Memory(Generic[T]):
             _, (_, _, gone) = self._kept.popitem(last=False)
             self.held -= gone
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Memory[T]:
+    def __deepcopy__(self, memo: dict[int, object]) -> Memory[T]:
         return Memory(self.room)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, int]:
         return {"room": self.room}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(state["room"])  # type: ignore[misc]

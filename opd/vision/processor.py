@@ -82,11 +82,11 @@ def _without_video(place: str, options: dict[str, Any]) -> ProcessorMixin:
     return _reader_of_pictures(kind).from_pretrained(place, **options)
 
 
-def _reader_of_pictures(kind: Any) -> Any:
+def _reader_of_pictures(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A subclass of a processor's class that is made of a tokenizer and a processor of images alone, by the same
     name."""
 
-    def attributes(cls: Any) -> list[str]:
+    def attributes(cls: type[ProcessorMixin]) -> list[str]:
         return [name for name in kind.get_attributes() if "video" not in name]
 
     return type(kind.__name__, (kind,), {"get_attributes": classmethod(attributes), "__module__": kind.__module__})
@@ -125,7 +125,7 @@ def placeholders_of(config: PretrainedConfig | None, processor: ProcessorMixin) 
     return tuple(sorted(found - ends))
 
 
-def _ids_of(part: Any) -> Iterator[int]:
+def _ids_of(part: object) -> Iterator[int]:
     for name, value in vars(part).items():
         if any(mark in name for mark in PARTS) and name.endswith(("token_id", "token_index")) and type(value) is int:
             yield value

@@ -68,12 +68,14 @@ class Drawing:
         context: gives temperature, the ids that count and those that end a completion.
         top_p, top_k: cuts of the distribution that is drawn from; 1 and 0 cut nothing.
         batch: rows written side by side; an engine that does its own batching need not look.
+        training: whether a step of training learns from the rows; others are measured, asked about or kept.
     """
 
     context: Context
     top_p: float = 1.0
     top_k: int = 0
     batch: int = 64
+    training: bool = False
 
 
 class Row(NamedTuple):
