@@ -60,37 +60,37 @@ class OpdSession(Session):
         from opd.recipe import parse_recipe
         from opd.reproductions.definition import merged
 
-        size = job.size
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", forced_sampler(self.forced)))
         self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
         self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
-        model = {"template": "plain", "dtype": "float32"}
-        passes = size.micro or size.batch * size.group
-        settings = merged(
-            {
-                "steps": 10**6,
-                "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
-                "teacher": {"model": str(self.folder / "teacher"), **model, "batch": passes},
-                "prompts": {"kind": "inline", "prompts": self.prompts},
-                "max_prompt_tokens": 4096,
-                "end_tokens": self.ends,
-                "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
-                "update": {"learning_rate": LEARNING_RATE},
-                "batch": {"prompts": size.batch, "group": size.group, "micro": passes},
-                "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
-                "tracking": {"trackers": []},
-                "checkpoint": {"every": 0},
-                "hardware": {"device": job.device, "precision": job.precision, "threads": job.threads},
-                "self_test": False,
-                "output": str(self.directory),
-            },
-            job.changes or {},
-        )
-        recipe = parse_recipe(settings, "the benchmark's recipe")
-        made = _made_on_device(recipe, job) if size.made else {}
+        recipe = parse_recipe(merged(self.settings(), job.changes or {}), "the benchmark's recipe")
+        made = _made_on_device(recipe, job) if job.size.made else {}
         self.run = assemble(recipe, _held_monitor(self.directory, self._count), **made)
         self.run.course = _in_order(recipe, self.run)
+
+    def settings(self) -> dict[str, Any]:
+        """The run's recipe."""
+        job, size = self.job, self.job.size
+        model = {"template": "plain", "dtype": "float32"}
+        passes = size.micro or size.batch * size.group
+        return {
+            "steps": 10**6,
+            "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
+            "teacher": {"model": str(self.folder / "teacher"), **model, "batch": passes},
+            "prompts": {"kind": "inline", "prompts": self.prompts},
+            "max_prompt_tokens": 4096,
+            "end_tokens": self.ends,
+            "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
+            "update": {"learning_rate": LEARNING_RATE},
+            "batch": {"prompts": size.batch, "group": size.group, "micro": passes},
+            "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
+            "tracking": {"trackers": []},
+            "checkpoint": {"every": 0},
+            "hardware": {"device": job.device, "precision": job.precision, "threads": job.threads},
+            "self_test": False,
+            "output": str(self.directory),
+        }
 
     def _count(self, signals: Mapping[str, float]) -> bool:
         self.sampled += int(signals["sampled_tokens"])
