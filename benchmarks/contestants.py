@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 
 from benchmarks.bare import FloorSession
 from benchmarks.phases import WHOLE, Phases
+from benchmarks.pictured import Pictured
 from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
 from benchmarks.sizes import ForcedLengths, load
 
@@ -210,16 +211,32 @@ class TrlSession(Session):
         super().__init__(job)
         torch.set_num_threads(job.threads)
         self.directory = tempfile.TemporaryDirectory()
-        student, teacher = (
-            AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).to(job.device)
-            for name in ("student", "teacher")
-        )
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
+        student, teacher = (self.load(name) for name in ("student", "teacher"))
         for model in (student, teacher):
             model.generation_config.eos_token_id = self.ends
         self._force(student)
-        self.trainer = self.make_trainer(student, teacher, tokenizer)
+        self.trainer = self.make_trainer(student, teacher, self.reader())
         self._time(student, teacher)
+
+    def load(self, name: str) -> Any:
+        """The `student` or the `teacher`."""
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+        return model.to(self.job.device)
+
+    def reader(self) -> Any:
+        """What reads prompts."""
+        return AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What the trainer gets of a prompt."""
+        return {"prompt": self.prompts[number]}
+
+    def rows(self) -> Any:
+        """The set that is trained on."""
+        from datasets import Dataset
+
+        numbers = range(len(self.prompts))
+        return Dataset.from_list([row for row in map(self.row, numbers) for _ in range(self.job.size.group)])
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -240,8 +257,7 @@ class TrlSession(Session):
             "seed": 0,
         }
 
-    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
-        from datasets import Dataset
+    def make_trainer(self, student: Any, teacher: Any, reader: Any) -> Any:
         from trl import DistillationConfig, DistillationTrainer
         from trl.kernels import chunked_divergence
 
@@ -257,10 +273,8 @@ class TrlSession(Session):
                 temperature=1.0,
                 shuffle_dataset=False,
             ),
-            train_dataset=Dataset.from_list(
-                [{"prompt": text} for text in self.prompts for _ in range(self.job.size.group)]
-            ),
-            processing_class=tokenizer,
+            train_dataset=self.rows(),
+            processing_class=reader,
         )
 
     def _force(self, student: Any) -> None:
@@ -322,7 +336,8 @@ class TrlSession(Session):
         """The batch that the trainer makes itself of the first step's prompts, sampling replaced by `completions`."""
         trainer = self.trainer
         with mock.patch.object(trainer, "_generate_single_turn", return_value=[list(y) for y in completions]):
-            return trainer._generate_and_score_completions([{"prompt": p} for p in self.prompts[: len(completions)]])
+            rows = [trainer.train_dataset[i * self.job.size.group] for i in range(len(completions))]
+            return trainer._generate_and_score_completions(rows)
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
         trainer = self.trainer
@@ -340,7 +355,7 @@ class GkdSession(TrlSession):
 
     prompt_names = ("input_ids", "attention_mask")
 
-    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
+    def make_trainer(self, student: Any, teacher: Any, reader: Any) -> Any:
         from datasets import Dataset
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -361,7 +376,7 @@ class GkdSession(TrlSession):
                 max_length=8192,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=reader,
         )
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
         return trainer
@@ -387,6 +402,10 @@ class GkdSession(TrlSession):
 
 def open_session(job: Job) -> Session:
     """Load what the job names."""
+    if isinstance(job.size, Pictured):
+        from benchmarks.vision_contestants import open_pictured
+
+        return open_pictured(job)
     if job.changes is not None:
         return OpdSession(job)
     if job.contestant == FLOOR:
