@@ -181,6 +181,7 @@ def test_opd_and_the_bare_loop_do_the_same_step_with_pictures(family, group, mon
     monkeypatch.setattr(pictured, "MODELS", tmp_path)
     monkeypatch.setattr("benchmarks.session.STEPS", 2)
     monkeypatch.setattr(pictured, "POOL", 4)
+    monkeypatch.setattr(pictured, "TEXT", Shape(32, 1, 4))
     size = replace(vision_step.SIZES[0], vocabulary=20, batch=2, group=group, shortest=3, longest=3, family=family)
     pictured.materialise(size, 2)
     ours, bare = (kind(Job(name, size)) for name, kind in ((OPD, OpdPictures), (FLOOR, BarePictures)))
