@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from opd.assembly import load_data, not_held_out
+from opd.checkpoints.content import content_of
 from opd.drawings.font import character
 from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
 from opd.language.engines.base import PromptInputs
@@ -105,6 +106,24 @@ def test_it_is_turned_and_flattened_as_people_see_it():
 def test_what_is_no_picture_is_named_by_its_row(value, message, tmp_path):
     with pytest.raises(DataError, match=rf"^rows\.jsonl:3: the picture in column 'image'.*{message}"):
         read(value, tmp_path)
+
+
+def lazily(cut=None, closed=False):
+    """A picture of PIL over a file that was cut off, or closed before anybody looked."""
+    made = Image.open(io.BytesIO(encoded(picture(0, 40, 40))[:cut]))
+    if closed:
+        made.close()
+    return made
+
+
+@pytest.mark.parametrize("options", [{"cut": 300}, {"closed": True}])
+def test_a_picture_of_pil_that_cannot_be_read_is_named_by_its_row_too(options, tmp_path):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: the picture in column 'image' cannot be read"):
+        read(lazily(**options), tmp_path)
+    rows = InlinePrompts(prompts=[{"prompt": "which digit?", "image": lazily(**options)}])
+    assert "cannot be read" in rows.model_dump(mode="json")["prompts"][0]["image"]
+    of_rows = [content_of(load_prompts([rows]), lambda prompt: []) for _ in range(2)]
+    assert of_rows[0] == of_rows[1]
 
 
 def test_a_place_that_is_no_file_is_not_opened(tmp_path):

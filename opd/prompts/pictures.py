@@ -101,11 +101,9 @@ def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Calla
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, np.ndarray):
         return then(_of_array(value, where))
-    if isinstance(value, Image.Image):
-        return then(value)
     if isinstance(value, str | Path):
         value = _file(str(value), prompt, where, limits)
-    if not isinstance(value, bytes | Path):
+    if not isinstance(value, bytes | Path | Image.Image):
         raise DataError(
             f"{where} is of type {type(value).__name__}; give a file's path, uint8 [H, W, 3], a picture of PIL or "
             "encoded bytes"
@@ -114,6 +112,9 @@ def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Calla
         raise DataError(f"{where} has {len(value)} bytes, more than {limits.bytes}; raise student.largest_file")
     source = io.BytesIO(value) if isinstance(value, bytes) else value
     try:
+        if isinstance(source, Image.Image):
+            # One of a file is read when it is looked at first, and may have been closed.
+            return then(source)
         with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
             # The limit is ours, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
