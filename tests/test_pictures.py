@@ -252,6 +252,8 @@ def test_a_box_makes_both_views(engine):
     assert np.array_equal(np.asarray(view_of(engine, clean, None).pictures[0]), np.asarray(grey))
     (crop,) = boxed([row], view="crop", scale=1.0, margin=0.5)
     assert view_of(engine, crop, None).pictures[0].size == (20, 16)
+    (cut,) = boxed([{**row, "box": [36.5, -1, 41, 6]}], view="crop", scale=1.0)
+    assert view_of(engine, cut, None).pictures[0].size == (4, 6)
     shares = {**row, "box": [0.25, 0.2, 0.5, 0.6]}
     assert boxed([shares], units="share", line=1)[0].fields["image"] == prompt.fields["image"]
     # The picture that the row came with is as it was.
@@ -261,7 +263,10 @@ def test_a_box_makes_both_views(engine):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"box": None}, r"no column 'box'"),
+        ({"box": None}, r"column 'box' is empty; a row of a boxed source has"),
+        ({"box": [0.25, 0.2, 0.5, 0.6]}, r"less than a pixel; set units: share if it is in parts of the picture"),
+        ({"box": [30, 10, 60, 20]}, r"of which most lies outside; is it in other units"),
+        ({"box": [-9, -9, 10, 10]}, r"of which most lies outside"),
         ({"box": [0, 0, 40, 20]}, r"has 100\.0% of the picture, more than prompts\.largest=0\.5; leave such rows out"),
         ({"box": [50, 0, 60, 5]}, r"40 x 20 pixels large and has the box"),
         ({"crop": "x"}, r"a column 'crop' of its own"),

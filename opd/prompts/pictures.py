@@ -207,7 +207,7 @@ def corners(box: object, size: tuple[int, int], where: str) -> tuple[int, int, i
     """`(left, top, right, bottom)` in whole pixels that hold the box, cut at the picture's edges.
 
     Raises:
-        DataError: it is no box, or none of it lies in the picture.
+        DataError: it is no box, less than half of it lies in the picture, or it is given in shares.
     """
     numbers = [float(x) for x in box] if isinstance(box, Sequence | np.ndarray) and _are_numbers(box) else []
     if len(numbers) != 4 or not all(np.isfinite(numbers)):
@@ -218,6 +218,19 @@ def corners(box: object, size: tuple[int, int], where: str) -> tuple[int, int, i
         raise DataError(
             f"{where} is {size[0]} x {size[1]} pixels large and has the box {numbers}, of which nothing lies in it; a "
             "box is [left, top, right, bottom] in pixels"
+        )
+    width, height = numbers[2] - numbers[0], numbers[3] - numbers[1]
+    if max(numbers) <= 1 and min(width, height) < 1:
+        raise DataError(
+            f"{where} has the box {numbers}, which is less than a pixel; set units: share if it is in parts of the "
+            "picture"
+        )
+    # A little beyond an edge is how boxes are drawn; most of it beyond is a box in other units, or of another picture.
+    inside = (min(size[0], numbers[2]) - max(0.0, numbers[0])) * (min(size[1], numbers[3]) - max(0.0, numbers[1]))
+    if inside < width * height / 2:
+        raise DataError(
+            f"{where} is {size[0]} x {size[1]} pixels large and has the box {numbers}, of which most lies outside; "
+            "is it in other units, or of the picture at another size?"
         )
     return left, top, right, bottom
 
