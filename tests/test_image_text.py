@@ -18,8 +18,10 @@ from opd.language.agreement import common_vocabulary
 from opd.language.engines.base import Drawing
 from opd.language.engines.layouts import can_flatten
 from opd.language.engines.scorer import CachedScorer
+from opd.language.model import load_model
 from opd.language.own_outputs import check_draws, check_logits
 from opd.language.tokens import Tokens
+from opd.policies.causal_lm import CausalLM
 from opd.policies.image_text import ImageText
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
@@ -310,6 +312,23 @@ def test_a_model_of_text_has_no_processor(tmp_path):
     character_tokenizer().save_pretrained(tmp_path / "text")
     with pytest.raises(ModelError, match=r"cannot be loaded|has no processor that reads pictures"):
         run(recipe(tmp_path, {"kind": "image_text", "model": str(tmp_path / "text")}))
+
+
+def test_a_model_of_the_other_kind_is_named_with_its_kind(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "text")
+    folder = save_vlm(tmp_path / "pictures", "qwen2_5_vl")
+    pairs = {
+        (CausalLM, folder): r"the family 'qwen2_5_vl', which reads pictures too; set kind: image_text beside the model",
+        (ImageText, str(tmp_path / "text")): r"reads text alone; set kind: causal_lm \(a teacher: local\)",
+    }
+    for (kind, model), message in pairs.items():
+        settings = kind(model=model)
+        for load in (
+            lambda settings=settings: load_model(settings, "cpu"),
+            lambda settings=settings: settings.shape([]),
+        ):
+            with pytest.raises(ModelError, match=message):
+                load()
 
 
 def test_what_a_family_hands_its_decoder_must_be_known(monkeypatch):
