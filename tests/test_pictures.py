@@ -18,6 +18,7 @@ from opd.drawings.font import character
 from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
 from opd.language.engines.base import PromptInputs
 from opd.language.engines.transformers import LanguageModel
+from opd.plan import make_plan
 from opd.policies.image_text import ImageText
 from opd.prompts import Prompt, load_prompts
 from opd.prompts.boxed import BoxedPrompts
@@ -398,3 +399,18 @@ def test_a_new_model_reads_tiles_and_their_crops(tmp_path):
     own = torch.cat([engine.own_logits(whole, completion), engine.own_logits(crop, completion)])
     torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
     assert engine.decode(completion) == f"{SYMBOLS[10 - 3]} {SYMBOLS[20 - 3]}"
+
+
+def test_words_that_a_model_lacks_are_found_before_a_run(tmp_path):
+    """The usual hint, for a model that knows the words of tiles alone."""
+    folder = create_image_text_model(tmp_path / "model", SYMBOLS)
+    settings = {
+        "student": {"kind": "image_text", "model": str(folder)},
+        "teacher": {"kind": "self", "sees": "crop"},
+        "prompts": {"kind": "boxed", "of": {"kind": "tiles", "size": 4}},
+        "evaluation": {"held_out": 1},
+    }
+    with pytest.raises(DataError, match=r"has no token for a part of 'Consider only"):
+        make_plan(parse_recipe(settings, "the test"))
+    settings["prompts"]["hint"] = "look inside the red frame"
+    assert make_plan(parse_recipe(settings, "the test")).peak > 0
