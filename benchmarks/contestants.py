@@ -19,9 +19,7 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from benchmarks.bare import FloorSession
 from benchmarks.phases import WHOLE, Phases
-from benchmarks.pictured import Pictured
 from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
 from benchmarks.sizes import ForcedLengths, load
 
@@ -398,16 +396,3 @@ class GkdSession(TrlSession):
         made = trainer.generate_on_policy_outputs(generator, batch, trainer.generation_config)
         names = ("input_ids", "attention_mask", "labels")
         return {name: value.to(self.job.device) for name, value in zip(names, made, strict=True)}
-
-
-def open_session(job: Job) -> Session:
-    """Load what the job names."""
-    if isinstance(job.size, Pictured):
-        from benchmarks.vision_contestants import open_pictured
-
-        return open_pictured(job)
-    if job.changes is not None:
-        return OpdSession(job)
-    if job.contestant == FLOOR:
-        return FloorSession(job)
-    return {OPD: OpdSession, TRL: TrlSession, TRL_TILED: TrlSession, GKD: GkdSession}[job.contestant](job)

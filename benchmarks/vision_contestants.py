@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import DynamicCache
 
-from benchmarks.contestants import FLOOR, OPD, TRL, OpdSession, TrlSession
+from benchmarks.contestants import OpdSession, TrlSession
 from benchmarks.pictured import PLACES, Pictured
 from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
 
@@ -136,12 +136,6 @@ class TrlPictures(TrlSession):
         import datasets
 
         return super().rows().cast_column("image", datasets.Image())
-
-
-def open_pictured(job: Job) -> Session:
-    """Load what the job names."""
-    kinds: dict[str, type[Session]] = {OPD: OpdPictures, FLOOR: BarePictures, TRL: TrlPictures}
-    return kinds[job.contestant](job)
 
 
 def _pictured(job: Job) -> Pictured:
