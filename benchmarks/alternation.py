@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.contestants import open_session
 from benchmarks.isolated import M_MMAP_THRESHOLD, _allocator, _status
 from benchmarks.loss_operator import describe_machine, versions
+from benchmarks.opening import open_session
 from benchmarks.session import Job
 
 MEMORY_STEPS = 2

@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from benchmarks.bare import FloorSession
 from benchmarks.phases import WHOLE, Phases
 from benchmarks.session import LEARNING_RATE, AfterStep, Job, Score, Session
 from benchmarks.sizes import ForcedLengths, load
@@ -60,37 +59,37 @@ class OpdSession(Session):
         from opd.recipe import parse_recipe
         from opd.reproductions.definition import merged
 
-        size = job.size
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(mock.patch("opd.language.engines.in_process.Sampler", forced_sampler(self.forced)))
         self.patches.enter_context(mock.patch("opd.loop.Clock", functools.partial(_clock, self.phases)))
         self.directory = Path(self.patches.enter_context(tempfile.TemporaryDirectory()))
-        model = {"template": "plain", "dtype": "float32"}
-        passes = size.micro or size.batch * size.group
-        settings = merged(
-            {
-                "steps": 10**6,
-                "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
-                "teacher": {"model": str(self.folder / "teacher"), **model, "batch": passes},
-                "prompts": {"kind": "inline", "prompts": self.prompts},
-                "max_prompt_tokens": 4096,
-                "end_tokens": self.ends,
-                "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
-                "update": {"learning_rate": LEARNING_RATE},
-                "batch": {"prompts": size.batch, "group": size.group, "micro": passes},
-                "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
-                "tracking": {"trackers": []},
-                "checkpoint": {"every": 0},
-                "hardware": {"device": job.device, "precision": job.precision, "threads": job.threads},
-                "self_test": False,
-                "output": str(self.directory),
-            },
-            job.changes or {},
-        )
-        recipe = parse_recipe(settings, "the benchmark's recipe")
-        made = _made_on_device(recipe, job) if size.made else {}
+        recipe = parse_recipe(merged(self.settings(), job.changes or {}), "the benchmark's recipe")
+        made = _made_on_device(recipe, job) if job.size.made else {}
         self.run = assemble(recipe, _held_monitor(self.directory, self._count), **made)
         self.run.course = _in_order(recipe, self.run)
+
+    def settings(self) -> dict[str, Any]:
+        """The run's recipe."""
+        job, size = self.job, self.job.size
+        model = {"template": "plain", "dtype": "float32"}
+        passes = size.micro or size.batch * size.group
+        return {
+            "steps": 10**6,
+            "student": {"model": str(self.folder / "student"), **model, "gradient_checkpointing": size.made},
+            "teacher": {"model": str(self.folder / "teacher"), **model, "batch": passes},
+            "prompts": {"kind": "inline", "prompts": self.prompts},
+            "max_prompt_tokens": 4096,
+            "end_tokens": self.ends,
+            "rollout": {"max_new_tokens": size.longest, "dtype": "auto" if job.precision == "bf16" else "own"},
+            "update": {"learning_rate": LEARNING_RATE},
+            "batch": {"prompts": size.batch, "group": size.group, "micro": passes},
+            "evaluation": {"prompts": {"kind": "inline", "prompts": [{"id": "none", "prompt": self.prompts[0]}]}},
+            "tracking": {"trackers": []},
+            "checkpoint": {"every": 0},
+            "hardware": {"device": job.device, "precision": job.precision, "threads": job.threads},
+            "self_test": False,
+            "output": str(self.directory),
+        }
 
     def _count(self, signals: Mapping[str, float]) -> bool:
         self.sampled += int(signals["sampled_tokens"])
@@ -210,16 +209,32 @@ class TrlSession(Session):
         super().__init__(job)
         torch.set_num_threads(job.threads)
         self.directory = tempfile.TemporaryDirectory()
-        student, teacher = (
-            AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).to(job.device)
-            for name in ("student", "teacher")
-        )
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
+        student, teacher = (self.load(name) for name in ("student", "teacher"))
         for model in (student, teacher):
             model.generation_config.eos_token_id = self.ends
         self._force(student)
-        self.trainer = self.make_trainer(student, teacher, tokenizer)
+        self.trainer = self.make_trainer(student, teacher, self.reader())
         self._time(student, teacher)
+
+    def load(self, name: str) -> Any:
+        """The `student` or the `teacher`."""
+        model: Any = AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32)
+        return model.to(self.job.device)
+
+    def reader(self) -> Any:
+        """What reads prompts."""
+        return AutoTokenizer.from_pretrained(self.folder / "student", padding_side="left")
+
+    def row(self, number: int) -> dict[str, Any]:
+        """What the trainer gets of a prompt."""
+        return {"prompt": self.prompts[number]}
+
+    def rows(self) -> Any:
+        """The set that is trained on."""
+        from datasets import Dataset
+
+        numbers = range(len(self.prompts))
+        return Dataset.from_list([row for row in map(self.row, numbers) for _ in range(self.job.size.group)])
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -240,8 +255,7 @@ class TrlSession(Session):
             "seed": 0,
         }
 
-    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
-        from datasets import Dataset
+    def make_trainer(self, student: Any, teacher: Any, reader: Any) -> Any:
         from trl import DistillationConfig, DistillationTrainer
         from trl.kernels import chunked_divergence
 
@@ -257,10 +271,8 @@ class TrlSession(Session):
                 temperature=1.0,
                 shuffle_dataset=False,
             ),
-            train_dataset=Dataset.from_list(
-                [{"prompt": text} for text in self.prompts for _ in range(self.job.size.group)]
-            ),
-            processing_class=tokenizer,
+            train_dataset=self.rows(),
+            processing_class=reader,
         )
 
     def _force(self, student: Any) -> None:
@@ -322,7 +334,8 @@ class TrlSession(Session):
         """The batch that the trainer makes itself of the first step's prompts, sampling replaced by `completions`."""
         trainer = self.trainer
         with mock.patch.object(trainer, "_generate_single_turn", return_value=[list(y) for y in completions]):
-            return trainer._generate_and_score_completions([{"prompt": p} for p in self.prompts[: len(completions)]])
+            rows = [trainer.train_dataset[i * self.job.size.group] for i in range(len(completions))]
+            return trainer._generate_and_score_completions(rows)
 
     def score(self, completions: Sequence[Sequence[int]]) -> Score:
         trainer = self.trainer
@@ -340,7 +353,7 @@ class GkdSession(TrlSession):
 
     prompt_names = ("input_ids", "attention_mask")
 
-    def make_trainer(self, student: Any, teacher: Any, tokenizer: Any) -> Any:
+    def make_trainer(self, student: Any, teacher: Any, reader: Any) -> Any:
         from datasets import Dataset
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -361,7 +374,7 @@ class GkdSession(TrlSession):
                 max_length=8192,
             ),
             train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
+            processing_class=reader,
         )
         trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
         return trainer
@@ -383,12 +396,3 @@ class GkdSession(TrlSession):
         made = trainer.generate_on_policy_outputs(generator, batch, trainer.generation_config)
         names = ("input_ids", "attention_mask", "labels")
         return {name: value.to(self.job.device) for name, value in zip(names, made, strict=True)}
-
-
-def open_session(job: Job) -> Session:
-    """Load what the job names."""
-    if job.changes is not None:
-        return OpdSession(job)
-    if job.contestant == FLOOR:
-        return FloorSession(job)
-    return {OPD: OpdSession, TRL: TrlSession, TRL_TILED: TrlSession, GKD: GkdSession}[job.contestant](job)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import floor, flow_step, head_to_head, scaling, time_to_quality
+from benchmarks import floor, flow_step, head_to_head, scaling, time_to_quality, vision_step
 from opd.truth_table import load_table
 
 ROOT = Path(__file__).parent.parent
@@ -96,6 +96,7 @@ def benchmarks(folder: Path) -> str:
         "time_to_quality": (_time_to_quality, time_to_quality.judge({})),
         "scaling": (_scaling, scaling.judge([], [])),
         "flow_step": (_flow_step, flow_step.judge([])),
+        "vision_step": (_vision_step, vision_step.judge([])),
         "compiled": (_compiled, []),
     }
     goals, tables = "", ""
@@ -225,6 +226,21 @@ def _flow_step(data: dict[str, Any]) -> str:
             row.append(f"{cell['ratio'][clock]:.2f}")
         rows.append([*row, f"{cell['loss_error']:.0e}"])
     return f"Ratio: steps a second of opd over those of the bare loop.\n\n{_rows(header, rows)}"
+
+
+def _vision_step(data: dict[str, Any]) -> str:
+    text = ""
+    for cell in data["cells"]:
+        floor_cpu = cell["contestants"]["floor"]["cpu_seconds"]
+        errors = {"opd": cell["loss_error"], "TRL": cell.get("peer_loss_error")}
+        rows = []
+        for row in _steps(cell["contestants"]):
+            ratio = f"{cell['contestants'][row[0]]['cpu_seconds'] / floor_cpu:.2f}"
+            error = errors.get(row[0])
+            rows.append([*row[:2], ratio, *row[2:], "" if error is None else f"{error:.0e}"])
+        header = ("", "CPU s", "/ floor", "wall s", *PHASES, "tokens / CPU s", "loss error")
+        text += f"\n**{cell['size']['name']}** (family, prompts x completions of each)\n\n{_rows(header, rows)}"
+    return text
 
 
 def _compiled(data: dict[str, Any]) -> str:

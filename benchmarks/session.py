@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from benchmarks.phases import Phases
 from benchmarks.sizes import ForcedLengths, Size, end_ids
@@ -76,9 +75,7 @@ class Session(ABC):
         self.folder = job.size.folder
         self.ends = end_ids(self.folder / "student")
         self.prompts = job.size.prompts(STEPS)
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student")
-        encoded = [tokenizer(text)["input_ids"] for text in self.prompts]
-        self.forced = ForcedLengths.of(encoded, job.size.lengths(STEPS), self.ends)
+        self.forced = ForcedLengths.of(job.size.encoded(STEPS), job.size.lengths(STEPS), self.ends)
 
     @abstractmethod
     def train(self, after_step: AfterStep) -> None:

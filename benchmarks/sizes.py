@@ -84,6 +84,11 @@ class Size:
         words = range(self.vocabulary - 3)
         return [" ".join(f"w{rng.choice(words)}" for _ in range(rng.randint(*self.prompt))) for _ in range(count)]
 
+    def encoded(self, steps: int) -> list[list[int]]:
+        """Ids of the texts of so many steps, as the student reads them."""
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "student")
+        return [tokenizer(text)["input_ids"] for text in self.prompts(steps)]
+
     def lengths(self, steps: int) -> list[int]:
         """Tokens of each prompt's completions."""
         rng, found = random.Random(SEED + 1), []

@@ -11,15 +11,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoTokenizer
 
-from benchmarks import flow_step, lengths, pages, phases, scaling, sizes, store
+from benchmarks import flow_step, lengths, pages, phases, pictured, scaling, sizes, store, vision_step
 from benchmarks.bare import FloorSession
-from benchmarks.contestants import OpdSession
+from benchmarks.contestants import FLOOR, OPD, OpdSession
 from benchmarks.head_to_head import utilisation
 from benchmarks.phases import Phases
 from benchmarks.session import Job
 from benchmarks.sizes import ON_DEVICE, ForcedLengths, Shape, Size, materialise
 from benchmarks.time_to_quality import Curve, judge, prune, smoothed
 from benchmarks.utilisation import body
+from benchmarks.vision_contestants import BarePictures, OpdPictures
 from tests.test_gpu import cuda
 
 SIZE = Size("test", 48, Shape(32, 2, 2), Shape(48, 1, 4), batch=4, shortest=2, longest=12, prompt=(6, 10))
@@ -174,6 +175,55 @@ def test_a_step_of_flow_opd_takes_turns_with_a_bare_loop_of_the_same_loss(tmp_pa
     assert f"| {flow_step.QUICK.name} | 4 | 4 |" in pages._flow_step({"cells": [slow]})
 
 
+@pytest.mark.parametrize(("family", "group"), [("qwen2_5_vl", 2), ("idefics3", 1)])
+def test_opd_and_the_bare_loop_do_the_same_step_with_pictures(family, group, monkeypatch, tmp_path):
+    """Equal loss and gradient on equal completions, each under its own picture, and as many tokens a step."""
+    monkeypatch.setattr(pictured, "MODELS", tmp_path)
+    monkeypatch.setattr("benchmarks.session.STEPS", 2)
+    monkeypatch.setattr(pictured, "POOL", 4)
+    monkeypatch.setattr(pictured, "TEXT", Shape(32, 1, 4))
+    size = replace(vision_step.SIZES[0], vocabulary=20, batch=2, group=group, shortest=3, longest=3, family=family)
+    pictured.materialise(size, 2)
+    ours, bare = (kind(Job(name, size)) for name, kind in ((OPD, OpdPictures), (FLOOR, BarePictures)))
+    completions = ours.examples()
+    mine, theirs = ours.score(completions), bare.score(completions)
+    assert theirs.loss == pytest.approx(mine.loss, rel=1e-5)
+    assert theirs.gradient_norm == pytest.approx(mine.gradient_norm, rel=1e-5)
+    assert theirs.gradient_component == pytest.approx(mine.gradient_component, abs=1e-5 * mine.gradient_norm)
+    same = BarePictures(Job(FLOOR, replace(size, sees="image"))).score(completions)
+    assert same.loss != pytest.approx(mine.loss, rel=1e-3)
+    for side in (ours, bare):
+        side.train(lambda: False)
+        assert side.sampled == 2 * group * 3
+    # Completions that share a prompt come to the same as each alone.
+    given, other, drawn = bare.read(0, 2, "image"), bare.read_other(0, 2), torch.tensor(completions)
+    assert bare.descend(given, other, drawn.repeat_interleave(2, 0), 2) == pytest.approx(
+        bare.descend(given, other, drawn, 1), rel=1e-5
+    )
+
+
+def test_goals_of_steps_with_pictures_are_judged_by_the_worst_cell():
+    cells = [
+        {
+            "size": {"group": group},
+            "over_floor": {"cpu": over},
+            "peer_over_opd": {"cpu": peer},
+            "loss_error": 1e-7,
+            "gradient_error": 1e-6,
+            "peer_loss_error": 1e-3,
+        }
+        for group, over, peer in ((1, 1.0, 1.2), (4, 1.1, 2.2), (4, 1.2, 2.5))
+    ]
+    found = vision_step.judge(cells)
+    assert [(goal["figure"], goal["met"]) for goal in found] == [
+        (1.2, False),
+        (2.2, True),
+        (1.2, False),
+        (1e-6, True),
+        (1e-3, True),
+    ]
+
+
 def test_two_processes_share_a_step_and_take_turns_with_one():
     found = scaling.two_processes(replace(SIZE, batch=2), "DDP", 2)
     assert [(of["prompts"], len(of["speed_up"])) for of in found] == [(2, 2), (4, 2)]
@@ -188,7 +238,7 @@ def test_two_processes_share_a_step_and_take_turns_with_one():
 def test_goals_without_results_are_said_to_be_unmeasured(tmp_path):
     text = pages.benchmarks(tmp_path)
     goals = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(goals) == 13
+    assert len(goals) == 18
     assert all("not measured yet" in line for line in goals)
 
 

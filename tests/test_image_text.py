@@ -13,13 +13,16 @@ from transformers import AutoModelForImageTextToText
 from opd.api import distill, execute
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import IncompatibleError, ModelError, RunError
+from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
+from opd.jobs.sampling import sample
 from opd.language.agreement import common_vocabulary
 from opd.language.engines.base import Drawing
 from opd.language.engines.layouts import can_flatten
 from opd.language.engines.scorer import CachedScorer
+from opd.language.model import load_model
 from opd.language.own_outputs import check_draws, check_logits
 from opd.language.tokens import Tokens
+from opd.policies.causal_lm import CausalLM
 from opd.policies.image_text import ImageText
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
@@ -305,11 +308,35 @@ def test_a_server_does_not_write_for_a_model_that_reads_pictures(tmp_path):
         run(recipe(tmp_path, {"kind": "image_text", "model": folder}, rollout=rollout))
 
 
+def test_a_store_keeps_no_pictures(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"student.kind is 'image_text', of whose prompts it would keep the ids alone"
+    ):
+        sample(parse_recipe(recipe(tmp_path, {"kind": "image_text", "model": "none"})), tmp_path / "store")
+
+
 def test_a_model_of_text_has_no_processor(tmp_path):
     tiny_model().save_pretrained(tmp_path / "text")
     character_tokenizer().save_pretrained(tmp_path / "text")
     with pytest.raises(ModelError, match=r"cannot be loaded|has no processor that reads pictures"):
         run(recipe(tmp_path, {"kind": "image_text", "model": str(tmp_path / "text")}))
+
+
+def test_a_model_of_the_other_kind_is_named_with_its_kind(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "text")
+    folder = save_vlm(tmp_path / "pictures", "qwen2_5_vl")
+    pairs = {
+        (CausalLM, folder): r"the family 'qwen2_5_vl', which reads pictures too; set kind: image_text beside the model",
+        (ImageText, str(tmp_path / "text")): r"reads text alone; set kind: causal_lm \(a teacher: local\)",
+    }
+    for (kind, model), message in pairs.items():
+        settings = kind(model=model)
+        for load in (
+            lambda settings=settings: load_model(settings, "cpu"),
+            lambda settings=settings: settings.shape([]),
+        ):
+            with pytest.raises(ModelError, match=message):
+                load()
 
 
 def test_what_a_family_hands_its_decoder_must_be_known(monkeypatch):

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 
 from opd.assembly import load_data, not_held_out
+from opd.checkpoints.content import content_of
 from opd.drawings.font import character
 from opd.errors import DataError, IncompatibleError, ModelError, RecipeError, RunError
 from opd.language.engines.base import PromptInputs
 from opd.language.engines.transformers import LanguageModel
+from opd.plan import make_plan
 from opd.policies.image_text import ImageText
 from opd.prompts import Prompt, load_prompts
 from opd.prompts.boxed import BoxedPrompts
@@ -105,6 +107,24 @@ def test_it_is_turned_and_flattened_as_people_see_it():
 def test_what_is_no_picture_is_named_by_its_row(value, message, tmp_path):
     with pytest.raises(DataError, match=rf"^rows\.jsonl:3: the picture in column 'image'.*{message}"):
         read(value, tmp_path)
+
+
+def lazily(cut=None, closed=False):
+    """A picture of PIL over a file that was cut off, or closed before anybody looked."""
+    made = Image.open(io.BytesIO(encoded(picture(0, 40, 40))[:cut]))
+    if closed:
+        made.close()
+    return made
+
+
+@pytest.mark.parametrize("options", [{"cut": 300}, {"closed": True}])
+def test_a_picture_of_pil_that_cannot_be_read_is_named_by_its_row_too(options, tmp_path):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:3: the picture in column 'image' cannot be read"):
+        read(lazily(**options), tmp_path)
+    rows = InlinePrompts(prompts=[{"prompt": "which digit?", "image": lazily(**options)}])
+    assert "cannot be read" in rows.model_dump(mode="json")["prompts"][0]["image"]
+    of_rows = [content_of(load_prompts([rows]), lambda prompt: []) for _ in range(2)]
+    assert of_rows[0] == of_rows[1]
 
 
 def test_a_place_that_is_no_file_is_not_opened(tmp_path):
@@ -233,6 +253,8 @@ def test_a_box_makes_both_views(engine):
     assert np.array_equal(np.asarray(view_of(engine, clean, None).pictures[0]), np.asarray(grey))
     (crop,) = boxed([row], view="crop", scale=1.0, margin=0.5)
     assert view_of(engine, crop, None).pictures[0].size == (20, 16)
+    (cut,) = boxed([{**row, "box": [36.5, -1, 41, 6]}], view="crop", scale=1.0)
+    assert view_of(engine, cut, None).pictures[0].size == (4, 6)
     shares = {**row, "box": [0.25, 0.2, 0.5, 0.6]}
     assert boxed([shares], units="share", line=1)[0].fields["image"] == prompt.fields["image"]
     # The picture that the row came with is as it was.
@@ -242,7 +264,10 @@ def test_a_box_makes_both_views(engine):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"box": None}, r"no column 'box'"),
+        ({"box": None}, r"column 'box' is empty; a row of a boxed source has"),
+        ({"box": [0.25, 0.2, 0.5, 0.6]}, r"less than a pixel; set units: share if it is in parts of the picture"),
+        ({"box": [30, 10, 60, 20]}, r"of which most lies outside; is it in other units"),
+        ({"box": [-9, -9, 10, 10]}, r"of which most lies outside"),
         ({"box": [0, 0, 40, 20]}, r"has 100\.0% of the picture, more than prompts\.largest=0\.5; leave such rows out"),
         ({"box": [50, 0, 60, 5]}, r"40 x 20 pixels large and has the box"),
         ({"crop": "x"}, r"a column 'crop' of its own"),
@@ -374,3 +399,18 @@ def test_a_new_model_reads_tiles_and_their_crops(tmp_path):
     own = torch.cat([engine.own_logits(whole, completion), engine.own_logits(crop, completion)])
     torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)
     assert engine.decode(completion) == f"{SYMBOLS[10 - 3]} {SYMBOLS[20 - 3]}"
+
+
+def test_words_that_a_model_lacks_are_found_before_a_run(tmp_path):
+    """The usual hint, for a model that knows the words of tiles alone."""
+    folder = create_image_text_model(tmp_path / "model", SYMBOLS)
+    settings = {
+        "student": {"kind": "image_text", "model": str(folder)},
+        "teacher": {"kind": "self", "sees": "crop"},
+        "prompts": {"kind": "boxed", "of": {"kind": "tiles", "size": 4}},
+        "evaluation": {"held_out": 1},
+    }
+    with pytest.raises(DataError, match=r"has no token for a part of 'Consider only"):
+        make_plan(parse_recipe(settings, "the test"))
+    settings["prompts"]["hint"] = "look inside the red frame"
+    assert make_plan(parse_recipe(settings, "the test")).peak > 0

@@ -164,6 +164,10 @@ def test_unknown_recipe_names_the_nearest(monkeypatch, capsys):
         ("steps", "form key=value"),
         ("steps=[1", "not valid YAML"),
         ("objective=3", "objective"),
+        (
+            "prompts.prompts.view=3",
+            r"prompts.prompts is a list of 3, and an index from 0 to 2 says of which: prompts.prompts.0.view",
+        ),
     ],
 )
 def test_overrides_are_checked_too(override, message, tmp_path):

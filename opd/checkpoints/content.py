@@ -44,7 +44,11 @@ def _described(value: Any) -> str:
     if isinstance(value, bytes | bytearray | memoryview):
         return f"{kind} {_hash(bytes(value))}"
     if isinstance(value, Image.Image):
-        return f"image {value.mode} {value.size} {_hash(value.tobytes())}"
+        try:
+            return f"image {value.mode} {value.size} {_hash(value.tobytes())}"
+        except Exception:
+            # A decoder may raise anything about a damaged file; such a row was left out when it was read.
+            return f"image {value.mode} {value.size} that cannot be read"
     if isinstance(value, torch.Tensor):
         numbers = value.detach().cpu().contiguous()
         return f"{kind} {numbers.dtype} {list(numbers.shape)} {_hash(numbers.reshape(-1).view(torch.uint8).numpy())}"

@@ -75,8 +75,8 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         recipe = _of_target(recipe, recipe.student)
     if not isinstance(recipe.student, CausalLM):
         raise RecipeError(
-            f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}; take "
-            "the model that writes as a student or a teacher"
+            f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}, of "
+            "whose prompts it would keep the ids alone; train without a store (rollout: student)"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)

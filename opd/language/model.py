@@ -10,10 +10,15 @@ from pydantic import Field, ValidationInfo, field_validator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
 from opd.choice import Settings
@@ -27,6 +32,8 @@ from opd.language.source import config_source, resolve
 
 MOST_LAYERS = 10_000
 """More than any model has."""
+UNRECOGNISED = "Unrecognized configuration class"
+"""What transformers says of a model that an auto class of its own does not load."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -173,7 +180,8 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
             trust_remote_code=settings.trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise cannot_load("model", named, error) from None
+        other = of_other_kind(settings, load_config(settings)) if UNRECOGNISED in str(error) else None
+        raise other or cannot_load("model", named, error) from None
     if source is not None:
         model = load_adapter(model, source)
         if not keep_adapter and quantised_by(model.get_base_model()) is None:
@@ -184,6 +192,22 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
             )
     drop_layers(model, settings.drop_layers)
     return model.to(device).eval()
+
+
+def of_other_kind(settings: ModelSettings, config: PretrainedConfig) -> ModelError | None:
+    """Why a model is not loaded that is well: it reads pictures and was taken for one of text, or the other way."""
+    kinds: dict[Any, tuple[Any, str]] = {
+        AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING, "text alone; set kind: causal_lm (a teacher: local)"),
+        AutoModelForImageTextToText: (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "pictures too; set kind: image_text"),
+    }
+    if type(config) in kinds[settings.family][0]:
+        return None
+    for known, reads in kinds.values():
+        if type(config) in known:
+            return ModelError(
+                f"model {settings.model!r} is of the family {config.model_type!r}, which reads {reads} beside the model"
+            )
+    return None
 
 
 def cannot_load(what: str, reference: str, error: Exception) -> ModelError:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from opd.errors import ModelError, first_line
 from opd.language.attention import takes_lengths
 from opd.language.layers import decoder_of
-from opd.language.model import ModelSettings, load_config
+from opd.language.model import ModelSettings, load_config, of_other_kind
 from opd.planning import DTYPE_BYTES, Shape
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> Pre
             )
     except Exception as error:
         # A configuration runs the architecture's own code, which may raise anything about its numbers.
-        raise ModelError(
+        raise of_other_kind(settings, config) or ModelError(
             f"model {settings.model!r}: transformers makes no causal language model of its config.json "
             f"({first_line(error)}); choose another model, or mend the file"
         ) from None

@@ -83,18 +83,11 @@ class LanguageStudent(Student):
         return context.with_(agreed=Tokens(common, ends))
 
     def check_prompts(self, prompts: Sequence[Prompt], limit: int) -> None:
-        tokenizer = self.reader.tokenizer
-        # Some tokenizers name the end token as the unknown one.
-        unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
         for prompt in prompts:
             ids = ids_of(self.reader.encode(prompt))
             length = len(ids)
             self.notes.extend(note for note in self.reader.notes if note not in self.notes)
-            if unknown is not None and bool((ids == unknown).any()):
-                raise DataError(
-                    f"{prompt.where}: the student's tokenizer has no token for a part of {str(prompt.view())[:60]!r}; "
-                    "take a student whose tokenizer was made for this data"
-                )
+            check_words(self.reader, prompt, ids)
             if length > limit:
                 raise DataError(
                     f"{prompt.where}: the prompt has {length} tokens, more than max_prompt_tokens={limit}; "
@@ -159,3 +152,15 @@ class LanguageStudent(Student):
         for i in set(ids) - self.texts.keys():
             self.texts[i] = str(self.reader.tokenizer.decode([i]))
         return [self.texts[i] for i in ids]
+
+
+def check_words(reader: InProcess, prompt: Prompt, ids: torch.Tensor) -> None:
+    """Raise `DataError` where a prompt, read as `ids`, has a part that its reader's tokenizer knows nothing of."""
+    tokenizer = reader.tokenizer
+    # Some tokenizers name the end token as the unknown one.
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    if unknown is not None and bool((ids == unknown).any()):
+        raise DataError(
+            f"{prompt.where}: the student's tokenizer has no token for a part of {str(prompt.view())[:60]!r}; "
+            "take a student whose tokenizer was made for this data"
+        )

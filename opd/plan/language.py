@@ -24,6 +24,7 @@ from opd.language.model import ModelSettings
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.language.rollout import SamplingSettings
+from opd.language.student import check_words
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand, stores_not_here
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
@@ -214,6 +215,9 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
         return recipe.max_prompt_tokens, 0
     encoded = [ids_of(language.encode(prompt)) for prompt in prompts[:512]]
     notes += language.notes
+    if not recipe.skip_bad_prompts:
+        for prompt, ids in zip(prompts, encoded, strict=False):
+            check_words(language, prompt, ids)
     lengths = [len(ids) for ids in encoded]
     too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
     if too_long and not recipe.skip_bad_prompts:

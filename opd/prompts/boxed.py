@@ -87,9 +87,12 @@ class BoxedPrompts(Prompts):
     def _viewed(self, where: str, fields: dict[str, Any]) -> dict[str, Any]:
         for column in (self.image, self.box, self.column):
             if fields.get(column) is None:
+                lack = f"column {column!r} is empty"
+                if column not in fields:
+                    lack = f"no column {column!r}{nearest(column, fields)}"
                 raise DataError(
-                    f"{where}: no column {column!r}{nearest(column, fields)}; a row of a boxed source has a picture "
-                    "(prompts.image), a box (prompts.box) and a question (prompts.column)"
+                    f"{where}: {lack}; a row of a boxed source has a picture (prompts.image), a box (prompts.box) and "
+                    "a question (prompts.column)"
                 )
         taken = next((name for name in MADE if name in fields and name != self.image), None)
         if taken is not None:

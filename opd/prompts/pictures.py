@@ -101,11 +101,9 @@ def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Calla
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, np.ndarray):
         return then(_of_array(value, where))
-    if isinstance(value, Image.Image):
-        return then(value)
     if isinstance(value, str | Path):
         value = _file(str(value), prompt, where, limits)
-    if not isinstance(value, bytes | Path):
+    if not isinstance(value, bytes | Path | Image.Image):
         raise DataError(
             f"{where} is of type {type(value).__name__}; give a file's path, uint8 [H, W, 3], a picture of PIL or "
             "encoded bytes"
@@ -114,6 +112,9 @@ def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Calla
         raise DataError(f"{where} has {len(value)} bytes, more than {limits.bytes}; raise student.largest_file")
     source = io.BytesIO(value) if isinstance(value, bytes) else value
     try:
+        if isinstance(source, Image.Image):
+            # One of a file is read when it is looked at first, and may have been closed.
+            return then(source)
         with warnings.catch_warnings(), Image.open(source, formats=FORMATS) as image:
             # The limit is ours, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -206,7 +207,7 @@ def corners(box: object, size: tuple[int, int], where: str) -> tuple[int, int, i
     """`(left, top, right, bottom)` in whole pixels that hold the box, cut at the picture's edges.
 
     Raises:
-        DataError: it is no box, or none of it lies in the picture.
+        DataError: it is no box, less than half of it lies in the picture, or it is given in shares.
     """
     numbers = [float(x) for x in box] if isinstance(box, Sequence | np.ndarray) and _are_numbers(box) else []
     if len(numbers) != 4 or not all(np.isfinite(numbers)):
@@ -217,6 +218,19 @@ def corners(box: object, size: tuple[int, int], where: str) -> tuple[int, int, i
         raise DataError(
             f"{where} is {size[0]} x {size[1]} pixels large and has the box {numbers}, of which nothing lies in it; a "
             "box is [left, top, right, bottom] in pixels"
+        )
+    width, height = numbers[2] - numbers[0], numbers[3] - numbers[1]
+    if max(numbers) <= 1 and min(width, height) < 1:
+        raise DataError(
+            f"{where} has the box {numbers}, which is less than a pixel; set units: share if it is in parts of the "
+            "picture"
+        )
+    # A little beyond an edge is how boxes are drawn; most of it beyond is a box in other units, or of another picture.
+    inside = (min(size[0], numbers[2]) - max(0.0, numbers[0])) * (min(size[1], numbers[3]) - max(0.0, numbers[1]))
+    if inside < width * height / 2:
+        raise DataError(
+            f"{where} is {size[0]} x {size[1]} pixels large and has the box {numbers}, of which most lies outside; "
+            "is it in other units, or of the picture at another size?"
         )
     return left, top, right, bottom
 

@@ -185,9 +185,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {short(override)}: {error}") from None
     *parents, leaf = key.split(".")
     place: Any = data
-    for part in parents:
+    for depth, part in enumerate(parents):
         if isinstance(place, list):
-            place = place[_index(part, place, override)]
+            place = place[_index(part, place, override, parents[:depth])]
             continue
         following = place.get(part)
         if isinstance(following, str):
@@ -197,14 +197,20 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         place[part] = following
         place = following
     if isinstance(place, list):
-        place[_index(leaf, place, override)] = value
+        place[_index(leaf, place, override, parents)] = value
     else:
         place[leaf] = value
 
 
-def _index(part: str, items: list[Any], override: str) -> int:
+def _index(part: str, items: list[Any], override: str, before: list[str]) -> int:
     if not items:
         raise RecipeError(f"override {short(override)}: {part!r} is an index into an empty list; give the whole list")
-    if not part.isdecimal() or int(part) >= len(items):
+    if not part.isdecimal():
+        named = ".".join(before)
+        raise RecipeError(
+            f"override {short(override)}: {named} is a list of {len(items)}, and an index from 0 to {len(items) - 1} "
+            f"says of which: {named}.0.{part}"
+        )
+    if int(part) >= len(items):
         raise RecipeError(f"override {short(override)}: {part!r} must be an index from 0 to {len(items) - 1}")
     return int(part)
