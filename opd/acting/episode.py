@@ -24,6 +24,7 @@ class Episode:
         steps: environment steps that were played.
         plans: L plans of the environment's own expert at these states; None where it was not asked.
         frames: uint8 `[steps, h, w, 3]`, what a person would have seen; None where nothing was kept.
+        each: the observation before each environment step, where those between decisions were kept too.
     """
 
     instruction: str
@@ -32,6 +33,7 @@ class Episode:
     steps: int
     plans: Sequence[Plan] | None = None
     frames: np.ndarray | None = None
+    each: Sequence[Seen] = ()
 
 
 @dataclass(frozen=True)

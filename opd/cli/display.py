@@ -154,6 +154,15 @@ def show_plan(plan: Plan | FlowPlan | DrafterPlan, as_json: bool) -> None:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
+def show_demonstrations(path: Path, kept: int, played: int) -> None:
+    """What `opd rollout` of a policy that acts left, and how to learn from it."""
+    out = console()
+    out.print(f"{kept} of {played} episodes succeeded and are in {path}; to learn from them:", soft_wrap=True)
+    out.print(f"  prompts: {{kind: demonstrations, path: {path}}}", highlight=False, soft_wrap=True)
+    out.print("  rollout: demonstrations", highlight=False)
+    out.print("  objective: sft", highlight=False)
+
+
 def show_images(path: Path, count: int) -> None:
     """What `opd rollout` of a flow model left, and how to learn from it."""
     out = console()

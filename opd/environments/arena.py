@@ -29,6 +29,7 @@ class Order:
         place: which of the worlds that stand side by side.
         horizon: of the expert's plan afterwards; 0 for none.
         frames: whether to show what a person would see.
+        whole: whether the observation after each action is wanted.
     """
 
     place: int
@@ -36,6 +37,7 @@ class Order:
     what: Start | np.ndarray
     horizon: int = 0
     frames: bool = False
+    whole: bool = False
 
 
 class Host:
@@ -50,7 +52,7 @@ class Host:
         try:
             if isinstance(order.what, Start):
                 return self._world(order).begin(order.what, order.horizon, order.frames)
-            return self.worlds[order.place][1].play(order.what, order.horizon, order.frames)
+            return self.worlds[order.place][1].play(order.what, order.horizon, order.frames, order.whole)
         except Exception as error:
             self._drop(order.place)
             if isinstance(error, OpdError):

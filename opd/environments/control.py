@@ -23,12 +23,14 @@ class Chunk:
         played: how many of them were; behind the end of an episode none is.
         frames: uint8 `[played, h, w, 3]`, what a person would have seen after each action, where it was asked for.
         plan: what an expert would do next, where it was asked for and the episode goes on.
+        seen: what was observed after each action, where it was asked for.
     """
 
     turn: Turn[Seen]
     played: int
     frames: np.ndarray | None = None
     plan: Plan | None = None
+    seen: tuple[Seen, ...] = ()
 
 
 class ControlWorld(World[Seen, np.ndarray]):
@@ -51,19 +53,22 @@ class ControlWorld(World[Seen, np.ndarray]):
         turn = self.reset(start)
         return Chunk(turn, 0, self._shown([], frames), self.plan(horizon) if horizon else None)
 
-    def play(self, actions: np.ndarray, horizon: int, frames: bool = False) -> Chunk:
-        """Play a chunk `[H, A]` until the episode is over."""
+    def play(self, actions: np.ndarray, horizon: int, frames: bool = False, whole: bool = False) -> Chunk:
+        """Play a chunk `[H, A]` until the episode is over; with `whole` every observation comes along."""
         shown: list[np.ndarray] = []
+        seen: list[Seen] = []
         played = 0
         for action in actions:
             turn = self.step(action)
             played += 1
+            if whole:
+                seen.append(turn.observation)
             if frames and (frame := self.frame()) is not None:
                 shown.append(frame)
             if turn.over:
                 break
         plan = self.plan(horizon) if horizon and not turn.over else None
-        return Chunk(turn, played, self._shown(shown, frames), plan)
+        return Chunk(turn, played, self._shown(shown, frames), plan, tuple(seen))
 
     def _shown(self, frames: list[np.ndarray], wanted: bool) -> np.ndarray | None:
         first = self.frame() if wanted and not frames else None

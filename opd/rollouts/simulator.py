@@ -110,6 +110,7 @@ class Place:
     log_probs: list[torch.Tensor] = field(default_factory=list)
     learn: list[torch.Tensor] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
+    each: list[Seen] = field(default_factory=list)
     steps: int = 0
     outcome: float = 0.0
     finished: bool = False
@@ -123,6 +124,7 @@ class Place:
             self.steps,
             self.plans or None,
             np.concatenate(self.frames) if self.frames else None,
+            self.each,
         )
         empty = torch.zeros(0)
         return Played(
@@ -143,7 +145,12 @@ class Simulator(PrefixSource[PlayingSettings]):
         layout: of the student, whose tokens the trajectories hold.
         plans: whether some teacher reads what the environment's expert plans; then worlds that have one are asked.
         author: who the actor is to the student.
+
+    Attributes:
+        whole: whether episodes keep the observations between decisions too, as demonstrations do.
     """
+
+    whole: bool = False
 
     def __init__(
         self,
@@ -264,13 +271,15 @@ class Simulator(PrefixSource[PlayingSettings]):
         scaled = self.layout.actions.decode(ids.numpy()).reshape(-1, self.layout.chunk, self.layout.dimensions)
         actions = self.actor.statistics.unscale(scaled)
         orders = [
-            Order(number, place.environment, action, self._horizon(place.environment), settings.frames)
+            Order(number, place.environment, action, self._horizon(place.environment), settings.frames, self.whole)
             for (number, place), action in zip(places, actions, strict=True)
         ]
         for i, ((_, place), chunk) in enumerate(zip(places, self.arena.play(orders), strict=True)):
             state = place.state
             assert state is not None
             place.seen.append(state.seen)
+            if self.whole and chunk is not None:
+                place.each += [state.seen, *chunk.seen[:-1]]
             place.plans += [] if state.plan is None else [state.plan]
             place.actions.append(ids[i])
             place.log_probs.append(log_probs[i])
