@@ -32,6 +32,9 @@ from opd.trajectories import Trajectories
 TASK = "task"
 """Column by which successes are told apart."""
 
+PLAYED = 12
+"""Held-out episodes of one evaluation whose pictures logs keep."""
+
 COMPARED = ("reverse_kl", "forward_kl", "top1_agreement", "student_entropy", "teacher_entropy")
 
 
@@ -108,6 +111,8 @@ def measure(run: Measured, student: Agent, at: Moment) -> HeldOut:
                     # What the teacher would have done, as an id.
                     values["expert"] = comparison.tops["teacher"][0][here, 0]
                 rows += as_logged(student.rows(one, values), one.prompts, run.teachers)
+    for row in rows[PLAYED:]:
+        row["episode"]["frames"] = []
     return HeldOut(_metrics(run, sums, tasks, settings.k), rows, {n: found for n, found in items.items() if found})
 
 

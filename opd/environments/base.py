@@ -78,6 +78,11 @@ class Environment(Choice):
 
     axis: ClassVar[str] = "environment"
 
+    @property
+    def remote(self) -> str | None:
+        """The package that is needed even to list its tasks and is not installed; None where nothing is lacking."""
+        return None
+
     @abstractmethod
     def tasks(self) -> Mapping[str, str]:
         """What is to be done in it: the instruction of each task by the task's name."""

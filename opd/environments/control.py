@@ -84,6 +84,11 @@ class Control(Environment):
     """Whether its worlds have an expert (`ControlWorld.plan`)."""
     limit: int = Field(100, ge=1, description="Most environment steps of an episode")
 
+    @property
+    def longest(self) -> int:
+        """Most environment steps of an episode under these settings."""
+        return self.limit
+
     @abstractmethod
     def body(self) -> Body:
         """How it is seen and moved; of one that has to be made to be known this makes one."""

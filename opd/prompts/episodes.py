@@ -24,6 +24,10 @@ class EpisodePrompts(Prompts):
     per_task: int = Field(50, ge=1, le=1_000_000, description="Initial states of each task")
     seed: int = Field(0, ge=0, le=10_000, description="Of the initial states")
 
+    @property
+    def remote(self) -> str | None:
+        return self.environment.remote
+
     def rows(self) -> Sequence[tuple[str, dict[str, Any]]]:
         kind = kind_of(self.environment)
         settings = self.environment.model_dump(mode="json")
