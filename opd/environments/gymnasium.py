@@ -55,7 +55,11 @@ def made(name: str, options: Mapping[str, Any], rendered: bool) -> Any:
     except ImportError:
         raise ModelError("environments of gymnasium need it: pip install 'opd[gymnasium]'") from None
     try:
-        given: dict[str, Any] = {**options, **({"render_mode": "rgb_array"} if rendered else {})}
+        given: dict[str, Any] = {
+            "disable_env_checker": True,
+            **options,
+            **({"render_mode": "rgb_array"} if rendered else {}),
+        }
         return gymnasium.make(name, **given)
     except Exception as error:  # whatever an environment raises when it is made
         raise ModelError(

@@ -124,6 +124,8 @@ def plan_acting(recipe: Recipe) -> ActionPlan:
     passes = min(recipe.batch.micro, episodes) * each
     # Of each layer its input, keys, values and the inner width stay for the backward pass.
     kept = layout.layers * sequence * (8 * layout.width + 3 * layout.feed_forward) * own.size
+    if student.gradient_checkpointing:
+        kept = kept // layout.layers + layout.layers * sequence * layout.width * own.size
     memory["activations of a micro-batch"] = passes * kept
     return ActionPlan(
         recipe=recipe.name,

@@ -53,8 +53,11 @@ class ActionTokensPolicy(PolicySettings, Policy):
     answers: ClassVar[type[Distribution]] = Categorical
     evaluation: ClassVar[type[Evaluation]] = evaluation.ActionEvaluation
     unused: ClassVar[Mapping[str, str]] = {"end_tokens": "an episode ends in its environment, not by a token"}
-    of_live: ClassVar[tuple[str, ...]] = ("freeze_vision",)
+    of_live: ClassVar[tuple[str, ...]] = ("freeze_vision", "gradient_checkpointing")
     freeze_vision: bool = Field(False, description="Leave the part that reads pictures as it is")
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass, for less memory"
+    )
 
     def build(self, context: Context) -> ActionStudent:
         return ActionStudent(load_policy(self, context.device), self, context, read_origin(Path(self.model)))
@@ -91,7 +94,7 @@ class ActionTokensPolicy(PolicySettings, Policy):
 class ActionStudent(Student):
     """The built policy. `origin` is what the run that saved it wrote about it, if one did."""
 
-    cheaper = "Lower rollout.decisions, or take an environment with shorter episodes"
+    cheaper = "Lower rollout.decisions, or set student.gradient_checkpointing=true"
     library = "opd"
 
     def __init__(
@@ -107,6 +110,8 @@ class ActionStudent(Student):
             if model.vision is None:
                 raise ModelError("student.freeze_vision is for policies that see pictures, and this one sees none")
             model.vision.requires_grad_(False)
+        if settings.gradient_checkpointing:
+            model.backbone.gradient_checkpointing_enable()
         self.module: torch.nn.Module = model
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -31,7 +32,7 @@ class PolicyTeacher(PolicySettings, Teacher):
     modality: ClassVar[str | None] = "action"
 
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
-        return [policy_shape(self, notes)]
+        return [replace(policy_shape(self, notes), trainable=0)]
 
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         return [(Categorical, "the teacher")]
