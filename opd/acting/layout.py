@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def read_statistics(folder: Path, key: str | None = None, bounds: str = "quantil
     names = ("q01", "q99") if bounds == "quantiles" else ("min", "max")
     try:
         action = found[key]["action"]
-        low, high = (numbers(action[name]) for name in names)
+        low, high = (_numbers(action[name]) for name in names)
         scaled = tuple(bool(each) for each in action.get("mask", [True] * len(low)))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model '{folder}': statistics of {key!r} lack numbers ({error})") from None
@@ -173,5 +174,5 @@ def read_statistics(folder: Path, key: str | None = None, bounds: str = "quantil
     return Statistics(key, low, high, scaled)
 
 
-def numbers(values: Any) -> Numbers:
+def _numbers(values: Sequence[float]) -> Numbers:
     return tuple(float(value) for value in values)

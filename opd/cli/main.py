@@ -497,7 +497,7 @@ def create_policy(
 
     _quiet_libraries()
     sizes = {"chunk": chunk, "bins": bins, "patch": patch, "width": width, "layers": layers, "heads": heads}
-    print(new_policy(folder, recipe, reads.split(","), **sizes, seed=seed, overwrite=overwrite))
+    print(new_policy(folder, recipe, reads.split(","), overwrite=overwrite, **sizes, seed=seed))
 
 
 @app.command()

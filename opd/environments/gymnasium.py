@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,6 +12,9 @@ from opd.acting.seeing import NO_PICTURE, Body, Seen
 from opd.environments.base import Start, Turn
 from opd.environments.control import Control, ControlWorld
 from opd.errors import ModelError, first_line
+
+if TYPE_CHECKING:
+    from gymnasium import Env
 
 
 class GymnasiumEnvironment(Control):
@@ -44,7 +47,7 @@ class GymnasiumEnvironment(Control):
         return GymnasiumWorld(self, made(self.id, self.options, self.pixels > 0 and self.picture == "render"))
 
 
-def made(name: str, options: Mapping[str, Any], rendered: bool) -> Any:
+def made(name: str, options: Mapping[str, Any], rendered: bool) -> Env[object, object]:
     """An environment of gymnasium.
 
     Raises:
@@ -71,9 +74,10 @@ def made(name: str, options: Mapping[str, Any], rendered: bool) -> Any:
 class GymnasiumWorld(ControlWorld):
     """A built environment of gymnasium, with actions in a box or, as a number that is rounded, one of several."""
 
-    def __init__(self, settings: GymnasiumEnvironment, env: Any):
-        self.settings, self.env, self.steps = settings, env, 0
-        space = env.action_space
+    def __init__(self, settings: GymnasiumEnvironment, env: Env[object, object]):
+        self.settings, self.steps = settings, 0
+        self.env: Any = env
+        space: Any = env.action_space
         self.discrete = type(space).__name__ == "Discrete"
         if not self.discrete and type(space).__name__ != "Box":
             raise ModelError(
@@ -132,7 +136,7 @@ class GymnasiumWorld(ControlWorld):
         return Seen(images, state[: settings.proprio], state)
 
 
-def parts(observation: Any) -> tuple[list[Any], list[np.ndarray]]:
+def parts(observation: object) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """`(numbers, pictures)` of an observation: of a mapping those of its parts, by name."""
     if isinstance(observation, Mapping):
         found = [parts(observation[key]) for key in sorted(observation)]

@@ -40,7 +40,7 @@ class Libero(Control):
         return None if importlib.util.find_spec("libero") else "the package libero, with its tasks"
 
     def tasks(self) -> Mapping[str, str]:
-        suite = opened(self.suite)
+        suite = _opened(self.suite)
         return {str(suite.get_task(i).name): str(suite.get_task(i).language) for i in range(suite.n_tasks)}
 
     def body(self) -> Body:
@@ -50,7 +50,7 @@ class Libero(Control):
         return LiberoArm(self)
 
 
-def opened(name: str) -> Any:
+def _opened(name: str) -> Any:
     """A suite of the package.
 
     Raises:
@@ -69,7 +69,7 @@ class LiberoArm(ControlWorld):
     """The built environment; it is made anew for another task."""
 
     def __init__(self, settings: Libero):
-        self.settings, self.suite = settings, opened(settings.suite)
+        self.settings, self.suite = settings, _opened(settings.suite)
         self.names = [str(self.suite.get_task(i).name) for i in range(self.suite.n_tasks)]
         self.env: Any = None
         self.task, self.steps = "", 0

@@ -71,11 +71,11 @@ class MetaWorldArm(ControlWorld):
         self.task, self.steps = settings.only[0], 0
 
     @property
-    def env(self) -> Any:
+    def _env(self) -> Any:
         if self.task not in self.envs:
             size = self.settings.pixels
             shown = {"camera_name": self.settings.camera, "width": size, "height": size} if size else {}
-            env = made("Meta-World/MT1", {"env_name": self.task, "seed": 0, **shown}, size > 0)
+            env: Any = made("Meta-World/MT1", {"env_name": self.task, "seed": 0, **shown}, size > 0)
             # The package draws one of fifty initial states by a generator that nobody can seed; here each is drawn
             # anew, by the seed of the episode.
             env.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
@@ -86,13 +86,13 @@ class MetaWorldArm(ControlWorld):
 
     def reset(self, start: Start) -> Turn[Seen]:
         self.task, self.steps = start.task, 0
-        self.env.unwrapped.np_random = np.random.default_rng(start.seed)
-        self.observation, _ = self.env.reset()
+        self._env.unwrapped.np_random = np.random.default_rng(start.seed)
+        self.observation, _ = self._env.reset()
         self.expert = self.experts[self.task]()
         return Turn(self._seen())
 
     def step(self, action: np.ndarray) -> Turn[Seen]:
-        self.observation, _, _, _, info = self.env.step(np.asarray(action, np.float32).clip(-1, 1))
+        self.observation, _, _, _, info = self._env.step(np.asarray(action, np.float32).clip(-1, 1))
         self.steps += 1
         success = bool(info["success"])
         return Turn(self._seen(), float(success), success, not success and self.steps >= self.settings.limit)
@@ -100,7 +100,7 @@ class MetaWorldArm(ControlWorld):
     def plan(self, horizon: int) -> Plan:
         import mujoco
 
-        arm = self.env.unwrapped
+        arm = self._env.unwrapped
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         state = np.empty(mujoco.mj_stateSize(arm.model, kind))
         mujoco.mj_getState(arm.model, arm.data, state, kind)
@@ -133,7 +133,7 @@ class MetaWorldArm(ControlWorld):
 
     def _picture(self) -> np.ndarray:
         # Its cameras hang head down.
-        return scaled(np.ascontiguousarray(self.env.render()[::-1]), self.settings.pixels)
+        return scaled(np.ascontiguousarray(self._env.render()[::-1]), self.settings.pixels)
 
 
 KEPT = (bool, int, float, np.ndarray, np.number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from opd.acting.creation import create_policy
 from opd.choice import kind_of
@@ -16,7 +15,7 @@ from opd.prompts.episodes import EpisodePrompts
 from opd.recipe import load_recipe
 
 
-def new_policy(folder: Path, recipe: str, reads: Sequence[str], **sizes: Any) -> Path:
+def new_policy(folder: Path, recipe: str, reads: Sequence[str], overwrite: bool = False, **sizes: int) -> Path:
     """Write a blank policy that has the body and the words of a recipe's environments, those of its evaluation too.
 
     Raises:
@@ -38,4 +37,4 @@ def new_policy(folder: Path, recipe: str, reads: Sequence[str], **sizes: Any) ->
             f"({bodies[0]} and {bodies[other]}); one policy has one"
         )
     words = [instruction for environment in found for instruction in environment.tasks().values()]
-    return create_policy(folder, bodies[0], words, key=kind_of(found[0]), reads=reads, **sizes)
+    return create_policy(folder, bodies[0], words, key=kind_of(found[0]), reads=reads, overwrite=overwrite, **sizes)
