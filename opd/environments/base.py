@@ -57,10 +57,6 @@ class World(ABC, Generic[O, A]):
     between those that the agent wrote (a shell's output), or stands beside them as what the agent saw (a picture), so
     that every position is the agent's."""
 
-    repeats: bool = True
-    """Whether an episode depends on its start and its actions alone. Then a run goes on bit for bit after a stop: no
-    episode lasts longer than a step, and what an environment holds between two is forgotten by `reset`."""
-
     @abstractmethod
     def reset(self, start: Start) -> Turn[O]:
         """Begin an episode."""
@@ -77,6 +73,10 @@ class Environment(Choice):
     """Base of the axis. Settings are plain data: another process builds the same world from them."""
 
     axis: ClassVar[str] = "environment"
+    repeats: ClassVar[bool | None] = None
+    """Whether an episode depends on its start and its actions alone; None where that has to be tried. Then a run goes
+    on bit for bit after a stop: no episode lasts longer than a step, and what a world holds between two is forgotten by
+    `reset`."""
 
     @property
     def remote(self) -> str | None:

@@ -28,6 +28,7 @@ class MetaWorld(Control):
 
     kind: Literal["metaworld"] = "metaworld"
     expert: ClassVar[bool] = True
+    repeats: ClassVar[bool | None] = True
     only: list[str] = Field(["reach-v3", "push-v3", "drawer-open-v3"], min_length=1, description="Tasks by name")
     pixels: int = Field(0, ge=0, le=512, description="Side of the picture; 0 for none")
     camera: str = Field("corner2", description="Whose picture")

@@ -96,6 +96,7 @@ class PixelPick(Control):
 
     kind: Literal["pixel_pick"] = "pixel_pick"
     expert: ClassVar[bool] = True
+    repeats: ClassVar[bool | None] = True
     suite: Suite = Field("object", description="Which ten tasks")
     only: list[str] = Field([], description="Tasks of the suite by name; default all of them")
     pixels: int = Field(48, ge=16, le=256, description="Side of the picture")

@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from opd.acting.seeing import Body
@@ -54,6 +55,33 @@ def _environment(text: str) -> Control:
 def body_of(environment: Control) -> Body:
     """How an environment is seen and moved; found once, since some must be made for that."""
     return _body(json.dumps(environment.model_dump(mode="json"), sort_keys=True))
+
+
+def repeats(environment: Control) -> bool:
+    """Whether an environment says the same again to the same start and actions: what it says of itself, or what two
+    short episodes show."""
+    if environment.repeats is not None:
+        return environment.repeats
+    return _repeats(json.dumps(environment.model_dump(mode="json"), sort_keys=True))
+
+
+@lru_cache
+def _repeats(text: str) -> bool:
+    environment = _environment(text)
+    world, body = environment.build(), _body(text)
+    action = np.array([body.low, body.high]).mean(0)
+    try:
+        found = []
+        for _ in range(2):
+            turns = [world.reset(Start(next(iter(environment.tasks())), 0))]
+            while len(turns) < 4 and not turns[-1].over:
+                turns.append(world.step(action))
+            found.append([turn.observation for turn in turns])
+    finally:
+        world.close()
+    return len(found[0]) == len(found[1]) and all(
+        np.array_equal(a.state, b.state) and np.array_equal(a.images, b.images) for a, b in zip(*found, strict=True)
+    )
 
 
 @lru_cache

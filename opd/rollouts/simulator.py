@@ -16,11 +16,11 @@ from opd.acting.episode import Episode, Played, pack
 from opd.acting.layout import Layout
 from opd.acting.model import policy_of
 from opd.acting.seeing import Plan, Seen
-from opd.choice import Settings
+from opd.choice import Settings, kind_of
 from opd.context import Context
 from opd.environments.arena import Arena, Order
 from opd.environments.control import Chunk, Control
-from opd.environments.rows import body_of, environment_of, start_of
+from opd.environments.rows import body_of, environment_of, repeats, start_of
 from opd.errors import DataError, IncompatibleError, nearest
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
@@ -165,6 +165,7 @@ class Simulator(PrefixSource[PlayingSettings]):
         self.authors = frozenset({author})
         self.arena = Arena(settings.processes, settings.patience)
         self.counts: Counter[str] = Counter()
+        self.played: list[Control] = []
         if isinstance(actor, PolicyActor):
             self.dtype = next(actor.model.parameters()).dtype
 
@@ -183,7 +184,18 @@ class Simulator(PrefixSource[PlayingSettings]):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            environment_of(prompt)
+            environment = environment_of(prompt)
+            if environment not in self.played:
+                self.played.append(environment)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return [
+            f"environment {kind_of(environment)!r} does not say the same again from one start, so a run that is "
+            "resumed goes on with other episodes"
+            for environment in self.played
+            if not repeats(environment)
+        ]
 
     def failures(self) -> Mapping[str, int]:
         return self.arena.lost

@@ -15,6 +15,7 @@ from opd.environments.arena import Arena, Order
 from opd.environments.control import Control, ControlWorld
 from opd.environments.gymnasium import GymnasiumEnvironment
 from opd.environments.pixel_pick import SUITES, PixelPick
+from opd.environments.rows import repeats
 from opd.errors import ModelError
 
 
@@ -158,6 +159,24 @@ def test_any_environment_of_gymnasium_by_its_id():
     chunk = world.play(np.ones((5, 1)), 0)
     assert (chunk.played, chunk.turn.cut, chunk.turn.outcome) == (3, True, 0.0)
     assert GymnasiumEnvironment(id="CartPole-v1").body() == Body((0.0,), (1.0,), state=4)
+
+
+def test_an_environment_that_does_not_repeat_itself_is_found():
+    class Drifting(Faulty):
+        kind: Literal["drifting"] = "drifting"
+
+        def build(self):
+            world, state = FaultyWorld(), next(drift)
+            plain = world.reset
+            world.reset = lambda start: plain(Start(start.task, next(drift))) if state >= 0 else plain(start)
+            return world
+
+    drift = iter(range(100))
+    assert not repeats(Drifting())
+    assert repeats(Faulty())
+    assert repeats(PixelPick())
+    # What is defined here is a choice nowhere else.
+    Drifting.__annotations__.pop("kind")
 
 
 @pytest.mark.parametrize(
