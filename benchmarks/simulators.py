@@ -1,7 +1,8 @@
 """Environment steps a second with several simulators, and what share of a step of training they take.
 
 `python -m benchmarks.simulators` plays the scripted expert in the pixel task (`--metaworld`: in Meta-World's reach) in
-this process and in 1, 2 and 4 of their own, and then trains a few steps of VLA-OPD on the pixel task. `--quick` plays less.
+this process and in 1, 2 and 4 of their own, and then trains a few steps of VLA-OPD on the pixel task.
+`--quick` plays less.
 """
 
 from __future__ import annotations

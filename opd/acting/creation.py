@@ -32,6 +32,7 @@ def create_policy(
     width: int = 128,
     layers: int = 4,
     heads: int = 4,
+    queries: bool = True,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
@@ -46,6 +47,7 @@ def create_policy(
         bins: K of each dimension.
         patch: pixels on the side of a patch.
         width: D, a multiple of twice `heads`.
+        queries: learnt placeholders, see `Layout`; False is OpenVLA-OFT's sequence to the letter.
         seed: of the weights; the global generator is left as it was.
 
     Raises:
@@ -91,6 +93,7 @@ def create_policy(
         proprio=body.proprio if "proprio" in reads else 0,
         state=body.state if "state" in reads else 0,
         begin=begin,
+        queries=queries,
         stop=int(tokenizer.eos_token_id),
     )
     with torch.random.fork_rng(devices=[]):

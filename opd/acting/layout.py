@@ -45,6 +45,8 @@ class Layout:
         bins: K.
         towers: vision transformers whose features stand side by side; none are patches as they are.
         begin, stop: ids of `<s>` and `</s>`.
+        queries: the placeholders are learnt and read themselves, in place of OpenVLA-OFT's zeros that are read one place
+            before: zeros are told apart by attention's positions alone, which takes more layers than a small model has.
     """
 
     width: int
@@ -64,6 +66,7 @@ class Layout:
     towers: tuple[Tower, ...] = ()
     begin: int = 1
     stop: int = 2
+    queries: bool = False
 
     def __post_init__(self) -> None:
         if self.cameras and self.pixels % self.patch:

@@ -136,6 +136,7 @@ class ActionModel(torch.nn.Module):
         self.vision: torch.nn.Module | None = None
         if layout.cameras:
             self.vision = FusedTowers(layout) if layout.towers else Patches(layout)
+        self.queries = torch.nn.Parameter(0.1 * torch.randn(layout.tokens, layout.width)) if layout.queries else None
         self.body = _numbers(layout.proprio, layout.width) if layout.proprio else None
         self.privileged = _numbers(layout.state, layout.width) if layout.state else None
 
@@ -158,7 +159,7 @@ class ActionModel(torch.nn.Module):
         return self.tokenizer(instruction, add_special_tokens=False)["input_ids"]
 
     def forward(self, seen: Sequence[Seen], instructions: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Hidden states `[B, M, D]`, those that are read one place before each placeholder, of B observations.
+        """Hidden states `[B, M, D]` of B observations, those that the tokens' logits are read from (`Layout`).
 
         Args:
             instructions: B lists of ids.
@@ -186,7 +187,8 @@ class ActionModel(torch.nn.Module):
             ids[i, longest - len(words) :] = torch.tensor(words)
             known[i, longest - len(words) :] = True
         ids, known = ids.to(device), known.to(device)
-        parts += [embed(ids), torch.zeros(count, moves, width, device=device, dtype=dtype), stop]
+        zeros = torch.zeros(count, moves, width, device=device, dtype=dtype)
+        parts += [embed(ids), zeros if self.queries is None else zeros + self.queries, stop]
         states = torch.cat(parts, 1)
         before = sum(part.shape[1] for part in parts[:-3])
         there = torch.ones(count, states.shape[1], dtype=torch.bool, device=device)
@@ -200,7 +202,7 @@ class ActionModel(torch.nn.Module):
         hidden = self.backbone(
             inputs_embeds=states, attention_mask=mask, position_ids=places, use_cache=False
         ).last_hidden_state
-        first = before + longest - 1
+        first = before + longest - (self.queries is None)
         return hidden[:, first : first + moves]
 
     def save(self, folder: Path) -> None:
