@@ -45,8 +45,8 @@ class Layout:
         bins: K.
         towers: vision transformers whose features stand side by side; none are patches as they are.
         begin, stop: ids of `<s>` and `</s>`.
-        queries: the placeholders are learnt and read themselves, in place of OpenVLA-OFT's zeros that are read one place
-            before: zeros are told apart by attention's positions alone, which takes more layers than a small model has.
+        queries: the placeholders are learnt and read themselves, in place of OpenVLA-OFT's zeros that are read one
+            place before: zeros are told apart by their positions alone, for which a small model has too few layers.
     """
 
     width: int

@@ -10,9 +10,12 @@ import torch
 
 from opd.acting.deciding import PolicyActor, State
 from opd.acting.layout import read_statistics, write_statistics
+from opd.acting.model import PolicySettings, load_policy
 from opd.acting.openvla import KNOWN, OPENVLA_OFT
+from opd.acting.outline import policy_shape
 from opd.acting.seeing import ActionTokens, Seen, Statistics
 from opd.errors import IncompatibleError, ModelError
+from tests.acting.tiny import policy
 
 LIBERO = Statistics("libero", (-0.5, -1.0, 0.0), (0.5, 1.0, 1.0), (True, True, False))
 
@@ -89,8 +92,11 @@ def states(count, texts=("put the red block on the grey ring",)):
     ]
 
 
-def test_the_sequence_is_openvla_ofts(model, monkeypatch):
-    """`<s>`, patches, the body, words, M zeros, `</s>`; everything sees everything; read one place before."""
+@pytest.mark.parametrize("queries", [False, True])
+def test_the_sequence_is_openvla_ofts(queries, tmp_path, monkeypatch):
+    """`<s>`, patches, the body, words, M zeros, `</s>`; everything sees everything; read one place before. Small models
+    learn the placeholders and are read there."""
+    model = load_policy(PolicySettings(model=policy(tmp_path / "policy", queries=queries)), "cpu")
     layout, seen = model.layout, {}
     inner = model.backbone.forward
 
@@ -110,9 +116,10 @@ def test_the_sequence_is_openvla_ofts(model, monkeypatch):
     torch.testing.assert_close(embedded[0], table[layout.begin])
     torch.testing.assert_close(embedded[-1], table[layout.stop])
     torch.testing.assert_close(embedded[first - len(words) : first], table[words])
-    assert not embedded[first:-1].any()
+    torch.testing.assert_close(embedded[first:-1], model.queries if queries else torch.zeros_like(embedded[first:-1]))
     # One place before the first placeholder is the last word.
-    torch.testing.assert_close(hidden[0], seen["out"].last_hidden_state[0, first - 1 : first - 1 + layout.tokens])
+    read = first if queries else first - 1
+    torch.testing.assert_close(hidden[0], seen["out"].last_hidden_state[0, read : read + layout.tokens])
     # The first token depends on what stands behind it: attention goes both ways.
     with torch.no_grad():
         table[layout.stop] += 1
@@ -139,9 +146,6 @@ def test_the_head_is_over_the_action_ids_and_the_temperature_divides(model):
 
 
 def test_the_published_layout_has_seven_billion_parameters():
-    from opd.acting.model import PolicySettings
-    from opd.acting.outline import policy_shape
-
     notes = []
     shape = policy_shape(PolicySettings(model=next(iter(KNOWN))), notes)
     assert 7.4e9 < shape.parameters < 7.7e9
