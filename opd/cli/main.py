@@ -489,6 +489,9 @@ def create_policy(
     width: Annotated[int, typer.Option(help="Hidden width.")] = 128,
     layers: Annotated[int, typer.Option(help="Transformer layers.")] = 4,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    zeros: Annotated[
+        bool, typer.Option(help="Placeholders of zeros, as OpenVLA-OFT's, in place of learnt ones.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
@@ -497,7 +500,7 @@ def create_policy(
 
     _quiet_libraries()
     sizes = {"chunk": chunk, "bins": bins, "patch": patch, "width": width, "layers": layers, "heads": heads}
-    print(new_policy(folder, recipe, reads.split(","), overwrite=overwrite, **sizes, seed=seed))
+    print(new_policy(folder, recipe, reads.split(","), queries=not zeros, overwrite=overwrite, **sizes, seed=seed))
 
 
 @app.command()

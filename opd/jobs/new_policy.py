@@ -15,7 +15,9 @@ from opd.prompts.episodes import EpisodePrompts
 from opd.recipe import load_recipe
 
 
-def new_policy(folder: Path, recipe: str, reads: Sequence[str], overwrite: bool = False, **sizes: int) -> Path:
+def new_policy(
+    folder: Path, recipe: str, reads: Sequence[str], queries: bool = True, overwrite: bool = False, **sizes: int
+) -> Path:
     """Write a blank policy that has the body and the words of a recipe's environments, those of its evaluation too.
 
     Raises:
@@ -37,4 +39,6 @@ def new_policy(folder: Path, recipe: str, reads: Sequence[str], overwrite: bool 
             f"({bodies[0]} and {bodies[other]}); one policy has one"
         )
     words = [instruction for environment in found for instruction in environment.tasks().values()]
-    return create_policy(folder, bodies[0], words, key=kind_of(found[0]), reads=reads, overwrite=overwrite, **sizes)
+    return create_policy(
+        folder, bodies[0], words, key=kind_of(found[0]), reads=reads, queries=queries, overwrite=overwrite, **sizes
+    )
