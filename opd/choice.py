@@ -104,12 +104,18 @@ class Choice(Settings):
     """Base of every axis. A subclass with a `kind` is one choice of that axis and is final."""
 
     axis: ClassVar[str] = ""
-    modality: ClassVar[str | None] = None
-    """What kind of student this is for, `language` or `flow`; None fits any."""
+    modality: ClassVar[str | tuple[str, ...] | None] = None
+    """What kind of student this is for, `language`, `flow` or `action`, or several of them; None fits any."""
 
     shown: ClassVar[tuple[str, ...]] = ()
     """Of what steps log (train/NAME), what a person follows while it trains: each has a place on the step's line where
     the step logged it."""
+
+    @classmethod
+    def fits(cls, modality: str | None) -> bool:
+        """Whether it is for students of this modality."""
+        own = cls.modality
+        return own is None or modality in (own if isinstance(own, tuple) else (own,))
 
 
 def kind_of(choice: Choice | type[Choice]) -> str:

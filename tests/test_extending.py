@@ -15,9 +15,11 @@ import torch
 import yaml
 
 import opd
+from opd.acting.creation import create_policy
 from opd.catalogue import axes, find, settings_of
 from opd.choice import Choice
 from opd.distributions import Categorical, Head
+from opd.environments import Start
 from opd.errors import DataError, IncompatibleError, ModelError
 from opd.language.creation import create_model, task_tokenizer
 from opd.loop import accumulate_step
@@ -370,12 +372,40 @@ def test_the_drawings_are_prompts_with_a_reward(models, tmp_path):
         assert DrawingReward().score(prompt, picture[::-1]) == 0
 
 
+def test_the_environment_is_played_in_and_its_expert_teaches(tmp_path, theirs):
+    blocks = named("Environment")
+    world = theirs["Environment"].Line(width=2.0)
+    made = create_policy(tmp_path / "policy", world.body(), ["go to zero"], reads=["state"], bins=8, width=16, heads=1)
+    result = opd.distill(
+        {"kind": "action_tokens", "model": str(made)},
+        {"kind": "scripted"},
+        blocks["prompts"],
+        rollout={"kind": "simulator", "decisions": 3},
+        steps=2,
+        batch={"prompts": 4, "micro": 4},
+        evaluation={"prompts": blocks["prompts"] | {"seed": 1}, "frames": False},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "threads": 1},
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    assert all(record["train/gradient_norm"] > 0 for record in steps_of(result))
+    # From anywhere its own expert comes to zero in one action after another.
+    arm = world.build()
+    chunk = arm.begin(Start("zero", 3), 4)
+    while not chunk.turn.over:
+        chunk = arm.play(chunk.plan.mean[:1], 4)
+    assert chunk.turn.outcome == 1
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_what_the_page_writes_into_a_recipe_is_accepted(section):
     rest = {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
     needs = {
         "Objective": {"verifier": "exact_match", "batch": {"group": 2}},
         "Drafter": {"teacher": {"kind": "target"}, "rollout": "speculative", "objective": "accepted"},
+        "Environment": {"student": {"kind": "action_tokens", "model": "s"}, "teacher": "scripted"}
+        | {"rollout": "simulator"},
     }
     recipe = parse_recipe(rest | needs.get(section, {}) | named(section))
     (kind,) = re.findall(r'kind: Literal\["(.*?)"\]', code_of(section))

@@ -18,7 +18,7 @@ from opd.provenance import models_of, student_of
 if TYPE_CHECKING:
     from opd.api import Result
     from opd.catalogue import Kind
-    from opd.plan import DrafterPlan, FlowPlan, Plan
+    from opd.plan import ActionPlan, DrafterPlan, FlowPlan, Plan
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
     from opd.store import Store
@@ -138,7 +138,7 @@ def show_objectives(rows: Sequence[Row]) -> None:
     console().print(table)
 
 
-def show_plan(plan: Plan | FlowPlan | DrafterPlan, as_json: bool) -> None:
+def show_plan(plan: Plan | FlowPlan | ActionPlan | DrafterPlan, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.as_dict(), indent=2))
         return
@@ -152,6 +152,15 @@ def show_plan(plan: Plan | FlowPlan | DrafterPlan, as_json: bool) -> None:
         out.print(table)
     for note in plan.notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
+
+
+def show_demonstrations(path: Path, kept: int, played: int) -> None:
+    """What `opd rollout` of a policy that acts left, and how to learn from it."""
+    out = console()
+    out.print(f"{kept} of {played} episodes succeeded and are in {path}; to learn from them:", soft_wrap=True)
+    out.print(f"  prompts: {{kind: demonstrations, path: {path}}}", highlight=False, soft_wrap=True)
+    out.print("  rollout: demonstrations", highlight=False)
+    out.print("  objective: sft", highlight=False)
 
 
 def show_images(path: Path, count: int) -> None:

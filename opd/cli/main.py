@@ -96,14 +96,18 @@ def rollout(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="The folder; default stores/NAME, of images images/NAME.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="The folder; default stores/NAME, of images images/NAME, of episodes demonstrations/NAME.",
+            show_default=False,
+        ),
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Of all prompts; a folder that has fewer gets the rest.")] = 1,
     prompts_per_shard: Annotated[int, typer.Option(min=1, help="What a worker loses at most when killed.")] = 64,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Sample a recipe's trajectories into a store, or its images into a folder, to train on later; goes on where it
-    stopped, several may work."""
+    stopped, several may work. Episodes of a simulator become a data set of demonstrations, in one go."""
     from opd.cli.display import show_images, show_store
     from opd.jobs.sampling import sample
     from opd.recipe import load_recipe
@@ -115,6 +119,14 @@ def rollout(
 
         path = out or Path("images") / resolved.name
         show_images(path, sample_images(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
+        return
+    if resolved.student.modality == "action":
+        from opd.cli.display import show_demonstrations
+        from opd.jobs.demonstrations import sample_demonstrations
+
+        path = out or Path("demonstrations") / resolved.name
+        found = sample_demonstrations(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet)
+        show_demonstrations(path, *found)
         return
     path = out or Path("stores") / resolved.name
     show_store(sample(resolved, path, draws=draws, prompts_per_shard=prompts_per_shard, quiet=quiet))
@@ -462,6 +474,33 @@ def create_flow_model(
     _quiet_libraries()
     sizes = {"size": size, "patch": patch, "layers": layers, "heads": heads, "head_width": head_width}
     print(create_flow_model(folder, named_tokenizer(tokenizer), **sizes, places=places, seed=seed, overwrite=overwrite))
+
+
+@app.command()
+def create_policy(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: Annotated[str, typer.Option(help="Whose prompts name the environment that it is made for.")],
+    reads: Annotated[str, typer.Option(help="image, proprio and state, the last of a privileged teacher.")] = (
+        "image,proprio"
+    ),
+    chunk: Annotated[int, typer.Option(help="Actions of a decision.")] = 4,
+    bins: Annotated[int, typer.Option(help="Tokens of each number of an action.")] = 64,
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = 8,
+    width: Annotated[int, typer.Option(help="Hidden width.")] = 128,
+    layers: Annotated[int, typer.Option(help="Transformer layers.")] = 4,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    zeros: Annotated[
+        bool, typer.Option(help="Placeholders of zeros, as OpenVLA-OFT's, in place of learnt ones.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
+) -> None:
+    """Write a randomly initialised policy over action tokens, made for a recipe's environment, to train it."""
+    from opd.jobs.new_policy import new_policy
+
+    _quiet_libraries()
+    sizes = {"chunk": chunk, "bins": bins, "patch": patch, "width": width, "layers": layers, "heads": heads}
+    print(new_policy(folder, recipe, reads.split(","), queries=not zeros, overwrite=overwrite, **sizes, seed=seed))
 
 
 @app.command()

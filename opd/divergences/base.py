@@ -61,7 +61,7 @@ class Divergence(Objective):
 class CategoricalDivergence(Divergence):
     """Of distributions over ids."""
 
-    modality: ClassVar[str | None] = "language"
+    modality: ClassVar[str | tuple[str, ...] | None] = ("language", "action")
     scene: ClassVar[type[Scene]] = SequenceScene
     buffers: ClassVar[int] = 1
     """How many scratch tensors `[C, S]` its chunks need; the first is there anyway."""

@@ -8,18 +8,23 @@ from collections.abc import Callable
 from opd.assembly import check_ahead, check_offsets
 from opd.choice import kind_of
 from opd.errors import OpdError
+from opd.plan.acting import ActionPlan, plan_acting
 from opd.plan.drafter import DrafterPlan, plan_drafter
 from opd.plan.flow import FlowPlan, plan_flow
 from opd.plan.language import Plan, plan_language
 from opd.policies.draft import Draft
 from opd.recipe import Recipe
 
-__all__ = ["DrafterPlan", "FlowPlan", "Plan", "make_plan"]
+__all__ = ["ActionPlan", "DrafterPlan", "FlowPlan", "Plan", "make_plan"]
 
-OF_MODALITY: dict[str, Callable[[Recipe], Plan | FlowPlan]] = {"language": plan_language, "flow": plan_flow}
+OF_MODALITY: dict[str, Callable[[Recipe], Plan | FlowPlan | ActionPlan]] = {
+    "language": plan_language,
+    "flow": plan_flow,
+    "action": plan_acting,
+}
 
 
-def make_plan(recipe: Recipe) -> Plan | FlowPlan | DrafterPlan:
+def make_plan(recipe: Recipe) -> Plan | FlowPlan | ActionPlan | DrafterPlan:
     """The plan of `recipe`; no weights are read.
 
     Raises:

@@ -217,6 +217,7 @@ class Policy(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "policy"
+    modality: ClassVar[str | None] = None
     teacher: ClassVar[str]
     """Kind of the teacher that is a model like this one."""
     evaluation: ClassVar[type[Evaluation]]

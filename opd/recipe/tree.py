@@ -145,11 +145,13 @@ class Recipe(Settings):
         student = self.student
         for key in type(self).model_fields:
             for part in nested(getattr(self, key)):
-                if part.modality not in (None, student.modality):
+                if not part.fits(student.modality):
                     axis = next(c for c in type(part).__mro__ if "axis" in vars(c))
-                    fitting = [k for k, c in choices_of(axis).items() if c.modality in (None, student.modality)]
+                    fitting = [k for k, c in choices_of(axis).items() if c.fits(student.modality)]
+                    own = part.modality if isinstance(part.modality, tuple) else (part.modality,)
+                    models = " and ".join(f"{each} models" for each in own)
                     raise ValueError(
-                        f"{key} {kind_of(part)!r} is for {part.modality} models and student {kind_of(student)!r} is of "
+                        f"{key} {kind_of(part)!r} is for {models} and student {kind_of(student)!r} is of "
                         f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
                     )
         return self

@@ -236,6 +236,7 @@ for _layer in (
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
     Layer("authors", "written by", "token", "author"),
     Layer("stopped", "ended by the watch", "row", "stopped"),
+    Layer("episode", "episode", "row", "episode"),
     Layer("image", "picture", "row", "picture"),
     Layer("images", "pictures of the prompt, as the student sees them", "row", "pictures"),
 ):

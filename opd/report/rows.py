@@ -133,7 +133,9 @@ def encode(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         record = with_tokens(record)
         held.append(record)
-        letters = len(str(record.get("image", ""))) + len(str(record.get("images", "")))
+        letters = len(str(record.get("image", ""))) + len(
+            str(record.get("images", "")) + str(record.get("episode", ""))
+        )
         tokens += len(record["tokens"]) + letters // IMAGE_LETTERS
         if len(held) >= CHUNK_ROWS or tokens >= CHUNK_TOKENS:
             chunks.append(_Chunk(held).encoded())

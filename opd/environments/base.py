@@ -1,0 +1,96 @@
+"""Environments: what an episode is to whoever plays it, whether the agent moves an arm or answers in words."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+from opd.choice import Choice
+
+O = TypeVar("O")  # noqa: E741  # the observation's type, as the field writes it
+A = TypeVar("A")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What an episode begins from; in an environment that repeats itself, all that it depends on beside the actions.
+
+    Attributes:
+        task: one of `Environment.tasks`.
+        seed: of the initial state; episodes of a group share it.
+        draw: of whatever is random afterwards (noise of the actuators), each episode's own.
+    """
+
+    task: str
+    seed: int
+    draw: int = 0
+
+
+@dataclass(frozen=True)
+class Turn(Generic[O]):
+    """What an environment says after a reset or an action.
+
+    Attributes:
+        observation: what the agent sees before it acts next.
+        outcome: of the episode as far as it is known: 1 is success. It is what a rollout's reward is made of.
+        done: the episode is over by itself; nothing that follows counts.
+        cut: the episode is over because it was too long.
+    """
+
+    observation: O
+    outcome: float = 0.0
+    done: bool = False
+    cut: bool = False
+
+    @property
+    def over(self) -> bool:
+        return self.done or self.cut
+
+
+class World(ABC, Generic[O, A]):
+    """A built environment, in which one episode is played at a time."""
+
+    writes: ClassVar[bool] = False
+    """Who wrote which position: whether what it says takes positions of a trajectory itself, written by `environment`
+    between those that the agent wrote (a shell's output), or stands beside them as what the agent saw (a picture), so
+    that every position is the agent's."""
+
+    @abstractmethod
+    def reset(self, start: Start) -> Turn[O]:
+        """Begin an episode."""
+
+    @abstractmethod
+    def step(self, action: A) -> Turn[O]:
+        """Go on by one action."""
+
+    def close(self) -> None:
+        """Nothing is played here any more."""
+
+
+class Environment(Choice):
+    """Base of the axis. Settings are plain data: another process builds the same world from them."""
+
+    axis: ClassVar[str] = "environment"
+    repeats: ClassVar[bool | None] = None
+    """Whether an episode depends on its start and its actions alone; None where that has to be tried. Then a run goes
+    on bit for bit after a stop: no episode lasts longer than a step, and what a world holds between two is forgotten by
+    `reset`."""
+
+    @property
+    def remote(self) -> str | None:
+        """The package that is needed even to list its tasks and is not installed; None where nothing is lacking."""
+        return None
+
+    @abstractmethod
+    def tasks(self) -> Mapping[str, str]:
+        """What is to be done in it: the instruction of each task by the task's name."""
+
+    @abstractmethod
+    def build(self) -> World:
+        """Make a world, in the process that plays in it.
+
+        Raises:
+            ModelError: what it is made of is not installed.
+        """
