@@ -320,6 +320,12 @@ class Run:
         assert rewards is not None
         return trajectories.rewarded(rewards, spread_of(sums_of(rewards)))
 
+    def measured(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        """What the verifier says of outcomes beside their rewards, for held-out measurements."""
+        if self.verifier is None:
+            return {}
+        return self.verifier.measure(trajectories, self.student.outcomes(trajectories))
+
     def _spread(self, rewards: torch.Tensor) -> float:
         return spread_of(self.sum_over_processes(sums_of(rewards)))
 
