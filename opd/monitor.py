@@ -30,7 +30,7 @@ from opd.recipe import Recipe
 from opd.run import Run
 from opd.shaping import words_of
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "curriculum.jsonl")
 """What a run adds lines to."""
 
 
@@ -222,6 +222,10 @@ class Monitor:
         self.log(run, "held_out", result.metrics)
         self._append(run, "samples.jsonl", result.rows)
         return result
+
+    def record(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add what a curriculum says of its prompts to curriculum.jsonl."""
+        self._append(run, "curriculum.jsonl", [dict(row) for row in rows])
 
     def _append(self, run: Run, name: str, rows: list[dict[str, Any]]) -> None:
         if run.accelerator.is_main_process:

@@ -114,9 +114,10 @@ def test_rows_without_an_interval_have_no_verdict_and_bad_ones_are_refused():
             settings.check_prompts([Prompt("a", {"interval": value}, where="row 3")])
     with pytest.raises(DataError, match="'duration' holds None; reward timestamp_aware needs"):
         TemporalGrounding(reward="timestamp_aware").check_prompts([Prompt("a", {"interval": [1, 2]}, where="row 3")])
+    own = {"kind": "temporal_grounding", "recalls": [2]}
+    recipe = {"student": {"model": "m"}, "teacher": {"model": "t"}, "prompts": {"path": "p"}, "verifier": own}
     with pytest.raises(RecipeError, match=r"recalls.*above 0 and at most 1"):
-        own = {"kind": "temporal_grounding", "recalls": [2]}
-        parse_recipe({"student": {"model": "m"}, "teacher": {"model": "t"}, "prompts": {"path": "p"}, "verifier": own})
+        parse_recipe(recipe)
 
 
 def test_a_route_measures_its_own_prompts():
