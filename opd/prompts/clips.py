@@ -31,8 +31,8 @@ VOCABULARY = (CHARACTERS, WORDS, tuple(i / FPS for i in range(FRAMES)), SIDE)
 
 
 class ClipPrompts(Prompts):
-    """`size` clips of 16 seconds, drawn by `seed`, in each of which `events` shapes of different colours move for 1.5 to
-    8 seconds, when they like.
+    """`size` clips of 16 seconds, drawn by `seed`, in each of which `events` shapes of different colours move for 1.5
+    to 8 seconds, when they like.
 
     Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[32, 32, 32, 3]`, fps: 2}), `interval` in seconds on
     a grid of half a second, `duration`, and `response` and `answer` as a student writes them (`02.5-06.0`). With `ask:

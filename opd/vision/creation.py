@@ -147,8 +147,8 @@ def create_clip_model(
     overwrite: bool = False,
 ) -> Path:
     """Write a small Qwen3-VL for clips: a token a character, a word or a time stamp, patches of 8 pixels and steps of
-    two frames. Further arguments, and errors, are those of `create_image_text_model`; `width` is a multiple of six times
-    `heads`.
+    two frames. Further arguments, and errors, are those of `create_image_text_model`; `width` is a multiple of six
+    times `heads`.
 
     Args:
         characters: of prompts and answers.
