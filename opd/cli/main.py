@@ -485,7 +485,8 @@ def create_image_text_model(
     sizes = {"width": width, "layers": layers, "heads": heads}
     sizes |= {"vision_width": vision_width, "vision_layers": vision_layers}
     if clips:
-        print(create_clip_model(folder, *VOCABULARY, **sizes, seed=seed, overwrite=overwrite))
+        characters, words, times, pixels = VOCABULARY
+        print(create_clip_model(folder, characters, words, times, pixels, seed=seed, overwrite=overwrite, **sizes))
         return
     print(create_image_text_model(folder, SYMBOLS, **sizes, seed=seed, overwrite=overwrite))
 

@@ -147,10 +147,10 @@ class Grounded(OneByOne):
         self.last = self.measure(trajectories, outcomes)
         return super().score(trajectories, outcomes)
 
-    def verdict(self, prompt: Prompt, completion: Any) -> float | None:
+    def verdict(self, prompt: Prompt, completion: object) -> float | None:
         if not self.judges(prompt):
             return None
-        said, true = interval_in(completion), self.settings.true_interval(prompt)
+        said, true = interval_in(str(completion)), self.settings.true_interval(prompt)
         if said is None:
             return 0.0
         found = said.iou(true)
