@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -91,6 +91,15 @@ class RunAsker(Asker):
 
     def working(self, text: str) -> AbstractContextManager[None]:
         return self.run.monitor.status(text)
+
+    def stop_requested(self) -> bool:
+        return self.run.stop_requested()
+
+    def save(self) -> None:
+        self.run.checkpoints.write(self.run, again=True)
+
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.run.monitor.record(self.run, rows)
 
     def keep_weights(self) -> None:
         self.run.kept.keep()

@@ -30,7 +30,7 @@ from opd.recipe import Recipe
 from opd.run import Run
 from opd.shaping import words_of
 
-LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "curriculum.jsonl")
 """What a run adds lines to."""
 
 
@@ -91,7 +91,7 @@ class Monitor:
         skipped = "skipped" in signals
         parts = measurement.parts if skipped else measurement.example
         for trajectories, values in parts if run.optimiser.writes_rollouts else ():
-            rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers)
+            rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers, run.verifier)
             told = words_of(run.recipe.shaping, trajectories, values)
             rows = [row | ({"shaped": words} if words else {}) for row, words in zip(rows, told, strict=True)]
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
@@ -222,6 +222,10 @@ class Monitor:
         self.log(run, "held_out", result.metrics)
         self._append(run, "samples.jsonl", result.rows)
         return result
+
+    def record(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add what a curriculum says of its prompts to curriculum.jsonl."""
+        self._append(run, "curriculum.jsonl", [dict(row) for row in rows])
 
     def _append(self, run: Run, name: str, rows: list[dict[str, Any]]) -> None:
         if run.accelerator.is_main_process:

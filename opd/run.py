@@ -54,6 +54,8 @@ class Monitoring(Protocol):
 
     def held_out_at(self, step: int) -> dict[str, float]: ...
 
+    def record(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
     def status(self, text: str) -> AbstractContextManager[None]: ...
 
     def warn(self, text: str) -> None: ...
@@ -70,7 +72,7 @@ class Keeping(Protocol):
 
     def after_step(self, run: Run) -> None: ...
 
-    def write(self, run: Run) -> None: ...
+    def write(self, run: Run, again: bool = False) -> None: ...
 
 
 class Counting(Protocol):
@@ -321,6 +323,12 @@ class Run:
             rewards = rewards if own is None else torch.where(rewards.isnan(), own, rewards)
         assert rewards is not None
         return trajectories.rewarded(rewards, spread_of(sums_of(rewards)))
+
+    def measured(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        """What the verifier says of outcomes beside their rewards, for held-out measurements."""
+        if self.verifier is None:
+            return {}
+        return self.verifier.measure(trajectories, self.student.outcomes(trajectories))
 
     def _spread(self, rewards: torch.Tensor) -> float:
         return spread_of(self.sum_over_processes(sums_of(rewards)))

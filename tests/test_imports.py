@@ -45,7 +45,7 @@ ORDER = (
     ("objectives, divergences among them", "objectives divergences"),
     ("projection, divergence and gradient, chunk by chunk", "operator scenes"),
     ("what the axes trade in", "distributions trajectories reduction context"),
-    ("prompts", "prompts.base prompts.messages prompts.pictures prompts.__init__"),
+    ("prompts", "prompts.base prompts.messages prompts.pictures prompts.videos prompts.__init__"),
     ("facts about files, weights and machines", "files weights sharding provenance randomness pictures planning hub"),
     ("settings and errors", "choice schedules errors hardware progress trackers"),
 )

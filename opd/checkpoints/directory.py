@@ -22,6 +22,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "rollouts.jsonl",
+    "curriculum.jsonl",
     "summary.json",
     "lm_eval.json",
     "report.html",

@@ -34,13 +34,14 @@ class Checkpoints:
         if (self.settings.every and run.step % self.settings.every == 0) or self._is_best(run):
             self.write(run)
 
-    def write(self, run: Run) -> None:
-        """Write the state between two steps, unless it is written already or the recipe wants none.
+    def write(self, run: Run, again: bool = False) -> None:
+        """Write the state between two steps, unless it is written already (`again`: also then, as something was found
+        out meanwhile) or the recipe wants none.
 
         Raises:
             RunError: it cannot be written; what was complete before is still there.
         """
-        if not self.settings.every or run.step == self.written:
+        if not self.settings.every or (run.step == self.written and not again):
             return
         state = run.state()
         facts = {"step": run.step, "held_out": run.monitor.held_out_at(run.step), **self.facts(run)}

@@ -511,16 +511,22 @@ def create_image_text_model(
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     vision_width: Annotated[int, typer.Option(help="Hidden width of what reads pictures.")] = 64,
     vision_layers: Annotated[int, typer.Option(help="Its layers.")] = 1,
+    clips: Annotated[bool, typer.Option("--clips", help="Of videos: for prompts of kind clips.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
-    """Write a randomly initialised image-text model and its processor, for prompts of kind tiles."""
+    """Write a randomly initialised image-text model and its processor, for prompts of kind tiles, or clips."""
+    from opd.prompts.clips import VOCABULARY
     from opd.prompts.tiles import SYMBOLS
-    from opd.vision.creation import create_image_text_model
+    from opd.vision.creation import create_clip_model, create_image_text_model
 
     _quiet_libraries()
     sizes = {"width": width, "layers": layers, "heads": heads}
     sizes |= {"vision_width": vision_width, "vision_layers": vision_layers}
+    if clips:
+        characters, words, times, pixels = VOCABULARY
+        print(create_clip_model(folder, characters, words, times, pixels, seed=seed, overwrite=overwrite, **sizes))
+        return
     print(create_image_text_model(folder, SYMBOLS, **sizes, seed=seed, overwrite=overwrite))
 
 

@@ -78,6 +78,20 @@ class Asker(ABC):
         """Tell a person what takes a while, as long as it lasts."""
 
     @abstractmethod
+    def stop_requested(self) -> bool:
+        """Whether somebody asked the run to stop; the same answer on all processes, which must all ask. A course that
+        takes long then saves what it has and ends the run, which goes on from there."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is, between two steps, with what the course found so far in it; nothing
+        where the recipe wants none."""
+
+    @abstractmethod
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to `curriculum.jsonl` of the run, one a prompt, for the report."""
+
+    @abstractmethod
     def keep_weights(self) -> None:
         """Keep the weights that training moves as they are now, in place of those kept before."""
 
@@ -112,6 +126,15 @@ class NobodyToAsk(Asker):
         raise MustAskError
 
     def working(self, text: str) -> AbstractContextManager[None]:
+        raise MustAskError
+
+    def stop_requested(self) -> bool:
+        raise MustAskError
+
+    def save(self) -> None:
+        raise MustAskError
+
+    def record(self, rows: Sequence[Mapping[str, Any]]) -> None:
         raise MustAskError
 
     def keep_weights(self) -> None:

@@ -21,6 +21,9 @@ from opd.policies.held_out import (
     Moment,
     accuracies,
     by_prompt,
+    detail_means,
+    detail_names,
+    details,
     first_answer,
     firsts,
     judge,
@@ -91,7 +94,7 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
     items: dict[str, dict[str, float]] = {}
     if prompts:
         trajectories = roll_out(run, at, at.sampler, prompts, at.settings.k)
-        sums = outcomes(trajectories) | counts_of(trajectories.contexts)
+        sums = outcomes(trajectories) | details(run, trajectories) | counts_of(trajectories.contexts)
         items["accuracy"] = by_prompt(trajectories)
         teacher, shown = judge(run), set(firsts(trajectories))
         done = 0
@@ -104,7 +107,8 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
             rows += [row for i, row in enumerate(found, start=done) if i in shown]
             done += len(micro)
     known = [name for name in MEANS if judge(run) is not None or name == "student_entropy"]
-    total = totals(run, sums, [*known, *STEPS, "compared", *COUNTS, *(f"at/{k}" for k in range(1, slots + 1))])
+    by_slot = [f"at/{k}" for k in range(1, slots + 1)]
+    total = totals(run, sums, [*known, *STEPS, "compared", *COUNTS, *by_slot, *detail_names(run)])
     metrics = {name: total[name] / total["compared"] for name in known if total["compared"]}
     if total["steps"]:
         metrics["acceptance_length"] = total["committed"] / total["steps"]
@@ -112,7 +116,7 @@ def measure(run: Measured, student: Writer, at: Moment, slots: int) -> HeldOut:
         metrics |= {f"accepted_at/{k}": total[f"at/{k}"] / total["steps"] for k in range(1, slots + 1)}
     metrics["length"] = total["tokens"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
-    metrics |= accuracies(total, at.settings.k)
+    metrics |= accuracies(total, at.settings.k) | detail_means(total)
     return HeldOut(metrics, rows, {name: values for name, values in items.items() if values})
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd.errors import DataError, nearest
 from opd.prompts.base import Prompt
-from opd.prompts.messages import Messages, check_view, has_picture, text_of
+from opd.prompts.messages import Messages, check_view, has_picture, of_picture, text_of
 
 if TYPE_CHECKING:
     from opd.language.engines.base import Engine
@@ -54,8 +54,10 @@ def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[
     """
     view = prompt.view(column)
     if not isinstance(view, str) and any(has_picture(message.get("content")) for message in view):
+        parts = [part for message in view for part in _listed(message.get("content"))]
+        kind = "video" if all(of_picture(part) is None for part in parts) else "picture"
         raise DataError(
-            f"{prompt.where}: the messages in column {column or prompt.column!r} hold a picture, and {language.owner} "
+            f"{prompt.where}: the messages in column {column or prompt.column!r} hold a {kind}, and {language.owner} "
             "reads text alone; take a model of kind image_text"
         )
     if language.template == "chat":
@@ -68,6 +70,10 @@ def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[
     if not ids:
         raise DataError(f"{prompt.where}: the tokenizer of {language.owner} makes no token of this prompt")
     return ids
+
+
+def _listed(content: object) -> list[object]:
+    return content if isinstance(content, list) else []
 
 
 def render(language: Engine, prompt: Prompt, messages: Messages) -> str:

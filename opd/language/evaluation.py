@@ -12,7 +12,9 @@ from opd.context import Context
 from opd.distributions import Categorical, Target
 from opd.divergences import Comparison, compare
 from opd.divergences.statistics import KNOWN
-from opd.language.rollout import GREEDY
+from opd.errors import IncompatibleError
+from opd.language.engines.in_process import InProcess
+from opd.language.rollout import GREEDY, LanguageRollout, SamplingSettings
 from opd.policies.evaluation import Better, Evaluation
 from opd.policies.held_out import (
     COUNTS,
@@ -22,12 +24,17 @@ from opd.policies.held_out import (
     accuracies,
     as_logged,
     by_prompt,
+    detail_means,
+    detail_names,
+    details,
     first_answer,
     judge,
     outcomes,
     roll_out,
     totals,
 )
+from opd.prompts import Prompt
+from opd.rollouts import HeldOutSampler
 from opd.teachers import reasons, unanswered
 from opd.trajectories import Trajectories
 
@@ -63,6 +70,11 @@ class LanguageEvaluation(Evaluation):
         "greedy_accuracy": "larger",
     }
     greedy: bool = Field(False, description="Also measure greedy decoding")
+    teacher_answers: bool = Field(
+        False,
+        description="Also have the first teacher answer the prompts itself, greedily, and judge that: "
+        "teacher_accuracy, and its answer in each row of samples.jsonl",
+    )
     temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
     top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
     top_k: int | None = Field(None, ge=0, description="Of held-out samples; default the student rollout's or 0")
@@ -83,6 +95,10 @@ class Writer(Protocol):
 
     def __call__(self, trajectories: Trajectories, context: Context | None = None) -> Categorical: ...
 
+    @property
+    def reader(self) -> InProcess:
+        """By whose tokenizer prompts become ids."""
+
     def tokens(self, ids: torch.Tensor) -> list[str]:
         """The text of each id of `[N]`."""
 
@@ -99,7 +115,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     distributions what `KNOWN` has, which is said once), `length` in tokens, `truncated` share; where
     training reads a store that holds an earlier student's completions of these prompts, `drift` and `drift_std` of
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
-    `greedy_accuracy` and `greedy_length`.
+    `greedy_accuracy` and `greedy_length`; and what the verifier measures beside its verdicts, under its own names.
     """
     settings = at.settings
     assert isinstance(settings, LanguageEvaluation)
@@ -109,8 +125,12 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     items: dict[str, dict[str, float]] = {}
     if prompts:
         trajectories = roll_out(run, at, at.sampler, prompts, settings.k)
-        sums |= outcomes(trajectories)
+        sums |= outcomes(trajectories) | details(run, trajectories)
         items["accuracy"] = by_prompt(trajectories)
+        answers: dict[str, str] = {}
+        if settings.teacher_answers:
+            found, answers = _taught(run, at, student, prompts)
+            sums |= {f"teacher_{name}": value for name, value in found.items()}
         teacher = judge(run)
         if teacher is not None and teacher.answers.kind != "categorical":
             names = ", ".join(KNOWN[teacher.answers.kind])
@@ -129,7 +149,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             comparison = compare(own, None if answer is None else answer.distribution, micro.actions)
             for name, value in (comparison.sums(micro.chosen) | {COMPARED: float(micro.chosen.sum())}).items():
                 sums[name] = sums.get(name, 0.0) + value
-            rows += compared_rows(run, student, micro, comparison)
+            rows += compared_rows(run, student, micro, comparison, answers)
             compared.append(micro)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         groups = [group for micro in compared for group in micro.groups.tolist()]
@@ -139,7 +159,8 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             sums |= _moved(run, at, student, before)
         if settings.greedy:
             greedy = roll_out(run, at, at.sampler.changed(**GREEDY), prompts, 1)
-            sums |= {f"greedy_{name}": value for name, value in outcomes(greedy).items()}
+            found = outcomes(greedy) | details(run, greedy)
+            sums |= {f"greedy_{name}": value for name, value in found.items()}
             items["greedy_accuracy"] = by_prompt(greedy)
     return HeldOut(_means(run, sums, settings.k), rows, {name: values for name, values in items.items() if values})
 
@@ -153,6 +174,41 @@ def _answered(run: Measured, micro: Trajectories, answer: Target) -> tuple[Traje
         )
     kept, here = micro.pick(left)
     return kept, answer.select(here)
+
+
+def _taught(
+    run: Measured, at: Moment, student: Writer, prompts: list[Prompt]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Sums over the first teacher's own greedy answers, of a routed one each prompt's own; and the texts by prompt id.
+
+    Raises:
+        IncompatibleError: there is no teacher, or it is not in this process.
+    """
+    teacher = next(iter(run.teachers), None)
+    if teacher is None:
+        raise IncompatibleError("evaluation.teacher_answers is true, and the recipe has no teacher; leave it out")
+    sums: dict[str, float] = {}
+    texts: dict[str, str] = {}
+    for route, member in teacher.members().items():
+        mine = [prompt for prompt in prompts if (teacher.route(prompt) or "") == route]
+        if not hasattr(member, "language"):
+            raise IncompatibleError(
+                "evaluation.teacher_answers is true, and the teacher is not in this process (kind local, image_text or "
+                "self); leave it out"
+            )
+        if not mine:
+            continue
+        greedy = SamplingSettings(top_k=1)
+        sees = member.settings.sees
+        source = LanguageRollout(
+            member.language, greedy, at.context, reader=student.reader, author="teacher", sees=sees
+        )
+        written = roll_out(run, at, HeldOutSampler(source, greedy, at.context), mine, 1)
+        for name, value in (outcomes(written) | details(run, written)).items():
+            sums[name] = sums.get(name, 0.0) + value
+        said = zip(written.prompts, written.completions(), strict=True)
+        texts |= {prompt.id: student.reader.decode(actions) for prompt, actions in said}
+    return sums, texts
 
 
 def _moved(run: Measured, at: Moment, student: Writer, before: Trajectories) -> dict[str, float]:
@@ -169,11 +225,13 @@ def _moved(run: Measured, at: Moment, student: Writer, before: Trajectories) -> 
 def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     teacher = judge(run)
     known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
-    total = totals(run, sums, [*known, COMPARED, *COUNTS, *MOVED, *(f"greedy_{name}" for name in COUNTS)])
+    counted = [*COUNTS, *detail_names(run)]
+    others = [f"{who}_{name}" for who in ("greedy", "teacher") for name in counted]
+    total = totals(run, sums, [*known, COMPARED, *MOVED, *counted, *others])
     metrics = {name: total[name] / total[COMPARED] for name in known if total[COMPARED]}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
-    metrics |= accuracies(total, k)
+    metrics |= accuracies(total, k) | detail_means(total)
     if total["moved_positions"]:
         metrics["drift"] = total["moved"] / total["moved_positions"]
         square = total["moved_squared"] / total["moved_positions"]
@@ -182,13 +240,24 @@ def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
         metrics["greedy_length"] = total["greedy_positions"] / total["greedy_trajectories"]
         if total["greedy_verified"]:
             metrics["greedy_accuracy"] = total["greedy_accuracy"] / total["greedy_verified"]
+            metrics |= detail_means(total, "greedy_")
+    if total["teacher_verified"]:
+        metrics["teacher_accuracy"] = total["teacher_accuracy"] / total["teacher_verified"]
+        metrics |= detail_means(total, "teacher_")
     return metrics
 
 
-def compared_rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
-    """Rows for logs of compared trajectories, with the likeliest alternatives at each position."""
+def compared_rows(
+    run: Measured,
+    student: Writer,
+    micro: Trajectories,
+    comparison: Comparison,
+    answers: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows for logs of compared trajectories, with the likeliest alternatives at each position; `answers` are the
+    teacher's own by prompt id."""
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers)
+    rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers, run.verifier, answers)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))

@@ -64,6 +64,8 @@ class LanguageStudent(Student):
                 f"{blind[0]} reads text alone, and the student pictures too: take a teacher of kind image_text, or self"
             )
         models = [self.reader, *(other for _, other in others)]
+        for _, other in others:
+            other.read_like(self.reader)
         common = common_vocabulary(models, [m.vocabulary for _, m in members if m.vocabulary is not None])
         last = common.ids[-1] if common.ids is not None else (common.size or 0) - 1
         if unknown := [i for i in end_tokens or () if i > last]:
@@ -126,6 +128,11 @@ class LanguageStudent(Student):
                 "tokens": self.tokens(actions),
                 "values": {name: [round(v, 4) for v in value[here].tolist()] for name, value in values.items()},
             }
+            clips = self.reader.clips(trajectories.prompts[i])
+            if len(clips) == 1:
+                row["frames"] = clips[0]
+            elif clips:
+                pictures = [*pictures, *(image for clip in clips for image in clip["images"])]
             if pictures:
                 row["images"] = pictures
             if trajectories.stopped is not None and trajectories.stopped[i] is not None:

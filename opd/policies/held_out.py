@@ -16,6 +16,7 @@ from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
 from opd.rollouts.base import Combination
 from opd.teachers import LiveTeacher, Teacher, answers_of, reasons
 from opd.trajectories import Trajectories
+from opd.verifiers.base import Scorer
 
 STREAM = -1
 """Random stream of held-out rollouts: the same draws at every evaluation of a run."""
@@ -73,6 +74,9 @@ class Measured(Protocol):
     def teachers(self) -> Sequence[LiveTeacher]: ...
 
     @property
+    def verifier(self) -> Scorer | None: ...
+
+    @property
     def micro(self) -> int:
         """Trajectories of one forward pass."""
 
@@ -84,6 +88,9 @@ class Measured(Protocol):
 
     def judged(self, trajectories: Trajectories) -> Trajectories:
         """The trajectories with their rewards, where there is a verifier."""
+
+    def measured(self, trajectories: Trajectories) -> Mapping[str, torch.Tensor]:
+        """What the verifier says of outcomes beside their rewards, see `Scorer.measure`."""
 
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor: ...
 
@@ -109,14 +116,23 @@ def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:
 
 
 def as_logged(
-    rows: list[dict[str, Any]], prompts: Sequence[Prompt], teachers: Sequence[LiveTeacher]
+    rows: list[dict[str, Any]],
+    prompts: Sequence[Prompt],
+    teachers: Sequence[LiveTeacher],
+    verifier: Scorer | None,
+    answers: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
-    route that answered, and values that are not numbers, as what a shaping did not measure, are None."""
+    route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, the verifier adds what
+    it shows, and values that are not numbers, as what a shaping did not measure, are None."""
     for row, prompt in zip(rows, prompts, strict=True):
         row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
         routes = [route for teacher in teachers if (route := teacher.route(prompt)) is not None]
         row |= {"teacher": ", ".join(routes)} if routes else {}
+        if answers is not None and prompt.id in answers:
+            row["teacher_answer"] = answers[prompt.id]
+        if verifier is not None:
+            row |= verifier.shown(prompt, row)
     return rows
 
 
@@ -168,6 +184,29 @@ def outcomes(trajectories: Trajectories) -> dict[str, float]:
             "prompts": float(sum(bool(known[mine].any()) for mine in groups)),
         }
     return sums
+
+
+def details(run: Measured, trajectories: Trajectories) -> dict[str, float]:
+    """Sums and counts of what the verifier measures of outcomes beside their rewards."""
+    sums: dict[str, float] = {}
+    for name, values in run.measured(trajectories).items():
+        known = values[~values.isnan()]
+        sums |= {f"detail/{name}": float(known.double().sum()), f"detailed/{name}": float(len(known))}
+    return sums
+
+
+def detail_names(run: Measured) -> list[str]:
+    """Names of the sums that `details` makes, on any process."""
+    measured = () if run.verifier is None else run.verifier.settings.measured
+    return [f"{kind}/{name}" for name in measured for kind in ("detail", "detailed")]
+
+
+def detail_means(total: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """Means of what `details` summed; nothing where no verdict was given."""
+    start = f"{prefix}detail/"
+    names = [name.removeprefix(start) for name in total if name.startswith(start)]
+    counts = {name: total[f"{prefix}detailed/{name}"] for name in names}
+    return {f"{prefix}{name}": total[start + name] / count for name, count in counts.items() if count}
 
 
 def _group_of(trajectories: Trajectories, index: int) -> torch.Tensor:

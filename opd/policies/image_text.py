@@ -16,6 +16,7 @@ from opd.planning import Shape
 from opd.policies.causal_lm import IMAGE_TEXT, CausalLMStudent, TrainedModel, freeze
 from opd.prompts import Prompt
 from opd.prompts.pictures import files_of, is_picture
+from opd.prompts.videos import is_video, video_files
 from opd.vision.engine import ImageTextModel, of_pictures
 from opd.vision.settings import PictureSettings
 
@@ -32,6 +33,7 @@ class ImageText(PictureSettings, TrainedModel):
     of_live: ClassVar[tuple[str, ...]] = (
         *TrainedModel.of_live,
         "images",
+        "videos",
         "largest_file",
         "largest_picture",
         "vision",
@@ -67,10 +69,14 @@ class ImageText(PictureSettings, TrainedModel):
         return _settled(super().build(context))
 
     def files(self, prompt: Prompt) -> list[Path]:
-        return [path for value in prompt.fields.values() if is_picture(value) for path in files_of(value, prompt)]
+        values = prompt.fields.values()
+        videos = [path for value in values if is_video(value) for path in video_files(value, prompt)]
+        pictures = [value for value in values if is_picture(value) and not is_video(value)]
+        return [*videos, *(path for value in pictures for path in files_of(value, prompt))]
 
     def seen(self, prompt: Prompt) -> dict[str, Any]:
-        return {} if self.images is None else {self.images: prompt.fields.get(self.images)}
+        columns = [self.images, None if self.videos is None else self.videos.column]
+        return {column: prompt.fields.get(column) for column in columns if column is not None}
 
     @classmethod
     def takes(cls, model: object) -> bool:

@@ -36,8 +36,8 @@ def check_view(value: object, where: str, column: str) -> str | Messages:
 
 
 def check_messages(value: object, where: str, column: str) -> Messages:
-    """A list of messages, each with a role and a content that is a text, a list of parts, which are texts or pictures,
-    or absent beside `tool_calls`. Other keys are the template's business."""
+    """A list of messages, each with a role and a content that is a text, a list of parts, which are texts, pictures
+    or videos, or absent beside `tool_calls`. Other keys are the template's business."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise DataError(
             f"{where}: column {column!r} holds {type(value).__name__}; "
@@ -57,11 +57,12 @@ def check_messages(value: object, where: str, column: str) -> Messages:
                 "'content', both texts"
             )
         parts = content if isinstance(content, list) else []
-        other = next((p for p in parts if part_text(p) is None and of_picture(p) is None), None)
+        other = next((p for p in parts if part_text(p) is None and of_picture(p) is None and of_video(p) is None), None)
         if other is not None:
             kind = other.get("type") if isinstance(other, dict) else type(other).__name__
             raise DataError(
-                f"{where}: message {i} in column {column!r} has a part {kind!r}; only texts and pictures are read"
+                f"{where}: message {i} in column {column!r} has a part {kind!r}; only texts, pictures and "
+                "videos are read"
             )
     return value
 
@@ -86,9 +87,19 @@ def of_picture(part: object) -> object:
     return found["url"] if isinstance(found, dict) and isinstance(found.get("url"), str) else found
 
 
+def of_video(part: object) -> object:
+    """The video that a part of a content is; True where it stands for one of the row's column; None for others."""
+    if not isinstance(part, dict) or part.get("type") not in ("video", "video_url"):
+        return None
+    found = next((part[k] for k in ("video", "path", "url", "bytes", "video_url") if part.get(k) is not None), True)
+    return found["url"] if isinstance(found, dict) and isinstance(found.get("url"), str) else found
+
+
 def has_picture(content: object) -> bool:
-    """Whether a message's content has a part that is a picture."""
-    return isinstance(content, list) and any(of_picture(part) is not None for part in content)
+    """Whether a message's content has a part that is a picture or a video."""
+    if not isinstance(content, list):
+        return False
+    return any(of_picture(part) is not None or of_video(part) is not None for part in content)
 
 
 def part_text(part: object) -> str | None:

@@ -59,7 +59,7 @@ def files_of(value: object, prompt: Prompt) -> list[Path]:
         while isinstance(each, dict):
             each = each["picture"] if "picture" in each else each.get("path") if each.get("bytes") is None else None
         if isinstance(each, str):
-            found.append(_place(each, prompt))
+            found.append(place_of(each, prompt))
     return found
 
 
@@ -162,7 +162,7 @@ def _check_pixels(size: tuple[int, int], where: str, limits: Limits) -> None:
 def _file(path: str, prompt: Prompt, where: str, limits: Limits) -> Path:
     if ADDRESS.match(path):
         raise DataError(f"{where} is an address ({path[:60]!r}); nothing is fetched: download it and name the file")
-    place = _place(path, prompt)
+    place = place_of(path, prompt)
     try:
         size = place.stat().st_size
         if not place.is_file():
@@ -177,7 +177,7 @@ def _file(path: str, prompt: Prompt, where: str, limits: Limits) -> Path:
         raise DataError(f"{where}: {path!r} cannot be read ({error})") from None
 
 
-def _place(path: str, prompt: Prompt) -> Path:
+def place_of(path: str, prompt: Prompt) -> Path:
     """Where a file is: from the working directory, else beside the file of prompts."""
     place = Path(path).expanduser()
     beside = place if prompt.folder is None else prompt.folder / place

@@ -180,12 +180,17 @@ class Recipe(Settings):
         names = [t.name for t in self.teacher if t.name is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers have the names {names}; each name must be its own")
-        for part in nested(self.rollout):
+        writers = [("rollout", part) for part in nested(self.rollout)]
+        writers += [("curriculum", part) for part in nested(self.curriculum)]
+        for key, part in writers:
             if isinstance(part, TeacherRollout) and not self.teacher:
-                raise ValueError("key 'teacher' is required: rollout 'teacher' lets a teacher write")
-            if isinstance(part, TeacherRollout) and part.teacher not in (None, *names):
                 raise ValueError(
-                    f"rollout.teacher is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
+                    f"key 'teacher' is required: {key} {kind_of(getattr(self, key))!r} lets a teacher write"
+                )
+            if isinstance(part, TeacherRollout) and part.teacher not in (None, *names):
+                own = "rollout.teacher" if key == "rollout" else "curriculum.teacher.teacher"
+                raise ValueError(
+                    f"{own} is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
                     f"{names or 'none'}: give that teacher a name"
                 )
         for objective in self.objective:

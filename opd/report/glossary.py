@@ -123,6 +123,16 @@ MEANINGS = {
         "balanced prompts with right answers", "prompts", "the same in the balanced set, copies counted"
     ),
     "train/curriculum/prompts_balanced": Meaning("balanced set", "prompts", "each as often as it stands in it"),
+    "train/curriculum/round": Meaning("round", "", "of focusing, from 1"),
+    "train/curriculum/judged": Meaning("prompts with a verdict", "prompts", "on the teacher's answers"),
+    "train/curriculum/reliable": Meaning("reliable", "share of prompts", "the teacher's mean reward is high enough"),
+    "train/curriculum/drawn": Meaning("prompts of the round", "prompts"),
+    "train/curriculum/reliability": Meaning("reliability", "reward", "the teacher's, mean of the round's prompts"),
+    "train/curriculum/student": Meaning("student's reward", "reward", "as the round began, mean of its prompts"),
+    "train/curriculum/disagreement": Meaning("disagreement", "", "of teacher and student, mean of the round's prompts"),
+    "train/parsed": Meaning("answers with an interval", "share of answers", "", "higher"),
+    "held_out/parsed": Meaning("answers with an interval", "share of answers", "", "higher"),
+    "held_out/teacher_accuracy": Meaning("the teacher's accuracy", "share of answers", "of its own greedy answers"),
     "train/curriculum/solved_before": Meaning(
         "solved before", "share of answers", "right ones before training, to this step's prompts"
     ),

@@ -18,6 +18,7 @@ from opd.report.charts import registered_charts
 from opd.report.curves import curves, number
 from opd.report.glossary import glossary
 from opd.report.layers import ASSETS, registered, scripts
+from opd.report.maps import maps
 from opd.report.rows import RowFile, choose_held_out, choose_training, encode, finite, scan
 
 LARGEST = 9_500_000
@@ -168,6 +169,7 @@ def _state(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         "facts": _facts(recipe, summary),
         "steps": recipe.get("steps"),
         "finished": bool(summary),
+        "maps": maps(run / "curriculum.jsonl"),
         "generation": [_modified(run / "recipe.yaml"), _modified(run / "environment.json")],
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, ClassVar
 
@@ -55,6 +55,16 @@ class Scorer(ABC):
         """What the last `score` found beside rewards, on all processes, which must all ask; logged as train/NAME."""
         return {}
 
+    def measure(self, trajectories: Trajectories, outcomes: Sequence[Outcome]) -> dict[str, torch.Tensor]:
+        """What held-out measurements say of outcomes beside their rewards: float32 `[B]` by each name of
+        `Verifier.measured`, NaN where there is no verdict."""
+        return {}
+
+    def shown(self, prompt: Prompt, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a logged row of this prompt gets besides, for a layer of the report; the row holds the `completion` as
+        text where it is one."""
+        return {}
+
     def judges(self, prompt: Prompt) -> bool:
         """Whether there are verdicts on trajectories of this prompt."""
         return self.settings.judges(prompt)
@@ -91,6 +101,11 @@ class Verifier(Choice):
     axis: ClassVar[str] = "verifier"
     reads: ClassVar[str | None] = None
     """Column without which a prompt has no verdict; None where that is not up to one column."""
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of what its `Scorer.measure` says of outcomes."""
+        return ()
 
     @abstractmethod
     def build(self, context: Context) -> Scorer:

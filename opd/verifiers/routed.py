@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,10 @@ class RoutedVerifier(Verifier):
     def needs(self) -> str:
         return f"the column {self.by!r} with one of {', '.join(self.routes)}, and what that route reads"
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for route in self.routes.values() for name in route.measured))
+
     def check_machine(self) -> None:
         for route in self.routes.values():
             route.check_machine()
@@ -83,6 +87,21 @@ class RoutedVerdicts(Scorer):
             # A route without a trajectory is asked too: what it says of its last batch is then of this one.
             rewards[mine] = route.score(trajectories.pick(mine)[0], [outcomes[i] for i in mine])
         return rewards
+
+    def measure(self, trajectories: Trajectories, outcomes: Sequence[Outcome]) -> dict[str, torch.Tensor]:
+        found = {name: torch.full((len(trajectories),), float("nan")) for name in self.settings.measured}
+        tags = [self.settings.route(prompt) for prompt in trajectories.prompts]
+        for tag, route in self.routes.items():
+            mine = [i for i, own in enumerate(tags) if own == tag]
+            if mine:
+                of_route = route.measure(trajectories.pick(mine)[0], [outcomes[i] for i in mine])
+                for name, values in of_route.items():
+                    found[name][mine] = values
+        return found
+
+    def shown(self, prompt: Prompt, row: Mapping[str, Any]) -> dict[str, Any]:
+        tag = self.settings.route(prompt)
+        return {} if tag is None else self.routes[tag].shown(prompt, row)
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         return {k: v for route in self.routes.values() for k, v in route.own_signals(sum_over_processes).items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from opd.errors import ModelError
 from opd.language.attention import in_its_dtype
 from opd.language.engines.base import EncodedPrompt, PromptInputs, ids_of
 from opd.language.engines.decoded import Decoded
+from opd.language.engines.in_process import InProcess
 from opd.language.engines.layouts import Layout
 from opd.language.engines.padding import pad
 from opd.language.layers import decoder_of
@@ -24,9 +25,11 @@ from opd.pictures import data_address
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.prompts.pictures import Limits
+from opd.prompts.videos import Clip
 from opd.vision.memory import Memory
 from opd.vision.processor import placeholders_of, save_processor, tokenizer_of
 from opd.vision.reading import PictureReading, Seen
+from opd.vision.videos import VideoSettings
 from opd.vision.view import inputs_of, view_of
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ KNOWN = frozenset(
     ]
 )
 """What models hand their decoders."""
+SHOWN, FRAME = 12, 96
+"""Frames of a video that a logged row holds at most, and their longer side in pixels."""
 
 
 class _Reached(Exception):  # noqa: N818 - it is no error
@@ -65,10 +70,12 @@ class Pictures:
 
     Attributes:
         column: the student's pictures, one or a list; None where there are none but in messages.
+        videos: how videos are read; None where there are none.
     """
 
     column: str | None = "image"
     limits: Limits = field(default_factory=Limits)
+    videos: VideoSettings | None = None
 
 
 class ImageTextModel(Decoded):
@@ -102,7 +109,7 @@ class ImageTextModel(Decoded):
         self.encoded: Memory[PromptInputs | torch.Tensor] = Memory()
         self.looked: Memory[Seen] = Memory()
         self.lengths: Memory[int] = Memory()
-        self.addresses: Memory[tuple[str | Messages, list[str]]] = Memory(2**26)
+        self.addresses: Memory[tuple[str | Messages, list[str], list[dict[str, Any]]]] = Memory(2**26)
         self.masked: bool | None = None
         """Whether the decoder reads prompts with pictures under a mask of the model's own, once that is known."""
         config = None if model is None else self.base.config
@@ -110,8 +117,11 @@ class ImageTextModel(Decoded):
         self.marks = [str(token) for token in self.tokenizer.convert_ids_to_tokens(list(self.placeholders))]
         """The placeholders as they read: no prompt's own text may hold one."""
         found = getattr(config, "image_token_id", None)
-        self.picture_id = found if found is not None else getattr(config, "image_token_index", None)
-        if model is not None and self.picture_id is None:
+        found = found if found is not None else getattr(config, "image_token_index", None)
+        of_videos = getattr(config, "video_token_id", None)
+        self.picture_ids = tuple(each for each in (found, of_videos) if each is not None)
+        """Ids in whose places stands what is seen."""
+        if model is not None and found is None:
             raise ModelError(f"{self.family} does not say which token stands for pictures (image_token_id)")
 
     def encode(self, prompt: Prompt, column: str | None = None) -> EncodedPrompt:
@@ -132,10 +142,15 @@ class ImageTextModel(Decoded):
         return len(self.encode(prompt, column)) if known is None else known
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
-        grey = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        grey: Any = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         parts = [{"type": "image"}, {"type": "text", "text": "?"}]
-        prompt = Prompt("probe", {"prompt": [{"role": "user", "content": parts}], str(self.pictures.column): grey})
-        wanted = self.encode(prompt) if self.pictures.column is not None else None
+        column = str(self.pictures.column)
+        if self.pictures.column is None and self.pictures.videos is not None:
+            parts[0], column = {"type": "video"}, self.pictures.videos.column
+            grey = {"frames": np.stack([grey] * 4), "fps": self.pictures.videos.fps}
+        prompt = Prompt("probe", {"prompt": [{"role": "user", "content": parts}], column: grey})
+        none = self.pictures.column is None and self.pictures.videos is None
+        wanted = None if none else self.encode(prompt)
         return [self._given([wanted])] if isinstance(wanted, PromptInputs) else []
 
     def save_reader(self, folder: Path) -> None:
@@ -146,13 +161,26 @@ class ImageTextModel(Decoded):
         self.still = not any(parameter.requires_grad for _, parameter in of_pictures(self.base))
 
     def shown(self, prompt: Prompt) -> tuple[str | Messages, list[str]]:
+        return self._addresses(prompt)[:2]
+
+    def clips(self, prompt: Prompt) -> list[dict[str, Any]]:
+        return self._addresses(prompt)[2]
+
+    def _addresses(self, prompt: Prompt) -> tuple[str | Messages, list[str], list[dict[str, Any]]]:
         known = self.addresses.get(prompt.fields, None)
         if known is None:
             view, text = view_of(self, prompt, None), prompt.view()
             pictures = [data_address(np.asarray(picture)) for picture in view.pictures]
-            known = (text if isinstance(text, str) else view.messages, pictures)
-            self.addresses.keep(prompt.fields, None, known, sum(len(each) for each in pictures))
+            clips = [_shown_clip(clip) for clip in view.videos]
+            known = (text if isinstance(text, str) else view.messages, pictures, clips)
+            size = sum(len(each) for each in [*pictures, *(image for clip in clips for image in clip["images"])])
+            self.addresses.keep(prompt.fields, None, known, size)
         return known
+
+    def read_like(self, reader: InProcess) -> None:
+        """Videos, where nothing was said of them, are read as the student reads them."""
+        if self.pictures.videos is None and isinstance(reader, ImageTextModel):
+            self.pictures = replace(self.pictures, videos=reader.pictures.videos)
 
     def read(self, contexts: Sequence[EncodedPrompt]) -> PictureReading:
         distinct = {id(c.inputs): c for c in contexts if isinstance(c, PromptInputs)}
@@ -168,7 +196,7 @@ class ImageTextModel(Decoded):
                 if self.still:
                     self.looked.keep(context.inputs, None, found, found.size)
         each = [seen[id(c.inputs)] if isinstance(c, PromptInputs) else None for c in contexts]
-        return PictureReading([ids_of(c) for c in contexts], each, int(self.picture_id or 0), self.base)
+        return PictureReading([ids_of(c) for c in contexts], each, self.picture_ids, self.base)
 
     def padding(
         self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor], layout: Layout = "auto"
@@ -201,7 +229,7 @@ class ImageTextModel(Decoded):
             )
         # Such masks let tokens of one picture see each other.
         ids, embeds, positions = given["input_ids"], handed["inputs_embeds"], handed.get("position_ids")
-        here = torch.eq(ids, int(self.picture_id or 0))
+        here = torch.isin(ids, torch.tensor(self.picture_ids, device=ids.device))
         counts = here.sum(1).tolist()
         layers = [torch.split(layer, counts) for layer in handed.get("deepstack_visual_embeds") or ()]
         types = next((name for name in OF_TOKENS if name in given), None)
@@ -265,6 +293,15 @@ def of_pictures(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Paramete
     text = [*decoder_of(model).parameters(), *(head.parameters() if isinstance(head, torch.nn.Module) else ())]
     own = {id(parameter) for parameter in text}
     yield from ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in own)
+
+
+def _shown_clip(clip: Clip) -> dict[str, Any]:
+    """A few frames of a video, evenly, and their seconds."""
+    places = sorted({round(i) for i in np.linspace(0, len(clip.frames) - 1, SHOWN)})
+    return {
+        "times": [round(clip.times[i], 2) for i in places],
+        "images": [data_address(clip.frames[i], FRAME) for i in places],
+    }
 
 
 def _alike(contexts: Sequence[PromptInputs]) -> Iterator[list[PromptInputs]]:

@@ -42,12 +42,16 @@ class PictureReading(Reading):
     Args:
         ids: B int64 `[P_i]` as they were read.
         seen: what is seen in each; None for text. Neighbours with the same pictures share one.
-        picture_id: the id that stands for pictures.
+        picture_ids: the ids that stand for pictures and frames of videos.
         model: whose decoder reads.
     """
 
     def __init__(
-        self, ids: Sequence[torch.Tensor], seen: Sequence[Seen | None], picture_id: int, model: PreTrainedModel
+        self,
+        ids: Sequence[torch.Tensor],
+        seen: Sequence[Seen | None],
+        picture_ids: Sequence[int],
+        model: PreTrainedModel,
     ):
         self.model, self.seen = model, seen
         firsts: dict[int, int] = {}
@@ -60,7 +64,7 @@ class PictureReading(Reading):
                     firsts[id(found)] = count
                     distinct.append(found)
                     count += len(found.features)
-                places = row == picture_id
+                places = torch.isin(row, torch.tensor(picture_ids))
                 row = row.clone()
                 row[places] = -1 - firsts[id(found)] - torch.arange(int(places.sum()))
             coded.append(row)

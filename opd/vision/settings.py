@@ -13,6 +13,7 @@ from opd.language.model import ModelSettings, load_model, reader_place
 from opd.prompts.pictures import Limits
 from opd.vision.engine import ImageTextModel, Pictures
 from opd.vision.processor import load_processor
+from opd.vision.videos import VideoSettings
 
 
 class PictureSettings(ModelSettings):
@@ -24,6 +25,10 @@ class PictureSettings(ModelSettings):
         "image",
         description="Column with the prompt's pictures: one or a list of them, each a file's path, encoded bytes, or "
         "from Python uint8 [H, W, 3] or a picture of PIL; null where there are none but in messages",
+    )
+    videos: VideoSettings | None = Field(
+        None,
+        description="How videos of prompts are read, e.g. {fps: 2}; default none are, and of a teacher the student's",
     )
     largest_file: int = Field(2**26, ge=1, description="Bytes of a picture's file, at most")
     largest_picture: int = Field(2**26, ge=1, description="Pixels of a picture as it is opened, at most")
@@ -37,7 +42,7 @@ class PictureSettings(ModelSettings):
 
     @property
     def pictures(self) -> Pictures:
-        return Pictures(self.images, Limits(self.largest_file, self.largest_picture))
+        return Pictures(self.images, Limits(self.largest_file, self.largest_picture), self.videos)
 
     def engine(self, device: torch.device | str, keep_adapter: bool = False) -> ImageTextModel:
         """The model with its processor."""

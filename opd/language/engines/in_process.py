@@ -99,6 +99,13 @@ class InProcess(torch.nn.Module, Engine):
         """The student's view of a prompt for people: its text or messages, and its pictures as `data:` addresses."""
         return prompt.view(), []
 
+    def clips(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """Of each video in the student's view `times`, seconds of some frames, and `images`, `data:` addresses."""
+        return []
+
+    def read_like(self, reader: InProcess) -> None:
+        """Read prompts as the student's `reader` does where this engine was told nothing of its own."""
+
     def probes(self) -> list[dict[str, torch.Tensor]]:
         """Arguments of the model's own forward pass, besides ids of text, by which two copies of it are told apart."""
         return []

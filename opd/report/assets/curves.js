@@ -88,6 +88,28 @@ opd.curves = (() => {
     return [traces, made];
   }
 
+  const GROUPS_OF_MAPS = ["not reliable: the student was not asked", "reliable", "taken"];
+
+  /** A round of a curriculum: each prompt by how right the teacher is and how far the student is from it. */
+  function map(run, round) {
+    const found = run.maps.find((one) => one.round === round);
+    const known = found.disagreement.filter((y) => y !== null);
+    // Who was not asked stands on a line of its own below the others.
+    const below = known.length ? Math.min(...known) - 0.08 * (Math.max(...known) - Math.min(...known) || 1) : 0;
+    const traces = GROUPS_OF_MAPS.map((name, group) => {
+      const here = found.group.map((g, i) => (g === group ? i : -1)).filter((i) => i >= 0);
+      const y = here.map((i) => found.disagreement[i]);
+      return { type: "scatter", mode: "markers", x: here.map((i) => found.reliability[i]), y: y.map((v) => (v === null ? below : v)), name, marker: { size: 6, opacity: 0.7, symbol: group ? "circle" : "line-ns-open", color: group === 2 ? runColour(1) : group ? runColour(0) : css("--quiet") }, hovertemplate: `teacher %{x:.3g}, disagreement %{y:.3g}<extra>${name}</extra>` };
+    }).filter((trace) => trace.x.length);
+    const made = layout(300, { showlegend: true, legend, hovermode: "closest" });
+    made.xaxis.title.text = "mean reward of the teacher";
+    made.xaxis.rangemode = "normal";
+    made.yaxis.title = { text: "disagreement", font: { size: 11 } };
+    return [traces, made];
+  }
+
+  const mapWords = ({ round, judged, reliable, drawn, group }) => `round ${round}: ${judged.toLocaleString("en")} prompts, ${reliable.toLocaleString("en")} of them reliable, ${drawn.toLocaleString("en")} taken${group.length < judged ? `; ${group.length.toLocaleString("en")} are shown` : ""}`;
+
   /** Figures of several names together, and the names that stand in them. */
   function composed() {
     const figures = [];
@@ -103,6 +125,11 @@ opd.curves = (() => {
         for (const { reads, low, high } of chart.lines) for (const name of [reads, low, high]) names.add(name);
       }
     }));
+    data.runs.forEach((run, i) => (run.maps || []).forEach(({ round }) => figures.push({
+      name: `map ${i} ${round}`, title: `prompts by reliability and disagreement, round ${round}${opd.several() ? `, ${run.label}` : ""}`,
+      chart: { unit: "", about: "the teacher is right on the right, and the student far from it above" },
+      build: () => map(data.runs[i], round), words: () => mapWords(data.runs[i].maps.find((one) => one.round === round)),
+    })));
     return { figures, names };
   }
 

@@ -22,7 +22,7 @@ opd.live = (() => {
       run.rows[source].chunks.push(...chunks);
       run.rows[source].total += total;
     }
-    Object.assign(run, { offsets: news.offsets, facts: news.facts, finished: news.finished, steps: news.steps });
+    Object.assign(run, { offsets: news.offsets, facts: news.facts, finished: news.finished, steps: news.steps, maps: news.maps });
   }
 
   async function poll() {

@@ -1,0 +1,115 @@
+"""Short clips of coloured shapes that come and go, and questions when one of them is there."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from opd.drawings.base import Split, hashed_split
+from opd.errors import DataError
+from opd.prompts.base import Prompts
+from opd.prompts.tiles import COLOURS
+
+FPS, FRAMES, SIDE = 2, 32, 32
+"""Frames a second, frames, and pixels along each side: 16 seconds. With patches of 8 pixels merged two by two and steps
+of two frames, a clip has 16 steps of four tokens."""
+SHORTEST, LONGEST = 3, 16
+"""Frames of an event: 1.5 to 8 seconds."""
+RADIUS = 4
+SHAPES = ("disc", "square", "cross", "ring")
+COUNTS = ("one", "two", "three", "four")
+CHARACTERS = tuple("0123456789.-? ")
+WORDS = (*COLOURS, *SHAPES, *COUNTS, "how", "many", "when")
+"""What prompts and answers are made of."""
+VOCABULARY = (CHARACTERS, WORDS, tuple(i / FPS for i in range(FRAMES)), SIDE)
+"""What a model for them needs to know: see `opd.vision.creation.create_clip_model`."""
+
+
+class ClipPrompts(Prompts):
+    """`size` clips of 16 seconds, drawn by `seed`, in each of which `events` shapes of different colours move for 1.5
+    to 8 seconds, when they like.
+
+    Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[32, 32, 32, 3]`, fps: 2}), `interval` in seconds on
+    a grid of half a second, `duration`, and `response` and `answer` as a student writes them (`02.5-06.0`). With `ask:
+    count` the question is how many shapes there are: what may be forgotten meanwhile.
+    """
+
+    kind: Literal["clips"] = "clips"
+    size: int = Field(1000, ge=1, le=1_000_000, description="Rows to draw")
+    seed: int = Field(0, ge=0, description="Of the draw")
+    split: Literal["train", "validation", "test"] = Field("train", description="Rows of one split occur in no other")
+    ask: Literal["when", "count"] = Field("when", description="When one shape is there, or how many there are")
+    events: int = Field(4, ge=1, le=4, description="Shapes in a clip; with ask: count at most")
+    colours: list[str] = Field(list(COLOURS), min_length=1, description="Of the shape that is asked for")
+
+    @field_validator("colours")
+    @classmethod
+    def _known(cls, value: list[str]) -> list[str]:
+        if strange := sorted(set(value) - set(COLOURS)):
+            raise ValueError(f"{strange[0]!r} is no colour of a clip; take some of {', '.join(COLOURS)}")
+        return value
+
+    def rows(self) -> Sequence[tuple[str, dict[str, Any] | DataError]]:
+        # Shorter draws of one seed are the beginnings of longer ones.
+        rng = random.Random(f"clips {self.ask} {self.split} {self.seed} {' '.join(self.colours)}")
+        found: list[tuple[str, dict[str, Any] | DataError]] = []
+        while len(found) < self.size:
+            row, key = self._row(rng)
+            if hashed_split(key) == self._split:
+                number = len(found)
+                name = f"clips-{self.ask}-{self.split}-{self.seed}-{number}"
+                found.append((f"clips {self.split}[{number}]", {"id": name, **row, self.column: row["prompt"]}))
+        return found
+
+    @property
+    def _split(self) -> Split:
+        return self.split
+
+    def _row(self, rng: random.Random) -> tuple[dict[str, Any], bytes]:
+        count = self.events if self.ask == "when" else rng.randint(1, self.events)
+        asked = rng.choice(self.colours)
+        colours = [asked, *rng.sample([colour for colour in COLOURS if colour != asked], count - 1)]
+        events = []
+        for colour in colours:
+            length = rng.randint(SHORTEST, LONGEST)
+            start = rng.randint(0, FRAMES - length)
+            path = [(rng.uniform(RADIUS, SIDE - RADIUS), rng.uniform(RADIUS, SIDE - RADIUS)) for _ in range(2)]
+            events.append((colour, rng.choice(SHAPES), start, start + length, path))
+        order = rng.sample(range(count), count)
+        noise = np.random.default_rng(rng.getrandbits(64))
+        frames = noise.normal(rng.uniform(60, 200), 6, (FRAMES, SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
+        for i in order:
+            _paint(frames, *events[i])
+        key = hashlib.sha256(repr([event[:4] for event in events]).encode()).digest()
+        row: dict[str, Any] = {"video": {"frames": frames, "fps": FPS}, "duration": FRAMES / FPS}
+        if self.ask == "count":
+            word = COUNTS[count - 1]
+            return {"prompt": "how many?", "answer": word, "response": word, **row}, key
+        colour, shape, start, end, _ = events[0]
+        interval = [start / FPS, end / FPS]
+        text = "-".join(f"{time:04.1f}" for time in interval)
+        return {"prompt": f"when {colour} {shape}?", "answer": text, "response": text, "interval": interval, **row}, key
+
+
+def _paint(
+    frames: np.ndarray, colour: str, shape: str, start: int, end: int, path: Sequence[tuple[float, float]]
+) -> None:
+    """Draw a shape that moves along a line from its first frame to its last."""
+    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    for k in range(start, end):
+        share = (k - start) / max(end - start - 1, 1)
+        row, column = ((1 - share) * a + share * b for a, b in zip(*path, strict=True))
+        down, right = abs(y - row), abs(x - column)
+        away = np.hypot(down, right)
+        inside = {
+            "disc": away < RADIUS,
+            "square": np.maximum(down, right) < 0.85 * RADIUS,
+            "cross": (np.minimum(down, right) < 0.35 * RADIUS) & (np.maximum(down, right) < RADIUS),
+            "ring": (away < RADIUS) & (away > 0.5 * RADIUS),
+        }[shape]
+        frames[k][inside] = COLOURS[colour]

@@ -1,0 +1,390 @@
+"""Video-OPD (arXiv 2602.02994): a model learns when things happen in clips from a teacher's word on its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.api import assembled
+from opd.curricula import Draw
+from opd.loop import accumulate_step
+from opd.measurement import Clock, Measurement
+from opd.prompts import count_repeats
+from opd.recipe import parse_recipe
+from opd.reproductions import Claim, Reproduction, Smoke, Stage, train
+from opd.reproductions.definition import COSTS, Figures, merged
+from opd.reproductions.training import filled
+from reproductions.on_policy import at_rate, best_rate
+from reproductions.running_sum import figures_of
+from reproductions.video_opd_models import (
+    CAP,
+    CLIPS_OF_TEACHER,
+    ENDS,
+    GOAL,
+    NEW_TEACHER,
+    OF_RATES,
+    SEED_OF_RATES,
+    STAGES,
+    START,
+    STEPS_OF_TEACHER,
+    TEACHER,
+    clips,
+    counts,
+    model,
+    recipe,
+)
+from reproductions.video_opd_premise import GATES, STAGE, mean, measured, of_colours
+
+STEPS, BATCH, POOL, GROUP, RATES = 30, 16, 1500, 8, (1e-4, 3e-4, 1e-3)
+SIZE = STEPS * BATCH
+TEST, RESAMPLES = 600, 32
+LEAST, KEPT, SHARE = 0.02, 0.02, 0.4
+"""Asked of a gain, what may be lost of what is to be kept, and the share of GRPO's time that an update may take."""
+TRIED = ", ".join(f"{rate:g}" for rate in RATES)
+
+
+def focusing(**own: Any) -> dict[str, Any]:
+    """Four sampled answers a side, as the paper's means over several predictions."""
+    block = {"kind": "focusing", "size": SIZE, "responses": 4, "teacher": {"kind": "teacher", "max_new_tokens": CAP}}
+    return {"curriculum": {**block, **own}}
+
+
+DATA = {"rollout": {"kind": "data"}}
+OPD, PLAIN, GRPO, TIMED = "Video-OPD", "OPD", "GRPO", "GRPO in OPD's time"
+RKD, FKD, SFT, WHOLE, UNTRAINED = "OP-RKD", "OP-FKD", "SFT", "whole distribution", "untrained teacher"
+RELIABLE, DISAGREE, BY_NATS = "reliable alone", "disagreement alone", "disagreement in nats"
+OF_GRPO: dict[str, Any] = {
+    "teacher": [],
+    "objective": ["grpo"],
+    "reduction": "sequence_mean",
+    "batch": {"prompts": BATCH, "group": GROUP, "micro": 64},
+}
+ARMS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    OPD: focusing(),
+    RELIABLE: focusing(sampler="random"),
+    DISAGREE: focusing(reliable_from=0.0),
+    BY_NATS: focusing(disagreement="reverse_kl"),
+    **{f"sampler {name}": focusing(sampler=name) for name in ("even_ranks", "buckets", "gaussian")},
+    GRPO: OF_GRPO,
+    RKD: {**DATA, "objective": ["squared_log_ratio"]},
+    FKD: {**DATA, "objective": ["forward_kl"]},
+    SFT: {**DATA, "teacher": [], "objective": ["sft"], "reduction": "sequence_mean"},
+    WHOLE: {"objective": ["reverse_kl"]},
+    UNTRAINED: {"teacher": [model(f"{{{NEW_TEACHER}}}/model")]},
+}
+"""What each changes of OPD without focusing."""
+TUNED = (PLAIN, GRPO, RKD, FKD, SFT, WHOLE)
+"""Arms that have a learning rate of their own; the others take that of OPD."""
+OWN_RATE = ", ".join(TUNED)
+
+
+def distilled(changes: Mapping[str, Any], start: str = START) -> dict[str, Any]:
+    """OPD from the start; its learning rate is put in when it is known."""
+    own = {
+        "student": {"vision": "frozen"},
+        "teacher": [model(f"{{{TEACHER}}}/run/student")],
+        "prompts": [clips(POOL, "train", 4)],
+        "objective": ["reverse_kl_sampled"],
+        "reduction": "sequence_sum",
+        "batch": {"prompts": BATCH, "micro": BATCH},
+        "evaluation": {"prompts": [clips(96, "validation", 3)], "every": 10},
+    }
+    return merged(merged(recipe(f"{{{start}}}/start", STEPS, 0.0), own), changes)
+
+
+# -- the jobs ----------------------------------------------------------------------------------------------------------
+
+
+def tested(folder: Path, student: Path, size: int, seed: int) -> Figures:
+    """Greedy answers to test clips: mean overlap over all colours (`test_iou`) and over those that the teacher knows
+    (`test_known`), recalls, and counting; and by item."""
+    found = measured(folder, student, size=size, split="test", seed=seed)
+    iou, known = found["iou"], of_colours(found["iou"], True)
+    recalls = {f"test_recall_{m:g}": {n: float(v >= m - 1e-6) for n, v in iou.items()} for m in (0.3, 0.5, 0.7)}
+    items = {"test_iou": iou, "test_known": known or iou, "test_count": found["count"], **recalls}
+    return {**{name: mean(values) for name, values in items.items()}, "items": items}
+
+
+def untrained(folder: Path, inputs: Mapping[str, Path], *, size: int, seed: int) -> Figures:
+    """The start itself, which costs nothing more."""
+    return {**dict.fromkeys(COSTS, 0.0), **tested(folder / "test", inputs[START] / "start", size, seed)}
+
+
+def trained(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    size: int,
+    rate: str,
+    seed: int,
+    as_long: list[str] | None = None,
+) -> Figures:
+    """Train a student of one seed at the rate that a stage chose, and test it. With `as_long: [one, other]` it takes as
+    many of its steps as last what the student `one` took, by the seconds of an update of `other`."""
+    found = figures_of(inputs[rate])["rate"]
+    names = [rate, *(as_long or [])]
+    places = {name: place for name, place in inputs.items() if name not in names}
+    block = dict(recipe)
+    if as_long is not None:
+        one, other = (figures_of(inputs[name]) for name in as_long)
+        block["steps"] = max(1, round(one["cpu_seconds"] / other["seconds_per_update"]))
+    figures = train(folder, places, recipe=at_rate(block, found), seed=seed)
+    own = {"rate": found, "steps": block["steps"], "seconds_per_update": figures["cpu_seconds"] / block["steps"]}
+    return {**figures, **tested(folder / "test", folder / "run" / "student", size, seed), **own}
+
+
+def spread(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], resamples: int, seed: int
+) -> Figures:
+    """Variance of an update's gradient on one batch of clips over `resamples` draws of answers from the start, over the
+    squared norm of its mean: `gradient_variance`."""
+    own = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
+    run = assembled(parse_recipe({**own, "steps": resamples}, "recipe of this gradient"))
+    prompts = count_repeats(run.course.next(0, {}, None).prompts)  # type: ignore[arg-type]  # nobody is asked
+    total: dict[str, torch.Tensor] = {}
+    squares = 0.0
+    for step in range(resamples):
+        run.step = step
+        now = run.at(step)
+        accumulate_step(run, now, Draw(prompts), Clock(), Measurement(now.recipe.objective, {}))
+        for name, weight in run.student.module.named_parameters():
+            if weight.grad is not None:
+                gradient = weight.grad.detach().double()
+                total[name] = total.get(name, torch.zeros_like(gradient)) + gradient
+                squares += float(gradient.square().sum())
+        run.optimiser.discard()
+    centre = sum(float((value / resamples).square().sum()) for value in total.values())
+    # The mean's own square is too large by the variance over the number of draws.
+    variance = (squares / resamples - centre) * resamples / max(resamples - 1, 1)
+    run.close()
+    return {"gradient_variance": variance / max(centre - variance / resamples, 1e-12)}
+
+
+def rate_stage(name: str) -> str:
+    return f"rate of {name if name in TUNED else PLAIN}"
+
+
+def student_stage(name: str) -> str:
+    return f"student of {name}"
+
+
+def spread_stage(name: str) -> str:
+    return f"gradients of {name}"
+
+
+def student(name: str) -> Stage:
+    params = {"recipe": distilled(ARMS[name]), "size": TEST, "rate": rate_stage(name)}
+    return Stage(trained, params, [START, TEACHER, NEW_TEACHER, rate_stage(name)], per_seed=True)
+
+
+def timed() -> Stage:
+    """GRPO for as long as OPD takes."""
+    both = [student_stage(PLAIN), student_stage(GRPO)]
+    params = {"recipe": distilled(OF_GRPO), "size": TEST, "rate": rate_stage(GRPO), "as_long": both}
+    return Stage(trained, params, [START, TEACHER, NEW_TEACHER, rate_stage(GRPO), *both], per_seed=True)
+
+
+def figured(
+    folder: Path, inputs: Mapping[str, Path], *, of: str, seed: int, spread: str | None = None, share: float = 1.0
+) -> Figures:
+    """What the job of an arm's student measured, its seconds of an update times `share`; with the spread of its
+    gradients."""
+    found = figures_of(inputs[of])
+    if "seconds_per_update" in found:
+        found = {**found, "seconds_per_update": share * found["seconds_per_update"]}
+    return found if spread is None else {**found, **figures_of(inputs[spread])}
+
+
+def better(id: str, statement: str, method: str, baseline: str, metric: str = "test_iou", margin: float = 0.0) -> Claim:
+    return Claim(id, statement, metric, "higher", method, baseline, margin=margin)
+
+
+BEFORE, PART = "start", f"{SHARE:g} of GRPO's time"
+FEW: dict[str, Any] = {
+    "steps": 2,
+    "prompts": [clips(12, "train", 4)],
+    "batch": {"prompts": 2},
+    "evaluation": {"prompts": [clips(2, "validation", 3)], "every": 0},
+}
+"""Of the smoke run; a list of prompts is replaced as a whole."""
+
+
+def few(name: str) -> dict[str, Any]:
+    """Of an arm in the smoke run: a blank teacher is right about nothing, so none is taken out."""
+    own = {"size": 4, "responses": 1, "reliable_from": 0.0}
+    return merged(FEW, {"curriculum": own} if "curriculum" in ARMS.get(name, {}) else {})
+
+
+FEW_OF_START = {
+    "recipe": {
+        "prompts": [clips(12, "train", 1), counts(4, "train", 1)],
+        "batch": {"prompts": 4},
+        "evaluation": {"prompts": [clips(2, "validation", 2)], "every": 1},
+        "checkpoint": {"every": 1},
+    },
+    "ends": [1, 2],
+}
+FEW_OF_TEACHER: dict[str, Any] = {
+    "steps": 1,
+    "prompts": [clips(12, "train", 5)],
+    "batch": {"prompts": 4},
+    "evaluation": {"prompts": [clips(2, "validation", 2)]},
+}
+
+reproduction = Reproduction(
+    title="Video-OPD",
+    introduction=f"""
+Does a student learn when things happen better, and faster, from a teacher's word on its own tokens than from GRPO? One
+start per seed, {STEPS} updates of {BATCH} clips.
+
+**Task.** Clips of 16 seconds with four coloured shapes that come and go, 32 frames of 32 pixels at two a second; the
+question is when one of them is there (`when red disc?`), the answer ten tokens (`02.5-06.0` and the end). Before each
+step of two frames stands its time as a text. **Hold-out.** Counting shapes, which the start learnt and no arm trains.
+
+**Models.** Qwen3-VLs, new for every seed but the teacher. The teacher learnt from {CLIPS_OF_TEACHER:,} clips in
+{STEPS_OF_TEACHER:,} steps, and two of the eight colours were never asked of it: on those it is wrong, so that there
+is something for focusing to take out. Unlike the paper's it saw no GRPO. The student is a third of its size and
+learnt from 2,500 clips; of its checkpoints the first with a mean overlap (IoU) of {GOAL:g} is the start, the last of
+{ENDS[-1]} steps at most.
+
+**Premise.** The teacher has a mean overlap of 0.75 on colours that it knows and at most 0.45 on others; the start of
+every seed writes intervals (0.98 of its answers), with a mean overlap of 0.25 to 0.45, and counts half of the clips
+right. It is measured on other clips before any arm runs, and is a gate.
+
+**Arms.** *OPD* is the policy gradient of the sampled token, one answer a clip, on any {SIZE} of {POOL:,} clips;
+*Video-OPD* takes the {SIZE} of them by focusing, four answers a side. *Reliable alone* takes any on which the teacher
+is right; *disagreement alone* takes the largest gaps, right or not; *in nats* goes by reverse KL; *sampler* arms are
+the other three. *GRPO* learns from the overlap, {GROUP} answers a clip; *in OPD's time* stops when as many CPU
+seconds are spent as OPD's. *OP-RKD*, *OP-FKD* and *SFT* learn from true answers; *whole distribution* is reverse KL
+over the vocabulary on the student's answers; the *untrained teacher* has random weights. What scoring for focusing
+takes is counted to its first step.
+
+**Selection.** {OWN_RATE} take the best of the rates {TRIED} by overlap on validation clips, from a start of a seed of
+its own; the others take OPD's. **Figures** are greedy answers to {TEST} test clips and {TEST // 4} of counting.
+Thinking before the answer cannot be compared at this size.
+""",
+    discussion="",
+    stages={
+        **STAGES,
+        "premise": STAGE,
+        **{
+            rate_stage(name): Stage(
+                best_rate,
+                {"recipe": distilled(ARMS[name], OF_RATES[START]), "rates": list(RATES), "seed": SEED_OF_RATES},
+                [OF_RATES[START], TEACHER],
+            )
+            for name in TUNED
+        },
+        **{
+            spread_stage(name): Stage(
+                spread, {"recipe": distilled(ARMS[name]), "resamples": RESAMPLES}, [START, TEACHER], per_seed=True
+            )
+            for name in (PLAIN, GRPO)
+        },
+        student_stage(BEFORE): Stage(untrained, {"size": TEST}, [START], per_seed=True),
+        **{student_stage(name): student(name) for name in ARMS},
+        student_stage(TIMED): timed(),
+    },
+    gates=GATES,
+    arms={
+        **{name: Stage(figured, {"of": student_stage(name)}, [student_stage(name)]) for name in (BEFORE, TIMED)},
+        **{
+            name: Stage(
+                figured,
+                {"of": student_stage(name)} | ({"spread": spread_stage(name)} if name in (PLAIN, GRPO) else {}),
+                [student_stage(name), *([spread_stage(name)] if name in (PLAIN, GRPO) else [])],
+            )
+            for name in ARMS
+        },
+        PART: Stage(figured, {"of": student_stage(GRPO), "share": SHARE}, [student_stage(GRPO)]),
+    },
+    seeds=(0, 1, 2, 3, 4),
+    imports=["reproductions.video_opd"],
+    metrics=[
+        "test_iou",
+        "test_known",
+        *(f"test_recall_{m:g}" for m in (0.3, 0.5, 0.7)),
+        "test_count",
+        "seconds_per_update",
+        "gradient_variance",
+        "rate",
+    ],
+    claims=[
+        better(
+            "main", "At equal updates OPD has at least 2 points more mean overlap than GRPO.", PLAIN, GRPO, margin=LEAST
+        ),
+        better("time", "In the same CPU seconds OPD has more mean overlap than GRPO.", PLAIN, TIMED),
+        Claim(
+            "update",
+            f"An update of OPD takes at most {SHARE:g} of the CPU seconds of GRPO's.",
+            "seconds_per_update",
+            "lower",
+            PLAIN,
+            PART,
+        ),
+        Claim(
+            "variance",
+            "An update's gradient varies less than GRPO's, over its squared norm.",
+            "gradient_variance",
+            "lower",
+            PLAIN,
+            GRPO,
+        ),
+        better("off-policy", "OPD has more mean overlap than forward KL at true answers (OP-FKD).", PLAIN, FKD),
+        better("focusing", "Focusing adds mean overlap to OPD.", OPD, PLAIN),
+        better(
+            "untrained",
+            "An untrained teacher adds nothing to the start (1 point is allowed).",
+            BEFORE,
+            UNTRAINED,
+            margin=-0.01,
+        ),
+        better("hold-out", "OPD loses at most 2 points of counting.", PLAIN, BEFORE, "test_count", -KEPT),
+        better("gain", "OPD has more mean overlap than the start.", PLAIN, BEFORE),
+        better("recall", "At equal updates OPD has more recall at 0.7 than GRPO.", PLAIN, GRPO, "test_recall_0.7"),
+        better("OP-RKD", "OPD has more mean overlap than the log-ratio's square at true answers (OP-RKD).", PLAIN, RKD),
+        better("SFT", "OPD has more mean overlap than fine-tuning on true answers.", PLAIN, SFT),
+        better("hold-out of OP-FKD", "OP-FKD loses more of counting than OPD.", PLAIN, FKD, "test_count"),
+        better(
+            "whole", "The whole distribution on the student's answers teaches no less than one token.", WHOLE, PLAIN
+        ),
+        better("reliable", "Taking reliable clips alone adds mean overlap to OPD.", RELIABLE, PLAIN),
+        better("disagreement", "Taking the largest gaps alone adds mean overlap to OPD.", DISAGREE, PLAIN),
+        better("both against reliable", "Both have more mean overlap than reliability alone.", OPD, RELIABLE),
+        better("both against disagreement", "Both have more mean overlap than disagreement alone.", OPD, DISAGREE),
+        better("nats", "The gap of rewards has more mean overlap than that in nats.", OPD, BY_NATS),
+        *(
+            better(
+                f"top against {name}",
+                f"The largest gaps have more mean overlap than {name.replace('_', ' ')}.",
+                OPD,
+                f"sampler {name}",
+            )
+            for name in ("even_ranks", "buckets", "gaussian")
+        ),
+        Claim(
+            "scale",
+            "Mean recall on three benchmarks rises by about sixteen points at 8 billion parameters.",
+            testable=False,
+            note="Needs models and benchmarks of that size.",
+        ),
+    ],
+    headline=("main", "time", "update", "variance", "off-policy", "focusing", "untrained", "hold-out"),
+    smoke=Smoke(
+        stages={
+            **dict.fromkeys((START, OF_RATES[START]), FEW_OF_START),
+            TEACHER: {"recipe": FEW_OF_TEACHER},
+            "premise": {"size": 4},
+            **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},
+            **{spread_stage(name): {"recipe": FEW, "resamples": 2} for name in (PLAIN, GRPO)},
+            student_stage(BEFORE): {"size": 4},
+            **{student_stage(name): {"recipe": few(name), "size": 4} for name in (*ARMS, TIMED)},
+        },
+        seeds=(0,),
+    ),
+)

@@ -1,0 +1,173 @@
+"""The task of the reproduction of Video-OPD, its teacher, and the student that every arm starts from.
+
+Clips of 16 seconds hold four coloured shapes that come and go, and the question is when one of them is there. The
+teacher learnt it for six of the eight colours that are asked for. The student is smaller and learnt from fewer clips,
+until a fixed mean overlap with the true intervals; it also learnt to count shapes, which no arm trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from opd.api import execute, export
+from opd.errors import RunError
+from opd.prompts.clips import VOCABULARY
+from opd.prompts.tiles import COLOURS
+from opd.recipe import parse_recipe
+from opd.reproductions import Stage
+from opd.reproductions.definition import Figures, merged
+from opd.reproductions.training import curve, filled
+from opd.vision.creation import create_clip_model
+
+KNOWN = list(COLOURS)[:6]
+"""Colours that the teacher was asked for; of the others it never saw an interval."""
+UNKNOWN = list(COLOURS)[6:]
+CAP = 12
+"""Most new tokens: an answer has nine and its end."""
+MIX = {"when": 28, "count": 4}
+"""Rows of each kind in a step of the student's training, on average."""
+CLIPS_OF_TEACHER, STEPS_OF_TEACHER = 20_000, 2500
+ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.3
+"""Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
+taken."""
+SIZES = {
+    "teacher": {"width": 144, "layers": 3, "heads": 4, "vision_width": 96, "vision_layers": 1},
+    "student": {"width": 96, "layers": 2, "heads": 4, "vision_width": 64, "vision_layers": 1},
+}
+
+Split = Literal["train", "validation", "test"]
+VERIFIER: dict[str, Any] = {
+    "kind": "routed",
+    "by": "task",
+    "routes": {"when": "temporal_grounding", "count": "exact_match"},
+}
+
+
+def clips(size: int, split: Split, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """The recipe's block of questions when."""
+    return {"kind": "clips", "size": size, "split": split, "seed": seed, "add": {"task": "when"}} | changes
+
+
+def counts(size: int, split: Split, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """The same of questions how many."""
+    return clips(size, split, seed, ask="count", add={"task": "count"}) | changes
+
+
+def model(folder: str, **changes: Any) -> dict[str, Any]:
+    return {"kind": "image_text", "model": folder, "images": None, "videos": {"fps": 2}} | changes
+
+
+def recipe(student: str, steps: int, rate: float, **changes: Any) -> dict[str, Any]:
+    """A recipe on clips; `changes` replace keys or are merged into blocks."""
+    base = {
+        "steps": steps,
+        "student": model(student),
+        "teacher": [],
+        "verifier": VERIFIER,
+        "rollout": {"kind": "student", "max_new_tokens": CAP},
+        "reduction": "sequence_mean",
+        "update": {
+            "learning_rate": {"kind": "cosine", "start": rate, "end": rate / 10, "warmup": 4},
+            "betas": [0.9, 0.98],
+        },
+        "batch": {"prompts": 32, "micro": 32},
+        "evaluation": {"max_new_tokens": CAP, "samples": 0, "alarm": None},
+        "checkpoint": {"every": 0},
+        "hardware": {"device": "cpu", "threads": 1, "precision": "fp32"},
+        "self_test": False,
+    }
+    return merged(base, changes)
+
+
+def blank(folder: Path, inputs: Mapping[str, Path], *, sizes: Mapping[str, int], seed: int) -> Figures:
+    """A model with random weights and its processor, in `folder/model`."""
+    create_clip_model(folder / "model", *VOCABULARY, seed=seed, **sizes)  # type: ignore[arg-type]
+    return {}
+
+
+def supervised(student: str, steps: int, prompts: Sequence[Mapping[str, Any]], every: int = 0) -> dict[str, Any]:
+    """Fine-tuning on true answers, with a checkpoint at every evaluation."""
+    return recipe(
+        student,
+        steps,
+        2e-3,
+        prompts=list(prompts),
+        rollout={"kind": "data"},
+        objective=["sft"],
+        update={"learning_rate": {"warmup": 50}},
+        evaluation={"prompts": [clips(96, "validation", 2)], "every": every},
+        checkpoint={"every": every, "keep_last": max(1, ENDS[-1] // EVERY)},
+    )
+
+
+def taught(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], seed: int) -> Figures:
+    """Train the teacher; it lies in `folder/run/student`."""
+    values = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
+    result = execute(parse_recipe(values, "recipe of the teacher"), quiet=True)
+    if result.stopped_by is not None:
+        raise RunError(f"training was stopped by signal {result.stopped_by}")
+    return {"curve": list(curve(result.history))}
+
+
+def begun(
+    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], goal: float, ends: Sequence[int], seed: int
+) -> Figures:
+    """Train up to the first of the steps `ends` by which an evaluation had a mean overlap of `goal`, and write that
+    checkpoint to `folder/start`; the last one where none had, which the gates see.
+
+    Returns:
+        `start_step`, and `curve`, the held-out metrics by step.
+    """
+    points: dict[int, dict[str, float]] = {}
+    for i, end in enumerate(ends):
+        values = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
+        settings = parse_recipe({**values, "steps": end}, "recipe of the start")
+        result = execute(settings, quiet=True, resume=i > 0, force_changed=i > 0)
+        if result.stopped_by is not None:
+            raise RunError(f"training was stopped by signal {result.stopped_by}")
+        points |= {int(point["step"]): point for point in curve(result.history)}
+        step, reached = first_at(list(points.values()), goal)
+        if reached:
+            break
+    export(folder / "run", folder / "start", step)
+    return {"start_step": float(step), "curve": list(points.values())}
+
+
+def first_at(points: Sequence[Mapping[str, float]], goal: float) -> tuple[int, bool]:
+    """The step of the first point behind the start whose overlap reaches `goal`, else of the last point; and which."""
+    reached = [point for point in points if point["step"] > 0 and point["accuracy"] >= goal]
+    return int((reached or points[-1:])[0]["step"]), bool(reached)
+
+
+NEW_TEACHER, TEACHER, NEW, START = "new teacher", "teacher", "new", "start"
+OF_RATES = {name: f"{name} of rates" for name in (NEW, START)}
+"""The same with a seed that no arm has, for the choice of learning rates."""
+SEED_OF_RATES, SEED_OF_TEACHER = 100, 200
+
+
+def _start(of: str, **own: Any) -> Stage:
+    rows = [
+        clips(2500, "train", 1, weight=MIX["when"]),
+        counts(600, "train", 1, weight=MIX["count"]),
+    ]
+    block = supervised(f"{{{of}}}/model", ENDS[-1], rows, EVERY)
+    block["update"]["learning_rate"] = {"kind": "constant", "start": 2e-3, "warmup": 50}
+    return Stage(begun, {"recipe": block, "goal": GOAL, "ends": list(ENDS), **own}, [of], per_seed=not own)
+
+
+def _teacher() -> Stage:
+    rows = [clips(CLIPS_OF_TEACHER, "train", 5, colours=KNOWN)]
+    block = supervised(f"{{{NEW_TEACHER}}}/model", STEPS_OF_TEACHER, rows)
+    return Stage(taught, {"recipe": block, "seed": SEED_OF_TEACHER}, [NEW_TEACHER])
+
+
+STAGES: dict[str, Stage] = {
+    NEW_TEACHER: Stage(blank, {"sizes": SIZES["teacher"], "seed": SEED_OF_TEACHER}),
+    TEACHER: _teacher(),
+    NEW: Stage(blank, {"sizes": SIZES["student"]}, per_seed=True),
+    START: _start(NEW),
+    OF_RATES[NEW]: Stage(blank, {"sizes": SIZES["student"], "seed": SEED_OF_RATES}),
+    OF_RATES[START]: _start(OF_RATES[NEW], seed=SEED_OF_RATES),
+}
