@@ -185,7 +185,7 @@ def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
 def compared_rows(run: Measured, student: Writer, micro: Trajectories, comparison: Comparison) -> list[dict[str, Any]]:
     """Rows for logs of compared trajectories, with the likeliest alternatives at each position."""
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers)
+    rows = as_logged(student.rows(micro, values), micro.prompts, run)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))
