@@ -208,8 +208,7 @@ class LiveDebate(LiveTeacher[DebateTeacher]):
         self.failed: Counter[str] = Counter()
         self.tally = Tally()
         self._sums = {name: [0.0, 0.0] for name in self.experts}
-        self._ever_tagged = False
-        self._untagged = 0
+        self._tagged = False
         self._known: dict[str, str] = {}
         self._seed: int | None = None
 
@@ -335,13 +334,15 @@ class LiveDebate(LiveTeacher[DebateTeacher]):
             self.tally.asked += 1
             self.tally.untagged += any(each is None for each in sure)
             for name, each, weight in zip(self.names, sure, self.weights(debate), strict=True):
-                self._ever_tagged |= each is not None
-                self._untagged += each is None
                 self._sums[name][0] += weight
                 self._sums[name][1] += each or 0.0
-        if self.settings.weighting == "confidence" and not self._ever_tagged and self._untagged >= UNTAGGED:
+        if self.settings.weighting == "uniform" or self._tagged:
+            return
+        said = [each for debate in self.transcripts.held.values() for each in self.sure(debate)]
+        self._tagged = any(each is not None for each in said)
+        if not self._tagged and len(said) >= UNTAGGED:
             raise RunError(
-                f"none of {self._untagged} texts that ended a debate holds the tag {self.settings.wording.tag!r}, so "
+                f"none of {len(said)} texts that ended a debate holds the tag {self.settings.wording.tag!r}, so "
                 "every expert would count alike: mend teacher.wording, let texts be longer (teacher.max_new_tokens), "
                 "or set teacher.weighting: uniform"
             )
@@ -473,13 +474,11 @@ class LiveDebate(LiveTeacher[DebateTeacher]):
             "debates": self.transcripts.state_dict(),
             "tally": vars(self.tally).copy(),
             "sums": self._sums,
-            "tags": [self._ever_tagged, self._untagged],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.transcripts.load_state_dict(state["debates"])
         self.tally, self._sums = Tally(**state["tally"]), {name: list(each) for name, each in state["sums"].items()}
-        self._ever_tagged, self._untagged = bool(state["tags"][0]), int(state["tags"][1])
 
 
 def _row_seed(key: str, number: int, name: str) -> int:
