@@ -1,7 +1,7 @@
 """What a debate adds to a step, with and without its cache: `python -m benchmarks.debate [--quick] --json PATH`.
 
-The same student steps on the same prompts under four teachers: one model, two of equal weight, the same two after a debate
-of two rounds that is held anew, and after one that is read from the disk. Each is a run of one thread in this
+The same student steps on the same prompts under four teachers: one model, two of equal weight, the same two after a
+debate of two rounds that is held anew, and after one that is read from the disk. Each is a run of one thread in this
 process, one after the other; the first step of each is not counted.
 """
 
