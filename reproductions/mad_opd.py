@@ -152,7 +152,17 @@ def better(id: str, statement: str, method: str, baseline: str, margin: float = 
 
 FEW: dict[str, Any] = {"steps": 2, "batch": {"prompts": 4, "micro": 4}, "evaluation": {"every": 0}}
 """Of the smoke run."""
+FEW_WORDS: dict[str, Any] = {"teacher": {"weighting": "uniform"}}
+"""Teachers of two steps write no tags."""
 FEW_OF_MODELS = {"recipe": {"steps": 2, "batch": {"prompts": 8, "micro": 8}}}
+
+
+def few(name: str) -> dict[str, Any]:
+    """What the smoke run changes of an arm's recipe."""
+    found = distilled(ARMS[name])["teacher"]
+    debated = isinstance(found, Mapping) and found.get("kind") == "debate" and found["rounds"]
+    return {**FEW, **(FEW_WORDS if debated else {})}
+
 
 reproduction = Reproduction(
     title="MAD-OPD",
@@ -232,9 +242,9 @@ seed of its own; the others take MAD-OPD's. **Figures** are samples at temperatu
             PROBLEMS: {"sizes": {"train": 20, "validation": 4, "test": 4}},
             **dict.fromkeys((*TEACHER.values(), START, OF_RATES[START]), FEW_OF_MODELS),
             "premise": {"size": 2},
-            **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},
+            **{rate_stage(name): {"recipe": few(name), "rates": [1e-3]} for name in TUNED},
             **{student_stage(name): {"size": 4} for name in (BEFORE, SOLO)},
-            **{student_stage(name): {"recipe": FEW, "size": 4} for name in ARMS},
+            **{student_stage(name): {"recipe": few(name), "size": 4} for name in ARMS},
         },
         seeds=(0,),
     ),

@@ -220,7 +220,7 @@ def supervised(model: str, rows: str, steps: int, rate: float, batch: int) -> di
         steps,
         rate,
         prompts={"kind": "file", "path": f"{{{rows}}}/rows.jsonl"},
-        rollout={"kind": "data"},
+        rollout={"kind": "data", "max_new_tokens": TEXT},
         objective=["sft"],
         batch={"prompts": batch, "micro": batch},
     )

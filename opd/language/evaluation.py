@@ -115,6 +115,8 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
                 f"the teacher answers {teacher.answers.kind!r}, not whole distributions: held-out measurements are "
                 f"{names}; the others of a teacher are left out"
             )
+        if teacher is not None:
+            teacher.prepare(trajectories.prompts, at.context)
         compared: list[Trajectories] = []
         for micro, _ in trajectories.split(run.micro):
             answer = None if teacher is None else first_answer(run, at, teacher, micro)

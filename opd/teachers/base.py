@@ -98,6 +98,10 @@ class LiveTeacher(ABC, Generic[S]):
         """
         raise answers_whole_texts_alone(self.settings)
 
+    def prepare(self, prompts: Sequence[Prompt], context: Context) -> None:
+        """Told of prompts about whose trajectories `answer` will be asked in several parts: what depends on the prompts
+        alone can be made for all of them together."""
+
     early: bool = False
     """Whether `expect` begins something."""
 

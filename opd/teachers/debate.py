@@ -272,6 +272,10 @@ class LiveDebate(LiveTeacher[DebateTeacher]):
             self._hold(new, context)
         return [self.transcripts.find(key) for key in keys]
 
+    def prepare(self, prompts: Sequence[Prompt], context: Context) -> None:
+        if self.settings.rounds:
+            self.debates(prompts, context)
+
     def _hold(self, prompts: Mapping[str, Prompt], context: Context) -> None:
         own, names = self.settings, self.names
         manner = Manner(own.temperature, own.top_p, own.top_k, own.max_new_tokens)
