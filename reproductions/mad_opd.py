@@ -180,7 +180,7 @@ code. They are never shown a digit that neither proposed. What is tested is what
 whether debates come about.
 
 **Premise.** A gate before any arm: behind two rounds the teachers' texts are right at least 5 points more often than
-the better teacher alone, and nearly all have a tag.
+the better teacher alone, and nearly all have a tag; and every start has 10 to 45 of 100 validation problems right.
 
 **Arms.** *MAD-OPD* is reverse KL to both teachers under two rounds, weighted by how sure they say they are, averaged
 over each reply and then over replies. Debates are drawn at a temperature of 0.7, replies at 1. *OPD* has teacher A

@@ -230,8 +230,8 @@ SAVED = "run/student"
 PROBLEMS = "problems"
 TEACHER = {"A": "teacher A", "B": "teacher B"}
 TEACHING = {"steps": 320, "rate": 4e-3, "batch": 64}
-BEGINNING = {"steps": 60, "rate": 3e-3, "batch": 64}
-SLIP = 0.3
+BEGINNING = {"steps": 180, "rate": 6e-3, "batch": 64}
+SLIP = 0.25
 NEW, SLIPS, START = "new student", "slips", "start"
 OF_RATES = {NEW: f"{NEW} of rates", START: f"{START} of rates"}
 """The same with a seed that no arm has, for the choice of learning rates."""

@@ -28,6 +28,7 @@ from reproductions.mad_opd_models import (
     SAVED,
     SIZES,
     STAGES,
+    START,
     TEACHER,
     TEXT,
     WORDING,
@@ -72,8 +73,14 @@ def premise(folder: Path, inputs: Mapping[str, Path], *, size: int, rounds: int)
 
 
 STAGE = Stage(premise, {"size": SIZES["validation"], "rounds": ROUNDS}, [PROBLEMS, *TEACHER.values()])
-GATES = [Gate("premise", "gain", at_least=0.05), Gate("premise", "tagged", at_least=0.95)]
-"""Without the gain the claim cannot be tested: the teachers are mended first, and the page says so."""
+GATES = [
+    Gate("premise", "gain", at_least=0.05),
+    Gate("premise", "tagged", at_least=0.95),
+    Gate(START, "accuracy", at_least=0.1),
+    Gate(START, "accuracy", at_most=0.45),
+]
+"""Without the gain the claim cannot be tested: the teachers are mended first, and the page says so. A start must have
+something to learn and something to begin with."""
 WANTED = (PROBLEMS, "new teacher", *(f"lessons of {name}" for name in EXPERTS), *TEACHER.values())
 
 
@@ -97,6 +104,8 @@ def main() -> None:
     for name, value in record["figures"].items():
         print(f"{name}: {value:.3f}", flush=True)
     for gate in GATES:
+        if gate.stage != "premise":
+            continue
         print(f"gate {gate.figure} {gate.limit}: {'yes' if gate.passes(record['figures'][gate.figure]) else 'NO'}")
 
 
