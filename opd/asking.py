@@ -69,7 +69,7 @@ class RunAsker(Asker):
                     f"the curriculum asks the teachers and they did not answer ({self.run.reasons()}): mend "
                     f"what failed and go on with {RESUME}"
                 )
-            self._count("teacher_tokens", sum(t.asked for t in self.run.teachers) * trajectories.positions)
+            self._count("teacher_tokens", sum(t.voices * t.asked for t in self.run.teachers) * trajectories.positions)
             return answers
 
     @torch.no_grad()

@@ -47,6 +47,8 @@ def train(run: Run) -> None:
         run.signals |= measurement.signals(run.sum_over_processes) | clock.signals(measurement.positions)
         run.signals |= run.student.own_signals(run.sum_over_processes)
         run.signals |= run.rollout.own_signals()
+        for teacher in run.teachers:
+            run.signals |= teacher.own_signals(run.sum_over_processes)
         run.signals |= draw.signals | now.scheduled
         if trajectories is not None:
             if run.verifier is not None:

@@ -69,10 +69,10 @@ class Measurement:
     def asked(self, teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
         """Count the positions that the step's teachers scored, while rolling out or afterwards, and those whose answers
         they had already; remember who chooses a route for each prompt."""
-        self.routed = [t for t in teachers if any(t.members())]
-        wanted = len(teachers) * trajectories.positions
+        self.routed = [t for t in teachers if t.member_role == "route" and any(t.members())]
+        wanted = sum(t.voices for t in teachers) * trajectories.positions
         while_rolling_out = {target.teacher for target in trajectories.answers or ()}
-        shares = [1.0 if t.settings.name in while_rolling_out else t.asked for t in teachers]
+        shares = [t.voices * (1.0 if t.settings.name in while_rolling_out else t.asked) for t in teachers]
         scored = sum(shares) * trajectories.positions
         self.answered = {"teacher_tokens": float(scored)}
         if any(t.remembers for t in teachers):

@@ -91,7 +91,7 @@ class Monitor:
         skipped = "skipped" in signals
         parts = measurement.parts if skipped else measurement.example
         for trajectories, values in parts if run.optimiser.writes_rollouts else ():
-            rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run.teachers, run.verifier)
+            rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run)
             told = words_of(run.recipe.shaping, trajectories, values)
             rows = [row | ({"shaped": words} if words else {}) for row, words in zip(rows, told, strict=True)]
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}

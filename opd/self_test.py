@@ -105,7 +105,9 @@ def check_teachers(teachers: Sequence[LiveTeacher], trajectories: Trajectories) 
     """Compare the answers of every teacher's model, of each route, with its own outputs."""
     for i, teacher in enumerate(teachers):
         for route, member in teacher.members().items():
-            which = (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else "")
+            which = (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (
+                f" of {teacher.member_role} {route!r}" if route else ""
+            )
             member.check_outputs(trajectories, which)
 
 

@@ -593,16 +593,16 @@ def test_a_layer_is_one_entry_and_perhaps_a_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(layers, "_layers", dict(layers._layers))
     monkeypatch.setattr(layers, "_scripts", [])
-    script = tmp_path / "debate.js"
-    script.write_text('opd.rowRenderers.debate = (value) => opd.make("p", {}, value.turns.join(" / "));')
-    layer = register(Layer("debate", "debate", "row", "debate"), script)
+    script = tmp_path / "dialogue.js"
+    script.write_text('opd.rowRenderers.dialogue = (value) => opd.make("p", {}, value.turns.join(" / "));')
+    layer = register(Layer("dialogue", "dialogue", "row", "dialogue"), script)
     register(layer, script)
-    assert registered()[-1]["reads"] == "debate"
+    assert registered()[-1]["reads"] == "dialogue"
     text = page([write_run(tmp_path / "run")])
-    assert text.count("opd.rowRenderers.debate") == 1
-    assert text.index("opd.rowRenderers.debate") < text.index("opd.rollouts.start()")
+    assert text.count("opd.rowRenderers.dialogue") == 1
+    assert text.index("opd.rowRenderers.dialogue") < text.index("opd.rollouts.start()")
     with pytest.raises(ValueError, match="registered already"):
-        register(Layer("debate", "another", "row", "fields"))
+        register(Layer("dialogue", "another", "row", "fields"))
 
 
 def test_layers_name_renderers_that_exist(tmp_path):

@@ -41,7 +41,9 @@ def test_every_recipe_of_a_reproduction_is_valid(name):
         found = [block for stage in stages for block in blocks(dict(stage.params))]
         assert found
         for block in found:
-            text = re.sub(r"\{[\w ,.]+\}", "folder", yaml.safe_dump(block, sort_keys=False, default_flow_style=False))
+            # A debate's wording has places of its own.
+            place = r"\{(?!expert|round|tag|number)[\w ,.]+\}"
+            text = re.sub(place, "folder", yaml.safe_dump(block, sort_keys=False, default_flow_style=False))
             parse_recipe({**yaml.safe_load(text), "seed": 0})
 
 

@@ -110,7 +110,7 @@ def measure(run: Measured, student: Agent, at: Moment) -> HeldOut:
                 if "teacher" in comparison.tops:
                     # What the teacher would have done, as an id.
                     values["expert"] = comparison.tops["teacher"][0][here, 0]
-                rows += as_logged(student.rows(one, values), one.prompts, run.teachers)
+                rows += as_logged(student.rows(one, values), one.prompts, run)
     for row in rows[PLAYED:]:
         row["episode"]["frames"] = []
     return HeldOut(_metrics(run, sums, tasks, settings.k), rows, {n: found for n, found in items.items() if found})

@@ -67,7 +67,7 @@ def measure(run: Measured, student: Student, at: Moment) -> HeldOut:
             sums |= _of_task(drawn, task)
         for i in firsts(drawn):
             one, _ = drawn.rows(i, i + 1)
-            rows += as_logged(student.rows(one, {}), one.prompts, run.teachers, run.verifier)
+            rows += as_logged(student.rows(one, {}), one.prompts, run)
         if teacher is not None:
             walked = walker(prompts, 1, steps, stream=STREAM)
             start = 0

@@ -138,6 +138,8 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
                 f"the teacher answers {teacher.answers.kind!r}, not whole distributions: held-out measurements are "
                 f"{names}; the others of a teacher are left out"
             )
+        if teacher is not None:
+            teacher.prepare(trajectories.prompts, at.context)
         compared: list[Trajectories] = []
         for micro, _ in trajectories.split(run.micro):
             answer = None if teacher is None else first_answer(run, at, teacher, micro)
@@ -257,7 +259,7 @@ def compared_rows(
     """Rows for logs of compared trajectories, with the likeliest alternatives at each position; `answers` are the
     teacher's own by prompt id."""
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = as_logged(student.rows(micro, values), micro.prompts, run.teachers, run.verifier, answers)
+    rows = as_logged(student.rows(micro, values), micro.prompts, run, answers)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))

@@ -48,7 +48,8 @@ class LanguageStudent(Student):
     def agree(self, context: Context, teachers: Sequence[LiveTeacher], end_tokens: Sequence[int] | None) -> Context:
         members = [
             (
-                (f"teacher {i}" if len(teachers) > 1 else "the teacher") + (f" of route {route!r}" if route else ""),
+                (f"teacher {i}" if len(teachers) > 1 else "the teacher")
+                + (f" of {t.member_role} {route!r}" if route else ""),
                 member,
             )
             for i, t in enumerate(teachers)

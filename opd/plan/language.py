@@ -35,6 +35,7 @@ from opd.remote.launch import FOLDER, servers_of
 from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
 from opd.teachers import Teacher
+from opd.teachers.base import DebateSize
 from opd.watches import Watch
 
 
@@ -114,11 +115,13 @@ def plan_language(recipe: Recipe) -> Plan:
     _check_attention(recipe)
     student = recipe.student.shape(notes)
     check_answers(recipe)
-    teachers: list[Members] = [(teacher.name, teacher.shapes(student, notes)) for teacher in recipe.teacher]
+    voices = [(teacher, shapes) for teacher in recipe.teacher for shapes in teacher.voiced(student, notes)]
+    teachers: list[Members] = [(teacher.name, shapes) for teacher, shapes in voices]
     check_ids(recipe, min(shape.vocabulary for shape in (student, *(s for _, shapes in teachers for s in shapes))))
     notes += [f"{each.told()}; it is not started here" for each in servers_of(recipe, recipe.directory / FOLDER)]
     notes += [part.told(student) for part in nested(recipe.rollout) if isinstance(part, RolloutEngine)]
     asked = [shapes for _, shapes in teachers if shapes]
+    debates = [teacher.debate for teacher, shapes in voices if shapes]
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     models = (student, *(shape for shapes in asked for shape in shapes))
@@ -135,8 +138,8 @@ def plan_language(recipe: Recipe) -> Plan:
         prompt_tokens=prompt,
         completion_tokens=completion,
         trajectories=trajectories,
-        memory=_memory(recipe, student, teachers, prompt, common, completion, notes),
-        teraflops=_operations(student, asked, trajectories, prompt, completion, sampled),
+        memory=_memory(recipe, student, teachers, debates, prompt, common, completion, notes),
+        teraflops=_operations(student, asked, debates, recipe.batch.prompts, trajectories, prompt, completion, sampled),
         steps=recipe.steps,
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
@@ -235,6 +238,7 @@ def _memory(
     recipe: Recipe,
     student: Shape,
     teachers: Sequence[Members],
+    debates: Sequence[DebateSize],
     prompt: int,
     common: int,
     completion: int,
@@ -296,6 +300,14 @@ def _memory(
         ),
         default=0,
     )
+    # Experts in this process write one after the other, each as many texts at once as it scores.
+    held = [
+        min(size.rows, recipe.batch.prompts) * (prompt + size.longest) * shape.kv_bytes_per_token
+        for size, members in zip(debates, asked, strict=True)
+        for shape in members
+        if size.rounds
+    ]
+    rollout = max(rollout, *held) if held else rollout
     training = sum(parts[k] for k in parts if k.startswith(("activations", "loss operator")))
     # A rollout and a training pass never hold their temporaries at the same time.
     if rollout > training:
@@ -383,9 +395,17 @@ def _activations(recipe: Recipe, student: Shape, tokens: int, notes: list[str]) 
 
 
 def _operations(
-    student: Shape, teachers: Sequence[list[Shape]], trajectories: int, prompt: int, completion: int, sampled: bool
+    student: Shape,
+    teachers: Sequence[list[Shape]],
+    debates: Sequence[DebateSize],
+    prompts: int,
+    trajectories: int,
+    prompt: int,
+    completion: int,
+    sampled: bool,
 ) -> dict[str, float]:
-    """Matrix-product operations of a step, attention left out: 2 per parameter and token forward, 4 backward."""
+    """Matrix-product operations of a step, attention left out: 2 per parameter and token forward, 4 backward. Of each
+    of the `teachers`, `debates` says how much is written before it answers."""
 
     def body(shape: Shape) -> int:
         return shape.parameters - shape.vocabulary * shape.width
@@ -394,9 +414,12 @@ def _operations(
     head = student.vocabulary * student.width
     # Of several routes one answers; at most it is always the largest.
     heads = sum(max(2 * shape.vocabulary * shape.width for shape in members) for members in teachers) * scored
-    bodies = sum(max(2 * body(shape) for shape in members) for members in teachers) * tokens
+    each = [max(2 * body(shape) for shape in members) for members in teachers]
+    bodies = sum(one * (tokens + trajectories * size.transcript) for one, size in zip(each, debates, strict=True))
+    debating = sum(one * prompts * size.tokens(prompt) for one, size in zip(each, debates, strict=True) if size.rounds)
     return {
         "rollout": 2 * (body(student) * tokens + head * scored) / 1e12 if sampled else 0.0,
+        **({"debates": debating / 1e12} if debating else {}),
         "teachers": bodies / 1e12,
         "student forward and backward": 6 * body(student) * tokens / 1e12,
         "loss operator": (6 * head * scored + heads) / 1e12,

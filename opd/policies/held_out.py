@@ -59,7 +59,17 @@ class Warns(Protocol):
         """Show a person a line, the first time alone."""
 
 
-class Measured(Protocol):
+class Answered(Protocol):
+    """What logs need of a run to say who answered, and how."""
+
+    @property
+    def teachers(self) -> Sequence[LiveTeacher]: ...
+
+    @property
+    def verifier(self) -> Scorer | None: ...
+
+
+class Measured(Answered, Protocol):
     """What held-out measurements need of a run."""
 
     @property
@@ -69,12 +79,6 @@ class Measured(Protocol):
     @property
     def rollout(self) -> PrefixSource:
         """Who writes what the student trains on."""
-
-    @property
-    def teachers(self) -> Sequence[LiveTeacher]: ...
-
-    @property
-    def verifier(self) -> Scorer | None: ...
 
     @property
     def micro(self) -> int:
@@ -118,22 +122,44 @@ def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:
 def as_logged(
     rows: list[dict[str, Any]],
     prompts: Sequence[Prompt],
-    teachers: Sequence[LiveTeacher],
-    verifier: Scorer | None,
+    run: Answered,
     answers: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
     route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, the verifier adds what
-    it shows, and values that are not numbers, as what a shaping did not measure, are None."""
+    it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values that
+    are not numbers, as what a shaping did not measure, are None."""
     for row, prompt in zip(rows, prompts, strict=True):
         row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
-        routes = [route for teacher in teachers if (route := teacher.route(prompt)) is not None]
+        routes = [route for teacher in run.teachers if (route := teacher.route(prompt)) is not None]
         row |= {"teacher": ", ".join(routes)} if routes else {}
         if answers is not None and prompt.id in answers:
             row["teacher_answer"] = answers[prompt.id]
-        if verifier is not None:
-            row |= verifier.shown(prompt, row)
+        if run.verifier is not None:
+            row |= run.verifier.shown(prompt, row)
+        held = next((held for teacher in run.teachers if (held := teacher.considered(prompt)) is not None), None)
+        if held is not None:
+            right = [] if run.verifier is None else [verdicts(run.verifier, prompt, texts) for texts in held["rounds"]]
+            row["debate"] = {**held, **({"right": right} if right else {})}
     return rows
+
+
+def verdicts(verifier: Scorer, prompt: Prompt, texts: Sequence[str]) -> list[float | None]:
+    """Whether texts that no trajectory holds answer a prompt, None where there is no verdict."""
+    count = len(texts)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    asked = Trajectories(
+        prompts=[prompt] * count,
+        contexts=[nothing] * count,
+        actions=nothing,
+        lengths=torch.zeros(count, dtype=torch.int64),
+        behaviour_log_probs=torch.zeros(0),
+        finished=torch.ones(count, dtype=torch.bool),
+        learn=nothing.bool(),
+        authors=nothing.to(torch.uint8),
+        groups=torch.zeros(count, dtype=torch.int64),
+    )
+    return [None if each != each else each for each in verifier.score(asked, list(texts)).tolist()]
 
 
 def judge(run: Measured) -> LiveTeacher | None:

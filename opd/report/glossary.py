@@ -225,6 +225,17 @@ MEANINGS = {
     "train/cpu_seconds": Meaning("CPU time", "seconds a step", "of the main process, evaluations not counted"),
     "train/sampled_tokens": Meaning("sampled tokens", "a step", "positions that a model drew in the rollout"),
     "train/teacher_tokens": Meaning("teacher tokens", "a step", "positions that teachers scored"),
+    "train/debate/held": Meaning("debates held", "prompts", "since the step before, those of held-out prompts too"),
+    "train/debate/tokens": Meaning("debate tokens", "since the step before", "that experts wrote", "lower"),
+    "train/debate/read_tokens": Meaning(
+        "debate: tokens read", "since the step before", "prompts and transcripts, before what was written", "lower"
+    ),
+    "train/debate/hit_rate": Meaning("debates that were there", "share of prompts", "asked about in this step"),
+    "train/debate/untagged": Meaning(
+        "debates without weights", "share", "some expert did not say how sure it is, so all count alike", "lower"
+    ),
+    "train/debate/weight/": Meaning("weight of expert", "", "mean over the step's debates"),
+    "train/debate/sure/": Meaning("confidence of expert", "of 100", "mean over the step's debates; 0 without a tag"),
     "train/tokens_per_second": Meaning("speed", "trained tokens a second"),
 }
 

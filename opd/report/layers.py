@@ -233,6 +233,7 @@ for _layer in (
     Layer("values.slot", "slot", "colour", "amount", "", "place of the proposal in its block, from 1", "blue"),
     Layer("blocks", "blocks that were verified", "row", "blocks"),
     Layer("shaped", "what was done to it", "row", "words"),
+    Layer("debate", "debate of the teachers", "row", "debate"),
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
     Layer("authors", "written by", "token", "author"),
     Layer("stopped", "ended by the watch", "row", "stopped"),

@@ -48,6 +48,11 @@ class TeacherRollout(SamplingSettings, OneSource):
             raise IncompatibleError("rollout 'teacher' needs a teacher, and the recipe has none; add the key teacher")
         writer = teachers[names.index(self.teacher) if self.teacher is not None else 0]
         members = writer.members()
+        if writer.member_role != "route":
+            raise IncompatibleError(
+                "rollout 'teacher': several experts answer together there, and one model writes a completion; list the "
+                "one that writes as a teacher of its own, with a name, and name it in rollout.teacher"
+            )
         if not all(hasattr(member, "language") for member in members.values()):
             raise IncompatibleError("rollout 'teacher' needs a teacher in this process: kind local or self")
         reader = language_of(student, "the student")

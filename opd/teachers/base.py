@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Generic, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import Field
@@ -51,8 +51,14 @@ class LiveTeacher(ABC, Generic[S]):
     vocabulary: Vocabulary | None = None
     """The ids that its answers give probability to, where that is fixed and it has no language model to ask."""
 
+    voices: int = 1
+    """How many models answer at each position, each with a target of its own."""
+
+    member_role: ClassVar[str] = "route"
+    """What messages call a member: one of several routes, of which one answers a prompt, or an expert, who all do."""
+
     asked: float = 1.0
-    """Share of the last call's positions for which the teacher's model was run."""
+    """Share of the last call's positions, of each voice, for which its model was run."""
 
     remembers: bool = False
     """Whether it keeps answers, so that `asked` is worth logging as a hit rate."""
@@ -92,6 +98,10 @@ class LiveTeacher(ABC, Generic[S]):
         """
         raise answers_whole_texts_alone(self.settings)
 
+    def prepare(self, prompts: Sequence[Prompt], context: Context) -> None:
+        """Told of prompts about whose trajectories `answer` will be asked in several parts: what depends on the prompts
+        alone can be made for all of them together."""
+
     early: bool = False
     """Whether `expect` begins something."""
 
@@ -115,6 +125,16 @@ class LiveTeacher(ABC, Generic[S]):
 
     def route(self, prompt: Prompt) -> str | None:
         """Which member answers a prompt, where there is a choice."""
+        return None
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What it did since it was last asked this beside answering, on all processes, which must all ask; logged as
+        train/NAME."""
+        return {}
+
+    def considered(self, prompt: Prompt) -> Mapping[str, Any] | None:
+        """What a debate came to about a prompt that was answered, for logs and the report, as plain data with the
+        experts' texts by round in `rounds`; None for a teacher that only answers."""
         return None
 
     def identity(self) -> str | None:
@@ -191,6 +211,31 @@ def reasons(parts: Sequence[Fails], gather: Callable[[list[Mapping[str, int]]], 
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common(4)) or "no reason was given"
 
 
+class DebateSize(NamedTuple):
+    """A debate's at most, for a plan: texts of `length` tokens that `experts` write in each of `rounds`, each about
+    `rows` prompts at once."""
+
+    experts: int = 0
+    rounds: int = 0
+    length: int = 0
+    rows: int = 1
+
+    @property
+    def transcript(self) -> int:
+        """Tokens of all texts together."""
+        return self.experts * self.rounds * self.length
+
+    @property
+    def longest(self) -> int:
+        """Tokens of what stands behind the prompt when the last text ends."""
+        return (self.experts * (self.rounds - 1) + 1) * self.length if self.rounds else 0
+
+    def tokens(self, prompt: int) -> int:
+        """Tokens that one expert reads and writes about a prompt of `prompt` tokens."""
+        before = self.experts * self.length * self.rounds * (self.rounds - 1) // 2
+        return self.rounds * (prompt + self.length) + before
+
+
 class Teacher(Choice):
     """Base of the axis. A recipe may list several; their divergences are summed with their weights."""
 
@@ -204,6 +249,15 @@ class Teacher(Choice):
         """What its models take, without their weights; one of them answers at each position. None are counted of a
         teacher that holds no model. What a person should know goes to `notes`."""
         return []
+
+    def voiced(self, student: Shape, notes: list[str]) -> list[list[Shape]]:
+        """The same for each of the voices that answer at every position, of which each may be of several models."""
+        return [self.shapes(student, notes)]
+
+    @property
+    def debate(self) -> DebateSize:
+        """How much is written before it answers."""
+        return DebateSize()
 
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
         """Of which kinds its answers will be, with what gives them, as far as that is known before it is built;

@@ -44,6 +44,8 @@ class RoutedTeacher(Teacher):
                 raise ValueError(f"route {tag!r}: a tag is not empty and has no dot, which separates keys; rename it")
             if isinstance(route, RoutedTeacher):
                 raise ValueError(f"route {tag!r} is routed itself; list its routes here")
+            if route.debate.experts:
+                raise ValueError(f"route {tag!r} is a debate; make the debate the teacher, its experts may be routed")
             if route.name is not None:
                 raise ValueError(f"route {tag!r} has a name, {route.name!r}; its tag is its name, remove it")
         if self.default is not None and self.default not in self.routes:
