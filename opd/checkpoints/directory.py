@@ -24,6 +24,7 @@ RUN_FILES = (
     "rollouts.jsonl",
     "summary.json",
     "lm_eval.json",
+    "privacy.json",
     "report.html",
 )
 FOLDERS = ("student", "checkpoints")
