@@ -76,7 +76,7 @@ def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[
     shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
     if not shared:
         return []
-    if recipe.update.private and "held_out" not in recipe.update.reveals:
+    if recipe.update.private and "held_out" not in recipe.update.revealed:
         raise DataError(
             f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
             f"first), and update {kind_of(recipe.update)!r} does not account for measurements on records; take them "

@@ -65,25 +65,25 @@ def _broken(recipe: Recipe) -> Iterator[str]:
 def _shown(recipe: Recipe) -> Iterator[str]:
     """Who would see records. `update.reveals` names those who may."""
     remote = [url for part in nested(_blocks(recipe)) if isinstance(part, Reached) for url in _outside(part)]
-    if remote and "servers" not in recipe.update.reveals:
+    if remote and "servers" not in recipe.update.revealed:
         yield (
             f"keeps records on this machine, and {remote[0]} would be sent them; take a model here or a server at "
             f"127.0.0.1, or say that it may see them: {_saying('servers')}"
         )
     sending = [name for name in recipe.tracking.trackers if name not in LOCAL_TRACKERS]
-    if sending and "trackers" not in recipe.update.reveals:
+    if sending and "trackers" not in recipe.update.revealed:
         yield (
             f"keeps what it measures of records on this machine, and tracker {sending[0]!r} would send it on; set "
             f"tracking.trackers to {list(LOCAL_TRACKERS)} or [], or say that it may: {_saying('trackers')}"
         )
-    if not recipe.evaluation.prompts and "held_out" not in recipe.update.reveals:
+    if not recipe.evaluation.prompts and "held_out" not in recipe.update.revealed:
         yield (
             "does not account for measurements, and evaluation.held_out takes records to measure and to show in "
             "samples.jsonl; set evaluation.prompts to public prompts, or say that these may be seen: "
             f"{_saying('held_out')}"
         )
     cached = [part for part in nested(recipe.teacher) if getattr(part, "cache", None) is not None]
-    if cached and "rollouts" not in recipe.update.reveals:
+    if cached and "rollouts" not in recipe.update.revealed:
         yield (
             "writes nothing of rollouts to the disk, and teacher.cache keeps answers about them; remove it, or say "
             f"that rollouts may be written: {_saying('rollouts')}"

@@ -113,8 +113,10 @@ class Update(Choice):
     private: ClassVar[bool] = False
     """Whether it promises that no single record shows in the student: then whatever would show one is refused."""
 
-    reveals: Sequence[str] = ()
-    """Who may see records all the same (`opd.recipe.private`)."""
+    @property
+    def revealed(self) -> Sequence[str]:
+        """Where records may show all the same (`opd.recipe.private`)."""
+        return ()
 
     def told(self, planned: Planned) -> list[tuple[str, str]]:
         """What a plan says of it, by name."""

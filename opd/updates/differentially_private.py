@@ -37,8 +37,8 @@ class DifferentiallyPrivate(Update):
     expectation. A draw without prompts is a step like the others. `epsilon` and `delta` say which noise that takes, for
     records that are added or removed one at a time, and no step is taken that would exceed them.
 
-    Logged: `clipped`, the share of trajectories whose gradient was scaled down, and `gradient_median`, the median of
-    the norms before; both are of records and not private. `gradient_norm` is that of the noisy mean.
+    Logged: `scaled_down`, the share of trajectories whose gradient was scaled down, and `gradient_median`, the median
+    of the norms before; both are of records and not private. `gradient_norm` is that of the noisy mean.
     """
 
     kind: Literal["differentially_private"] = "differentially_private"
@@ -82,6 +82,10 @@ class DifferentiallyPrivate(Update):
         if self.optimizer == "sgd" and self.betas != type(self).model_fields["betas"].default:
             raise ValueError("sgd has no betas; set momentum")
         return self
+
+    @property
+    def revealed(self) -> Sequence[str]:
+        return self.reveals
 
     def solved(self, planned: Planned) -> tuple[float, float]:
         """`(noise multiplier, delta)` of a run.
@@ -302,7 +306,7 @@ class PrivateOptimiser(Optimiser):
             "one_by_one": float(isinstance(self.way, OneByOne)),
         }
         if len(norms):
-            signals["clipped"] = float((norms > self.settings.clip_norm).float().mean())
+            signals["scaled_down"] = float((norms > self.settings.clip_norm).float().mean())
             signals["gradient_median"] = float(norms.median())
         if self.noise and self._logs_epsilon():
             signals["epsilon"] = self.spending.epsilon()
