@@ -64,7 +64,7 @@ def _broken(recipe: Recipe) -> Iterator[str]:
 
 def _shown(recipe: Recipe) -> Iterator[str]:
     """Who would see records. `update.reveals` names those who may."""
-    remote = [url for part in nested(_blocks(recipe)) if isinstance(part, Reached) for url in _outside(part)]
+    remote = [url for part in nested(_blocks(recipe)) for url in _outside(part)]
     if remote and "servers" not in recipe.update.revealed:
         yield (
             f"keeps records on this machine, and {remote[0]} would be sent them; take a model here or a server at "
@@ -98,8 +98,10 @@ def _saying(what: Revealed) -> str:
     return f"update.reveals=[{what}]"
 
 
-def _outside(part: Reached) -> list[str]:
-    return [url for url in part.url if urlsplit(url).hostname not in LOOPBACK]
+def _outside(part: object) -> list[str]:
+    """Addresses on other machines, where a part is a server's."""
+    urls = part.url if isinstance(part, Reached) else []
+    return [url for url in urls if urlsplit(url).hostname not in LOOPBACK]
 
 
 def _blocks(recipe: Recipe) -> list[Any]:

@@ -219,7 +219,7 @@ class Batched:
     def _head_weights(self, where: Cut) -> dict[int, torch.nn.Parameter]:
         """The trained weights that the output head is made of."""
         trained = [own for own, leaf in zip(where.head, where.leaves, strict=True) if leaf.requires_grad]
-        found = {}
+        found: dict[int, torch.nn.Parameter] = {}
         for own in trained:
             ones = torch.autograd.grad(own, self.weights, torch.zeros_like(own), retain_graph=True, allow_unused=True)
             found |= {id(w): w for w, gradient in zip(self.weights, ones, strict=True) if gradient is not None}
@@ -314,8 +314,9 @@ def _by_rows(name: str, use: Use) -> torch.Tensor:
             made: torch.Tensor = functional_call(use.layer, {name: value}, (given[None],))
             return made[0]
 
-        made, back = vjp(output, weight.detach())
-        return back(reached.to(made.dtype))[0]
+        made, back = vjp(output, weight.detach())  # type: ignore[misc]  # without an auxiliary there are two
+        found: torch.Tensor = back(reached.to(made.dtype))[0]
+        return found
 
     assert use.reached is not None
     handles = use.layer._forward_hooks
