@@ -142,6 +142,14 @@ FEW: dict[str, Any] = {
     "batch": {"prompts": 8, "micro": 8},
     "prompts": {"size": 60},
 }
+FEW_PRIVATE = {**FEW, "update": {"accountant": "rdp"}}
+
+
+def few(name: str) -> dict[str, Any]:
+    """Of an arm's recipe, in the smoke run."""
+    return FEW if name == DISTIL else FEW_PRIVATE
+
+
 WRITTEN = "rollout_nll"
 TUNED = [name for name in ARMS if name not in RATE_OF]
 
@@ -191,7 +199,7 @@ of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.
         name: Stage(figured, {"of": student_stage(name)}, [student_stage(name)]) for name in (START, "teacher", *ARMS)
     },
     seeds=(0, 1, 2, 3, 4),
-    imports=["reproductions.dp_opd"],
+    imports=["reproductions.dp_opd", "opacus.accountants"],
     metrics=["nll", "rollout_nll", "rollout_nll_late", "valid", "valid_late", "rate"],
     claims=[
         lower("main", "DP-OPD (0.5, 0.5) has a lower loss on private reviews than DP-SGD.", HALF, SGD),
@@ -223,10 +231,14 @@ of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.
         stages={
             **{name: {"recipe": FEW} for name in ("teacher", "start", "start of rates")},
             "premise": {"size": 8},
-            **{f"teacher of {name}{end}": {"recipe": FEW} for name in (DPKD, DISTIL) for end in ("", " of rates")},
-            **{rate_stage(name): {"recipe": FEW, "rates": [1e-3], "size": 4} for name in TUNED},
+            **{
+                f"teacher of {name}{end}": {"recipe": FEW_PRIVATE}
+                for name in (DPKD, DISTIL)
+                for end in ("", " of rates")
+            },
+            **{rate_stage(name): {"recipe": few(name), "rates": [1e-3], "size": 4} for name in TUNED},
             **{student_stage(name): {"size": 4} for name in (START, "teacher")},
-            **{student_stage(name): {"recipe": FEW, "size": 4} for name in ARMS},
+            **{student_stage(name): {"recipe": few(name), "size": 4} for name in ARMS},
         },
         seeds=(0,),
     ),

@@ -112,7 +112,7 @@ def measured(model: Path, *, size: int, shift: float, seed: int) -> Figures:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else float("nan")
+    return sum(values) / len(values)
 
 
 def with_rate(block: Mapping[str, Any], rate: float) -> dict[str, Any]:

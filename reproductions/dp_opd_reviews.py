@@ -84,7 +84,8 @@ def text(words: Sequence[int], first: int = 0) -> str:
 
 def score(prompt: str, completion: str, shift: float) -> tuple[list[float], list[bool]]:
     """Of each word that a student wrote behind a prompt: nats of loss under the true grammar, and whether it is of the
-    right class. A word of another class has no loss, and the word behind it is taken as after cluster 0."""
+    right class. A word of another class has the loss of one drawn from all, and the word behind it is taken as after
+    cluster 0."""
     kind, stars, *known = prompt.split()
     codes = int(kind.removeprefix("type")), int(stars.removeprefix("stars"))
     before, losses, right = int(known[-1][1:]), [], []
@@ -92,8 +93,10 @@ def score(prompt: str, completion: str, shift: float) -> tuple[list[float], list
         of_class = (len(known) + i) % CLASSES
         fits = written[:1] == "abcdef"[of_class] and written[1:].isdigit()
         right.append(fits)
+        chance = 1 / (CLASSES * WORDS)
         if fits:
-            losses.append(-math.log(table(shift)[of_class, codes[0], codes[1], before % CLUSTERS, int(written[1:])]))
+            chance = table(shift)[of_class, codes[0], codes[1], before % CLUSTERS, int(written[1:])]
+        losses.append(-math.log(chance))
         before = int(written[1:]) if fits else 0
     return losses, right
 

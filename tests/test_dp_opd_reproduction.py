@@ -59,12 +59,13 @@ def test_rows_are_cut_behind_the_first_quarter_and_known_to_the_tokenizer():
         assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_what_is_no_word_of_the_class_is_not_valid_and_has_no_loss():
+def test_what_is_no_word_of_the_class_is_not_valid_and_has_the_loss_of_any_word():
     begun = "type1 stars2 " + " ".join(word(i % CLASSES, 3) for i in range(12))
     losses, right = score(begun, f"{word(0, 5)} {word(0, 5)} {word(2, 1)} <eos>", 0.0)
     assert right == [True, False, True, False]
     assert losses[0] == pytest.approx(-math.log(table(0.0)[0, 1, 2, 3, 5]))
-    assert losses[1] == pytest.approx(-math.log(table(0.0)[2, 1, 2, 0, 1]))
+    assert losses[1] == losses[3] == pytest.approx(math.log(480))
+    assert losses[2] == pytest.approx(-math.log(table(0.0)[2, 1, 2, 0, 1]))
 
 
 def test_a_model_of_random_weights_is_far_from_the_floor(tmp_path):
