@@ -9,11 +9,12 @@ import torch
 
 from opd.distributions import Target
 from opd.divergences.jensen_shannon import JensenShannon
+from opd.errors import IncompatibleError
 from opd.language.engines.transformers import LanguageModel
 from opd.objectives.sft import SFT
 from opd.policies.causal_lm import CausalLMStudent, LoRA, with_lora
 from opd.reduction import position_weights
-from opd.updates.per_example import Batched, OneByOne, cut
+from opd.updates.per_example import Batched, NotApartError, OneByOne, cut
 from tests.conftest import character_tokenizer, tiny_model, trajectories_of
 
 ROWS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(1, 8) for b in range(1, 9)]
@@ -96,6 +97,52 @@ def test_gradients_by_trajectory_are_those_of_passes_alone(options, lora):
         for j, total in enumerate(totals):
             summed = sum(each[j] * min(1.0, bound / float(norms[i])) for i, each in enumerate(wanted))
             torch.testing.assert_close(total, summed, atol=1e-6, rtol=1e-3)
+
+
+def test_layers_of_other_kinds_are_taken_by_rows():
+    """GPT-2 has its own linear layer, biases, LayerNorm and learnt positions."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64, attn_pdrop=0, embd_pdrop=0)
+    config.resid_pdrop = 0
+    student = student_of(seed=1)
+    student.language.model = GPT2LMHeadModel(config).train()
+    student = CausalLMStudent(student.language, None, student.context)
+    micro, teacher = trajectories_of([4, 2, 5]), student_of(seed=2)
+    alone, wanted = gradients(student, teacher, micro, OneByOne, bound=0.01)
+    norms, totals = gradients(student, teacher, micro, Batched, bound=0.01)
+    torch.testing.assert_close(norms, alone, atol=1e-6, rtol=1e-4)
+    for total, one in zip(totals, wanted, strict=True):
+        torch.testing.assert_close(total, one, atol=1e-6, rtol=1e-3)
+
+
+class Mixes(torch.nn.Module):
+    """A layer in which rows are not apart: it subtracts their mean."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x - x.mean(0, keepdim=True).detach() + x.mean(0, keepdim=True))
+
+
+def test_a_layer_that_ties_rows_together_is_found_out():
+    student, teacher = student_of(seed=1), student_of(seed=2)
+    layer = student.language.model.model.layers[0]
+    layer.mlp = Mixes(layer.mlp)
+    with pytest.raises(NotApartError, match=r"measures .* by itself and .* in a batch"):
+        gradients(student, teacher, trajectories_of([5, 3, 8]), Batched)
+
+
+def test_a_loss_that_reaches_other_trajectories_is_found_out():
+    student, teacher = student_of(seed=1), student_of(seed=2)
+    losses, where = losses_of(student, teacher, trajectories_of([5, 3]), JS)
+    assert where.check_apart(losses)
+    assert not where.check_apart(losses[:1]), "one says nothing of others"
+    with pytest.raises(IncompatibleError, match=r"the loss of one depends on another"):
+        where.check_apart(losses.flip(0).cumsum(0))
 
 
 @pytest.mark.parametrize("way", [OneByOne, Batched])
