@@ -13,6 +13,7 @@ import opd
 from opd.curricula import NobodyToAsk
 from opd.curricula.poisson import Poisson
 from opd.errors import DataError, OpdError, RecipeError, RunError
+from opd.jobs.sampling import sample
 from opd.plan import make_plan
 from opd.privacy import Part, Spending, epsilon_of, noise_for, steps_within
 from opd.prompts import Prompt
@@ -284,6 +285,11 @@ def test_what_is_revealed_on_purpose_is_taken():
     assert recipe_of(teacher={**SERVER, "url": "http://127.0.0.1:8000"})
     assert recipe_of(evaluation={}, update={"reveals": ["held_out"]})
     assert recipe_of(tracking={"trackers": ["tensorboard"]})
+
+
+def test_a_store_of_private_rollouts_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"a store holds them; set update.reveals=\[rollouts\]"):
+        sample(recipe_of(), tmp_path / "store")
 
 
 def test_measuring_on_records_is_refused(tmp_path):
