@@ -18,6 +18,7 @@ from opd.plan import make_plan
 from opd.privacy import Part, Spending, epsilon_of, noise_for, steps_within
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
+from opd.updates.per_example import Batched, NotApartError
 from tests.conftest import character_tokenizer, save_tiny, tiny_model
 
 ROWS = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(1, 8) for b in range(1, 9)]
@@ -180,6 +181,8 @@ def test_the_log_the_summary_and_the_report_say_what_was_spent(tmp_path):
     assert result.summary["ended_by"] is None
     page = (tmp_path / "report.html").read_text()
     assert f"epsilon {spent['epsilon']:.3g} at delta 0.0001" in page
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"Differentially private: epsilon {spent['epsilon']:.4g} at delta 0.0001 for each of 56 records" in card
     # Nothing of the training prompts is written down; those of the evaluation are.
     rollouts = tmp_path / "rollouts.jsonl"
     assert not rollouts.exists() or not rollouts.read_text()
@@ -223,6 +226,43 @@ def test_what_was_spent_is_never_forgotten(tmp_path):
     (run / "privacy.json").write_text("{")
     with pytest.raises(RunError, match=r"privacy.json says what this run has spent and cannot be read"):
         go(force_changed=True, noise_multiplier=3.0)
+
+
+def test_with_seeds_a_run_goes_on_bit_for_bit(tmp_path):
+    models, found = saved(tmp_path), []
+    seeds = {"curriculum": {"kind": "poisson", "seed": 1}, "update": {"seed": 2}, "checkpoint": {"every": 2}}
+    for name, ends in (("whole", [4]), ("halves", [2, 4])):
+        for end in ends:
+            made = settings(tmp_path / name, **{**seeds, "update": {"seed": 2}, "steps": end})
+            result = opd.distill(*models, ROWS, quiet=True, resume=end > ends[0], **made)
+        assert result.summary["privacy"]["steps"] == 4
+        found.append(list(result.student.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_where_rows_are_not_apart_it_goes_one_by_one(tmp_path, monkeypatch):
+    seeds = {"curriculum": {"kind": "poisson", "seed": 1}, "batch": {"prompts": 20, "micro": 8}}
+    wanted = trained(tmp_path / "wanted", **seeds, update={"seed": 2, "gradients": "one_by_one"})[1]
+
+    def fail(*given):
+        raise NotApartError("layer Strange does not keep rows apart")
+
+    monkeypatch.setattr(Batched, "add", fail)
+    result, moved = trained(tmp_path / "auto", **seeds, update={"seed": 2})
+    assert [record["train/one_by_one"] for record in steps_of(result)] == [1, 1]
+    for a, b in zip(moved, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    with pytest.raises(
+        RecipeError, match=r"'batched', and layer Strange does not keep rows apart; set update.gradients"
+    ):
+        trained(tmp_path / "batched", **seeds, update={"gradients": "batched"})
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    objective = {"kind": "jensen_shannon", "weight": 1e38}
+    with pytest.raises(RunError, match=r"step 1: a trajectory's gradient is not finite, and a private step cannot"):
+        trained(tmp_path, objective=objective, batch={"prompts": 40, "micro": 40})
+    assert not (tmp_path / "privacy.json").exists()
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_has_spent_all_the_same(tmp_path):
