@@ -82,7 +82,7 @@ def block(name: str, student: str, shift: float, seed: int) -> dict[str, Any]:
         LABELS: (EPSILON, {**OPD, "objective": [*OPD["objective"], LABEL]}),
     }
     if name == DISTIL:
-        # What a private teacher writes for public codes costs nothing more.
+        # What a private teacher writes behind public prompts costs nothing more.
         writer = {"kind": "teacher", "max_new_tokens": LENGTH}
         changes = {**taught(teachers[DISTIL]), "rollout": writer, "objective": MIXED, "batch": {"prompts": EXPECTED}}
         return recipe(student, STEPS, **changes)
@@ -172,8 +172,8 @@ start is worse than the teacher on private ones.
 the references, with generalised Jensen-Shannon divergence of beta 0.5; (1, 0) is on the student's own alone, with
 forward KL. *DP-SGD* is fine-tuning on the references. *DPKD* fine-tunes teacher and student with half of the budget
 each (0.6 labels, 0.4 forward KL). *DistilDP* fine-tunes the teacher with the whole budget; the student learns without
-noise from what it writes for public codes. Controls: the same loss on *public prompts* without noise (A); the *start*,
-and *no noise* (B); a *random teacher* (C); *hard labels* at 0.5 on the references (D).
+noise from what it writes behind public prompts. Controls: the same loss on *public prompts* without noise (A); the
+*start*, and *no noise* (B); a *random teacher* (C); *hard labels* at 0.5 on the references (D).
 
 **Selection.** DP-OPD and each baseline take the best of three learning rates by the loss on a public stand-in (a shift
 of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.5). **Figures** are nats a word on

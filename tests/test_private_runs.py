@@ -258,6 +258,18 @@ def test_where_rows_are_not_apart_it_goes_one_by_one(tmp_path, monkeypatch):
         trained(tmp_path / "batched", **seeds, update={"gradients": "batched"})
 
 
+def test_adapters_have_the_same_gradients_either_way(tmp_path):
+    """LoRA batched; with gradient checkpointing, which computes activations again, one by one."""
+    (student, teacher), found = saved(tmp_path), []
+    for i, change in enumerate(({}, {"gradient_checkpointing": True})):
+        own = {"curriculum": {"kind": "poisson", "seed": 3}, "batch": {"prompts": 12, "micro": 5}}
+        made = settings(tmp_path / str(i), **own, update={"seed": 1})
+        result = opd.distill({**student, "lora": {"rank": 2}, **change}, teacher, ROWS, quiet=True, **made)
+        assert [record["train/one_by_one"] for record in steps_of(result)] == [i, i]
+        found.append([record["train/gradient_median"] for record in steps_of(result)])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     objective = {"kind": "jensen_shannon", "weight": 1e38}
     with pytest.raises(RunError, match=r"step 1: a trajectory's gradient is not finite, and a private step cannot"):

@@ -252,7 +252,7 @@ class Batched:
 
 def _norm(gradient: Sequence[torch.Tensor | None]) -> torch.Tensor:
     squares = [g.float().square().sum() for g in gradient if g is not None]
-    return torch.stack(squares).sum().sqrt() if squares else torch.tensor(0.0)
+    return torch.stack(squares).sum().sqrt()
 
 
 def _squares(weight: torch.nn.Parameter, uses: Sequence[tuple[str, Use]], count: int) -> torch.Tensor:
