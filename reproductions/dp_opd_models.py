@@ -184,7 +184,7 @@ STAGES: dict[str, Stage] = {
     "blank teacher": Stage(new_model, {**TEACHER, "seed": 0}),
     "teacher": Stage(
         trained,
-        {"recipe": recipe("{blank teacher}/run/student", 1500, update={"learning_rate": 2e-3}), "seed": 0},
+        {"recipe": recipe("{blank teacher}/run/student", 500, update={"learning_rate": 2e-3}), "seed": 0},
         ["blank teacher"],
     ),
     "blank": Stage(new_model, STUDENT, per_seed=True),
