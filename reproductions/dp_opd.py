@@ -31,6 +31,8 @@ from reproductions.dp_opd_models import (
 )
 from reproductions.dp_opd_premise import GATES, STAGE
 
+SCALE = 30.0
+"""Makes a divergence's gradients long enough that nearly all are clipped, as those of labels are."""
 TRIED = (3e-4, 1e-3, 3e-3)
 TEST = 400
 
@@ -54,11 +56,12 @@ def divergence(beta: float) -> dict[str, Any]:
 
 
 HALF, FULL, SGD, DPKD, DISTIL = "DP-OPD (0.5, 0.5)", "DP-OPD (1, 0)", "DP-SGD", "DPKD", "DistilDP"
-PUBLIC_PROMPTS, NO_NOISE, RANDOM, LABELS, START = (
+PUBLIC_PROMPTS, NO_NOISE, RANDOM, LABELS, SCALED, START = (
     "public prompts, no noise",
     "no noise",
     "random teacher",
     "hard labels",
+    "scaled loss",
     "start",
 )
 MIXED = [{"kind": "sft", "weight": 0.6}, {"kind": "forward_kl", "weight": 0.4}]
@@ -79,6 +82,7 @@ def block(name: str, student: str, shift: float, seed: int) -> dict[str, Any]:
         PUBLIC_PROMPTS: (None, {**OPD, "prompts": rows(RECORDS, 0.0, PUBLIC)}),
         NO_NOISE: (None, OPD),
         RANDOM: (EPSILON, {**OPD, **taught("blank teacher")}),
+        SCALED: (EPSILON, {**OPD, "objective": [{**divergence(0.5), "weight": SCALE}]}),
         LABELS: (EPSILON, {**OPD, "objective": [*OPD["objective"], LABEL]}),
     }
     if name == DISTIL:
@@ -90,9 +94,9 @@ def block(name: str, student: str, shift: float, seed: int) -> dict[str, Any]:
     return private(student, shift, epsilon, seed, **changes)
 
 
-RATE_OF = {PUBLIC_PROMPTS: HALF, NO_NOISE: HALF, RANDOM: HALF, LABELS: HALF}
+RATE_OF = {PUBLIC_PROMPTS: HALF, NO_NOISE: HALF, RANDOM: HALF, LABELS: HALF, SCALED: HALF}
 """Controls that take another arm's learning rate; the others have one of their own."""
-ARMS = (HALF, FULL, SGD, DPKD, DISTIL, PUBLIC_PROMPTS, NO_NOISE, RANDOM, LABELS)
+ARMS = (HALF, FULL, SGD, DPKD, DISTIL, PUBLIC_PROMPTS, NO_NOISE, RANDOM, LABELS, SCALED)
 NEEDS = {DPKD: "teacher of DPKD", DISTIL: "teacher of DistilDP", RANDOM: "blank teacher"}
 
 
@@ -173,7 +177,9 @@ the references, with generalised Jensen-Shannon divergence of beta 0.5; (1, 0) i
 forward KL. *DP-SGD* is fine-tuning on the references. *DPKD* fine-tunes teacher and student with half of the budget
 each (0.6 labels, 0.4 forward KL). *DistilDP* fine-tunes the teacher with the whole budget; the student learns without
 noise from what it writes behind public prompts. Controls: the same loss on *public prompts* without noise (A); the
-*start*, and *no noise* (B); a *random teacher* (C); *hard labels* at 0.5 on the references (D).
+*start*, and *no noise* (B); a *random teacher* (C); *hard labels* at 0.5 on the references (D). *Scaled loss*
+multiplies the divergence by {SCALE:g}, so that nearly all gradients are clipped, as those of labels are: the same noise
+weighs more on shorter gradients.
 
 **Selection.** DP-OPD and each baseline take the best of three learning rates by the loss on a public stand-in (a shift
 of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.5). **Figures** are nats a word on
@@ -217,6 +223,7 @@ of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.
         lower("C", "The gain follows the teacher: a random teacher gives a higher loss.", HALF, RANDOM),
         lower("D", "Hard labels on the references lower the loss.", LABELS, HALF),
         lower("readings", "(1, 0) has a lower loss than (0.5, 0.5).", FULL, HALF),
+        lower("scale of the loss", "Long gradients that are all clipped bear the noise better.", SCALED, HALF),
         lower("noise", "Without noise the loss is lower.", NO_NOISE, HALF),
         lower("own states", "On its own states alone the student writes closer to the grammar.", FULL, SGD, WRITTEN),
         Claim(
