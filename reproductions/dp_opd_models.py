@@ -77,37 +77,53 @@ def new_model(folder: Path, inputs: Mapping[str, Path], *, width: int, layers: i
     return {}
 
 
+def references(size: int, shift: float, words: Any) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Of test reviews the prompts, and the ids of prompts `[size, P]` and of their continuations `[size, T]`."""
+    found = [f for _, f in ReviewPrompts(size=size, shift=shift, seed=TEST).rows() if isinstance(f, dict)]
+    texts = [str(f["prompt"]) for f in found]
+    begun = torch.tensor([words(text)["input_ids"] for text in texts])
+    return texts, begun, torch.tensor([words(f["response"])["input_ids"] for f in found])
+
+
+@torch.no_grad()
+def losses(model: Path, *, size: int, shift: float) -> torch.Tensor:
+    """float32 `[size]`: nats a word of the reference continuations of test reviews under a model."""
+    language, words = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    _, begun, rest = references(size, shift, words)
+    log_q = language(torch.cat([begun, rest], 1)).logits[:, begun.shape[1] - 1 : -1].float().log_softmax(-1)
+    found: torch.Tensor = -log_q.gather(2, rest[..., None]).squeeze(2).mean(1)
+    return found
+
+
 @torch.no_grad()
 def measured(model: Path, *, size: int, shift: float, seed: int) -> Figures:
     """What a student is on test reviews.
 
     Returns:
-        `nll`, nats a word of the reference continuations, and by `items` those of each review; `rollout_nll`, nats a
-        word under the true grammar of what it writes itself behind the same prompts, and `valid`, the share of words
-        of the right class, both also for the last third as `..._late`.
+        `nll`, the mean of `losses`, and by `items` each review's; `rollout_nll`, nats a word under the true grammar of
+        what it writes itself behind the same prompts, and `valid`, the share of words of the right class, both also for
+        the last third as `..._late`.
     """
     language, words = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
-    found = [fields for _, fields in ReviewPrompts(size=size, shift=shift, seed=TEST).rows()]
-    begun = torch.tensor([words(f["prompt"])["input_ids"] for f in found if isinstance(f, dict)])
-    rest = torch.tensor([words(f["response"])["input_ids"] for f in found if isinstance(f, dict)])
-    log_q = language(torch.cat([begun, rest], 1)).logits[:, begun.shape[1] - 1 : -1].float().log_softmax(-1)
-    losses = -log_q.gather(2, rest[..., None]).squeeze(2).mean(1)
+    texts, begun, rest = references(size, shift, words)
     generator = torch.Generator().manual_seed(seed)
-    written = begun
+    made = language(begun, use_cache=True)
+    written = []
     for _ in range(rest.shape[1]):
-        following = language(written).logits[:, -1].float().softmax(-1)
-        written = torch.cat([written, torch.multinomial(following, 1, generator=generator)], 1)
-    texts = [words.decode(row[begun.shape[1] :].tolist()) for row in written]
-    scores = [score(words.decode(p.tolist()), t, shift) for p, t in zip(begun, texts, strict=True)]
+        following = made.logits[:, -1].float().softmax(-1)
+        written.append(torch.multinomial(following, 1, generator=generator))
+        made = language(written[-1], past_key_values=made.past_key_values, use_cache=True)
+    completions = [words.decode(row.tolist()) for row in torch.cat(written, 1)]
+    scores = [score(text, completion, shift) for text, completion in zip(texts, completions, strict=True)]
     third = rest.shape[1] * 2 // 3
-    late = [score_of[0][third:] for score_of in scores]
+    of_each = losses(model, size=size, shift=shift)
     return {
-        "nll": float(losses.mean()),
+        "nll": float(of_each.mean()),
         "rollout_nll": _mean([loss for each, _ in scores for loss in each]),
-        "rollout_nll_late": _mean([loss for each in late for loss in each]),
+        "rollout_nll_late": _mean([loss for each, _ in scores for loss in each[third:]]),
         "valid": _mean([float(fits) for _, each in scores for fits in each]),
         "valid_late": _mean([float(fits) for _, each in scores for fits in each[third:]]),
-        "items": {"nll": {str(i): float(loss) for i, loss in enumerate(losses)}},
+        "items": {"nll": {str(i): float(loss) for i, loss in enumerate(of_each)}},
     }
 
 
@@ -147,7 +163,7 @@ def best_rate(
         place = folder / f"{rate:g}"
         place.mkdir()
         trained(place, inputs, recipe=with_rate(recipe, rate), seed=seed)
-        found[rate] = measured(place / "run" / "student", size=size, shift=shift, seed=seed)["nll"]
+        found[rate] = float(losses(place / "run" / "student", size=size, shift=shift).mean())
     return {"rate": min(found, key=found.__getitem__), **{f"nll at {rate:g}": value for rate, value in found.items()}}
 
 

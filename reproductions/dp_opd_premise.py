@@ -15,7 +15,7 @@ import torch
 
 from opd.reproductions import Gate, Stage
 from opd.reproductions.definition import Figures
-from reproductions.dp_opd_models import SHIFT, STAGES, TEST, measured
+from reproductions.dp_opd_models import SHIFT, STAGES, TEST, losses
 from reproductions.dp_opd_reviews import entropy
 
 
@@ -27,13 +27,13 @@ def premise(folder: Path, inputs: Mapping[str, Path], *, size: int, shift: float
         `teacher_public`, the teacher's beyond the public floor; `room`, start less teacher; `knows`, an untrained
         teacher's less the teacher's.
     """
-    losses = {
-        name: measured(inputs[name] / "run" / "student", size=size, shift=shift, seed=seed)["nll"]
+    means = {
+        name: float(losses(inputs[name] / "run" / "student", size=size, shift=shift).mean())
         for name in ("teacher", "start", "blank teacher")
     }
-    public = measured(inputs["teacher"] / "run" / "student", size=size, shift=0.0, seed=seed)["nll"]
+    public = float(losses(inputs["teacher"] / "run" / "student", size=size, shift=0.0).mean())
     floor = entropy(size, shift, TEST)
-    beyond = {name: loss - floor for name, loss in losses.items()}
+    beyond = {name: loss - floor for name, loss in means.items()}
     return {
         "floor": floor,
         **beyond,
