@@ -226,6 +226,9 @@ def execute(
                 refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
                 run.restore(read(folder))
                 monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
+            if going_on:
+                # Also where no checkpoint was written: what was spent before is not forgotten with the directory.
+                run.optimiser.recall()
         if earlier:
             # Not before everything has been checked: a mistake in the recipe costs no finished run.
             clear(recipe.directory)
@@ -325,18 +328,20 @@ def finish(run: Run) -> Result:
     monitor, recipe = run.monitor, run.recipe
     assert monitor.before is not None
     assert monitor.after is not None
+    ended_by = run.watch.ended_by or run.optimiser.ended_by
     summary = {
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
-        "stopped_early": run.step < recipe.steps and (run.stop_requested() or run.watch.ended_by is not None),
-        "ended_by": run.watch.ended_by if run.step < recipe.steps else None,
+        "stopped_early": run.step < recipe.steps and (run.stop_requested() or ended_by is not None),
+        "ended_by": ended_by if run.step < recipe.steps else None,
         "best": _best(run),
         "alarms": run.watch.alarms,
         "skipped_updates": run.skips.total,
         "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
+        **run.optimiser.facts(),
     }
     if run.skips.empty and run.accelerator.is_main_process:
         monitor.warn(f"{run.skips.empty} of {run.step} steps had nothing to learn, and their updates were not taken")

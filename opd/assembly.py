@@ -43,7 +43,7 @@ from opd.shaping import Shaping
 from opd.stopping import Watch
 from opd.teachers import LiveTeacher
 from opd.trajectories import Author
-from opd.updates import Optimiser
+from opd.updates import Optimiser, Planned
 from opd.verifiers import Scorer
 
 
@@ -76,6 +76,12 @@ def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[
     shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
     if not shared:
         return []
+    if recipe.update.private and "held_out" not in recipe.update.revealed:
+        raise DataError(
+            f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
+            f"first), and update {kind_of(recipe.update)!r} does not account for measurements on records; take them "
+            "out, or set update.reveals=[held_out]"
+        )
     return [
         f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
         "first): measurements on them are not held out; take them out of one of the two sets"
@@ -392,6 +398,8 @@ def _assembled(
 
     optimiser = recipe.update.build(student, accelerator)
     check_reduction(recipe, optimiser)
+    for note in optimiser.begin(Planned(len(training), recipe.batch.prompts, recipe.steps, recipe.directory)):
+        monitor.warn(note)
     return Run(
         recipe=recipe,
         context=context,

@@ -30,7 +30,7 @@ def train(run: Run) -> None:
     run.signals |= measured
     run.watch.read(run, run.step, held_out(measured))
 
-    while not run.stop_requested() and run.watch.ended_by is None:
+    while not run.stop_requested() and run.watch.ended_by is None and run.optimiser.ended_by is None:
         clock = Clock()
         asker = RunAsker(run, clock)
         draw = run.course.next(run.step, run.signals, asker)
@@ -137,7 +137,7 @@ def accumulate(
     objectives = now.recipe.objective
     with run.accelerator.autocast():
         with clock("student"):
-            student = run.student(micro, now.context)
+            student = run.optimiser.opened(run.student(micro, now.context), micro.lengths)
         with clock("loss"):
             shape = joint_shape(run.shaping, now.recipe.shaping, student.detach(), answers, micro)
             weights = [o.shape(count, shape.weights) for o, count in zip(objectives, counts, strict=True)]

@@ -21,6 +21,7 @@ SIGNALS = frozenset(
         *("loss", "divergence", "positions", "sampled_tokens", "length", "truncated", "teacher_tokens"),
         *("teacher_hit_rate", "drift", "drift_std", "rollout_gap", "reward", "gradient_norm", "learning_rate"),
         *("skipped", "empty", "invalid", "cpu_seconds", "tokens_per_second"),
+        *("epsilon", "scaled_down", "gradient_median", "examples", "one_by_one"),
     )
 )
 """Names that a step's log has of its own."""

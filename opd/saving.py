@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,20 @@ def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
         + f"Student `{student_of(block['student'])}` trained by {teachers or 'no teacher'} with "
         f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
         f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
+        f"{_privacy(summary.get('privacy'))}"
         f"| held out | before | after |\n|---|---|---|\n{rows}\n"
+    )
+
+
+def _privacy(spent: Mapping[str, Any] | None) -> str:
+    """What a private run promises of its student, for whoever gets it; nothing of others."""
+    if spent is None or spent["epsilon"] is None:
+        return ""
+    known = " to who does not know the seed of its noise" if spent["seed_known"] else ""
+    return (
+        f"Differentially private{known}: epsilon {spent['epsilon']:.4g} at delta {spent['delta']:.3g} for each of "
+        f"{spent['records']} records, added or removed ({spent['accountant']}; {spent['steps']} Poisson draws of rate "
+        f"{spent['sampling_rate']:.4g}, noise of {spent['noise_multiplier']:g} clipping norms).\n\n"
     )
 
 

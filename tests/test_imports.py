@@ -34,7 +34,7 @@ ORDER = (
     ("the choices of the axes", " ".join(AXES)),
     (
         "what choices of one modality share",
-        "language flow vision acting drafting drawings procedural merging store sandbox remote",
+        "language flow vision acting drafting drawings procedural merging store sandbox remote privacy",
     ),
     (
         "what an axis asks of its choices",

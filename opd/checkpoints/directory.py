@@ -25,6 +25,7 @@ RUN_FILES = (
     "curriculum.jsonl",
     "summary.json",
     "lm_eval.json",
+    "privacy.json",
     "report.html",
 )
 FOLDERS = ("student", "checkpoints")

@@ -204,6 +204,10 @@ class Curriculum(Choice):
     reads: ClassVar[tuple[str, ...]] = ()
     """What it needs measured at each position; a recipe whose shaping does not measure it is refused."""
 
+    independent: ClassVar[bool] = False
+    """Whether each prompt is in a draw by itself, with probability `batch.prompts / prompts`, whatever else is drawn:
+    what privacy amplification by sampling counts on."""
+
     needs_reward: ClassVar[bool] = False
     """Whether it goes by verdicts, which a verifier or the rollout must give then."""
 

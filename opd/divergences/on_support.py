@@ -29,6 +29,7 @@ class OnSupport(CategoricalDivergence):
     that over the vocabulary.
     """
 
+    alone: ClassVar[bool] = True
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
     alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
 

@@ -20,6 +20,7 @@ class ReverseKLSampled(OnAction):
     """
 
     kind: Literal["reverse_kl_sampled"] = "reverse_kl_sampled"
+    alone: ClassVar[bool] = True
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"clamp": 1.0}, {"discount": 0.5}, {"discount": 1.0})
     discount: float = Field(
         0.0, ge=0.0, le=1.0, description="Of the log-ratios of later tokens; 0 counts each token's own alone"

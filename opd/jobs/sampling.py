@@ -67,6 +67,11 @@ def _told(quiet: bool, text: str) -> Iterator[None]:
 def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, quiet: bool, opened: ExitStack) -> Store:
     if isinstance(recipe.rollout, StoredRollout):
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
+    if recipe.update.private and "rollouts" not in recipe.update.revealed:
+        raise RecipeError(
+            f"update {kind_of(recipe.update)!r} writes nothing of rollouts to the disk, and a store holds them; set "
+            "update.reveals=[rollouts] where they may lie there"
+        )
     if recipe.student.modality != "language":
         raise RecipeError(
             f"a store holds texts and the student is a {recipe.student.modality} model: see opd.jobs.images"

@@ -61,6 +61,10 @@ class Objective(Choice):
     compares_group: ClassVar[bool] = False
     """Whether it compares the trajectories of one prompt, of which there must be two then."""
 
+    alone: ClassVar[bool] = False
+    """Whether a trajectory's part of the loss depends on that trajectory alone, whatever else is in the step: what an
+    update that bounds each one's part counts on."""
+
     weight: Annotated[float, OverSteps(ge=0)] = Field(1.0, description="Factor of this term")
     reduction: Reduction | None = Field(None, description="Mean over tokens or sequences; default the recipe's")
     written_by: list[Literal["student", "teacher", "data"]] | None = Field(

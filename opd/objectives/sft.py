@@ -26,6 +26,7 @@ class SFT(Objective):
 
     kind: Literal["sft"] = "sft"
     called: ClassVar[str] = "nll"
+    alone: ClassVar[bool] = True
 
     def __call__(
         self,

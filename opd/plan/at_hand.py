@@ -16,8 +16,8 @@ from opd.recipe import Recipe
 from opd.rollouts.stored import StoredRollout
 
 
-def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
-    """Training and held-out prompts, checked as a run does; None where they would have to be downloaded."""
+def prompts_at_hand(recipe: Recipe, notes: list[str]) -> tuple[list[Prompt], list[Prompt]] | None:
+    """`(training, held-out)` prompts, checked as a run does; None where they would have to be downloaded."""
     remote = [path for source in recipe.prompts if (path := source.remote) is not None]
     if remote:
         notes.append(f"{remote[0]}: not read; prompts are taken to be {recipe.max_prompt_tokens} tokens long")
@@ -33,7 +33,7 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> list[Prompt] | None:
     check_verdicts(recipe, verifier, training)
     notes += without_verdict(recipe, verifier, training)
     recipe.curriculum.build(training, recipe.batch.prompts, context)
-    return [*training, *held_out]
+    return training, held_out
 
 
 def stores_not_here(recipe: Recipe) -> list[str]:

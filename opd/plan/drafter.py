@@ -162,7 +162,7 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     def reader(local_only: bool) -> LanguageModel:
         return LanguageModel(None, load_tokenizer(asked, local_only), asked.template, asked.template_options)
 
-    prompt, _ = prompt_tokens(recipe, reader, notes)
+    prompt, _, _ = prompt_tokens(recipe, reader, notes)
     notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     batch = settings.batch if settings is not None else recipe.batch.prompts

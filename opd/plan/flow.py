@@ -77,7 +77,8 @@ def plan_flow(recipe: Recipe) -> FlowPlan:
     outline = own.model
     assert isinstance(outline, Outline)
     recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
-    check_prompts(prompts_at_hand(recipe, notes) or [], outline.encoder, recipe.max_prompt_tokens)
+    training, held_out = prompts_at_hand(recipe, notes) or ([], [])
+    check_prompts([*training, *held_out], outline.encoder, recipe.max_prompt_tokens)
     trajectories = recipe.batch.prompts * recipe.batch.group
     learnt = trajectories * recipe.rollout.budget
     # Adapters are float32 whatever the weights are.

@@ -36,6 +36,7 @@ from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
 from opd.teachers import Teacher
 from opd.teachers.base import DebateSize
+from opd.updates import Planned
 from opd.watches import Watch
 
 
@@ -53,6 +54,9 @@ class Plan:
     teraflops: dict[str, float]
     steps: int
     notes: tuple[str, ...] = ()
+    update: tuple[tuple[str, str], ...] = ()
+    """What the update says of itself, by name: of a private one what it spends."""
+
     rows: tuple[str, ...] = ()
     """How rows of unequal length share a pass, and what they attend with: the student, and the teachers' models."""
 
@@ -74,6 +78,7 @@ class Plan:
             "memory_bytes": self.memory,
             "peak_memory_bytes": self.peak,
             "teraflops_per_step": self.teraflops,
+            **({"update": dict(self.update)} if self.update else {}),
             "notes": list(self.notes),
         }
 
@@ -100,6 +105,8 @@ class Plan:
                 ),
             ],
         )
+        if self.update:
+            yield "update", list(self.update)
         yield (
             "memory at the peak of a step",
             [*((part, bytes_text(value)) for part, value in self.memory.items()), ("sum", bytes_text(self.peak))],
@@ -126,7 +133,7 @@ def plan_language(recipe: Recipe) -> Plan:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     models = (student, *(shape for shapes in asked for shape in shapes))
     rows = tuple(_rows(recipe, shape) for shape in models)
-    prompt, common = prompt_tokens(recipe, recipe.student.reader, notes)
+    prompt, common, training = prompt_tokens(recipe, recipe.student.reader, notes)
     notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
@@ -141,9 +148,19 @@ def plan_language(recipe: Recipe) -> Plan:
         memory=_memory(recipe, student, teachers, debates, prompt, common, completion, notes),
         teraflops=_operations(student, asked, debates, recipe.batch.prompts, trajectories, prompt, completion, sampled),
         steps=recipe.steps,
+        update=_of_update(recipe, training, notes),
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
     )
+
+
+def _of_update(recipe: Recipe, training: int | None, notes: list[str]) -> tuple[tuple[str, str], ...]:
+    """What the update says of itself, where that hangs on no number of prompts that is not known."""
+    if training is None:
+        if recipe.update.private:
+            notes.append("what the update spends hangs on the number of prompts, which are not read")
+        return ()
+    return tuple(recipe.update.told(Planned(training, recipe.batch.prompts, recipe.steps, recipe.directory)))
 
 
 def _home(recipe: Recipe) -> str:
@@ -204,18 +221,20 @@ def check_answers(recipe: Recipe) -> None:
             part.check_teachers(foreseen, home)
 
 
-def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: list[str]) -> tuple[int, int]:
-    """Mean length of a prompt, and how many leading tokens all prompts have in common, as the model reads them that
-    `reader` makes: without weights, and of files on this machine alone where it is told so."""
+def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: list[str]) -> tuple[int, int, int | None]:
+    """Mean length of a prompt, how many leading tokens all prompts have in common, and the number of training prompts
+    where that is known; as the model reads them that `reader` makes: without weights, and of files on this machine
+    alone where it is told so."""
     told = bool(notes)
-    prompts = prompts_at_hand(recipe, notes)
-    if prompts is None:
-        return recipe.max_prompt_tokens, 0
+    found = prompts_at_hand(recipe, notes)
+    if found is None:
+        return recipe.max_prompt_tokens, 0, None
+    training, prompts = len(found[0]), [*found[0], *found[1]]
     try:
         language = reader(told)
     except ModelError:
         notes.append(f"no tokenizer at hand: prompts are taken to be max_prompt_tokens={recipe.max_prompt_tokens} long")
-        return recipe.max_prompt_tokens, 0
+        return recipe.max_prompt_tokens, 0, training
     encoded = [ids_of(language.encode(prompt)) for prompt in prompts[:512]]
     notes += language.notes
     if not recipe.skip_bad_prompts:
@@ -231,7 +250,7 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     # Where the same ids stand for other pictures nothing is in common.
     common = 0 if language.reads_pictures else common_beginning(encoded)
-    return round(sum(lengths) / len(lengths)), common
+    return round(sum(lengths) / len(lengths)), common, training
 
 
 def _memory(

@@ -233,6 +233,8 @@ class CausalLMStudent(LanguageStudent):
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             language.base.enable_input_require_grads()
+        self.layout: Layout = "auto"
+        """How rows share the passes that have a gradient, unless a call says otherwise."""
         self.module: torch.nn.Module = language
 
     @property
@@ -246,6 +248,7 @@ class CausalLMStudent(LanguageStudent):
         # The wrapper of several processes talks to the others in every pass, and without a gradient they make
         # different numbers of them.
         module = self.module if torch.is_grad_enabled() else self.language
+        layout = self.layout if layout == "auto" and torch.is_grad_enabled() else layout
         contexts, completions = trajectories.contexts, trajectories.completions()
         with self.experts.watched(self.language.padding(contexts, completions, layout)):
             hidden = module(contexts, completions, layout)

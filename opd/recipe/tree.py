@@ -30,6 +30,7 @@ from opd.policies import Policy
 from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompts
 from opd.recipe.blocks import Batch, Checkpoint, Failures, Hardware, Tracking
+from opd.recipe.private import check_private
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.anchored import AnchoredRollout
@@ -224,6 +225,11 @@ class Recipe(Settings):
                     f"batch.group is 1: {axis_of(part)} {kind_of(part)!r} compares the trajectories of one prompt and "
                     f"would {nothing}; take 2 or more"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_private(self) -> Recipe:
+        check_private(self)
         return self
 
     @model_validator(mode="after")

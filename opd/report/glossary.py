@@ -213,7 +213,11 @@ MEANINGS = {
     "train/advantage_size": Meaning("size of advantage", "nats a token", "mean of its absolute value"),
     "train/clamped": Meaning("clamped", "share of tokens", "whose advantage was cut at the bound"),
     "train/teacher_hit_rate": Meaning("hit rate", "share", "of positions whose answers the teacher had already"),
-    "train/gradient_norm": Meaning("gradient norm", "", "before clipping"),
+    "train/gradient_norm": Meaning("gradient norm", "", "before clipping; of a private update that of the noisy mean"),
+    "train/epsilon": Meaning("epsilon", "", "of the privacy that was spent so far; smaller is more private", "lower"),
+    "train/scaled_down": Meaning("scaled down", "share of trajectories", "whose gradient a private update clipped"),
+    "train/gradient_median": Meaning("median gradient", "norm", "of a private step's trajectories, before clipping"),
+    "train/examples": Meaning("drawn", "trajectories a step", "whose number a private update varies at random"),
     "train/expert_load_max": Meaning(
         "load of the busiest expert",
         "",

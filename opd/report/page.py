@@ -193,6 +193,9 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
         "rollout": of(recipe.get("rollout"), "kind"),
         "seed": of(recipe, "seed"),
     }
+    privacy = summary.get("privacy")
+    if isinstance(privacy, dict):
+        facts["privacy"] = _spent(privacy)
     seconds, memory = number(summary.get("seconds")), number(summary.get("peak_memory_bytes"))
     if seconds is not None:
         facts["time"] = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
@@ -203,6 +206,18 @@ def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
     if summary.get("ended_by"):
         facts["end"] = str(summary["ended_by"])
     return [(name, text) for name, text in facts.items() if text]
+
+
+def _spent(privacy: dict[str, Any]) -> str:
+    """What a private run spent, in a line."""
+    epsilon, delta, sigma = (number(privacy.get(name)) for name in ("epsilon", "delta", "noise_multiplier"))
+    if epsilon is None or delta is None:
+        return "none: no noise was added"
+    known = "; the noise's seed is known" if privacy.get("seed_known") is True else ""
+    return (
+        f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), noise {sigma or 0:.4g}, "
+        f"{privacy.get('steps')} steps{known}"
+    )
 
 
 def _fitting(files: Sequence[dict[str, RowFile]], budget: int) -> list[dict[str, Any]]:

@@ -155,6 +155,9 @@ class Shaping(Choice):
     needs_reward: ClassVar[bool] = False
     """Whether it goes by verdicts, which a verifier or the rollout must give then."""
 
+    alone: ClassVar[bool] = False
+    """Whether a trajectory's weights depend on that trajectory alone, whatever else is in the step or was in others."""
+
     corrects: ClassVar[bool] = False
     """Whether its weights make up for samples of a student that is a little older than the one that learns."""
 

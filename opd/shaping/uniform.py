@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ class Uniform(Shaping):
     """Weight 1 everywhere."""
 
     kind: Literal["uniform"] = "uniform"
+    alone: ClassVar[bool] = True
 
     def build(self, context: Context) -> UniformShaper:
         return UniformShaper()

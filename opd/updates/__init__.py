@@ -1,5 +1,5 @@
 """How gradients become a step."""
 
-from opd.updates.base import Optimiser, Update
+from opd.updates.base import Optimiser, Planned, Update
 
-__all__ = ["Optimiser", "Update"]
+__all__ = ["Optimiser", "Planned", "Update"]

@@ -5,13 +5,34 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from accelerate import Accelerator
 
 from opd.choice import Choice
+from opd.distributions import Distribution
 from opd.objectives import Loss
 from opd.policies.base import Student
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before its first step.
+
+    Attributes:
+        records: training prompts.
+        expected: prompts of a step in expectation.
+        steps: of the whole run.
+        folder: the run directory.
+    """
+
+    records: int
+    expected: int
+    steps: int
+    folder: Path
 
 
 class Optimiser(ABC):
@@ -25,12 +46,30 @@ class Optimiser(ABC):
         takes_empty: `apply` is called for every step, also when nothing can be learnt, or nothing was drawn at all;
             otherwise such steps are not taken.
         writes_rollouts: trajectories of training prompts are written to rollouts.jsonl, and so are in the report.
+        ended_by: why no further step may be taken, in words; None as long as one may.
     """
 
     per_example: bool = False
     expected: bool = False
     takes_empty: bool = False
     writes_rollouts: bool = True
+    ended_by: str | None = None
+
+    def begin(self, planned: Planned) -> list[str]:
+        """Told once, before the first step and before a checkpoint is taken up; returns lines for a person."""
+        return []
+
+    def recall(self) -> None:  # noqa: B027
+        """Told by a process that goes on with an earlier one's run, checkpoint or not, before anything is cleared."""
+
+    def opened(self, student: Distribution, lengths: torch.Tensor) -> Distribution:
+        """The student's `[N]` distributions of the micro-batch that `accumulate` comes for next, as objectives shall
+        see them; `lengths`, int64 `[B]`, are those of its trajectories."""
+        return student
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's summary says of it, by name."""
+        return {}
 
     @abstractmethod
     def accumulate(self, losses: Sequence[Loss], last: bool) -> None:
@@ -71,6 +110,17 @@ class Update(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "update"
+    private: ClassVar[bool] = False
+    """Whether it promises that no single record shows in the student: then whatever would show one is refused."""
+
+    @property
+    def revealed(self) -> Sequence[str]:
+        """Where records may show all the same (`opd.recipe.private`)."""
+        return ()
+
+    def told(self, planned: Planned) -> list[tuple[str, str]]:
+        """What a plan says of it, by name."""
+        return []
 
     @abstractmethod
     def build(self, student: Student, accelerator: Accelerator) -> Optimiser:
