@@ -15,6 +15,7 @@ from opd.jobs.work import work_through
 from opd.language.tokens import tokens_of
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.policies.draft import Draft
+from opd.policies.image_text import ImageText
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -73,10 +74,10 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         )
     if isinstance(recipe.student, Draft):
         recipe = _of_target(recipe, recipe.student)
-    if not isinstance(recipe.student, CausalLM):
+    if not isinstance(recipe.student, CausalLM | ImageText):
         raise RecipeError(
-            f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}, of "
-            "whose prompts it would keep the ids alone; train without a store (rollout: student)"
+            f"a store holds texts of students of kind causal_lm or image_text, and student.kind is "
+            f"{kind_of(recipe.student)!r}; train without a store"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
@@ -113,6 +114,7 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         ],
         tokenizer=student.language.tokenizer_hash,
         template=student.language.template_hash,
+        processor=student.language.processor_hash,
         end_ids=list(tokens_of(context).end_ids),
         **VocabularyHeader.of(tokens_of(context).vocabulary),
         versions=versions(),

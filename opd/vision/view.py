@@ -15,6 +15,7 @@ from opd.language.engines.base import EncodedPrompt, PromptInputs
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages, check_view, of_picture, part_text
 from opd.prompts.pictures import is_picture, opened, pictures_in
+from opd.vision.identity import pixels_hash
 
 if TYPE_CHECKING:
     from opd.vision.engine import ImageTextModel
@@ -101,7 +102,7 @@ def inputs_of(model: ImageTextModel, prompt: Prompt, view: View) -> EncodedPromp
     others = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
     del others["input_ids"]
     others.pop("attention_mask", None)
-    return PromptInputs(ids, others)
+    return PromptInputs(ids, others, tuple(pixels_hash(picture) for picture in view.pictures))
 
 
 def _waiting(messages: Messages, prompt: Prompt, source: str | None) -> tuple[list[object], bool]:
