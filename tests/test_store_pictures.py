@@ -19,7 +19,9 @@ from opd.jobs.scoring import score
 from opd.language.engines.base import PromptInputs, same_prompt
 from opd.prompts import Prompt, load_prompts
 from opd.recipe import parse_recipe
+from opd.store import Store, Targets
 from opd.store.pictures import pictures_of
+from opd.store.shards import Shard, write_shard
 from opd.vision.identity import pixels_hash, processor_hash
 from tests.conftest import character_tokenizer, said, tiny_model, writing
 from tests.test_image_text import recipe as settings_of
@@ -95,8 +97,6 @@ def test_rows_are_what_the_student_writes_about_the_pictures(made):
     recipe = parse_recipe(data)
     student, (teacher,), context = build_models(recipe, CPU)
     prompts = load_prompts(recipe.prompts)
-    from opd.store import Store, Targets
-
     store = Store.open(made / "store")
     live = writing(recipe.rollout, student, context=context)(prompts, 2, 5, stream=0)
     members = [p for p in prompts for _ in range(2)]
@@ -122,7 +122,8 @@ def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied):
     there = pixels_hash(Image.open(folder / "pictures/4.png"))[:19]
     picture(77, 40, 32).save(folder / "pictures/4.png")
     now = pixels_hash(picture(77, 40, 32))[:19]
-    told = rf"rows.jsonl:5: the picture of prompt .* is another than in .*store, row 8: its pixels are {now}, and there {there}"
+    told = r"rows.jsonl:5: the picture of prompt .* is another than in .*store, row 8: its pixels are "
+    told += f"{now}, and there {there}"
     with pytest.raises(DataError, match=told):
         run(on_store)
     with pytest.raises(DataError, match=told):
@@ -142,7 +143,9 @@ def test_the_same_pixels_in_another_file_are_the_same_picture(copied):
 def test_another_crop_than_the_teacher_saw_is_refused(copied):
     folder, _, on_store = copied
     picture(78, 16, 16).save(folder / "pictures/4-crop.png")
-    with pytest.raises(DataError, match=r"rows.jsonl:5: the teacher's picture of prompt .* is another than in .*targets/"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:5: the teacher's picture of prompt .* is another than in .*targets/"
+    ):
         run(on_store)
 
 
@@ -171,13 +174,19 @@ def test_another_processor_is_refused(copied):
 
 
 def test_a_damaged_hash_is_a_damaged_row(copied):
-    from opd.store import Store
-    from opd.store.shards import Shard, write_shard
-
     folder, _, on_store = copied
     path = Store.open(folder / "store").shard_path(1)
     shard = Shard(path)
-    names = ("actions", "behaviour_log_probs", "authors", "lengths", "contexts", "context_lengths", "finished", "checks")
+    names = (
+        "actions",
+        "behaviour_log_probs",
+        "authors",
+        "lengths",
+        "contexts",
+        "context_lengths",
+        "finished",
+        "checks",
+    )
     tensors = {name: shard.tensor(name) for name in (*names, "pictures", "picture_counts")}
     tensors["pictures"][0, 0] ^= 1
     write_shard(path, tensors)
@@ -192,18 +201,16 @@ def test_lightning_wants_the_teacher_of_the_fine_tuning_of_an_image_text_student
     offline["teacher"] = {**on_store["teacher"], "targets": "said"}
     with pytest.raises(IncompatibleError, match="the student does not say which teacher that was"):
         run(offline)
-    from opd.store import Store, Targets
-
     mine = Targets.open(Store.open(folder / "store"), "said").header.teacher["weights"]
     (folder / "student" / "opd.json").write_text(json.dumps({"teachers": ["sha256:other"]}))
-    with pytest.raises(IncompatibleError, match="was scored by .* and the student was fine-tuned by sha256:other"):
+    with pytest.raises(IncompatibleError, match=r"was scored by .* and the student was fine-tuned by sha256:other"):
         run(offline)
     (folder / "student" / "opd.json").write_text(json.dumps({"teachers": [mine]}))
     assert run(offline).history
 
 
 def test_stores_of_text_and_of_pictures_do_not_mix(copied, tmp_path):
-    folder, data, on_store = copied
+    folder, data, _ = copied
     tiny_model().save_pretrained(tmp_path / "text")
     character_tokenizer().save_pretrained(tmp_path / "text")
     text = {**data, "student": {"model": str(tmp_path / "text"), "template": "plain"}, "teacher": []}
@@ -251,8 +258,6 @@ def test_a_store_says_how_many_pictures_it_knows(made, capsys):
 def test_an_interrupted_job_ends_in_the_same_store(made, tmp_path):
     data = parse_recipe(settings(made, str(made / "student"), str(made / "teacher")))
     again = sample(data, tmp_path / "again", prompts_per_shard=4, quiet=True)
-    from opd.store import Store
-
     whole = Store.open(made / "store")
     assert again.content() == whole.content()
     for path in (again.shard_path(1), Path(f"{again.shard_path(1)}.sha256")):
