@@ -128,6 +128,8 @@ def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied):
         run(on_store)
     with pytest.raises(DataError, match=told):
         score(parse_recipe(data), folder / "store", "sampled", quiet=True)
+    with pytest.raises(DataError, match=told):
+        sample(parse_recipe(data), folder / "store", draws=2, prompts_per_shard=4, quiet=True)
     kept = run({**on_store, "skip_bad_prompts": True})
     assert kept.history
 

@@ -119,8 +119,12 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         **VocabularyHeader.of(tokens_of(context).vocabulary),
         versions=versions(),
     )
-    store = Store.create_or_continue(path, header, [p.id for p in prompts])
     by_id = {p.id: p for p in prompts}
+    # What a job goes on with must be about the prompts that it began with; only then are draws added.
+    begun = Store.create_or_continue(path, header.model_copy(update={"draws": 1}), list(by_id))
+    for prompt in prompts:
+        begun.check_prompt(prompt, student.language.encode(prompt))
+    store = Store.create_or_continue(path, header, list(by_id))
 
     def write(shard: int) -> None:
         with claim(store.shard_path(shard)) as mine:

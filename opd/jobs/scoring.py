@@ -94,9 +94,8 @@ class Scorer:
             )
         self.reader = reader = recipe.student.reader(local_only=False)
         self.store.check_reader(reader)
-        if not self.store.missing():
-            for known in self.store.prompt_ids:
-                self.store.check_prompt(self.prompts[known], reader.encode(self.prompts[known]))
+        for known in self.store.prompt_ids:
+            self.store.check_prompt(self.prompts[known], reader.encode(self.prompts[known]))
         self.teacher: LanguageTeacher | LiveServedTeacher
         if isinstance(settings, ServedTeacher):
             settings = settings.model_copy(update={"answers": kind, **({} if top_k is None else {"top_k": top_k})})

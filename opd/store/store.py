@@ -352,10 +352,11 @@ class Store:
         )
 
     def check_prompt(self, prompt: Prompt, context: EncodedPrompt) -> None:
-        """Raise `DataError` when a prompt reads otherwise than in some draw of the store."""
+        """Raise `DataError` when a prompt reads otherwise than in some draw, as far as the store is written."""
         # A draw reads it once for its whole group.
         for row in self.rows_of(prompt.id)[:: self.header.group]:
-            self._check_read(row, self.row(row), prompt, context)
+            if is_written(self.shard_path(self.locate(row)[0])):
+                self._check_read(row, self.row(row), prompt, context)
 
     def _check_read(self, number: int, row: Row, prompt: Prompt, context: EncodedPrompt) -> None:
         if self.header.processor is not None:
