@@ -117,7 +117,7 @@ def test_rows_are_what_the_student_writes_about_the_pictures(made):
         store.trajectories([0], members[:1], CPU)
 
 
-def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied):
+def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied, made):
     folder, data, on_store = copied
     there = pixels_hash(Image.open(folder / "pictures/4.png"))[:19]
     picture(77, 40, 32).save(folder / "pictures/4.png")
@@ -129,7 +129,9 @@ def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied):
     with pytest.raises(DataError, match=told):
         score(parse_recipe(data), folder / "store", "sampled", quiet=True)
     with pytest.raises(DataError, match=told):
-        sample(parse_recipe(data), folder / "store", draws=2, prompts_per_shard=4, quiet=True)
+        # A store knows its student by the place that it came from.
+        first = {**data, "student": {"kind": "image_text", "model": str(made / "student")}}
+        sample(parse_recipe(first), folder / "store", draws=2, prompts_per_shard=4, quiet=True)
     kept = run({**on_store, "skip_bad_prompts": True})
     assert kept.history
 
