@@ -128,9 +128,9 @@ def test_another_picture_under_the_same_row_is_refused_with_both_hashes(copied, 
         run(on_store)
     with pytest.raises(DataError, match=told):
         score(parse_recipe(data), folder / "store", "sampled", quiet=True)
+    # A store knows its student by the place that it came from.
+    first = {**data, "student": {"kind": "image_text", "model": str(made / "student")}}
     with pytest.raises(DataError, match=told):
-        # A store knows its student by the place that it came from.
-        first = {**data, "student": {"kind": "image_text", "model": str(made / "student")}}
         sample(parse_recipe(first), folder / "store", draws=2, prompts_per_shard=4, quiet=True)
     kept = run({**on_store, "skip_bad_prompts": True})
     assert kept.history
