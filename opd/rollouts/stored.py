@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class StoredRollout(OneSource):
     """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns: each visit of the prompt,
     by whatever curriculum and process, takes the next `batch.group` of them. `shuffled` passes over the store in a new
-    order each epoch."""
+    order each epoch. Pictures of prompts are read again, and must be as they were."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"

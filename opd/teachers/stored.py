@@ -32,7 +32,8 @@ from opd.vision.view import view_of
 
 class StoredTeacher(Teacher):
     """What `opd score` wrote. For objective `lightning` it must be the teacher that the student was fine-tuned by, as
-    its paper has it: the saved student says so in its `opd.json`, or `sft_teacher` does."""
+    its paper has it: the saved student says so in its `opd.json`, or `sft_teacher` does. Pictures that it saw
+    are compared with those of the rows that have them."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
