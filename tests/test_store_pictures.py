@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from opd.recipe import parse_recipe
 from opd.store import Store, Targets
 from opd.store.pictures import pictures_of
 from opd.store.shards import Shard, write_shard
+from opd.vision.engine import ImageTextModel
 from opd.vision.identity import pixels_hash, processor_hash
 from tests.conftest import character_tokenizer, said, tiny_model, writing
 from tests.test_image_text import recipe as settings_of
@@ -236,6 +238,27 @@ def test_what_no_hash_names_is_not_stored():
     for context in (PromptInputs(ids, frames, ("sha256:00",)), PromptInputs(ids, {"sound": torch.zeros(1)})):
         with pytest.raises(DataError, match="row 3: prompt 'a' holds more than text and pictures"):
             pictures_of(Prompt("a", {}, where="row 3"), context)
+
+
+def test_what_no_hash_names_is_refused_before_anything_is_written(copied, monkeypatch):
+    folder, data, _ = copied
+    encode = ImageTextModel.encode
+
+    def with_frames(self, prompt, column=None):
+        found = encode(self, prompt, column)
+        frames = column == wanted and prompt.id == "rows-3"
+        return replace(found, inputs={**found.inputs, "video_grid_thw": torch.ones(1, 3)}) if frames else found
+
+    monkeypatch.setattr(ImageTextModel, "encode", with_frames)
+    told = "rows.jsonl:3: prompt 'rows-3' holds more than text and pictures"
+    wanted = None
+    with pytest.raises(DataError, match=told):
+        sample(parse_recipe(data), folder / "new", quiet=True)
+    wanted = "crop"
+    with pytest.raises(DataError, match=told):
+        score(parse_recipe(data), folder / "store", name="new", quiet=True)
+    assert not (folder / "new").exists()
+    assert not (folder / "store/targets/new").exists()
 
 
 def test_a_processor_is_known_by_what_it_does_to_pictures(tmp_path):

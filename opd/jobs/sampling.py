@@ -26,6 +26,7 @@ from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.self_test import check_writers
+from opd.store.pictures import pictures_of
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader, VocabularyHeader
 from opd.teachers import reasons
@@ -88,6 +89,8 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
     )
     assert isinstance(student, CausalLMStudent)
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    for prompt in prompts:
+        pictures_of(prompt, student.language.encode(prompt))
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
     source = recipe.rollout.build(context, student, teachers)

@@ -28,6 +28,7 @@ from opd.prompts import Prompt, load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of, started
+from opd.store.pictures import pictures_of
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
@@ -138,8 +139,11 @@ class Scorer:
             versions=versions(),
         )
         name = name or f"{kind}-{re.sub(r'[^0-9A-Za-z.-]+', '-', identity.removeprefix('sha256:'))[:12]}"
-        self.targets = Targets.create_or_continue(self.store, name, header)
         written = [self.prompts[i] for i in dict.fromkeys(self.store.prompt_ids)]
+        views = self._views(written)
+        for prompt, view in zip(written[: len(views)], views, strict=True):
+            pictures_of(prompt, view)
+        self.targets = Targets.create_or_continue(self.store, name, header)
         for warning in self.teacher.check_lengths(written, self.store.header.budget, "the teacher"):
             print(f"opd: {warning}", file=sys.stderr)
         self.unchecked = recipe.self_test
