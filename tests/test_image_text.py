@@ -13,8 +13,7 @@ from transformers import AutoModelForImageTextToText
 from opd.api import distill, execute
 from opd.context import Context
 from opd.distributions import Categorical
-from opd.errors import IncompatibleError, ModelError, RecipeError, RunError
-from opd.jobs.sampling import sample
+from opd.errors import IncompatibleError, ModelError, RunError
 from opd.language.agreement import common_vocabulary
 from opd.language.engines.base import Drawing
 from opd.language.engines.layouts import can_flatten
@@ -306,13 +305,6 @@ def test_a_server_does_not_write_for_a_model_that_reads_pictures(tmp_path):
     rollout = {"max_new_tokens": 5, "engine": {"kind": "served", "url": "http://127.0.0.1:9", "model": "x"}}
     with pytest.raises(IncompatibleError, match=r"rollout\.engine: a server is sent the ids of prompts"):
         run(recipe(tmp_path, {"kind": "image_text", "model": folder}, rollout=rollout))
-
-
-def test_a_store_keeps_no_pictures(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"student.kind is 'image_text', of whose prompts it would keep the ids alone"
-    ):
-        sample(parse_recipe(recipe(tmp_path, {"kind": "image_text", "model": "none"})), tmp_path / "store")
 
 
 def test_a_model_of_text_has_no_processor(tmp_path):

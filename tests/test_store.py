@@ -191,6 +191,21 @@ def test_a_further_draw_is_appended(recipe, store):
     assert sample(recipe, store.path, prompts_per_shard=8, quiet=True).header.draws == 2
 
 
+def test_scoring_and_a_further_draw_want_the_texts_that_the_store_was_sampled_from(recipe, store):
+    data = recipe.dump()
+    texts = data["prompts"][0]["prompts"]
+    rows = [{"id": name, "prompt": text} for name, text in zip(store.prompt_ids, texts, strict=True)]
+    data["prompts"] = [{**data["prompts"][0], "prompts": rows}]
+    score(parse_recipe(data), store.path, name="same", quiet=True)
+    rows[3]["prompt"] = rows[4]["prompt"]
+    told = f"prompt '{store.prompt_ids[3]}' has other tokens than in"
+    with pytest.raises(opd.DataError, match=told):
+        score(parse_recipe(data), store.path, name="other", quiet=True)
+    with pytest.raises(opd.DataError, match=told):
+        sample(parse_recipe(data), store.path, draws=2, prompts_per_shard=8, quiet=True)
+    assert Store.open(store.path).header.draws == 1
+
+
 def test_a_store_of_other_settings_is_refused(recipe, store):
     with pytest.raises(opd.RunError, match="another seed"):
         sample(recipe.model_copy(update={"seed": 3}), store.path, prompts_per_shard=8, quiet=True)

@@ -225,6 +225,9 @@ def show_store(store: Store, verify: bool = False) -> None:
     if written:
         told = f"{sum(written)} written, {sum(written) / len(written):.4g} a row and {max(written)} at most"
         out.print(f"tokens:  {told}; {sum(read)} of prompts", highlight=False, soft_wrap=True)
+    if head.processor is not None and written:
+        seen = sum(int(n) for shard in shards for n in shard.of_rows("picture_counts"))
+        out.print(f"seen:    {seen} pictures, kept as hashes; processor {head.processor}", soft_wrap=True)
     out.print(f"student: {head.student['model']} {head.student['weights']}", highlight=False, soft_wrap=True)
     for path in sorted(store.path.glob("targets/*/targets.json")):
         targets = Targets.open(store, path.parent.name)

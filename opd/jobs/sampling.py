@@ -15,6 +15,7 @@ from opd.jobs.work import work_through
 from opd.language.tokens import tokens_of
 from opd.policies.causal_lm import CausalLM, CausalLMStudent
 from opd.policies.draft import Draft
+from opd.policies.image_text import ImageText
 from opd.prompts import load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
@@ -25,6 +26,7 @@ from opd.rollouts.stored import StoredRollout
 from opd.rollouts.student import StudentRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.self_test import check_writers
+from opd.store.pictures import pictures_of
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, StoreHeader, VocabularyHeader
 from opd.teachers import reasons
@@ -78,10 +80,10 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         )
     if isinstance(recipe.student, Draft):
         recipe = _of_target(recipe, recipe.student)
-    if not isinstance(recipe.student, CausalLM):
+    if not isinstance(recipe.student, CausalLM | ImageText):
         raise RecipeError(
-            f"a store holds texts of students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}, of "
-            "whose prompts it would keep the ids alone; train without a store (rollout: student)"
+            f"a store holds texts of students of kind causal_lm or image_text, and student.kind is "
+            f"{kind_of(recipe.student)!r}; train without a store"
         )
     recipe = recipe.at(0, recipe.steps)
     prompts = load_prompts(recipe.prompts)
@@ -92,6 +94,8 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
     )
     assert isinstance(student, CausalLMStudent)
     student.check_prompts(prompts, recipe.max_prompt_tokens)
+    for prompt in prompts:
+        pictures_of(prompt, student.language.encode(prompt))
     for note in student.notes:
         print(f"opd: {note}", file=sys.stderr)
     source = recipe.rollout.build(context, student, teachers)
@@ -118,12 +122,17 @@ def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, qui
         ],
         tokenizer=student.language.tokenizer_hash,
         template=student.language.template_hash,
+        processor=student.language.processor_hash,
         end_ids=list(tokens_of(context).end_ids),
         **VocabularyHeader.of(tokens_of(context).vocabulary),
         versions=versions(),
     )
-    store = Store.create_or_continue(path, header, [p.id for p in prompts])
     by_id = {p.id: p for p in prompts}
+    # What a job goes on with must be about the prompts that it began with; only then are draws added.
+    begun = Store.create_or_continue(path, header.model_copy(update={"draws": 1}), list(by_id))
+    for prompt in prompts:
+        begun.check_prompt(prompt, student.language.encode(prompt))
+    store = Store.create_or_continue(path, header, list(by_id))
 
     def write(shard: int) -> None:
         with claim(store.shard_path(shard)) as mine:

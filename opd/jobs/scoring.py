@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypedDict, Unpack
@@ -18,26 +18,31 @@ from opd.distributions import Target
 from opd.errors import DataError, IncompatibleError, RecipeError, RunError, nearest
 from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
+from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.in_process import InProcess
-from opd.language.engines.transformers import LanguageModel
-from opd.language.model import load_tokenizer
 from opd.language.tokens import Tokens, tokens_of
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
-from opd.prompts import load_prompts
+from opd.policies.image_text import ImageText
+from opd.prompts import Prompt, load_prompts
 from opd.provenance import versions
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of, started
+from opd.store.pictures import pictures_of
 from opd.store.shards import claim, tidy
 from opd.store.store import Store, VocabularyHeader
 from opd.store.targets import Kind, Targets, TargetsHeader
 from opd.teachers import reasons, unanswered
+from opd.teachers.image_text import ImageTextTeacher
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.served import LiveServedTeacher, ServedTeacher
 from opd.trajectories import Trajectories
 
 DEFAULT_TOP_K = 64
+
+Scoring = LocalTeacher | ImageTextTeacher | ServedTeacher
+"""Settings of teachers that score a store: frozen models."""
 
 
 class ScoringOptions(TypedDict, total=False):
@@ -83,11 +88,15 @@ class Scorer:
         settings = chosen_teacher(recipe, teacher)
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
-        if not isinstance(recipe.student, CausalLM):
+        if not isinstance(recipe.student, CausalLM | ImageText):
             raise IncompatibleError(
-                f"a store is scored for students of kind causal_lm, and student.kind is {kind_of(recipe.student)!r}"
+                "a store is scored for students of kind causal_lm or image_text, and student.kind is "
+                f"{kind_of(recipe.student)!r}"
             )
-        reader = LanguageModel(None, load_tokenizer(recipe.student), recipe.student.template)
+        self.reader = reader = recipe.student.reader(local_only=False)
+        self.store.check_reader(reader)
+        for known in self.store.prompt_ids:
+            self.store.check_prompt(self.prompts[known], reader.encode(self.prompts[known]))
         self.teacher: LanguageTeacher | LiveServedTeacher
         if isinstance(settings, ServedTeacher):
             settings = settings.model_copy(update={"answers": kind, **({} if top_k is None else {"top_k": top_k})})
@@ -97,7 +106,7 @@ class Scorer:
         else:
             self.teacher = settings.build(context, None)
             language, model = self.teacher.language, settings.model
-        self.settings: LocalTeacher | ServedTeacher = settings
+        self.settings: Scoring = settings
         self._check_agreement(recipe, reader, language)
         fixed = [self.store.header.covered()] + ([self.teacher.vocabulary] if self.teacher.vocabulary else [])
         common = common_vocabulary([reader, language], fixed)
@@ -121,6 +130,8 @@ class Scorer:
             teacher={"model": model, "weights": identity},
             sees=settings.sees,
             template=language.template_hash,
+            processor=language.processor_hash,
+            images=settings.images if isinstance(settings, ImageTextTeacher) else None,
             temperature=context.temperature,
             **VocabularyHeader.of(common),
             scale=1.0 if head is None else head.scale,
@@ -128,8 +139,11 @@ class Scorer:
             versions=versions(),
         )
         name = name or f"{kind}-{re.sub(r'[^0-9A-Za-z.-]+', '-', identity.removeprefix('sha256:'))[:12]}"
-        self.targets = Targets.create_or_continue(self.store, name, header)
         written = [self.prompts[i] for i in dict.fromkeys(self.store.prompt_ids)]
+        views = self._views(written)
+        for prompt, view in zip(written[: len(views)], views, strict=True):
+            pictures_of(prompt, view)
+        self.targets = Targets.create_or_continue(self.store, name, header)
         for warning in self.teacher.check_lengths(written, self.store.header.budget, "the teacher"):
             print(f"opd: {warning}", file=sys.stderr)
         self.unchecked = recipe.self_test
@@ -143,7 +157,11 @@ class Scorer:
         return self.settings.top_k if isinstance(self.settings, ServedTeacher) else min(DEFAULT_TOP_K, most)
 
     def _check_agreement(self, recipe: Recipe, reader: InProcess, language: InProcess) -> None:
-        """Of the teacher with the student's side, a tokenizer alone."""
+        """Of the teacher with the student's side, what it reads with alone."""
+        if reader.reads_pictures and not language.reads_pictures:
+            raise IncompatibleError(
+                "the teacher reads text alone, and the student pictures too: score with a teacher of kind image_text"
+            )
         if reader.tokenizer_hash != self.store.header.tokenizer:
             raise IncompatibleError(f"{self.store.path} was made with another tokenizer than the recipe's student has")
         check_tokenizers(reader, language, "the teacher")
@@ -163,7 +181,7 @@ class Scorer:
             rows = self.store.rows_of_shard(shard)
             ids = self.store.part(shard)[1]
             prompts = [self.prompts[name] for name in ids for _ in range(self.store.header.group)]
-            trajectories = self.store.trajectories(rows, prompts, self.context.device)
+            trajectories = self.store.trajectories(rows, prompts, self.context.device, reader=self.reader)
             outside = tokens_of(self.context).vocabulary.outside(trajectories.actions).nonzero()
             if len(outside):
                 row = int(torch.searchsorted(trajectories.lengths.cumsum(0), outside[0, 0].cpu(), right=True))
@@ -181,7 +199,13 @@ class Scorer:
                     f"{lost} of {len(trajectories)} rows of a shard got no answer of the teacher "
                     f"({reasons([self.teacher])}): mend what failed and run opd score again, it goes on there"
                 )
-            self.targets.write(shard, target.distribution, trajectories)
+            self.targets.write(shard, target.distribution, trajectories, self._views(prompts))
+
+    def _views(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """The prompts as the teacher read them, where it reads pictures; none where it reads text alone."""
+        if not isinstance(self.teacher, LanguageTeacher) or not self.teacher.language.reads_pictures:
+            return []
+        return [self.teacher.language.encode(prompt, self.settings.sees) for prompt in prompts]
 
     def _answer(self, trajectories: Trajectories) -> list[Target]:
         if isinstance(self.teacher, LiveServedTeacher):
@@ -190,7 +214,7 @@ class Scorer:
         return self.teacher.answer(trajectories, self.settings, self.context)
 
 
-def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher | ServedTeacher:
+def chosen_teacher(recipe: Recipe, name: str | None) -> Scoring:
     """The one teacher of a recipe that scores; those of routes go by their tags."""
     teachers = [(t.name, t) for t in recipe.teacher if not isinstance(t, RoutedTeacher)]
     teachers += [pair for t in recipe.teacher if isinstance(t, RoutedTeacher) for pair in t.routes.items()]
@@ -199,9 +223,10 @@ def chosen_teacher(recipe: Recipe, name: str | None) -> LocalTeacher | ServedTea
         names = [known for known, _ in teachers if known]
         close = nearest(name, names) if name else ""
         raise RecipeError(f"the recipe has {len(teachers)} teachers; say which one scores: --teacher NAME{close}")
-    if not isinstance(found[0], LocalTeacher | ServedTeacher):
+    if not isinstance(found[0], Scoring):
         raise RecipeError(
-            f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kinds local and served"
+            f"teacher {found[0].model_dump()['kind']!r} is no frozen model; opd score takes kinds local, "
+            "image_text and served"
         )
     return found[0]
 

@@ -55,7 +55,7 @@ class LanguageStudent(Student):
             for i, t in enumerate(teachers)
             for route, member in t.members().items()
         ]
-        read = [(which, getattr(member, "language", getattr(member, "reader", None))) for which, member in members]
+        read = [(which, getattr(member, "language", getattr(member, "reader", member))) for which, member in members]
         others = [(which, language) for which, language in read if isinstance(language, InProcess)]
         for which, other in others:
             check_tokenizers(self.reader, other, which)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from opd.context import Context
 from opd.errors import DataError, IncompatibleError
-from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess, language_of
 from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 class StoredRollout(OneSource):
     """Exact ids from a store, by the prompt's id. The trajectories of a prompt take turns: each visit of the prompt,
     by whatever curriculum and process, takes the next `batch.group` of them. `shuffled` passes over the store in a new
-    order each epoch."""
+    order each epoch. Pictures of prompts are read again, and must be as they were."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
@@ -86,6 +84,7 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
             raise IncompatibleError(
                 f"{refuse} template; set student.template and student.template_options as when it was sampled"
             )
+        self.store.check_reader(language)
         ends = tokens_of(context).end_ids
         if set(ends) != set(header.end_ids):
             raise IncompatibleError(
@@ -101,12 +100,7 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
                     f"{prompt.where}: prompt {prompt.id!r} has no trajectory in {self.settings.path}; take the prompts "
                     "that it was sampled from"
                 )
-            row = self.store.rows_of(prompt.id)[0]
-            if not torch.equal(self.store.row(row).context, ids_of(self.language.encode(prompt))):
-                raise DataError(
-                    f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.settings.path}; its text or "
-                    "the template changed since"
-                )
+            self.store.check_prompt(prompt, self.language.encode(prompt))
             for row in self.store.rows_of(prompt.id) if wider else ():
                 if bool(tokens_of(self.context).vocabulary.outside(self.store.actions(row)).any()):
                     raise DataError(
@@ -124,7 +118,7 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
             rows += [mine[(turn * group + member) % len(mine)] for member in range(group)]
         members = [prompt for prompt in request.prompts for _ in range(group)]
         longest = min(request.budget, request.settings.max_new_tokens)
-        return self.store.trajectories(rows, members, request.context.device, longest)
+        return self.store.trajectories(rows, members, request.context.device, longest, self.language)
 
     def exact(self, settings: StoredRollout) -> bool:
         return False
@@ -143,7 +137,7 @@ class StoredTrajectories(PrefixSource[StoredRollout]):
         if not known or self.authors != {"student"}:
             return None
         rows = [self.store.rows_of(prompt.id)[0] for prompt in known]
-        return self.store.trajectories(rows, known, self.context.device, budget)
+        return self.store.trajectories(rows, known, self.context.device, budget, self.language)
 
     def teachers(self) -> list[str]:
         return [writer["weights"] for writer in self.store.header.writers]

@@ -18,8 +18,10 @@ from pydantic import Field, ValidationError
 
 from opd.choice import Settings
 from opd.distributions import Vocabulary
-from opd.errors import DataError, RunError
+from opd.errors import DataError, IncompatibleError, RunError
+from opd.language.engines.base import EncodedPrompt, Engine, ids_of
 from opd.prompts import Prompt
+from opd.store.pictures import SHOWN, by_row, check_pictures, named, packed_pictures, pictures_at, pictures_of
 from opd.store.shards import (
     Shard,
     check_of,
@@ -74,6 +76,7 @@ class StoreHeader(VocabularyHeader):
         student: name of the student's model and hash of its weights.
         writers: names and hashes of the teachers that wrote in it.
         tokenizer, template: hashes of the student's.
+        processor: hash of the settings by which the student reads pictures; None where it reads text alone.
         end_ids: ids that end a completion.
         versions: of the software that made the store.
     """
@@ -93,6 +96,7 @@ class StoreHeader(VocabularyHeader):
     writers: list[dict[str, str]]
     tokenizer: str
     template: str
+    processor: str | None = None
     end_ids: list[int]
     versions: dict[str, str]
 
@@ -127,7 +131,8 @@ NO_IDENTITY = {"draws", "versions"}
 @dataclass(frozen=True)
 class Row:
     """One stored trajectory: int64 `context` `[P]` and `actions` `[T]`, `behaviour` float32 `[T]`, `authors` uint8
-    `[T]`, whether it ended by itself, and the checksum that targets are bound to."""
+    `[T]`, whether it ended by itself, the checksum that targets are bound to, and the hashes of the prompt's
+    pictures."""
 
     context: torch.Tensor
     actions: torch.Tensor
@@ -135,6 +140,7 @@ class Row:
     authors: torch.Tensor
     finished: bool
     check: int
+    pictures: tuple[str, ...] = ()
 
 
 class Store:
@@ -226,7 +232,8 @@ class Store:
 
     def write(self, shard: int, trajectories: Trajectories) -> None:
         """Write one shard from the trajectories of its prompts, in order."""
-        contexts = [torch.as_tensor(c).int().cpu() for c in trajectories.contexts]
+        contexts = [torch.as_tensor(ids_of(c)).int().cpu() for c in trajectories.contexts]
+        pictures = self._pictures(trajectories)
         lengths = trajectories.lengths.tolist()
         packed = {
             "actions": trajectories.actions.int(),
@@ -237,8 +244,10 @@ class Store:
         parts = [torch.split(value, lengths) for value in packed.values()]
         finished = trajectories.finished.to(torch.uint8).cpu()
         checks = [
-            check_of(context, *row, finished[i : i + 1])
-            for i, (context, row) in enumerate(zip(contexts, zip(*parts, strict=True), strict=True))
+            check_of(context, *seen, *row, finished[i : i + 1])
+            for i, (context, seen, row) in enumerate(
+                zip(contexts, by_row(pictures, len(contexts)), zip(*parts, strict=True), strict=True)
+            )
         ]
         tensors = {
             **packed,
@@ -247,8 +256,16 @@ class Store:
             "context_lengths": torch.tensor([len(c) for c in contexts], dtype=torch.int32),
             "finished": finished,
             "checks": torch.tensor(checks, dtype=torch.int64),
+            **pictures,
         }
         write_shard(self.shard_path(shard), tensors)
+
+    def _pictures(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        """Arrays of a shard that say what the prompts' pictures are; none where the student reads text alone."""
+        if self.header.processor is None:
+            return {}
+        pairs = zip(trajectories.prompts, trajectories.contexts, strict=True)
+        return packed_pictures([pictures_of(prompt, context) for prompt, context in pairs])
 
     def shard(self, shard: int) -> Shard:
         """An open shard; raises `DataError` when it is missing."""
@@ -268,9 +285,11 @@ class Store:
         packed = [shard.positions(name, place) for name in ("actions", "behaviour_log_probs", "authors")]
         finished = shard.of_rows("finished")[place : place + 1]
         check = int(shard.of_rows("checks")[place])
-        if check_of(context, *packed, finished) != check:
+        pictures = [] if self.header.processor is None else [pictures_at(shard, place)]
+        if check_of(context, *pictures, *packed, finished) != check:
             raise damaged(self, row, shard.path, "rollout")
-        return Row(context.long(), packed[0].long(), packed[1], packed[2], bool(finished), check)
+        seen = named(pictures[0]) if pictures else ()
+        return Row(context.long(), packed[0].long(), packed[1], packed[2], bool(finished), check, seen)
 
     def actions(self, row: int) -> torch.Tensor:
         """int64 `[T]` actions of one row, which are not checked."""
@@ -278,19 +297,35 @@ class Store:
         return self.shard(index).positions("actions", place).long()
 
     def trajectories(
-        self, rows: Sequence[int], prompts: Sequence[Prompt], device: torch.device, budget: int | None = None
+        self,
+        rows: Sequence[int],
+        prompts: Sequence[Prompt],
+        device: torch.device,
+        budget: int | None = None,
+        reader: Engine | None = None,
     ) -> Trajectories:
         """Stored rows as trajectories on `device`, each cut to `budget` actions.
 
         Args:
             rows: B row numbers; rows of one prompt that stand next to each other are a group.
             prompts: B prompts, those of the rows.
+            reader: the student's, by which prompts with pictures are read again; not asked in a store of texts.
+
+        Raises:
+            DataError: a row is damaged, or its prompt reads otherwise than when it was written.
         """
         found = [self.row(row) for row in rows]
+        contexts: list[EncodedPrompt] = [row.context for row in found]
+        if self.header.processor is not None:
+            if reader is None:
+                raise DataError(f"{self.path} keeps no pictures: its rows are read with the student's processor")
+            contexts = [reader.encode(prompt) for prompt in prompts]
+            for number, row, prompt, context in zip(rows, found, prompts, contexts, strict=True):
+                self._check_read(number, row, prompt, context)
         numbers = torch.tensor([self.index[prompt.id] for prompt in prompts])
         return Trajectories(
             prompts=list(prompts),
-            contexts=[row.context for row in found],
+            contexts=contexts,
             actions=torch.cat([row.actions[:budget] for row in found]).to(device),
             lengths=torch.tensor([len(row.actions[:budget]) for row in found]),
             behaviour_log_probs=torch.cat([row.behaviour[:budget] for row in found]).to(device),
@@ -300,6 +335,38 @@ class Store:
             groups=torch.unique_consecutive(numbers, return_inverse=True)[1],
             stored=torch.tensor(list(rows)),
         )
+
+    def check_reader(self, reader: Engine) -> None:
+        """Raise `IncompatibleError` when a student's reader makes other inputs of pictures than the store's did."""
+        kept, mine = self.header.processor, reader.processor_hash
+        if kept == mine:
+            return
+        refuse = f"the store {self.path} was made with"
+        if kept is None:
+            raise IncompatibleError(f"{refuse} a student of text, and this one reads pictures; sample one with it")
+        if mine is None:
+            raise IncompatibleError(f"{refuse} a student that reads pictures; take student.kind image_text")
+        raise IncompatibleError(
+            f"{refuse} another processor of pictures ({kept[:SHOWN]}, now {mine[:SHOWN]}); take the student that "
+            "sampled it, with its preprocessor_config.json"
+        )
+
+    def check_prompt(self, prompt: Prompt, context: EncodedPrompt) -> None:
+        """Raise `DataError` when a prompt reads otherwise than in some draw, as far as the store is written."""
+        # A draw reads it once for its whole group.
+        for row in self.rows_of(prompt.id)[:: self.header.group]:
+            if is_written(self.shard_path(self.locate(row)[0])):
+                self._check_read(row, self.row(row), prompt, context)
+
+    def _check_read(self, number: int, row: Row, prompt: Prompt, context: EncodedPrompt) -> None:
+        if self.header.processor is not None:
+            where = f"{self.path}, row {number}"
+            check_pictures(prompt, pictures_of(prompt, context), row.pictures, where)
+        if not torch.equal(row.context, ids_of(context)):
+            raise DataError(
+                f"{prompt.where}: prompt {prompt.id!r} has other tokens than in {self.path}; its text or the template "
+                "changed since"
+            )
 
     def check(self) -> Iterator[Path]:
         """Every written shard after its bytes were checked against its checksum."""

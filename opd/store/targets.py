@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
 from opd.errors import DataError, RunError, nearest
+from opd.language.engines.base import EncodedPrompt
+from opd.store.pictures import by_row, named, packed_pictures, pictures_at, pictures_of
 from opd.store.shards import (
     Shard,
     check_of,
@@ -49,6 +51,8 @@ class TargetsHeader(VocabularyHeader):
         teacher: name of the teacher's model and hash of its weights.
         sees: column with the teacher's view of a prompt; None is the student's.
         template: hash of the teacher's template.
+        processor: hash of the settings by which the teacher read pictures; None where it read text alone.
+        images: column with its pictures, where `sees` names none.
         temperature: of the stored log-probabilities; with kind exact of nothing, the head has it.
         scale, softcap: of the head, with kind exact.
         versions: of the software that scored.
@@ -61,6 +65,8 @@ class TargetsHeader(VocabularyHeader):
     teacher: dict[str, str]
     sees: str | None = None
     template: str
+    processor: str | None = None
+    images: str | None = None
     temperature: float
     scale: float = 1.0
     softcap: float | None = None
@@ -118,16 +124,30 @@ class Targets:
     def missing(self) -> list[int]:
         return [s for s in range(self.store.header.shards) if not is_written(self.shard_path(s))]
 
-    def write(self, shard: int, answer: Distribution, trajectories: Trajectories) -> None:
-        """Write a shard from the teacher's answer at the positions of the shard's trajectories."""
+    def write(
+        self, shard: int, answer: Distribution, trajectories: Trajectories, views: Sequence[EncodedPrompt] = ()
+    ) -> None:
+        """Write a shard from the teacher's answer at the positions of the shard's trajectories.
+
+        Args:
+            views: B prompts as the teacher read them, where it reads pictures.
+        """
         fields = self._fields(answer, trajectories)
+        pictures: dict[str, torch.Tensor] = {}
+        if self.header.processor is not None:
+            pairs = zip(trajectories.prompts, views, strict=True)
+            pictures = packed_pictures([pictures_of(prompt, view) for prompt, view in pairs])
         lengths = trajectories.lengths.tolist()
         parts = [torch.split(fields[name], lengths) for name in FIELDS[self.header.kind]]
         # A target belongs to the exact row that was scored.
         bound = self.store.shard(shard).tensor("checks").tolist()
-        checks = [check_of(*row, before=before) for row, before in zip(zip(*parts, strict=True), bound, strict=True)]
+        checks = [
+            check_of(*seen, *row, before=before)
+            for seen, row, before in zip(by_row(pictures, len(bound)), zip(*parts, strict=True), bound, strict=True)
+        ]
         tensors = {
             **fields,
+            **pictures,
             "lengths": trajectories.lengths.int(),
             "checks": torch.tensor(checks, dtype=torch.int64),
         }
@@ -199,18 +219,29 @@ class Targets:
             return TopK(packed["log_probs"], packed["ids"].long())
         return Categorical(packed["hidden"], head or self.head())
 
-    def _row(self, row: int) -> dict[str, torch.Tensor]:
+    def pictures(self, row: int) -> tuple[str, ...]:
+        """Hashes of the pictures that the teacher saw beside a row, which are not checked."""
+        if self.header.processor is None:
+            return ()
+        shard, place = self._placed(row)
+        return named(pictures_at(shard, place))
+
+    def _placed(self, row: int) -> tuple[Shard, int]:
         index, place = self.store.locate(row)
         if index not in self._open:
             path = self.shard_path(index)
             if not is_written(path):
                 raise DataError(f"{path} is not written yet; run opd score again, it goes on where it stopped")
             self._open[index] = Shard(path)
-        shard = self._open[index]
+        return self._open[index], place
+
+    def _row(self, row: int) -> dict[str, torch.Tensor]:
+        shard, place = self._placed(row)
         values = {name: shard.positions(name, place) for name in FIELDS[self.header.kind]}
         check = int(shard.of_rows("checks")[place])
-        bound = int(self.store.shard(index).of_rows("checks")[place])
-        if check_of(*values.values(), before=bound) != check:
+        bound = int(self.store.shard(self.store.locate(row)[0]).of_rows("checks")[place])
+        seen = [] if self.header.processor is None else [pictures_at(shard, place)]
+        if check_of(*seen, *values.values(), before=bound) != check:
             raise damaged(self.store, row, shard.path, "score")
         return values
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,18 +13,27 @@ from pydantic import Field
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Head, Target
 from opd.errors import IncompatibleError
+from opd.language.engines.in_process import InProcess
+from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
+from opd.prompts import Prompt
+from opd.prompts.pictures import is_picture
+from opd.store.pictures import check_pictures
 from opd.store.store import Store
-from opd.store.targets import ANSWERS, Targets
+from opd.store.targets import ANSWERS, Targets, TargetsHeader
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.trajectories import Trajectories
+from opd.vision.engine import ImageTextModel
+from opd.vision.identity import pixels_hash
+from opd.vision.view import view_of
 
 
 class StoredTeacher(Teacher):
     """What `opd score` wrote. For objective `lightning` it must be the teacher that the student was fine-tuned by, as
-    its paper has it: the saved student says so in its `opd.json`, or `sft_teacher` does."""
+    its paper has it: the saved student says so in its `opd.json`, or `sft_teacher` does. Pictures that it saw
+    are compared with those of the rows that have them."""
 
     kind: Literal["stored"] = "stored"
     modality: ClassVar[str | None] = "language"
@@ -62,22 +72,54 @@ class StoredTeacher(Teacher):
         return Targets.open(Store.open(self.path), self.targets)
 
     def build(self, context: Context, student: Student) -> StoredAnswers:
-        return StoredAnswers(self)
+        return StoredAnswers(self, student.reader if isinstance(student, LanguageStudent) else None)
 
 
 class StoredAnswers(LiveTeacher[StoredTeacher]):
-    """The built teacher."""
+    """The built teacher.
+
+    Args:
+        student: what the student reads with; pictures that the teacher saw are looked at by it.
+    """
 
     everywhere = False
     asked = 0.0
 
-    def __init__(self, settings: StoredTeacher):
+    def __init__(self, settings: StoredTeacher, student: InProcess | None = None):
         self.settings = settings
         self.store = Store.open(settings.path)
         self.targets = Targets.open(self.store, settings.targets)
+        self.reads_pictures = self.targets.header.processor is not None
+        """Of the teacher that scored."""
+        self.viewer = _viewer(self.targets.header, student)
+        self._unseen = 0
         self.answers = ANSWERS[self.targets.header.kind]
         self.vocabulary = self.targets.header.covered()
         self._head: Head | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        if not self._unseen:
+            return []
+        return [
+            f"{self._unseen} prompts lack the pictures that the teacher of {self.targets.path} saw, or the student "
+            "reads none: they are not compared with those"
+        ]
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if not self.reads_pictures:
+            return
+        for prompt in prompts:
+            if prompt.id not in self.store.index:
+                continue
+            found = None if self.viewer is None else _seen(self.viewer, prompt, self.targets.header)
+            if found is None:
+                self._unseen += 1
+                continue
+            for row in self.store.rows_of(prompt.id)[:: self.store.header.group]:
+                check_pictures(
+                    prompt, found, self.targets.pictures(row), f"{self.targets.path}, row {row}", "teacher's "
+                )
 
     def identity(self) -> str | None:
         return self.targets.header.teacher["weights"]
@@ -152,3 +194,21 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
         for row, actions in zip(trajectories.stored.tolist(), trajectories.completions(), strict=True):
             if row >= self.store.header.rows or not torch.equal(self.store.actions(row)[: len(actions)], actions.cpu()):
                 raise IncompatibleError(f"{advice}that path; row {row} has other tokens there")
+
+
+def _viewer(header: TargetsHeader, student: InProcess | None) -> ImageTextModel | None:
+    """Who opens the pictures that a teacher saw as it did; None where the student reads none."""
+    if header.processor is None or not isinstance(student, ImageTextModel):
+        return None
+    pictures = replace(student.pictures, column=header.images)
+    return ImageTextModel(None, student.processor, student.template_options, pictures)
+
+
+def _seen(viewer: ImageTextModel, prompt: Prompt, header: TargetsHeader) -> list[str] | None:
+    """Hashes of the pictures in the teacher's view of a prompt; None where the row does not have them."""
+    wanted = [header.sees]
+    if not is_picture(prompt.fields.get(header.sees or prompt.column)):
+        wanted.append(header.images)
+    if any(column is not None and column not in prompt.fields for column in wanted):
+        return None
+    return [pixels_hash(picture) for picture in view_of(viewer, prompt, header.sees).pictures]

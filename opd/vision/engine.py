@@ -26,6 +26,7 @@ from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.prompts.pictures import Limits
 from opd.prompts.videos import Clip
+from opd.vision.identity import processor_hash
 from opd.vision.memory import Memory
 from opd.vision.processor import placeholders_of, save_processor, tokenizer_of
 from opd.vision.reading import PictureReading, Seen
@@ -140,6 +141,10 @@ class ImageTextModel(Decoded):
     def length(self, prompt: Prompt, column: str | None = None) -> int:
         known = self.lengths.get(prompt.fields, column)
         return len(self.encode(prompt, column)) if known is None else known
+
+    @property
+    def processor_hash(self) -> str:
+        return processor_hash(self.processor)
 
     def probes(self) -> list[dict[str, torch.Tensor]]:
         grey: Any = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -18,6 +18,7 @@ from opd.prompts.messages import Messages, check_view, of_picture, of_video, par
 from opd.prompts.pictures import is_picture, opened, pictures_in
 from opd.prompts.videos import Clip, is_video
 from opd.vision.videos import Family, VideoSettings, clip_of
+from opd.vision.identity import pixels_hash
 
 if TYPE_CHECKING:
     from opd.vision.engine import ImageTextModel
@@ -121,7 +122,7 @@ def inputs_of(model: ImageTextModel, prompt: Prompt, view: View) -> EncodedPromp
     others = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
     del others["input_ids"]
     others.pop("attention_mask", None)
-    return PromptInputs(ids, others)
+    return PromptInputs(ids, others, tuple(pixels_hash(picture) for picture in view.pictures))
 
 
 def _with_videos(model: ImageTextModel, view: View, text: str) -> PromptInputs:

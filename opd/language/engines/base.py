@@ -24,10 +24,13 @@ class PromptInputs:
         ids: int64 `[P]`, placeholders of images among them.
         inputs: what a processor returned besides, of this prompt alone, by the name under which the model takes it
             (`pixel_values`, `image_grid_thw`, ...). Nobody but the engine that made it looks inside.
+        pictures: `sha256:...` over the pixels of each picture in it, in order, as they were opened; empty where the
+            engine does not say.
     """
 
     ids: torch.Tensor
     inputs: Mapping[str, torch.Tensor]
+    pictures: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -247,3 +250,8 @@ class Engine(ABC):
     def template_hash(self) -> str:
         """`sha256:...` over how a prompt becomes ids: the kind of template, its options and its text."""
         return template_hash(self.tokenizer, self.template, self.template_options)
+
+    @property
+    def processor_hash(self) -> str | None:
+        """`sha256:...` over the settings by which pictures become a model's inputs; None where none are read."""
+        return None
