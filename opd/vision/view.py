@@ -17,8 +17,8 @@ from opd.prompts import Prompt
 from opd.prompts.messages import Messages, check_view, of_picture, of_video, part_text
 from opd.prompts.pictures import is_picture, opened, pictures_in
 from opd.prompts.videos import Clip, is_video
-from opd.vision.videos import Family, VideoSettings, clip_of
 from opd.vision.identity import pixels_hash
+from opd.vision.videos import Family, VideoSettings, clip_of
 
 if TYPE_CHECKING:
     from opd.vision.engine import ImageTextModel
