@@ -263,7 +263,7 @@ def test_a_teachers_memory_makes_room_among_its_own_answers_alone(tmp_path):
         memory.keep(memory.path(ids, ids), torch.zeros(1, 64))
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert (tmp_path / "ab" / "model.safetensors").is_file()
-    assert sum(f.stat().st_size for f in memory._files()) <= 4000
+    assert sum(f.stat().st_size for f in memory.files._files()) <= 4000
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,13 @@ def _at(loc: Sequence[int | str]) -> tuple[Blocks, dict[str, type[Choice]]]:
     return blocks, kinds
 
 
+def _of_one_kind(key: str) -> bool:
+    """Whether a key is a setting of a single kind of its place, so that few can have meant it."""
+    *place, leaf = key.split(".")
+    kinds = _at(place)[1].values()
+    return sum(leaf in kind.model_fields for kind in kinds) == 1
+
+
 def _meant(loc: Sequence[int | str], key: str) -> str:
     """Which key was meant: what other trainers call so, the same word around or below this place, or the nearest here,
     or what is accepted here. A setting of another kind of this place, and the same word in a block that has nothing to
@@ -196,6 +203,7 @@ def _meant(loc: Sequence[int | str], key: str) -> str:
     related = [k for k in elsewhere if k.startswith(block) or block.startswith(k.removesuffix(leaf))]
     if related:
         shortest = [k for k in related if k.count(".") == related[0].count(".")]
+        shortest = [k for k in shortest if not _of_one_kind(k)] or shortest
         return f" (did you mean {' or '.join(repr(k) for k in shortest[:3])}?)"
     close = difflib.get_close_matches(leaf, valid, n=1, cutoff=0.5)
     if close:
