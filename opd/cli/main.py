@@ -612,7 +612,7 @@ def reproduce(
     name: Annotated[
         str | None, typer.Argument(help="A shipped reproduction or a file; none lists them.", show_default=False)
     ] = None,
-    smoke: Annotated[bool, typer.Option(help="A few steps of everything, in under two minutes.")] = False,
+    smoke: Annotated[bool, typer.Option(help="A few steps of what the headline claims need, in two minutes.")] = False,
     arm: Annotated[str | None, typer.Option(help="Run only this arm and what it needs.", show_default=False)] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes side by side, of one thread each.")] = 2,
     page_only: Annotated[

@@ -154,7 +154,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Smoke:
-    """Overrides for a run of under two minutes: params of stages by name, params of all arms, and the seeds."""
+    """Overrides for a run of under two minutes, of the arms that headline claims compare: params of stages by name,
+    params of all arms, and the seeds."""
 
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     arms: Mapping[str, Any] = field(default_factory=dict)
@@ -230,10 +231,15 @@ class Reproduction:
             raise RecipeError("seeds must be at least one and all different")
 
     def smoked(self) -> Reproduction:
-        """The same experiment with the smoke overrides."""
-        stages = {name: stage.overridden(self.smoke.stages.get(name, {})) for name, stage in self.stages.items()}
-        arms = {name: arm.overridden(self.smoke.arms) for name, arm in self.arms.items()}
-        return replace(self, stages=stages, arms=arms, seeds=self.smoke.seeds)
+        """What the headline claims and the gates need of this experiment, with the smoke overrides."""
+        claims = [claim for claim in self.claims if claim.id in self.headline]
+        compared = {name for claim in claims if claim.testable for name in (claim.method, claim.baseline)}
+        arms = {n: arm.overridden(self.smoke.arms) for n, arm in self.arms.items() if n in compared or not compared}
+        needed = {gate.stage for gate in self.gates} | {name for arm in arms.values() for name in arm.inputs}
+        for name, stage in reversed(self.stages.items()):
+            needed |= set(stage.inputs) if name in needed else set()
+        stages = {n: s.overridden(self.smoke.stages.get(n, {})) for n, s in self.stages.items() if n in needed}
+        return replace(self, stages=stages, arms=arms, claims=claims, seeds=self.smoke.seeds, smoke=Smoke())
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
