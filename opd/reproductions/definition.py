@@ -236,7 +236,7 @@ class Reproduction:
         compared = {name for claim in claims if claim.testable for name in (claim.method, claim.baseline)}
         arms = {n: arm.overridden(self.smoke.arms) for n, arm in self.arms.items() if n in compared or not compared}
         needed = {gate.stage for gate in self.gates} | {name for arm in arms.values() for name in arm.inputs}
-        for name, stage in reversed(self.stages.items()):
+        for name, stage in reversed(list(self.stages.items())):
             needed |= set(stage.inputs) if name in needed else set()
         stages = {n: s.overridden(self.smoke.stages.get(n, {})) for n, s in self.stages.items() if n in needed}
         return replace(self, stages=stages, arms=arms, claims=claims, seeds=self.smoke.seeds, smoke=Smoke())
