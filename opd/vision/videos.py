@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers import ProcessorMixin
 
@@ -224,16 +225,16 @@ def clip_of(value: object, prompt: Prompt, column: str, settings: VideoSettings,
     return clip
 
 
-def _stored(folder: Path, key: str, decoded: Any) -> Clip:
+def _stored(folder: Path, key: str, decoded: Callable[[], Clip]) -> Clip:
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
             found = load(path.read_bytes())
             return Clip(found["frames"].numpy(), tuple(found["times"].tolist()), float(found["rate"]))
-        except Exception:
-            # A damaged file of a cache is made again.
-            path.unlink(missing_ok=True)
-    clip: Clip = decoded()
+        except (OSError, SafetensorError, KeyError, ValueError):
+            # A damaged file of a cache is made again, and replaced where it is written.
+            pass
+    clip = decoded()
     numbers = {"times": torch.tensor(clip.times, dtype=torch.float64), "rate": torch.tensor(clip.rate).double()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
