@@ -165,6 +165,14 @@ def test_smoke_and_full_profiles_share_what_is_equal():
     assert graph(same.smoked()).arms["a"][0].key == graph(same).arms["a"][1].key
 
 
+def test_a_smoke_run_asks_nobody_for_a_figure_of_arms_that_it_leaves_out():
+    arms = {name: Stage(os.path.join) for name in ("a", "b", "c")}
+    claims = [Claim("main", "?", "a", "b", "score"), Claim("aside", "?", "c", "a", "rare")]
+    full = Reproduction("", "", "", {}, arms, [7], ["score", "rare", "seen"], claims)
+    small = full.smoked()
+    assert list(small.arms) == ["a", "b"] and list(small.metrics) == ["score", "seen"]
+
+
 def test_stages_per_seed_are_taken_by_the_arm_of_the_same_seed():
     stages = {"init": Stage(os.path.join, per_seed=True), "data": Stage(os.path.join)}
     arms = {"a": Stage(os.path.join, {}, ["data", "init"])}

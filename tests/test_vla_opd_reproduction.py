@@ -9,7 +9,19 @@ import pytest
 from opd.environments.pixel_pick import tasks_of
 from opd.recipe import differences
 from reproductions.vla_opd import ARMS, EXACT, EXPERTS, FORWARD, GRPO, GRPO_STEPS, HARD, OPD, SFT, STEPS, early, speed
-from reproductions.vla_opd_models import HELD_OUT, SEEN, SUITE, TEST, TRAIN, VALIDATION, blank, demonstrated, success
+from reproductions.vla_opd_models import (
+    HELD_OUT,
+    NEW,
+    SEEN,
+    SUITE,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    blank,
+    demonstrated,
+    episodes,
+    success,
+)
 from reproductions.vla_opd_premise import verdict
 
 
@@ -59,8 +71,6 @@ def test_the_premise_needs_a_middling_start_a_good_teacher_and_its_doubt():
 
 
 def test_the_start_is_measured_on_the_tasks_that_are_named(tmp_path):
-    from reproductions.vla_opd_models import NEW, episodes
-
     (tmp_path / "new").mkdir()
     blank(tmp_path / "new", {}, seed=0)
     found = success(tmp_path / "run", tmp_path / "new" / "model", episodes(1, TEST, SEEN[:2]), 0)

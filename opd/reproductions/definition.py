@@ -239,7 +239,12 @@ class Reproduction:
         for name, stage in reversed(list(self.stages.items())):
             needed |= set(stage.inputs) if name in needed else set()
         stages = {n: s.overridden(self.smoke.stages.get(n, {})) for n, s in self.stages.items() if n in needed}
-        return replace(self, stages=stages, arms=arms, claims=claims, seeds=self.smoke.seeds, smoke=Smoke())
+        # A figure that only left-out claims are about may be one of left-out arms alone.
+        left = {claim.metric for claim in self.claims if claim.testable} - {c.metric for c in claims if c.testable}
+        metrics = [metric for metric in self.metrics if metric not in left]
+        return replace(
+            self, stages=stages, arms=arms, claims=claims, metrics=metrics, seeds=self.smoke.seeds, smoke=Smoke()
+        )
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
