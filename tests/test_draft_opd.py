@@ -423,9 +423,7 @@ def test_objectives_on_blocks_need_a_rollout_that_drafts(target, tmp_path):
 def test_commands_that_know_no_drafters_say_so(target, tmp_path):
     recipe = recipe_for(target, tmp_path)
     store = sample(recipe, tmp_path / "store", quiet=True)
-    with pytest.raises(
-        opd.OpdError, match="teacher 'target' is no frozen model; opd score takes kinds local, .*served"
-    ):
+    with pytest.raises(opd.OpdError, match="no frozen model; opd score takes kinds local,"):
         score(recipe, store.path, quiet=True)
 
 
