@@ -36,6 +36,15 @@ def test_the_shape_that_is_asked_for_is_there_in_its_interval_alone():
         assert interval_in(row["answer"]) == tuple(row["interval"])
 
 
+def test_a_clip_may_be_short_and_small():
+    for row in drawn(seconds=8, pixels=16, events=2):
+        assert row["video"]["frames"].shape == (16, 16, 16, 3)
+        assert row["duration"] == 8
+        start, end = row["interval"]
+        assert 1.5 <= end - start <= 4
+        assert end <= 8
+
+
 def test_splits_and_seeds_differ_and_longer_draws_begin_alike():
     names = [row["response"] + row["prompt"] for row in drawn()]
     assert [row["response"] + row["prompt"] for row in drawn(size=3)] == names[:3]

@@ -16,11 +16,10 @@ from opd.prompts.base import Prompts
 from opd.prompts.tiles import COLOURS
 
 FPS, FRAMES, SIDE = 2, 32, 32
-"""Frames a second, frames, and pixels along each side: 16 seconds. With patches of 8 pixels merged two by two and steps
-of two frames, a clip has 16 steps of four tokens."""
-SHORTEST, LONGEST = 3, 16
-"""Frames of an event: 1.5 to 8 seconds."""
-RADIUS = 4
+"""Frames a second, frames, and pixels along each side, of the largest clips: 16 seconds. With patches of 8 pixels merged
+two by two and steps of two frames, such a clip has 16 steps of four tokens."""
+SHORTEST = 3
+"""Frames of an event, at least: 1.5 seconds. The longest takes half of the clip."""
 SHAPES = ("disc", "square", "cross", "ring")
 COUNTS = ("one", "two", "three", "four")
 CHARACTERS = tuple("0123456789.-? ")
@@ -31,12 +30,12 @@ VOCABULARY = (CHARACTERS, WORDS, tuple(i / FPS for i in range(FRAMES)), SIDE)
 
 
 class ClipPrompts(Prompts):
-    """`size` clips of 16 seconds, drawn by `seed`, in each of which `events` shapes of different colours move for 1.5
-    to 8 seconds, when they like.
+    """`size` clips, drawn by `seed`, in each of which `events` shapes of different colours move for 1.5 seconds to half
+    of the clip, when they like.
 
-    Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[32, 32, 32, 3]`, fps: 2}), `interval` in seconds on
-    a grid of half a second, `duration`, and `response` and `answer` as a student writes them (`02.5-06.0`). With `ask:
-    count` the question is how many shapes there are: what may be forgotten meanwhile.
+    Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[F, H, W, 3]`, fps: 2}; by default F, H and W are
+    32), `interval` in seconds on a grid of half a second, `duration`, and `response` and `answer` as a student writes
+    them (`02.5-06.0`). With `ask: count` the question is how many shapes there are: what may be forgotten meanwhile.
     """
 
     kind: Literal["clips"] = "clips"
@@ -44,6 +43,8 @@ class ClipPrompts(Prompts):
     seed: int = Field(0, ge=0, description="Of the draw")
     split: Literal["train", "validation", "test"] = Field("train", description="Rows of one split occur in no other")
     ask: Literal["when", "count"] = Field("when", description="When one shape is there, or how many there are")
+    seconds: int = Field(FRAMES // FPS, ge=4, le=FRAMES // FPS, description="Length of a clip, of two frames a second")
+    pixels: Literal[16, 32] = Field(SIDE, description="Side of a frame")
     events: int = Field(4, ge=1, le=4, description="Shapes in a clip; with ask: count at most")
     colours: list[str] = Field(list(COLOURS), min_length=1, description="Of the shape that is asked for")
 
@@ -75,18 +76,19 @@ class ClipPrompts(Prompts):
         asked = rng.choice(self.colours)
         colours = [asked, *rng.sample([colour for colour in COLOURS if colour != asked], count - 1)]
         events = []
+        total, side, radius = FPS * self.seconds, self.pixels, self.pixels // 8
         for colour in colours:
-            length = rng.randint(SHORTEST, LONGEST)
-            start = rng.randint(0, FRAMES - length)
-            path = [(rng.uniform(RADIUS, SIDE - RADIUS), rng.uniform(RADIUS, SIDE - RADIUS)) for _ in range(2)]
+            length = rng.randint(SHORTEST, total // 2)
+            start = rng.randint(0, total - length)
+            path = [(rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)) for _ in range(2)]
             events.append((colour, rng.choice(SHAPES), start, start + length, path))
         order = rng.sample(range(count), count)
         noise = np.random.default_rng(rng.getrandbits(64))
-        frames = noise.normal(rng.uniform(60, 200), 6, (FRAMES, SIDE, SIDE, 3)).clip(0, 255).astype(np.uint8)
+        frames = noise.normal(rng.uniform(60, 200), 6, (total, side, side, 3)).clip(0, 255).astype(np.uint8)
         for i in order:
             _paint(frames, *events[i])
         key = hashlib.sha256(repr([event[:4] for event in events]).encode()).digest()
-        row: dict[str, Any] = {"video": {"frames": frames, "fps": FPS}, "duration": FRAMES / FPS}
+        row: dict[str, Any] = {"video": {"frames": frames, "fps": FPS}, "duration": total / FPS}
         if self.ask == "count":
             word = COUNTS[count - 1]
             return {"prompt": "how many?", "answer": word, "response": word, **row}, key
@@ -100,16 +102,18 @@ def _paint(
     frames: np.ndarray, colour: str, shape: str, start: int, end: int, path: Sequence[tuple[float, float]]
 ) -> None:
     """Draw a shape that moves along a line from its first frame to its last."""
-    y, x = np.mgrid[:SIDE, :SIDE] + 0.5
+    side = frames.shape[1]
+    radius = side // 8
+    y, x = np.mgrid[:side, :side] + 0.5
     for k in range(start, end):
         share = (k - start) / max(end - start - 1, 1)
         row, column = ((1 - share) * a + share * b for a, b in zip(*path, strict=True))
         down, right = abs(y - row), abs(x - column)
         away = np.hypot(down, right)
         inside = {
-            "disc": away < RADIUS,
-            "square": np.maximum(down, right) < 0.85 * RADIUS,
-            "cross": (np.minimum(down, right) < 0.35 * RADIUS) & (np.maximum(down, right) < RADIUS),
-            "ring": (away < RADIUS) & (away > 0.5 * RADIUS),
+            "disc": away < radius,
+            "square": np.maximum(down, right) < 0.85 * radius,
+            "cross": (np.minimum(down, right) < 0.35 * radius) & (np.maximum(down, right) < radius),
+            "ring": (away < radius) & (away > 0.5 * radius),
         }[shape]
         frames[k][inside] = COLOURS[colour]
