@@ -164,7 +164,7 @@ Does a student that learns privately from a public teacher, on its own states to
 students of the same privacy by other ways? {RECORDS} records, epsilon {EPSILON:g} at delta 1/{RECORDS}, {STEPS} steps
 of {EXPECTED} records in expectation, clipping at {CLIP:g}, and the same draws and noise for every arm of a seed.
 
-**Task.** Reviews of 48 words behind a code of type and stars, from a grammar with 480 words whose probabilities are
+**Task.** Reviews of 24 words behind a code of type and stars, from a grammar with 480 words whose probabilities are
 known. Private reviews have other word statistics for each type (a shift of {SHIFT:g} in their logits). The prompt is
 the code and the first quarter. The least loss that any model can have is computed exactly.
 

@@ -19,7 +19,7 @@ SHIFT = 0.6
 """How far private reviews are from public ones."""
 STAND_IN = 0.3
 """The same of the public stand-in on which learning rates are chosen: other statistics, by the same rule."""
-RECORDS, EXPECTED, STEPS = 20_000, 512, 80
+RECORDS, EXPECTED, STEPS = 20_000, 256, 60
 EPSILON, CLIP = 2.0, 1.0
 LENGTH = CLASSES * (PHRASES - QUARTER) + 1
 PUBLIC, PRIVATE, TEST, RATES = 1, 2, 3, 4

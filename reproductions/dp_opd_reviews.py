@@ -1,6 +1,6 @@
 """The task of the reproduction of DP-OPD: short reviews from a grammar whose every probability is known.
 
-A review has a public code (one of 8 types, one of 5 star ratings) and 8 phrases of 6 words, each word of a phrase from
+A review has a public code (one of 8 types, one of 5 star ratings) and 4 phrases of 6 words, each word of a phrase from
 a class of its own. Which word of its class comes depends on the code and on the cluster of the word before. Private
 reviews come from other word statistics for each type: `shift` says how far away. The prompt is the code and the first
 quarter.
@@ -21,7 +21,7 @@ from opd.errors import DataError
 from opd.language.creation import symbol_tokenizer
 from opd.prompts.base import Prompts
 
-TYPES, STARS, CLASSES, WORDS, CLUSTERS, PHRASES, QUARTER = 8, 5, 6, 80, 4, 8, 2
+TYPES, STARS, CLASSES, WORDS, CLUSTERS, PHRASES, QUARTER = 8, 5, 6, 80, 4, 4, 1
 """Of the code, of a phrase, of a class, phrases of a review, and of those in the prompt."""
 STRENGTH = 0.9
 """Standard deviation of what type, stars and the word before add to a word's logit."""

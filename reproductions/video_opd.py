@@ -26,6 +26,8 @@ from reproductions.video_opd_models import (
     GOAL,
     NEW_TEACHER,
     OF_RATES,
+    PIXELS,
+    SECONDS,
     SEED_OF_RATES,
     STAGES,
     START,
@@ -242,9 +244,10 @@ reproduction = Reproduction(
 Does a student learn when things happen better, and faster, from a teacher's word on its own tokens than from GRPO? One
 start per seed, {STEPS} updates of {BATCH} clips.
 
-**Task.** Clips of 16 seconds with four coloured shapes that come and go, 32 frames of 32 pixels at two a second; the
-question is when one of them is there (`when red disc?`), the answer ten tokens (`02.5-06.0` and the end). Before each
-step of two frames stands its time as a text. **Hold-out.** Counting shapes, which the start learnt and no arm trains.
+**Task.** Clips of {SECONDS} seconds with four coloured shapes that come and go, frames of {PIXELS} pixels at two a
+second; the question is when one of them is there (`when red disc?`), the answer ten tokens (`02.5-06.0` and the end).
+Before each step of two frames stands its time as a text. **Hold-out.** Counting shapes, which the start learnt and no
+arm trains.
 
 **Models.** Qwen3-VLs, new for every seed but the teacher. The teacher learnt from {CLIPS_OF_TEACHER:,} clips in
 {STEPS_OF_TEACHER:,} steps, and two of the eight colours were never asked of it: on those it is wrong, so that there
