@@ -9,19 +9,25 @@ from typing import Any
 
 from opd.reproductions import Claim, Reproduction, Smoke, Stage
 from opd.reproductions.definition import COSTS, Figures, merged
+from reproductions.on_policy import at_rate, best_rate
 from reproductions.running_sum import figures_of
 from reproductions.vla_opd_models import (
+    BASE,
+    BASE_GOAL,
+    BASE_STEPS,
     DATA,
     FEW,
     GOAL,
     HELD_OUT,
     MANY,
     NEW,
+    OF_RATES,
+    PIXELS,
+    SEED_OF_RATES,
     SEEN,
     STAGES,
     START,
     TEACHER,
-    TEACHERS_DATA,
     TEST,
     TRAIN,
     VALIDATION,
@@ -33,8 +39,9 @@ from reproductions.vla_opd_models import (
 )
 from reproductions.vla_opd_premise import GATES, STAGE
 
-STEPS, EVERY, RATE = 60, 5, 2e-4
-GRPO_STEPS = 180
+STEPS, EVERY, RATES = 40, 5, (1e-4, 3e-4, 1e-3)
+TRIED = ", ".join(f"{rate:g}" for rate in RATES)
+GRPO_STEPS = 120
 """GRPO gets three times as many, since three times is what is claimed."""
 PER_TASK = 20
 """Test episodes of each task."""
@@ -56,7 +63,7 @@ OPD, EXACT, FORWARD, HARD, GRPO, AFTER, EXPERTS, SFT, BEFORE, BEST = (
 )
 
 
-def distilled(objective: str, **changes: Any) -> dict[str, Any]:
+def distilled(objective: str, start: str = START, **changes: Any) -> dict[str, Any]:
     """The student's episodes on the seen tasks under the teacher."""
     own = {
         "teacher": [{"kind": "policy", "model": f"{{{TEACHER}}}/run/student"}],
@@ -64,7 +71,7 @@ def distilled(objective: str, **changes: Any) -> dict[str, Any]:
         "objective": [objective],
         "evaluation": {"prompts": episodes(10, VALIDATION, SEEN), "every": EVERY},
     }
-    return merged(recipe(f"{{{START}}}/start", STEPS, RATE, **own), changes)
+    return merged(recipe(f"{{{start}}}/start", STEPS, 0.0, **own), changes)
 
 
 def by_success(student: str, steps: int) -> dict[str, Any]:
@@ -72,28 +79,35 @@ def by_success(student: str, steps: int) -> dict[str, Any]:
     own = {
         "prompts": episodes(400, TRAIN, SEEN),
         "objective": [{"kind": "grpo", "clip": 0.2, "clip_high": 0.28}],
-        "batch": {"prompts": 8, "group": 8},
+        "batch": {"prompts": 4, "group": 8},
         "evaluation": {"prompts": episodes(10, VALIDATION, SEEN), "every": EVERY},
     }
-    return recipe(student, steps, RATE, **own)
+    return recipe(student, steps, 0.0, **own)
 
 
-def on_experts(objective: str, **changes: Any) -> dict[str, Any]:
-    """As many states a step, those of demonstrations of the seen tasks."""
-    found = distilled(objective, **changes)
+def on_experts(objective: str, start: str = START) -> dict[str, Any]:
+    """As many episodes a step, those of demonstrations of the seen tasks."""
+    found = distilled(objective, start)
     data = {"kind": "demonstrations", "path": f"{{{OF_SEEN}}}/data"}
     return {**found, "prompts": data, "rollout": {"kind": "demonstrations"}}
 
 
-ARMS: dict[str, dict[str, Any]] = {
-    OPD: distilled("reverse_kl_sampled"),
-    EXACT: distilled("reverse_kl"),
-    FORWARD: distilled("forward_kl"),
-    HARD: distilled("hard_ce"),
-    GRPO: by_success(f"{{{START}}}/start", GRPO_STEPS),
-    EXPERTS: on_experts("reverse_kl"),
-    SFT: {**on_experts("sft"), "teacher": []},
-}
+def arms(start: str) -> dict[str, dict[str, Any]]:
+    """The recipes of all arms that are trained from a start."""
+    return {
+        OPD: distilled("reverse_kl_sampled", start),
+        EXACT: distilled("reverse_kl", start),
+        FORWARD: distilled("forward_kl", start),
+        HARD: distilled("hard_ce", start),
+        GRPO: by_success(f"{{{start}}}/start", GRPO_STEPS),
+        EXPERTS: on_experts("reverse_kl", start),
+        SFT: {**on_experts("sft", start), "teacher": []},
+    }
+
+
+ARMS = arms(START)
+TUNED = (OPD, GRPO, SFT)
+"""Arms with a learning rate of their own; the others take VLA-OPD's, and what goes on by GRPO that of GRPO."""
 
 
 # -- the jobs ----------------------------------------------------------------------------------------------------------
@@ -134,11 +148,21 @@ def measured(folder: Path, figures: Figures, inputs: Mapping[str, Path], per_tas
 
 
 def trained(
-    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], per_task: int, taught: bool, seed: int
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    per_task: int,
+    taught: bool,
+    rate: str,
+    seed: int,
 ) -> Figures:
-    """Train an arm and test it; `taught` says whether the teacher's own training counts as its cost too."""
-    figures = run_of(folder, inputs, recipe, seed)
-    found = measured(folder, figures, inputs, per_task, seed)
+    """Train an arm at the rate that a stage chose and test it; `taught` says whether the teacher's own training counts
+    as its cost too."""
+    chosen = figures_of(inputs[rate])["rate"]
+    models = {name: place for name, place in inputs.items() if name != rate}
+    figures = run_of(folder, models, at_rate(recipe, chosen), seed)
+    found = {**measured(folder, figures, models, per_task, seed), "rate": chosen}
     return found if taught else {**found, "log_steps_with_teacher": found["log_steps"]}
 
 
@@ -151,10 +175,23 @@ def stage_of(name: str) -> str:
     return f"student of {name}"
 
 
+def rate_stage(name: str) -> str:
+    return f"rate of {name if name in TUNED else OPD}"
+
+
+def own_data(name: str) -> list[str]:
+    return [OF_SEEN] if "demonstrations" in str(ARMS[name]["rollout"]) else []
+
+
+def tuned(name: str) -> Stage:
+    params = {"recipe": arms(OF_RATES[START])[name], "rates": list(RATES), "seed": SEED_OF_RATES}
+    return Stage(best_rate, params, [OF_RATES[START], TEACHER, *own_data(name)])
+
+
 def arm_stage(name: str) -> Stage:
-    params = {"recipe": ARMS[name], "per_task": PER_TASK, "taught": name != GRPO}
-    own = [OF_SEEN] if "demonstrations" in str(ARMS[name]["rollout"]) else []
-    return Stage(trained, params, [START, TEACHER, *own], per_seed=True)
+    rate = rate_stage(name)
+    params = {"recipe": ARMS[name], "per_task": PER_TASK, "taught": name != GRPO, "rate": rate}
+    return Stage(trained, params, [START, TEACHER, rate, *own_data(name)], per_seed=True)
 
 
 def figured(folder: Path, inputs: Mapping[str, Path], *, of: str, seed: int) -> Figures:
@@ -179,6 +216,7 @@ FEW_IMITATED: dict[str, Any] = {
     "steps": 3,
     "batch": {"prompts": 4},
     "evaluation": {"prompts": {"per_task": 1}, "every": 1},
+    "checkpoint": {"every": 1},
 }
 OF_DATA = {name: {k: v for k, v in FEW_STEPS.items() if k != "prompts"} for name in (EXPERTS, SFT)}
 
@@ -188,13 +226,14 @@ reproduction = Reproduction(
 Does an expert that corrects a policy on its own episodes teach faster than success alone, and does the student keep
 what it knew? One start per seed; every arm trains on six tasks, and four others are never trained.
 
-**Task.** Ten tasks in pictures of 32 pixels: a block or a ball of one of five colours among two others is to be taken
-and put on the grey ring; up to 40 steps with noise in the movement. The policy sees the picture, its own hand and the
-instruction, and decides about four actions of three numbers at once, each one of 32 tokens.
+**Task.** Ten tasks in pictures of {PIXELS} pixels: a grey block or ball is to be taken and put on that of three rings
+whose colour the instruction names; up to 40 steps with noise in the movement. The policy sees the picture, its own
+hand and the instruction, and decides about four actions of three numbers at once, each one of 32 tokens.
 
-**Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. The *teacher* imitates {MANY}
-demonstrations of each task and goes on by GRPO. A *start* imitates {FEW} demonstrations of each of the ten tasks, and
-is the first checkpoint that succeeds in {GOAL:.0%} of episodes.
+**Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. One learnt to see and to move from
+{BASE_STEPS:,} steps of 30 episodes of the scripted expert, by its distribution. What it was when it first succeeded in
+{BASE_GOAL:.0%} of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and
+is the first checkpoint that succeeds in {GOAL:.0%}. What it was in the end goes on by GRPO and is the *teacher*.
 
 **Premise.** The start of every seed succeeds in 20 to 60 % of episodes, the teacher in 95 % or more, and the teacher
 is less sure on the start's states than on its own (entropy at least 1.2 times as large). It is measured on initial
@@ -202,20 +241,22 @@ states of no test before any arm runs, and is a gate.
 
 **Arms.** *VLA-OPD* is the paper's: the student's episodes, and at each token the teacher's log-probability less the
 student's as a raw reward. *Exact reverse KL* has the whole distributions in its place, *forward KL* and *hard labels*
-the other objectives, on the student's own episodes. *Expert states* is exact reverse KL on demonstrations of the six
-tasks, *SFT* their imitation. *GRPO* learns from success alone, with as many episodes a step and {GRPO_STEPS // STEPS}
-times as many steps. *VLA-OPD, then GRPO* goes on from the distilled weights.
+the other objectives, on the student's own episodes. *Expert states* is exact reverse KL on {MANY} demonstrations of
+each of the six tasks, *SFT* their imitation. *GRPO* learns from success alone, with as many episodes a step
+and {GRPO_STEPS // STEPS} times as many steps. *VLA-OPD, then GRPO* goes on from the distilled weights.
 
-**Selection.** One learning rate for all arms, {RATE:g}; nothing is chosen by a test. **Figures** are greedy success
-in {PER_TASK} episodes of each task from states that nothing else began in. Speed is environment steps until
-{SHARE:.0%} of the teacher's success on validation states, as logarithms to the base 3; an arm that does not get there
-counts with all its steps.
+**Selection.** {", ".join(TUNED)} take the best of the rates {TRIED} by success on validation states, from a start of a
+seed of its own; the others take VLA-OPD's, and what goes on by GRPO takes GRPO's. **Figures** are greedy success in
+{PER_TASK} episodes of each task from states that nothing else began in. Speed is environment steps until {SHARE:.0%} of
+the teacher's success on validation states, as logarithms to the base 3; an arm that does not get there counts with all
+its steps.
 """,
     discussion="",
     stages={
         **STAGES,
         "premise": STAGE,
-        OF_SEEN: Stage(demonstrated, {"of": NEW, "per_task": MANY, "only": SEEN}, [NEW], per_seed=True),
+        OF_SEEN: Stage(demonstrated, {"of": NEW, "per_task": MANY, "only": SEEN, "seed": SEED_OF_RATES + 1}, [NEW]),
+        **{rate_stage(name): tuned(name) for name in TUNED},
         stage_of(BEFORE): Stage(
             untrained, {"of": START, "place": "start", "per_task": PER_TASK}, [START], per_seed=True
         ),
@@ -225,8 +266,13 @@ counts with all its steps.
         **{stage_of(name): arm_stage(name) for name in ARMS},
         stage_of(AFTER): Stage(
             trained,
-            {"recipe": by_success(f"{{{stage_of(OPD)}}}/run/student", STEPS), "per_task": PER_TASK, "taught": True},
-            [TEACHER, stage_of(OPD)],
+            {
+                "recipe": by_success(f"{{{stage_of(OPD)}}}/run/student", STEPS),
+                "per_task": PER_TASK,
+                "taught": True,
+                "rate": rate_stage(GRPO),
+            },
+            [TEACHER, stage_of(OPD), rate_stage(GRPO)],
             per_seed=True,
         ),
     },
@@ -234,7 +280,7 @@ counts with all its steps.
     arms={name: Stage(figured, {"of": stage_of(name)}, [stage_of(name)]) for name in ALL},
     seeds=(0, 1, 2, 3, 4),
     imports=["reproductions.vla_opd"],
-    metrics=["test_seen", "test_held_out", "log_steps", "log_steps_with_teacher", "early_entropy"],
+    metrics=["test_seen", "test_held_out", "log_steps", "log_steps_with_teacher", "early_entropy", "rate"],
     claims=[
         better("main", "VLA-OPD succeeds at least 20 points more often than its start.", OPD, BEFORE, margin=0.2),
         better(
@@ -292,12 +338,13 @@ counts with all its steps.
     headline=("main", "teacher", "speed", "speed with the teacher", "explosion", "collapse", "forgetting", "states"),
     smoke=Smoke(
         stages={
-            TEACHERS_DATA: {"per_task": 2},
-            TEACHER: {"imitate": FEW_IMITATED, "improve": FEW_STEPS},
-            DATA: {"per_task": 1},
-            START: {"recipe": {**FEW_IMITATED, "checkpoint": {"every": 1}}},
+            BASE: {"recipe": FEW_IMITATED},
+            TEACHER: {"recipe": FEW_STEPS},
+            **{name: {"per_task": 1} for name in (DATA, OF_RATES[DATA])},
+            **{name: {"recipe": FEW_IMITATED} for name in (START, OF_RATES[START])},
             OF_SEEN: {"per_task": 1},
             "premise": {"per_task": 1},
+            **{rate_stage(name): {"recipe": OF_DATA.get(name, FEW_STEPS), "rates": [1e-3]} for name in TUNED},
             **{stage_of(name): {"per_task": 1} for name in (BEFORE, BEST)},
             **{stage_of(name): {"recipe": FEW_STEPS, "per_task": 1} for name in (*ARMS, AFTER) if name not in OF_DATA},
             **{stage_of(name): {"recipe": changes, "per_task": 1} for name, changes in OF_DATA.items()},

@@ -102,6 +102,9 @@ class PixelPick(Control):
     pixels: int = Field(48, ge=16, le=256, description="Side of the picture")
     noise: float = Field(0.1, ge=0.0, le=1.0, description="Standard deviation of the speeds' noise, of full speed")
     unsure: float = Field(0.1, gt=0.0, le=1.0, description="Standard deviation of the expert's actions")
+    tolerance: float = Field(
+        1.0, ge=0.5, le=3.0, description="Times the distances at which a thing is taken and lies on its ring"
+    )
     limit: int = Field(40, ge=1, description="Most environment steps of an episode; of the suite long, twice as many")
 
     @field_validator("only")
@@ -142,6 +145,7 @@ class Floor:
     rings: np.ndarray
     goals: tuple[tuple[int, int], ...]
     """Those that are not reached yet."""
+    tolerance: float
 
     def copy(self) -> Floor:
         return replace(self, gripper=self.gripper.copy(), things=self.things.copy())
@@ -154,12 +158,12 @@ class Floor:
         close = bool(action[2] > 0)
         if close and not self.closed:
             away = np.linalg.norm(self.things - self.gripper, axis=1)
-            if away.min() < REACH:
+            if away.min() < self.tolerance * REACH:
                 self.held = int(away.argmin())
                 self.things[self.held] = self.gripper
         elif not close and self.held >= 0:
             thing, ring = self.goals[0]
-            if self.held == thing and np.linalg.norm(self.things[thing] - self.rings[ring]) < NEAR:
+            if self.held == thing and np.linalg.norm(self.things[thing] - self.rings[ring]) < self.tolerance * NEAR:
                 self.goals = self.goals[1:]
             self.held = -1
         self.closed = close
@@ -210,7 +214,7 @@ class PixelWorld(ControlWorld):
                 "nearer": np.linalg.norm(things - rings[0], axis=1),
             }
             things = things[np.argsort(keys[self.task.side])]
-        self.floor = Floor(places[0], False, -1, things.copy(), rings, goals)
+        self.floor = Floor(places[0], False, -1, things.copy(), rings, goals, self.settings.tolerance)
         self.steps = 0
         return self._turn()
 

@@ -16,8 +16,8 @@ from opd.prompts.base import Prompts
 from opd.prompts.tiles import COLOURS
 
 FPS, FRAMES, SIDE = 2, 32, 32
-"""Frames a second, frames, and pixels along each side, of the largest clips: 16 seconds. With patches of 8 pixels merged
-two by two and steps of two frames, such a clip has 16 steps of four tokens."""
+"""Frames a second, frames, and pixels along each side, of the largest clips: 16 seconds. With patches of 8 pixels
+merged two by two and steps of two frames, such a clip has 16 steps of four tokens."""
 SHORTEST = 3
 """Frames of an event, at least: 1.5 seconds. The longest takes half of the clip."""
 SHAPES = ("disc", "square", "cross", "ring")
