@@ -1,5 +1,6 @@
 """What a policy or a teacher believes at each state: the one currency that every axis trades in."""
 
+from opd.distributions.aligned import Aligned, Common, Listed, Spans, compared_in, spans_in
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
 from opd.distributions.gaussian import Gaussian
@@ -11,16 +12,22 @@ from opd.distributions.vocabulary import EVERY_ID, Vocabulary
 
 __all__ = [
     "EVERY_ID",
+    "Aligned",
     "Categorical",
+    "Common",
     "Distribution",
     "Gaussian",
     "Head",
+    "Listed",
     "Routed",
     "Sampled",
+    "Spans",
     "Target",
     "TopK",
     "Vocabulary",
     "append_tail",
+    "compared_in",
     "joined",
     "joined_targets",
+    "spans_in",
 ]

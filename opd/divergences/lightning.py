@@ -30,6 +30,11 @@ class Lightning(OnAction):
 
     kind: Literal["lightning"] = "lightning"
     same_teacher: ClassVar[bool] = True
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
+    alternative: ClassVar[str] = (
+        "it goes token by token: ask the teacher for the log-probability of given tokens, and under a teacher of another "
+        "tokenizer take reverse_kl_sampled"
+    )
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"clamp": None}, {"clamp": 1.0})
     clamp: Annotated[float, OverSteps(gt=0)] | None = Field(
         10.0, description="Bound on the advantage in nats; null for none"
