@@ -41,7 +41,12 @@ CHAT = (
 def _fast(core: Tokenizer, chat: bool = False) -> PreTrainedTokenizerFast:
     more = {"additional_special_tokens": ["<turn>", "<end_of_turn>"]} if chat else {}
     made = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", unk_token="<unk>", pad_token="<pad>", clean_up_tokenization_spaces=False, **more
+        tokenizer_object=core,
+        eos_token="<eos>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        **more,
     )
     if chat:
         made.chat_template = CHAT

@@ -1,6 +1,6 @@
 """What a policy or a teacher believes at each state: the one currency that every axis trades in."""
 
-from opd.distributions.aligned import Aligned, Common, Listed, Spans, compared_in, spans_in
+from opd.distributions.aligned import Aligned, Common, Listed, Spans, Told, compared_in, spans_in
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
 from opd.distributions.gaussian import Gaussian
@@ -23,6 +23,7 @@ __all__ = [
     "Sampled",
     "Spans",
     "Target",
+    "Told",
     "TopK",
     "Vocabulary",
     "append_tail",

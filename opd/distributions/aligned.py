@@ -10,6 +10,8 @@ import torch
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
 from opd.distributions.routed import Routed
+from opd.distributions.sampled import Sampled
+from opd.distributions.top_k import TopK
 
 NEVER = -1e9
 """Log-probability that stands for an entry that is none: on both sides of a comparison it adds exactly 0."""
@@ -117,6 +119,25 @@ class Listed(Distribution):
     def known(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As `Common.known`."""
         return self.log_probs, self.columns
+
+
+@dataclass(frozen=True)
+class Told(Distribution):
+    """What a server says at once: its likeliest ids at each of N positions, and how likely the token was that stands
+    there."""
+
+    kind: ClassVar[str] = "told"
+    top: TopK
+    drawn: Sampled
+
+    def __len__(self) -> int:
+        return len(self.top)
+
+    def select(self, index: slice | torch.Tensor) -> Self:
+        return type(self)(self.top.select(index), self.drawn.select(index))
+
+    def detach(self) -> Self:
+        return self
 
 
 @dataclass(frozen=True)

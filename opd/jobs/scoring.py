@@ -20,6 +20,7 @@ from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.in_process import InProcess
+from opd.language.model import is_own
 from opd.language.tokens import Tokens, tokens_of
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
@@ -86,6 +87,11 @@ class Scorer:
         if unknown is not None:
             raise DataError(f"the store has a prompt {unknown!r} that the recipe's prompts have not; take its recipe")
         settings = chosen_teacher(recipe, teacher)
+        if is_own(settings.tokenizer):
+            raise IncompatibleError(
+                "opd score keeps what a teacher says of a store's token ids, and this one has tokenizer: own: score with a "
+                "teacher of the student's tokenizer, or distil from it live"
+            )
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
         if not isinstance(recipe.student, CausalLM | ImageText):

@@ -87,7 +87,10 @@ MEANINGS = {
         "higher",
     ),
     "train/alignment/left_out": Meaning(
-        "another tokenizer: left out", "share of rollouts", "whose text the teacher's tokenizer does not give back", "lower"
+        "another tokenizer: left out",
+        "share of rollouts",
+        "whose text the teacher's tokenizer does not give back",
+        "lower",
     ),
     "train/alignment/": Meaning("another tokenizer", "share", "of a teacher, or a route, of this name"),
     "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),

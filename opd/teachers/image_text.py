@@ -28,7 +28,9 @@ class ImageTextTeacher(PictureSettings, ScoringSettings):
     @classmethod
     def _of_the_student(cls, value: str | None) -> str | None:
         if is_own(value):
-            raise ValueError("a teacher that sees pictures reads the student's tokens; remove the key, or take kind local")
+            raise ValueError(
+                "a teacher that sees pictures reads the student's tokens; remove the key, or take kind local"
+            )
         return value
 
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:

@@ -20,7 +20,7 @@ from opd.distributions import (
     Sampled,
     Spans,
     Target,
-    TopK,
+    Told,
     Vocabulary,
 )
 from opd.distributions.aligned import NEVER
@@ -263,9 +263,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
 
     # -- from the teacher's positions to the student's ---------------------------------------------------------------
 
-    def _target(
-        self, target: Target, trajectories: Trajectories, translation: Translation, context: Context
-    ) -> Target:
+    def _target(self, target: Target, trajectories: Trajectories, translation: Translation, context: Context) -> Target:
         home, count = context.device, trajectories.positions
         starts = (trajectories.lengths.cumsum(0) - trajectories.lengths).tolist()
         asked = translation.asked
@@ -312,11 +310,9 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         ids at the positions `exact` (ascending), and `[E]` its probability there of common tokens."""
         if isinstance(answer, Sampled):
             return answer.log_probs.float().cpu(), torch.zeros(0), torch.zeros(0)
-        if isinstance(answer, TopK):
-            raise IncompatibleError(
-                f"{self.own_reader.owner} has a tokenizer of its own and answers 'top_k', which does not say how likely the "
-                "tokens of a text are: take answers: sampled, or exact of `opd serve`"
-            )
+        if isinstance(answer, Told):
+            listed = self._listed(answer, exact.to(answer.top.ids.device), context)
+            return answer.drawn.log_probs.float().cpu(), torch.zeros(0), listed.log_probs.exp().sum(-1).cpu()
         assert isinstance(answer, Categorical)
         device = answer.hidden.device
         actions, theirs = actions.to(device), self._ids(context, device)[1]
@@ -334,7 +330,21 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
             mass.append((logits[chosen].index_select(1, theirs).logsumexp(-1) - norm[chosen]).exp())
         return torch.cat(taken).cpu(), torch.cat(norms).cpu(), torch.cat(mass).cpu()
 
-    def _common(self, answer: Distribution, exact: torch.Tensor, norms: torch.Tensor, context: Context) -> Common:
+    def _listed(self, answer: Told, exact: torch.Tensor, context: Context) -> Listed:
+        """Of the teacher's likeliest ids those that are common tokens, as the student's columns."""
+        top = answer.top.select(exact)
+        ours, theirs = self._ids(context, top.ids.device)
+        order = theirs.argsort()
+        found = torch.searchsorted(theirs[order], top.ids.contiguous()).clamp(max=len(theirs) - 1)
+        there = theirs[order][found] == top.ids
+        columns = self.pair(context).student.vocabulary.columns(ours)[order][found]
+        return Listed(top.log_probs.float().where(there, NEVER), columns.where(there, 0))
+
+    def _common(
+        self, answer: Distribution, exact: torch.Tensor, norms: torch.Tensor, context: Context
+    ) -> Common | Listed:
+        if isinstance(answer, Told):
+            return self._listed(answer, exact.to(answer.top.ids.device), context)
         assert isinstance(answer, Categorical)
         home = context.device
         ours, theirs = self._ids(context, home)
@@ -343,8 +353,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         sides = ((pair.student.vocabulary, ours), (answer.vocabulary, theirs))
         widths = (self._width(pair.student.vocabulary), answer.head.size)
         complete = all(
-            len(ids) == width - len(vocabulary.excluded)
-            for (vocabulary, ids), width in zip(sides, widths, strict=True)
+            len(ids) == width - len(vocabulary.excluded) for (vocabulary, ids), width in zip(sides, widths, strict=True)
         )
         rows = answer.select(exact.to(answer.hidden.device))
         return Common(rows, self._gathered(answer.head, theirs), norms.to(home), columns, complete)
@@ -369,9 +378,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
             self._columns[device] = (ours, theirs)
         return self._columns[device]
 
-    def _count(
-        self, translation: Translation, trajectories: Trajectories, spans: Spans, mass: torch.Tensor
-    ) -> None:
+    def _count(self, translation: Translation, trajectories: Trajectories, spans: Spans, mass: torch.Tensor) -> None:
         compared, single, begins = (each.cpu() for each in (spans.compared, spans.single, spans.begins))
         sizes = translation.sizes
         left = torch.tensor([i in translation.reasons for i in range(len(trajectories))], dtype=torch.bool)
