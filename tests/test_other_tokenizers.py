@@ -53,7 +53,7 @@ def built(student_tokenizer, teacher_tokenizer, seed=1, **settings):
     student = CausalLMStudent(language(student_tokenizer), None, Context(CPU))
     theirs = language(teacher_tokenizer, seed=seed, width=48).requires_grad_(False)
     inner = LanguageTeacher(theirs, LocalTeacher(model="(live)", **settings), CPU)
-    teacher = TranslatedTeacher(inner, theirs, student)
+    teacher = TranslatedTeacher(inner, theirs, student.language)
     context = student.agree(Context(CPU), [teacher], None)
     student.context = context
     teacher.check_student(student, context)

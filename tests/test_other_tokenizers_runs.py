@@ -163,7 +163,7 @@ def test_what_a_server_cannot_say_is_refused(models):
 
 def test_another_tokenizer_is_refused_with_the_setting_that_takes_it(models, tmp_path):
     student = {"model": models["student"], "template": "plain"}
-    with pytest.raises(IncompatibleError, match="another tokenizer than the student.*Set tokenizer: own"):
+    with pytest.raises(IncompatibleError, match=r"another tokenizer than the student.*Set tokenizer: own"):
         short_run(tmp_path, student, {**teacher(models, "bytes"), "tokenizer": None}, PROMPTS)
 
 

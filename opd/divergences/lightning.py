@@ -32,8 +32,8 @@ class Lightning(OnAction):
     same_teacher: ClassVar[bool] = True
     accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
     alternative: ClassVar[str] = (
-        "it goes token by token: ask the teacher for the log-probability of given tokens, and under a teacher of another "
-        "tokenizer take reverse_kl_sampled"
+        "it goes token by token: ask the teacher for the log-probability of given tokens, and under a teacher of "
+        "another tokenizer take reverse_kl_sampled"
     )
     variants: ClassVar[tuple[dict[str, Any], ...]] = ({"clamp": None}, {"clamp": 1.0})
     clamp: Annotated[float, OverSteps(gt=0)] | None = Field(

@@ -89,8 +89,8 @@ class Scorer:
         settings = chosen_teacher(recipe, teacher)
         if is_own(settings.tokenizer):
             raise IncompatibleError(
-                "opd score keeps what a teacher says of a store's token ids, and this one has tokenizer: own: score with a "
-                "teacher of the student's tokenizer, or distil from it live"
+                "opd score keeps what a teacher says of a store's token ids, and this one has tokenizer: own: score "
+                "with a teacher of the student's tokenizer, or distil from it live"
             )
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
@@ -110,8 +110,10 @@ class Scorer:
             language: InProcess = self.teacher.reader
             model = self.teacher.found.model
         else:
-            self.teacher = settings.build(context, None)
-            language, model = self.teacher.language, settings.model
+            made = settings.build(context, None)
+            assert isinstance(made, LanguageTeacher)
+            self.teacher = made
+            language, model = made.language, settings.model
         self.settings: Scoring = settings
         self._check_agreement(recipe, reader, language)
         fixed = [self.store.header.covered()] + ([self.teacher.vocabulary] if self.teacher.vocabulary else [])

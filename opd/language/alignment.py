@@ -240,7 +240,7 @@ def shares(pair: Pair, texts: Sequence[str]) -> Shares:
             count = sum(len(of.get(i, b"")) for i in ids[span.start : span.stop])
             alone, several = (alone + count, several) if span.single else (alone, several + count)
     return Shares(
-        len(pair.common[0]),
+        len(pair.common[0]) - len(pair.control),
         {"student": len(pair.student.ids), "teacher": len(pair.teacher.ids)},
         alone / max(1, size),
         several / max(1, size),

@@ -75,9 +75,9 @@ def answer_in(given: Distribution, dtype: torch.dtype) -> Distribution:
         return replace(given, parts=tuple(answer_in(part, dtype) for part in given.parts))
     if isinstance(given, Aligned):
         common = given.common
-        return replace(given, common=answer_in(common, dtype)) if isinstance(common, Common) else given
-    if isinstance(given, Common):
-        return replace(given, head=head_in(given.head, dtype))
+        if not isinstance(common, Common):
+            return given
+        return replace(given, common=replace(common, head=head_in(common.head, dtype)))
     return replace(given, head=head_in(given.head, dtype)) if isinstance(given, Categorical) else given
 
 

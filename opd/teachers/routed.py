@@ -142,8 +142,8 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
         if len(set(kinds.values())) > 1:
             told = ", ".join(f"{tag} {kind}" for tag, kind in kinds.items())
             raise IncompatibleError(
-                f"the routes of a teacher must answer alike, and these do not: {told}; score stored ones anew, and where "
-                "a route has a tokenizer of its own set tokenizer: own on all"
+                f"the routes of a teacher must answer alike, and these do not: {told}; score stored ones anew, and "
+                "where a route has a tokenizer of its own set tokenizer: own on all"
             )
         self.answers = next(iter(self.routes.values())).answers
         self.everywhere = all(route.everywhere for route in self.routes.values())

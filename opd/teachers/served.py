@@ -57,8 +57,8 @@ class ServedTeacher(Reached, Teacher):
     modality: ClassVar[str | None] = "language"
     tokenizer: str | None = Field(
         None,
-        description="The teacher's tokenizer, a folder or hub name; default the student's, with its template. own:PLACE "
-        "where it is another one than the student's",
+        description="The teacher's tokenizer, a folder or hub name; default the student's, with its template. "
+        "own:PLACE where it is another one than the student's",
     )
     template: Literal["chat", "plain"] | None = Field(
         None, description="How prompts become ids; default chat where the tokenizer has a template"

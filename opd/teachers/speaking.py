@@ -79,8 +79,8 @@ def speaker_of(teacher: LiveTeacher, which: str) -> Speaker:
         return RoutedSpeaker(teacher, {tag: speaker_of(m, f"{which}, route {tag!r}") for tag, m in members.items()})
     if isinstance(teacher, TranslatedTeacher):
         raise IncompatibleError(
-            f"{which} has tokenizer: own, and experts who debate write and read in the student's tokens; take an expert "
-            "of the student's tokenizer, or rounds: 0"
+            f"{which} has tokenizer: own, and experts who debate write and read in the student's tokens; take an "
+            "expert of the student's tokenizer, or rounds: 0"
         )
     raise IncompatibleError(f"{which} ({type(teacher).__name__}) writes no texts; take kinds local, served or routed")
 

@@ -68,15 +68,15 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     Args:
         inner: the same teacher, which answers in its own tokens.
         reader: what it reads with, perhaps without weights.
-        student: the built student.
+        student: what the student reads with, perhaps without weights.
 
     Raises:
         IncompatibleError: a tokenizer whose tokens have no text of their own.
     """
 
-    def __init__(self, inner: LiveTeacher, reader: InProcess, student: Student):
+    def __init__(self, inner: LiveTeacher, reader: InProcess, student: InProcess):
         self.inner, self.own_reader, self.settings = inner, reader, inner.settings
-        self.student = language_of(student, "the student")
+        self.student = student
         self.answers: type[Distribution] = Spans if inner.answers is Sampled else Aligned
         self.everywhere = inner.everywhere
         self.remembers = inner.remembers
@@ -100,8 +100,8 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     def _told(self, pair: Pair) -> str:
         ours, _ = pair.common
         return (
-            f"{self.own_reader.owner} has a tokenizer of its own: {len(ours)} of the student's {len(pair.student.ids)} "
-            f"tokens and of its {len(pair.teacher.ids)} are the same bytes"
+            f"{self.own_reader.owner} has a tokenizer of its own: {len(ours) - len(pair.control)} of the student's "
+            f"{len(pair.student.ids)} tokens and of its {len(pair.teacher.ids)} are the same bytes"
         )
 
     def check_student(self, student: Student, context: Context) -> None:
@@ -115,9 +115,8 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
 
     def check_scorer(self, context: Context) -> None:
         raise IncompatibleError(
-            f"teacher {self.settings.name or self.own_reader.owner!r} has a tokenizer of its own and reads whole texts, and "
-            "rollout.watch asks it while they are written: take a teacher of the student's tokenizer, or leave out "
-            "rollout.watch"
+            f"{self.own_reader.owner} has a tokenizer of its own and reads whole texts, and rollout.watch asks it "
+            "while they are written: take a teacher of the student's tokenizer, or leave out rollout.watch"
         )
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -359,8 +358,9 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         return Common(rows, self._gathered(answer.head, theirs), norms.to(home), columns, complete)
 
     def _width(self, vocabulary: Vocabulary) -> int:
-        rows = self.student.base.get_output_embeddings().weight.shape[0]
-        return vocabulary.width(int(rows))
+        if vocabulary.size is not None or vocabulary.ids is not None:
+            return vocabulary.width(0)
+        return int(self.student.base.get_output_embeddings().weight.shape[0])
 
     def _gathered(self, head: Head, theirs: torch.Tensor) -> Head:
         """The head's rows of the common tokens: gathered once, since the teacher does not move."""
@@ -427,10 +427,7 @@ def translated(inner: LiveTeacher, reader: InProcess, student: Student | None) -
     """
     if student is None:
         raise IncompatibleError(
-            "tokenizer: own reads the texts of a student, and here the teacher is asked about stored ids: take a "
-            "teacher of the student's tokenizer, or distil from it live"
+            f"{reader.owner} has tokenizer: own, which reads the texts of a student, and there is none here: take a "
+            "teacher of the student's tokenizer"
         )
-    return TranslatedTeacher(inner, reader, student)
-
-
-__all__ = ["Listed", "NEVER", "TranslatedTeacher", "pair_of", "translated"]
+    return TranslatedTeacher(inner, reader, language_of(student, "the student"))
