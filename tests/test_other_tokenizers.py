@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
 from opd.context import Context
 from opd.distributions import Aligned, Sampled, Spans, Target, Vocabulary, spans_in
+from opd.distributions.spans import spans_of
 from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled, compare
 from opd.divergences.jensen_shannon import JensenShannon
 from opd.errors import IncompatibleError
 from opd.language.agreement import common_vocabulary, end_ids
-from opd.language.alignment import CONTROL, NO_TEXT, NOT_GIVEN_BACK, Pair, shares, side_of, spans_of
+from opd.language.alignment import CONTROL, NO_TEXT, NOT_GIVEN_BACK, shares
 from opd.language.engines.transformers import LanguageModel
 from opd.language.token_bytes import token_bytes
 from opd.language.tokens import Tokens
@@ -478,6 +478,3 @@ def test_an_objective_for_spans_of_several_tokens_is_refused_beside_one_tokenize
         ReverseKL().check_accepts(Spans, "the teacher")
     with pytest.raises(ValueError, match="discount: 0"):
         ReverseKLSampled(discount=0.5, spans="several")
-
-
-__all__ = ["Pair", "replace", "side_of"]

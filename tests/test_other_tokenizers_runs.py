@@ -13,6 +13,7 @@ from opd.distributions import spans_in
 from opd.divergences import ReverseKL
 from opd.errors import IncompatibleError, RecipeError
 from opd.language.engines.transformers import LanguageModel
+from opd.plan import make_plan
 from opd.policies.causal_lm import CausalLMStudent
 from opd.recipe import parse_recipe
 from opd.server import ServedModel
@@ -188,6 +189,24 @@ def test_own_is_said_of_teachers_alone():
         parse_recipe(
             {"student": {"model": "a/b", "tokenizer": "own"}, "teacher": {"model": "a/c"}, "prompts": ["x"]}, "r"
         )
+
+
+def test_a_plan_says_how_well_two_tokenizers_go_together(models, tmp_path):
+    recipe = {
+        "student": {"model": models["student"], "template": "plain"},
+        "teacher": [teacher(models, "bytes", name="a"), teacher(models, "pieces", name="b")],
+        "prompts": {"kind": "inline", "prompts": PROMPTS},
+        "objective": BOTH,
+        "output": str(tmp_path),
+    }
+    plan = make_plan(parse_recipe(recipe, "r"))
+    told = dict(plan.tokenizers)
+    assert told["a: tokens in common"].startswith("50 of the student's 50")
+    assert 0 < float(told["a: one token on both sides"].split("%")[0]) < 100
+    assert float(told["a: its tokens for one of the student's"]) < 1
+    assert "b: several tokens on a side" in told
+    assert "tokenizers" in dict(plan.sections())
+    assert plan.as_dict()["tokenizers"] == told
 
 
 def test_own_with_a_place(models, tmp_path):

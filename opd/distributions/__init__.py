@@ -1,11 +1,12 @@
 """What a policy or a teacher believes at each state: the one currency that every axis trades in."""
 
-from opd.distributions.aligned import Aligned, Common, Listed, Spans, Told, compared_in, spans_in
+from opd.distributions.aligned import Aligned, Common, Listed, Told, compared_in, spans_in
 from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
 from opd.distributions.gaussian import Gaussian
 from opd.distributions.routed import Routed, joined
 from opd.distributions.sampled import Sampled
+from opd.distributions.spans import Spans
 from opd.distributions.target import Target, joined_targets
 from opd.distributions.top_k import TopK, append_tail
 from opd.distributions.vocabulary import EVERY_ID, Vocabulary

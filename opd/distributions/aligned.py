@@ -1,4 +1,4 @@
-"""`Aligned` and `Spans`: what a teacher of another tokenizer says at a student's positions."""
+"""`Aligned`: what a teacher of another tokenizer says at a student's positions."""
 
 from __future__ import annotations
 
@@ -11,50 +11,11 @@ from opd.distributions.base import Distribution
 from opd.distributions.categorical import Categorical, Head
 from opd.distributions.routed import Routed
 from opd.distributions.sampled import Sampled
+from opd.distributions.spans import Spans
 from opd.distributions.top_k import TopK
 
 NEVER = -1e9
 """Log-probability that stands for an entry that is none: on both sides of a comparison it adds exactly 0."""
-
-
-@dataclass(frozen=True)
-class Spans(Distribution):
-    """Log-probabilities of what was drawn, span by span: the smallest pieces of a completion that begin and end with a
-    token of both tokenizers. A span's is the sum over the teacher's own tokens of it, each given those before.
-
-    Positions of a trajectory stay together and in order wherever spans are read.
-
-    Attributes:
-        log_probs: float32 `[N]`, of the span that begins at a position; 0 elsewhere.
-        begins: bool `[N]`, where a span begins.
-        compared: bool `[N]`, positions within a span; others have no counterpart in the teacher's tokens.
-        single: bool `[N]`, positions of spans that are one token on both sides.
-    """
-
-    kind: ClassVar[str] = "spans"
-    log_probs: torch.Tensor
-    begins: torch.Tensor
-    compared: torch.Tensor
-    single: torch.Tensor
-
-    def __len__(self) -> int:
-        return self.log_probs.shape[0]
-
-    def select(self, index: slice | torch.Tensor) -> Self:
-        return type(self)(*(each[index] for each in vars(self).values()))
-
-    def detach(self) -> Self:
-        return self
-
-    def owners(self) -> torch.Tensor:
-        """int64 `[N]`: the number of each position's span, from 0; -1 outside of spans."""
-        return torch.where(self.compared, self.begins.long().cumsum(0) - 1, -1)
-
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """float32 `[P]`: sums of `[N]` numbers over each of the P spans."""
-        owners = self.owners()
-        total = torch.zeros(int(self.begins.sum()), device=values.device, dtype=values.dtype)
-        return total.index_add_(0, owners[self.compared], values[self.compared])
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 from opd.distributions import Vocabulary
+from opd.distributions.spans import Span, spans_of
 from opd.language.encoding import turn_end
 from opd.language.engines.in_process import InProcess
 from opd.language.token_bytes import TokenBytes, token_bytes
@@ -16,21 +16,6 @@ from opd.language.token_bytes import TokenBytes, token_bytes
 CONTROL = "a control token within the text"
 NO_TEXT = "bytes that are no text"
 NOT_GIVEN_BACK = "a text that the teacher's tokenizer does not give back"
-
-
-class Span(NamedTuple):
-    """The same bytes on both sides: tokens `start` to `stop` (not included) of the student's completion, and `first` to
-    `last` (not included) of the teacher's."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
-
-    @property
-    def single(self) -> bool:
-        """Whether it is one token on both sides."""
-        return self.stop - self.start == 1 and self.last - self.first == 1
 
 
 @dataclass(frozen=True)
@@ -44,32 +29,6 @@ class Reading:
 
     ids: list[int]
     spans: list[Span]
-
-
-def spans_of(ours: Sequence[int], theirs: Sequence[int]) -> list[Span]:
-    """The spans between positions at which both sides have a boundary, none of them divisible.
-
-    Args:
-        ours, theirs: bytes of each token, one after the other. Where one side ends before the other, what is left has
-            no counterpart.
-    """
-    spans = []
-    i = j = start = first = 0
-    mine = other = 0
-    while i < len(ours) or j < len(theirs):
-        if mine <= other and i < len(ours):
-            mine, i = mine + ours[i], i + 1
-        elif mine > other and j < len(theirs):
-            other, j = other + theirs[j], j + 1
-        elif mine == other and i == len(ours):
-            # Only tokens without bytes can be left here.
-            other, j = other + theirs[j], j + 1
-        else:
-            break
-        if mine == other and i > start and j > first:
-            spans.append(Span(start, i, first, j))
-            start, first = i, j
-    return spans
 
 
 @dataclass(frozen=True)

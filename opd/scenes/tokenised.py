@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from opd.distributions import Aligned, Categorical, Common, Head, Spans, Target
-from opd.language.alignment import Span, spans_of
+from opd.distributions.spans import Span, spans_of
 from opd.operator import Comparison, divergence_loss
 from opd.scenes.base import Scene
 from opd.scenes.sequences import Promise

@@ -24,9 +24,10 @@ from opd.distributions import (
     Vocabulary,
 )
 from opd.distributions.aligned import NEVER
+from opd.distributions.spans import Span
 from opd.errors import IncompatibleError
 from opd.language.agreement import common_vocabulary, end_ids
-from opd.language.alignment import Pair, Shares, Span, shares, side_of
+from opd.language.alignment import Pair, Shares, shares, side_of
 from opd.language.engines.in_process import InProcess, language_of
 from opd.language.identity import PROBE
 from opd.language.token_bytes import TokenBytes, token_bytes
