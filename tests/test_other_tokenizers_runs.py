@@ -8,22 +8,29 @@ import pytest
 import torch
 
 import opd
+from opd.api import execute
 from opd.context import Context
 from opd.distributions import spans_in
 from opd.divergences import ReverseKL
 from opd.errors import IncompatibleError, RecipeError
+from opd.jobs.sampling import sample
+from opd.jobs.scoring import score
 from opd.language.engines.transformers import LanguageModel
+from opd.language.model import ModelSettings
 from opd.plan import make_plan
 from opd.policies.causal_lm import CausalLMStudent
+from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.server import ServedModel
 from opd.server.serving import application
+from opd.store.targets import COMPARED, _begun
+from opd.teachers.base import unanswered
 from opd.teachers.local import LocalTeacher
 from opd.teachers.served import ServedTeacher
 from tests.conftest import tiny_model
 from tests.other_tokenizers import byte_level, characters, sentencepiece
 from tests.serving import serving
-from tests.test_other_tokenizers import gradients, language, written
+from tests.test_other_tokenizers import gradients, language, reader, written
 from tests.tiny import saved, short_run
 
 PROMPTS = ["the quick brown fox", "She said: hello", "what is 3.50 + 12?", "the dog", "hello", "12", "x + 1", "fox"]
@@ -172,7 +179,6 @@ def test_another_tokenizer_is_refused_with_the_setting_that_takes_it(models, tmp
     ("changes", "told"),
     [
         ({"objective": {"kind": "reverse_kl_candidates"}}, "answers 'aligned'"),
-        ({"objective": {"kind": "lightning"}}, "take reverse_kl_sampled"),
         ({"objective": {"kind": "reverse_kl", "top_k": 500}}, "ids in common"),
         ({"shaping": {"kind": "log_ratio_gate", "limit": 1.0}}, "answers 'aligned'"),
         ({"rollout": {"max_new_tokens": 8, "watch": {"kind": "drift"}}}, "rollout.watch"),
@@ -197,16 +203,90 @@ def test_a_plan_says_how_well_two_tokenizers_go_together(models, tmp_path):
         "teacher": [teacher(models, "bytes", name="a"), teacher(models, "pieces", name="b")],
         "prompts": {"kind": "inline", "prompts": PROMPTS},
         "objective": BOTH,
+        "evaluation": {"held_out": 2},
         "output": str(tmp_path),
     }
     plan = make_plan(parse_recipe(recipe, "r"))
     told = dict(plan.tokenizers)
-    assert told["a: tokens in common"].startswith("50 of the student's 50")
+    assert told["a: tokens in common"].startswith("50 of the student's 55")
     assert 0 < float(told["a: one token on both sides"].split("%")[0]) < 100
     assert float(told["a: its tokens for one of the student's"]) < 1
     assert "b: several tokens on a side" in told
     assert "tokenizers" in dict(plan.sections())
     assert plan.as_dict()["tokenizers"] == told
+
+
+def stored_recipe(models, output, which="bytes", **changes):
+    return {
+        "steps": 2,
+        "student": {"model": models["student"], "template": "plain"},
+        "teacher": teacher(models, which),
+        "prompts": {"kind": "inline", "prompts": PROMPTS},
+        "objective": {"kind": "squared_log_ratio"},
+        "rollout": {"max_new_tokens": 8},
+        "batch": {"prompts": 2, "micro": 2},
+        "evaluation": {"held_out": 2, "samples": 0},
+        "checkpoint": {"every": 0},
+        "tracking": {"trackers": []},
+        "hardware": {"device": "cpu", "threads": 1},
+        "output": str(output),
+        **changes,
+    }
+
+
+def test_a_store_keeps_spans_and_names_both_tokenizers(models, tmp_path):
+    recipe = parse_recipe(stored_recipe(models, tmp_path / "run"), "r")
+    store = sample(recipe, tmp_path / "store", quiet=True)
+    with pytest.raises(IncompatibleError, match="--kind sampled"):
+        score(recipe, store.path, "exact", quiet=True)
+    targets = score(recipe, store.path, "sampled", quiet=True)
+    header = targets.header
+    assert header.kind == "spans"
+    assert {header.tokenizer, store.header.tokenizer} == {
+        reader(each()).tokenizer_hash for each in (characters, byte_level)
+    }
+
+    student = CausalLMStudent(language_of_folder(models["student"]), None, Context(torch.device("cpu")))
+    live = LocalTeacher(model=models["bytes"], template="plain", tokenizer="own").build(student.context, student)
+    context = student.agree(Context(torch.device("cpu")), [live], None)
+    prompts = {p.id: p for p in load_prompts(recipe.prompts)}
+    rows = list(range(store.header.rows))
+    trajectories = store.trajectories(rows, [prompts[name] for name in store.prompt_ids], torch.device("cpu"))
+    (said,) = live.answer(trajectories, live.settings, context)
+    found = targets.answer(rows, trajectories.lengths.tolist())
+    for name, value in vars(said.distribution.spans).items():
+        torch.testing.assert_close(getattr(found, name), value, atol=1e-5, rtol=1e-5)
+    assert targets.left_out(rows) == unanswered(trajectories, [said]).tolist()
+
+    trained = stored_recipe(
+        models,
+        tmp_path / "trained",
+        teacher={"kind": "stored", "path": str(store.path)},
+        rollout={"kind": "stored", "path": str(store.path)},
+    )
+    result = execute(parse_recipe(trained, "r"), quiet=True)
+    assert result.history
+    for objective, told in (
+        ({"kind": "reverse_kl"}, "answers 'spans'"),
+        ({"kind": "reverse_kl_sampled"}, "own samples"),
+    ):
+        with pytest.raises(IncompatibleError, match=told):
+            execute(parse_recipe({**trained, "objective": objective}, "r"), quiet=True, overwrite=True)
+
+
+def test_of_a_beginning_of_a_row_a_span_that_goes_beyond_it_does_not_count():
+    marks = torch.tensor([7, 3, 2, 2, 7, 0], dtype=torch.uint8)
+    row = {"log_probs": torch.tensor([-1.0, -2.0, 0.0, 0.0, -3.0, 0.0]), "marks": marks}
+    for length, compared in ((6, 5), (5, 5), (4, 4), (3, 1), (2, 1), (1, 1), (0, 0)):
+        begun = _begun(row, length)
+        found = begun["marks"][:length]
+        assert int((found & COMPARED != 0).sum()) == compared
+        assert float(begun["log_probs"][:length].sum()) == float(row["log_probs"][:compared].sum())
+    assert torch.equal(marks, torch.tensor([7, 3, 2, 2, 7, 0], dtype=torch.uint8)), "the row stays as it is"
+
+
+def language_of_folder(folder):
+    return LanguageModel.load(ModelSettings(model=folder, template="plain"), "cpu")
 
 
 def test_own_with_a_place(models, tmp_path):

@@ -78,13 +78,17 @@ class LocalTeacher(ScoringSettings):
             raise answers_whole_texts_alone(self)
 
     def build(self, context: Context, student: Student | None) -> LanguageTeacher | TranslatedTeacher:
+        made = self.alone(context)
+        return translated(made, made.language, student) if self.has_own_tokenizer else made
+
+    def alone(self, context: Context) -> LanguageTeacher:
+        """The teacher in its own tokens."""
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
         check_attention(self.attention, "teacher.attention", device)
         language = LanguageModel.load(self, "cpu" if self.offload else device)
         language.requires_grad_(False)
-        made = LanguageTeacher(language, self, device)
-        return translated(made, language, student) if self.has_own_tokenizer else made
+        return LanguageTeacher(language, self, device)
 
 
 class LanguageTeacher(LiveTeacher[Teacher]):

@@ -109,7 +109,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         ours, _ = self.pair(context).common
         if not ours:
             raise IncompatibleError(f"{self.own_reader.owner} and the student have no token of the same bytes")
-        self.inner.check_student(student, self._own(context))
+        self.inner.check_student(student, self.own_context(context))
 
     def common_ids(self, context: Context) -> int | None:
         return len(self.pair(context).common[0])
@@ -148,14 +148,14 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     @torch.no_grad()
     def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
         translation = self._translate(trajectories, context)
-        targets = self.inner.answer(translation.asked, settings, self._own(context))
+        targets = self.inner.answer(translation.asked, settings, self.own_context(context))
         share = translation.asked.positions / max(1, trajectories.positions)
         self.asked = self.inner.asked * share if translation.of else 0.0
         self._counts = None
         return [self._target(target, trajectories, translation, context) for target in targets]
 
     def prepare(self, prompts: Sequence[Prompt], context: Context) -> None:
-        self.inner.prepare(prompts, self._own(context))
+        self.inner.prepare(prompts, self.own_context(context))
 
     @property
     def early(self) -> bool:  # type: ignore[override]
@@ -215,7 +215,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         """How texts compare under both."""
         return shares(self.pair(context), texts)
 
-    def _own(self, context: Context) -> Context:
+    def own_context(self, context: Context) -> Context:
         """The run's facts in the teacher's ids."""
         teacher = self.pair(context).teacher
         return context.with_(agreed=Tokens(teacher.vocabulary, tuple(sorted(teacher.ends))))
