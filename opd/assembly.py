@@ -287,7 +287,9 @@ def build_models(
             built.append(settings.build(context, student))
             opened.callback(built[-1].close)
         context = student.agree(context, built, recipe.end_tokens)
-        check_ids(recipe, context.agreed.count)
+        told = [member.common_ids(context) for teacher in built for member in teacher.members().values()]
+        counts = [count for count in (context.agreed.count, *told) if count is not None]
+        check_ids(recipe, min(counts, default=None))
         opened.pop_all()
     student.context = context
     return student, built, context

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opd.distributions import Categorical, Distribution, Gaussian, Routed
+from opd.distributions import Aligned, Categorical, Common, Distribution, Gaussian, Routed
 from opd.objectives import Loss, Objective, Target
 
 IN_COMPUTE_DTYPE, IN_FLOAT32 = 4, 32
@@ -111,4 +111,5 @@ def _parts(student: Distribution) -> tuple[torch.Tensor | None, torch.Tensor, to
 
 def _dtypes(answer: Distribution) -> list[torch.dtype]:
     parts = answer.parts if isinstance(answer, Routed) else (answer,)
-    return [part.hidden.dtype for part in parts if isinstance(part, Categorical)]
+    common = [part.common.answer for part in parts if isinstance(part, Aligned) and isinstance(part.common, Common)]
+    return [part.hidden.dtype for part in (*parts, *common) if isinstance(part, Categorical)]

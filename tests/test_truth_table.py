@@ -15,7 +15,14 @@ from opd.divergences import ForwardKL, ReverseKL, ReverseKLSampled
 from opd.divergences.gaussian_kl import GaussianKL
 from opd.objectives.base import label
 from opd.scenes import SequenceScene
-from opd.truth_table import load_table, measure, measure_choice, selectable
+from opd.truth_table import (
+    load_table,
+    measure,
+    measure_choice,
+    measure_under_another_tokenizer,
+    selectable,
+    under_another_tokenizer,
+)
 
 SCENE = [SequenceScene.random(0)]
 
@@ -53,6 +60,17 @@ def test_the_shipped_table_lists_every_selectable_objective_with_the_figures_of_
     shipped = table["reverse_kl_sampled"]
     assert fresh.variance == pytest.approx(shipped.variance, rel=1e-3)
     assert fresh.to_forward_kl == pytest.approx(shipped.to_forward_kl, abs=1e-3)
+
+
+@pytest.mark.parametrize(("divergence", "unbiased"), under_another_tokenizer(), ids=lambda each: str(each)[:40])
+def test_under_another_tokenizer_expected_gradients_are_the_promised_ones(divergence, unbiased):
+    row = measure_under_another_tokenizer(divergence, unbiased, [0])
+    if unbiased:
+        assert row.cosine >= 0.999
+        assert row.bias <= 1e-3
+    else:
+        assert row.bias > 1e-3
+    assert row.objective in {shipped.objective for shipped in load_table()}
 
 
 def test_the_three_estimators_differentiated_as_losses():

@@ -13,7 +13,7 @@ from opd.choice import OneOf
 from opd.context import Context
 from opd.curricula import sampling
 from opd.curricula.base import Asker, Course, Curriculum, Draw
-from opd.distributions import Categorical, Gaussian, Sampled, Target
+from opd.distributions import Categorical, Gaussian, Sampled, Target, spans_in
 from opd.distributions.routed import Routed
 from opd.errors import DataError, IncompatibleError, RunError
 from opd.prompts import Prompt
@@ -285,7 +285,7 @@ def _log_probs(target: Target, actions: torch.Tensor) -> torch.Tensor:
     said = target.distribution
     if isinstance(said, Gaussian):
         return said.log_prob(actions)
-    if not isinstance(said, Categorical | Routed | Sampled):
+    if not isinstance(said, Categorical | Routed | Sampled) or spans_in(said) is not None:
         raise IncompatibleError(
             "curriculum focusing with disagreement: reverse_kl needs the log-probability of each action, and the "
             f"teacher answers {said.kind!r}; take disagreement: reward_gap, or a teacher in this process"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +82,17 @@ class CategoricalDivergence(Divergence):
     ) -> Loss:
         assert isinstance(student, Categorical)
         actions, lengths = trajectories.actions, trajectories.lengths
-        return divergence_loss(self, student, targets, weights, actions, lengths, per_example=per_example)
+        found = [self.concerned(target.distribution) for target in targets]
+        places = [where for where in found if where is not None]
+        if places and len(places) == len(found):
+            # Where no teacher says anything, nothing is projected.
+            weights = weights * torch.stack(places).any(0)
+        loss = divergence_loss(self, student, targets, weights, actions, lengths, per_example=per_example)
+        return replace(loss, computed=weights != 0) if places else loss
+
+    def concerned(self, answer: Distribution) -> torch.Tensor | None:
+        """bool `[N]`: the positions at which an answer says what this compares; None for all of them."""
+        return None
 
     @abstractmethod
     def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:

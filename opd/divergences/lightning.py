@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from opd.distributions import Distribution, Sampled, Target
+from opd.distributions import Distribution, Sampled, Target, spans_in
 from opd.divergences.on_action import OnAction
 from opd.errors import IncompatibleError
 from opd.objectives.base import Writing, check_draws
@@ -64,15 +64,19 @@ class Lightning(OnAction):
     ) -> Loss:
         # The taken tokens' log-probabilities are wanted twice, for the loss and for the log.
         with torch.no_grad():
-            known = [replace(t, distribution=Sampled.of(t.distribution, trajectories.actions)) for t in targets]
+            known = [
+                t
+                if spans_in(t.distribution) is not None
+                else replace(t, distribution=Sampled.of(t.distribution, trajectories.actions))
+                for t in targets
+            ]
         loss = super().__call__(student, known, weights, trajectories, per_example)
         live = weights != 0
         measured = {name: torch.zeros_like(loss.values) for name in ("advantage", "advantage_size", "clamped")}
         for target in known:
-            assert isinstance(target.distribution, Sampled)
-            log_p = target.distribution.log_probs
+            log_p, log_q = _of_actions(target, loss.log_probs)
             log_p = log_p if target.offset is None else log_p + target.offset
-            advantage = (log_p - loss.log_probs).where(live, 0.0) / len(known)
+            advantage = (log_p - log_q).where(live, 0.0) / len(known)
             measured["advantage"] += advantage
             measured["advantage_size"] += advantage.abs()
             if self.clamp is not None:
@@ -86,3 +90,15 @@ class Lightning(OnAction):
                 "objective 'lightning' learns from what the student wrote, now or earlier: take rollout: stored with a "
                 "store that opd rollout sampled from the student, or rollout: student"
             )
+
+
+def _of_actions(target: Target, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 `[N]` each, teacher's and student's, of the actions taken: of a span's positions those of the span."""
+    spans = spans_in(target.distribution)
+    if spans is None:
+        assert isinstance(target.distribution, Sampled)
+        return target.distribution.log_probs, log_q
+    owners = spans.owners()[spans.compared]
+    each = torch.zeros(2, len(log_q), device=log_q.device)
+    each[:, spans.compared] = torch.stack([spans.sums(spans.log_probs.to(log_q)), spans.sums(log_q)])[:, owners]
+    return each[0], each[1]

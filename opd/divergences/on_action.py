@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from opd.distributions import Distribution, Spans, Target, spans_in
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
 from opd.errors import IncompatibleError
 from opd.objectives.base import Writing, check_draws
@@ -15,9 +16,14 @@ from opd.operator import Chunk, Compared, Whole, along_actions
 
 
 class OnAction(CategoricalDivergence):
-    """Estimators that see only the action taken: policy gradients whose reward is a log-ratio."""
+    """Estimators that see only the action taken: policy gradients whose reward is a log-ratio.
 
-    accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled")
+    With a teacher of another tokenizer an action is a span: its log-probabilities are those of its tokens by the chain
+    rule, on both sides, and each of its positions has the gradient of its own token with the span's coefficient. A
+    span's value is shared out evenly over its positions.
+    """
+
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "sampled", "aligned", "spans")
     takes_offsets: ClassVar[bool] = True
     alternative: ClassVar[str] = "ask the teacher for the log-probability of given tokens"
 
@@ -25,6 +31,14 @@ class OnAction(CategoricalDivergence):
     def sees_whole_trajectories(self) -> bool:
         """Whether a position is credited with what follows it, so that `lengths` are needed and not just one chunk."""
         return False
+
+    def counted(self, spans: Spans) -> torch.Tensor:
+        """bool `[N]`: of an answer in spans, the positions that count."""
+        return spans.compared
+
+    def concerned(self, answer: Distribution) -> torch.Tensor | None:
+        spans = spans_in(answer)
+        return None if spans is None else self.counted(spans)
 
     @abstractmethod
     def value_and_coefficient(
@@ -42,7 +56,8 @@ class OnAction(CategoricalDivergence):
         """
 
     def begin(self, whole: Whole) -> Callable[[Chunk], Compared]:
-        if not self.sees_whole_trajectories:
+        # A span may lie in several chunks.
+        if not self.sees_whole_trajectories and all(spans_in(t.distribution) is None for t in whole.targets):
             return self._compare
         found = self._sum_targets(whole, whole.lengths)
         return lambda chunk: along_actions(chunk, *(each[chunk.index] for each in found))
@@ -58,14 +73,35 @@ class OnAction(CategoricalDivergence):
         taken = here.taken()
         value, coefficient, gap = torch.zeros(3, len(taken), device=taken.device)
         for target in here.targets:
-            log_p = here.answered(target)
-            v, c = self.value_and_coefficient(log_p, taken, lengths)
+            spans = spans_in(target.distribution)
+            if spans is not None:
+                v, c, ratio = self._over_spans(spans, target, taken, lengths)
+            else:
+                log_p = here.answered(target)
+                v, c = self.value_and_coefficient(log_p, taken, lengths)
+                ratio = log_p - taken
             value += v * target.weight
             coefficient += c * target.weight
             counts = torch.as_tensor(target.weight, device=taken.device) != 0
-            ratio = ((log_p - taken).abs() - LEFT_BY_SUMS).clamp_(min=0)
+            ratio = (ratio.abs() - LEFT_BY_SUMS).clamp_(min=0)
             gap = torch.maximum(gap, 0.5 * ratio.square() * counts)
         return value, coefficient, gap
+
+    def _over_spans(
+        self, spans: Spans, target: Target, taken: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`[N]` values, coefficients and log-ratios where an action is a span; 0 outside of those that count."""
+        moved = spans.log_probs if target.offset is None else spans.log_probs + target.offset.to(taken)
+        log_p, log_q, sizes = (spans.sums(each) for each in (moved.float(), taken, torch.ones_like(taken)))
+        ends = lengths.cumsum(0).to(taken.device)
+        opened = torch.cat([ends.new_zeros(1), spans.begins.long().cumsum(0)])
+        per_trajectory = (opened[ends] - opened[ends - lengths.to(ends.device)]).to(lengths.device)
+        value, coefficient = self.value_and_coefficient(log_p, log_q, per_trajectory)
+        here = self.counted(spans)
+        owners = spans.owners()[here]
+        found = torch.zeros(3, len(taken), device=taken.device)
+        found[:, here] = torch.stack([value / sizes, coefficient, (log_p - log_q) / sizes])[:, owners]
+        return found[0], found[1], found[2]
 
     def check_trajectories(self, rollout: Writing) -> None:
         check_draws(self, rollout)

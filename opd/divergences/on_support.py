@@ -12,7 +12,8 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from opd.choice import kind_of
-from opd.distributions import Categorical, Distribution, Target, TopK, append_tail
+from opd.distributions import Aligned, Categorical, Common, Distribution, Target, TopK, append_tail, compared_in
+from opd.distributions.aligned import NEVER
 from opd.divergences.base import LEFT_BY_SUMS, CategoricalDivergence
 from opd.errors import IncompatibleError
 from opd.operator import Chunk, Compared, Loss, Whole
@@ -27,10 +28,14 @@ class OnSupport(CategoricalDivergence):
     With `tail: none` both sides are renormalised over the K ids. What is descended then is the divergence of the two
     distributions *given* one of these ids, exactly: no term asks for mass on them, and the gradient can point against
     that over the vocabulary.
+
+    A teacher of another tokenizer is compared where both sides have one token, over the tokens that both have with the
+    rest of each as the bucket; other positions have no value and no gradient, and `reverse_kl_sampled` with `spans:
+    several` reaches them.
     """
 
     alone: ClassVar[bool] = True
-    accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k")
+    accepts: ClassVar[tuple[str, ...]] = ("categorical", "top_k", "aligned")
     alternative: ClassVar[str] = "use reverse_kl_sampled, or ask the teacher for its top log-probabilities"
 
     top_k: Annotated[int, OverSteps(ge=1)] | None = Field(
@@ -100,6 +105,9 @@ class OnSupport(CategoricalDivergence):
         loss = super().__call__(student, targets, weights, trajectories, per_example)
         return loss if self.clip is None else replace(loss, measured={"clipped": (loss.values > self.clip).float()})
 
+    def concerned(self, answer: Distribution) -> torch.Tensor | None:
+        return compared_in(answer)
+
     def check_accepts(self, target: type[Distribution], source: str) -> None:
         super().check_accepts(target, source)
         if self.tail == "none" and self.top_k is None and target.kind != "top_k":
@@ -128,6 +136,8 @@ class OnSupport(CategoricalDivergence):
     def _with_one(self, chunk: Chunk, answer: Distribution) -> Compared:
         if isinstance(answer, Categorical) and self.top_k is None:
             value, grad = self.value_and_grad(chunk.log_p(answer), chunk.log_q, chunk.scratch(self.buffers))
+        elif isinstance(answer, Aligned) and not bool(answer.compared.all()):
+            value, grad = torch.zeros(len(answer), device=chunk.log_q.device), chunk.log_q.zero_()
         else:
             value, grad = self._on_ids(chunk, answer)
         return Compared(value, grad, gap=(value.abs() - LEFT_BY_SUMS).clamp_(min=0) / self.curvature)
@@ -136,23 +146,68 @@ class OnSupport(CategoricalDivergence):
         """Over K ids and the tail, whose gradient is shared out in proportion to the student's probability; without a
         tail the other ids have none."""
         log_q = chunk.log_q
+        if isinstance(answer, Aligned):
+            return self._on_common(chunk, answer)
         if isinstance(answer, Categorical):
-            assert self.top_k is not None
             full = chunk.log_p(answer)
-            source = log_q if self.support_from == "student" else full
-            columns = source.topk(self.top_k, dim=-1).indices
+            columns = self._likeliest(full, log_q)
             known = full.gather(1, columns)
         else:
             assert isinstance(answer, TopK)
             known, columns = answer.log_probs.float(), chunk.vocabulary.columns(answer.ids)
-        if self.tail == "none":
-            own = log_q.gather(1, columns).log_softmax(-1)
+        return self._over(log_q, known, columns)
+
+    def _likeliest(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """int64 `[C, K]`: of C rows the places of the `top_k` likeliest, of whom `support_from` says."""
+        assert self.top_k is not None
+        return (log_q if self.support_from == "student" else log_p).topk(self.top_k, dim=-1).indices
+
+    def _on_common(self, chunk: Chunk, answer: Aligned) -> tuple[torch.Tensor, torch.Tensor]:
+        """Over the tokens that two tokenizers have in common and the rest of each, or K of them."""
+        common = answer.here()
+        known, columns = common.known()
+        if not isinstance(common, Common):
+            return self._over(chunk.log_q, known, columns, none=known <= NEVER / 2)
+        if self.top_k is not None:
+            chosen = self._likeliest(known, chunk.log_q.gather(1, columns))
+            return self._over(chunk.log_q, known.gather(1, chosen), columns.gather(1, chosen))
+        return self._over(chunk.log_q, known, columns, tail=not common.complete)
+
+    def _over(
+        self,
+        log_q: torch.Tensor,
+        known: torch.Tensor,
+        columns: torch.Tensor,
+        tail: bool = True,
+        none: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and gradients of a comparison on the ids in `columns`.
+
+        Args:
+            log_q: float32 `[C, V]`, the student's; written over.
+            known: float32 `[C, K]`, the teacher's at those ids.
+            tail: whether there are other ids than these.
+            none: bool `[C, K]`, entries that are none.
+        """
+        own = log_q.gather(1, columns)
+        if none is not None:
+            own.masked_fill_(none, NEVER)
+        if self.tail == "none" or not tail:
+            if self.tail == "none":
+                known, own = known.log_softmax(-1), own.log_softmax(-1)
             scratch = [torch.empty_like(own) for _ in range(self.buffers)]
-            value, own_grad = self.value_and_grad(known.log_softmax(-1), own, scratch)
+            value, own_grad = self.value_and_grad(known, own, scratch)
+            if none is not None:
+                own_grad = own_grad.masked_fill(none, 0.0)
+                return value, log_q.zero_().scatter_add_(1, columns, own_grad)
             return value, log_q.zero_().scatter_(1, columns, own_grad)
-        log_p, bucket_q = append_tail(known), append_tail(log_q.gather(1, columns))
+        log_p, bucket_q = append_tail(known), append_tail(own)
         log_tail = bucket_q[:, -1:].clone()
         scratch = [torch.empty_like(bucket_q) for _ in range(self.buffers)]
         value, bucket_grad = self.value_and_grad(log_p, bucket_q, scratch)
         grad = log_q.sub_(log_tail).exp_().mul_(bucket_grad[:, -1:])
+        if none is not None:
+            # An entry that is none has the column of another id, whose share of the tail stays.
+            apart = (bucket_grad[:, :-1] - grad.gather(1, columns)).masked_fill(none, 0.0)
+            return value, grad.scatter_add_(1, columns, apart)
         return value, grad.scatter_(1, columns, bucket_grad[:, :-1])

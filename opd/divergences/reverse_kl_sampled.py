@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from opd.distributions import Distribution, Spans
 from opd.divergences.on_action import OnAction
+from opd.errors import IncompatibleError
 from opd.schedules import OverSteps
 
 
@@ -26,8 +28,31 @@ class ReverseKLSampled(OnAction):
         0.0, ge=0.0, le=1.0, description="Of the log-ratios of later tokens; 0 counts each token's own alone"
     )
     clamp: Annotated[float, OverSteps(gt=0)] | None = Field(
-        None, description="Largest log-ratio of a token, either way; default no bound"
+        None, description="Largest log-ratio of a token, or of a span, either way; default no bound"
     )
+    spans: Literal["all", "several"] = Field(
+        "all",
+        description="Under a teacher of another tokenizer: every span, or those alone that are several tokens on a "
+        "side, beside an objective that compares whole distributions at the others",
+    )
+
+    @field_validator("spans")
+    @classmethod
+    def _without_what_follows(cls, value: str, info: ValidationInfo) -> str:
+        if value == "several" and info.data.get("discount"):
+            raise ValueError("a discount credits a span with all that follow; set discount: 0, or spans: all")
+        return value
+
+    def check_accepts(self, target: type[Distribution], source: str) -> None:
+        super().check_accepts(target, source)
+        if self.spans == "several" and target.kind not in ("aligned", "spans"):
+            raise IncompatibleError(
+                f"objective 'reverse_kl_sampled' with spans: several counts what is several tokens on a side, and "
+                f"{source} has the student's tokenizer: remove the key, or the objective"
+            )
+
+    def counted(self, spans: Spans) -> torch.Tensor:
+        return spans.compared if self.spans == "all" else spans.compared & ~spans.single
 
     @property
     def sees_whole_trajectories(self) -> bool:

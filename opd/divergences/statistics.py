@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opd.distributions import Categorical, Distribution, Routed, Sampled, TopK, append_tail
+from opd.distributions import Categorical, Distribution, Routed, Sampled, TopK, append_tail, spans_in
 from opd.operator import chunk_rows
 
 MEANS = ("forward_kl", "reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy")
@@ -14,6 +14,8 @@ KNOWN = {
     "categorical": MEANS,
     "top_k": ("forward_kl_top_k", "reverse_kl_top_k", "top1_agreement", "student_entropy"),
     "sampled": ("reverse_kl_sampled", "student_entropy"),
+    "aligned": ("reverse_kl_sampled", "student_entropy"),
+    "spans": ("reverse_kl_sampled", "student_entropy"),
 }
 """What can be measured against a teacher, by the kind of its answers."""
 
@@ -36,12 +38,18 @@ class Comparison:
     tops: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     def sums(self, counted: torch.Tensor) -> dict[str, float]:
-        """Sums over the tokens that count (bool `[N]`) of the divergences, the agreement and the entropies."""
+        """Sums over the tokens that count (bool `[N]`) of the divergences, the agreement and the entropies; tokens of
+        which nothing is known have the mean of the others."""
         return {
-            name: float(value.double()[counted].sum())
-            for name, value in self.values.items()
-            if not name.startswith("log_")
+            name: _sum(value.double()[counted]) for name, value in self.values.items() if not name.startswith("log_")
         }
+
+
+def _sum(values: torch.Tensor) -> float:
+    known = values[~values.isnan()]
+    if len(known) == len(values):
+        return float(values.sum())
+    return float(known.mean()) * len(values) if len(known) else 0.0
 
 
 @torch.no_grad()
@@ -51,7 +59,8 @@ def compare(student: Categorical, teacher: Distribution | None, actions: torch.T
 
     Of a teacher that answers `TopK` the divergences are those over its K ids and the bucket of all others, a lower
     bound of the whole ones; of one that answers `Sampled`, `reverse_kl_sampled` is `log q(a) - log p(a)` of the actions
-    taken, whose mean over the student's own samples is the reverse KL.
+    taken, whose mean over the student's own samples is the reverse KL. So it is of one of another tokenizer, with a
+    span's shared out evenly over its tokens, and NaN outside of spans.
     """
     parts = teacher.parts if isinstance(teacher, Routed) else (teacher,)
     if teacher is not None and not all(isinstance(part, Categorical) for part in parts):
@@ -82,6 +91,13 @@ def compare(student: Categorical, teacher: Distribution | None, actions: torch.T
 
 def _compare_partly(student: Categorical, teacher: Distribution, actions: torch.Tensor) -> Comparison:
     alone = compare(student, None, actions)
+    spans = spans_in(teacher)
+    if spans is not None:
+        log_q = alone.values["log_q"]
+        ratio = (spans.sums(log_q) - spans.sums(spans.log_probs.to(log_q))) / spans.sums(torch.ones_like(log_q))
+        each = torch.full_like(log_q, torch.nan)
+        each[spans.compared] = ratio[spans.owners()[spans.compared]]
+        return Comparison(alone.values | {"reverse_kl_sampled": each}, alone.tops)
     values, rows = dict(alone.values), chunk_rows(student.head.size)
     for mine, piece in teacher.pieces():
         for start in range(0, len(piece), rows):

@@ -14,12 +14,13 @@ import torch
 from opd.assembly import compute_device, make_accelerator
 from opd.choice import kind_of
 from opd.context import Context
-from opd.distributions import Target
+from opd.distributions import Head, Target
 from opd.errors import DataError, IncompatibleError, RecipeError, RunError, nearest
 from opd.jobs.work import work_through
 from opd.language.agreement import check_tokenizers, common_vocabulary, end_ids
 from opd.language.engines.base import EncodedPrompt
 from opd.language.engines.in_process import InProcess
+from opd.language.model import is_own
 from opd.language.tokens import Tokens, tokens_of
 from opd.monitor import Monitor
 from opd.policies.causal_lm import CausalLM
@@ -37,6 +38,7 @@ from opd.teachers.image_text import ImageTextTeacher
 from opd.teachers.local import LanguageTeacher, LocalTeacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.served import LiveServedTeacher, ServedTeacher
+from opd.teachers.translated import TranslatedTeacher
 from opd.trajectories import Trajectories
 
 DEFAULT_TOP_K = 64
@@ -86,6 +88,12 @@ class Scorer:
         if unknown is not None:
             raise DataError(f"the store has a prompt {unknown!r} that the recipe's prompts have not; take its recipe")
         settings = chosen_teacher(recipe, teacher)
+        own = is_own(settings.tokenizer)
+        if own and kind != "sampled":
+            raise IncompatibleError(
+                f"--kind is {kind}, and the teacher has tokenizer: own: what it says of a store is kept span by span, "
+                "with --kind sampled"
+            )
         self.accelerator = make_accelerator(recipe)
         context = Context(device=compute_device(recipe, self.accelerator), temperature=float(recipe.temperature))
         if not isinstance(recipe.student, CausalLM | ImageText):
@@ -104,18 +112,23 @@ class Scorer:
             language: InProcess = self.teacher.reader
             model = self.teacher.found.model
         else:
-            self.teacher = settings.build(context, None)
-            language, model = self.teacher.language, settings.model
+            made = settings.alone(context) if isinstance(settings, LocalTeacher) else settings.build(context, None)
+            self.teacher = made
+            language, model = made.language, settings.model
         self.settings: Scoring = settings
-        self._check_agreement(recipe, reader, language)
-        fixed = [self.store.header.covered()] + ([self.teacher.vocabulary] if self.teacher.vocabulary else [])
-        common = common_vocabulary([reader, language], fixed)
-        self.context = context.with_(agreed=Tokens(common))
+        self._check_agreement(recipe, reader, language, own)
+        fixed = [self.store.header.covered()]
+        fixed += [self.teacher.vocabulary] if self.teacher.vocabulary and not own else []
+        common = common_vocabulary([reader] if own else [reader, language], fixed)
+        self.context = context.with_(agreed=Tokens(common, tuple(self.store.header.end_ids) if own else ()))
+        self.translated = TranslatedTeacher(self.teacher, language, reader) if own else None
+        head: Head | None
         if isinstance(self.teacher, LiveServedTeacher):
-            self.teacher.check_context(self.context)
+            self.teacher.check_context(self._context_of_teacher())
             head = self.teacher.head.over(common) if self.teacher.head is not None else None
         else:
-            head = self.teacher.language.head(context.temperature, common)
+            theirs = tokens_of(self._context_of_teacher()).vocabulary
+            head = self.teacher.language.head(context.temperature, theirs)
         identity = str(self.teacher.identity())
         most = (tokens_of(self.context).count or 0) - 1
         if kind == "top_k" and top_k is not None and top_k > most:
@@ -124,11 +137,12 @@ class Scorer:
                 "--kind exact, which keeps the answer at all of them"
             )
         header = TargetsHeader(
-            kind=kind,
+            kind="spans" if own else kind,
             top_k=(top_k or self._usual_top_k(most)) if kind == "top_k" else None,
             dtype=dtype if kind == "exact" else None,
             teacher={"model": model, "weights": identity},
             sees=settings.sees,
+            tokenizer=language.tokenizer_hash if own else None,
             template=language.template_hash,
             processor=language.processor_hash,
             images=settings.images if isinstance(settings, ImageTextTeacher) else None,
@@ -138,7 +152,7 @@ class Scorer:
             softcap=None if head is None else head.softcap,
             versions=versions(),
         )
-        name = name or f"{kind}-{re.sub(r'[^0-9A-Za-z.-]+', '-', identity.removeprefix('sha256:'))[:12]}"
+        name = name or f"{header.kind}-{re.sub(r'[^0-9A-Za-z.-]+', '-', identity.removeprefix('sha256:'))[:12]}"
         written = [self.prompts[i] for i in dict.fromkeys(self.store.prompt_ids)]
         views = self._views(written)
         for prompt, view in zip(written[: len(views)], views, strict=True):
@@ -153,10 +167,13 @@ class Scorer:
                 if mine:
                     self.targets.write_head(head)
 
+    def _context_of_teacher(self) -> Context:
+        return self.context if self.translated is None else self.translated.own_context(self.context)
+
     def _usual_top_k(self, most: int) -> int:
         return self.settings.top_k if isinstance(self.settings, ServedTeacher) else min(DEFAULT_TOP_K, most)
 
-    def _check_agreement(self, recipe: Recipe, reader: InProcess, language: InProcess) -> None:
+    def _check_agreement(self, recipe: Recipe, reader: InProcess, language: InProcess, own: bool) -> None:
         """Of the teacher with the student's side, what it reads with alone."""
         if reader.reads_pictures and not language.reads_pictures:
             raise IncompatibleError(
@@ -164,6 +181,8 @@ class Scorer:
             )
         if reader.tokenizer_hash != self.store.header.tokenizer:
             raise IncompatibleError(f"{self.store.path} was made with another tokenizer than the recipe's student has")
+        if own:
+            return
         check_tokenizers(reader, language, "the teacher")
         theirs = end_ids(language)
         if recipe.end_tokens is None and theirs and not theirs & set(self.store.header.end_ids):
@@ -190,16 +209,19 @@ class Scorer:
                 )
             with self.accelerator.autocast():
                 if self.unchecked:
-                    self.teacher.check_outputs(trajectories.rows(0, min(2, len(trajectories)))[0], "the teacher")
+                    teacher = self.translated or self.teacher
+                    teacher.check_outputs(trajectories.rows(0, min(2, len(trajectories)))[0], "the teacher")
                     self.unchecked = False
                 (target,) = self._answer(trajectories)
-            lost = int(unanswered(trajectories, [target]).sum())
-            if lost:
+            unread = unanswered(trajectories, [target])
+            lost = int(unread.sum())
+            if lost and (self.translated is None or self.teacher.failures()):
                 raise RunError(
                     f"{lost} of {len(trajectories)} rows of a shard got no answer of the teacher "
                     f"({reasons([self.teacher])}): mend what failed and run opd score again, it goes on there"
                 )
-            self.targets.write(shard, target.distribution, trajectories, self._views(prompts))
+            left_out = None if self.translated is None else unread
+            self.targets.write(shard, target.distribution, trajectories, self._views(prompts), left_out)
 
     def _views(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """The prompts as the teacher read them, where it reads pictures; none where it reads text alone."""
@@ -208,6 +230,8 @@ class Scorer:
         return [self.teacher.language.encode(prompt, self.settings.sees) for prompt in prompts]
 
     def _answer(self, trajectories: Trajectories) -> list[Target]:
+        if self.translated is not None:
+            return self.translated.answer(trajectories, self.settings, self.context)
         if isinstance(self.teacher, LiveServedTeacher):
             assert isinstance(self.settings, ServedTeacher)
             return self.teacher.answer(trajectories, self.settings, self.context)

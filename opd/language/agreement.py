@@ -23,12 +23,13 @@ def check_tokenizers(student: InProcess, teacher: InProcess, which: str) -> None
         i = min(different)
         raise IncompatibleError(
             f"{which} has another tokenizer than the student: {len(different)} of {len(common)} ids differ (id {i} is "
-            f"{ours[i]!r} here and {theirs[i]!r} there). Use a teacher of the student's family"
+            f"{ours[i]!r} here and {theirs[i]!r} there). Set tokenizer: own on that teacher, which then reads texts in "
+            "its own tokens, or use a teacher of the student's family"
         )
     if _split(student) != _split(teacher):
         raise IncompatibleError(
             f"{which} has the student's vocabulary but splits text differently; use the student's tokenizer for both "
-            "(teacher.tokenizer)"
+            "(teacher.tokenizer), or set tokenizer: own on that teacher, which then reads texts in its own tokens"
         )
 
 

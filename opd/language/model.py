@@ -35,6 +35,8 @@ MOST_LAYERS = 10_000
 UNRECOGNISED = "Unrecognized configuration class"
 """What transformers says of a model that an auto class of its own does not load."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+OWN = "own"
+"""What a teacher says of its tokenizer that is another one than the student's; `own:PLACE` where it lies elsewhere."""
 
 
 class ModelSettings(Settings):
@@ -45,7 +47,11 @@ class ModelSettings(Settings):
     model: str = Field(
         description="Hub name or folder, also of an adapter; .gguf file, or package:NAME of a Python package with one"
     )
-    tokenizer: str | None = Field(None, description="Where the tokenizer is, when not beside the model")
+    tokenizer: str | None = Field(
+        None,
+        description="Where the tokenizer is, when not beside the model. Of a teacher also own, or own:PLACE: it is "
+        "another one than the student's",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit on the hub")
     dtype: Dtype = Field("auto", description="Of the weights; auto: as they are stored")
     attention: str | None = Field(
@@ -57,6 +63,16 @@ class ModelSettings(Settings):
     drop_layers: list[int] = Field(default=[], description="Layers to remove after loading, e.g. '10-17' or [3, 5]")
     template: Literal["chat", "plain"] = Field("chat", description="Apply the chat template, or encode text as it is")
     template_options: dict[str, Any] = Field(default={}, description="Passed to the chat template (enable_thinking)")
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether the tokenizer is said to be another one than the student's."""
+        return is_own(self.tokenizer)
+
+    @property
+    def tokenizer_place(self) -> str:
+        """Where the tokenizer is."""
+        return own_place(self.tokenizer) or self.model
 
     @field_validator("drop_layers", mode="before")
     @classmethod
@@ -109,6 +125,18 @@ class ModelSettings(Settings):
         return value
 
 
+def is_own(tokenizer: str | None) -> bool:
+    """Whether a recipe's word for a tokenizer says that it is the teacher's own."""
+    return tokenizer is not None and (tokenizer == OWN or tokenizer.startswith(f"{OWN}:"))
+
+
+def own_place(tokenizer: str | None) -> str | None:
+    """The place that a recipe's word for a tokenizer names; None where it is beside the model."""
+    if tokenizer is None or not is_own(tokenizer):
+        return tokenizer
+    return tokenizer.removeprefix(OWN).removeprefix(":") or None
+
+
 def load_config(settings: ModelSettings, notes: list[str] | None = None) -> PretrainedConfig:
     """The architecture's config, without weights. With `notes`, a hub name that this machine has no copy of is looked
     up first in the configurations that come with `opd`; the notes say so."""
@@ -135,7 +163,7 @@ def load_config(settings: ModelSettings, notes: list[str] | None = None) -> Pret
 
 def reader_place(settings: ModelSettings, local_only: bool = False) -> str:
     """The folder or hub name that a model's tokenizer, and whatever else it reads with, is loaded from."""
-    reference = settings.tokenizer or settings.model
+    reference = settings.tokenizer_place
     source = adapter_of(reference, settings.revision, local_only)
     if source is not None:
         reference = tokenizer_places(reference, source)[0]
@@ -144,7 +172,7 @@ def reader_place(settings: ModelSettings, local_only: bool = False) -> str:
 
 
 def load_tokenizer(settings: ModelSettings, local_only: bool = False) -> PreTrainedTokenizerBase:
-    reference = settings.tokenizer or settings.model
+    reference = settings.tokenizer_place
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             reader_place(settings, local_only),

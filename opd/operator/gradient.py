@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from opd.distributions import Categorical, Head, Routed, Target
+from opd.distributions import Categorical, Head, Routed, Target, compared_in
 from opd.operator.chunks import Chunk, Comparison, Whole, chunk_rows
 from opd.operator.head import STUDENT, Buffers, answer_in, check_same_ids, head_in, project
 from opd.operator.loss import Loss
@@ -96,9 +96,12 @@ class _Plan:
 
     def parts(self, positions: torch.Tensor) -> Iterator[torch.Tensor]:
         """`positions` in parts of at most `rows`; where answers are routed, each part has one teacher of each target,
-        so that no row is projected by another one's head."""
+        so that no row is projected by another one's head; and where one has no distribution, none at all of a part."""
         parts = [positions]
-        for owners in (t.distribution.owners for t in self.targets if isinstance(t.distribution, Routed)):
+        answers = [target.distribution for target in self.targets]
+        kinds = [answer.owners for answer in answers if isinstance(answer, Routed)]
+        kinds += [compared for answer in answers if (compared := compared_in(answer)) is not None]
+        for owners in kinds:
             parts = [part[owners[part] == owner] for part in parts for owner in owners[part].unique()]
         for part in parts:
             yield from torch.split(part, self.rows)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from opd.distributions import Categorical, Distribution, Head, Routed, Target
+from opd.distributions import Aligned, Categorical, Common, Distribution, Head, Routed, Target
 from opd.distributions.categorical import NOWHERE
 from opd.errors import IncompatibleError
 
@@ -73,6 +73,11 @@ def answer_in(given: Distribution, dtype: torch.dtype) -> Distribution:
     """An answer whose heads are in the dtype that is computed in: cast once and not once a chunk."""
     if isinstance(given, Routed):
         return replace(given, parts=tuple(answer_in(part, dtype) for part in given.parts))
+    if isinstance(given, Aligned):
+        common = given.common
+        if not isinstance(common, Common):
+            return given
+        return replace(given, common=replace(common, head=head_in(common.head, dtype)))
     return replace(given, head=head_in(given.head, dtype)) if isinstance(given, Categorical) else given
 
 

@@ -20,13 +20,14 @@ from opd.language.engines.base import ids_of
 from opd.language.engines.cpu.packing import common_beginning
 from opd.language.engines.in_process import InProcess
 from opd.language.engines.layouts import TOLD, usual_layout
-from opd.language.model import ModelSettings
+from opd.language.model import ModelSettings, is_own
 from opd.language.plan_attention import PLAN_ATTENTION
 from opd.language.plan_experts import PLAN_EXPERTS
 from opd.language.rollout import SamplingSettings
 from opd.language.student import check_words
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand, stores_not_here
+from opd.plan.tokenizers import own_tokenizers
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
 from opd.provenance import peak_memory_bytes
@@ -57,6 +58,9 @@ class Plan:
     update: tuple[tuple[str, str], ...] = ()
     """What the update says of itself, by name: of a private one what it spends."""
 
+    tokenizers: tuple[tuple[str, str], ...] = ()
+    """Of teachers with a tokenizer of their own, by name, how texts compare under both."""
+
     rows: tuple[str, ...] = ()
     """How rows of unequal length share a pass, and what they attend with: the student, and the teachers' models."""
 
@@ -79,6 +83,7 @@ class Plan:
             "peak_memory_bytes": self.peak,
             "teraflops_per_step": self.teraflops,
             **({"update": dict(self.update)} if self.update else {}),
+            **({"tokenizers": dict(self.tokenizers)} if self.tokenizers else {}),
             "notes": list(self.notes),
         }
 
@@ -105,6 +110,8 @@ class Plan:
                 ),
             ],
         )
+        if self.tokenizers:
+            yield "tokenizers", list(self.tokenizers)
         if self.update:
             yield "update", list(self.update)
         yield (
@@ -138,6 +145,7 @@ def plan_language(recipe: Recipe) -> Plan:
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = recipe.batch.prompts * recipe.batch.group
     sampled = _sampled_here(recipe, student, teachers)
+    tokenizers = _tokenizers(recipe, [shape for shapes in asked for shape in shapes], notes)
     return Plan(
         recipe=recipe.name,
         student=student,
@@ -151,7 +159,23 @@ def plan_language(recipe: Recipe) -> Plan:
         update=_of_update(recipe, training, notes),
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
+        tokenizers=tokenizers,
     )
+
+
+def _tokenizers(recipe: Recipe, shapes: Sequence[Shape], notes: list[str]) -> tuple[tuple[str, str], ...]:
+    """As `own_tokenizers`, of the prompts that are at hand; nothing where no teacher has a tokenizer of its own."""
+    parts = [part for teacher in recipe.teacher for part in nested(teacher)]
+    if not any(is_own(getattr(part, "tokenizer", None)) for part in parts):
+        return ()
+    found = prompts_at_hand(recipe, [])
+    texts = [] if found is None else [text for prompt in found[0] if isinstance(text := prompt.view(), str)]
+    try:
+        assert isinstance(recipe.student, TrainedModel)
+        reader = recipe.student.reader(True)
+    except ModelError:
+        return ()
+    return own_tokenizers(recipe, reader, texts, shapes, notes)
 
 
 def _of_update(recipe: Recipe, training: int | None, notes: list[str]) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -28,7 +28,7 @@ from opd.language.engines.layouts import Layout
 from opd.language.engines.transformers import LanguageModel
 from opd.language.experts import Experts
 from opd.language.lora_targets import adapted, spare_routers
-from opd.language.model import ModelSettings, load_tokenizer
+from opd.language.model import ModelSettings, is_own, load_tokenizer
 from opd.language.own_outputs import check_logits
 from opd.language.saving import (
     check_savable,
@@ -101,6 +101,13 @@ class TrainedModel(ModelSettings, Policy):
         description="Of the model itself while training. config: as its configuration says; what is trained is then "
         "not what samples",
     )
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _of_the_student(cls, value: str | None) -> str | None:
+        if is_own(value):
+            raise ValueError("'own' is said of a teacher whose tokenizer is not the student's; remove the key here")
+        return value
 
     @abstractmethod
     def load(self, device: torch.device) -> InProcess:

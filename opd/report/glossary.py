@@ -65,6 +65,34 @@ MEANINGS = {
         "objective", "a token", "value of one of several objectives, mean over the tokens that it counts, unweighted"
     ),
     "train/positions": Meaning("positions", "tokens", "of the step, that some objective counts"),
+    "train/alignment/single_bytes": Meaning(
+        "another tokenizer: compared as distributions",
+        "share of bytes",
+        "in pieces that are one token on both sides",
+        "higher",
+    ),
+    "train/alignment/span_bytes": Meaning(
+        "another tokenizer: compared by the chain rule", "share of bytes", "in pieces of several tokens on a side"
+    ),
+    "train/alignment/uncompared_bytes": Meaning(
+        "another tokenizer: not compared", "share of bytes", "of texts that the budget cut", "lower"
+    ),
+    "train/alignment/single_spans": Meaning(
+        "another tokenizer: one token on both sides", "share of pieces", "between boundaries that both have", "higher"
+    ),
+    "train/alignment/common_mass": Meaning(
+        "another tokenizer: probability on common tokens",
+        "share",
+        "of the teacher's, where distributions are compared; the rest is one bucket",
+        "higher",
+    ),
+    "train/alignment/left_out": Meaning(
+        "another tokenizer: left out",
+        "share of rollouts",
+        "whose text the teacher's tokenizer does not give back",
+        "lower",
+    ),
+    "train/alignment/": Meaning("another tokenizer", "share", "of a teacher, or a route, of this name"),
     "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),
     "train/invalid": Meaning(
         "without an answer",

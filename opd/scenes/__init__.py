@@ -6,5 +6,6 @@ A divergence names the kind of scene that the table of objectives measures it in
 from opd.scenes.base import Scene
 from opd.scenes.latents import LatentScene
 from opd.scenes.sequences import SequenceScene
+from opd.scenes.tokenised import TokenisedScene
 
-__all__ = ["LatentScene", "Scene", "SequenceScene"]
+__all__ = ["LatentScene", "Scene", "SequenceScene", "TokenisedScene"]

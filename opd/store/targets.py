@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
-from opd.distributions import Categorical, Distribution, Head, Sampled, TopK, append_tail
+from opd.distributions import Categorical, Distribution, Head, Sampled, Spans, TopK, append_tail, spans_in
 from opd.errors import DataError, RunError, nearest
 from opd.language.engines.base import EncodedPrompt
 from opd.store.pictures import by_row, named, packed_pictures, pictures_at, pictures_of
@@ -28,28 +28,36 @@ from opd.trajectories import Trajectories
 
 Kind = Literal["sampled", "top_k", "exact"]
 
+Kept = Literal["sampled", "top_k", "exact", "spans"]
+"""What is in a file: `spans` is what `sampled` comes to under a teacher of another tokenizer."""
+
 KINDS: tuple[Kind, ...] = ("sampled", "top_k", "exact")
 
-ANSWERS: dict[str, type[Distribution]] = {"sampled": Sampled, "top_k": TopK, "exact": Categorical}
+ANSWERS: dict[str, type[Distribution]] = {"sampled": Sampled, "top_k": TopK, "exact": Categorical, "spans": Spans}
 """The distribution that a stored teacher answers with."""
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "sampled": ("log_probs",),
     "top_k": ("ids", "log_probs", "tail"),
     "exact": ("hidden",),
+    "spans": ("log_probs", "marks"),
 }
 """Tensors of a shard with an entry a position."""
+
+BEGINS, COMPARED, SINGLE, LEFT_OUT = 1, 2, 4, 8
+"""Bits of `marks`: the fields of `Spans`, and a row that the teacher's tokenizer does not give back."""
 
 
 class TargetsHeader(VocabularyHeader):
     """`targets.json`.
 
     Attributes:
-        kind: `sampled`, `top_k` or `exact`.
+        kind: `sampled`, `top_k` or `exact`; `spans` of a teacher with another tokenizer than the store's.
         top_k: K, with kind top_k.
         dtype: of the hidden states, with kind exact.
         teacher: name of the teacher's model and hash of its weights.
         sees: column with the teacher's view of a prompt; None is the student's.
+        tokenizer: hash of the teacher's, where it is another one than the store's.
         template: hash of the teacher's template.
         processor: hash of the settings by which the teacher read pictures; None where it read text alone.
         images: column with its pictures, where `sees` names none.
@@ -59,11 +67,12 @@ class TargetsHeader(VocabularyHeader):
     """
 
     format: Literal[1] = 1
-    kind: Kind
+    kind: Kept
     top_k: int | None = None
     dtype: Literal["bfloat16", "float32"] | None = None
     teacher: dict[str, str]
     sees: str | None = None
+    tokenizer: str | None = None
     template: str
     processor: str | None = None
     images: str | None = None
@@ -125,14 +134,22 @@ class Targets:
         return [s for s in range(self.store.header.shards) if not is_written(self.shard_path(s))]
 
     def write(
-        self, shard: int, answer: Distribution, trajectories: Trajectories, views: Sequence[EncodedPrompt] = ()
+        self,
+        shard: int,
+        answer: Distribution,
+        trajectories: Trajectories,
+        views: Sequence[EncodedPrompt] = (),
+        left_out: torch.Tensor | None = None,
     ) -> None:
         """Write a shard from the teacher's answer at the positions of the shard's trajectories.
 
         Args:
             views: B prompts as the teacher read them, where it reads pictures.
+            left_out: bool `[B]`, with kind spans: trajectories that the teacher cannot read.
         """
         fields = self._fields(answer, trajectories)
+        if left_out is not None:
+            fields["marks"] |= LEFT_OUT * left_out.repeat_interleave(trajectories.lengths).to(torch.uint8)
         pictures: dict[str, torch.Tensor] = {}
         if self.header.processor is not None:
             pairs = zip(trajectories.prompts, views, strict=True)
@@ -154,6 +171,12 @@ class Targets:
         write_shard(self.shard_path(shard), tensors)
 
     def _fields(self, answer: Distribution, trajectories: Trajectories) -> dict[str, torch.Tensor]:
+        if self.header.kind == "spans":
+            spans = spans_in(answer)
+            assert spans is not None
+            bits = ((spans.begins, BEGINS), (spans.compared, COMPARED), (spans.single, SINGLE))
+            marks = torch.stack([field.to(torch.uint8).cpu() * bit for field, bit in bits]).sum(0, dtype=torch.uint8)
+            return {"log_probs": spans.log_probs.cpu(), "marks": marks}
         assert isinstance(answer, Categorical | Sampled | TopK)
         if self.header.kind == "sampled":
             return {"log_probs": Sampled.of(answer, trajectories.actions).log_probs.cpu()}
@@ -210,14 +233,24 @@ class Targets:
         """
         found: dict[str, list[torch.Tensor]] = {name: [] for name in FIELDS[self.header.kind]}
         for row, length in zip(rows, lengths, strict=True):
-            for name, value in self._row(row).items():
+            values = self._row(row)
+            for name, value in (_begun(values, length) if "marks" in values else values).items():
                 found[name].append(value[:length])
         packed = {name: torch.cat(parts) for name, parts in found.items()}
         if self.header.kind == "sampled":
             return Sampled(packed["log_probs"])
+        if self.header.kind == "spans":
+            marks = packed["marks"]
+            return Spans(packed["log_probs"], *((marks & bit) != 0 for bit in (BEGINS, COMPARED, SINGLE)))
         if self.header.kind == "top_k":
             return TopK(packed["log_probs"], packed["ids"].long())
         return Categorical(packed["hidden"], head or self.head())
+
+    def left_out(self, rows: Sequence[int]) -> list[bool]:
+        """Of each row whether the teacher's tokenizer does not give it back."""
+        if self.header.kind != "spans":
+            return [False] * len(rows)
+        return [bool((self._row(row)["marks"] & LEFT_OUT).any()) for row in rows]
 
     def pictures(self, row: int) -> tuple[str, ...]:
         """Hashes of the pictures that the teacher saw beside a row, which are not checked."""
@@ -259,3 +292,13 @@ class Targets:
         if self.header.kind == "exact":
             paths.append(self.head_path)
         return digest("\n".join(recorded_checksum(p) for p in paths).encode())
+
+
+def _begun(values: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """The fields of a row in spans, of which `length` positions are wanted: a span that goes beyond them counts not."""
+    marks, log_probs = values["marks"].clone(), values["log_probs"].clone()
+    if length < len(marks) and bool(marks[length] & COMPARED) and not bool(marks[length] & BEGINS):
+        first = int((marks[:length] & BEGINS).nonzero().max()) if length else 0
+        marks[first:] &= LEFT_OUT
+        log_probs[first:] = 0.0
+    return {"log_probs": log_probs, "marks": marks}

@@ -123,6 +123,15 @@ class LiveTeacher(ABC, Generic[S]):
         """Those who answer, by route; a teacher that answers every prompt itself is its only member."""
         return {"": self}
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether texts that it cannot read are left out, so that a rollout without an answer is no fault."""
+        return False
+
+    def common_ids(self, context: Context) -> int | None:
+        """How many of the student's ids its answers tell apart, where that is less than those agreed on."""
+        return None
+
     def route(self, prompt: Prompt) -> str | None:
         """Which member answers a prompt, where there is a choice."""
         return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import field_validator
 
 from opd.context import Context
 from opd.hardware import check_device
 from opd.language.attention import check_attention
+from opd.language.model import is_own
 from opd.language.shape import model_shape
 from opd.planning import Shape
 from opd.policies.base import Student
@@ -21,6 +23,15 @@ class ImageTextTeacher(PictureSettings, ScoringSettings):
     column, and `sees` another text or other pictures."""
 
     kind: Literal["image_text"] = "image_text"
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _of_the_student(cls, value: str | None) -> str | None:
+        if is_own(value):
+            raise ValueError(
+                "a teacher that sees pictures reads the student's tokens; remove the key, or take kind local"
+            )
+        return value
 
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
         return [model_shape(self, notes)]

@@ -1,4 +1,4 @@
-"""A teacher in this process: another causal language model with the student's tokenizer."""
+"""A teacher in this process: another causal language model, with the student's tokenizer or one of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 
 from opd.context import Context
-from opd.distributions import Categorical, Distribution, Target
+from opd.distributions import Aligned, Categorical, Distribution, Target
 from opd.errors import IncompatibleError
 from opd.hardware import DEVICE, check_device
 from opd.language.attention import check_attention
@@ -24,8 +24,9 @@ from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
 from opd.prompts import Prompt
-from opd.teachers.base import LiveTeacher, Teacher
+from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.teachers.memory import Memory, MemorySettings
+from opd.teachers.translated import TranslatedTeacher, translated
 from opd.trajectories import Trajectories
 from opd.weights import weights_hash
 
@@ -60,14 +61,28 @@ class ScoringSettings(ModelSettings, Teacher):
 
 
 class LocalTeacher(ScoringSettings):
-    """Scores the student's completions with one forward pass; answers with hidden states and its own head."""
+    """Scores the student's completions with one forward pass; answers with hidden states and its own head. With
+    `tokenizer: own` it reads their text in its own tokens, and answers for spans of it."""
 
     kind: Literal["local"] = "local"
 
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
         return [model_shape(self, notes)]
 
-    def build(self, context: Context, student: Student | None) -> LanguageTeacher:
+    def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        return [(Aligned, "the teacher")] if self.has_own_tokenizer else super().answered(student)
+
+    def check_scorer(self, home: torch.device) -> None:
+        super().check_scorer(home)
+        if self.has_own_tokenizer:
+            raise answers_whole_texts_alone(self)
+
+    def build(self, context: Context, student: Student | None) -> LanguageTeacher | TranslatedTeacher:
+        made = self.alone(context)
+        return translated(made, made.language, student) if self.has_own_tokenizer else made
+
+    def alone(self, context: Context) -> LanguageTeacher:
+        """The teacher in its own tokens."""
         check_device(self.device, "teacher.device")
         device = torch.device(self.device) if self.device else context.device
         check_attention(self.attention, "teacher.attention", device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -142,7 +142,8 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
         if len(set(kinds.values())) > 1:
             told = ", ".join(f"{tag} {kind}" for tag, kind in kinds.items())
             raise IncompatibleError(
-                f"the routes of a teacher must answer alike, and these do not: {told}; score stored ones anew"
+                f"the routes of a teacher must answer alike, and these do not: {told}; score stored ones anew, and "
+                "where a route has a tokenizer of its own set tokenizer: own on all"
             )
         self.answers = next(iter(self.routes.values())).answers
         self.everywhere = all(route.everywhere for route in self.routes.values())
@@ -186,6 +187,13 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
 
     def expect(self, prompt: Prompt, actions: torch.Tensor) -> None:
         self.members()[self.route(prompt)].expect(prompt, actions)
+
+    def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        return {
+            f"{name}@{tag}": value
+            for tag, route in self.routes.items()
+            for name, value in route.own_signals(sum_over_processes).items()
+        }
 
     def failures(self) -> dict[str, int]:
         counts: Counter[str] = Counter()

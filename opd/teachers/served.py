@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from opd.context import Context
-from opd.distributions import Categorical, Distribution, Head, Sampled, Target, TopK, Vocabulary
+from opd.distributions import Aligned, Categorical, Distribution, Head, Sampled, Spans, Target, Told, TopK, Vocabulary
 from opd.errors import DataError, IncompatibleError, ModelError, RecipeError
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess, language_of
 from opd.language.engines.transformers import LanguageModel
 from opd.language.identity import PROBE
-from opd.language.model import ModelSettings, load_tokenizer
+from opd.language.model import ModelSettings, is_own, load_tokenizer, own_place
 from opd.language.tokens import tokens_of
 from opd.planning import Shape
 from opd.policies.base import Student
@@ -32,6 +32,7 @@ from opd.remote.launch import ended_at
 from opd.remote.settings import Reached
 from opd.remote.start import Found, look, probe, refused, split_alike
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
+from opd.teachers.translated import TranslatedTeacher, translated
 from opd.trajectories import Trajectories
 
 KINDS: dict[str, type[Distribution]] = {"exact": Categorical, "top_k": TopK, "sampled": Sampled}
@@ -55,7 +56,9 @@ class ServedTeacher(Reached, Teacher):
     place: ClassVar[str] = "teacher"
     modality: ClassVar[str | None] = "language"
     tokenizer: str | None = Field(
-        None, description="The teacher's tokenizer, a folder or hub name; default the student's, with its template"
+        None,
+        description="The teacher's tokenizer, a folder or hub name; default the student's, with its template. "
+        "own:PLACE where it is another one than the student's",
     )
     template: Literal["chat", "plain"] | None = Field(
         None, description="How prompts become ids; default chat where the tokenizer has a template"
@@ -74,6 +77,13 @@ class ServedTeacher(Reached, Teacher):
         None, description="dtype of hidden states on their way, with answers: exact; default that of the weights there"
     )
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _somewhere(cls, value: str | None) -> str | None:
+        if is_own(value) and own_place(value) is None:
+            raise ValueError("a server does not hand out its tokenizer; say where it is, e.g. own:org/model")
+        return value
+
     @field_validator("answers")
     @classmethod
     def _of_a_dialect(cls, value: str, info: ValidationInfo) -> str:
@@ -89,9 +99,13 @@ class ServedTeacher(Reached, Teacher):
         return []
 
     def answered(self, student: type[Distribution]) -> list[tuple[type[Distribution], str]]:
+        own = is_own(self.tokenizer)
         if self.answers == "auto" and self.dialect in ("auto", "opd"):
-            return [(Categorical, "the server")] if self.dialect == "opd" else []
-        return [(KINDS["top_k" if self.answers == "auto" else self.answers], f"the server (answers: {self.answers})")]
+            return [(Aligned if own else Categorical, "the server")] if self.dialect == "opd" else []
+        kind = KINDS["top_k" if self.answers == "auto" else self.answers]
+        if own:
+            kind = Spans if kind is Sampled else Aligned
+        return [(kind, f"the server (answers: {self.answers})")]
 
     @property
     def listed(self) -> int | None:
@@ -100,19 +114,21 @@ class ServedTeacher(Reached, Teacher):
     def check_scorer(self, home: torch.device) -> None:
         raise answers_whole_texts_alone(self)
 
-    def build(self, context: Context, student: Student | None) -> LiveServedTeacher:
+    def build(self, context: Context, student: Student | None) -> LiveServedTeacher | TranslatedTeacher:
         own = None if student is None else language_of(student, "the student")
-        return LiveServedTeacher(self, self.reader(own), context.seed)
+        made = LiveServedTeacher(self, self.reader(own), context.seed)
+        return translated(made, made.reader, student) if is_own(self.tokenizer) else made
 
     def reader(self, student: InProcess | None) -> LanguageModel:
         """What makes ids of prompts: a tokenizer and a template, without weights."""
-        if self.tokenizer is None:
+        place = own_place(self.tokenizer)
+        if place is None:
             if student is None:
                 raise RecipeError("teacher.tokenizer is required here: a folder or hub name of the teacher's tokenizer")
             tokenizer, template = student.tokenizer, self.template or student.template
             options = self.template_options or (student.template_options if template == "chat" else {})
         else:
-            settings = ModelSettings(model=self.tokenizer, template="plain")
+            settings = ModelSettings(model=place, template="plain")
             tokenizer = load_tokenizer(settings)
             template, options = self.template or ("chat" if tokenizer.chat_template else "plain"), self.template_options
         if template == "chat" and not tokenizer.chat_template:
@@ -343,7 +359,9 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         if self.head is not None:
             answer: Distribution = Categorical(packed[0], self._head_for(context))
         else:
-            answer = Sampled(packed[0]) if self.answers is Sampled else TopK(packed[2], packed[1])
+            drawn, top = Sampled(packed[0]), TopK(packed[2], packed[1])
+            told = Told(top, drawn) if is_own(settings.tokenizer) else top
+            answer = drawn if self.answers is Sampled else told
         return [Target(answer, teacher=settings.name, missing=missing if bool(missing.any()) else None)]
 
     def _hidden(

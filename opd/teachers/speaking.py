@@ -21,6 +21,7 @@ from opd.remote.writing import Drawn, Draws, write_job
 from opd.teachers.base import LiveTeacher
 from opd.teachers.local import LanguageTeacher
 from opd.teachers.served import LiveServedTeacher
+from opd.teachers.translated import TranslatedTeacher
 
 WRITE = ("opd", "vllm")
 """Servers that say which ids they wrote."""
@@ -76,6 +77,11 @@ def speaker_of(teacher: LiveTeacher, which: str) -> Speaker:
     members = teacher.members()
     if teacher not in members.values():
         return RoutedSpeaker(teacher, {tag: speaker_of(m, f"{which}, route {tag!r}") for tag, m in members.items()})
+    if isinstance(teacher, TranslatedTeacher):
+        raise IncompatibleError(
+            f"{which} has tokenizer: own, and experts who debate write and read in the student's tokens; take an "
+            "expert of the student's tokenizer, or rounds: 0"
+        )
     raise IncompatibleError(f"{which} ({type(teacher).__name__}) writes no texts; take kinds local, served or routed")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,7 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
         self.answers = ANSWERS[self.targets.header.kind]
         self.vocabulary = self.targets.header.covered()
         self._head: Head | None = None
+        self.failed: Counter[str] = Counter()
 
     @property
     def notes(self) -> list[str]:
@@ -173,11 +175,21 @@ class StoredAnswers(LiveTeacher[StoredTeacher]):
         assert trajectories.stored is not None
         found = self.targets.answer(trajectories.stored.tolist(), trajectories.lengths.tolist())
         home = context.device
+        left = torch.tensor(self.targets.left_out(trajectories.stored.tolist()), dtype=torch.bool)
+        missing = left.repeat_interleave(trajectories.lengths).to(home) if bool(left.any()) else None
+        self.failed["a text that the teacher's tokenizer does not give back"] += int(left.sum())
         if isinstance(found, Categorical):
             answer: Distribution = Categorical(found.hidden.to(home), self._head_for(context))
         else:
             answer = type(found)(**{name: value.to(home) for name, value in vars(found).items()})
-        return [Target(answer, teacher=settings.name)]
+        return [Target(answer, teacher=settings.name, missing=missing)]
+
+    @property
+    def leaves_out(self) -> bool:
+        return self.targets.header.kind == "spans"
+
+    def failures(self) -> dict[str, int]:
+        return {reason: count for reason, count in self.failed.items() if count}
 
     def _head_for(self, context: Context) -> Head:
         if self._head is None or self._head.weight.device != context.device:
