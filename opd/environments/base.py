@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from opd.choice import Choice
 
@@ -52,11 +52,6 @@ class Turn(Generic[O]):
 class World(ABC, Generic[O, A]):
     """A built environment, in which one episode is played at a time."""
 
-    writes: ClassVar[bool] = False
-    """Who wrote which position: whether what it says takes positions of a trajectory itself, written by `environment`
-    between those that the agent wrote (a shell's output), or stands beside them as what the agent saw (a picture), so
-    that every position is the agent's."""
-
     @abstractmethod
     def reset(self, start: Start) -> Turn[O]:
         """Begin an episode."""
@@ -87,10 +82,18 @@ class Environment(Choice):
     def tasks(self) -> Mapping[str, str]:
         """What is to be done in it: the instruction of each task by the task's name."""
 
+    def columns(self, task: str) -> Mapping[str, Any]:
+        """Further columns of a task's rows, as the tools that an agent may call."""
+        return {}
+
     @abstractmethod
-    def build(self) -> World:
+    def build(self) -> World[Any, Any]:
         """Make a world, in the process that plays in it.
 
         Raises:
             ModelError: what it is made of is not installed.
         """
+
+    @abstractmethod
+    def says_the_same(self) -> bool:
+        """Whether two short episodes of one start and the same actions are the same; asked where `repeats` is None."""

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from opd.acting.seeing import Body
-from opd.choice import OneOf
+from opd.choice import OneOf, kind_of
 from opd.environments.base import Environment, Start
 from opd.environments.control import Control
 from opd.errors import DataError, first_line
 from opd.prompts import Prompt
 
+E = TypeVar("E", bound=Environment)
+
 COLUMNS = ("environment", "task", "seed")
 """What a row needs of which an episode is played; prompts of kind `episodes` write them."""
 
 
-def environment_of(prompt: Prompt) -> Control:
+def environment_of(prompt: Prompt, base: type[E]) -> E:
     """The settings of a row's environment.
 
+    Args:
+        base: what kind of environment whoever plays can act in: one with a body, or one of text.
+
     Raises:
-        DataError: the row names none.
+        DataError: the row names none, or one of another kind.
     """
     lacking = next((column for column in COLUMNS if column not in prompt.fields), None)
     if lacking is not None:
@@ -33,9 +37,15 @@ def environment_of(prompt: Prompt) -> Control:
             "episodes"
         )
     try:
-        return _environment(json.dumps(prompt.fields["environment"], sort_keys=True))
+        found = _environment(json.dumps(prompt.fields["environment"], sort_keys=True))
     except (ValidationError, TypeError) as error:
         raise DataError(f"{prompt.where}: column 'environment' names none ({first_line(error)})") from None
+    if not isinstance(found, base):
+        raise DataError(
+            f"{prompt.where}: environment {kind_of(found)!r} is for students of {found.modality} models, and a "
+            f"rollout of {base.modality} models plays here; take an environment of those"
+        )
+    return found
 
 
 def start_of(prompt: Prompt, draw: int) -> Start:
@@ -44,11 +54,9 @@ def start_of(prompt: Prompt, draw: int) -> Start:
 
 
 @lru_cache
-def _environment(text: str) -> Control:
+def _environment(text: str) -> Environment:
     adapter: Any = TypeAdapter(Annotated[Environment, OneOf(Environment)])
-    found = adapter.validate_python(json.loads(text))
-    if not isinstance(found, Control):
-        raise TypeError(f"{type(found).__name__} has no body to act with")
+    found: Environment = adapter.validate_python(json.loads(text))
     return found
 
 
@@ -57,7 +65,7 @@ def body_of(environment: Control) -> Body:
     return _body(json.dumps(environment.model_dump(mode="json"), sort_keys=True))
 
 
-def repeats(environment: Control) -> bool:
+def repeats(environment: Environment) -> bool:
     """Whether an environment says the same again to the same start and actions: what it says of itself, or what two
     short episodes show."""
     if environment.repeats is not None:
@@ -67,23 +75,11 @@ def repeats(environment: Control) -> bool:
 
 @lru_cache
 def _repeats(text: str) -> bool:
-    environment = _environment(text)
-    world, body = environment.build(), _body(text)
-    action = np.array([body.low, body.high]).mean(0)
-    try:
-        found = []
-        for _ in range(2):
-            turns = [world.reset(Start(next(iter(environment.tasks())), 0))]
-            while len(turns) < 4 and not turns[-1].over:
-                turns.append(world.step(action))
-            found.append([turn.observation for turn in turns])
-    finally:
-        world.close()
-    return len(found[0]) == len(found[1]) and all(
-        np.array_equal(a.state, b.state) and np.array_equal(a.images, b.images) for a, b in zip(*found, strict=True)
-    )
+    return _environment(text).says_the_same()
 
 
 @lru_cache
 def _body(text: str) -> Body:
-    return _environment(text).body()
+    found = _environment(text)
+    assert isinstance(found, Control)
+    return found.body()
