@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from opd.choice import kind_of
 from opd.environments.base import Environment, World
@@ -29,10 +29,9 @@ class Answer(Protocol):
 
 
 R = TypeVar("R", bound=Answer)
-W = TypeVar("W")
 
 
-class Order(ABC, Generic[W, R]):
+class Order(ABC, Generic[R]):
     """What one place is to do: begin an episode, or go on with it. It can be pickled, and done again it comes to the
     same where the environment repeats itself.
 
@@ -49,7 +48,7 @@ class Order(ABC, Generic[W, R]):
         """Whether an episode begins here, and what was done in this place before does not matter."""
 
     @abstractmethod
-    def carry_out(self, world: W) -> R:
+    def carry_out(self, world: World) -> R:
         """Do it in a world of the order's environment."""
 
 
@@ -57,9 +56,9 @@ class Host:
     """Worlds by place; each is kept until its place wants another environment, or until it fails."""
 
     def __init__(self) -> None:
-        self.worlds: dict[int, tuple[Environment, World[Any, Any]]] = {}
+        self.worlds: dict[int, tuple[Environment, World]] = {}
 
-    def do(self, order: Order[Any, R]) -> R | Exception:
+    def do(self, order: Order[R]) -> R | Exception:
         """What came of it. An `OpdError` is a mistake that a person can mend; any other error is the world's own, which
         is not played in again."""
         try:
@@ -70,7 +69,7 @@ class Host:
                 return error
             return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
 
-    def _world(self, order: Order[Any, R]) -> World[Any, Any]:
+    def _world(self, order: Order[R]) -> World:
         held = self.worlds.get(order.place)
         if held is None or held[0] != order.environment:
             self._drop(order.place)
@@ -122,7 +121,7 @@ class Worker:
         except (EOFError, OSError):
             return False
 
-    def send(self, order: Order[Any, Any]) -> None:
+    def send(self, order: Order) -> None:
         with suppress(OSError):
             self.connection.send(order)
 
@@ -174,9 +173,9 @@ class Arena(Generic[R]):
     def __post_init__(self) -> None:
         self._here = Host()
         self._workers: list[Worker] = []
-        self._history: dict[int, list[Order[Any, R]]] = {}
+        self._history: dict[int, list[Order[R]]] = {}
 
-    def play(self, orders: Sequence[Order[Any, R]]) -> list[R | None]:
+    def play(self, orders: Sequence[Order[R]]) -> list[R | None]:
         """What came of each order, places being different; None of one whose episode is lost.
 
         Raises:
@@ -203,7 +202,7 @@ class Arena(Generic[R]):
         self.steps += sum(answer.played for answer in found.values() if answer is not None)
         return [found[order.place] for order in orders]
 
-    def _gathered(self, index: int, orders: Sequence[Order[Any, R]]) -> dict[int, R | None]:
+    def _gathered(self, index: int, orders: Sequence[Order[R]]) -> dict[int, R | None]:
         """Answers of one process; where it fails, those of its successor."""
         found: dict[int, R | None] = {}
         for order in orders:
@@ -218,7 +217,7 @@ class Arena(Generic[R]):
             found[order.place] = self._taken(order, answer)
         return found
 
-    def _again(self, index: int, order: Order[Any, R]) -> R | None:
+    def _again(self, index: int, order: Order[R]) -> R | None:
         """The answer to an order of an innocent place, after all that was done there before."""
         answer: Answer | Exception | str = "crash"
         for past in self._history[order.place]:
@@ -231,7 +230,7 @@ class Arena(Generic[R]):
                 break
         return self._taken(order, answer)
 
-    def _taken(self, order: Order[Any, R], answer: Answer | Exception | str) -> R | None:
+    def _taken(self, order: Order[R], answer: Answer | Exception | str) -> R | None:
         if isinstance(answer, OpdError):
             raise answer
         if not isinstance(answer, Exception | str):

@@ -78,7 +78,7 @@ class ControlWorld(World[Seen, np.ndarray]):
 
 
 @dataclass(frozen=True)
-class ControlOrder(Order[ControlWorld, Chunk]):
+class ControlOrder(Order[Chunk]):
     """Begin an episode, or go on with a chunk of actions `[H, A]`.
 
     Attributes:
@@ -98,7 +98,8 @@ class ControlOrder(Order[ControlWorld, Chunk]):
     def begins(self) -> bool:
         return isinstance(self.what, Start)
 
-    def carry_out(self, world: ControlWorld) -> Chunk:
+    def carry_out(self, world: World) -> Chunk:
+        assert isinstance(world, ControlWorld)
         if isinstance(self.what, Start):
             return world.begin(self.what, self.horizon, self.frames)
         return world.play(self.what, self.horizon, self.frames, self.whole)

@@ -20,7 +20,7 @@ from opd.choice import Settings, kind_of
 from opd.context import Context
 from opd.environments.arena import Arena
 from opd.environments.control import Chunk, Control, ControlOrder
-from opd.environments.rows import body_of, environment_of, repeats, start_of
+from opd.environments.rows import body_of, repeats, start_of
 from opd.errors import DataError, IncompatibleError, nearest
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
@@ -184,7 +184,7 @@ class Simulator(PrefixSource[PlayingSettings]):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            environment = environment_of(prompt, Control)
+            environment = Control.of(prompt)
             if environment not in self.played:
                 self.played.append(environment)
 
@@ -224,7 +224,7 @@ class Simulator(PrefixSource[PlayingSettings]):
                 for number in free:
                     i = waiting.pop(0)
                     noise = torch.Generator().manual_seed(seeds[i])
-                    places[number] = Place(i, environment_of(members[i][0], Control), noise)
+                    places[number] = Place(i, Control.of(members[i][0]), noise)
                 self._begin([(n, places[n]) for n in free], members, seeds, request)
                 self._decide([(n, place) for n, place in places.items() if place.state is not None], request)
                 for number in [n for n, place in places.items() if place.state is None]:
@@ -317,7 +317,7 @@ class Simulator(PrefixSource[PlayingSettings]):
 
 def check_body(layout: Layout, prompt: Prompt) -> None:
     """Raise `DataError` where a policy of this layout cannot act in a row's environment."""
-    environment = environment_of(prompt, Control)
+    environment = Control.of(prompt)
     why = layout.misfit(body_of(environment))
     if why is not None:
         raise DataError(
