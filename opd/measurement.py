@@ -14,7 +14,7 @@ from opd.objectives.base import label
 from opd.reduction import sums_by_trajectory
 from opd.shaping import Shape
 from opd.teachers import LiveTeacher
-from opd.trajectories import AUTHORS, Trajectories
+from opd.trajectories import AUTHORS, Trajectories, join
 
 SIGNALS = frozenset(
     (
@@ -147,8 +147,9 @@ class Measurement:
                 "moved_positions": float(len(ratio)),
             }
         if micro.rewards is not None:
-            rewarded = ~torch.isnan(micro.rewards)
-            added |= {"reward": float(micro.rewards[rewarded].sum()), "rewarded": float(rewarded.sum())}
+            known, share = ~micro.rewards.isnan(), _share(micro)
+            rewarded = float((micro.rewards[known] * share[known]).sum())
+            added |= {"reward": rewarded, "rewarded": float(share.sum())}
         added |= self._by_route(micro, counted[0], whole, shown, shape.measured)
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -171,12 +172,13 @@ class Measurement:
                 mine = torch.tensor([each == route for each in chosen])
                 here = mine.repeat_interleave(micro.lengths).to(counted.device)
                 rewards = torch.full((len(micro),), torch.nan) if micro.rewards is None else micro.rewards.cpu()
-                known = mine & ~rewards.isnan()
+                share = torch.zeros(len(micro)) if micro.rewards is None else _share(micro).cpu() * mine
+                known = share > 0
                 added |= {
                     f"{place}/trajectories": float(mine.sum()),
                     f"{place}/length": float(micro.lengths[mine].sum()),
-                    f"{place}/reward": float(rewards[known].sum()),
-                    f"{place}/rewarded": float(known.sum()),
+                    f"{place}/reward": float((rewards[known] * share[known]).sum()),
+                    f"{place}/rewarded": float(share.sum()),
                     f"{place}/divergence": float(shown["divergence"][counted & here].sum()),
                     f"{place}/positions": float((counted & here).sum()),
                 }
@@ -224,6 +226,8 @@ class Measurement:
                 moved[group] = max(how, moved.get(group, how))
         if not members:
             return []
+        if any(micro.episodes is not None for micro, _ in self.parts):
+            return self._episodes(members[max(moved, key=lambda group: moved[group])])
         # Of each reward the first one, then of each the second, and so on.
         seen: dict[float | None, int] = {}
         turns = []
@@ -237,6 +241,33 @@ class Measurement:
             micro, values = self.parts[k]
             one, here = micro.pick([i for of, i in shown if of == k])
             found.append((one, {name: value[here.to(value.device)] for name, value in values.items()}))
+        return found
+
+    def _episodes(self, turns: Sequence[tuple[int, int]]) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
+        """Whole episodes out of the `turns` of one prompt, `(part, trajectory)` each: the first one of each reward, at
+        most `SHOWN`, each as one entry."""
+        episodes: dict[int, list[tuple[int, int]]] = {}
+        for k, i in turns:
+            of = self.parts[k][0].episodes
+            episodes.setdefault(-1 if of is None else int(of[i]), []).append((k, i))
+        seen: dict[float | None, int] = {}
+        order = []
+        for played in episodes.values():
+            k, i = played[0]
+            reward = self.parts[k][0].reward(i)
+            seen[reward] = seen.get(reward, 0) + 1
+            order.append((seen[reward], played))
+        found = []
+        for _, played in sorted(order, key=lambda each: each[0])[:SHOWN]:
+            taken = []
+            for k in dict.fromkeys(k for k, _ in played):
+                micro, values = self.parts[k]
+                one, here = micro.pick([i for of, i in played if of == k])
+                taken.append((one, {name: value[here.to(value.device)] for name, value in values.items()}))
+            parts = [one for one, _ in taken]
+            whole = join(parts, range(sum(map(len, parts))))
+            names = taken[0][1].keys()
+            found.append((whole, {name: torch.cat([values[name] for _, values in taken]) for name in names}))
         return found
 
     @property
@@ -310,6 +341,12 @@ class Measurement:
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _share(micro: Trajectories) -> torch.Tensor:
+    """float32 `[B]`: how much of an outcome each reward is; a micro-batch may cut an episode, so it is the step's."""
+    assert micro.rewards is not None
+    return (~micro.rewards.isnan()).float() if micro.reward_share is None else micro.reward_share
 
 
 def _place(teacher: LiveTeacher, route: str) -> str:

@@ -94,6 +94,7 @@ class Monitor:
             rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run)
             told = words_of(run.recipe.shaping, trajectories, values)
             rows = [row | ({"shaped": words} if words else {}) for row, words in zip(rows, told, strict=True)]
+            rows = run.student.joined(rows, trajectories.prompts)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         called = run.recipe.objective[0].called

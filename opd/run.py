@@ -218,7 +218,7 @@ class Run:
             return trajectories, list(targets)
         kept, here = trajectories.pick((~lost).nonzero().flatten().tolist())
         if kept.rewards is not None and len(kept):
-            kept = kept.rewarded(kept.rewards, self._spread(kept.rewards))
+            kept = kept.rewarded(kept.rewards, self._spread(kept))
         return kept, [replace(target.select(here.to(self.context.device)), missing=None) for target in targets]
 
     def _any_lost(self, lost: torch.Tensor, trajectories: Trajectories, measurement: Measurement) -> bool:
@@ -308,7 +308,7 @@ class Run:
         """A step's trajectories with their rewards, as `judged` gives them, compared over all processes, which must all
         ask."""
         judged = self.judged(trajectories)
-        return judged if judged.rewards is None else judged.rewarded(judged.rewards, self._spread(judged.rewards))
+        return judged if judged.rewards is None else judged.rewarded(judged.rewards, self._spread(judged))
 
     def judged(self, trajectories: Trajectories) -> Trajectories:
         """The trajectories with their rewards, compared among themselves: the verifier's verdicts, and where there is
@@ -322,7 +322,7 @@ class Run:
             rewards = self.verifier.score(trajectories, self.student.outcomes(trajectories))
             rewards = rewards if own is None else torch.where(rewards.isnan(), own, rewards)
         assert rewards is not None
-        return trajectories.rewarded(rewards, spread_of(sums_of(rewards)))
+        return trajectories.rewarded(rewards, spread_of(sums_of(rewards, trajectories.shares(rewards))))
 
     def measured(self, trajectories: Trajectories) -> dict[str, torch.Tensor]:
         """What the verifier says of outcomes beside their rewards, for held-out measurements."""
@@ -330,14 +330,18 @@ class Run:
             return {}
         return self.verifier.measure(trajectories, self.student.outcomes(trajectories))
 
-    def _spread(self, rewards: torch.Tensor) -> float:
-        return spread_of(self.sum_over_processes(sums_of(rewards)))
+    def _spread(self, trajectories: Trajectories) -> float:
+        rewards = trajectories.rewards
+        assert rewards is not None
+        return spread_of(self.sum_over_processes(sums_of(rewards, trajectories.shares(rewards))))
 
 
-def sums_of(rewards: torch.Tensor) -> torch.Tensor:
-    """float64 `[3]`: the sum of the known rewards, that of their squares, and their number."""
-    known = rewards[~rewards.isnan()].double()
-    return torch.stack([known.sum(), known.square().sum(), torch.tensor(len(known)).double()])
+def sums_of(rewards: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """float64 `[3]`: the sum of the known rewards, that of their squares, and their number, each by its share of an
+    outcome (`Trajectories.shares`)."""
+    known = ~rewards.isnan()
+    values, counted = rewards[known].double(), shares[known].double()
+    return torch.stack([(values * counted).sum(), (values.square() * counted).sum(), counted.sum()])
 
 
 def spread_of(sums: torch.Tensor) -> float:

@@ -58,6 +58,10 @@ class Trajectories:
         answers: what teachers said while the trajectories were written, one target a teacher by its name, for all N
             positions; None where nobody was asked. The run asks those again that are not among them.
         reward_spread: standard deviation of all known rewards of the step, on all processes; None without rewards.
+        episodes: int64 `[B]`, which episode each trajectory is a turn of, where an episode gave several, next to each
+            other and with one reward; None where each is an outcome of its own.
+        reward_share: float32 `[B]`, how much of an outcome each trajectory's reward stands for: a turn with a known
+            reward is one part of its episode's turns; None without rewards, or where each is a whole one.
     """
 
     prompts: ByTrajectory[Sequence[Prompt]]
@@ -78,6 +82,8 @@ class Trajectories:
     columns: ByPosition[Mapping[str, torch.Tensor]] = field(default_factory=dict)
     answers: ByPosition[tuple[Target, ...] | None] = None
     reward_spread: float | None = None
+    episodes: ByTrajectory[torch.Tensor | None] = None
+    reward_share: ByTrajectory[torch.Tensor | None] = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -97,16 +103,44 @@ class Trajectories:
         """bool `[N]`: positions that may enter a loss; what the environment wrote never does, whatever `learn` says."""
         return self.learn & self.chosen.to(self.learn.device)
 
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes these are: trajectories, or the episodes that they are turns of."""
+        return len(self) if self.episodes is None else len(self.episodes.unique())
+
     def rewarded(self, rewards: torch.Tensor, spread: float) -> Trajectories:
-        """These with float32 `[B]` rewards, NaN where there is no verdict; `spread` is that of all of the step's."""
+        """These with float32 `[B]` rewards, NaN where there is no verdict; `spread` is that of all of the step's. An
+        episode counts once, however many turns it has."""
         known, place = ~rewards.isnan(), torch.unique(self.groups, return_inverse=True)[1]
-        count = torch.zeros(int(place.max()) + 1).index_add_(0, place, known.float())
-        mean = torch.zeros_like(count).index_add_(0, place, rewards.nan_to_num()) / count.clamp(min=1)
+        share, each = known.float(), None
+        if self.episodes is not None:
+            share = each = self.shares(rewards)
+        count = torch.zeros(int(place.max()) + 1).index_add_(0, place, share)
+        if self.episodes is not None:
+            count = count.round()
+        mean = torch.zeros_like(count).index_add_(0, place, rewards.nan_to_num() * share) / count.clamp(min=1)
         away = torch.where(known, rewards - mean[place], 0.0)
         # A group of one has no spread.
-        squares = torch.zeros_like(count).index_add_(0, place, away**2) / (count - 1).clamp(min=1)
+        squares = torch.zeros_like(count).index_add_(0, place, away**2 * share) / (count - 1).clamp(min=1)
         spreads = squares.sqrt()[place]
-        return replace(self, rewards=rewards, reward_spread=spread, group_mean=mean[place], group_spread=spreads)
+        return replace(
+            self,
+            rewards=rewards,
+            reward_spread=spread,
+            group_mean=mean[place],
+            group_spread=spreads,
+            reward_share=each,
+        )
+
+    def shares(self, rewards: torch.Tensor) -> torch.Tensor:
+        """float32 `[B]`: of how much of an outcome each trajectory's reward speaks. 0 where it is NaN, else 1 over the
+        turns of its episode with a known one."""
+        known = (~rewards.isnan()).float()
+        if self.episodes is None:
+            return known
+        place = torch.unique(self.episodes, return_inverse=True)[1].to(known.device)
+        turns = torch.zeros(int(place.max()) + 1).index_add_(0, place, known)
+        return known / turns[place].clamp(min=1)
 
     def reward(self, index: int) -> float | None:
         """The verdict on one trajectory, None where there is none."""
@@ -157,7 +191,7 @@ FIELDS: dict[str, str] = {
 """`"position"` or `"trajectory"` by name; fields of the whole step are not in it."""
 
 
-OF_STEP = ("group_mean", "group_spread", "reward_spread")
+OF_STEP = ("group_mean", "group_spread", "reward_spread", "reward_share")
 """What compares rewards with others of the step: of parts that are put together it is made anew."""
 
 
@@ -168,10 +202,13 @@ def join(parts: Sequence[Trajectories], order: Sequence[int]) -> Trajectories:
     What some parts lack: answers are then dropped (and asked for anew); rewards are NaN there, `stored` is -1, columns
     are NaN, -1 or False. What compares the rewards of a step is dropped (and made anew).
     """
-    offset, numbered = 0, []
+    offset, numbered, played = 0, [], 0
     for part in parts:
         numbered.append(replace(part, groups=part.groups + offset))
         offset += int(part.groups.max()) + 1
+        if part.episodes is not None:
+            numbered[-1] = replace(numbered[-1], episodes=part.episodes + played)
+            played += int(part.episodes.max()) + 1
     lengths = torch.cat([p.lengths for p in parts])
     inverse = torch.tensor(sorted(range(len(order)), key=order.__getitem__))
     owned = torch.split(torch.arange(int(lengths.sum())), lengths.tolist())

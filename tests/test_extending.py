@@ -29,6 +29,7 @@ from opd.rollouts import Request
 from opd.rollouts.student import StudentRollout
 from opd.truth_table import measure_choice
 from opd.verifiers.drawing import DrawingReward
+from tests.agents import talking
 from tests.conftest import save_tiny
 from tests.test_imports import AXES
 
@@ -398,6 +399,30 @@ def test_the_environment_is_played_in_and_its_expert_teaches(tmp_path, theirs):
     assert chunk.turn.outcome == 1
 
 
+def test_the_conversation_is_played_in_turns(tmp_path, theirs):
+    student, teacher = talking(tmp_path)
+    prompts = named("Conversation")["prompts"]
+    result = opd.distill(
+        student,
+        teacher,
+        prompts,
+        rollout={"kind": "agent", "turns": 2, "max_new_tokens": 4},
+        steps=2,
+        batch={"prompts": 3, "micro": 4},
+        evaluation={"prompts": prompts | {"seed": 1, "per_task": 2}},
+        tracking={"trackers": []},
+        hardware={"device": "cpu", "threads": 1},
+        output=str(tmp_path / "run"),
+        quiet=True,
+    )
+    assert all(record["train/gradient_norm"] > 0 for record in steps_of(result))
+    world = theirs["Conversation"].HigherLower(most=9).build()
+    turn = world.reset(Start("find", 3))
+    while not turn.over:
+        turn = world.step(world.expert())
+    assert turn.outcome >= 1 / 4, "it halves what is left"
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 def test_what_the_page_writes_into_a_recipe_is_accepted(section):
     rest = {"student": {"model": "s"}, "teacher": {"model": "t"}, "prompts": {"kind": "inline", "prompts": ["a"]}}
@@ -406,6 +431,7 @@ def test_what_the_page_writes_into_a_recipe_is_accepted(section):
         "Drafter": {"teacher": {"kind": "target"}, "rollout": "speculative", "objective": "accepted"},
         "Environment": {"student": {"kind": "action_tokens", "model": "s"}, "teacher": "scripted"}
         | {"rollout": "simulator"},
+        "Conversation": {"rollout": "agent"},
     }
     recipe = parse_recipe(rest | needs.get(section, {}) | named(section))
     (kind,) = re.findall(r'kind: Literal\["(.*?)"\]', code_of(section))

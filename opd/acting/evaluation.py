@@ -21,16 +21,16 @@ from opd.policies.held_out import (
     accuracies,
     as_logged,
     by_prompt,
+    by_task,
     first_answer,
     firsts,
     judge,
     outcomes,
+    success_rates,
+    tasks_of,
     totals,
 )
 from opd.trajectories import Trajectories
-
-TASK = "task"
-"""Column by which successes are told apart."""
 
 PLAYED = 12
 """Held-out episodes of one evaluation whose pictures logs keep."""
@@ -49,16 +49,6 @@ class ActionEvaluation(Evaluation):
     }
     greedy: bool = Field(True, description="Act by the likeliest token; false draws as in training")
     frames: bool = Field(True, description="Keep pictures of the episodes for the report")
-
-
-def wilson(successes: float, count: float, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of Wilson (1927) for a share of `count` trials, by default of 95 %."""
-    if not count:
-        return 0.0, 1.0
-    share, square = successes / count, z * z / count
-    middle = (share + square / 2) / (1 + square)
-    half = z * (share * (1 - share) / count + square / (4 * count)) ** 0.5 / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 class Agent(Protocol):
@@ -80,8 +70,7 @@ def measure(run: Measured, student: Agent, at: Moment) -> HeldOut:
     """
     settings = at.settings
     prompts = run.share(run.held_out)
-    tasks = sorted({str(p.fields[TASK]) for p in run.held_out if TASK in p.fields})
-    tasks = tasks if len(tasks) > 1 else []
+    tasks = tasks_of(run.held_out)
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
@@ -92,7 +81,7 @@ def measure(run: Measured, student: Agent, at: Moment) -> HeldOut:
         items["accuracy"] = by_prompt(played)
         sums["steps"] = float(sum(episode.steps for episode in played.contexts))
         for task in tasks:
-            sums |= _of_task(played, task)
+            sums |= by_task(played, task)
         shown = set(firsts(played))
         start = 0
         for micro, _ in played.split(run.micro):
@@ -116,26 +105,10 @@ def measure(run: Measured, student: Agent, at: Moment) -> HeldOut:
     return HeldOut(_metrics(run, sums, tasks, settings.k), rows, {n: found for n, found in items.items() if found})
 
 
-def _of_task(trajectories: Trajectories, task: str) -> dict[str, float]:
-    """Sum and number of the outcomes of one task's episodes."""
-    if trajectories.rewards is None:
-        return {}
-    mine = torch.tensor([str(p.fields.get(TASK)) == task for p in trajectories.prompts])
-    known = trajectories.rewards[mine & ~trajectories.rewards.isnan()]
-    return {f"accuracy/{task}": float(known.sum()), f"verified/{task}": float(len(known))}
-
-
 def _metrics(run: Measured, sums: Mapping[str, float], tasks: Sequence[str], k: int) -> dict[str, float]:
-    by_task = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
+    of_tasks = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
     names = COMPARED if judge(run) is not None else ("student_entropy",)
-    total = totals(run, sums, [*COUNTS, *names, "compared", "steps", *by_task])
+    total = totals(run, sums, [*COUNTS, *names, "compared", "steps", *of_tasks])
     metrics = {name: total[name] / total["compared"] for name in names if total["compared"]}
     metrics["steps"] = total["steps"] / max(1.0, total["trajectories"])
-    metrics |= accuracies(total, k)
-    if total["verified"]:
-        low, high = wilson(total["accuracy"], total["verified"])
-        metrics |= {"accuracy_low": low, "accuracy_high": high}
-    for task in tasks:
-        if total[f"verified/{task}"]:
-            metrics[f"accuracy/{task}"] = total[f"accuracy/{task}"] / total[f"verified/{task}"]
-    return metrics
+    return metrics | accuracies(total, k) | success_rates(total, tasks)

@@ -4,62 +4,72 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-
-import numpy as np
+from typing import Generic, Protocol, TypeVar
 
 from opd.choice import kind_of
-from opd.environments.base import Start
-from opd.environments.control import Chunk, Control, ControlWorld
+from opd.environments.base import Environment, World
 from opd.errors import OpdError, RunError, first_line
 
 STARTING = 120.0
 """Seconds that a process may take to begin, before `patience` counts."""
 
 
-@dataclass(frozen=True)
-class Order:
-    """What one place is to do: begin an episode, or go on with a chunk of actions `[H, A]`.
+class Answer(Protocol):
+    """What came of an order, as far as it is counted."""
+
+    @property
+    def played(self) -> int:
+        """Environment steps."""
+
+
+R = TypeVar("R", bound=Answer)
+
+
+class Order(ABC, Generic[R]):
+    """What one place is to do: begin an episode, or go on with it. It can be pickled, and done again it comes to the
+    same where the environment repeats itself.
 
     Attributes:
         place: which of the worlds that stand side by side.
-        horizon: of the expert's plan afterwards; 0 for none.
-        frames: whether to show what a person would see.
-        whole: whether the observation after each action is wanted.
     """
 
     place: int
-    environment: Control
-    what: Start | np.ndarray
-    horizon: int = 0
-    frames: bool = False
-    whole: bool = False
+    environment: Environment
+
+    @property
+    @abstractmethod
+    def begins(self) -> bool:
+        """Whether an episode begins here, and what was done in this place before does not matter."""
+
+    @abstractmethod
+    def carry_out(self, world: World) -> R:
+        """Do it in a world of the order's environment."""
 
 
 class Host:
     """Worlds by place; each is kept until its place wants another environment, or until it fails."""
 
     def __init__(self) -> None:
-        self.worlds: dict[int, tuple[Control, ControlWorld]] = {}
+        self.worlds: dict[int, tuple[Environment, World]] = {}
 
-    def do(self, order: Order) -> Chunk | Exception:
+    def do(self, order: Order[R]) -> R | Exception:
         """What came of it. An `OpdError` is a mistake that a person can mend; any other error is the world's own, which
         is not played in again."""
         try:
-            if isinstance(order.what, Start):
-                return self._world(order).begin(order.what, order.horizon, order.frames)
-            return self.worlds[order.place][1].play(order.what, order.horizon, order.frames, order.whole)
+            return order.carry_out(self._world(order) if order.begins else self.worlds[order.place][1])
         except Exception as error:
             self._drop(order.place)
             if isinstance(error, OpdError):
                 return error
             return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
 
-    def _world(self, order: Order) -> ControlWorld:
+    def _world(self, order: Order[R]) -> World:
         held = self.worlds.get(order.place)
         if held is None or held[0] != order.environment:
             self._drop(order.place)
@@ -115,7 +125,7 @@ class Worker:
         with suppress(OSError):
             self.connection.send(order)
 
-    def receive(self, patience: float) -> Chunk | Exception | str:
+    def receive(self, patience: float) -> Answer | Exception | str:
         """The answer to the oldest order, or in a word why there will be none."""
         try:
             if self.connection.poll(patience):
@@ -138,7 +148,7 @@ class Worker:
 
 
 @dataclass
-class Arena:
+class Arena(Generic[R]):
     """Plays in many worlds at once.
 
     A world that raises, or whose process dies or says nothing for `patience` seconds, costs the episode that it was in:
@@ -147,7 +157,7 @@ class Arena:
 
     Attributes:
         processes: how many play; 0 plays in this one, where nothing can be done about a world that hangs.
-        patience: seconds that a chunk may take.
+        patience: seconds that an order may take.
         lost: how often an episode was lost, by environment and reason.
         restarts, steps, seconds: processes or worlds that were made again, environment steps, and seconds in `play`,
             since they were last read.
@@ -163,9 +173,9 @@ class Arena:
     def __post_init__(self) -> None:
         self._here = Host()
         self._workers: list[Worker] = []
-        self._history: dict[int, list[Order]] = {}
+        self._history: dict[int, list[Order[R]]] = {}
 
-    def play(self, orders: Sequence[Order]) -> list[Chunk | None]:
+    def play(self, orders: Sequence[Order[R]]) -> list[R | None]:
         """What came of each order, places being different; None of one whose episode is lost.
 
         Raises:
@@ -173,9 +183,9 @@ class Arena:
         """
         began = time.perf_counter()
         for order in orders:
-            past = [] if isinstance(order.what, Start) else self._history[order.place]
+            past = [] if order.begins else self._history[order.place]
             self._history[order.place] = [*past, order]
-        found: dict[int, Chunk | None]
+        found: dict[int, R | None]
         if self.processes:
             self._workers += [Worker() for _ in range(self.processes - len(self._workers))]
             shares = [[o for o in orders if o.place % self.processes == i] for i in range(self.processes)]
@@ -189,12 +199,12 @@ class Arena:
         else:
             found = {order.place: self._taken(order, self._here.do(order)) for order in orders}
         self.seconds += time.perf_counter() - began
-        self.steps += sum(chunk.played for chunk in found.values() if chunk is not None)
+        self.steps += sum(answer.played for answer in found.values() if answer is not None)
         return [found[order.place] for order in orders]
 
-    def _gathered(self, index: int, orders: Sequence[Order]) -> dict[int, Chunk | None]:
+    def _gathered(self, index: int, orders: Sequence[Order[R]]) -> dict[int, R | None]:
         """Answers of one process; where it fails, those of its successor."""
-        found: dict[int, Chunk | None] = {}
+        found: dict[int, R | None] = {}
         for order in orders:
             answer = self._workers[index].receive(self.patience)
             if isinstance(answer, str):
@@ -207,24 +217,24 @@ class Arena:
             found[order.place] = self._taken(order, answer)
         return found
 
-    def _again(self, index: int, order: Order) -> Chunk | None:
+    def _again(self, index: int, order: Order[R]) -> R | None:
         """The answer to an order of an innocent place, after all that was done there before."""
-        answer: Chunk | Exception | str = "crash"
+        answer: Answer | Exception | str = "crash"
         for past in self._history[order.place]:
             self._workers[index].send(past)
             answer = self._workers[index].receive(self.patience)
             if isinstance(answer, str):
                 self._workers[index].kill()
                 self._workers[index] = Worker()
-            if not isinstance(answer, Chunk):
+            if isinstance(answer, Exception | str):
                 break
         return self._taken(order, answer)
 
-    def _taken(self, order: Order, answer: Chunk | Exception | str) -> Chunk | None:
-        if isinstance(answer, Chunk):
-            return answer
+    def _taken(self, order: Order[R], answer: Answer | Exception | str) -> R | None:
         if isinstance(answer, OpdError):
             raise answer
+        if not isinstance(answer, Exception | str):
+            return answer  # type: ignore[return-value]  # an order's own answer, though it came through a pipe
         self.lost[f"{kind_of(order.environment)}: {answer}"] += 1
         self.restarts += 1
         return None

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Generic, TypeVar
+from functools import lru_cache
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
-from opd.choice import Choice
+from pydantic import TypeAdapter, ValidationError
+
+from opd.choice import Choice, OneOf, kind_of
+from opd.errors import DataError, first_line
+from opd.prompts.base import Prompt
 
 O = TypeVar("O")  # noqa: E741  # the observation's type, as the field writes it
 A = TypeVar("A")
@@ -49,13 +55,12 @@ class Turn(Generic[O]):
         return self.done or self.cut
 
 
+COLUMNS = ("environment", "task", "seed")
+"""What a row needs of which an episode is played; prompts of kind `episodes` write them."""
+
+
 class World(ABC, Generic[O, A]):
     """A built environment, in which one episode is played at a time."""
-
-    writes: ClassVar[bool] = False
-    """Who wrote which position: whether what it says takes positions of a trajectory itself, written by `environment`
-    between those that the agent wrote (a shell's output), or stands beside them as what the agent saw (a picture), so
-    that every position is the agent's."""
 
     @abstractmethod
     def reset(self, start: Start) -> Turn[O]:
@@ -87,6 +92,34 @@ class Environment(Choice):
     def tasks(self) -> Mapping[str, str]:
         """What is to be done in it: the instruction of each task by the task's name."""
 
+    @classmethod
+    def of(cls, prompt: Prompt) -> Self:
+        """The settings of the environment that a row's episodes are played in.
+
+        Raises:
+            DataError: the row names none, or one of another kind than this class.
+        """
+        lacking = next((column for column in COLUMNS if column not in prompt.fields), None)
+        if lacking is not None:
+            raise DataError(
+                f"{prompt.where}: no column {lacking!r}, so no episode can be played from this row; take prompts of "
+                "kind episodes"
+            )
+        try:
+            found = named(json.dumps(prompt.fields["environment"], sort_keys=True))
+        except (ValidationError, TypeError) as error:
+            raise DataError(f"{prompt.where}: column 'environment' names none ({first_line(error)})") from None
+        if not isinstance(found, cls):
+            raise DataError(
+                f"{prompt.where}: environment {kind_of(found)!r} is for students of {found.modality} models, and a "
+                f"rollout of {cls.modality} models plays here; take an environment of those"
+            )
+        return found
+
+    def columns(self, task: str) -> Mapping[str, Any]:
+        """Further columns of a task's rows, as the tools that an agent may call."""
+        return {}
+
     @abstractmethod
     def build(self) -> World:
         """Make a world, in the process that plays in it.
@@ -94,3 +127,15 @@ class Environment(Choice):
         Raises:
             ModelError: what it is made of is not installed.
         """
+
+    @abstractmethod
+    def says_the_same(self) -> bool:
+        """Whether two short episodes of one start and the same actions are the same; asked where `repeats` is None."""
+
+
+@lru_cache
+def named(text: str) -> Environment:
+    """An environment's settings from what `model_dump` made of them, as JSON."""
+    adapter: Any = TypeAdapter(Annotated[Environment, OneOf(Environment)])
+    found: Environment = adapter.validate_python(json.loads(text))
+    return found

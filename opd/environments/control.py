@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from opd.acting.seeing import Body, Plan, Seen
+from opd.environments.arena import Order
 from opd.environments.base import Environment, Start, Turn, World
 
 
@@ -76,6 +77,34 @@ class ControlWorld(World[Seen, np.ndarray]):
         return np.stack(frames) if frames else None
 
 
+@dataclass(frozen=True)
+class ControlOrder(Order[Chunk]):
+    """Begin an episode, or go on with a chunk of actions `[H, A]`.
+
+    Attributes:
+        horizon: of the expert's plan afterwards; 0 for none.
+        frames: whether to show what a person would see.
+        whole: whether the observation after each action is wanted.
+    """
+
+    place: int
+    environment: Control
+    what: Start | np.ndarray
+    horizon: int = 0
+    frames: bool = False
+    whole: bool = False
+
+    @property
+    def begins(self) -> bool:
+        return isinstance(self.what, Start)
+
+    def carry_out(self, world: World) -> Chunk:
+        assert isinstance(world, ControlWorld)
+        if isinstance(self.what, Start):
+            return world.begin(self.what, self.horizon, self.frames)
+        return world.play(self.what, self.horizon, self.frames, self.whole)
+
+
 class Control(Environment):
     """Base of environments with a body."""
 
@@ -98,3 +127,19 @@ class Control(Environment):
 
     @abstractmethod
     def tasks(self) -> Mapping[str, str]: ...
+
+    def says_the_same(self) -> bool:
+        world, body = self.build(), self.body()
+        action = np.array([body.low, body.high]).mean(0)
+        try:
+            found = []
+            for _ in range(2):
+                turns = [world.reset(Start(next(iter(self.tasks())), 0))]
+                while len(turns) < 4 and not turns[-1].over:
+                    turns.append(world.step(action))
+                found.append([turn.observation for turn in turns])
+        finally:
+            world.close()
+        return len(found[0]) == len(found[1]) and all(
+            np.array_equal(a.state, b.state) and np.array_equal(a.images, b.images) for a, b in zip(*found, strict=True)
+        )

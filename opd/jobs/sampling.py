@@ -69,6 +69,11 @@ def _told(quiet: bool, text: str) -> Iterator[None]:
 def _sampled(recipe: Recipe, path: Path, draws: int, prompts_per_shard: int, quiet: bool, opened: ExitStack) -> Store:
     if isinstance(recipe.rollout, StoredRollout):
         raise RecipeError("rollout is 'stored'; opd rollout makes such a store: give it the recipe that samples")
+    if recipe.rollout.turnwise:
+        raise RecipeError(
+            f"rollout {kind_of(recipe.rollout)!r} gives the turns of episodes, and a store has rows of equally many "
+            "completions of each prompt; train with it as it is"
+        )
     if recipe.update.private and "rollouts" not in recipe.update.revealed:
         raise RecipeError(
             f"update {kind_of(recipe.update)!r} writes nothing of rollouts to the disk, and a store holds them; set "

@@ -40,6 +40,10 @@ OURS = frozenset(
 """Arguments of `apply_chat_template` that are no variables of a template, or have a column of their own."""
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks of what an assistant wrote, which transformers adds to the language of templates."""
+WRITTEN = "ids"
+"""Key of a message with the ids of a reply as they were written."""
+PLACE = "(here the reply stood)"
+"""What a template writes in the place of such a reply."""
 TOOLS = "a list of objects that describe a tool each"
 
 
@@ -63,13 +67,66 @@ def encode(language: Engine, prompt: Prompt, column: str | None = None) -> list[
     if language.template == "chat":
         view = check_view(view, prompt.where, column or prompt.column)
         messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-        text = render(language, prompt, messages)
-        ids = list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = conversation(language, prompt, messages)
     else:
         ids = _plain(language, prompt, view)
     if not ids:
         raise DataError(f"{prompt.where}: the tokenizer of {language.owner} makes no token of this prompt")
     return ids
+
+
+def conversation(language: Engine, prompt: Prompt, messages: Messages) -> list[int]:
+    """Ids of messages, up to where the next reply begins. Of replies that bring the ids that were written (the key
+    `WRITTEN`) these stand there, and of the rest what the template adds behind them at that time: nothing that was
+    written is split into tokens anew, and what the model read in an earlier turn is a beginning of what it reads now.
+
+    Raises:
+        DataError: the template cannot write the messages, or leaves a reply out.
+    """
+    replies = [i for i, message in enumerate(messages) if message.get(WRITTEN) is not None]
+    formed = [
+        {**{k: v for k, v in message.items() if k not in (WRITTEN, "tool_calls")}, "content": PLACE}
+        if i in replies
+        else message
+        for i, message in enumerate(messages)
+    ]
+    ids: list[int] = []
+    for before, stop in zip([None, *replies], [*replies, len(messages)], strict=True):
+        text = render(language, prompt, formed[:stop])
+        if before is not None:
+            _, found, text = text.rpartition(PLACE)
+            if not found:
+                raise DataError(
+                    f"{prompt.where}: the chat template of {language.owner} leaves out the reply in message {before}"
+                )
+            written = [int(i) for i in messages[before][WRITTEN]]
+            ids += written
+        added = list(language.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # A reply that ended has the token that ends its turn already; one that was cut gets it from the template.
+        ids += added[1:] if ids and added and before is not None and written[-1:] == added[:1] else added
+    return ids
+
+
+def rewritten(language: Engine, prompt: Prompt, opening: Messages, answer: Messages) -> str | None:
+    """How a template writes an earlier turn otherwise than it stood when it was written; None where it stays.
+
+    Args:
+        opening: what an episode begins with.
+        answer: what an environment may say to a reply.
+    """
+    for reply in (PLACE, f"<think>\n{QUESTION}\n</think>\n\n{PLACE}"):
+        turn: Messages = [{"role": "assistant", "content": reply}, *answer]
+        for rounds in (0, 1):
+            begun = render(language, prompt, [*opening, *turn * rounds])
+            later = render(language, prompt, [*opening, *turn * (rounds + 1)])
+            if later.startswith(begun + reply):
+                continue
+            if reply != PLACE and QUESTION not in later[len(begun) :]:
+                return "what a reply thinks between <think> and </think> is dropped from earlier turns"
+            stood = begun + reply
+            same = next((i for i, (a, b) in enumerate(zip(stood, later, strict=False)) if a != b), len(later))
+            return f"{stood[same : same + 40]!r} becomes {later[same : same + 40]!r} once a turn is over"
+    return None
 
 
 def _listed(content: object) -> list[object]:

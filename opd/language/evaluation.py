@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from opd.policies.held_out import (
     accuracies,
     as_logged,
     by_prompt,
+    by_task,
     detail_means,
     detail_names,
     details,
@@ -31,6 +32,8 @@ from opd.policies.held_out import (
     judge,
     outcomes,
     roll_out,
+    success_rates,
+    tasks_of,
     totals,
 )
 from opd.prompts import Prompt
@@ -68,6 +71,7 @@ class LanguageEvaluation(Evaluation):
         "reverse_kl_sampled": "smaller",
         "top1_agreement": "larger",
         "greedy_accuracy": "larger",
+        "steps": "smaller",
     }
     greedy: bool = Field(False, description="Also measure greedy decoding")
     teacher_answers: bool = Field(
@@ -104,6 +108,8 @@ class Writer(Protocol):
 
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]: ...
 
+    def joined(self, rows: list[dict[str, Any]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]: ...
+
 
 def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     """Roll out every held-out prompt and compare the student with the first teacher that can be asked there, at every
@@ -116,6 +122,10 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     training reads a store that holds an earlier student's completions of these prompts, `drift` and `drift_std` of
     `q(a) / q_then(a)` over their tokens; where a verifier gave verdicts those of `accuracies`; with `greedy` also
     `greedy_accuracy` and `greedy_length`; and what the verifier measures beside its verdicts, under its own names.
+
+    Of an agent `accuracy` is the mean outcome of its episodes, with `accuracy_low` and `accuracy_high`, its Wilson
+    interval of 95 %, and `accuracy/TASK` by the rows' column `task` where it has several values; `steps` are the turns
+    of an episode, and `length` and `truncated` are those of a turn.
     """
     settings = at.settings
     assert isinstance(settings, LanguageEvaluation)
@@ -127,6 +137,10 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
         trajectories = roll_out(run, at, at.sampler, prompts, settings.k)
         sums |= outcomes(trajectories) | details(run, trajectories)
         items["accuracy"] = by_prompt(trajectories)
+        if trajectories.episodes is not None:
+            sums |= {"episodes": float(trajectories.outcomes), "steps": float(len(trajectories))}
+            for task in tasks_of(run.held_out):
+                sums |= by_task(trajectories, task)
         answers: dict[str, str] = {}
         if settings.teacher_answers:
             found, answers = _taught(run, at, student, prompts)
@@ -155,7 +169,14 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             compared.append(micro)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         groups = [group for micro in compared for group in micro.groups.tolist()]
-        rows = [row for i, row in enumerate(rows) if groups[i] not in groups[:i]]
+        if any(micro.episodes is not None for micro in compared):
+            episodes = [each for micro in compared for each in (micro.episodes if micro.episodes is not None else [])]
+            first = {group: int(each) for group, each in reversed(list(zip(groups, episodes, strict=True)))}
+            kept = [i for i, group in enumerate(groups) if int(episodes[i]) == first[group]]
+            prompts_of = [prompt for micro in compared for prompt in micro.prompts]
+            rows = student.joined([rows[i] for i in kept], [prompts_of[i] for i in kept])
+        else:
+            rows = [row for i, row in enumerate(rows) if groups[i] not in groups[:i]]
         before = run.rollout.written_before(prompts, at.rollout.budget)
         if before is not None:
             sums |= _moved(run, at, student, before)
@@ -229,11 +250,16 @@ def _means(run: Measured, sums: dict[str, float], k: int) -> dict[str, float]:
     known = ("student_entropy",) if teacher is None else KNOWN[teacher.answers.kind]
     counted = [*COUNTS, *detail_names(run)]
     others = [f"{who}_{name}" for who in ("greedy", "teacher") for name in counted]
-    total = totals(run, sums, [*known, COMPARED, *MOVED, *counted, *others])
+    tasks = tasks_of(run.held_out)
+    of_tasks = [f"{name}/{task}" for task in tasks for name in ("accuracy", "verified")]
+    total = totals(run, sums, [*known, COMPARED, *MOVED, *counted, *others, "episodes", "steps", *of_tasks])
     metrics = {name: total[name] / total[COMPARED] for name in known if total[COMPARED]}
     metrics["length"] = total["positions"] / total["trajectories"]
     metrics["truncated"] = total["truncated"] / total["trajectories"]
     metrics |= accuracies(total, k) | detail_means(total)
+    if total["episodes"]:
+        metrics["steps"] = total["steps"] / total["episodes"]
+        metrics |= success_rates(total, tasks)
     if total["moved_positions"]:
         metrics["drift"] = total["moved"] / total["moved_positions"]
         square = total["moved_squared"] / total["moved_positions"]

@@ -21,6 +21,7 @@ from opd.language.agreement import (
 )
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess
+from opd.language.episodes import as_episodes
 from opd.language.positions import check_positions
 from opd.language.tokens import Tokens
 from opd.policies.base import Student
@@ -142,6 +143,9 @@ class LanguageStudent(Student):
                 row["authors"] = authors
             rows.append(row)
         return rows
+
+    def joined(self, rows: list[dict[str, Any]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        return as_episodes(rows, prompts)
 
     def measured_by(self, sampler: HeldOutSampler, settings: Evaluation) -> HeldOutSampler:
         from opd.language.rollout import GREEDY

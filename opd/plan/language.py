@@ -143,7 +143,16 @@ def plan_language(recipe: Recipe) -> Plan:
     prompt, common, training = prompt_tokens(recipe, recipe.student.reader, notes)
     notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
-    trajectories = recipe.batch.prompts * recipe.batch.group
+    trajectories = _trajectories(recipe)
+    if recipe.rollout.most_read is not None:
+        # What stands before a turn's reply is not in the rows; an episode may be as long as it is let.
+        prompt, common = recipe.rollout.most_read, 0
+        notes.append(
+            f"an episode has up to {recipe.rollout.most_turns} turns, with up to {prompt} tokens before each reply: "
+            "so many are counted"
+        )
+    # Every turn is another state, about which a debate is held anew.
+    debated = trajectories if recipe.rollout.turnwise else recipe.batch.prompts
     sampled = _sampled_here(recipe, student, teachers)
     tokenizers = _tokenizers(recipe, [shape for shapes in asked for shape in shapes], notes)
     return Plan(
@@ -154,7 +163,7 @@ def plan_language(recipe: Recipe) -> Plan:
         completion_tokens=completion,
         trajectories=trajectories,
         memory=_memory(recipe, student, teachers, debates, prompt, common, completion, notes),
-        teraflops=_operations(student, asked, debates, recipe.batch.prompts, trajectories, prompt, completion, sampled),
+        teraflops=_operations(student, asked, debates, debated, trajectories, prompt, completion, sampled),
         steps=recipe.steps,
         update=_of_update(recipe, training, notes),
         notes=tuple(dict.fromkeys(notes)),
@@ -277,6 +286,11 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
     return round(sum(lengths) / len(lengths)), common, training
 
 
+def _trajectories(recipe: Recipe) -> int:
+    """Most trajectories of a step."""
+    return recipe.batch.prompts * recipe.batch.group * recipe.rollout.most_turns
+
+
 def _memory(
     recipe: Recipe,
     student: Shape,
@@ -289,12 +303,13 @@ def _memory(
 ) -> dict[str, int]:
     assert isinstance(recipe.student, TrainedModel)
     size = student.size
-    micro = min(recipe.batch.micro, recipe.batch.prompts * recipe.batch.group)
+    micro = min(recipe.batch.micro, _trajectories(recipe))
     # Packed rows hold a group's prompt and the common beginning once; padded batches hold all for every trajectory.
     on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
-    prompts = -(-micro // recipe.batch.group) if on_cpu else micro
+    together = 1 if recipe.rollout.turnwise else recipe.batch.group
+    prompts = -(-micro // together) if on_cpu else micro
     tokens = prompts * (prompt - common) + common + micro * completion if on_cpu else micro * (prompt + completion)
-    positions = recipe.batch.prompts * recipe.batch.group * completion
+    positions = _trajectories(recipe) * completion
     rows = chunk_rows(student.vocabulary)
     parts = {
         "student weights": student.weight_bytes,

@@ -20,7 +20,7 @@ from opd.acting.model import ActionModel, PolicySettings, load_policy
 from opd.acting.outline import policy_shape
 from opd.context import Context
 from opd.distributions import Categorical, Distribution
-from opd.environments.rows import COLUMNS
+from opd.environments.base import COLUMNS
 from opd.errors import DataError, IncompatibleError, ModelError, SelfTestError
 from opd.language.own_outputs import compute_dtype
 from opd.pictures import data_address

@@ -130,6 +130,10 @@ class Student(ABC):
     def outcomes(self, trajectories: Trajectories) -> Sequence[Outcome]:
         """What each of the B trajectories came to, as verifiers read it: a text, an image."""
 
+    def joined(self, rows: list[dict[str, Any]], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Rows for logs, with those put together that show one outcome, as the turns of an episode do."""
+        return rows
+
     @abstractmethod
     def rows(self, trajectories: Trajectories, values: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
         """One row a trajectory, as samples.jsonl and rollouts.jsonl hold them, with `values` (`[N]` each) by position.

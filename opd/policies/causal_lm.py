@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical, Distribution
+from opd.environments.base import COLUMNS
 from opd.errors import ModelError, RunError, nearest
 from opd.files.whole import attempt, told
 from opd.language import evaluation
@@ -47,6 +48,7 @@ from opd.planning import Shape
 from opd.policies.base import LIVE, Policy
 from opd.policies.evaluation import Evaluation
 from opd.policies.held_out import HeldOut, Measured, Moment
+from opd.prompts import Prompt
 from opd.provenance import ORIGIN, read_origin
 from opd.trajectories import Trajectories
 
@@ -142,6 +144,10 @@ class TrainedModel(ModelSettings, Policy):
         made = model if self.lora is None else self.adapt(model, self.lora)
         self.freeze_parts(made)
         return made
+
+    def seen(self, prompt: Prompt) -> dict[str, Any]:
+        # Of an episode the row's text is its task alone; what is seen depends on where it begins.
+        return {name: prompt.fields[name] for name in COLUMNS} if set(COLUMNS) <= prompt.fields.keys() else {}
 
     @classmethod
     def weights(cls, model: object) -> Iterator[torch.nn.Parameter]:

@@ -24,6 +24,9 @@ STREAM = -1
 COUNTS = ("positions", "trajectories", "truncated", "accuracy", "verified", "passed", "prompts")
 """Names of the sums that `outcomes` makes."""
 
+TASK = "task"
+"""Column by which successes are told apart."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -104,7 +107,7 @@ def roll_out(run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[P
     writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
     found = sampler(prompts, k, at.settings.longest or own, stream=STREAM)
-    if len(found) < len(prompts) * k:
+    if found.outcomes < len(prompts) * k:
         run.monitor.warn_once(
             f"held-out measurements leave out rollouts that could not be written ({reasons([sampler.source])})"
         )
@@ -186,10 +189,19 @@ def by_prompt(trajectories: Trajectories) -> dict[str, float]:
     if trajectories.rewards is None:
         return {}
     found = {
-        trajectories.prompts[first].id: float(trajectories.rewards[_group_of(trajectories, first)].nanmean())
+        trajectories.prompts[first].id: _mean_of(trajectories, _group_of(trajectories, first))
         for first in firsts(trajectories)
     }
     return {name: mean for name, mean in found.items() if mean == mean}
+
+
+def _mean_of(trajectories: Trajectories, mine: torch.Tensor) -> float:
+    """The mean reward of the outcomes of some trajectories; NaN where none is known."""
+    assert trajectories.rewards is not None
+    if trajectories.episodes is None:
+        return float(trajectories.rewards[mine].nanmean())
+    rewards, shares = trajectories.rewards[mine], trajectories.shares(trajectories.rewards)[mine]
+    return float((rewards.nan_to_num() * shares).sum() / shares.sum())
 
 
 def outcomes(trajectories: Trajectories) -> dict[str, float]:
@@ -201,11 +213,11 @@ def outcomes(trajectories: Trajectories) -> dict[str, float]:
     }
     if trajectories.rewards is not None:
         verdicts = trajectories.rewards
-        known = ~verdicts.isnan()
+        known, shares = ~verdicts.isnan(), trajectories.shares(verdicts)
         groups = [_group_of(trajectories, first) for first in firsts(trajectories)]
         sums |= {
-            "accuracy": float(verdicts[known].sum()),
-            "verified": float(known.sum()),
+            "accuracy": float((verdicts[known] * shares[known]).sum()),
+            "verified": float(shares.sum()),
             "passed": float(sum(bool((verdicts[mine] >= 1).any()) for mine in groups)),
             "prompts": float(sum(bool(known[mine].any()) for mine in groups)),
         }
@@ -233,6 +245,44 @@ def detail_means(total: Mapping[str, float], prefix: str = "") -> dict[str, floa
     names = [name.removeprefix(start) for name in total if name.startswith(start)]
     counts = {name: total[f"{prefix}detailed/{name}"] for name in names}
     return {f"{prefix}{name}": total[start + name] / count for name, count in counts.items() if count}
+
+
+def by_task(trajectories: Trajectories, task: str) -> dict[str, float]:
+    """Sum and number of the outcomes of the rows whose column `TASK` is `task`."""
+    if trajectories.rewards is None:
+        return {}
+    mine = torch.tensor([str(p.fields.get(TASK)) == task for p in trajectories.prompts])
+    known = mine & ~trajectories.rewards.isnan()
+    values, shares = trajectories.rewards[known], trajectories.shares(trajectories.rewards)[known]
+    return {f"accuracy/{task}": float((values * shares).sum()), f"verified/{task}": float(shares.sum())}
+
+
+def tasks_of(prompts: Sequence[Prompt]) -> list[str]:
+    """What the rows' column `TASK` says, where it says several things."""
+    tasks = sorted({str(p.fields[TASK]) for p in prompts if TASK in p.fields})
+    return tasks if len(tasks) > 1 else []
+
+
+def success_rates(total: Mapping[str, float], tasks: Sequence[str]) -> dict[str, float]:
+    """The interval of `accuracy`, and `accuracy/TASK` of each task; nothing where no outcome is known."""
+    found: dict[str, float] = {}
+    if total["verified"]:
+        low, high = wilson(total["accuracy"], total["verified"])
+        found |= {"accuracy_low": low, "accuracy_high": high}
+    for task in tasks:
+        if total[f"verified/{task}"]:
+            found[f"accuracy/{task}"] = total[f"accuracy/{task}"] / total[f"verified/{task}"]
+    return found
+
+
+def wilson(successes: float, count: float, z: float = 1.959964) -> tuple[float, float]:
+    """The interval of Wilson (1927) for a share of `count` trials, by default of 95 %."""
+    if not count:
+        return 0.0, 1.0
+    share, square = successes / count, z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z * (share * (1 - share) / count + square / (4 * count)) ** 0.5 / (1 + square)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _group_of(trajectories: Trajectories, index: int) -> torch.Tensor:

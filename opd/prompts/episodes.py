@@ -40,6 +40,7 @@ class EpisodePrompts(Prompts):
                     "task": task,
                     "seed": self.seed * 1_000_000 + i,
                     "environment": settings,
+                    **self.environment.columns(task),
                 },
             )
             for i in range(self.per_task)

@@ -228,6 +228,31 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _counts_episodes(self) -> Recipe:
+        """Refuse what would take the turns of an episode for answers to one prompt."""
+        if not self.rollout.turnwise:
+            return self
+        kind = kind_of(self.rollout)
+        if self.verifier is not None:
+            raise ValueError(
+                f"verifier {kind_of(self.verifier)!r} judges completions, and of rollout {kind!r} the environment "
+                "judges episodes; remove it"
+            )
+        comparing: list[Shaping | Curriculum] = [s for s in self.shaping if s.compares_group]
+        comparing += [self.curriculum] if self.curriculum.needs_reward else []
+        for part in comparing:
+            raise ValueError(
+                f"{axis_of(part)} {kind_of(part)!r} compares the answers to a prompt, and rollout {kind!r} gives the "
+                "turns of episodes; take another one"
+            )
+        if self.update.private:
+            raise ValueError(
+                f"update {kind_of(self.update)!r} bounds what one trajectory adds, and rollout {kind!r} gives several "
+                "of a record, one a turn; take another of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _keeps_private(self) -> Recipe:
         check_private(self)
         return self

@@ -100,6 +100,17 @@ MEANINGS = {
         "that a teacher was asked about in vain: they are in nothing else of the step",
         "lower",
     ),
+    "train/agent/turns": Meaning("turns", "of an episode", "mean over the step"),
+    "train/agent/ended_by_itself": Meaning("ended by itself", "share of episodes", "that their environment ended"),
+    "train/agent/ended_by_turns": Meaning("out of turns", "share of episodes", "that ended by rollout.turns", "lower"),
+    "train/agent/ended_by_context": Meaning(
+        "out of context", "share of episodes", "that ended by rollout.max_context_tokens", "lower"
+    ),
+    "train/agent/faults": Meaning(
+        "unreadable calls", "share of turns", "in which something that begins like a tool's call is none", "lower"
+    ),
+    "train/agent/seconds": Meaning("environments", "seconds", "of the step in which environments were waited for"),
+    "train/agent/restarts": Meaning("restarts", "worlds", "that were made again since they failed", "lower"),
     "train/empty": Meaning("empty", "", "1 where the step had nothing to learn and was not taken"),
     "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
     "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),

@@ -234,6 +234,7 @@ for _layer in (
     Layer("blocks", "blocks that were verified", "row", "blocks"),
     Layer("shaped", "what was done to it", "row", "words"),
     Layer("debate", "debate of the teachers", "row", "debate"),
+    Layer("turns", "what was said, turn by turn", "row", "turns"),
     Layer("alternatives", "most likely tokens", "token", "alternatives"),
     Layer("authors", "written by", "token", "author"),
     Layer("stopped", "ended by the watch", "row", "stopped"),

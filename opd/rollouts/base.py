@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, Self, 
 import torch
 from pydantic import Field, model_validator
 
-from opd.choice import Choice, Settings
+from opd.choice import Choice, Settings, kind_of
 from opd.context import Context
 from opd.errors import RESUME, IncompatibleError, RunError
 from opd.planning import Shape
@@ -248,6 +248,8 @@ class Rollout(Choice):
     """Base of the axis."""
 
     axis: ClassVar[str] = "rollout"
+    turnwise: ClassVar[bool] = False
+    """Whether a row comes to several trajectories, the turns of an episode (`Trajectories.episodes`)."""
 
     @property
     def parts(self) -> list[Rollout]:
@@ -263,6 +265,16 @@ class Rollout(Choice):
     @abstractmethod
     def budget(self) -> int:
         """Most actions of one trajectory, unless the curriculum says less."""
+
+    @property
+    def most_turns(self) -> int:
+        """Most trajectories that a row comes to, times the group."""
+        return 1
+
+    @property
+    def most_read(self) -> int | None:
+        """Most tokens before an action; None where it is the longest prompt."""
+        return None
 
     @property
     def alike(self) -> bool:
@@ -318,6 +330,16 @@ class OneSource(Rollout):
 
 class SeveralSources(Rollout):
     """Base of rollouts that are made of others."""
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> Self:
+        for part in self.parts:
+            if part.turnwise:
+                raise ValueError(
+                    f"a {kind_of(part)} gives several trajectories of a prompt, one a turn, and the parts of a "
+                    f"{kind_of(self)} one each; make it the whole rollout"
+                )
+        return self
 
     @model_validator(mode="after")
     def _nothing_ahead(self) -> Self:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from opd.acting.model import policy_of
 from opd.acting.seeing import Plan, Seen
 from opd.choice import Settings, kind_of
 from opd.context import Context
-from opd.environments.arena import Arena, Order
-from opd.environments.control import Chunk, Control
-from opd.environments.rows import body_of, environment_of, repeats, start_of
+from opd.environments.arena import Arena
+from opd.environments.control import Chunk, Control, ControlOrder
+from opd.environments.rows import body_of, repeats, start_of
 from opd.errors import DataError, IncompatibleError, nearest
 from opd.prompts import Prompt
 from opd.rollouts.base import HeldOutSampler, PrefixSource, Rollout, row_seed
@@ -163,7 +163,7 @@ class Simulator(PrefixSource[PlayingSettings]):
     ):
         self.actor, self.layout, self.plans, self.author = actor, layout, plans, author
         self.authors = frozenset({author})
-        self.arena = Arena(settings.processes, settings.patience)
+        self.arena = Arena[Chunk](settings.processes, settings.patience)
         self.counts: Counter[str] = Counter()
         self.played: list[Control] = []
         if isinstance(actor, PolicyActor):
@@ -184,7 +184,7 @@ class Simulator(PrefixSource[PlayingSettings]):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            environment = environment_of(prompt)
+            environment = Control.of(prompt)
             if environment not in self.played:
                 self.played.append(environment)
 
@@ -224,7 +224,7 @@ class Simulator(PrefixSource[PlayingSettings]):
                 for number in free:
                     i = waiting.pop(0)
                     noise = torch.Generator().manual_seed(seeds[i])
-                    places[number] = Place(i, environment_of(members[i][0]), noise)
+                    places[number] = Place(i, Control.of(members[i][0]), noise)
                 self._begin([(n, places[n]) for n in free], members, seeds, request)
                 self._decide([(n, place) for n, place in places.items() if place.state is not None], request)
                 for number in [n for n, place in places.items() if place.state is None]:
@@ -258,7 +258,7 @@ class Simulator(PrefixSource[PlayingSettings]):
     ) -> None:
         """Begin the episodes of places that are free."""
         orders = [
-            Order(
+            ControlOrder(
                 number,
                 place.environment,
                 start_of(members[place.index][0], seeds[place.index] % 2**31),
@@ -283,7 +283,9 @@ class Simulator(PrefixSource[PlayingSettings]):
         scaled = self.layout.actions.decode(ids.numpy()).reshape(-1, self.layout.chunk, self.layout.dimensions)
         actions = self.actor.statistics.unscale(scaled)
         orders = [
-            Order(number, place.environment, action, self._horizon(place.environment), settings.frames, self.whole)
+            ControlOrder(
+                number, place.environment, action, self._horizon(place.environment), settings.frames, self.whole
+            )
             for (number, place), action in zip(places, actions, strict=True)
         ]
         for i, ((_, place), chunk) in enumerate(zip(places, self.arena.play(orders), strict=True)):
@@ -315,10 +317,10 @@ class Simulator(PrefixSource[PlayingSettings]):
 
 def check_body(layout: Layout, prompt: Prompt) -> None:
     """Raise `DataError` where a policy of this layout cannot act in a row's environment."""
-    environment: Any = environment_of(prompt)
+    environment = Control.of(prompt)
     why = layout.misfit(body_of(environment))
     if why is not None:
         raise DataError(
-            f"{prompt.where}: the policy does not fit environment {environment.model_dump()['kind']!r}: {why}; make it "
+            f"{prompt.where}: the policy does not fit environment {kind_of(environment)!r}: {why}; make it "
             "for this environment (opd create-policy)"
         )

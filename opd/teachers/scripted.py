@@ -11,7 +11,7 @@ from opd.acting.deciding import ScriptedActor, states_of
 from opd.acting.model import ActionModel, policy_of
 from opd.context import Context
 from opd.distributions import Categorical, Distribution, Target
-from opd.environments.rows import environment_of
+from opd.environments.control import Control
 from opd.errors import DataError
 from opd.policies.base import Student
 from opd.prompts import Prompt
@@ -48,7 +48,7 @@ class LiveScriptedTeacher(LiveTeacher[Teacher]):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            environment = environment_of(prompt)
+            environment = Control.of(prompt)
             if not environment.expert:
                 raise DataError(
                     f"{prompt.where}: environment {environment.model_dump()['kind']!r} has no expert of its own, and "

@@ -11,8 +11,8 @@ import pytest
 
 from opd.acting.seeing import NO_PICTURE, Body, Plan, Seen
 from opd.environments import Start, Turn
-from opd.environments.arena import Arena, Order
-from opd.environments.control import Control, ControlWorld
+from opd.environments.arena import Arena
+from opd.environments.control import Control, ControlOrder, ControlWorld
 from opd.environments.gymnasium import GymnasiumEnvironment
 from opd.environments.pixel_pick import SUITES, PixelPick
 from opd.environments.rows import repeats
@@ -116,12 +116,12 @@ class FaultyWorld(ControlWorld):
 
 def acted(arena, values):
     environment = Faulty()
-    orders = [Order(i, environment, np.array([[value]]), 0) for i, value in enumerate(values)]
+    orders = [ControlOrder(i, environment, np.array([[value]]), 0) for i, value in enumerate(values)]
     return [None if c is None else float(c.turn.observation.state[0]) for c in arena.play(orders)]
 
 
 def begun(arena, count):
-    return arena.play([Order(i, Faulty(), Start("task", 10 * i), 0) for i in range(count)])
+    return arena.play([ControlOrder(i, Faulty(), Start("task", 10 * i), 0) for i in range(count)])
 
 
 def test_a_world_that_raises_costs_its_episode_alone():
@@ -142,7 +142,7 @@ def test_processes_that_die_or_hang_begin_anew_and_the_others_go_on_where_they_w
         begun(arena, 3)
         assert acted(arena, [1, 1, 1]) == [1, 11, 21]
         assert acted(arena, [1, 5, 1]) == [2, None, 22], "places 0 and 2 were played again"
-        arena.play([Order(1, Faulty(), Start("task", 50), 0)])
+        arena.play([ControlOrder(1, Faulty(), Start("task", 50), 0)])
         assert acted(arena, [7, 2, 1]) == [None, 52, 23]
         assert dict(arena.lost) == {"faulty: crash": 1, "faulty: hang": 1}
     finally:

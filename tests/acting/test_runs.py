@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from opd.acting.deciding import PolicyActor, ScriptedActor, State, draw, states_of
-from opd.acting.evaluation import wilson
 from opd.acting.model import PolicySettings, load_policy
 from opd.api import execute
 from opd.context import Context
@@ -17,6 +16,7 @@ from opd.divergences import Target
 from opd.errors import DataError, IncompatibleError, RecipeError, RunError
 from opd.objectives.hard_ce import HardCE
 from opd.policies.action_tokens import ActionStudent, ActionTokensPolicy
+from opd.policies.held_out import wilson
 from opd.prompts import load_prompts
 from opd.recipe import parse_recipe
 from opd.reduction import position_weights

@@ -15,6 +15,7 @@ from opd.context import Context
 from opd.distributions import EVERY_ID, Categorical, Head, Vocabulary
 from opd.errors import IncompatibleError, ModelError
 from opd.language.attention import in_its_dtype
+from opd.language.encoding import WRITTEN
 from opd.language.engines.base import Drawing, EncodedPrompt, Ended, Engine, Looker, PromptInputs, Row, Scorer
 from opd.language.engines.batches import Batches
 from opd.language.engines.cpu.packing import ATTENTION
@@ -97,7 +98,10 @@ class InProcess(torch.nn.Module, Engine):
 
     def shown(self, prompt: Prompt) -> tuple[str | Messages, list[str]]:
         """The student's view of a prompt for people: its text or messages, and its pictures as `data:` addresses."""
-        return prompt.view(), []
+        view = prompt.view()
+        if not isinstance(view, str):
+            view = [{key: value for key, value in message.items() if key != WRITTEN} for message in view]
+        return view, []
 
     def clips(self, prompt: Prompt) -> list[dict[str, Any]]:
         """Of each video in the student's view `times`, seconds of some frames, and `images`, `data:` addresses."""
