@@ -50,6 +50,7 @@ class TargetsHeader(VocabularyHeader):
         dtype: of the hidden states, with kind exact.
         teacher: name of the teacher's model and hash of its weights.
         sees: column with the teacher's view of a prompt; None is the student's.
+        shown: hash of the system text and the examples that the teacher alone saw before it.
         template: hash of the teacher's template.
         processor: hash of the settings by which the teacher read pictures; None where it read text alone.
         images: column with its pictures, where `sees` names none.
@@ -64,6 +65,7 @@ class TargetsHeader(VocabularyHeader):
     dtype: Literal["bfloat16", "float32"] | None = None
     teacher: dict[str, str]
     sees: str | None = None
+    shown: str | None = None
     template: str
     processor: str | None = None
     images: str | None = None
