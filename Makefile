@@ -38,7 +38,7 @@ $(VENV)/.ready: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/opd train quickstart --overwrite
+	$(BIN)/opd quickstart
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

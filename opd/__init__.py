@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import Result, chain, distill, execute
+    from opd.callbacks import Callback
     from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError, RunError, SelfTestError
     from opd.merging import merge
     from opd.recipe import Recipe, load_recipe
@@ -24,6 +25,7 @@ for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 # torch starts its threads.
 _HOMES = {
     "opd.api": ("Result", "chain", "distill", "execute"),
+    "opd.callbacks": ("Callback",),
     "opd.errors": (
         "DataError",
         "IncompatibleError",
@@ -39,6 +41,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Callback",
     "DataError",
     "IncompatibleError",
     "ModelError",
@@ -60,3 +63,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'opd' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

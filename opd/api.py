@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from accelerate.tracking import GeneralTracker
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from opd.assembly import assemble, check_ahead, load_data, not_held_out
+from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out
+from opd.callbacks import Callback, Callbacks
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
@@ -28,8 +30,9 @@ from opd.evaluation import evaluate
 from opd.files.ours import refuse_taken
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, whole_folder, write_whole
-from opd.hub import check_push
+from opd.hub import check_push, push
 from opd.loop import train
+from opd.model_card import card
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy, Student
 from opd.policies.held_out import HeldOut
@@ -80,6 +83,15 @@ class Result:
     items: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
     stopped_by: int | None = None
 
+    def push_to_hub(self, repository: str) -> None:
+        """Upload the saved student, with its model card, to ORG/NAME, which is made, private, where there is none.
+
+        Raises:
+            RecipeError: no token, or this machine is told to stay off the hub.
+            RunError: the upload failed; the message says why, and how to do it by hand.
+        """
+        upload(self.directory, repository)
+
 
 LiveOrNamed: TypeAlias = "str | Mapping[str, object] | Choice | torch.nn.Module | DiffusionPipeline"
 """A hub name or folder, a recipe's block for the model, or the model itself: of transformers, peft or diffusers."""
@@ -95,6 +107,7 @@ def distill(
     resume: bool | str = False,
     force_changed: bool = False,
     quiet: bool = False,
+    callbacks: Sequence[Callback | GeneralTracker] = (),
     **settings: object,
 ) -> Result:
     """Distil `teacher` into `student` on the student's own trajectories.
@@ -104,11 +117,13 @@ def distill(
             pipeline of diffusers), which is then trained in place; with settings `{"model": pipe, "guidance": 4.5}`.
         teacher: the same for the teacher, `"self"`-kind mappings included, or a list of several; none where no
             objective compares with one (`sft`, `grpo`).
-        prompts: strings, rows, a `datasets.Dataset` with a column `prompt`, the path of a file, or a mapping of the
-            recipe's `prompts` block.
+        prompts: strings, chats (lists of messages), rows, a `datasets.Dataset`, the name of a file or data set, or a
+            mapping of the recipe's `prompts` block.
         tokenizer: needed with a live language model; live teachers share it.
         overwrite, resume, force_changed: as of `execute`; `resume` may also be what a recipe says, `"auto"`.
         quiet: no progress bar.
+        callbacks: who is told what the run measures: objects of `opd.Callback`, and trackers of `accelerate` that are
+            there already (`GeneralTracker`) beside those that `tracking.trackers` names.
         **settings: any other key of a recipe: `objective="reverse_kl"`, `steps=100`,
             `update={"learning_rate": 1e-4}`, `batch={"prompts": 8}`, `output="runs/mine"`, ...
 
@@ -160,6 +175,7 @@ def distill(
         quiet=quiet,
         student=live_student,
         teachers=live_teachers,
+        callbacks=callbacks,
     )
 
 
@@ -174,6 +190,7 @@ def execute(
     console: Console | None = None,
     student: Student | None = None,
     teachers: Sequence[LiveTeacher] | None = None,
+    callbacks: Sequence[Callback | GeneralTracker] = (),
 ) -> Result:
     """Run a recipe from start to finish and write its directory.
 
@@ -184,10 +201,12 @@ def execute(
             it was killed before the first one. `resume: auto` in the recipe does the same, and begins a run where
             there is none.
         force_changed: resume although keys that can change training differ from the checkpoint's.
+        callbacks: as of `distill`.
 
     Raises:
         OpdError: for anything that the caller can mend; what was complete before is still there.
     """
+    told = Callbacks(callbacks)
     check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
         raise RunError(f"{RESUME} goes on with a run and {OVERWRITE} removes it; give one of them")
@@ -202,9 +221,9 @@ def execute(
     check_ahead(recipe)
     bad: list[DataError] = []
     data = load_data(recipe, bad)
-    monitor = Monitor(recipe.directory, console, quiet)
+    monitor = Monitor(recipe.directory, console, quiet, told)
     monitor.warn_of_skipped(bad)
-    for warning in not_held_out(recipe, *data):
+    for warning in [*answers_taken([*data[0], *data[1]]), *not_held_out(recipe, *data)]:
         monitor.warn(warning)
     with locked(recipe.directory), monitor.signals_handled(), _shortages_named(recipe.directory), ExitStack() as around:
         earlier = False
@@ -234,14 +253,20 @@ def execute(
             clear(recipe.directory)
         # Events that an earlier process logged beyond the checkpoint are not shown.
         since = {"tensorboard": {"purge_step": run.step + 1}} if found is not None else {}
+        run.accelerator.log_with += told.trackers
         run.accelerator.init_trackers(recipe.tracking.project, config=_flat(recipe.dump()), init_kwargs=since)
         if run.accelerator.is_main_process:
             (recipe.directory / "summary.json").unlink(missing_ok=True)
             write_whole(recipe.directory / "recipe.yaml", recipe.to_yaml())
             _write_environment(run, resumed=found is not None)
         try:
+            if run.accelerator.is_main_process:
+                told.tell("on_start", recipe)
             train(run)
-            return finish(run)
+            result = finish(run)
+            if run.accelerator.is_main_process:
+                told.tell("on_end", result.directory, result.summary)
+            return result
         except BaseException:
             # Trackers keep their last events for minutes; now is the time to write them.
             for tracker in run.accelerator.trackers:
@@ -328,7 +353,7 @@ def finish(run: Run) -> Result:
     monitor, recipe = run.monitor, run.recipe
     assert monitor.before is not None
     assert monitor.after is not None
-    ended_by = run.watch.ended_by or run.optimiser.ended_by
+    ended_by = run.watch.ended_by or run.optimiser.ended_by or monitor.ended_by
     summary = {
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,
@@ -342,6 +367,7 @@ def finish(run: Run) -> Result:
         "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
         **run.optimiser.facts(),
+        **_prompt_tokens(run),
     }
     if run.skips.empty and run.accelerator.is_main_process:
         monitor.warn(f"{run.skips.empty} of {run.step} steps had nothing to learn, and their updates were not taken")
@@ -371,6 +397,17 @@ def finish(run: Run) -> Result:
         items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
+
+
+def _prompt_tokens(run: Run) -> dict[str, Any]:
+    """`prompt_tokens`: how long held-out prompts are on average for the student and for its teacher, where one teacher
+    has another view."""
+    student = [run.student.prompt_length(prompt) for prompt in run.held_out]
+    teacher = [each.prompt_length(prompt) for each in run.teachers[:1] for prompt in run.held_out]
+    if len(run.teachers) != 1 or None in student or None in teacher or student == teacher:
+        return {}
+    means = (sum(filter(None, lengths)) / len(lengths) for lengths in (student, teacher))
+    return {"prompt_tokens": dict(zip(("student", "teacher"), (round(mean, 1) for mean in means), strict=True))}
 
 
 def _best(run: Run) -> dict[str, Any] | None:
@@ -426,6 +463,18 @@ def measure(
             return evaluate(built)
 
 
+def upload(directory: Path, repository: str) -> None:
+    """Upload a run's saved student, or a folder that `opd` saved one in; errors are those of `Result.push_to_hub`."""
+    inside = directory / "student"
+    folder = inside if inside.is_dir() else directory
+    if not (folder / ORIGIN).is_file():
+        raise RunError(f"{directory} holds no student that opd saved; give the directory of a run, or its student/")
+    check_push(repository)
+    failed = push(folder, repository)
+    if failed is not None:
+        raise RunError(failed)
+
+
 def export(
     directory: Path, out: Path, step: int | None = None, *, form: str | None = None, overwrite: bool = False
 ) -> Path:
@@ -468,9 +517,8 @@ def export(
         parts = read(folder)["parts"]
         student.load_state_dict({**parts["student"], **parts["optimiser"].get("average", {})})
     written = student if form is None else student.written_as(form)
-    card = f"---\nlibrary_name: {written.library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
     with whole_folder(out) as partial:
-        lacking = written.save(partial, f"{card}{recipe.description}\n\nThe student of `opd` after {after} steps.\n")
+        lacking = written.save(partial, card(recipe, written.library, after))
         write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
     different = written.compare(out)
     lacking += [] if different is None else [different]
@@ -516,20 +564,34 @@ def _block(model: Any, kind: Callable[[type[Policy]], str]) -> Any:
     policy = _policy_of(model)
     if policy is not None:
         return {"kind": kind(policy), "model": LIVE}
-    if isinstance(model, str) and model != "self":
-        return {"model": model}
     return model
 
 
 def _prompt_block(prompts: Any) -> Any:
-    if isinstance(prompts, str | Path):
-        return {"kind": "file", "path": str(prompts)}
-    if isinstance(prompts, dict) or hasattr(prompts, "load"):
+    if isinstance(prompts, Path):
+        return Prompts.shorthand(str(prompts)) or {"kind": "file", "path": str(prompts)}
+    kind = type(prompts).__name__
+    if kind in ("DatasetDict", "IterableDatasetDict"):
+        raise RecipeError(
+            f"distill(): prompts is a {kind} of the splits {', '.join(prompts)}; give one of them, "
+            f"prompts=data[{next(iter(prompts), 'train')!r}]"
+        )
+    if kind == "IterableDataset":
+        raise RecipeError(
+            "distill(): prompts is an IterableDataset, which may have no end, and prompts are all read at the start; "
+            "give so many of its rows, prompts=list(data.take(10_000))"
+        )
+    if isinstance(prompts, str | dict) or hasattr(prompts, "load"):
         return prompts
     if isinstance(prompts, Iterable):
         rows = encoded_images(prompts) if hasattr(prompts, "cast_column") else prompts
-        return {"kind": "inline", "prompts": [dict(p) if isinstance(p, Mapping) else p for p in rows]}
+        return {"kind": "inline", "prompts": [_row(row) for row in rows]}
     return prompts
+
+
+def _row(given: Any) -> Any:
+    """A text or a row; a list is a chat."""
+    return dict(given) if isinstance(given, Mapping) else {"prompt": given} if isinstance(given, list) else given
 
 
 def _pairs(before: HeldOut, after: HeldOut, count: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:

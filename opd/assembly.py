@@ -59,6 +59,17 @@ def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
 
 
+def answers_taken(prompts: Sequence[Prompt]) -> list[str]:
+    """A line where rows ended with the model's answer, as those of fine-tuning do."""
+    cut = [prompt for prompt in prompts if "response" in prompt.made]
+    if not cut:
+        return []
+    return [
+        f"{len(cut)} of {len(prompts)} rows ended with the model's answer ({cut[0].where} is the first): it is no part "
+        "of the prompt, and their column 'response'"
+    ]
+
+
 def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
     """A warning where rows of `evaluation.prompts` are training prompts too: the student sees the same, or a row of the
     same id holds the same."""

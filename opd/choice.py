@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
@@ -112,10 +113,21 @@ class Choice(Settings):
     the step logged it."""
 
     @classmethod
+    def shorthand(cls, value: object) -> dict[str, Any] | None:
+        """The settings that something stands for which is no kind, at a place of this axis: of a model its name, of
+        prompts their file; from Python an object. None where it stands for nothing."""
+        return None
+
+    @classmethod
     def fits(cls, modality: str | None) -> bool:
         """Whether it is for students of this modality."""
         own = cls.modality
         return own is None or modality in (own if isinstance(own, tuple) else (own,))
+
+
+def names_a_place(text: str) -> bool:
+    """Whether a text can be no kind but where something lies: a file, a folder, a name on the hub, or a package."""
+    return "/" in text or "." in text or text.startswith("package:") or Path(text).exists()
 
 
 def kind_of(choice: Choice | type[Choice]) -> str:
@@ -224,7 +236,8 @@ def _descendants(cls: type[S]) -> list[type[S]]:
 class OneOf:
     """Annotation for a recipe's field: `Annotated[Objective, OneOf(Objective)]`.
 
-    Accepts an instance, a mapping with `kind`, or the bare kind (`objective: reverse_kl`).
+    Accepts an instance, a mapping with `kind`, the bare kind (`objective: reverse_kl`), or what the axis has a
+    shorthand for (`teacher: org/large`). A kind is a kind, also where a folder of that name lies.
     """
 
     accepted: ClassVar[dict[type[Choice], tuple[type[Choice], ...]]] = {}
@@ -232,9 +245,11 @@ class OneOf:
 
     def __init__(self, axis: type[Choice], default: str | None = None):
         self.axis, self.default = axis, default
+        self.kinds: frozenset[str] = frozenset()
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         members = choices_of(self.axis)
+        self.kinds = frozenset(members)
         # A choice that holds others of its axis, and is defined later, knows more than the recipes that are there.
         self.accepted.setdefault(self.axis, tuple(members.values()))
         union = core_schema.tagged_union_schema(
@@ -244,8 +259,10 @@ class OneOf:
         return core_schema.no_info_before_validator_function(self._expand, union)
 
     def _expand(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"kind": value}
+        if not isinstance(value, dict | Choice):
+            known = isinstance(value, str) and value in self.kinds
+            meant = None if known else self.axis.shorthand(value)
+            value = {"kind": value} if meant is None and isinstance(value, str) else value if meant is None else meant
         if isinstance(value, dict) and "kind" not in value and self.default:
             return {"kind": self.default, **value}
         return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +13,9 @@ from opd.files.whole import told
 
 
 def check_push(repository: str) -> None:
-    """Raise `RecipeError` where an upload at the end of the run could not work; nothing is asked over the network."""
+    """Raise `RecipeError` where an upload could not work; nothing is asked over the network."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise RecipeError(f"{repository!r} is no repository of the hub; give ORG/NAME")
     if constants.HF_HUB_OFFLINE:
         raise RecipeError(f"push_to is {repository!r} and HF_HUB_OFFLINE is set: unset one of them")
     if huggingface_hub.get_token() is None:

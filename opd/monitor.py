@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from opd.callbacks import Callbacks
 from opd.choice import nested
 from opd.errors import RESUME, RecipeError, RunError
 from opd.evaluation import evaluate
@@ -37,8 +38,13 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl", "curriculum.jsonl")
 class Monitor:
     """Writes to a run directory and to the console of the main process."""
 
-    def __init__(self, directory: Path, console: Console | None = None, quiet: bool = False):
+    def __init__(
+        self, directory: Path, console: Console | None = None, quiet: bool = False, callbacks: Callbacks | None = None
+    ):
         self.directory = directory
+        self.callbacks = callbacks or Callbacks()
+        self.ended_by: str | None = None
+        """Which callback asked for the end, as a person reads it."""
         self.console = console or Console(stderr=True, quiet=quiet)
         self.stop_requested = False
         self.stopped_by: int | None = None
@@ -131,6 +137,12 @@ class Monitor:
                 with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             run.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=run.step)
+        asked = self._tell(run, "on_log", {k: v for k, v in record.items() if k != "step"})
+        if asked is not None:
+            self.stop_requested, self.ended_by = True, f"the callback {asked} asked for it after step {run.step}"
+
+    def _tell(self, run: Run, event: str, told: object) -> str | None:
+        return self.callbacks.tell(event, run.step, told) if run.accelerator.is_main_process else None
 
     def held_out_at(self, step: int) -> dict[str, float]:
         """The held-out metrics that were measured last, if that was at `step`."""
@@ -222,6 +234,7 @@ class Monitor:
         result = evaluate(run)
         self.log(run, "held_out", result.metrics)
         self._append(run, "samples.jsonl", result.rows)
+        self._tell(run, "on_samples", result.rows)
         return result
 
     def record(self, run: Run, rows: Sequence[Mapping[str, Any]]) -> None:

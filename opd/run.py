@@ -41,6 +41,7 @@ class Monitoring(Protocol):
     console: Console
     stop_requested: bool
     stopped_by: int | None
+    ended_by: str | None
     before: HeldOut | None
     after: HeldOut | None
     history: list[dict[str, float]]

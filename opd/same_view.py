@@ -13,6 +13,7 @@ from opd.recipe import Recipe
 from opd.teachers import LiveTeacher, Teacher
 from opd.teachers.routed import RoutedTeacher
 from opd.teachers.self_teacher import SelfTeacher
+from opd.teachers.showing import ShowingTeacher
 
 WEIGHTS = ("model", "adapter", "revision", "tokenizer")
 """Settings that say which weights a model has; dtypes differ by rounding only."""
@@ -35,7 +36,7 @@ def nothing_to_learn(recipe: Recipe, student: Student | None = None, teachers: S
     which = "the teacher is" if len(members) == 1 else "all teachers are"
     return [
         f"{which} the student itself and no teacher sees more than it: the divergence is 0 and nothing is learnt. Give "
-        "the teacher another model, or a view of its own (teacher.sees)"
+        "the teacher another model, or a view of its own (teacher.system, teacher.examples, teacher.sees)"
     ]
 
 
@@ -44,7 +45,7 @@ def _members(teacher: Teacher) -> list[Teacher]:
 
 
 def _same_view(recipe: Recipe, teacher: Teacher) -> bool:
-    if teacher.sees is not None:
+    if teacher.sees is not None or (isinstance(teacher, ShowingTeacher) and teacher.shows):
         return False
     own = recipe.student
     return all(getattr(teacher, k, None) == getattr(own, k, None) for k in ("template", "template_options")) or (

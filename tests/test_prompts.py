@@ -128,8 +128,6 @@ def inline(*rows, **settings):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([USER, REPLY], "last_answer: cut"),
-        ([USER, {"role": "model", "content": "hello"}], "last_answer: cut"),
         ([{"from": "human", "value": "hi"}], "ShareGPT"),
         ([], "is empty"),
         ([{"role": "user", "content": " "}], "is empty"),
@@ -144,6 +142,44 @@ def inline(*rows, **settings):
 def test_messages_that_cannot_be_a_prompt_are_refused_with_their_row(value, message):
     with pytest.raises(DataError, match=rf"prompts\[1\]: .*{message}"):
         inline("fine", value).load()
+
+
+@pytest.mark.parametrize("role", ["assistant", "model"])
+def test_a_row_that_ends_with_the_answer_may_be_refused(role):
+    with pytest.raises(DataError, match=r"prompts\[1\]: .*prompts.last_answer at cut"):
+        inline("fine", [USER, {"role": role, "content": "hello"}], last_answer="refuse").load()
+
+
+def test_messages_are_found_where_a_row_has_no_prompt(tmp_path):
+    """Rows of fine-tuning data are prompts as they stand, and their last answer is the response."""
+    turns = [USER, REPLY, USER, REPLY]
+    for name, text in (
+        ("p.jsonl", json.dumps({"messages": turns})),
+        ("p.csv", 'messages\n"' + json.dumps(turns).replace('"', '""') + '"'),
+    ):
+        (row,) = file(tmp_path, text, name).load()
+        assert (row.column, row.view(), row.fields["response"]) == ("messages", turns[:3], "hello")
+        assert row.columns == ["messages"]
+    (row,) = inline({"prompt": "x", "messages": turns}).load()
+    assert (row.view(), row.fields["messages"]) == ("x", turns)
+    (row,) = inline({"text": "x", "messages": turns}, column="text").load()
+    assert row.view() == "x"
+
+
+def test_messages_name_only_columns_that_somebody_wrote(tmp_path):
+    with pytest.raises(DataError, match=r"no column 'prompt'; the row has \['question', 'solution'\]\. Name the one "):
+        file(tmp_path, '{"question": "a", "solution": "b"}').load()
+    (row,) = inline({"prompt": [USER, REPLY], "solution": "b"}, answer="solution").load()
+    assert row.columns == ["prompt", "solution"]
+    with pytest.raises(DataError, match=r"no column 'hint'; the row has \['prompt', 'solution'\]"):
+        row.view("hint")
+    with pytest.raises(DataError, match=r"no column 'reply'.* holds the answer with prompts.answer"):
+        inline({"prompt": "x"}, answer="reply").load()
+
+
+def test_rows_that_are_only_numbered_do_not_clash():
+    prompts = load_prompts([inline("a", "b"), inline("c"), inline("d")])
+    assert len({prompt.id for prompt in prompts}) == 4
 
 
 def test_messages_may_call_tools_and_have_parts():

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from opd.choice import kind_of
 from opd.provenance import models_of, student_of
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def show_result(result: Result, recipe: Recipe) -> None:
         change = f"{(after - before) / before:+.0%}" if before else ""
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
     out.print(table)
+    for line in headlines(result, recipe):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     # A drafter changes no text of its target.
     if any(old["completion"] != new["completion"] for old, new in result.samples):
         shown = Table(title="the same prompts, before and after", title_justify="left", show_lines=True)
@@ -66,6 +69,23 @@ def show_result(result: Result, recipe: Recipe) -> None:
     if result.stopped_by and recipe.checkpoint.every:
         following = f"opd train {result.directory / 'recipe.yaml'} --resume"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
+
+
+def headlines(result: Result, recipe: Recipe) -> list[str]:
+    """What a person asks first of the numbers: the verifier's, and what the student reads less than its teacher."""
+    lines = []
+    if recipe.verifier is not None and "accuracy" in result.after:
+        shares = f"{result.before['accuracy']:.2f} before, {result.after['accuracy']:.2f} after"
+        taught = result.after.get("teacher_accuracy")
+        own = "" if taught is None else f"; the teacher's own answers {taught:.2f}"
+        lines.append(f"{kind_of(recipe.verifier)}, of held-out answers: {shares}{own}")
+    tokens = result.summary.get("prompt_tokens")
+    if tokens is not None and tokens["teacher"] > tokens["student"]:
+        lines.append(
+            f"tokens of a prompt: {tokens['student']:.0f} for the student, {tokens['teacher']:.0f} for its teacher: "
+            f"{tokens['teacher'] - tokens['student']:.0f} saved each time"
+        )
+    return lines
 
 
 def best_line(result: Result) -> str | None:

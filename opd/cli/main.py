@@ -30,6 +30,24 @@ app = typer.Typer(
     help="On-policy distillation: a student learns on states that it visits itself.",
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from opd import __version__
+
+        print(f"opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """On-policy distillation: a student learns on states that it visits itself."""
+
+
 RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes with opd.")]
 Overrides = Annotated[
     list[str] | None,
@@ -58,6 +76,17 @@ def train(
     result = execute(resolved, overwrite=overwrite, resume=resume, force_changed=force_changed, quiet=quiet)
     show_result(result, resolved)
     _exit_as_stopped(result.stopped_by)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """A first distillation, on the CPU in a few minutes: the recipe `quickstart`, in place of an earlier run of it."""
+    given = overrides or []
+    elsewhere = any(text.startswith(("name=", "output=")) for text in given)
+    train("quickstart", given, overwrite=not elsewhere, resume=False, force_changed=False, quiet=quiet)
 
 
 @app.command()
@@ -549,6 +578,19 @@ def export(
     print(write_student(run, out, step, form=form, overwrite=overwrite))
     if (run / "recipe.yaml").is_file() and (told := load_recipe(str(run / "recipe.yaml")).student.readers(form)):
         print(f"opd: {told}", file=sys.stderr)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run directory, or the folder of a saved student.")],
+    repository: Annotated[str, typer.Argument(help="ORG/NAME; a new one is private.")],
+) -> None:
+    """Upload a run's student to the hub, with its model card."""
+    from opd.api import upload
+
+    _quiet_libraries()
+    upload(run, repository)
+    print(f"uploaded to {repository}")
 
 
 @app.command()

@@ -49,7 +49,7 @@ class Difficulty(Curriculum):
             if self.by is not None and self.by not in prompt.fields:
                 raise DataError(
                     f"{prompt.where}: no column {self.by!r}, which curriculum.by balances by; the row has "
-                    f"{sorted(prompt.fields)}"
+                    f"{prompt.columns}"
                 )
         return DifficultyCourse(self, prompts, per_step, context.seed)
 

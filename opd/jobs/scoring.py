@@ -143,6 +143,7 @@ class Scorer:
             teacher={"model": model, "weights": identity},
             sees=settings.sees,
             tokenizer=language.tokenizer_hash if own else None,
+            shown=settings.shown_hash,
             template=language.template_hash,
             processor=language.processor_hash,
             images=settings.images if isinstance(settings, ImageTextTeacher) else None,
@@ -227,7 +228,7 @@ class Scorer:
         """The prompts as the teacher read them, where it reads pictures; none where it reads text alone."""
         if not isinstance(self.teacher, LanguageTeacher) or not self.teacher.language.reads_pictures:
             return []
-        return [self.teacher.language.encode(prompt, self.settings.sees) for prompt in prompts]
+        return [self.teacher.language.encode(*self.settings.view(prompt)) for prompt in prompts]
 
     def _answer(self, trajectories: Trajectories) -> list[Target]:
         if self.translated is not None:

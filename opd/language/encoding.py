@@ -236,6 +236,8 @@ def contents(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages
     parts = _reads_parts_alone(tokenizer, str(tokenizer.chat_template))
     formed = []
     for message in messages:
+        # Tables give every message all keys that one of them has, and templates ask whether a key is there.
+        message = {key: value for key, value in message.items() if value is not None or key == "content"}
         content = message.get("content")
         if isinstance(content, list) and not parts and not has_picture(content):
             content = text_of(content)

@@ -222,9 +222,8 @@ def _taught(
         if not mine:
             continue
         greedy = SamplingSettings(top_k=1)
-        sees = member.settings.sees
         source = LanguageRollout(
-            member.language, greedy, at.context, reader=student.reader, author="teacher", sees=sees
+            member.language, greedy, at.context, reader=student.reader, author="teacher", view=member.settings.view
         )
         written = roll_out(run, at, HeldOutSampler(source, greedy, at.context), mine, 1)
         for name, value in (outcomes(written) | details(run, written)).items():

@@ -84,7 +84,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         language: the model that writes.
         reader: the student's, whose encoding of a prompt the trajectories carry.
         author: who the writer is to the student.
-        sees: column with the writer's view of a prompt; default the student's.
+        view: what the writer reads of a prompt (`Teacher.view`); default the student's.
         watch: sees the rows while they are written.
         engine: makes who draws in the place of the model, from the weights that the model would draw from.
         listeners: teachers who are told of every trajectory of training as soon as it is written.
@@ -101,13 +101,13 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         *,
         reader: InProcess | None = None,
         author: Author = "student",
-        sees: str | None = None,
+        view: Callable[[Prompt], tuple[Prompt, str | None]] | None = None,
         watch: LiveWatch | None = None,
         engine: RolloutEngine | None = None,
         listeners: Sequence[LiveTeacher] = (),
     ):
         self.language, self.watch, self.listeners = language, watch, listeners
-        self.reader, self.author, self.sees = reader or language, author, sees
+        self.reader, self.author, self.view = reader or language, author, view
         self.authors = frozenset({author})
         own = next(language.parameters()).dtype
         wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(context.device))
@@ -213,7 +213,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
         """The prompts as the writer reads them, and what is asked of it: for rows that go on from something, with that
         behind them."""
         prompts, group, begun, settings = request.prompts, request.group, request.begun, request.settings
-        own = [self.language.encode(p, self.sees) for p in prompts]
+        own = [self.language.encode(*((p,) if self.view is None else self.view(p))) for p in prompts]
         views, members = own, group
         if begun is not None:
             # Every trajectory continues its own beginning, so nothing but the prompt is common to a group.
@@ -251,7 +251,7 @@ class LanguageRollout(PrefixSource[SamplingSettings]):
                 f"the {self.author}'s distribution over tokens is not a number: its weights left all bounds. Lower "
                 "update.learning_rate, or take hardware.precision: fp32"
             )
-        same, home = self.reader is self.language and self.sees is None, request.context.device
+        same, home = self.reader is self.language and self.view is None, request.context.device
         contexts = own if same else [self.reader.encode(p) for p in prompts]
         # Those of a server come on the CPU.
         rows = [row._replace(actions=row.actions.to(home), log_probs=row.log_probs.to(home)) for row in rows]

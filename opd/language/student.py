@@ -103,6 +103,9 @@ class LanguageStudent(Student):
         warning = check_positions(self.reader, longest, budget, "the student")
         return [] if warning is None else [warning]
 
+    def prompt_length(self, prompt: Prompt) -> int | None:
+        return self.reader.length(prompt)
+
     def decode(self, actions: torch.Tensor) -> str:
         """A completion as a person reads it."""
         return self.reader.decode(actions)

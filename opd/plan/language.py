@@ -30,13 +30,14 @@ from opd.plan.at_hand import prompts_at_hand, stores_not_here
 from opd.plan.tokenizers import own_tokenizers
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
-from opd.provenance import peak_memory_bytes
+from opd.provenance import models_of, peak_memory_bytes
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of
 from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
 from opd.teachers import Teacher
 from opd.teachers.base import DebateSize
+from opd.teachers.showing import ShowingTeacher
 from opd.updates import Planned
 from opd.watches import Watch
 
@@ -281,6 +282,13 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
             f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
         )
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
+    for part in nested(recipe.teacher):
+        if isinstance(part, ShowingTeacher) and part.shows and language.template == "chat":
+            more = len(language.encode(*part.view(prompts[0]))) - lengths[0]
+            notes.append(
+                f"teacher {models_of(part.model_dump())} reads {more} tokens before a prompt that the student does not "
+                "(teacher.system, teacher.examples); a step's TFLOP leave them out, since all its rows share them"
+            )
     # Where the same ids stand for other pictures nothing is in common.
     common = 0 if language.reads_pictures else common_beginning(encoded)
     return round(sum(lengths) / len(lengths)), common, training

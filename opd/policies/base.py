@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedTokenizerBase
 
-from opd.choice import Choice
+from opd.choice import Choice, names_a_place
 from opd.context import Context
 from opd.distributions import Distribution
 from opd.errors import RunError
@@ -111,6 +111,10 @@ class Student(ABC):
         """Warnings about prompts with completions of up to `budget` that are longer than what the model was made for;
         raises `ModelError` where it cannot read them."""
         return []
+
+    def prompt_length(self, prompt: Prompt) -> int | None:
+        """Tokens of a prompt as the student reads it; None where that is nothing to count."""
+        return None
 
     @abstractmethod
     def check_outputs(self, trajectories: Trajectories, tolerance: float) -> None:
@@ -234,6 +238,11 @@ class Policy(Choice):
     """Kind of the student's distributions."""
     of_live: ClassVar[tuple[str, ...]]
     """Settings that a live model takes too; the others say how one is loaded."""
+
+    @classmethod
+    def shorthand(cls, value: object) -> dict[str, Any] | None:
+        """A model's name or place."""
+        return {"model": value} if isinstance(value, str) and names_a_place(value) else None
 
     def readers(self, form: str | None) -> str | None:
         """For a person: in which format a student is written as `form`, one of `formats`, and who loads it."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from opd.choice import Choice
+from opd.choice import Choice, names_a_place
 from opd.errors import DataError, nearest
 from opd.prompts.messages import Messages, answers, check_fields, check_messages, check_view, text_of
 
@@ -31,6 +32,7 @@ class Prompt:
         source: which of the recipe's prompt sources it stands in, from 0.
         weight: of that source, where it has one.
         folder: where relative paths in the row's columns are looked for after the working directory.
+        made: columns that stand in no file and no row that somebody wrote, but were made when it was read.
     """
 
     id: str
@@ -41,15 +43,25 @@ class Prompt:
     source: int = 0
     weight: float | None = None
     folder: Path | None = None
+    made: frozenset[str] = frozenset()
+
+    @property
+    def columns(self) -> list[str]:
+        """Those that somebody wrote, as messages name them."""
+        return written_columns(self.fields, self.made)
 
     def view(self, column: str | None = None) -> str | Messages:
         """The text or messages in `column` (default: the student's)."""
         name = column or self.column
         if name not in self.fields:
             raise DataError(
-                f"{self.where}: no column {name!r}{nearest(name, self.fields)}; the row has {sorted(self.fields)}"
+                f"{self.where}: no column {name!r}{nearest(name, self.columns)}; the row has {self.columns}"
             )
         return self.fields[name]
+
+    def with_column(self, name: str, value: object) -> Prompt:
+        """A copy with another column."""
+        return replace(self, fields={**self.fields, name: value})
 
 
 def count_repeats(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -66,16 +78,31 @@ class Numbered(str):
     """The id that a source gave a row without one."""
 
 
+def written_columns(fields: dict[str, Any], made: Collection[str] = ()) -> list[str]:
+    """The columns of a row that somebody wrote: not those that were `made`, nor an id by number."""
+    return sorted(name for name, value in fields.items() if name not in made and not isinstance(value, Numbered))
+
+
+FILES = (".jsonl", ".txt", ".csv", ".parquet")
+"""Endings of files of prompts."""
+CHAT = "messages"
+"""Column of chats that is taken where a row has no other prompt."""
+
+
 class Prompts(Choice):
     """Base of the axis: where prompts come from."""
 
     axis: ClassVar[str] = "prompts"
-    column: str = Field("prompt", description="Column that holds the prompt: a string or a list of messages")
+    column: str = Field(
+        "prompt",
+        description="Column that holds the prompt: a string or a list of messages. Rows without a column prompt may "
+        "have messages instead",
+    )
     answer: str | None = Field(None, description="Column that holds the reference answer for the verifier")
-    last_answer: Literal["refuse", "cut"] = Field(
-        "refuse",
-        description="Messages that end with the model's answer: refuse the row, or cut the answer off and offer it as "
-        "the column 'response', unless the row has one",
+    last_answer: Literal["cut", "refuse"] = Field(
+        "cut",
+        description="Messages that end with the model's answer: cut the answer off and offer it as the column "
+        "'response', unless the row has one, or refuse the row",
     )
     limit: int | None = Field(None, ge=1, description="Take only the first rows")
     weight: float | None = Field(
@@ -86,6 +113,15 @@ class Prompts(Choice):
         "many rows it has; default every row is drawn alike",
     )
     add: dict[str, str] = Field({}, description="Columns that every row gets, e.g. {task: math} to route teachers by")
+
+    @classmethod
+    def shorthand(cls, value: object) -> dict[str, Any] | None:
+        """A file by its ending, or else a data set: a folder, or a name on the hub."""
+        if not isinstance(value, str) or not names_a_place(value):
+            return None
+        path = Path(value).expanduser()
+        a_file = not path.is_dir() and (path.suffix != "" or path.is_file())
+        return {"kind": "file" if a_file else "dataset", "path": value}
 
     @property
     def remote(self) -> str | None:
@@ -123,37 +159,60 @@ class Prompts(Choice):
                     "take it out of prompts.add, or name another column"
                 )
         fields = {**fields, **self.add}
-        for column in (self.column, self.answer):
+        taken, made = self._taken(fields), set()
+        for key, column in (("column", taken), ("answer", self.answer)):
             if column is not None and column not in fields:
+                own = written_columns(fields)
                 raise DataError(
-                    f"{where}: no column {column!r}{nearest(column, fields)}; the row has {sorted(fields)}. "
-                    "Name the right one with prompts.column (or prompts.answer)"
+                    f"{where}: no column {column!r}{nearest(column, own)}; the row has {own}. Name the one that holds "
+                    f"the {'prompt' if key == 'column' else key} with prompts.{key}"
                 )
-        if self.answer is not None:
+        if self.answer is not None and self.answer != "answer":
+            if "answer" not in fields:
+                made.add("answer")
             fields = {**fields, "answer": fields[self.answer]}
         check_fields(fields, where)
-        if self.last_answer == "cut" and not isinstance(fields[self.column], str):
-            messages = check_messages(fields[self.column], where, self.column)
-            if answers(messages[:-1]):
+        if taken == CHAT:
+            fields = {**fields, taken: _read(fields[taken])}
+        if self.last_answer == "cut" and not isinstance(fields[taken], str):
+            messages = check_messages(fields[taken], where, taken)
+            if answers(messages) and answers(messages[:-1]):
                 raise DataError(
-                    f"{where}: the messages in column {self.column!r} end with two answers, and last_answer: cut takes "
-                    "one off; end them with a question before the last answer"
+                    f"{where}: the messages in column {taken!r} end with two answers, and one is cut off; end them "
+                    "with a question before the last answer"
                 )
             if answers(messages):
                 response = text_of(messages[-1].get("content"))
-                fields = {**fields, self.column: messages[:-1]}
+                fields = {**fields, taken: messages[:-1]}
                 if fields.get("response") is None and response.strip():
                     fields["response"] = response
-        check_view(fields[self.column], where, self.column)
+                    made.add("response")
+        check_view(fields[taken], where, taken)
         name = fields.get("id")
         return Prompt(
             where if name is None else str(name),
             fields,
-            self.column,
+            taken,
             where,
             weight=self.weight,
             folder=self.folder,
+            made=frozenset(made),
         )
+
+    def _taken(self, fields: dict[str, Any]) -> str:
+        """The column that holds a row's prompt."""
+        usual = type(self).model_fields["column"].default
+        return CHAT if self.column == usual and usual not in fields and CHAT in fields else self.column
+
+
+def _read(value: Any) -> Any:
+    """Messages that a table holds as JSON in a text; any other text is a prompt as it stands."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:
@@ -172,9 +231,10 @@ def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None)
         raise DataError(f"{reason}; name a source that holds at least one prompt")
     seen: dict[str, Prompt] = {}
     for prompt in prompts:
-        if prompt.id in seen and prompt.source != seen[prompt.id].source:
-            # Rows of two files of one name are numbered alike; their places tell them apart.
-            prompt = replace(prompt, id=prompt.where) if isinstance(prompt.fields.get("id"), Numbered) else prompt
+        numbered = isinstance(prompt.fields.get("id"), Numbered)
+        if numbered and prompt.id in seen and prompt.source != seen[prompt.id].source:
+            # Rows of two sources of one name are numbered alike; their places tell them apart, or their sources.
+            prompt = replace(prompt, id=prompt.where if prompt.where not in seen else f"{prompt.source}/{prompt.id}")
         other = seen.setdefault(prompt.id, prompt)
         if other is not prompt:
             error = DataError(

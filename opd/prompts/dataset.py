@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from opd.errors import DataError, first_line
-from opd.prompts.base import Prompts
+from opd.prompts.base import Numbered, Prompts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ class DatasetPrompts(Prompts):
             if not quiet:
                 datasets.enable_progress_bars()
         rows = enumerate(encoded_images(data))
-        return [(f"{self.path}[{i}]", {"id": f"{self.split}-{i}", **row}) for i, row in rows]
+        return [(f"{self.path}[{i}]", {"id": Numbered(f"{self.split}-{i}"), **row}) for i, row in rows]
 
 
 def encoded_images(data: Dataset) -> Dataset:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from opd.errors import DataError, first_line
-from opd.prompts.base import Numbered, Prompts
+from opd.prompts.base import FILES, Numbered, Prompts
 
 
 class FilePrompts(Prompts):
@@ -47,7 +47,7 @@ class FilePrompts(Prompts):
                 f"prompts.path: no file {self.path!r}{looked}; give the whole path of a .jsonl, .txt, .csv or "
                 ".parquet file"
             )
-        readers = {".jsonl": _json_lines, ".txt": self._texts, ".csv": _csv_rows, ".parquet": _parquet_rows}
+        readers = dict(zip(FILES, (_json_lines, self._texts, _csv_rows, _parquet_rows), strict=True))
         if path.suffix not in readers:
             raise DataError(
                 f"prompts.path: {self.path!r} ends with {path.suffix!r}; accepted are .jsonl, .txt, .csv and .parquet"

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_serializer, field_validator
 
-from opd.prompts.base import Prompts
+from opd.prompts.base import Numbered, Prompts
 
 
 class InlinePrompts(Prompts):
@@ -42,7 +42,7 @@ class InlinePrompts(Prompts):
         rows = []
         for i, item in enumerate(self.prompts):
             fields = {self.column: item} if isinstance(item, str) else item
-            rows.append((f"prompts[{i}]", {"id": f"inline-{i}", **fields}))
+            rows.append((f"prompts[{i}]", {"id": Numbered(f"inline-{i}"), **fields}))
         return rows
 
 

@@ -30,7 +30,8 @@ def check_view(value: object, where: str, column: str) -> str | Messages:
     if answers(messages):
         raise DataError(
             f"{where}: the messages in column {column!r} end with the answer of {messages[-1]['role']!r}, and a second "
-            "one would be written behind it; remove it, or set prompts.last_answer: cut (the column 'response' gets it)"
+            "one would be written behind it; remove it, or of the student's column leave prompts.last_answer at cut "
+            "(the column 'response' gets it)"
         )
     return messages
 

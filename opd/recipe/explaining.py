@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterator, Sequence
 from datetime import date
 from functools import cache
-from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -16,6 +15,7 @@ from opd.choice import Choice, OneOf, Settings, choices_of
 from opd.errors import nearest
 from opd.policies import Policy
 from opd.prompts import Prompts
+from opd.prompts.base import FILES
 from opd.recipe.tree import OfStudent, Recipe
 from opd.teachers import Teacher
 
@@ -41,12 +41,9 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     if kind == "union_tag_invalid":
         expected = [e.strip(" '") for e in first["ctx"]["expected_tags"].split(",")]
         tag = first["ctx"]["tag"]
-        place = _place_key(loc)
-        if place and _names_a_place(tag):
-            leaf = key.rsplit(".", 1)[-1]
-            item = "-" if leaf.isdecimal() else f"{leaf}:"
-            return f"{origin}: {key} is {short(tag)}, which is no kind; write {item} {{{place}: {tag}}}{tail}"
-        return f"{origin}: {key}.kind is {tag!r}{nearest(str(tag), expected)}; accepted: {', '.join(expected)}{tail}"
+        close, place = nearest(str(tag), expected), _place(loc)
+        other = f", or {place}" if place else ""
+        return f"{origin}: {key}.kind is {tag!r}{close}; accepted: {', '.join(expected)}{other}{tail}"
     if kind == "union_tag_not_found":
         return f"{origin}: {key} is {value}; it needs a 'kind', one of {', '.join(_at(loc)[1])}{tail}"
     if kind in WANTED:
@@ -279,11 +276,18 @@ def _of_others(loc: Sequence[int | str]) -> list[str]:
     return [k for k, each in policies if issubclass(each, Policy) and key in each.evaluation.model_fields]
 
 
-def _place_key(loc: Sequence[int | str]) -> str | None:
-    """The field that says where a choice of the axis at `loc` lies: a model, or a file of prompts."""
+def _place(loc: Sequence[int | str]) -> str | None:
+    """What may stand at `loc` besides kinds, where that is a place: a model, or prompts."""
     axes = {choice.axis for choice in _at(loc)[1].values()}
-    return "model" if axes & {Policy.axis, Teacher.axis} else "path" if Prompts.axis in axes else None
+    if axes & {Policy.axis, Teacher.axis}:
+        return "a model: a folder, or a hub name ORG/NAME"
+    return f"a file ({', '.join(FILES)}), a folder, or a data set ORG/NAME" if Prompts.axis in axes else None
 
 
-def _names_a_place(text: str) -> bool:
-    return "/" in text or "." in text or text.startswith("package:") or Path(text).exists()
+def spelt_out(loc: Sequence[str], text: str) -> dict[str, Any]:
+    """The block that a text at `loc` of a recipe stands for, so that keys can be set in it: a kind, or what its axis
+    has a shorthand for."""
+    kinds = _at(loc)[1]
+    axis = next(iter(kinds.values()), None)
+    meant = None if text in kinds or axis is None else axis.shorthand(text)
+    return {"kind": text} if meant is None else meant

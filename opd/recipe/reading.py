@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from opd.choice import take_in
 from opd.errors import RecipeError, nearest
-from opd.recipe.explaining import explain, short
+from opd.recipe.explaining import explain, short, spelt_out
 from opd.recipe.tree import Recipe
 
 NOT_SUGGESTED = {"description", "try_next", "resume", "checkpoint", "failures", "tracking", "hardware", "push_to"}
@@ -142,6 +142,7 @@ def find_recipe(reference: str) -> Path:
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
     path = find_recipe(reference)
+    take_in()
     data = read_plain(read_text(path), path)
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, this file holds {type(data).__name__}")
@@ -186,15 +187,13 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     *parents, leaf = key.split(".")
     place: Any = data
     for depth, part in enumerate(parents):
-        if isinstance(place, list):
-            place = place[_index(part, place, override, parents[:depth])]
-            continue
-        following = place.get(part)
+        at: Any = _index(part, place, override, parents[:depth]) if isinstance(place, list) else part
+        following = place[at] if isinstance(place, list) else place.get(at)
         if isinstance(following, str):
-            following = {"kind": following}
+            following = spelt_out(parents[: depth + 1], following)
         if not isinstance(following, dict | list):
             following = {}
-        place[part] = following
+        place[at] = following
         place = following
     if isinstance(place, list):
         place[_index(leaf, place, override, parents)] = value

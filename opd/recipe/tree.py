@@ -44,6 +44,7 @@ from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
 from opd.teachers import Teacher
+from opd.teachers.showing import ShowingTeacher
 from opd.updates import Update
 from opd.updates.plain import PlainUpdate
 from opd.verifiers import Verifier
@@ -155,6 +156,17 @@ class Recipe(Settings):
                         f"{key} {kind_of(part)!r} is for {models} and student {kind_of(student)!r} is of "
                         f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _shown_to_readers(self) -> Recipe:
+        shown = [part for part in nested(self.teacher) if isinstance(part, ShowingTeacher) and part.shows]
+        if shown and self.student.modality != "language":
+            key = "system" if shown[0].system is not None else "examples"
+            raise ValueError(
+                f"teacher.{key} is written by the chat template of a language model, and student "
+                f"{kind_of(self.student)!r} is of {self.student.modality}; remove the key"
+            )
         return self
 
     @model_validator(mode="after")

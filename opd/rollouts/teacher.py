@@ -64,7 +64,7 @@ class TeacherRollout(SamplingSettings, OneSource):
                 context,
                 reader=reader,
                 author="teacher",
-                sees=member.settings.sees,
+                view=member.settings.view,
                 watch=watch,
             )
             for route, member in members.items()

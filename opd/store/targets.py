@@ -58,6 +58,7 @@ class TargetsHeader(VocabularyHeader):
         teacher: name of the teacher's model and hash of its weights.
         sees: column with the teacher's view of a prompt; None is the student's.
         tokenizer: hash of the teacher's, where it is another one than the store's.
+        shown: hash of the system text and the examples that the teacher alone saw before it.
         template: hash of the teacher's template.
         processor: hash of the settings by which the teacher read pictures; None where it read text alone.
         images: column with its pictures, where `sees` names none.
@@ -73,6 +74,7 @@ class TargetsHeader(VocabularyHeader):
     teacher: dict[str, str]
     sees: str | None = None
     tokenizer: str | None = None
+    shown: str | None = None
     template: str
     processor: str | None = None
     images: str | None = None

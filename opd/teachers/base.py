@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Generic, NamedTuple, Protocol, Type
 import torch
 from pydantic import Field
 
-from opd.choice import Choice, kind_of
+from opd.choice import Choice, kind_of, names_a_place
 from opd.context import Context
 from opd.distributions import Distribution, Target, Vocabulary
 from opd.errors import IncompatibleError
@@ -163,6 +163,10 @@ class LiveTeacher(ABC, Generic[S]):
         raises `ModelError` where it cannot read them. `which` names it."""
         return []
 
+    def prompt_length(self, prompt: Prompt) -> int | None:
+        """Tokens of a prompt as its model reads it; None where nobody counts them."""
+        return None
+
     def check_student(self, student: Student, context: Context) -> None:
         """Raise `IncompatibleError` when what it knows does not fit the built student and the agreed `context`."""
 
@@ -254,6 +258,11 @@ class Teacher(Choice):
     sees: str | None = Field(None, description="Column with this teacher's view of the prompt; default the student's")
     batch: int = Field(16, ge=1, description="Trajectories scored in one forward pass")
 
+    @classmethod
+    def shorthand(cls, value: object) -> dict[str, Any] | None:
+        """A model's name or place."""
+        return {"model": value} if isinstance(value, str) and names_a_place(value) else None
+
     def shapes(self, student: Shape, notes: list[str]) -> list[Shape]:
         """What its models take, without their weights; one of them answers at each position. None are counted of a
         teacher that holds no model. What a person should know goes to `notes`."""
@@ -278,6 +287,11 @@ class Teacher(Choice):
         """How many ids of each state its answers list, where that is settled before it is built; None where they are of
         all ids, or where nobody knows."""
         return None
+
+    def view(self, prompt: Prompt) -> tuple[Prompt, str | None]:
+        """What it reads of a prompt, for `encode`: a row, which may be a copy with more in it, and the column of it;
+        None is the student's own."""
+        return prompt, self.sees
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt that its settings alone, before anything is built, leave without an answer."""

@@ -23,6 +23,7 @@ from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages, check_view
 from opd.teachers.base import DebateSize, LiveTeacher, Teacher, answers_whole_texts_alone
+from opd.teachers.showing import ShowingTeacher
 from opd.teachers.speaking import Manner, Said, Speaker, shown, speaker_of
 from opd.teachers.transcripts import Debate, Transcripts, TranscriptSettings
 from opd.teachers.wording import Domain, Wording
@@ -97,6 +98,11 @@ class DebateTeacher(Teacher):
                 if member.sees is not None:
                     raise ValueError(
                         f"expert {name!r} has sees: {member.sees!r}, and all debate one thing; set sees of the debate"
+                    )
+                if isinstance(member, ShowingTeacher) and member.shows:
+                    raise ValueError(
+                        f"expert {name!r} is shown a system text or examples of its own, and all debate one thing; say "
+                        "who an expert is in wording.role"
                     )
             if expert.weight != 1.0:
                 raise ValueError(

@@ -26,12 +26,13 @@ from opd.policies.base import Student
 from opd.prompts import Prompt
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.teachers.memory import Memory, MemorySettings
+from opd.teachers.showing import ShowingTeacher
 from opd.teachers.translated import TranslatedTeacher, translated
 from opd.trajectories import Trajectories
 from opd.weights import weights_hash
 
 
-class ScoringSettings(ModelSettings, Teacher):
+class ScoringSettings(ModelSettings, ShowingTeacher):
     """What is said of any teacher that is a model of transformers in this process."""
 
     modality: ClassVar[str | None] = "language"
@@ -100,6 +101,8 @@ class LanguageTeacher(LiveTeacher[Teacher]):
         self.language, self.settings, self.device = language.eval(), settings, device
         model = getattr(settings, "model", None)
         language.owner = f"the teacher {settings.name or model or ''}".rstrip()
+        if isinstance(settings, ShowingTeacher):
+            settings.check_shown(language)
         self.offload = getattr(settings, "offload", False)
         self.cache: MemorySettings | None = getattr(settings, "cache", None)
         self.remembers = self.cache is not None
@@ -122,12 +125,15 @@ class LanguageTeacher(LiveTeacher[Teacher]):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            self.language.encode(prompt, self.settings.sees)
+            self.language.encode(*self.settings.view(prompt))
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
-        longest = max((self.language.length(prompt, self.settings.sees) for prompt in prompts), default=1)
+        longest = max((self.prompt_length(prompt) for prompt in prompts), default=1)
         warning = check_positions(self.language, longest, budget, which)
         return [] if warning is None else [warning]
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        return self.language.length(*self.settings.view(prompt))
 
     def check_outputs(self, trajectories: Trajectories, which: str) -> None:
         if self.offload:
@@ -140,7 +146,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
     @torch.no_grad()
     def answer(self, trajectories: Trajectories, settings: Teacher, context: Context) -> list[Target]:
         home = context.device
-        contexts = [self.language.encode(prompt, settings.sees) for prompt in trajectories.prompts]
+        contexts = [self.language.encode(*settings.view(prompt)) for prompt in trajectories.prompts]
         completions = trajectories.completions()
         if self.cache is None:
             rows = self._compute(contexts, completions)
@@ -153,7 +159,7 @@ class LanguageTeacher(LiveTeacher[Teacher]):
         self.settings.check_scorer(context.device)
 
     def scorer(self, prompts: Sequence[Prompt], begun: Sequence[torch.Tensor], context: Context) -> Scorer:
-        views = [self.language.encode(prompt, self.settings.sees) for prompt in prompts]
+        views = [self.language.encode(*self.settings.view(prompt)) for prompt in prompts]
         return self.language.scorer([followed_by(v, start) for v, start in zip(views, begun, strict=True)], context)
 
     def _compute(self, contexts: Sequence[EncodedPrompt], completions: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -83,8 +83,8 @@ class RoutedTeacher(Teacher):
         by, default = self.by, self.default
         if by not in prompt.fields:
             raise DataError(
-                f"{prompt.where}: prompt {prompt.id!r} has no column {by!r}{nearest(by, prompt.fields)}, by which "
-                f"teacher.by chooses a route; it has {sorted(prompt.fields)}"
+                f"{prompt.where}: prompt {prompt.id!r} has no column {by!r}{nearest(by, prompt.columns)}, by which "
+                f"teacher.by chooses a route; it has {prompt.columns}"
             )
         value = prompt.fields[by]
         tag = str(value)

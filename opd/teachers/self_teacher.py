@@ -21,15 +21,17 @@ from opd.prompts import Prompt
 from opd.sharding import full
 from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
 from opd.teachers.local import LanguageTeacher
+from opd.teachers.showing import ShowingTeacher
 from opd.trajectories import Trajectories
 from opd.weights import copy_into, fingerprint
 
 
-class SelfTeacher(Teacher):
+class SelfTeacher(ShowingTeacher):
     """`frozen` keeps the initial weights; `ema` follows: `phi <- (1 - rate) * phi + rate * theta` after each step;
     `live` is the student as it is; `trust_region` has the logits `(1 - rate) * z_initial + rate * z_live`.
 
-    Only parameters move, buffers stay (Vision-OPD). Give `sees` a column with what the student does not see.
+    Only parameters move, buffers stay (Vision-OPD). Give `sees` a column with what the student does not see,
+    or say it in `system` and `examples`.
     """
 
     kind: Literal["self"] = "self"

@@ -31,7 +31,8 @@ from opd.remote.exact import WireDtype, head_job, score_job
 from opd.remote.launch import ended_at
 from opd.remote.settings import Reached
 from opd.remote.start import Found, look, probe, refused, split_alike
-from opd.teachers.base import LiveTeacher, Teacher, answers_whole_texts_alone
+from opd.teachers.base import LiveTeacher, answers_whole_texts_alone
+from opd.teachers.showing import ShowingTeacher
 from opd.teachers.translated import TranslatedTeacher, translated
 from opd.trajectories import Trajectories
 
@@ -44,7 +45,7 @@ Text = tuple[tuple[int, ...], tuple[int, ...]]
 """Ids of a prompt as the teacher reads it, and of what was written behind it."""
 
 
-class ServedTeacher(Reached, Teacher):
+class ServedTeacher(Reached, ShowingTeacher):
     """Scores the student's exact token ids over HTTP: `opd serve`, vLLM, SGLang, or another server whose
     `/v1/completions` echoes log-probabilities. Trajectories that it does not answer are in nothing of their step.
 
@@ -266,7 +267,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         about = self.found.about
         for prompt in prompts:
-            ids = ids_of(self.reader.encode(prompt, self.settings.sees))
+            ids = ids_of(self.reader.encode(*self.settings.view(prompt)))
             if about is not None and len(ids) and int(ids.max()) >= about.rows:
                 raise DataError(
                     f"{prompt.where}: prompt {prompt.id!r} has the id {int(ids.max())} for the teacher, and the model "
@@ -275,7 +276,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
                 )
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int, which: str) -> list[str]:
-        longest = max((len(self.reader.encode(prompt, self.settings.sees)) for prompt in prompts), default=1)
+        longest = max((self.prompt_length(prompt) for prompt in prompts), default=1)
         needed = longest + budget + (0 if self.dialect is None else self.dialect.spare)
         if self.found.longest is not None and needed > self.found.longest:
             raise ModelError(
@@ -284,6 +285,9 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
                 "rollout.max_new_tokens (and evaluation.max_new_tokens)"
             )
         return []
+
+    def prompt_length(self, prompt: Prompt) -> int:
+        return len(self.reader.encode(*self.settings.view(prompt)))
 
     def check_student(self, student: Student, context: Context) -> None:
         self.check_context(context)
@@ -319,7 +323,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         return self.head is None
 
     def expect(self, prompt: Prompt, actions: torch.Tensor) -> None:
-        context, completion = ids_of(self.reader.encode(prompt, self.settings.sees)).tolist(), actions.tolist()
+        context, completion = ids_of(self.reader.encode(*self.settings.view(prompt))).tolist(), actions.tolist()
         if self.early and completion:
             begun: Future[Scored | RequestError] = self.client.submit(self._job(context, completion))
             with self._lock:
@@ -345,7 +349,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
 
     @torch.no_grad()
     def answer(self, trajectories: Trajectories, settings: ServedTeacher, context: Context) -> list[Target]:
-        contexts = [ids_of(self.reader.encode(p, settings.sees)).tolist() for p in trajectories.prompts]
+        contexts = [ids_of(self.reader.encode(*settings.view(p))).tolist() for p in trajectories.prompts]
         completions = [actions.tolist() for actions in trajectories.completions()]
         # One that is empty says nothing and is asked about by nobody.
         asked = [i for i, completion in enumerate(completions) if completion]

@@ -74,7 +74,7 @@ class Scorer(ABC):
         if any(self.judges(prompt) for prompt in prompts):
             return
         reads = self.settings.reads
-        columns = sorted({name for prompt in prompts for name in prompt.fields})
+        columns = sorted({name for prompt in prompts for name in prompt.columns})
         close = nearest(reads, [c for c in columns if c != reads]) if reads is not None else ""
         raise DataError(
             f"verifier {type(self.settings).model_fields['kind'].default!r} gives a verdict on none of the "
@@ -101,6 +101,11 @@ class Verifier(Choice):
     axis: ClassVar[str] = "verifier"
     reads: ClassVar[str | None] = None
     """Column without which a prompt has no verdict; None where that is not up to one column."""
+
+    @classmethod
+    def shorthand(cls, value: object) -> dict[str, Any] | None:
+        """A function, from Python."""
+        return {"kind": "function", "call": value} if callable(value) and not isinstance(value, type) else None
 
     @property
     def measured(self) -> tuple[str, ...]:

@@ -1,0 +1,112 @@
+"""The model card of a saved student: what it is, from the recipe and what was measured. A recipe's own description is
+not repeated: it may have been written about another one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd.provenance import models_of, student_of
+from opd.recipe import Recipe
+
+
+def model_card(recipe: Recipe, summary: Mapping[str, Any], library: str) -> str:
+    """README.md of a saved student, which `library` loads; `summary` is what summary.json holds of its run."""
+    rows = "\n".join(
+        f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
+        for name, value in summary["after"].items()
+    )
+    measured = f"| held out | before | after |\n|---|---|---|\n{rows}\n"
+    return f"{card(recipe, library, summary['steps'])}\n{_privacy(summary.get('privacy'))}{measured}"
+
+
+def card(recipe: Recipe, library: str, steps: int) -> str:
+    """The card without measurements: of a student after `steps` of the recipe's."""
+    block = recipe.dump()
+    teachers = ", ".join(f"`{models_of(teacher)}`" for teacher in block["teacher"]) or "no teacher"
+    objectives = " + ".join(f"`{objective['kind']}`" for objective in block["objective"])
+    views = [text for teacher in block["teacher"] for text in _views(teacher)]
+    told = [
+        f"Student `{student_of(block['student'])}`{_made_of(block['student'])} trained by {teachers} with `opd`: "
+        f"objective {objectives}, rollout `{block['rollout']['kind']}`, {steps} steps of "
+        f"{recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.",
+        *views,
+        f"Prompts: {', '.join(_source(source) for source in block['prompts'])}.",
+    ]
+    return f"{_front(block, library)}# {recipe.name}\n\n" + "".join(f"{text}\n\n" for text in told).rstrip("\n") + "\n"
+
+
+def _front(block: Mapping[str, Any], library: str) -> str:
+    """What hubs read of a card. Names of the hub alone: a folder of this machine is nobody else's."""
+    lines = [f"library_name: {library}", "tags: [on-policy-distillation, opd]"]
+    base = block["student"].get("model")
+    if _on_the_hub(base):
+        lines.append(f"base_model: {base}")
+    sets = [each["path"] for each in block["prompts"] if each["kind"] == "dataset" and _on_the_hub(each["path"])]
+    if sets:
+        lines.append(f"datasets: {json.dumps(sorted(set(sets)))}")
+    return "---\n" + "\n".join(lines) + "\n---\n\n"
+
+
+def _on_the_hub(name: object) -> bool:
+    return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+
+def _made_of(student: Mapping[str, Any]) -> str:
+    """What is not as the named model has it, and what was trained of it."""
+    dropped, lora, frozen = (student.get(key) for key in ("drop_layers", "lora", "freeze"))
+    parts = [f"without its layers {_ranges(dropped)}"] if dropped else []
+    parts += [f"with LoRA of rank {lora['rank']}"] if lora else []
+    parts += [f"with {', '.join(frozen)} as before"] if frozen else []
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`3, 10-17`: neighbours as one range."""
+    found: list[list[int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in found)
+
+
+def _views(teacher: Mapping[str, Any]) -> list[str]:
+    """What a teacher saw that the student did not."""
+    found = []
+    for each in (teacher, *teacher.get("routes", {}).values()):
+        seen = [f"the column `{each['sees']}`"] if each.get("sees") else []
+        seen += [f"the system text {json.dumps(each['system'], ensure_ascii=False)}"] if each.get("system") else []
+        seen += [f"{len(each['examples'])} examples before each prompt"] if each.get("examples") else []
+        if seen:
+            mode = f", {each['mode']}" if each.get("mode") else ""
+            found.append(f"The teacher ({models_of(each)}{mode}) saw {' and '.join(seen)}; the student did not.")
+    return found
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """Where prompts came from; of a file of this machine the name alone."""
+    if source["kind"] == "boxed":
+        return _source(source["of"])
+    path = source.get("path")
+    if path is None:
+        tasks = source.get("tasks") or source.get("task")
+        named = tasks.get("kind") if isinstance(tasks, dict) else ", ".join(tasks) if isinstance(tasks, list) else ""
+        return f"{source['kind']} ({named})" if named else str(source["kind"])
+    return f"`{path if source['kind'] == 'dataset' and _on_the_hub(path) else Path(path).name}`"
+
+
+def _privacy(spent: Mapping[str, Any] | None) -> str:
+    """What a private run promises of its student, for whoever gets it; nothing of others."""
+    if spent is None or spent["epsilon"] is None:
+        return ""
+    known = " to who does not know the seed of its noise" if spent["seed_known"] else ""
+    return (
+        f"Differentially private{known}: epsilon {spent['epsilon']:.4g} at delta {spent['delta']:.3g} for each of "
+        f"{spent['records']} records, added or removed ({spent['accountant']}; {spent['steps']} Poisson draws of rate "
+        f"{spent['sampling_rate']:.4g}, noise of {spent['noise_multiplier']:g} clipping norms).\n\n"
+    )

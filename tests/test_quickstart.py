@@ -1,0 +1,46 @@
+"""The first command: its recipe asks for what its examples show, and its command takes overrides as any other."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from opd.cli.display import headlines
+from opd.cli.main import main
+from opd.prompts import load_prompts
+from opd.recipe import load_recipe
+
+
+def test_the_examples_are_in_the_form_that_is_measured():
+    recipe = load_recipe("quickstart")
+    (teacher,) = recipe.teacher
+    prompts = load_prompts(recipe.prompts)
+    assert len({prompt.view().lower() for prompt in prompts}) == len(prompts)
+    assert len(teacher.examples) == 4
+    asked = {prompt.view() for prompt in prompts}
+    for example in teacher.examples:
+        assert recipe.verifier.score(prompts[0], example.response) == 1
+        assert example.prompt not in asked
+
+
+def test_the_command_takes_overrides(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["opd", "quickstart", "steps=0"])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == 2
+    assert "steps is 0" in capsys.readouterr().err
+
+
+def test_what_a_person_asks_first_stands_under_the_table():
+    measured = SimpleNamespace(
+        before={"accuracy": 0.0},
+        after={"accuracy": 0.75, "teacher_accuracy": 0.9},
+        summary={"prompt_tokens": {"student": 38.4, "teacher": 163.4}},
+    )
+    assert headlines(measured, load_recipe("quickstart")) == [
+        "json_object, of held-out answers: 0.00 before, 0.75 after; the teacher's own answers 0.90",
+        "tokens of a prompt: 38 for the student, 163 for its teacher: 125 saved each time",
+    ]
+    assert headlines(measured, load_recipe("heal"))[1:] == []
