@@ -1,8 +1,8 @@
 """Write the documentation's tables from committed results: `python -m benchmarks.pages`.
 
 Reads `benchmarks/results/*.json` and the table of objectives that comes with the package; writes the generated part of
-`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md`, `docs/store.md` and
-`docs/sandbox.md`. Nothing in those parts is typed by hand.
+`docs/loss_operator.md`, `docs/benchmarks.md`, `docs/objectives.md`, `docs/checkpoints.md`, `docs/store.md`,
+`docs/sandbox.md` and `docs/combinations.md`. Nothing in those parts is typed by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import floor, flow_step, head_to_head, scaling, time_to_quality, vision_step
+from benchmarks.combinations import page as combinations
+from benchmarks.combinations.table import load as load_combinations
 from opd.truth_table import load_table
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,7 @@ def main() -> int:
     write(ROOT / "docs/checkpoints.md", checkpoints(results / "kill_test.json", results / "checkpoint_cost.json"))
     write(ROOT / "docs/store.md", store(results))
     write(ROOT / "docs/sandbox.md", sandbox(results / "sandbox.json"))
+    write(ROOT / "docs/combinations.md", combinations.generated(load_combinations()[0]))
     return 0
 
 

@@ -6,7 +6,7 @@ import copy
 import itertools
 import random
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,7 +34,7 @@ from opd.objectives import Objective
 from opd.policies import Student
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe, axis_of
-from opd.rollouts import PrefixSource
+from opd.rollouts import PrefixSource, Rollout
 from opd.rollouts.base import Combination
 from opd.run import Run, held_out_sampler
 from opd.same_view import nothing_to_learn
@@ -223,6 +223,20 @@ def is_exact(recipe: Recipe, rollout: PrefixSource) -> bool:
     return all(rollout.exact(recipe.rollout.at(step, recipe.steps)) for step in steps)
 
 
+def _built_for_curriculum(
+    recipe: Recipe, rollout: Rollout, context: Context, student: Student, teachers: Sequence[LiveTeacher]
+) -> PrefixSource:
+    """A rollout that the curriculum will ask for, as it will be built then.
+
+    Raises:
+        IncompatibleError: it cannot be, which is told before the first step.
+    """
+    try:
+        return rollout.at(0, recipe.steps).build(context, student, teachers)
+    except IncompatibleError as error:
+        raise IncompatibleError(f"curriculum {kind_of(recipe.curriculum)!r}: {error}") from None
+
+
 def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
     """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
     for objective in recipe.objective if optimiser.expected else ():
@@ -363,6 +377,9 @@ def _assembled(
             "part with the engine the whole rollout"
         )
     verifiers = [] if recipe.verifier is None else [recipe.verifier]
+    for own in recipe.curriculum.rollouts:
+        with closing(_built_for_curriculum(recipe, own, context, student, built)) as source:
+            training = readable(recipe, training, bad, None, source)
     training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
     held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
     monitor.warn_of_skipped(bad)

@@ -216,6 +216,11 @@ class Curriculum(Choice):
         """The largest budget of all steps, where the curriculum sets one."""
         return None
 
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """Who writes what it asks for, where that is others than who writes in training."""
+        return []
+
     @abstractmethod
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> Course:
         """Make the course over a prompt set; `per_step` is the recipe's `batch.prompts`."""

@@ -87,6 +87,11 @@ class Focusing(Curriculum):
             raise ValueError("sampler 'random' looks at no disagreement; remove student and disagreement")
         return self
 
+    @property
+    def rollouts(self) -> list[Rollout]:
+        asked = self.student if self.sampler != "random" else None
+        return [self.teacher] if asked is None else [self.teacher, asked]
+
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> FocusingCourse:
         if self.size > len(prompts):
             raise DataError(

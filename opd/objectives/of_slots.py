@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 
@@ -18,6 +19,8 @@ from opd.trajectories import Trajectories
 class OfSlots(Objective):
     """Of some slots of a rollout's blocks, with a denominator of their own: the sum of their weights in the whole step,
     so that an objective without a slot adds nothing."""
+
+    modality: ClassVar[str | tuple[str, ...] | None] = "language"
 
     @abstractmethod
     def slots(self, columns: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -148,13 +148,15 @@ class Recipe(Settings):
         for key in type(self).model_fields:
             for part in nested(getattr(self, key)):
                 if not part.fits(student.modality):
-                    axis = next(c for c in type(part).__mro__ if "axis" in vars(c))
-                    fitting = [k for k, c in choices_of(axis).items() if c.fits(student.modality)]
+                    kinds = Objective if isinstance(part, Objective) else _axis(part)
+                    fitting = [k for k, c in choices_of(kinds).items() if c.fits(student.modality)]
                     own = part.modality if isinstance(part.modality, tuple) else (part.modality,)
                     models = " and ".join(f"{each} models" for each in own)
+                    axis = axis_of(part)
+                    place = "" if axis == key else f" in {key}"
                     raise ValueError(
-                        f"{key} {kind_of(part)!r} is for {models} and student {kind_of(student)!r} is of "
-                        f"{student.modality}; {key} choices that fit: {', '.join(fitting) or 'none'}"
+                        f"{axis} {kind_of(part)!r}{place} is for {models} and student {kind_of(student)!r} is of "
+                        f"{student.modality}; {axis} choices that fit: {', '.join(fitting) or 'none'}"
                     )
         return self
 
@@ -172,11 +174,12 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _goes_with_the_student(self) -> Recipe:
         several = [*self.teacher, *self.objective, *self.shaping]
-        for part in (self.rollout, *several, self.curriculum):
+        for part in (self.rollout, *several, self.curriculum, *self.curriculum.rollouts):
             why = self.student.misfit(part)
             if why is not None:
+                place = " in curriculum" if part in self.curriculum.rollouts else ""
                 beside = f"beside student.kind {kind_of(self.student)}"
-                raise ValueError(f"{axis_of(part)} {kind_of(part)!r} {beside}: {why}")
+                raise ValueError(f"{axis_of(part)} {kind_of(part)!r}{place} {beside}: {why}")
         return self
 
     @model_validator(mode="after")
@@ -289,6 +292,13 @@ class Recipe(Settings):
                 f"curriculum {kind_of(self.curriculum)!r} follows {self.curriculum.reads[0]!r} at each position, and "
                 f"shaping {kind_of(narrow)!r} takes trajectories out of what is measured; set its denominator to fixed"
             )
+        vain = next((shaping for shaping in self.shaping if shaping.weighs), None)
+        if vain is not None and not any(objective.shaped for objective in self.objective):
+            kinds = " and ".join(repr(kind_of(objective)) for objective in self.objective)
+            raise ValueError(
+                f"shaping {kind_of(vain)!r} weighs positions, and objective {kinds} takes no weights of a shaping, which "
+                f"those do that compare with a teacher: {vain.unweighed}"
+            )
         drafting = [part for part in nested(self.rollout) if isinstance(part, SpeculativeRollout | AnchoredRollout)]
         given = drafting and all(isinstance(part, AnchoredRollout) and part.slots == "text" for part in drafting)
         if given and any(isinstance(objective, Rejected) for objective in self.objective):
@@ -367,6 +377,11 @@ class Recipe(Settings):
 def axis_of(part: Choice) -> str:
     """What a person calls the axis of a part; a divergence is an objective."""
     return "objective" if isinstance(part, Objective) else part.axis
+
+
+def _axis(part: Choice) -> type[Choice]:
+    """The base of a part's axis."""
+    return next(c for c in type(part).__mro__ if "axis" in vars(c))
 
 
 def differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[tuple[str, object, object]]:

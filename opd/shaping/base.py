@@ -161,6 +161,9 @@ class Shaping(Choice):
     corrects: ClassVar[bool] = False
     """Whether its weights make up for samples of a student that is a little older than the one that learns."""
 
+    unweighed: ClassVar[str] = "leave it out"
+    """What a recipe can say instead where it `weighs` and no objective takes weights, for the error that says so."""
+
     def words(self, measured: Mapping[str, float], reward: float | None) -> str | None:
         """What it did to one trajectory and why, for a reader of the report; None where there is nothing to say.
 
@@ -170,6 +173,11 @@ class Shaping(Choice):
             reward: the verdict on it, None where there is none.
         """
         return None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its weights may differ from 1, so that some objective has to take them (`Objective.shaped`)."""
+        return not self.makes_offsets
 
     @property
     def compares_group(self) -> bool:

@@ -33,6 +33,7 @@ class DriftWeights(Shaping):
     modality: ClassVar[str | None] = "language"
     measures: ClassVar[tuple[str, ...]] = ("drifted", "reliable")
     shown: ClassVar[tuple[str, ...]] = ("drifted",)
+    unweighed: ClassVar[str] = "set its weigh to false, with which it measures alone, or leave it out"
     signal: Annotated[Compatibility, OneOf(Compatibility)] = Field(
         Overlap(), description="What says at each state whether the two go together"
     )
@@ -40,6 +41,10 @@ class DriftWeights(Shaping):
     base: float = Field(0.5, ge=0, description="What is added to every weight")
     weigh: bool = Field(True, description="false leaves all weights at 1 and measures alone, for a window without them")
     teacher: str | None = Field(None, description="Name of the teacher that is compared; default the only one")
+
+    @property
+    def weighs(self) -> bool:
+        return self.weigh
 
     def build(self, context: Context) -> DriftShaper:
         return DriftShaper()

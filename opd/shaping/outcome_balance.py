@@ -34,6 +34,7 @@ class OutcomeBalance(ByOutcome):
     kind: Literal["outcome_balance"] = "outcome_balance"
     measures: ClassVar[tuple[str, ...]] = (KEPT,)
     shown: ClassVar[tuple[str, ...]] = ("balance/kept",)
+    unweighed: ClassVar[str] = "set its denominator to kept, which counts in every objective, or leave it out"
     ratio: float | Literal["inf"] = Field(
         1.0, description="Right trajectories to each wrong one; 0 keeps wrong ones alone, inf right ones"
     )
@@ -46,6 +47,10 @@ class OutcomeBalance(ByOutcome):
     @property
     def narrows(self) -> bool:
         return self.denominator == "kept"
+
+    @property
+    def weighs(self) -> bool:
+        return self.denominator == "fixed"
 
     @field_validator("ratio", mode="before")
     @classmethod

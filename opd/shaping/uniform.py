@@ -19,6 +19,10 @@ class Uniform(Shaping):
     kind: Literal["uniform"] = "uniform"
     alone: ClassVar[bool] = True
 
+    @property
+    def weighs(self) -> bool:
+        return False
+
     def build(self, context: Context) -> UniformShaper:
         return UniformShaper()
 

@@ -248,7 +248,7 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     def _asked(self, prompts: list[Prompt], ids: Sequence[Sequence[int]], encode: bool = False) -> Trajectories:
         count = sum(map(len, ids))
         nothing = torch.zeros(0, dtype=torch.int64)
-        contexts = [self.own_reader.encode(p, self.settings.sees) if encode else nothing for p in prompts]
+        contexts = [self.own_reader.encode(*self.settings.view(p)) if encode else nothing for p in prompts]
         return Trajectories(
             prompts=prompts,
             contexts=contexts,

@@ -1,0 +1,70 @@
+"""What blank models succeed in about half of the time, so that verdicts differ: a line to walk, pictures to be bright.
+
+Both are choices of their axes, defined here: recipes of this process accept them once this file is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from opd.acting.seeing import NO_PICTURE, Body, Plan, Seen
+from opd.environments import Start, Turn
+from opd.environments.control import Control, ControlWorld
+from opd.prompts import Prompt
+from opd.verifiers import CompletionVerifier
+
+
+class Bright(CompletionVerifier):
+    """1 for a picture that is brighter than grey."""
+
+    kind: Literal["bright"] = "bright"
+    modality: ClassVar[str | None] = "flow"
+
+    def score(self, prompt: Prompt, completion: Any) -> float | None:
+        return float(completion.mean() > 0.5)
+
+
+class Walk(Control):
+    """A point on a line is to come near its middle."""
+
+    kind: Literal["walk"] = "walk"
+    expert: ClassVar[bool] = True
+    repeats: ClassVar[bool | None] = True
+
+    def tasks(self) -> Mapping[str, str]:
+        return {"middle": "go there", "centre": "go here"}
+
+    def body(self) -> Body:
+        return Body(low=(-0.5,), high=(0.5,), proprio=1, state=1)
+
+    def build(self) -> WalkWorld:
+        return WalkWorld(self)
+
+
+class WalkWorld(ControlWorld):
+    """The built line."""
+
+    def __init__(self, settings: Walk):
+        self.settings = settings
+
+    def reset(self, start: Start) -> Turn[Seen]:
+        self.place = np.random.default_rng(start.seed).choice([-1, 1], 1) * (0.3 + 0.1 * (start.seed % 8))
+        self.steps = 0
+        return self._turn()
+
+    def step(self, action: np.ndarray) -> Turn[Seen]:
+        self.place, self.steps = self.place + action, self.steps + 1
+        return self._turn()
+
+    def _turn(self) -> Turn[Seen]:
+        numbers, there = self.place.astype(np.float32), bool(abs(self.place[0]) < 0.2)
+        cut = not there and self.steps >= self.settings.limit
+        return Turn(Seen(NO_PICTURE, numbers, numbers), outcome=float(there), done=there, cut=cut)
+
+    def plan(self, horizon: int) -> Plan:
+        mean = np.zeros((horizon, 1), np.float32)
+        mean[0] = -self.place.clip(-0.5, 0.5)
+        return Plan(mean, np.full_like(mean, 0.05))
