@@ -233,8 +233,8 @@ hand and the instruction, and decides about four actions of three numbers at onc
 **Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. One learnt to see and to move from
 the scripted expert's episodes, 30 a step, by its distribution. What it was when it first succeeded in {BASE_GOAL:.0%}
 of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and is the first
-checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt from
-{TEACHER_STEPS:,} such steps, and went on by GRPO.
+checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt the
+expert's actions in {TEACHER_STEPS:,} such steps, and went on by GRPO.
 
 **Premise.** The start of every seed succeeds in 20 to 60 % of episodes, the teacher in 95 % or more, and the teacher
 is less sure on the start's states than on its own (entropy at least 1.2 times as large). It is measured on initial

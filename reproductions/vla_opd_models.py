@@ -182,7 +182,7 @@ def of_expert(new: str, steps: int, **changes: Any) -> dict[str, Any]:
         "objective": ["forward_kl"],
         "batch": {"prompts": 30, "group": 1},
     }
-    return recipe(f"{{{new}}}/model", steps, 1e-3, **own, **changes)
+    return recipe(f"{{{new}}}/model", steps, 1e-3, **{**own, **changes})
 
 
 def _start(data: str, **own: Any) -> Stage:
@@ -217,8 +217,13 @@ STAGES: dict[str, Stage] = {
     TEACHER: Stage(
         taught,
         {
+            # By the expert's actions and not its distribution, which is as broad everywhere: a teacher of that is never
+            # less sure.
             "imitate": of_expert(
-                NEW_TEACHER, TEACHER_STEPS, evaluation={"prompts": episodes(10, VALIDATION), "every": 500}
+                NEW_TEACHER,
+                TEACHER_STEPS,
+                objective=["sft"],
+                evaluation={"prompts": episodes(10, VALIDATION), "every": 500},
             ),
             "improve": recipe(
                 "",
