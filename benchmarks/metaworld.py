@@ -31,8 +31,8 @@ TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 LIMIT, CHUNK, BINS = 100, 5, 32
 FEW, GOAL = 5, 0.3
 """Demonstrations of each task that a start imitates, and the share of validation episodes at which it is taken."""
-IMITATED, EVERY = 600, 25
-STEPS, EPISODES = 20, 24
+IMITATED, EVERY = 600, 50
+STEPS, EPISODES = 12, 24
 DEMONSTRATED, TRAIN, VALIDATION, TEST = 3, 2, 1, 0
 """Seeds of initial states."""
 PER_TASK = 20

@@ -14,7 +14,6 @@ from reproductions.running_sum import figures_of
 from reproductions.vla_opd_models import (
     BASE,
     BASE_GOAL,
-    BASE_STEPS,
     DATA,
     FEW,
     GOAL,
@@ -28,6 +27,7 @@ from reproductions.vla_opd_models import (
     STAGES,
     START,
     TEACHER,
+    TEACHER_STEPS,
     TEST,
     TRAIN,
     VALIDATION,
@@ -231,9 +231,10 @@ whose colour the instruction names; up to 40 steps with noise in the movement. T
 hand and the instruction, and decides about four actions of three numbers at once, each one of 32 tokens.
 
 **Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. One learnt to see and to move from
-{BASE_STEPS:,} steps of 30 episodes of the scripted expert, by its distribution. What it was when it first succeeded in
-{BASE_GOAL:.0%} of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and
-is the first checkpoint that succeeds in {GOAL:.0%}. What it was in the end goes on by GRPO and is the *teacher*.
+the scripted expert's episodes, 30 a step, by its distribution. What it was when it first succeeded in {BASE_GOAL:.0%}
+of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and is the first
+checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt the
+expert's actions in {TEACHER_STEPS:,} such steps, and went on by GRPO.
 
 **Premise.** The start of every seed succeeds in 20 to 60 % of episodes, the teacher in 95 % or more, and the teacher
 is less sure on the start's states than on its own (entropy at least 1.2 times as large). It is measured on initial
@@ -339,7 +340,7 @@ its steps.
     smoke=Smoke(
         stages={
             BASE: {"recipe": FEW_IMITATED},
-            TEACHER: {"recipe": FEW_STEPS},
+            TEACHER: {"imitate": FEW_IMITATED, "improve": FEW_STEPS},
             **{name: {"per_task": 1} for name in (DATA, OF_RATES[DATA])},
             **{name: {"recipe": FEW_IMITATED} for name in (START, OF_RATES[START])},
             OF_SEEN: {"per_task": 1},

@@ -44,7 +44,7 @@ class ClipPrompts(Prompts):
     split: Literal["train", "validation", "test"] = Field("train", description="Rows of one split occur in no other")
     ask: Literal["when", "count"] = Field("when", description="When one shape is there, or how many there are")
     seconds: int = Field(FRAMES // FPS, ge=4, le=FRAMES // FPS, description="Length of a clip, of two frames a second")
-    pixels: Literal[16, 32] = Field(SIDE, description="Side of a frame")
+    pixels: Literal[16, 32] = Field(32, description="Side of a frame")
     events: int = Field(4, ge=1, le=4, description="Shapes in a clip; with ask: count at most")
     colours: list[str] = Field(list(COLOURS), min_length=1, description="Of the shape that is asked for")
 
