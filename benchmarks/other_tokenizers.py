@@ -116,8 +116,9 @@ def own_pair(folder: Path) -> Pair:
         try:
             ids = known.encode(piece.decode())
         except UnicodeDecodeError:
-            ids = [known.ids[piece[k : k + 1]] for k in range(len(piece))]
-        made[i] = rows[ids].mean(0)
+            # Bytes that begin no character of any text may be tokens of one side alone.
+            ids = [known.ids[each] for k in range(len(piece)) if (each := piece[k : k + 1]) in known.ids]
+        made[i] = (rows[ids] if ids else rows).mean(0)
     model.resize_token_embeddings(len(new))
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(made)
