@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPD, SFT, GOLD = "opd", "fine-tuning on the teacher's texts", "TRL GOLD"
 OBJECTIVE = [{"kind": "reverse_kl"}, {"kind": "reverse_kl_sampled", "spans": "several"}]
 OWN_SIZE = 8192
-"""Tokens of the tokenizer that is made here."""
+"""Tokens of the tokenizer that is made here, at most: it ends where its texts have no more pairs to merge."""
 
 Pair = tuple[Path, Path]
 """Folders of a student and of its teacher."""
