@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OPD, SFT, GOLD = "opd", "fine-tuning on the teacher's texts", "TRL GOLD"
 OBJECTIVE = [{"kind": "reverse_kl"}, {"kind": "reverse_kl_sampled", "spans": "several"}]
 OWN_SIZE = 8192
-"""Tokens of the tokenizer that is made here."""
+"""Tokens of the tokenizer that is made here, at most: it ends where its texts have no more pairs to merge."""
 
 Pair = tuple[Path, Path]
 """Folders of a student and of its teacher."""
@@ -116,8 +116,9 @@ def own_pair(folder: Path) -> Pair:
         try:
             ids = known.encode(piece.decode())
         except UnicodeDecodeError:
-            ids = [known.ids[piece[k : k + 1]] for k in range(len(piece))]
-        made[i] = rows[ids].mean(0)
+            # Bytes that begin no character of any text may be tokens of one side alone.
+            ids = [known.ids[each] for k in range(len(piece)) if (each := piece[k : k + 1]) in known.ids]
+        made[i] = (rows[ids] if ids else rows).mean(0)
     model.resize_token_embeddings(len(new))
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(made)
