@@ -113,6 +113,24 @@ def test_single_turns_of_reasoning_gym():
     assert world.step(Reply("none")).outcome < 1
 
 
+def test_games_of_textworld_are_won_by_their_own_walkthrough():
+    pytest.importorskip("textworld")
+    from opd.environments.textworld import TextWorldEnvironment
+
+    world = TextWorldEnvironment(rooms=1, objects=2, quest=1).build()
+    try:
+        turn = world.reset(Start("quest", 3))
+        assert "You can: " in turn.observation[0]["content"]
+        lost = world.step(Reply("examine nothing at all\nand more"))
+        assert not lost.over
+        assert ">" not in lost.observation[0]["content"]
+        for _ in range(3):
+            turn = turn if turn.over else world.step(world.expert())
+        assert (turn.done, turn.outcome) == (True, 1.0)
+    finally:
+        world.close()
+
+
 # -- calls and contexts --------------------------------------------------------------------------------------------
 
 HERMES = TOOLS.replace("[CALL]", "<tool_call>").replace("[END]", "</tool_call>")
@@ -344,6 +362,8 @@ def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
         ({"verifier": {"kind": "exact_match", "pattern": "(a)"}}, "the environment judges episodes; remove it"),
         ({"shaping": "outcome_balance"}, "gives the turns of episodes"),
         ({"curriculum": "difficulty"}, "gives the turns of episodes"),
+        ({"teacher": {"sees": "hint"}}, "holds nothing of what was said since"),
+        ({"evaluation": {"teacher_answers": True}}, "has the teacher answer the rows"),
         (
             {"rollout": {"kind": "mixture", "first": {"kind": "agent"}, "second": {"kind": "agent"}}},
             "one a turn",

@@ -117,7 +117,8 @@ class AgentRollout(StudentWrites):
             for route, member in teacher.members().items():
                 reader = getattr(member, "language", getattr(member, "reader", None))
                 if isinstance(reader, InProcess):
-                    readers.append((f"teacher {teacher.settings.name or ''} {route}".strip(), reader))
+                    named = " ".join(part for part in ("teacher", teacher.settings.name, route) if part)
+                    readers.append((named, reader))
         return AgentSource(writer, self, readers)
 
 
@@ -170,12 +171,14 @@ class AgentSource(PrefixSource[AgentRollout]):
         self.arena = Arena[Exchange](settings.processes, settings.patience)
         self.counts: Counter[str] = Counter()
         self.played: list[TextEnvironment] = []
+        self.warnings: list[str] = []
         self._form: CallFormat | None = None
 
     @property
     def notes(self) -> Sequence[str]:
         return [
             *self.writer.notes,
+            *self.warnings,
             *(
                 f"environment {kind_of(environment)!r} does not say the same again from one start, so a run that is "
                 "resumed goes on with other episodes"
@@ -201,10 +204,13 @@ class AgentSource(PrefixSource[AgentRollout]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows without an environment of text, and templates that cannot hold its episodes."""
         for prompt in prompts:
-            environment = TextEnvironment.of(prompt)
-            if environment not in self.played:
-                self._check(environment, prompt)
-                self.played.append(environment)
+            self._meet(TextEnvironment.of(prompt), prompt)
+
+    def _meet(self, environment: TextEnvironment, prompt: Prompt) -> None:
+        """Check an environment the first time that a row names it; of held-out rows that is when they are played."""
+        if environment not in self.played:
+            self._check(environment, prompt)
+            self.played.append(environment)
 
     def _check(self, environment: TextEnvironment, prompt: Prompt) -> None:
         kind = kind_of(environment)
@@ -241,7 +247,8 @@ class AgentSource(PrefixSource[AgentRollout]):
         for which, reader in self.readers:
             # A server's model is known by its tokenizer alone.
             if reader.model is not None:
-                check_positions(reader, self.settings.max_context_tokens, budget, which)
+                warning = check_positions(reader, self.settings.max_context_tokens, budget, which)
+                self.warnings += [] if warning is None else [warning]
 
     def failures(self) -> Mapping[str, int]:
         return Counter(self.arena.lost) + Counter(self.writer.failures())
@@ -266,10 +273,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         signals = {f"agent/{name}": float(found[name]) for name in ("seconds", "restarts")}
         if found["episodes"]:
             signals["agent/turns"] = found["turns"] / found["episodes"]
-            signals |= {
-                f"agent/ended_{name}": found[name] / found["episodes"]
-                for name in ("by_itself", "by_turns", "by_context")
-            }
+            signals |= {f"agent/ended_{name}": found[name] / found["episodes"] for name in ENDED}
         if found["replies"]:
             signals["agent/faults"] = found["faults"] / found["replies"]
         return {**self.writer.own_signals(), **signals}
@@ -310,6 +314,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         """Begin the episodes of places that are free."""
         orders = []
         for number, place in places.items():
+            self._meet(place.environment, place.prompt)
             own = (request.context.seed, request.stream, place.prompt, request.group, place.member)
             start = start_of(place.prompt, row_seed(*own) % 2**31)
             orders.append(TextOrder(number, place.environment, start, self._asks(place.environment, request)))
