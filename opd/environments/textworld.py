@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -62,8 +63,12 @@ class GameWorld(TextWorld):
         self._leave()
         wanted = ("admissible_commands", "policy_commands", "won", "lost", "objective", "description")
         infos = textworld.EnvInfos(**dict.fromkeys(wanted, True))
-        self.game = textworld.start(str(self._made(start.seed)), request_infos=infos)
-        self.state = self.game.reset()
+        path = str(self._made(start.seed))
+        with warnings.catch_warnings():
+            # The player below does not know the game's score, which is counted above it.
+            warnings.simplefilter("ignore")
+            self.game = textworld.start(path, request_infos=infos)
+            self.state = self.game.reset()
         told = f"You play a text game. {_clean(self.state['objective'])}\n\n{_clean(self.state['description'])}"
         return Turn([{"role": "user", "content": f"{told}\n\n{self._hints()}Answer with one command."}])
 
