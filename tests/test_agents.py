@@ -22,11 +22,15 @@ from opd.language.episodes import TURN
 from opd.language.replies import Call, CallFormat, Reply, call_format
 from opd.loop import train
 from opd.plan import make_plan
+from opd.policies.causal_lm import CausalLM
 from opd.policies.held_out import wilson
 from opd.prompts import Prompt
 from opd.report import write_report
 from opd.rollouts import Request
+from opd.server import ServedModel
+from opd.server.serving import application
 from tests.agents import DROPS, TOOLS, agents, game, talking
+from tests.serving import serving
 from tests.test_loop import build
 from tests.tiny import turn_tokenizer
 
@@ -341,6 +345,40 @@ def test_an_environment_that_fails_costs_its_episode(models, tmp_path):
     assert torch.equal(made.lost, odd)
     assert bool(made.rewards[odd].isnan().all())
     assert dict(run.rollout.failures()) == {"guess: ValueError: the game is broken": 4}
+
+
+def test_a_world_whose_process_dies_costs_its_episode_and_no_other(models, tmp_path):
+    run = build(agents(models, tmp_path, self_test=False, rollout={"processes": 1, "turns": 2}), tmp_path)
+    before = played(run, group=1)
+    odd = [i for i, p in enumerate(run.held_out) if p.fields["seed"] % 2]
+    prompts = list(run.held_out)
+    own = prompts[odd[0]].fields
+    prompts[odd[0]] = replace(
+        prompts[odd[0]], fields={**own, "environment": {**own["environment"], "misbehaves": "crash"}}
+    )
+    after = played(run, group=1, prompts=prompts)
+    run.rollout.close()
+    gone = after.lost.nonzero().flatten().tolist()
+    assert {after.prompts[i].id for i in gone} == {prompts[odd[0]].id}
+    assert dict(run.rollout.failures()) == {"guess: crash": 1}
+    for i, prompt in enumerate(after.prompts):
+        same = [k for k, other in enumerate(before.prompts) if other.id == prompt.id]
+        if i not in gone:
+            assert after.completions()[i].tolist() in [before.completions()[k].tolist() for k in same]
+
+
+def test_a_served_teacher_scores_turns_as_one_here_does(models, tmp_path):
+    model = ServedModel(LanguageModel.load(CausalLM(model=models[1]), "cpu"), "tiny")
+    with serving(application(model, None)) as running:
+        served = {"kind": "served", "url": running.url, "tokenizer": models[1], "answers": "exact"}
+        run = build(agents(models, tmp_path, teacher=served), tmp_path)
+        made = played(run)
+        (there,) = run.ask(made, run.at(0))
+        run.teachers[0].close()
+    model.batcher.close()
+    local = build(agents(models, tmp_path), tmp_path)
+    (here,) = local.ask(made, local.at(0))
+    assert torch.allclose(there.distribution.log_probs(), here.distribution.log_probs(), atol=1e-4)
 
 
 def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):

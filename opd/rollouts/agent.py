@@ -112,13 +112,14 @@ class AgentRollout(StudentWrites):
         writer = self.writer(context, student, teachers)
         if writer.language.reads_pictures:
             raise IncompatibleError("rollout 'agent' is for students of text alone; take student.kind causal_lm")
-        readers = [("the student", writer.reader)]
+        readers = [("the student", writer.reader, 0)]
         for teacher in teachers:
             for route, member in teacher.members().items():
                 reader = getattr(member, "language", getattr(member, "reader", None))
                 if isinstance(reader, InProcess):
                     named = " ".join(part for part in ("teacher", teacher.settings.name, route) if part)
-                    readers.append((named, reader))
+                    # What experts wrote stands before the reply as well.
+                    readers.append((named, reader, teacher.settings.debate.transcript))
         return AgentSource(writer, self, readers)
 
 
@@ -159,10 +160,10 @@ class AgentSource(PrefixSource[AgentRollout]):
 
     Args:
         writer: draws the student's replies.
-        readers: whoever reads an episode, with how messages name it.
+        readers: whoever reads an episode, with how messages name it, and the most tokens that it reads besides.
     """
 
-    def __init__(self, writer: LanguageRollout, settings: AgentRollout, readers: Sequence[tuple[str, InProcess]]):
+    def __init__(self, writer: LanguageRollout, settings: AgentRollout, readers: Sequence[tuple[str, InProcess, int]]):
         self.writer, self.readers = writer, readers
         self.language = writer.reader
         self.authors = writer.authors
@@ -219,7 +220,7 @@ class AgentSource(PrefixSource[AgentRollout]):
                 f"{prompt.where}: rollout.history is 'data', and environment {kind!r} has no expert whose replies are "
                 "played; take history: student"
             )
-        plain = next((which for which, reader in self.readers if reader.template != "chat"), None)
+        plain = next((which for which, reader, _ in self.readers if reader.template != "chat"), None)
         if plain is not None:
             raise IncompatibleError(
                 f"rollout 'agent' talks in turns, and {plain} has template: plain, which has none; take a model with a "
@@ -234,7 +235,7 @@ class AgentSource(PrefixSource[AgentRollout]):
             world.close()
         answer: Messages = [{"role": "tool" if environment.tools() else "user", "content": "Go on."}]
         seen = Place(0, prompt, 0, environment, list(opening)).seen()
-        for which, reader in self.readers:
+        for which, reader, _ in self.readers:
             why = rewritten(reader, seen, list(opening), answer)
             if why is not None and self.settings.rewritten == "refuse":
                 raise IncompatibleError(
@@ -244,10 +245,10 @@ class AgentSource(PrefixSource[AgentRollout]):
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
         self.writer.check_lengths(prompts, budget)
-        for which, reader in self.readers:
+        for which, reader, besides in self.readers:
             # A server's model is known by its tokenizer alone.
             if reader.model is not None:
-                warning = check_positions(reader, self.settings.max_context_tokens, budget, which)
+                warning = check_positions(reader, self.settings.max_context_tokens + besides, budget, which)
                 self.warnings += [] if warning is None else [warning]
 
     def failures(self) -> Mapping[str, int]:
