@@ -323,6 +323,30 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
+def test_the_machine_is_worked_through_the_templates_own_tools(models, tmp_path):
+    machine = {"kind": "episodes", "environment": {"kind": "tool_machine", "only": ["sum"]}, "per_task": 3}
+    recipe = agents(
+        models,
+        tmp_path,
+        prompts=machine,
+        evaluation={"prompts": {**machine, "seed": 1}},
+        rollout={"history": "data", "turns": 5, "max_context_tokens": 900},
+        self_test=False,
+    )
+    run = build(recipe, tmp_path)
+    made = played(run, group=1)
+    for each in episodes(made):
+        assert len(each) == 3, "both are read, and the sum is written"
+        assert made.prompts[each[-1]].fields[TURN]["ended"] == "itself"
+        text = run.student.reader.tokenizer.decode(ids_of(made.contexts[each[-1]]))
+        assert text.startswith("<turn>tools\nread\nwrite\n")
+        assert text.count("[CALL]") == text.count("<turn>tool\n") == 2
+    # A student that knows no tools is told so, and plays on.
+    alone = played(run, group=1, history="student", turns=2)
+    assert all(len(each) == 2 for each in episodes(alone))
+    assert "error: no tool was called" in str(alone.prompts[1].fields["prompt"])
+
+
 def test_an_episode_ends_at_its_limits_and_they_are_counted(models, tmp_path):
     run = build(agents(models, tmp_path), tmp_path)
     made = played(run, turns=2)
