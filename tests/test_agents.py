@@ -22,11 +22,15 @@ from opd.language.episodes import TURN
 from opd.language.replies import Call, CallFormat, Reply, call_format
 from opd.loop import train
 from opd.plan import make_plan
+from opd.policies.causal_lm import CausalLM
 from opd.policies.held_out import wilson
 from opd.prompts import Prompt
 from opd.report import write_report
 from opd.rollouts import Request
+from opd.server import ServedModel
+from opd.server.serving import application
 from tests.agents import DROPS, TOOLS, agents, game, talking
+from tests.serving import serving
 from tests.test_loop import build
 from tests.tiny import turn_tokenizer
 
@@ -111,6 +115,24 @@ def test_single_turns_of_reasoning_gym():
     assert (answered.done, answered.outcome) == (True, 1.0)
     world.reset(Start("leg_counting", 4))
     assert world.step(Reply("none")).outcome < 1
+
+
+def test_games_of_textworld_are_won_by_their_own_walkthrough():
+    pytest.importorskip("textworld")
+    from opd.environments.textworld import TextWorldEnvironment
+
+    world = TextWorldEnvironment(rooms=1, objects=2, quest=1).build()
+    try:
+        turn = world.reset(Start("quest", 3))
+        assert "You can: " in turn.observation[0]["content"]
+        lost = world.step(Reply("examine nothing at all\nand more"))
+        assert not lost.over
+        assert ">" not in lost.observation[0]["content"]
+        for _ in range(3):
+            turn = turn if turn.over else world.step(world.expert())
+        assert (turn.done, turn.outcome) == (True, 1.0)
+    finally:
+        world.close()
 
 
 # -- calls and contexts --------------------------------------------------------------------------------------------
@@ -301,6 +323,30 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
+def test_the_machine_is_worked_through_the_templates_own_tools(models, tmp_path):
+    machine = {"kind": "episodes", "environment": {"kind": "tool_machine", "only": ["sum"]}, "per_task": 3}
+    recipe = agents(
+        models,
+        tmp_path,
+        prompts=machine,
+        evaluation={"prompts": {**machine, "seed": 1}},
+        rollout={"history": "data", "turns": 5, "max_context_tokens": 900},
+        self_test=False,
+    )
+    run = build(recipe, tmp_path)
+    made = played(run, group=1)
+    for each in episodes(made):
+        assert len(each) == 3, "both are read, and the sum is written"
+        assert made.prompts[each[-1]].fields[TURN]["ended"] == "itself"
+        text = run.student.reader.tokenizer.decode(ids_of(made.contexts[each[-1]]))
+        assert text.startswith("<turn>tools\nread\nwrite\n")
+        assert text.count("[CALL]") == text.count("<turn>tool\n") == 2
+    # A student that knows no tools is told so, and plays on.
+    alone = played(run, group=1, history="student", turns=2)
+    assert all(len(each) == 2 for each in episodes(alone))
+    assert "error: no tool was called" in str(alone.prompts[1].fields["prompt"])
+
+
 def test_an_episode_ends_at_its_limits_and_they_are_counted(models, tmp_path):
     run = build(agents(models, tmp_path), tmp_path)
     made = played(run, turns=2)
@@ -325,6 +371,40 @@ def test_an_environment_that_fails_costs_its_episode(models, tmp_path):
     assert dict(run.rollout.failures()) == {"guess: ValueError: the game is broken": 4}
 
 
+def test_a_world_whose_process_dies_costs_its_episode_and_no_other(models, tmp_path):
+    run = build(agents(models, tmp_path, self_test=False, rollout={"processes": 1, "turns": 2}), tmp_path)
+    before = played(run, group=1)
+    odd = [i for i, p in enumerate(run.held_out) if p.fields["seed"] % 2]
+    prompts = list(run.held_out)
+    own = prompts[odd[0]].fields
+    prompts[odd[0]] = replace(
+        prompts[odd[0]], fields={**own, "environment": {**own["environment"], "misbehaves": "crash"}}
+    )
+    after = played(run, group=1, prompts=prompts)
+    run.rollout.close()
+    gone = after.lost.nonzero().flatten().tolist()
+    assert {after.prompts[i].id for i in gone} == {prompts[odd[0]].id}
+    assert dict(run.rollout.failures()) == {"guess: crash": 1}
+    for i, prompt in enumerate(after.prompts):
+        same = [k for k, other in enumerate(before.prompts) if other.id == prompt.id]
+        if i not in gone:
+            assert after.completions()[i].tolist() in [before.completions()[k].tolist() for k in same]
+
+
+def test_a_served_teacher_scores_turns_as_one_here_does(models, tmp_path):
+    model = ServedModel(LanguageModel.load(CausalLM(model=models[1]), "cpu"), "tiny")
+    with serving(application(model, None)) as running:
+        served = {"kind": "served", "url": running.url, "tokenizer": models[1], "answers": "exact"}
+        run = build(agents(models, tmp_path, teacher=served), tmp_path)
+        made = played(run)
+        (there,) = run.ask(made, run.at(0))
+        run.teachers[0].close()
+    model.batcher.close()
+    local = build(agents(models, tmp_path), tmp_path)
+    (here,) = local.ask(made, local.at(0))
+    assert torch.allclose(there.distribution.log_probs(), here.distribution.log_probs(), atol=1e-4)
+
+
 def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
     settings = {"steps": 3, "checkpoint": {"every": 1}, "objective": "jensen_shannon"}
     whole = execute(agents(models, tmp_path / "a", **settings), quiet=True)
@@ -344,6 +424,8 @@ def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
         ({"verifier": {"kind": "exact_match", "pattern": "(a)"}}, "the environment judges episodes; remove it"),
         ({"shaping": "outcome_balance"}, "gives the turns of episodes"),
         ({"curriculum": "difficulty"}, "gives the turns of episodes"),
+        ({"teacher": {"sees": "hint"}}, "holds nothing of what was said since"),
+        ({"evaluation": {"teacher_answers": True}}, "has the teacher answer the rows"),
         (
             {"rollout": {"kind": "mixture", "first": {"kind": "agent"}, "second": {"kind": "agent"}}},
             "one a turn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,7 @@ from opd.language.replies import Reply
 from opd.prompts.messages import Messages
 
 TASK = "quest"
+AFTERWARDS = "Would you like to RESTART"
 
 
 class TextWorldEnvironment(TextEnvironment):
@@ -40,8 +42,10 @@ class TextWorldEnvironment(TextEnvironment):
     def build(self) -> GameWorld:
         try:
             import textworld  # noqa: F401
-        except ImportError:
-            raise ModelError("environment 'textworld' needs it: pip install 'opd[textworld]'") from None
+        except ImportError as error:
+            raise ModelError(
+                f"environment 'textworld' cannot be had ({first_line(error)}): pip install 'opd[textworld]'"
+            ) from None
         return GameWorld(self)
 
 
@@ -57,9 +61,14 @@ class GameWorld(TextWorld):
         import textworld
 
         self._leave()
-        infos = textworld.EnvInfos(admissible_commands=True, policy_commands=True, won=True, lost=True, objective=True)
-        self.game = textworld.start(str(self._made(start.seed)), request_infos=infos)
-        self.state = self.game.reset()
+        wanted = ("admissible_commands", "policy_commands", "won", "lost", "objective", "description")
+        infos = textworld.EnvInfos(**dict.fromkeys(wanted, True))
+        path = str(self._made(start.seed))
+        with warnings.catch_warnings():
+            # The player below does not know the game's score, which is counted above it.
+            warnings.simplefilter("ignore")
+            self.game = textworld.start(path, request_infos=infos)
+            self.state = self.game.reset()
         told = f"You play a text game. {_clean(self.state['objective'])}\n\n{_clean(self.state['description'])}"
         return Turn([{"role": "user", "content": f"{told}\n\n{self._hints()}Answer with one command."}])
 
@@ -67,8 +76,9 @@ class GameWorld(TextWorld):
         command = (action.text.splitlines() or [""])[0].strip()[:200] or "look"
         self.state, _, over = self.game.step(command)
         won = bool(self.state["won"])
-        said = f"{_clean(self.state.feedback)}\n\n{self._hints()}".strip()
-        return Turn([{"role": "user", "content": said}], float(won), done=won or bool(self.state["lost"]) or bool(over))
+        done = won or bool(self.state["lost"]) or bool(over)
+        said = f"{_clean(self.state.feedback)}\n\n{'' if done else self._hints()}".strip()
+        return Turn([{"role": "user", "content": said}], float(won), done)
 
     def expert(self) -> Reply:
         return Reply(str(self.state["policy_commands"][0]))
@@ -112,7 +122,7 @@ class GameWorld(TextWorld):
 
 
 def _clean(text: object) -> str:
-    """What a game says, without its banner and prompt."""
-    lines = [line.rstrip() for line in str(text).splitlines()]
-    kept = [line for line in lines if line and not set(line) <= set("$\\/_| >-=")]
-    return " ".join(line.strip() for line in kept).removesuffix(">").strip()
+    """What a game says, without its banner, its prompt, the line behind that, and what it offers when it is over."""
+    lines = [line.strip() for line in str(text).split("\n>")[0].splitlines()]
+    kept = [line for line in lines if line and not line.startswith(AFTERWARDS) and not set(line) <= set("$\\/_| >-=*")]
+    return " ".join(kept)

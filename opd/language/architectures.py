@@ -121,6 +121,16 @@ KNOWN: dict[str, dict[str, Any]] = (
                     "tie_word_embeddings": False,
                 },
             ),
+            (
+                ("Qwen3-14B", "Qwen3-14B-Base"),
+                {
+                    "hidden_size": 5120,
+                    "intermediate_size": 17408,
+                    "num_hidden_layers": 40,
+                    "num_attention_heads": 40,
+                    "tie_word_embeddings": False,
+                },
+            ),
         ]
         for name in names
     }

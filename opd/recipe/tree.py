@@ -260,6 +260,18 @@ class Recipe(Settings):
                 f"{axis_of(part)} {kind_of(part)!r} compares the answers to a prompt, and rollout {kind!r} gives the "
                 "turns of episodes; take another one"
             )
+        for teacher in nested(self.teacher):
+            for key in ("sees", "about"):
+                if getattr(teacher, key, None) is not None:
+                    raise ValueError(
+                        f"teacher.{key} is {getattr(teacher, key)!r}: a column of the row, which holds nothing of what "
+                        f"was said since, and rollout {kind!r} asks about each turn of an episode; remove it"
+                    )
+        if getattr(self.evaluation, "teacher_answers", False):
+            raise ValueError(
+                f"evaluation.teacher_answers has the teacher answer the rows, which with rollout {kind!r} are tasks of "
+                "an environment; leave it out"
+            )
         if self.update.private:
             raise ValueError(
                 f"update {kind_of(self.update)!r} bounds what one trajectory adds, and rollout {kind!r} gives several "

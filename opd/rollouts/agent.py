@@ -112,12 +112,14 @@ class AgentRollout(StudentWrites):
         writer = self.writer(context, student, teachers)
         if writer.language.reads_pictures:
             raise IncompatibleError("rollout 'agent' is for students of text alone; take student.kind causal_lm")
-        readers = [("the student", writer.reader)]
+        readers = [("the student", writer.reader, 0)]
         for teacher in teachers:
             for route, member in teacher.members().items():
                 reader = getattr(member, "language", getattr(member, "reader", None))
                 if isinstance(reader, InProcess):
-                    readers.append((f"teacher {teacher.settings.name or ''} {route}".strip(), reader))
+                    named = " ".join(part for part in ("teacher", teacher.settings.name, route) if part)
+                    # What experts wrote stands before the reply as well.
+                    readers.append((named, reader, teacher.settings.debate.transcript))
         return AgentSource(writer, self, readers)
 
 
@@ -158,10 +160,10 @@ class AgentSource(PrefixSource[AgentRollout]):
 
     Args:
         writer: draws the student's replies.
-        readers: whoever reads an episode, with how messages name it.
+        readers: whoever reads an episode, with how messages name it, and the most tokens that it reads besides.
     """
 
-    def __init__(self, writer: LanguageRollout, settings: AgentRollout, readers: Sequence[tuple[str, InProcess]]):
+    def __init__(self, writer: LanguageRollout, settings: AgentRollout, readers: Sequence[tuple[str, InProcess, int]]):
         self.writer, self.readers = writer, readers
         self.language = writer.reader
         self.authors = writer.authors
@@ -170,12 +172,14 @@ class AgentSource(PrefixSource[AgentRollout]):
         self.arena = Arena[Exchange](settings.processes, settings.patience)
         self.counts: Counter[str] = Counter()
         self.played: list[TextEnvironment] = []
+        self.warnings: list[str] = []
         self._form: CallFormat | None = None
 
     @property
     def notes(self) -> Sequence[str]:
         return [
             *self.writer.notes,
+            *self.warnings,
             *(
                 f"environment {kind_of(environment)!r} does not say the same again from one start, so a run that is "
                 "resumed goes on with other episodes"
@@ -201,10 +205,13 @@ class AgentSource(PrefixSource[AgentRollout]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows without an environment of text, and templates that cannot hold its episodes."""
         for prompt in prompts:
-            environment = TextEnvironment.of(prompt)
-            if environment not in self.played:
-                self._check(environment, prompt)
-                self.played.append(environment)
+            self._meet(TextEnvironment.of(prompt), prompt)
+
+    def _meet(self, environment: TextEnvironment, prompt: Prompt) -> None:
+        """Check an environment the first time that a row names it; of held-out rows that is when they are played."""
+        if environment not in self.played:
+            self._check(environment, prompt)
+            self.played.append(environment)
 
     def _check(self, environment: TextEnvironment, prompt: Prompt) -> None:
         kind = kind_of(environment)
@@ -213,7 +220,7 @@ class AgentSource(PrefixSource[AgentRollout]):
                 f"{prompt.where}: rollout.history is 'data', and environment {kind!r} has no expert whose replies are "
                 "played; take history: student"
             )
-        plain = next((which for which, reader in self.readers if reader.template != "chat"), None)
+        plain = next((which for which, reader, _ in self.readers if reader.template != "chat"), None)
         if plain is not None:
             raise IncompatibleError(
                 f"rollout 'agent' talks in turns, and {plain} has template: plain, which has none; take a model with a "
@@ -228,7 +235,7 @@ class AgentSource(PrefixSource[AgentRollout]):
             world.close()
         answer: Messages = [{"role": "tool" if environment.tools() else "user", "content": "Go on."}]
         seen = Place(0, prompt, 0, environment, list(opening)).seen()
-        for which, reader in self.readers:
+        for which, reader, _ in self.readers:
             why = rewritten(reader, seen, list(opening), answer)
             if why is not None and self.settings.rewritten == "refuse":
                 raise IncompatibleError(
@@ -238,10 +245,11 @@ class AgentSource(PrefixSource[AgentRollout]):
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
         self.writer.check_lengths(prompts, budget)
-        for which, reader in self.readers:
+        for which, reader, besides in self.readers:
             # A server's model is known by its tokenizer alone.
             if reader.model is not None:
-                check_positions(reader, self.settings.max_context_tokens, budget, which)
+                warning = check_positions(reader, self.settings.max_context_tokens + besides, budget, which)
+                self.warnings += [] if warning is None else [warning]
 
     def failures(self) -> Mapping[str, int]:
         return Counter(self.arena.lost) + Counter(self.writer.failures())
@@ -266,10 +274,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         signals = {f"agent/{name}": float(found[name]) for name in ("seconds", "restarts")}
         if found["episodes"]:
             signals["agent/turns"] = found["turns"] / found["episodes"]
-            signals |= {
-                f"agent/ended_{name}": found[name] / found["episodes"]
-                for name in ("by_itself", "by_turns", "by_context")
-            }
+            signals |= {f"agent/ended_{name}": found[name] / found["episodes"] for name in ENDED}
         if found["replies"]:
             signals["agent/faults"] = found["faults"] / found["replies"]
         return {**self.writer.own_signals(), **signals}
@@ -310,6 +315,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         """Begin the episodes of places that are free."""
         orders = []
         for number, place in places.items():
+            self._meet(place.environment, place.prompt)
             own = (request.context.seed, request.stream, place.prompt, request.group, place.member)
             start = start_of(place.prompt, row_seed(*own) % 2**31)
             orders.append(TextOrder(number, place.environment, start, self._asks(place.environment, request)))
