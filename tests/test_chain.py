@@ -98,7 +98,7 @@ def test_links_need_directories_of_their_own(models, tmp_path):  # noqa: F811
 
 def test_a_copy_of_a_shipped_recipe_finds_its_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text(shipped_recipes()["quickstart"].read_text())
+    (tmp_path / "mine.yaml").write_text(shipped_recipes()["heal"].read_text())
     files = [source for source in load_recipe("mine.yaml").prompts if source.kind == "file"]
     assert files
     assert all(source.load() for source in files)
