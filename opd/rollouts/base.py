@@ -269,6 +269,11 @@ class Rollout(Choice):
         """Whether all trajectories of a prompt are one: nothing is drawn."""
         return bool(self.parts) and all(part.alike for part in self.parts)
 
+    @property
+    def from_store(self) -> bool:
+        """Whether all its trajectories are rows of a store, about which a teacher was asked before."""
+        return bool(self.parts) and all(part.from_store for part in self.parts)
+
     def files(self, prompt: Prompt) -> list[Path]:
         """Files that a row names and that are read during training."""
         return [path for part in self.parts for path in part.files(prompt)]
