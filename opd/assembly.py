@@ -203,6 +203,7 @@ class Foreseen:
     learners: frozenset[Author] = frozenset({"student"})
     current: bool = True
     draws: bool = True
+    drafts: bool = False
 
 
 def check_ahead(recipe: Recipe) -> None:
