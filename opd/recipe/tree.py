@@ -209,8 +209,8 @@ class Recipe(Settings):
         shown = any(isinstance(part, DemonstrationRollout) for part in nested(self.rollout))
         if shown and any(isinstance(part, ScriptedTeacher) for part in nested(self.teacher)):
             raise ValueError(
-                "teacher 'scripted' answers at states of a simulator alone, and rollout 'demonstrations' has none: take "
-                "rollout: simulator, or a teacher of kind policy"
+                "teacher 'scripted' answers at states of a simulator alone, and rollout 'demonstrations' has none: "
+                "take rollout: simulator, or a teacher of kind policy"
             )
         for objective in self.objective:
             kind = kind_of(objective)
