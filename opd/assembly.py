@@ -36,6 +36,7 @@ from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe, axis_of
 from opd.rollouts import PrefixSource, Rollout
 from opd.rollouts.base import Combination
+from opd.rollouts.teacher import TeacherRollout
 from opd.run import Run, held_out_sampler
 from opd.same_view import nothing_to_learn
 from opd.self_test import PROBE, PROBE_POSITIONS, self_test
@@ -45,6 +46,7 @@ from opd.teachers import LiveTeacher
 from opd.trajectories import Author
 from opd.updates import Optimiser, Planned
 from opd.verifiers import Scorer
+from opd.watches import Watch as Watching
 
 
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
@@ -173,6 +175,25 @@ def written_alike(recipe: Recipe) -> list[str]:
     return found
 
 
+def asked_in_vain(recipe: Recipe) -> list[str]:
+    """A line where a recipe has teachers and nothing in it goes by what they say."""
+    writers = [part for part in nested([recipe.rollout, *recipe.curriculum.rollouts]) if isinstance(part, Rollout)]
+    listens = (
+        any(objective.needs_teacher for objective in recipe.objective)
+        or any(kind_of(shaping) != "uniform" for shaping in recipe.shaping)
+        or any(isinstance(part, TeacherRollout) or getattr(part, "teacher", None) is not None for part in writers)
+        or any(isinstance(part, Watching) for part in nested(recipe.rollout))
+    )
+    # The target of a drafter verifies in any case, and answers then.
+    if listens or not any(kind_of(teacher) != "target" for teacher in recipe.teacher):
+        return []
+    kinds = " and ".join(repr(kind_of(objective)) for objective in recipe.objective)
+    return [
+        f"no rollout lets the teacher write, and objective {kinds} compares with none: it is there for held-out "
+        "measurements alone, and each step asks it all the same. For faster steps leave the key 'teacher' out"
+    ]
+
+
 def check_offsets(recipe: Recipe) -> None:
     """Raise `IncompatibleError` when a shaping makes offsets and an objective has no place for them."""
     moving = [kind_of(shaping) for shaping in recipe.shaping if shaping.makes_offsets]
@@ -193,6 +214,7 @@ class Foreseen:
     learners: frozenset[Author] = frozenset({"student"})
     current: bool = True
     draws: bool = True
+    drafts: bool = False
 
 
 def check_ahead(recipe: Recipe) -> None:
@@ -366,7 +388,7 @@ def _assembled(
         teacher.check_student(student, context)
         if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
             teacher.check_origin(student)
-    for warning in [*nothing_to_learn(recipe, student, built), *written_alike(recipe)]:
+    for warning in [*nothing_to_learn(recipe, student, built), *written_alike(recipe), *asked_in_vain(recipe)]:
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
     opened.callback(rollout.close)

@@ -15,7 +15,7 @@ STUDENTS = {
     "flow_transformer": "Flow models",
     "action_tokens": "Policies that act",
 }
-WORKS = "✓"
+WORKS, TOLD = "✓", "○"
 
 
 class Reasons:
@@ -34,18 +34,20 @@ class Reasons:
 def generated(results: Sequence[Result]) -> str:
     """The page below its first words."""
     pairs = [found for result in results for found in result.pairs]
-    works, refused = (sum(found.verdict == verdict for found in pairs) for verdict in ("works", "refused"))
+    works, told, refused = (sum(f.verdict == verdict for f in pairs) for verdict in ("works", "told", "refused"))
     singles = sum(found.verdict == "refused" for result in results for found in result.singles)
     text = (
-        f"**{works} of {len(pairs)} pairs run, and {refused} are refused at the start.** Not counted are the "
-        f"{singles} choices that a kind of student refuses whatever is beside them.\n"
+        f"**{works + told} of {len(pairs)} pairs run, and {refused} are refused at the start.** In {told} of "
+        "those that run the teacher trains nothing, and a line at the start says so. Not counted are the choices that "
+        f"a kind of student refuses whatever is beside them, {singles} in all. {WORKS}: it runs; {TOLD}: it runs, and "
+        "one of the two changes nothing; a number: it is refused, with the message of that number.\n"
     )
     for result in results:
         reasons = Reasons()
         body = _alone(result, reasons) + (_tables(result, reasons) if result.pairs else "")
         text += f"\n## {STUDENTS[result.task]}: `{result.task}`\n\n{body}"
         if reasons.numbers:
-            text += f"\nWhat the start says:\n\n{reasons.listed()}"
+            text += f"\n### What is said at the start\n\n{reasons.listed()}"
     return text
 
 
@@ -82,7 +84,9 @@ def _tables(result: Result, reasons: Reasons) -> str:
 
 
 def _table(result: Result, first: str, second: str, found: Sequence[Found], reasons: Reasons) -> str:
-    rows, columns = ([n for n in result.choices[axis] if f"{axis}.{n}" not in result.refused] for axis in (first, second))
+    rows, columns = (
+        [n for n in result.choices[axis] if f"{axis}.{n}" not in result.refused] for axis in (first, second)
+    )
     if len(columns) > len(rows):
         first, second, rows, columns = second, first, columns, rows
     by_pair = {frozenset((f.a, f.b)): f for f in found}
@@ -91,7 +95,9 @@ def _table(result: Result, first: str, second: str, found: Sequence[Found], reas
         each = by_pair.get(frozenset((f"{first}.{row}", f"{second}.{column}")))
         if each is None:
             return ""
-        return WORKS if each.verdict == "works" else str(reasons.of(each.reason)) if each.reason else each.verdict
+        if each.verdict == "works":
+            return WORKS
+        return f"{TOLD} {reasons.of(each.reason)}" if each.verdict == "told" else str(reasons.of(each.reason))
 
     cells = {row: [cell(row, column) for column in columns] for row in rows}
     # A row without a refusal says nothing that the sentence above the table does not.

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.combinations.parts import KEYS, Part, Task
-from benchmarks.combinations.trying import Outcome, Trials
+from benchmarks.combinations.trying import Trials
 from opd.catalogue import axes
 
 FILE = Path(__file__).parent.parent / "results" / "combinations.json"
+GOOD = ("works", "told", "refused")
+"""Verdicts of what does as it should."""
 COMMAND = "python -m benchmarks.combinations"
 
 
@@ -49,20 +51,33 @@ def label(part: Part) -> str:
     return f"{part.axis}.{part.name}"
 
 
-def measured(task: Task, trials: Trials, told: Callable[[Found], None] = lambda found: None) -> Result:
-    """Try everything of a task; `told` hears of each result as it comes."""
-
-    def found(outcome: Outcome, *parts: Part) -> Found:
-        a, b = (*map(label, parts), "")[:2]
-        result = Found(a, b, outcome.verdict, outcome.reason)
-        told(result)
-        return result
-
-    singles = [(part, found(trials.pair(task, part), part)) for part in task.parts]
-    fitting = [part for part, result in singles if result.verdict != "refused"]
-    pairs = [found(trials.pair(task, a, b), a, b) for a, b in task.couples(fitting)] if task.pairs else []
+def measured(
+    task: Task, trials: Trials, earlier: Result | None = None, told: Callable[[Result, Found], None] = lambda r, f: None
+) -> Result:
+    """Try everything of a task that `earlier` results do not have; `told` hears of each result as it comes, with all
+    that there are by then."""
     names = {axis: [part.name for part in task.of(axis)] for axis in KEYS if task.of(axis)}
-    return Result(task.name, names, [result for _, result in singles], pairs)
+    singles: list[Found] = []
+    pairs: list[Found] = []
+    result = Result(task.name, names, singles, pairs)
+    before = () if earlier is None else (*earlier.singles, *earlier.pairs)
+    known = {(f.a, f.b): f for f in before if f.verdict in GOOD}
+
+    def found(*parts: Part) -> Found:
+        a, b = (*map(label, parts), "")[:2]
+        into = pairs if b else singles
+        if (a, b) in known:
+            into.append(known[a, b])
+            return known[a, b]
+        outcome = trials.of(task, *parts)
+        into.append(Found(a, b, outcome.verdict, outcome.reason))
+        told(result, into[-1])
+        return into[-1]
+
+    fitting = [part for part in task.parts if found(part).verdict != "refused"]
+    for a, b in task.couples(fitting) if task.pairs else ():
+        found(a, b)
+    return result
 
 
 def known_kinds() -> set[str]:

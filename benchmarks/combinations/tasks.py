@@ -60,7 +60,7 @@ PRIVATE = Part(
     },
     {
         "curriculum": {"kind": "poisson", "seed": 3},
-        "batch": {"prompts": 4, "group": 1},
+        "batch": {"prompts": 5, "group": 1},
         "reduction": "sequence_mean",
     },
 )
@@ -94,7 +94,7 @@ def of_tokens(given: dict[str, Any]) -> list[Part]:
     ]
 
 
-OF_BLOCKS = [Part("objective", kind, {"kind": kind}) for kind in ("accepted", "rejected", "pooled", "cross_entropy")]
+OF_BLOCKS = [Part("objective", kind, {"kind": kind}) for kind in ("pooled", "accepted", "rejected", "cross_entropy")]
 SAMPLED = {"objective": {"kind": "reverse_kl_sampled"}}
 DRIFT = {"kind": "drift", "drop": 0.5, "base": 0.1, "signal": {"kind": "overlap", "k": 3, "below": 0.9}}
 SHAPINGS = [
@@ -113,7 +113,7 @@ SIGNALS = [
     Part("compatibility", "top_p_acceptance", {"kind": "top_p_acceptance", "k": 3}),
 ]
 BY_LENGTH = [
-    Part("curriculum", "length_ladder", {"kind": "length_ladder", "lengths": [3, 6], "steps_per_rung": 1}),
+    Part("curriculum", "length_ladder", {"kind": "length_ladder", "lengths": [5, 6], "steps_per_rung": 1}),
     Part(
         "curriculum",
         "window",
@@ -122,13 +122,13 @@ BY_LENGTH = [
     ),
 ]
 WATCHES = [
-    Part("watch", "repetition", {"watch": {"kind": "repetition", "times": 2, "longest": 2}, "segment": 1}),
+    Part("watch", "repetition", {"watch": {"kind": "repetition", "times": 3, "longest": 1}, "segment": 1}),
     Part("watch", "drift", {"watch": {"kind": "drift", "drop": 0.5, "signal": DRIFT["signal"]}, "segment": 1}),
 ]
 
 
 def rows(folder: Path, count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Sums of two digits, each with all columns that some choice reads. An answer is right where there is a 1 in it."""
+    """Sums of two digits, each with all columns that some choice reads."""
     found = []
     for i in range(first, first + count):
         a, b = divmod(i, 4)
@@ -141,7 +141,6 @@ def rows(folder: Path, count: int, first: int = 0) -> list[dict[str, Any]]:
                 "prompt": f"{a} + {b} =",
                 "hint": f"{a} + {b} = {(a + b) % 6} ?",
                 "response": [f"{b} 1", f"{a} 2", f"3 {b} 1 4", "5"],
-                "answer": "1",
                 "route": "ab"[i % 2],
                 "image": str(picture),
             }
@@ -173,7 +172,11 @@ def tiny(folder: Path, seed: int) -> str:
 
 
 def of_language(
-    folder: Path, student: dict[str, Any], teachers: Sequence[dict[str, Any]], urls: Sequence[str] = (), helped: str = ""
+    folder: Path,
+    student: dict[str, Any],
+    teachers: Sequence[dict[str, Any]],
+    urls: Sequence[str] = (),
+    helped: str = "",
 ) -> Task:
     """Texts: every pair of causal_lm, and of image_text every choice. A store is sampled by the student, and scored."""
     base = {
@@ -183,10 +186,10 @@ def of_language(
         "prompts": {"kind": "inline", "prompts": rows(folder, 6)},
         "rollout": {"kind": "student", "max_new_tokens": 6},
         "curriculum": {"kind": "shuffled"},
-        "verifier": {"kind": "exact_match", "pattern": "^[^1]*(1?)"},
+        "verifier": {"kind": "coin"},
         "shaping": {"kind": "uniform"},
         "objective": {"kind": "reverse_kl"},
-        "batch": {"prompts": 2, "group": 4, "micro": 8},
+        "batch": {"prompts": 3, "group": 4, "micro": 12},
         "evaluation": {"prompts": {"kind": "inline", "prompts": rows(folder, 2, 10)}, "samples": 0},
     }
     store = folder / "store"
@@ -233,6 +236,7 @@ def of_language(
                 "experts": dict(zip("ab", teachers, strict=True)),
                 "rounds": 1,
                 "max_new_tokens": 4,
+                "weighting": "uniform",
                 "wording": wording,
             },
         ),
@@ -272,12 +276,14 @@ def of_drafts(folder: Path, target: str) -> Task:
         "prompts": {"kind": "inline", "prompts": rows(folder, 6)},
         "rollout": {"kind": "speculative", "max_new_tokens": 6, "text_temperature": 1.0, "proposing": "drawn"},
         "curriculum": {"kind": "shuffled"},
-        "verifier": {"kind": "exact_match", "pattern": "^[^1]*(1?)"},
+        "verifier": {"kind": "coin"},
         "shaping": {"kind": "uniform"},
-        "objective": {"kind": "accepted"},
-        "batch": {"prompts": 2, "group": 4, "micro": 8},
+        "objective": {"kind": "pooled"},
+        "batch": {"prompts": 3, "group": 4, "micro": 12},
         "evaluation": {"prompts": {"kind": "inline", "prompts": rows(folder, 2, 10)}, "samples": 0},
     }
+    # A new drafter and its target are further apart.
+    wide = Part("shaping", "log_ratio_gate", {"kind": "log_ratio_gate", "limit": 1.0})
     speculative = base["rollout"]
     anchored = {"kind": "anchored", "texts": given}
     parts = [
@@ -293,7 +299,7 @@ def of_drafts(folder: Path, target: str) -> Task:
         Part("teacher", "target", {"kind": "target"}),
         Part("teacher", "local", {"kind": "local", "model": target, "template": "plain"}),
         Part("teacher", "self", {"kind": "self", "sees": "hint"}),
-        *SHAPINGS,
+        *(wide if part.kind == "log_ratio_gate" else part for part in SHAPINGS),
         *SIGNALS,
         *OF_BLOCKS,
         *of_tokens({**anchored, "slots": "text"}),
@@ -328,7 +334,7 @@ def of_flow(folder: Path) -> Task:
         "verifier": {"kind": "bright"},
         "shaping": {"kind": "uniform"},
         "objective": {"kind": "gaussian_kl"},
-        "batch": {"prompts": 2, "group": 4, "micro": 8},
+        "batch": {"prompts": 3, "group": 4, "micro": 12},
         "evaluation": {"prompts": {"kind": "inline", "prompts": data[6:]}, "samples": 0, "steps": 2},
     }
     routes = {tag: {"kind": "flow", "model": model} for tag, model in zip("ab", teachers, strict=True)}
@@ -371,7 +377,7 @@ def of_actions(folder: Path) -> Task:
         "curriculum": {"kind": "shuffled"},
         "shaping": {"kind": "uniform"},
         "objective": {"kind": "reverse_kl"},
-        "batch": {"prompts": 2, "group": 4, "micro": 8},
+        "batch": {"prompts": 3, "group": 4, "micro": 12},
         "evaluation": {"prompts": {"kind": "episodes", "environment": block}, "samples": 0, "frames": False},
     }
     episodes = EpisodePrompts(environment=block, per_task=3)
@@ -468,7 +474,7 @@ def tasks(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Task]]:
             student, *teachers = (
                 str(create_image_text_model(here / name, WORDS, seed=seed, **sizes)) for seed, name in enumerate("sab")
             )
-            shown = {"images": "image", "template": "plain"}
+            shown = {"images": "image"}
             blocks = [{"kind": "image_text", "model": model, **shown} for model in (student, *teachers)]
             made.append(of_language(here, blocks[0], blocks[1:]))
         if not names or "draft" in names:
@@ -479,4 +485,3 @@ def tasks(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Task]]:
         if not names or "action_tokens" in names:
             made.append(of_actions(place("action_tokens")))
         yield made
-

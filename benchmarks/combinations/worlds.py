@@ -1,10 +1,12 @@
-"""What blank models succeed in about half of the time, so that verdicts differ: a line to walk, pictures to be bright.
+"""What blank models succeed in about half of the time, so that verdicts differ: a line to walk, pictures to be bright,
+texts by their checksum.
 
-Both are choices of their axes, defined here: recipes of this process accept them once this file is imported.
+They are choices of their axes, defined here: recipes of this process accept them once this file is imported.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +17,16 @@ from opd.environments import Start, Turn
 from opd.environments.control import Control, ControlWorld
 from opd.prompts import Prompt
 from opd.verifiers import CompletionVerifier
+
+
+class Coin(CompletionVerifier):
+    """1 for about half of all texts, whatever they say: always the same ones."""
+
+    kind: Literal["coin"] = "coin"
+    modality: ClassVar[str | None] = "language"
+
+    def score(self, prompt: Prompt, completion: Any) -> float | None:
+        return float(zlib.crc32(f"{prompt.id}/{completion}".encode()) % 2)
 
 
 class Bright(CompletionVerifier):

@@ -89,8 +89,7 @@ class Focusing(Curriculum):
 
     @property
     def rollouts(self) -> list[Rollout]:
-        asked = self.student if self.sampler != "random" else None
-        return [self.teacher] if asked is None else [self.teacher, asked]
+        return [self.teacher] if self.student is None else [self.teacher, self.student]
 
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> FocusingCourse:
         if self.size > len(prompts):

@@ -35,6 +35,10 @@ class Writing(Protocol):
         temperature."""
 
     @property
+    def drafts(self) -> bool:
+        """Its positions are the slots of blocks that a drafter proposed."""
+
+    @property
     def stale(self) -> int:
         """Steps by which the weights that it writes with may lie behind those that learn, uncorrected."""
 

@@ -11,7 +11,7 @@ import torch
 
 from opd.choice import kind_of
 from opd.errors import IncompatibleError
-from opd.objectives.base import Objective
+from opd.objectives.base import Objective, Writing
 from opd.reduction import Reduction, sums_by_trajectory
 from opd.trajectories import Trajectories
 
@@ -47,6 +47,17 @@ class OfSlots(Objective):
         before, after = (sum_over_processes(each.sum()) for each in (alike, weighed))
         return weighed * (before / after if float(after) else 0.0)
 
+    def check_trajectories(self, rollout: Writing) -> None:
+        if not rollout.drafts:
+            raise self._without_blocks()
+        super().check_trajectories(rollout)
+
+    def _without_blocks(self) -> IncompatibleError:
+        return IncompatibleError(
+            f"objective {kind_of(self)!r} looks at the slots of drafted blocks, and this rollout drafts none; take "
+            "rollout: speculative or anchored, with student.kind draft"
+        )
+
     def columns(self, trajectories: Trajectories) -> Mapping[str, torch.Tensor]:
         """Those of the trajectories.
 
@@ -54,10 +65,7 @@ class OfSlots(Objective):
             IncompatibleError: they have no blocks.
         """
         if not {"slot", "accepted", "rejected", "corrected", "verified"} <= trajectories.columns.keys():
-            raise IncompatibleError(
-                f"objective {kind_of(self)!r} looks at the slots of drafted blocks, and this rollout drafts none; take "
-                "rollout: speculative or anchored, with student.kind draft"
-            )
+            raise self._without_blocks()
         return trajectories.columns
 
 

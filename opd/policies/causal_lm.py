@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from opd.choice import Choice, Settings, kind_of
+from opd.choice import Settings
 from opd.context import Context
 from opd.distributions import Categorical, Distribution
 from opd.environments.base import COLUMNS
@@ -44,7 +44,6 @@ from opd.language.shape import model_shape
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
 from opd.objectives.base import Loss
-from opd.objectives.of_slots import OfSlots
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy
 from opd.policies.evaluation import Evaluation
@@ -66,10 +65,6 @@ IMAGE_TEXT = frozenset(
     for name in ([names] if isinstance(names, str) else names)
 )
 """Classes of transformers that read pictures too; live ones are students of kind image_text."""
-
-
-OF_DRAFTERS = (("rollout", "speculative"), ("rollout", "anchored"), ("teacher", "target"))
-"""Choices that a drafter's training alone makes sense of."""
 
 
 class LoRA(Settings):
@@ -115,13 +110,6 @@ class TrainedModel(ModelSettings, Policy):
         if is_own(value):
             raise ValueError("'own' is said of a teacher whose tokenizer is not the student's; remove the key here")
         return value
-
-    def misfit(self, part: Choice) -> str | None:
-        if isinstance(part, OfSlots):
-            return "it looks at the slots of drafted blocks, and no drafter is trained; take student.kind draft"
-        if (part.axis, kind_of(part)) in OF_DRAFTERS:
-            return "it is for a drafter, and the student is none; take student.kind draft"
-        return None
 
     @abstractmethod
     def load(self, device: torch.device) -> InProcess:

@@ -34,6 +34,7 @@ from opd.recipe.private import check_private
 from opd.reduction import Reduction
 from opd.rollouts import Rollout
 from opd.rollouts.anchored import AnchoredRollout
+from opd.rollouts.demonstrations import DemonstrationRollout
 from opd.rollouts.mixture import MixtureRollout
 from opd.rollouts.speculative import SpeculativeRollout
 from opd.rollouts.stored import StoredRollout
@@ -44,7 +45,9 @@ from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
 from opd.shaping.uniform import Uniform
 from opd.teachers import Teacher
+from opd.teachers.scripted import ScriptedTeacher
 from opd.teachers.showing import ShowingTeacher
+from opd.teachers.stored import StoredTeacher
 from opd.updates import Update
 from opd.updates.plain import PlainUpdate
 from opd.verifiers import Verifier
@@ -209,6 +212,18 @@ class Recipe(Settings):
                     f"{own} is {part.teacher!r}{nearest(str(part.teacher), names)}; the recipe names "
                     f"{names or 'none'}: give that teacher a name"
                 )
+        asked = next((part for part in nested(self.teacher) if isinstance(part, StoredTeacher)), None)
+        if asked is not None and not self.rollout.from_store:
+            raise ValueError(
+                f"teacher 'stored' answers only at trajectories of {asked.path}, and rollout {kind_of(self.rollout)!r} "
+                "has others: take rollout: stored with that path, or a teacher that can be asked (local)"
+            )
+        shown = any(isinstance(part, DemonstrationRollout) for part in nested(self.rollout))
+        if shown and any(isinstance(part, ScriptedTeacher) for part in nested(self.teacher)):
+            raise ValueError(
+                "teacher 'scripted' answers at states of a simulator alone, and rollout 'demonstrations' has none: "
+                "take rollout: simulator, or a teacher of kind policy"
+            )
         for objective in self.objective:
             kind = kind_of(objective)
             if objective.needs_teacher and not self.teacher:
@@ -308,7 +323,7 @@ class Recipe(Settings):
         if vain is not None and not any(objective.shaped for objective in self.objective):
             kinds = " and ".join(repr(kind_of(objective)) for objective in self.objective)
             raise ValueError(
-                f"shaping {kind_of(vain)!r} weighs positions, and objective {kinds} takes no weights of a shaping, which "
+                f"shaping {kind_of(vain)!r} weighs positions, and objective {kinds} takes no weights of a shaping, as "
                 f"those do that compare with a teacher: {vain.unweighed}"
             )
         drafting = [part for part in nested(self.rollout) if isinstance(part, SpeculativeRollout | AnchoredRollout)]

@@ -174,7 +174,7 @@ class Anchored(Combination[AnchoredRollout]):
             own.add("data")
         self.authors = frozenset(own)
         self.draws = False
-        self.current, self.proposes = drafting.current, settings.proposes
+        self.current, self.proposes, self.drafts = drafting.current, settings.proposes, True
 
     @property
     def notes(self) -> Sequence[str]:

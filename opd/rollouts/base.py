@@ -37,6 +37,7 @@ class PrefixSource(ABC, Generic[S]):
         authors: who may have chosen an action.
         current: what the student writes, it writes now; False where an earlier student did.
         draws: whether the student's actions are draws from its distribution; False where they are its likeliest.
+        drafts: whether its positions are the slots of blocks that a drafter proposed.
         dtype: what the sampler computes in.
         stale: steps by which the weights that the student writes with may lie behind those that learn from it.
         elsewhere: whether another program writes: all processes must ask it equally often, and its rounding may be far
@@ -47,6 +48,7 @@ class PrefixSource(ABC, Generic[S]):
     authors: frozenset[Author] = frozenset({"student"})
     current: bool = True
     draws: bool = True
+    drafts: bool = False
     dtype: torch.dtype = torch.float32
     stale: int = 0
     ahead: bool = False
@@ -180,6 +182,7 @@ class Combination(PrefixSource[C]):
         self.authors = frozenset[Author]().union(*(source.authors for source in sources))
         self.current = all(source.current for source in sources)
         self.draws = all(source.draws for source in sources)
+        self.drafts = all(source.drafts for source in sources)
         self.stale = max((source.stale for source in sources), default=0)
         self.elsewhere = any(source.elsewhere for source in sources)
 
@@ -280,6 +283,11 @@ class Rollout(Choice):
     def alike(self) -> bool:
         """Whether all trajectories of a prompt are one: nothing is drawn."""
         return bool(self.parts) and all(part.alike for part in self.parts)
+
+    @property
+    def from_store(self) -> bool:
+        """Whether all its trajectories are rows of a store, about which a teacher was asked before."""
+        return bool(self.parts) and all(part.from_store for part in self.parts)
 
     def files(self, prompt: Prompt) -> list[Path]:
         """Files that a row names and that are read during training."""

@@ -89,6 +89,7 @@ class Speculative(PrefixSource[SpeculativeRollout]):
         self, target: DraftTarget, drafter: Drafter, asked: bool, name: str | None, trained: Drafter | None = None
     ):
         self.target, self.drafter, self.asked, self.name = target, drafter, asked, name
+        self.drafts = True
         self.trained = drafter if trained is None else trained
         self.current = self.trained is drafter
         self.dtype = next(target.language.parameters()).dtype

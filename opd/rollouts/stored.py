@@ -53,6 +53,10 @@ class StoredRollout(OneSource):
         return StoreHeader.read(header).budget if header.is_file() else sys.maxsize
 
     @property
+    def from_store(self) -> bool:
+        return True
+
+    @property
     def sampled(self) -> int:
         return 0
 
