@@ -1,5 +1,5 @@
-"""The premise of VLA-OPD, measured before any arm: the start is middling and the teacher good; and whether the teacher is
-less sure on the start's states than on its own.
+"""The premise of VLA-OPD, measured before any arm: the start is middling and the teacher good; and whether the teacher
+is less sure on the start's states than on its own.
 
 python -m reproductions.vla_opd_premise runs/vla-opd-premise --seeds 0
 """
