@@ -321,9 +321,9 @@ class Recipe(Settings):
             )
         vain = next((shaping for shaping in self.shaping if shaping.weighs), None)
         if vain is not None and not any(objective.shaped for objective in self.objective):
-            kinds = " and ".join(repr(kind_of(objective)) for objective in self.objective)
+            said = " and ".join(repr(kind_of(objective)) for objective in self.objective)
             raise ValueError(
-                f"shaping {kind_of(vain)!r} weighs positions, and objective {kinds} takes no weights of a shaping, as "
+                f"shaping {kind_of(vain)!r} weighs positions, and objective {said} takes no weights of a shaping, as "
                 f"those do that compare with a teacher: {vain.unweighed}"
             )
         drafting = [part for part in nested(self.rollout) if isinstance(part, SpeculativeRollout | AnchoredRollout)]
