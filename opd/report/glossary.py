@@ -41,7 +41,10 @@ MEANINGS = {
     "held_out/length": Meaning("length", "tokens"),
     "held_out/truncated": Meaning("truncated", "share of answers", "cut off by the token budget", "lower"),
     "held_out/accuracy": Meaning(
-        "accuracy", "share of answers", "as the verifier judged them; with several samples a prompt Avg@k", "higher"
+        "accuracy",
+        "share of answers",
+        "as the verifier or the environment judged; with several samples a prompt Avg@k",
+        "higher",
     ),
     "held_out/pass_at_k": Meaning(
         "Pass@k", "share of prompts", "with a right answer among evaluation.k samples", "higher"
@@ -97,7 +100,7 @@ MEANINGS = {
     "train/invalid": Meaning(
         "without an answer",
         "share of rollouts",
-        "that a teacher was asked about in vain: they are in nothing else of the step",
+        "that a teacher was asked about in vain, or whose episode was lost: they are in nothing else of the step",
         "lower",
     ),
     "train/agent/turns": Meaning("turns", "of an episode", "mean over the step"),
@@ -197,7 +200,7 @@ MEANINGS = {
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
     "train/stopped": Meaning("stopped", "share of rollouts", "ended by the rollout's watch"),
-    "train/reward": Meaning("reward", "", "mean of the verifier's verdicts"),
+    "train/reward": Meaning("reward", "", "mean of what the verifier, or the environment, said of outcomes"),
     "train/code/": Meaning(
         "programs", "share of programs", "that met their time, their memory, or were stopped for something else"
     ),
