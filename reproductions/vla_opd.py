@@ -234,13 +234,13 @@ hand and the instruction, and decides about four actions of three numbers at onc
 **Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. One learnt to see and to move from
 the scripted expert's episodes, 30 a step, by its distribution. What it was when it first succeeded in {BASE_GOAL:.0%}
 of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and is the first
-checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt the
-expert's actions in {TEACHER_STEPS:,} such steps, and went on by GRPO.
+checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt from
+{TEACHER_STEPS:,} such steps, and went on by GRPO.
 
 **Premise.** The start of every seed succeeds in 20 to 60 % of episodes and the teacher in 95 % or more. It is measured
 on initial states of no test before any arm runs, and is a gate. A third condition of the paper does not hold: a pilot
-found this teacher as sure on the start's states as on its own (entropy 1.01 times as large, and 1.00 times where it had
-learnt the expert's distribution; 1.2 was asked). So what is said of the entropy of divergences is in the appendix.
+found this teacher as sure on the start's states as on its own (entropy 1.00 times as large, and 1.01 times where it had
+learnt the expert's actions; 1.2 was asked). So what is said of the entropy of divergences is in the appendix.
 
 **Arms.** *VLA-OPD* is the paper's: the student's episodes, and at each token the teacher's log-probability less the
 student's as a raw reward. *Exact reverse KL* has the whole distributions in its place, *forward KL* and *hard labels*

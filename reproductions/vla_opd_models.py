@@ -217,13 +217,10 @@ STAGES: dict[str, Stage] = {
     TEACHER: Stage(
         taught,
         {
-            # By the expert's actions and not its distribution, which is as broad everywhere: a teacher of that is never
-            # less sure.
+            # By the expert's distribution, as the base: one that learnt its actions alone is five nats a token away
+            # from every start, and following it costs a student its success before it gains any.
             "imitate": of_expert(
-                NEW_TEACHER,
-                TEACHER_STEPS,
-                objective=["sft"],
-                evaluation={"prompts": episodes(10, VALIDATION), "every": 500},
+                NEW_TEACHER, TEACHER_STEPS, evaluation={"prompts": episodes(10, VALIDATION), "every": 500}
             ),
             "improve": recipe(
                 "",
