@@ -358,17 +358,21 @@ def test_an_episode_ends_at_its_limits_and_they_are_counted(models, tmp_path):
     assert run.rollout.own_signals()["agent/ended_by_context"] > 0
 
 
-def test_an_environment_that_fails_costs_its_episode(models, tmp_path):
+@pytest.mark.parametrize(
+    ("misbehaves", "told"),
+    [("raise", "ValueError: the game is broken"), ("over", "an episode is over before anything was done in it")],
+)
+def test_an_environment_that_fails_costs_its_episode(misbehaves, told, models, tmp_path):
     run = build(agents(models, tmp_path), tmp_path)
     prompts = [
-        replace(p, fields={**p.fields, "environment": {**p.fields["environment"], "misbehaves": "raise"}})
+        replace(p, fields={**p.fields, "environment": {**p.fields["environment"], "misbehaves": misbehaves}})
         for p in run.held_out
     ]
     made = played(run, prompts=prompts)
     odd = torch.tensor([p.fields["seed"] % 2 == 1 for p in made.prompts])
     assert torch.equal(made.lost, odd)
     assert bool(made.rewards[odd].isnan().all())
-    assert dict(run.rollout.failures()) == {"guess: ValueError: the game is broken": 4}
+    assert dict(run.rollout.failures()) == {f"guess: {told}": 4}
 
 
 def test_a_world_whose_process_dies_costs_its_episode_and_no_other(models, tmp_path):
