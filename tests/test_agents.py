@@ -319,7 +319,7 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         assert all(WRITTEN not in m for m in made.prompts[each[-1]].fields["prompt"])
     # Who is measured plays for itself.
     assert "accuracy" in evaluate(run).metrics
-    with pytest.raises(RecipeError, match="goes by rewards, and rollout .agent. has none.*rollout.history to student"):
+    with pytest.raises(RecipeError, match=r"goes by rewards, and rollout .agent. has none.*rollout.history to student"):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
