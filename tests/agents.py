@@ -34,7 +34,7 @@ class Guess(TextEnvironment):
     kind: Literal["guess"] = "guess"
     repeats: ClassVar[bool | None] = True
     expert: ClassVar[bool] = True
-    misbehaves: Literal["", "crash", "hang", "raise"] = Field("", description="What the second episode does")
+    misbehaves: Literal["", "crash", "hang", "raise", "over"] = Field("", description="What the second episode does")
 
     def tasks(self):
         return {"low": "say a low one", "high": "say a high one"}
@@ -49,6 +49,8 @@ class GuessWorld(TextWorld):
 
     def reset(self, start: Start):
         self.start, self.turns = start, 0
+        if self.settings.misbehaves == "over" and start.seed % 2:
+            return Turn([], 1.0, done=True)
         return Turn([{"role": "user", "content": f"{start.task} {start.seed % 7}?"}])
 
     def step(self, action: Reply):

@@ -319,7 +319,7 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         assert all(WRITTEN not in m for m in made.prompts[each[-1]].fields["prompt"])
     # Who is measured plays for itself.
     assert "accuracy" in evaluate(run).metrics
-    with pytest.raises(RecipeError, match="key 'verifier' is required"):
+    with pytest.raises(RecipeError, match=r"goes by rewards, and rollout .agent. has none.*rollout.history to student"):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
@@ -358,17 +358,21 @@ def test_an_episode_ends_at_its_limits_and_they_are_counted(models, tmp_path):
     assert run.rollout.own_signals()["agent/ended_by_context"] > 0
 
 
-def test_an_environment_that_fails_costs_its_episode(models, tmp_path):
+@pytest.mark.parametrize(
+    ("misbehaves", "told"),
+    [("raise", "ValueError: the game is broken"), ("over", "an episode is over before anything was done in it")],
+)
+def test_an_environment_that_fails_costs_its_episode(misbehaves, told, models, tmp_path):
     run = build(agents(models, tmp_path), tmp_path)
     prompts = [
-        replace(p, fields={**p.fields, "environment": {**p.fields["environment"], "misbehaves": "raise"}})
+        replace(p, fields={**p.fields, "environment": {**p.fields["environment"], "misbehaves": misbehaves}})
         for p in run.held_out
     ]
     made = played(run, prompts=prompts)
     odd = torch.tensor([p.fields["seed"] % 2 == 1 for p in made.prompts])
     assert torch.equal(made.lost, odd)
     assert bool(made.rewards[odd].isnan().all())
-    assert dict(run.rollout.failures()) == {"guess: ValueError: the game is broken": 4}
+    assert dict(run.rollout.failures()) == {f"guess: {told}": 4}
 
 
 def test_a_world_whose_process_dies_costs_its_episode_and_no_other(models, tmp_path):

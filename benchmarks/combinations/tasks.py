@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import uvicorn
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.combinations.parts import Part, Task
-from benchmarks.combinations.worlds import Walk
+from benchmarks.combinations.worlds import Door, Walk
 from opd.acting.creation import create_policy
 from opd.choice import take_in
 from opd.drafting.base import Outline
@@ -39,6 +40,8 @@ from opd.server.serving import application
 from opd.vision.creation import create_image_text_model
 
 WORDS = ("0", "1", "2", "3", "4", "5", "+", "=", "?")
+TALKS = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+"""A chat template that adds nothing but the end of a reply, and keeps every turn as it stood."""
 COLOURS = ("red", "green", "blue", "square", "circle")
 STEPS = 2
 COMMON: dict[str, Any] = {
@@ -89,6 +92,7 @@ def of_tokens(given: dict[str, Any]) -> list[Part]:
         Part("objective", "lightning", {"kind": "lightning"}),
         Part("objective", "reverse_kl_candidates", {"kind": "reverse_kl_candidates", "k": 4}),
         Part("objective", "hard_ce", {"kind": "hard_ce"}),
+        Part("objective", "uld", {"kind": "uld"}),
         Part("objective", "grpo", {"kind": "grpo"}),
         Part("objective", "sft", {"kind": "sft"}, {"rollout": given}),
     ]
@@ -127,9 +131,10 @@ WATCHES = [
 ]
 
 
-def rows(folder: Path, count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Sums of two digits, each with all columns that some choice reads."""
+def rows(folder: Path, count: int, first: int = 0, gap: str = "") -> list[dict[str, Any]]:
+    """Sums of two digits, each with all columns that some choice reads; `gap` stands between what is written."""
     found = []
+    world = Door()
     for i in range(first, first + count):
         a, b = divmod(i, 4)
         picture = folder / f"{i}.png"
@@ -138,19 +143,26 @@ def rows(folder: Path, count: int, first: int = 0) -> list[dict[str, Any]]:
         found.append(
             {
                 "id": f"row-{i}",
-                "prompt": f"{a} + {b} =",
-                "hint": f"{a} + {b} = {(a + b) % 6} ?",
-                "response": [f"{b} 1", f"{a} 2", f"3 {b} 1 4", "5"],
+                "prompt": gap.join(f"{a}+{b}="),
+                "hint": gap.join(f"{a}+{b}={(a + b) % 6}?"),
+                "response": [gap.join(text) for text in (f"{b}1", f"{a}2", f"3{b}14", "5")],
                 "route": "ab"[i % 2],
                 "image": str(picture),
+                "environment": world.model_dump(mode="json"),
+                "task": list(world.tasks())[i % 2],
+                "seed": i,
             }
         )
     return found
 
 
-def tiny(folder: Path, seed: int) -> str:
-    """A causal language model over `WORDS` with weights large enough to have opinions; its folder."""
-    tokenizer = symbol_tokenizer(WORDS, words=True)
+def tiny(folder: Path, seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """A causal language model over the characters of `WORDS`, or of another tokenizer, with weights large enough to
+    have opinions; its folder."""
+    tokenizer = tokenizer or symbol_tokenizer([*WORDS, " "])
+    tokenizer.chat_template = TALKS
+    # An unknown token has no text that another tokenizer reads, and untrained students write every id they have.
+    tokenizer.unk_token = "<eos>"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -171,26 +183,53 @@ def tiny(folder: Path, seed: int) -> str:
     return str(folder)
 
 
+def pairs_tokenizer() -> PreTrainedTokenizerFast:
+    """Another tokenizer of the same texts: one id a byte, and some for two characters."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=270,
+        special_tokens=["<pad>", "<eos>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        max_token_length=2,
+    )
+    core.train_from_iterator([f"{a}+{b}={c}?" for a in "0123" for b in "0123" for c in "45"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+
+
 def of_language(
     folder: Path,
     student: dict[str, Any],
     teachers: Sequence[dict[str, Any]],
     urls: Sequence[str] = (),
     helped: str = "",
+    other: str = "",
+    gap: str = "",
 ) -> Task:
-    """Texts: every pair of causal_lm, and of image_text every choice. A store is sampled by the student, and scored."""
+    """Texts: every pair of causal_lm, and of image_text every choice. A store is sampled by the student, and scored.
+
+    Args:
+        urls: servers of a teacher and of the student.
+        helped: a drafter for the student.
+        other: a teacher of another tokenizer.
+        gap: see `rows`.
+    """
     base = {
         **COMMON,
         "student": student,
         "teacher": teachers[0],
-        "prompts": {"kind": "inline", "prompts": rows(folder, 6)},
+        "prompts": {"kind": "inline", "prompts": rows(folder, 6, gap=gap)},
         "rollout": {"kind": "student", "max_new_tokens": 6},
         "curriculum": {"kind": "shuffled"},
         "verifier": {"kind": "coin"},
         "shaping": {"kind": "uniform"},
         "objective": {"kind": "reverse_kl"},
         "batch": {"prompts": 3, "group": 4, "micro": 12},
-        "evaluation": {"prompts": {"kind": "inline", "prompts": rows(folder, 2, 10)}, "samples": 0},
+        "evaluation": {"prompts": {"kind": "inline", "prompts": rows(folder, 2, 10, gap)}, "samples": 0},
     }
     store = folder / "store"
     recipe = parse_recipe({**base, "output": str(folder / "run")})
@@ -202,6 +241,9 @@ def of_language(
     stored = {"kind": "stored", "path": str(store), "max_new_tokens": 6}
     writes = {"kind": "student", "max_new_tokens": 6}
     shown = {"kind": "teacher", "max_new_tokens": 6}
+    talks = {"kind": "agent", "max_new_tokens": 6, "turns": 3, "max_context_tokens": 60}
+    # The environment says what an episode is worth.
+    unjudged = {"verifier": None}
     wording = dict.fromkeys(("role", "confidence", "revise", "focus", "begin", "end", "gap"), "")
     wording |= {"label": "{round} ", "identity": "", "cue": " =", "tag": "? {number}"}
     parts = [
@@ -215,6 +257,8 @@ def of_language(
         Part("rollout", "switch", {"kind": "switch", "first": shown, "then": writes, "position": 2}),
         Part("rollout", "speculative", {"kind": "speculative", "max_new_tokens": 6}),
         Part("rollout", "anchored", {"kind": "anchored", "texts": {"kind": "data", "max_new_tokens": 6}}),
+        Part("rollout", "agent", talks, unjudged),
+        Part("rollout", "agent (history of data)", {**talks, "history": "data"}, unjudged),
         *WATCHES,
         Part("teacher", teachers[0]["kind"], teachers[0]),
         Part("teacher", "self", {"kind": "self", "sees": "hint"}),
@@ -259,6 +303,8 @@ def of_language(
         parts.append(Part("engine", "served", {"engine": {"kind": "served", "url": urls[1]}}))
     if helped:
         parts.append(Part("engine", "drafted", {"engine": {"kind": "drafted", "model": helped}}))
+    if other:
+        parts.append(Part("teacher", "local (own tokenizer)", {"kind": "local", "model": other, "tokenizer": "own"}))
     return Task(student["kind"], base, parts, pairs=bool(urls))
 
 
@@ -419,7 +465,7 @@ def of_actions(folder: Path) -> Task:
 @contextlib.contextmanager
 def served(model: str, follows: bool = False) -> Iterator[str]:
     """The address of `opd serve` with a model, in a thread of this process."""
-    settings = ModelSettings(model=model, template="plain")
+    settings = ModelSettings(model=model)
     made = ServedModel(LanguageModel.load(settings, torch.device("cpu")), "tiny", follows=follows)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(application(made, None), log_level="critical", access_log=False, lifespan="off")
@@ -438,7 +484,7 @@ def served(model: str, follows: bool = False) -> Iterator[str]:
 
 def drafter_for(model: str, folder: Path) -> str:
     """The folder of a new drafter for a language model."""
-    settings = ModelSettings(model=model, template="plain")
+    settings = ModelSettings(model=model)
     language = LanguageModel.load(settings, torch.device("cpu"))
     outline = Outline.of(language.base.config, "the student")
     with torch.random.fork_rng(devices=[]):
@@ -464,10 +510,11 @@ def tasks(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Task]]:
             here = place("causal_lm")
             student, *teachers = (tiny(here / name, seed) for seed, name in enumerate("sab"))
             urls = [opened.enter_context(served(teachers[1])), opened.enter_context(served(student, follows=True))]
-            blocks = [{"kind": kind, "model": model, "template": "plain"} for kind, model in zip(
+            blocks = [{"kind": kind, "model": model} for kind, model in zip(
                 ("causal_lm", "local", "local"), (student, *teachers), strict=True
             )]  # fmt: skip
-            made.append(of_language(here, blocks[0], blocks[1:], urls, drafter_for(student, here / "drafter")))
+            others = (drafter_for(student, here / "drafter"), tiny(here / "other", 3, pairs_tokenizer()))
+            made.append(of_language(here, blocks[0], blocks[1:], urls, *others))
         if not names or "image_text" in names:
             here = place("image_text")
             sizes = {"width": 16, "layers": 1, "heads": 2, "vision_width": 16, "pixels": 32, "spread": 0.3}
@@ -476,7 +523,7 @@ def tasks(folder: Path, names: Sequence[str] = ()) -> Iterator[list[Task]]:
             )
             shown = {"images": "image"}
             blocks = [{"kind": "image_text", "model": model, **shown} for model in (student, *teachers)]
-            made.append(of_language(here, blocks[0], blocks[1:]))
+            made.append(of_language(here, blocks[0], blocks[1:], gap=" "))
         if not names or "draft" in names:
             here = place("draft")
             made.append(of_drafts(here, tiny(here / "target", 1)))

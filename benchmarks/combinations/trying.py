@@ -24,6 +24,7 @@ from opd.assembly import assemble, check_ahead, load_data, not_held_out
 from opd.choice import kind_of
 from opd.context import Context
 from opd.errors import OpdError
+from opd.language.model import is_own
 from opd.loop import train
 from opd.monitor import Monitor
 from opd.plan import make_plan
@@ -154,6 +155,9 @@ SHARED: dict[str, LiveTeacher] = {}
 def _shared(recipe: Recipe) -> list[LiveTeacher] | None:
     """The teachers of a recipe, where all are models of folders; None where they have to be built for each run."""
     if not recipe.teacher or any(kind_of(teacher) not in FROZEN for teacher in recipe.teacher):
+        return None
+    if any(is_own(getattr(teacher, "tokenizer", None)) for teacher in recipe.teacher):
+        # These read with the student's tokenizer as well.
         return None
     names = [teacher.model_dump_json() for teacher in recipe.teacher]
     for name, teacher in zip(names, recipe.teacher, strict=True):

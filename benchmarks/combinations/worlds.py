@@ -1,5 +1,5 @@
 """What blank models succeed in about half of the time, so that verdicts differ: a line to walk, pictures to be bright,
-texts by their checksum.
+texts by their checksum, a door to talk open.
 
 They are choices of their axes, defined here: recipes of this process accept them once this file is imported.
 """
@@ -15,7 +15,10 @@ import numpy as np
 from opd.acting.seeing import NO_PICTURE, Body, Plan, Seen
 from opd.environments import Start, Turn
 from opd.environments.control import Control, ControlWorld
+from opd.environments.text import TextEnvironment, TextWorld
+from opd.language.replies import Reply
 from opd.prompts import Prompt
+from opd.prompts.messages import Messages
 from opd.verifiers import CompletionVerifier
 
 
@@ -80,3 +83,37 @@ class WalkWorld(ControlWorld):
         mean = np.zeros((horizon, 1), np.float32)
         mean[0] = -self.place.clip(-0.5, 0.5)
         return Plan(mean, np.full_like(mean, 0.05))
+
+
+class Door(TextEnvironment):
+    """A door that opens to every third word or so."""
+
+    kind: Literal["door"] = "door"
+    expert: ClassVar[bool] = True
+    repeats: ClassVar[bool | None] = True
+
+    def tasks(self) -> Mapping[str, str]:
+        return {"front": "0+1=", "back": "1+1="}
+
+    def build(self) -> DoorWorld:
+        return DoorWorld()
+
+
+class DoorWorld(TextWorld):
+    """The built door."""
+
+    def reset(self, start: Start) -> Turn[Messages]:
+        self.start = start
+        return self._turn(f"{start.seed % 6}+{len(start.task) % 6}=", False)
+
+    def step(self, action: Reply) -> Turn[Messages]:
+        return self._turn("?", self._opens(action.text))
+
+    def _opens(self, word: str) -> bool:
+        return zlib.crc32(f"{self.start.task}/{self.start.seed}/{word}".encode()) % 3 == 0
+
+    def _turn(self, text: str, opened: bool) -> Turn[Messages]:
+        return Turn([{"role": "user", "content": text}], outcome=float(opened), done=opened)
+
+    def expert(self) -> Reply:
+        return Reply(next(word for word in map(str, range(1000)) if set(word) <= set("012345") and self._opens(word)))

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from opd.choice import kind_of
-from opd.environments.base import Environment, World
+from opd.environments.base import Environment, Turn, World
 from opd.errors import OpdError, RunError, first_line
 
 STARTING = 120.0
@@ -22,6 +22,10 @@ STARTING = 120.0
 
 class Answer(Protocol):
     """What came of an order, as far as it is counted."""
+
+    @property
+    def turn(self) -> Turn[Any]:
+        """What the environment said last."""
 
     @property
     def played(self) -> int:
@@ -153,7 +157,8 @@ class Arena(Generic[R]):
 
     A world that raises, or whose process dies or says nothing for `patience` seconds, costs the episode that it was in:
     its process begins anew, and the other episodes of that process are played again up to where they were, from their
-    starts and actions.
+    starts and actions. An episode that is over before anything was done in it has no state to learn on and counts as
+    lost too.
 
     Attributes:
         processes: how many play; 0 plays in this one, where nothing can be done about a world that hangs.
@@ -234,6 +239,9 @@ class Arena(Generic[R]):
         if isinstance(answer, OpdError):
             raise answer
         if not isinstance(answer, Exception | str):
+            if order.begins and answer.turn.over:
+                self.lost[f"{kind_of(order.environment)}: an episode is over before anything was done in it"] += 1
+                return None
             return answer  # type: ignore[return-value]  # an order's own answer, though it came through a pipe
         self.lost[f"{kind_of(order.environment)}: {answer}"] += 1
         self.restarts += 1

@@ -52,7 +52,7 @@ class ControlWorld(World[Seen, np.ndarray]):
     def begin(self, start: Start, horizon: int, frames: bool = False) -> Chunk:
         """Begin an episode; `horizon` is that of the expert's plan, 0 for none."""
         turn = self.reset(start)
-        return Chunk(turn, 0, self._shown([], frames), self.plan(horizon) if horizon else None)
+        return Chunk(turn, 0, self._shown([], frames), self.plan(horizon) if horizon and not turn.over else None)
 
     def play(self, actions: np.ndarray, horizon: int, frames: bool = False, whole: bool = False) -> Chunk:
         """Play a chunk `[H, A]` until the episode is over; with `whole` every observation comes along."""

@@ -17,6 +17,7 @@ from opd.prompts import load_prompts
 from opd.recipe import Recipe
 from opd.rollouts import Request
 from opd.rollouts.simulator import PlayingSettings, Simulator, SimulatorRollout
+from opd.teachers import reasons
 from opd.trajectories import Trajectories
 
 
@@ -31,7 +32,7 @@ def sample_demonstrations(
         prompts_per_shard: prompts that are played before the next ones begin.
 
     Returns:
-        How many episodes were kept, and how many were played.
+        How many episodes were kept, and how many were played, those that were lost among them.
 
     Raises:
         OpdError: the folder holds something, the recipe plays nothing, or nothing succeeded.
@@ -61,16 +62,19 @@ def sample_demonstrations(
         asked: Request[PlayingSettings] = Request(
             here, recipe.batch.group, settings.budget, shard // len(parts), settings, context
         )
-        found = source(asked).written()
-        kept.extend(demonstrations(found, source))
-        played += len(found)
+        made = source(asked)
+        kept.extend(demonstrations(made.written(), source))
+        played += len(made)
 
     try:
         work_through(range(draws * len(parts)), draws * len(parts), play, label="episodes", quiet=quiet)
     finally:
         source.close()
     if not kept:
-        raise RunError(f"none of {played} episodes succeeded, so there is nothing to demonstrate; let an expert act")
+        lost = f" (of those that were lost: {reasons([source])})" if source.failures() else ""
+        raise RunError(
+            f"none of {played} episodes succeeded{lost}, so there is nothing to demonstrate; let an expert act"
+        )
     with whole_folder(path) as partial:
         write_demonstrations(partial, kept)
     return len(kept), played

@@ -244,7 +244,8 @@ class Recipe(Settings):
                     f"teachers with a name: {', '.join(names) or 'none'}. Set teacher.name"
                 )
         learners: list[Objective | Shaping | Curriculum] = [*self.objective, *self.shaping, self.curriculum]
-        for part in learners:
+        # Episodes that are no answers need no verifier (`_counts_episodes`).
+        for part in () if self.rollout.turnwise else learners:
             if part.needs_reward and self.verifier is None and not self.rollout.rewards:
                 verb = "learns from" if isinstance(part, Objective) else "goes by"
                 raise ValueError(f"key 'verifier' is required: {axis_of(part)} {kind_of(part)!r} {verb} its verdicts")
@@ -275,6 +276,13 @@ class Recipe(Settings):
                 f"{axis_of(part)} {kind_of(part)!r} compares the answers to a prompt, and rollout {kind!r} gives the "
                 "turns of episodes; take another one"
             )
+        rewarded: list[Objective | Shaping] = [*self.objective, *self.shaping]
+        for each in rewarded:
+            if each.needs_reward and not self.rollout.rewards:
+                raise ValueError(
+                    f"{axis_of(each)} {kind_of(each)!r} goes by rewards, and rollout {kind!r} has none where the "
+                    "student's own replies are not played; set rollout.history to student"
+                )
         for teacher in nested(self.teacher):
             for key in ("sees", "about"):
                 if getattr(teacher, key, None) is not None:

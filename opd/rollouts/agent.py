@@ -233,6 +233,8 @@ class AgentSource(PrefixSource[AgentRollout]):
             opening = world.reset(start_of(prompt, 0)).observation
         finally:
             world.close()
+        # One that is over at once may have said nothing.
+        opening = opening or [{"role": "user", "content": "Begin."}]
         answer: Messages = [{"role": "tool" if environment.tools() else "user", "content": "Go on."}]
         seen = Place(0, prompt, 0, environment, list(opening)).seen()
         for which, reader, _ in self.readers:
@@ -394,7 +396,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         self, request: Request[AgentRollout], played: Sequence[Place], parts: Sequence[Trajectories]
     ) -> Trajectories:
         """The turns of all episodes, those of one next to each other. An episode that has none, since its world could
-        not begin, is one lost trajectory without positions."""
+        not begin or was over at once, is one lost trajectory without positions."""
         live = request.settings.history == "student"
         rows: list[tuple[int, int]] = []
         episodes: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from opd.acting.model import PolicySettings, load_policy
 from opd.api import execute
 from opd.cli.main import app
 from opd.context import Context
+from opd.environments.pixel_pick import PixelWorld
 from opd.errors import DataError, RecipeError, RunError
 from opd.jobs.demonstrations import sample_demonstrations
 from opd.prompts.demonstrations import DemonstrationPrompts
@@ -180,6 +182,27 @@ def test_other_data_sets_are_refused(change, told, data, tmp_path):
     (folder / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match=told):
         DemonstrationPrompts(path=str(folder)).load()
+
+
+@pytest.mark.parametrize("which", ["some", "all"])
+def test_episodes_that_are_over_at_once_are_left_out_and_counted(which, policies, tmp_path, monkeypatch):
+    plain, told = PixelWorld.reset, "pixel_pick: an episode is over before anything was done in it"
+
+    def reset(self, start):
+        turn = plain(self, start)
+        return replace(turn, done=True, outcome=1.0) if which == "all" or start.task == "red_block" else turn
+
+    monkeypatch.setattr(PixelWorld, "reset", reset)
+    recipe = recipe_of(policies[0], tmp_path / "run", **PLAYED)
+    if which == "all":
+        with pytest.raises(RunError, match=f"none of 4 episodes succeeded .of those that were lost: {told}"):
+            sample_demonstrations(recipe, tmp_path / "data", quiet=True)
+        return
+    assert sample_demonstrations(recipe, tmp_path / "data", quiet=True) == (2, 4)
+    result = execute(recipe_of(policies[0], tmp_path / "run", **PLAYED), quiet=True)
+    (first, _) = [row for row in result.history if "train/loss" in row]
+    assert first["train/invalid"] > 0
+    assert np.isfinite(first["train/loss"])
 
 
 def test_what_cannot_be_demonstrated_is_told(policies, data, tmp_path):
