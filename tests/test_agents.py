@@ -423,7 +423,14 @@ def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
     [
         ({"verifier": {"kind": "exact_match", "pattern": "(a)"}}, "the environment judges episodes; remove it"),
         ({"shaping": "outcome_balance"}, "gives the turns of episodes"),
+        ({"shaping": {"kind": "outcome_bonus", "scope": "global"}}, "gives the turns of episodes"),
+        ({"shaping": {"kind": "outcome_balance", "scope": "global"}}, "gives the turns of episodes"),
         ({"curriculum": "difficulty"}, "gives the turns of episodes"),
+        ({"teacher": {"tokenizer": "own"}}, "earlier replies of an episode stand .* of the student's tokenizer"),
+        (
+            {"teacher": {"kind": "served", "url": "http://localhost:1", "tokenizer": "own:somewhere"}},
+            "teacher.tokenizer is 'own:somewhere'",
+        ),
         ({"teacher": {"sees": "hint"}}, "holds nothing of what was said since"),
         ({"evaluation": {"teacher_answers": True}}, "has the teacher answer the rows"),
         (
