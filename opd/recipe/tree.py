@@ -277,8 +277,8 @@ class Recipe(Settings):
         comparing += [self.curriculum] if self.curriculum.needs_reward else []
         for part in comparing:
             raise ValueError(
-                f"{axis_of(part)} {kind_of(part)!r} compares answers by what each is worth, and rollout {kind!r} gives the "
-                "turns of episodes; take another one"
+                f"{axis_of(part)} {kind_of(part)!r} compares answers by what each is worth, and rollout {kind!r} "
+                "gives the turns of episodes; take another one"
             )
         for teacher in nested(self.teacher):
             for key in ("sees", "about"):
@@ -290,9 +290,9 @@ class Recipe(Settings):
             tokenizer = getattr(teacher, "tokenizer", None)
             if is_own(tokenizer):
                 raise ValueError(
-                    f"teacher.tokenizer is {tokenizer!r}: earlier replies of an episode stand in what is read by the ids "
-                    f"that the student drew, which are others in that tokenizer; beside rollout {kind!r} take a teacher "
-                    "of the student's tokenizer"
+                    f"teacher.tokenizer is {tokenizer!r}: earlier replies of an episode stand in what is read by the "
+                    f"ids that the student drew, which are others in that tokenizer; beside rollout {kind!r} take a "
+                    "teacher of the student's tokenizer"
                 )
         if getattr(self.evaluation, "teacher_answers", False):
             raise ValueError(
