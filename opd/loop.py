@@ -32,6 +32,8 @@ def train(run: Run) -> None:
 
     while not run.stop_requested() and run.watch.ended_by is None and run.optimiser.ended_by is None:
         clock = Clock()
+        for teacher in run.teachers:
+            teacher.begin_step()
         asker = RunAsker(run, clock)
         draw = run.course.next(run.step, run.signals, asker)
         if draw is None or run.step >= recipe.steps:

@@ -34,7 +34,7 @@ class Guess(TextEnvironment):
     kind: Literal["guess"] = "guess"
     repeats: ClassVar[bool | None] = True
     expert: ClassVar[bool] = True
-    misbehaves: Literal["", "crash", "hang", "raise", "over"] = Field("", description="What the second episode does")
+    misbehaves: Literal["", "crash", "hang", "raise", "begin", "over"] = Field("", description="What an episode does")
 
     def tasks(self):
         return {"low": "say a low one", "high": "say a high one"}
@@ -48,6 +48,8 @@ class GuessWorld(TextWorld):
         self.settings = settings
 
     def reset(self, start: Start):
+        if self.settings.misbehaves == "begin":
+            raise AssertionError("there is no such game")
         self.start, self.turns = start, 0
         if self.settings.misbehaves == "over" and start.seed % 2:
             return Turn([], 1.0, done=True)
@@ -66,6 +68,13 @@ class GuessWorld(TextWorld):
 
     def expert(self):
         return Reply("ab" if (self.turns + (self.start.task == "high")) % 2 else "aa")
+
+
+class Alone(Guess):
+    """The same without an expert."""
+
+    kind: Literal["guess_alone"] = "guess_alone"
+    expert: ClassVar[bool] = False
 
 
 def talking(tmp_path, seeds=(1, 2), template=TOOLS):

@@ -13,7 +13,7 @@ from opd.api import execute
 from opd.environments import Start
 from opd.environments.text import TextEnvironment
 from opd.environments.tool_machine import TASKS, ToolMachine
-from opd.errors import DataError, IncompatibleError, OpdError, RecipeError
+from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
 from opd.evaluation import evaluate
 from opd.language.encoding import WRITTEN, conversation, rewritten
 from opd.language.engines.base import ids_of
@@ -27,7 +27,7 @@ from opd.policies.held_out import wilson
 from opd.prompts import Prompt
 from opd.report import write_report
 from opd.rollouts import Request
-from opd.server import ServedModel
+from opd.server import Limits, ServedModel
 from opd.server.serving import application
 from tests.agents import DROPS, TOOLS, agents, game, talking
 from tests.serving import serving
@@ -115,6 +115,16 @@ def test_single_turns_of_reasoning_gym():
     assert (answered.done, answered.outcome) == (True, 1.0)
     world.reset(Start("leg_counting", 4))
     assert world.step(Reply("none")).outcome < 1
+
+
+def test_options_of_reasoning_gym_are_the_tasks_own(models, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    for key in ("seed", "size"):
+        with pytest.raises(RecipeError, match=f"'{key}' is not the task's"):
+            agents(models, tmp_path, prompts=game(kind="reasoning_gym", only=["leg_counting"], options={key: 3}))
+    wrong = game(kind="reasoning_gym", only=["leg_counting"], options={"max_animal": 3})
+    with pytest.raises(DataError, match=r"'reasoning_gym' cannot begin the task 'leg_counting' \(.*max_animal"):
+        build(agents(models, tmp_path, prompts=wrong), tmp_path)
 
 
 def test_games_of_textworld_are_won_by_their_own_walkthrough():
@@ -323,6 +333,14 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
+def test_held_out_episodes_need_no_expert_whatever_is_played_in_training(models, tmp_path):
+    held_out = {"prompts": {**game(), "environment": {"kind": "guess_alone"}, "per_task": 1}}
+    run = build(agents(models, tmp_path, rollout={"history": "data"}, evaluation=held_out), tmp_path)
+    assert "accuracy" in evaluate(run).metrics
+    with pytest.raises(DataError, match="'guess_alone' has no expert"):
+        build(agents(models, tmp_path, rollout={"history": "data"}, prompts=held_out["prompts"]), tmp_path)
+
+
 def test_the_machine_is_worked_through_the_templates_own_tools(models, tmp_path):
     machine = {"kind": "episodes", "environment": {"kind": "tool_machine", "only": ["sum"]}, "per_task": 3}
     recipe = agents(
@@ -409,6 +427,25 @@ def test_a_served_teacher_scores_turns_as_one_here_does(models, tmp_path):
     assert torch.allclose(there.distribution.log_probs(), here.distribution.log_probs(), atol=1e-4)
 
 
+def test_what_a_teacher_reads_besides_counts_where_lengths_are_checked(models, tmp_path):
+    room = {"max_context_tokens": 1010, "turns": 1}
+    run = build(agents(models, tmp_path, rollout=room), tmp_path)
+    assert run.rollout.warnings == []
+    run = build(agents(models, tmp_path, rollout=room, teacher={"system": "be brief"}), tmp_path)
+    (warning,) = run.rollout.warnings
+    assert warning.startswith("teacher was made for 1024 positions")
+    assert "what an episode says before its last reply (rollout.max_context_tokens)" in warning
+
+
+def test_a_servers_longest_text_holds_a_whole_episode_and_its_last_reply(models, tmp_path):
+    model = ServedModel(LanguageModel.load(CausalLM(model=models[1]), "cpu"), "tiny", limits=Limits(300))
+    with serving(application(model, None)) as running:
+        served = {"kind": "served", "url": running.url, "tokenizer": models[1], "answers": "exact"}
+        with pytest.raises(ModelError, match=r"start it with --max-model-len 306, .*rollout.max_context_tokens"):
+            build(agents(models, tmp_path, teacher=served), tmp_path)
+    model.batcher.close()
+
+
 def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
     settings = {"steps": 3, "checkpoint": {"every": 1}, "objective": "jensen_shannon"}
     whole = execute(agents(models, tmp_path / "a", **settings), quiet=True)
@@ -427,7 +464,14 @@ def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
     [
         ({"verifier": {"kind": "exact_match", "pattern": "(a)"}}, "the environment judges episodes; remove it"),
         ({"shaping": "outcome_balance"}, "gives the turns of episodes"),
+        ({"shaping": {"kind": "outcome_bonus", "scope": "global"}}, "gives the turns of episodes"),
+        ({"shaping": {"kind": "outcome_balance", "scope": "global"}}, "gives the turns of episodes"),
         ({"curriculum": "difficulty"}, "gives the turns of episodes"),
+        ({"teacher": {"tokenizer": "own"}}, "earlier replies of an episode stand .* of the student's tokenizer"),
+        (
+            {"teacher": {"kind": "served", "url": "http://localhost:1", "tokenizer": "own:somewhere"}},
+            "teacher.tokenizer is 'own:somewhere'",
+        ),
         ({"teacher": {"sees": "hint"}}, "holds nothing of what was said since"),
         ({"evaluation": {"teacher_answers": True}}, "has the teacher answer the rows"),
         (
@@ -454,6 +498,8 @@ def test_what_an_episode_cannot_be_held_in_is_refused_at_start(models, tmp_path)
     plain = {"model": models[0], "template": "plain"}
     with pytest.raises(OpdError, match="plain"):
         build(agents(models, tmp_path, student=plain, prompts=game(), teacher=plain), tmp_path)
+    with pytest.raises(DataError, match=r"'guess' cannot begin the task '(low|high)' \(AssertionError: there is no"):
+        build(agents(models, tmp_path, prompts=game(misbehaves="begin")), tmp_path)
     rows = {"kind": "inline", "prompts": ["a", "b", "c", "d"]}
     with pytest.raises(DataError, match="take prompts of kind episodes"):
         build(agents(models, tmp_path, prompts=rows, evaluation={"held_out": 1, "prompts": []}), tmp_path)

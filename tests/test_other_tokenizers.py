@@ -22,7 +22,9 @@ from opd.language.tokens import Tokens
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
 from opd.teachers.base import unanswered
+from opd.teachers.debate import DebateTeacher, LiveDebate
 from opd.teachers.local import LanguageTeacher, LocalTeacher
+from opd.teachers.routed import RoutedTeacher, RoutedTeachers
 from opd.teachers.translated import TranslatedTeacher, pair_of
 from opd.trajectories import Trajectories
 from tests.conftest import tiny_model
@@ -426,6 +428,33 @@ def test_shares_of_bytes_and_of_probability():
     _, theirs = (torch.tensor(each) for each in teacher.pair(context).common)
     mass = target.distribution.common.answer.log_probs()[:, theirs].exp().sum(-1).mean()
     assert signals["alignment/common_mass"] == pytest.approx(float(mass), abs=1e-5)
+
+
+def test_what_was_counted_of_answers_before_a_step_is_not_the_steps():
+    student, teacher, context = built(byte_level(), characters())
+    routed = RoutedTeachers(RoutedTeacher(by="task", routes={"a": teacher.settings}), {"a": teacher})
+    teacher.answer(written(student, ["the lazy dog"]), teacher.settings, context)
+    routed.begin_step()
+    assert routed.own_signals(lambda x: x) == {}
+    teacher.answer(written(student, ["the lazy dog"]), teacher.settings, context)
+    assert "alignment/single_bytes@a" in routed.own_signals(lambda x: x)
+
+
+def test_a_debate_without_rounds_passes_on_what_its_experts_count():
+    student, teacher, context = built(byte_level(), characters())
+    own = LocalTeacher(model="(live)", template="plain", tokenizer="own")
+    debate = LiveDebate(DebateTeacher(experts={"a": own}, rounds=0), {"a": teacher})
+    debate.answer(written(student, ["the lazy dog"]), debate.settings, context)
+    signals = debate.own_signals(lambda x: x)
+    assert signals["alignment/single_bytes@a"] + signals["alignment/span_bytes@a"] == pytest.approx(1)
+
+
+def test_prompts_are_counted_as_the_teachers_own_tokens():
+    student, teacher, _ = built(byte_level(), characters())
+    routed = RoutedTeachers(RoutedTeacher(by="task", routes={"a": teacher.settings}), {"a": teacher})
+    prompt = Prompt("p", {"prompt": "the lazy dog", "task": "a"})
+    assert teacher.prompt_length(prompt) == routed.prompt_length(prompt) == len(teacher.own_reader.encode(prompt))
+    assert teacher.prompt_length(prompt) > student.prompt_length(prompt)
 
 
 def test_held_out_comparisons_know_spans():

@@ -190,6 +190,15 @@ def test_what_cannot_be_computed_from_spans_is_refused(models, tmp_path, changes
         short_run(tmp_path, student, teacher(models, "bytes"), PROMPTS, **changes)
 
 
+def test_who_would_write_in_other_ids_is_told_so(models, tmp_path):
+    student = {"model": models["student"], "template": "plain"}
+    with pytest.raises(IncompatibleError, match="the teacher that writes has tokenizer: own"):
+        short_run(tmp_path, student, teacher(models, "bytes"), PROMPTS, objective=BOTH, rollout="teacher")
+    asks = {"held_out": 2, "teacher_answers": True}
+    with pytest.raises(IncompatibleError, match="teacher_answers is true, and the teacher has tokenizer: own"):
+        short_run(tmp_path, student, teacher(models, "bytes"), PROMPTS, objective=BOTH, evaluation=asks)
+
+
 def test_own_is_said_of_teachers_alone():
     with pytest.raises(RecipeError, match="said of a teacher"):
         parse_recipe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from opd.environments.base import Start, Turn
 from opd.environments.text import TextEnvironment, TextWorld
@@ -22,6 +22,16 @@ class ReasoningGymEnvironment(TextEnvironment):
     repeats: ClassVar[bool | None] = True
     only: list[str] = Field(min_length=1, description="Tasks by their names in reasoning_gym")
     options: dict[str, Any] = Field({}, description="Further arguments of reasoning_gym.create_dataset, for every task")
+
+    @field_validator("options")
+    @classmethod
+    def _of_the_task(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if taken := [key for key in ("seed", "size") if key in value]:
+            raise ValueError(
+                f"{taken[0]!r} is not the task's: every episode is one question, of its row's seed; remove it (the "
+                "rows' seeds are prompts.seed, and how many there are is prompts.per_task)"
+            )
+        return value
 
     def tasks(self) -> Mapping[str, str]:
         try:
@@ -48,7 +58,7 @@ class QuestionWorld(TextWorld):
         import reasoning_gym
 
         # The first entry depends on the seed alone, whatever else is drawn.
-        self.data = reasoning_gym.create_dataset(start.task, **{"size": 1, **self.settings.options, "seed": start.seed})
+        self.data = reasoning_gym.create_dataset(start.task, size=1, seed=start.seed, **self.settings.options)
         self.entry = self.data[0]
         return Turn([{"role": "user", "content": self.entry["question"]}])
 

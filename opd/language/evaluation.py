@@ -205,7 +205,7 @@ def _taught(
     """Sums over the first teacher's own greedy answers, of a routed one each prompt's own; and the texts by prompt id.
 
     Raises:
-        IncompatibleError: there is no teacher, or it is not in this process.
+        IncompatibleError: there is no teacher, or it is not in this process or has a tokenizer of its own.
     """
     teacher = next(iter(run.teachers), None)
     if teacher is None:
@@ -214,6 +214,11 @@ def _taught(
     texts: dict[str, str] = {}
     for route, member in teacher.members().items():
         mine = [prompt for prompt in prompts if (teacher.route(prompt) or "") == route]
+        if member.translates:
+            raise IncompatibleError(
+                "evaluation.teacher_answers is true, and the teacher has tokenizer: own, so that its answers are ids "
+                "of that tokenizer, not the student's; leave it out"
+            )
         if not hasattr(member, "language"):
             raise IncompatibleError(
                 "evaluation.teacher_answers is true, and the teacher is not in this process (kind local, image_text or "

@@ -25,6 +25,7 @@ from opd.curricula.window import Window
 from opd.divergences import ReverseKL
 from opd.divergences.of_blocks import Rejected
 from opd.errors import nearest
+from opd.language.model import is_own
 from opd.objectives import Objective
 from opd.policies import Policy
 from opd.policies.evaluation import Evaluation
@@ -43,6 +44,7 @@ from opd.rollouts.switch import SwitchRollout
 from opd.rollouts.teacher import TeacherRollout
 from opd.schedules import OverSteps, Scheduled
 from opd.shaping import Shaping
+from opd.shaping.outcomes import ByOutcome
 from opd.shaping.uniform import Uniform
 from opd.teachers import Teacher
 from opd.teachers.scripted import ScriptedTeacher
@@ -269,12 +271,15 @@ class Recipe(Settings):
                 f"verifier {kind_of(self.verifier)!r} judges completions, and of rollout {kind!r} the environment "
                 "judges episodes; remove it"
             )
-        comparing: list[Shaping | Curriculum] = [s for s in self.shaping if s.compares_group]
+        # One that compares over the whole step would count an episode as often as it has turns.
+        comparing: list[Shaping | Curriculum] = [
+            s for s in self.shaping if s.compares_group or isinstance(s, ByOutcome)
+        ]
         comparing += [self.curriculum] if self.curriculum.needs_reward else []
         for part in comparing:
             raise ValueError(
-                f"{axis_of(part)} {kind_of(part)!r} compares the answers to a prompt, and rollout {kind!r} gives the "
-                "turns of episodes; take another one"
+                f"{axis_of(part)} {kind_of(part)!r} compares answers by what each is worth, and rollout {kind!r} "
+                "gives the turns of episodes; take another one"
             )
         rewarded: list[Objective | Shaping] = [*self.objective, *self.shaping]
         for each in rewarded:
@@ -290,6 +295,13 @@ class Recipe(Settings):
                         f"teacher.{key} is {getattr(teacher, key)!r}: a column of the row, which holds nothing of what "
                         f"was said since, and rollout {kind!r} asks about each turn of an episode; remove it"
                     )
+            tokenizer = getattr(teacher, "tokenizer", None)
+            if is_own(tokenizer):
+                raise ValueError(
+                    f"teacher.tokenizer is {tokenizer!r}: earlier replies of an episode stand in what is read by the "
+                    f"ids that the student drew, which are others in that tokenizer; beside rollout {kind!r} take a "
+                    "teacher of the student's tokenizer"
+                )
         if getattr(self.evaluation, "teacher_answers", False):
             raise ValueError(
                 f"evaluation.teacher_answers has the teacher answer the rows, which with rollout {kind!r} are tasks of "

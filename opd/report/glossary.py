@@ -95,7 +95,7 @@ MEANINGS = {
         "whose text the teacher's tokenizer does not give back",
         "lower",
     ),
-    "train/alignment/": Meaning("another tokenizer", "share", "of a teacher, or a route, of this name"),
+    "train/alignment/": Meaning("another tokenizer", "share", "of a teacher, a route or an expert of this name"),
     "train/clipped": Meaning("clipped", "share of tokens", "where the divergence is beyond the objective's clip"),
     "train/invalid": Meaning(
         "without an answer",

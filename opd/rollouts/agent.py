@@ -19,7 +19,7 @@ from opd.environments.arena import Arena
 from opd.environments.base import Turn
 from opd.environments.rows import repeats, start_of
 from opd.environments.text import Exchange, TextEnvironment, TextOrder
-from opd.errors import DataError, IncompatibleError
+from opd.errors import DataError, IncompatibleError, ModelError, OpdError
 from opd.language.encoding import WRITTEN, rewritten
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess
@@ -112,15 +112,13 @@ class AgentRollout(StudentWrites):
         writer = self.writer(context, student, teachers)
         if writer.language.reads_pictures:
             raise IncompatibleError("rollout 'agent' is for students of text alone; take student.kind causal_lm")
-        readers = [("the student", writer.reader, 0)]
+        readers = [("the student", writer.reader)]
         for teacher in teachers:
             for route, member in teacher.members().items():
                 reader = getattr(member, "language", getattr(member, "reader", None))
                 if isinstance(reader, InProcess):
-                    named = " ".join(part for part in ("teacher", teacher.settings.name, route) if part)
-                    # What experts wrote stands before the reply as well.
-                    readers.append((named, reader, teacher.settings.debate.transcript))
-        return AgentSource(writer, self, readers)
+                    readers.append((" ".join(part for part in (_named(teacher), route) if part), reader))
+        return AgentSource(writer, self, readers, teachers)
 
 
 @dataclass
@@ -160,11 +158,18 @@ class AgentSource(PrefixSource[AgentRollout]):
 
     Args:
         writer: draws the student's replies.
-        readers: whoever reads an episode, with how messages name it, and the most tokens that it reads besides.
+        readers: whoever reads an episode, with how messages name it.
+        teachers: those who are asked about its turns.
     """
 
-    def __init__(self, writer: LanguageRollout, settings: AgentRollout, readers: Sequence[tuple[str, InProcess, int]]):
-        self.writer, self.readers = writer, readers
+    def __init__(
+        self,
+        writer: LanguageRollout,
+        settings: AgentRollout,
+        readers: Sequence[tuple[str, InProcess]],
+        teachers: Sequence[LiveTeacher],
+    ):
+        self.writer, self.readers, self.teachers = writer, readers, teachers
         self.language = writer.reader
         self.authors = writer.authors
         self.dtype, self.stale, self.elsewhere = writer.dtype, writer.stale, writer.elsewhere
@@ -205,22 +210,22 @@ class AgentSource(PrefixSource[AgentRollout]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows without an environment of text, and templates that cannot hold its episodes."""
         for prompt in prompts:
-            self._meet(TextEnvironment.of(prompt), prompt)
+            self._meet(TextEnvironment.of(prompt), prompt, self.settings)
 
-    def _meet(self, environment: TextEnvironment, prompt: Prompt) -> None:
-        """Check an environment the first time that a row names it; of held-out rows that is when they are played."""
+    def _meet(self, environment: TextEnvironment, prompt: Prompt, settings: AgentRollout) -> None:
+        """Check an environment the first time that a row names it; of held-out rows that is when they are played, and
+        by the student, whose environments need no expert."""
+        if settings.history == "data" and not environment.expert:
+            raise DataError(
+                f"{prompt.where}: rollout.history is 'data', and environment {kind_of(environment)!r} has no expert "
+                "whose replies are played; take history: student"
+            )
         if environment not in self.played:
             self._check(environment, prompt)
             self.played.append(environment)
 
     def _check(self, environment: TextEnvironment, prompt: Prompt) -> None:
-        kind = kind_of(environment)
-        if self.settings.history == "data" and not environment.expert:
-            raise DataError(
-                f"{prompt.where}: rollout.history is 'data', and environment {kind!r} has no expert whose replies are "
-                "played; take history: student"
-            )
-        plain = next((which for which, reader, _ in self.readers if reader.template != "chat"), None)
+        plain = next((which for which, reader in self.readers if reader.template != "chat"), None)
         if plain is not None:
             raise IncompatibleError(
                 f"rollout 'agent' talks in turns, and {plain} has template: plain, which has none; take a model with a "
@@ -228,16 +233,11 @@ class AgentSource(PrefixSource[AgentRollout]):
             )
         if environment.tools() and self._form is None:
             self._form = call_format(self.language)
-        world = environment.build()
-        try:
-            opening = world.reset(start_of(prompt, 0)).observation
-        finally:
-            world.close()
         # One that is over at once may have said nothing.
-        opening = opening or [{"role": "user", "content": "Begin."}]
+        opening = _opening(environment, prompt) or [{"role": "user", "content": "Begin."}]
         answer: Messages = [{"role": "tool" if environment.tools() else "user", "content": "Go on."}]
         seen = Place(0, prompt, 0, environment, list(opening)).seen()
-        for which, reader, _ in self.readers:
+        for which, reader in self.readers:
             why = rewritten(reader, seen, list(opening), answer)
             if why is not None and self.settings.rewritten == "refuse":
                 raise IncompatibleError(
@@ -246,12 +246,19 @@ class AgentSource(PrefixSource[AgentRollout]):
                 )
 
     def check_lengths(self, prompts: Sequence[Prompt], budget: int) -> None:
-        self.writer.check_lengths(prompts, budget)
-        for which, reader, besides in self.readers:
-            # A server's model is known by its tokenizer alone.
-            if reader.model is not None:
-                warning = check_positions(reader, self.settings.max_context_tokens + besides, budget, which)
-                self.warnings += [] if warning is None else [warning]
+        most = self.settings.max_context_tokens
+        warning = check_positions(self.language, most, budget, "the student")
+        self.warnings += [] if warning is None else [warning]
+        # Rows are as long as tasks are named; all that is said in an episode comes between them and its last reply.
+        between = max(0, most - max((len(ids_of(self.language.encode(prompt))) for prompt in prompts), default=0))
+        told = f"; {between} of these are what an episode says before its last reply (rollout.max_context_tokens)"
+        try:
+            self.writer.check_lengths(prompts, budget + between)
+            for teacher in self.teachers:
+                found = teacher.check_lengths(prompts, budget + between, _named(teacher))
+                self.warnings += [f"{each}{told}" for each in found]
+        except ModelError as error:
+            raise ModelError(f"{error}{told}") from None
 
     def failures(self) -> Mapping[str, int]:
         return Counter(self.arena.lost) + Counter(self.writer.failures())
@@ -317,7 +324,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         """Begin the episodes of places that are free."""
         orders = []
         for number, place in places.items():
-            self._meet(place.environment, place.prompt)
+            self._meet(place.environment, place.prompt, request.settings)
             own = (request.context.seed, request.stream, place.prompt, request.group, place.member)
             start = start_of(place.prompt, row_seed(*own) % 2**31)
             orders.append(TextOrder(number, place.environment, start, self._asks(place.environment, request)))
@@ -433,6 +440,33 @@ class AgentSource(PrefixSource[AgentRollout]):
             rewards=torch.tensor(rewards, dtype=torch.float32) if live else None,
             lost=torch.tensor(lost) if any(lost) else None,
         )
+
+
+def _named(teacher: LiveTeacher) -> str:
+    return f"teacher {teacher.settings.name or ''}".rstrip()
+
+
+def _opening(environment: TextEnvironment, prompt: Prompt) -> Messages:
+    """What an environment says first.
+
+    Raises:
+        DataError: it cannot begin: its settings are its own, and whatever they come to shows here.
+    """
+    world = None
+    try:
+        world = environment.build()
+        return list(world.reset(start_of(prompt, 0)).observation)
+    except OpdError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise DataError(
+            f"{prompt.where}: environment {kind_of(environment)!r} cannot begin the task {prompt.fields['task']!r} "
+            f"({type(error).__name__}: {reason}); mend its settings (prompts.environment)"
+        ) from None
+    finally:
+        if world is not None:
+            world.close()
 
 
 def _nothing(language: InProcess, count: int, request: Request[AgentRollout]) -> Trajectories:

@@ -53,6 +53,12 @@ class TeacherRollout(SamplingSettings, OneSource):
                 "rollout 'teacher': several experts answer together there, and one model writes a completion; list the "
                 "one that writes as a teacher of its own, with a name, and name it in rollout.teacher"
             )
+        if any(member.translates for member in members.values()):
+            raise IncompatibleError(
+                "rollout 'teacher': the teacher that writes has tokenizer: own, and what it writes are ids of that "
+                "tokenizer, not the student's; let a teacher of the student's tokenizer write, or take rollout: data "
+                "with texts that were written before"
+            )
         if not all(hasattr(member, "language") for member in members.values()):
             raise IncompatibleError("rollout 'teacher' needs a teacher in this process: kind local or self")
         reader = language_of(student, "the student")

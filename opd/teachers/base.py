@@ -57,6 +57,9 @@ class LiveTeacher(ABC, Generic[S]):
     member_role: ClassVar[str] = "route"
     """What messages call a member: one of several routes, of which one answers a prompt, or an expert, who all do."""
 
+    translates: ClassVar[bool] = False
+    """Whether it reads completions again in a tokenizer of its own (`tokenizer: own`), and so writes none here."""
+
     asked: float = 1.0
     """Share of the last call's positions, of each voice, for which its model was run."""
 
@@ -135,6 +138,12 @@ class LiveTeacher(ABC, Generic[S]):
     def route(self, prompt: Prompt) -> str | None:
         """Which member answers a prompt, where there is a choice."""
         return None
+
+    def begin_step(self) -> None:
+        """A step begins: what `own_signals` would say of answers before it, those to held-out rows, is of no step."""
+        for member in self.members().values():
+            if member is not self:
+                member.begin_step()
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         """What it did since it was last asked this beside answering, on all processes, which must all ask; logged as

@@ -402,8 +402,14 @@ class LiveDebate(LiveTeacher[DebateTeacher]):
         return {"experts": self.names, "rounds": texts, "sure": sure, "weights": weights}
 
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        if not self.settings.rounds:
-            return {}
+        of_each = {
+            f"{signal}@{name}": value
+            for name, expert in self.experts.items()
+            for signal, value in expert.own_signals(sum_over_processes).items()
+        }
+        return of_each | (self._of_debates(sum_over_processes) if self.settings.rounds else {})
+
+    def _of_debates(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
         sums = [total for each in self._sums.values() for total in each]
         found = torch.tensor([*self.tally.numbers(), *sums], dtype=torch.float64)
         self.tally, self._sums = Tally(), {name: [0.0, 0.0] for name in self.experts}

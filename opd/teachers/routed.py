@@ -229,6 +229,9 @@ class RoutedTeachers(LiveTeacher[RoutedTeacher]):
             )
         ]
 
+    def prompt_length(self, prompt: Prompt) -> int | None:
+        return self.routes[self.route(prompt)].prompt_length(prompt)
+
     def check_student(self, student: Student, context: Context) -> None:
         for route in self.routes.values():
             route.check_student(student, context)

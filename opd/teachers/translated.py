@@ -75,6 +75,8 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
         IncompatibleError: a tokenizer whose tokens have no text of their own.
     """
 
+    translates = True
+
     def __init__(self, inner: LiveTeacher, reader: InProcess, student: InProcess):
         self.inner, self.own_reader, self.settings = inner, reader, inner.settings
         self.student = student
@@ -143,6 +145,9 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     def leaves_out(self) -> bool:
         return not self.inner.failures()
 
+    def prompt_length(self, prompt: Prompt) -> int | None:
+        return self.inner.prompt_length(prompt)
+
     # -- at every step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -176,8 +181,12 @@ class TranslatedTeacher(LiveTeacher[Teacher]):
     def identity(self) -> str | None:
         return self.inner.identity()
 
+    def begin_step(self) -> None:
+        self._counts = None
+        self.inner.begin_step()
+
     def own_signals(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """`alignment/...` of the last answer: shares of the text's bytes in spans of one token on both sides
+        """`alignment/...` of the step's last answer: shares of the text's bytes in spans of one token on both sides
         (`single_bytes`), in spans of several (`span_bytes`) and without a counterpart (`uncompared_bytes`); of spans
         that are single (`single_spans`); of the teacher's probability at those that is on common tokens
         (`common_mass`); and of completions left out, since their text cannot be read (`left_out`)."""
