@@ -41,6 +41,7 @@ from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, peak_memory_bytes, student_of, write_origin
 from opd.recipe import Recipe, load_recipe, parse_recipe
+from opd.recipe.private import check_live_trackers
 from opd.remote.launch import FOLDER, servers_of, started
 from opd.run import Run
 from opd.saving import save_run
@@ -207,6 +208,7 @@ def execute(
         OpdError: for anything that the caller can mend; what was complete before is still there.
     """
     told = Callbacks(callbacks)
+    check_live_trackers(recipe, told.trackers)
     check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
         raise RunError(f"{RESUME} goes on with a run and {OVERWRITE} removes it; give one of them")
