@@ -141,6 +141,9 @@ def test_a_callback_that_fails_is_named():
     for wrong in (Failing, print):
         with pytest.raises(RecipeError, match=r"callbacks\[0\] is .*; give objects of opd.Callback"):
             opd.callbacks.Callbacks([wrong])
+    with pytest.raises(RecipeError, match=r"callbacks is .*Notes object.*; give a list of objects of opd.Callback"):
+        opd.callbacks.Callbacks(Notes())
+    assert len(opd.callbacks.Callbacks(iter([Notes(), Kept()])).trackers) == 1
 
 
 def test_names_of_the_package_are_listed_and_it_says_its_version(monkeypatch, capsys):
