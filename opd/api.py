@@ -27,7 +27,7 @@ from opd.choice import Choice, choices_of, kind_of
 from opd.context import Context
 from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
-from opd.files.ours import refuse_taken
+from opd.files.ours import foreign, listed, refuse_taken
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, whole_folder, write_whole
 from opd.hub import check_push, push
@@ -465,16 +465,21 @@ def measure(
             return evaluate(built)
 
 
-def upload(directory: Path, repository: str) -> None:
-    """Upload a run's saved student, or a folder that `opd` saved one in; errors are those of `Result.push_to_hub`."""
+def upload(directory: Path, repository: str) -> list[str]:
+    """Upload a run's saved student, or a folder that `opd` saved one in; errors are those of `Result.push_to_hub`.
+
+    Returns:
+        What lies in the folder and was left out, since `opd` did not write it.
+    """
     inside = directory / "student"
     folder = inside if inside.is_dir() else directory
-    if not (folder / ORIGIN).is_file():
+    if not listed(folder):
         raise RunError(f"{directory} holds no student that opd saved; give the directory of a run, or its student/")
     check_push(repository)
     failed = push(folder, repository)
     if failed is not None:
         raise RunError(failed)
+    return foreign(folder)
 
 
 def export(

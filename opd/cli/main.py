@@ -587,10 +587,13 @@ def push(
 ) -> None:
     """Upload a run's student to the hub, with its model card."""
     from opd.api import upload
+    from opd.files.ours import named
 
     _quiet_libraries()
-    upload(run, repository)
+    besides = upload(run, repository)
     print(f"uploaded to {repository}")
+    if besides:
+        print(f"opd: left out {named(besides)}, which opd did not write", file=sys.stderr)
 
 
 @app.command()
