@@ -268,12 +268,13 @@ class Recipe(Settings):
                 f"verifier {kind_of(self.verifier)!r} judges completions, and of rollout {kind!r} the environment "
                 "judges episodes; remove it"
             )
-        comparing: list[Shaping | Curriculum] = [s for s in self.shaping if s.compares_group]
-        comparing += [self.curriculum] if self.curriculum.needs_reward else []
+        # Over the whole step, too, each turn would count as an answer of its own.
+        shapings: list[Shaping | Curriculum] = [s for s in self.shaping if s.needs_reward or s.compares_group]
+        comparing = [*shapings, *([self.curriculum] if self.curriculum.needs_reward else [])]
         for part in comparing:
             raise ValueError(
-                f"{axis_of(part)} {kind_of(part)!r} compares the answers to a prompt, and rollout {kind!r} gives the "
-                "turns of episodes; take another one"
+                f"{axis_of(part)} {kind_of(part)!r} goes by the outcome of each answer, and rollout {kind!r} gives the "
+                "turns of episodes, which share one; take another one"
             )
         for teacher in nested(self.teacher):
             for key in ("sees", "about"):
