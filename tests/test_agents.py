@@ -323,6 +323,16 @@ def test_history_from_data_is_the_experts_and_has_no_reward(models, tmp_path):
         agents(models, tmp_path, objective="grpo", rollout={"history": "data"})
 
 
+def test_held_out_rows_need_no_expert_where_training_plays_one(models, tmp_path, monkeypatch):
+    """Whoever is measured plays for itself, also in an environment that training has not met."""
+    run = build(agents(models, tmp_path, rollout={"history": "data"}), tmp_path)
+    monkeypatch.setattr(type(TextEnvironment.of(run.held_out[0])), "expert", False)
+    run.rollout.played.clear()
+    assert "accuracy" in evaluate(run).metrics
+    with pytest.raises(DataError, match="has no expert whose replies are played"):
+        played(run)
+
+
 def test_the_machine_is_worked_through_the_templates_own_tools(models, tmp_path):
     machine = {"kind": "episodes", "environment": {"kind": "tool_machine", "only": ["sum"]}, "per_task": 3}
     recipe = agents(
@@ -423,6 +433,7 @@ def test_killed_and_resumed_goes_on_bit_for_bit(models, tmp_path):
     [
         ({"verifier": {"kind": "exact_match", "pattern": "(a)"}}, "the environment judges episodes; remove it"),
         ({"shaping": "outcome_balance"}, "gives the turns of episodes"),
+        ({"shaping": {"kind": "outcome_bonus", "scope": "global"}}, "gives the turns of episodes"),
         ({"curriculum": "difficulty"}, "gives the turns of episodes"),
         ({"teacher": {"sees": "hint"}}, "holds nothing of what was said since"),
         ({"evaluation": {"teacher_answers": True}}, "has the teacher answer the rows"),

@@ -205,21 +205,21 @@ class AgentSource(PrefixSource[AgentRollout]):
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows without an environment of text, and templates that cannot hold its episodes."""
         for prompt in prompts:
-            self._meet(TextEnvironment.of(prompt), prompt)
+            self._meet(TextEnvironment.of(prompt), prompt, self.settings)
 
-    def _meet(self, environment: TextEnvironment, prompt: Prompt) -> None:
-        """Check an environment the first time that a row names it; of held-out rows that is when they are played."""
+    def _meet(self, environment: TextEnvironment, prompt: Prompt, settings: AgentRollout) -> None:
+        """Check an environment the first time that a row names it; of held-out rows that is when they are played, by
+        settings of their own."""
+        if settings.history == "data" and not environment.expert:
+            raise DataError(
+                f"{prompt.where}: rollout.history is 'data', and environment {kind_of(environment)!r} has no expert "
+                "whose replies are played; take history: student"
+            )
         if environment not in self.played:
             self._check(environment, prompt)
             self.played.append(environment)
 
     def _check(self, environment: TextEnvironment, prompt: Prompt) -> None:
-        kind = kind_of(environment)
-        if self.settings.history == "data" and not environment.expert:
-            raise DataError(
-                f"{prompt.where}: rollout.history is 'data', and environment {kind!r} has no expert whose replies are "
-                "played; take history: student"
-            )
         plain = next((which for which, reader, _ in self.readers if reader.template != "chat"), None)
         if plain is not None:
             raise IncompatibleError(
@@ -315,7 +315,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         """Begin the episodes of places that are free."""
         orders = []
         for number, place in places.items():
-            self._meet(place.environment, place.prompt)
+            self._meet(place.environment, place.prompt, request.settings)
             own = (request.context.seed, request.stream, place.prompt, request.group, place.member)
             start = start_of(place.prompt, row_seed(*own) % 2**31)
             orders.append(TextOrder(number, place.environment, start, self._asks(place.environment, request)))
