@@ -504,7 +504,7 @@ def export(
     if (directory / ORIGIN).is_file() and not steps:
         raise RunError(f"{directory} is a saved student; give the directory of its run, mostly {directory.parent}")
     if not steps and step is None and saved.is_dir() and form is not None:
-        recipe = load_recipe(str(directory / "recipe.yaml"), [f"student.model={json.dumps(str(saved))}"])
+        recipe = load_recipe(str(directory / "recipe.yaml"), [f"student.model={json.dumps(str(saved))}"], recorded=True)
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         after = recipe.steps
@@ -516,7 +516,7 @@ def export(
     else:
         folder = folder_of(directory, steps[0] if step is None else step)
         facts = verify(folder)
-        recipe, after = parse_recipe(facts["recipe"], str(folder)), facts["step"]
+        recipe, after = parse_recipe(facts["recipe"], str(folder), recorded=True), facts["step"]
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         if facts["weights"]["student"] != student.fingerprint():

@@ -576,7 +576,8 @@ def export(
 
     _quiet_libraries()
     print(write_student(run, out, step, form=form, overwrite=overwrite))
-    if (run / "recipe.yaml").is_file() and (told := load_recipe(str(run / "recipe.yaml")).student.readers(form)):
+    source = run / "recipe.yaml"
+    if source.is_file() and (told := load_recipe(str(source), recorded=True).student.readers(form)):
         print(f"opd: {told}", file=sys.stderr)
 
 
