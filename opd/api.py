@@ -27,7 +27,7 @@ from opd.choice import Choice, choices_of, kind_of
 from opd.context import Context
 from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
-from opd.files.ours import refuse_taken
+from opd.files.ours import foreign, listed, refuse_taken
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, whole_folder, write_whole
 from opd.hub import check_push, push
@@ -41,6 +41,7 @@ from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, peak_memory_bytes, student_of, write_origin
 from opd.recipe import Recipe, load_recipe, parse_recipe
+from opd.recipe.private import check_live_trackers
 from opd.remote.launch import FOLDER, servers_of, started
 from opd.run import Run
 from opd.saving import save_run
@@ -207,6 +208,7 @@ def execute(
         OpdError: for anything that the caller can mend; what was complete before is still there.
     """
     told = Callbacks(callbacks)
+    check_live_trackers(recipe, told.trackers)
     check_trackers(recipe.tracking.trackers)
     if resume and overwrite:
         raise RunError(f"{RESUME} goes on with a run and {OVERWRITE} removes it; give one of them")
@@ -463,16 +465,21 @@ def measure(
             return evaluate(built)
 
 
-def upload(directory: Path, repository: str) -> None:
-    """Upload a run's saved student, or a folder that `opd` saved one in; errors are those of `Result.push_to_hub`."""
+def upload(directory: Path, repository: str) -> list[str]:
+    """Upload a run's saved student, or a folder that `opd` saved one in; errors are those of `Result.push_to_hub`.
+
+    Returns:
+        What lies in the folder and was left out, since `opd` did not write it.
+    """
     inside = directory / "student"
     folder = inside if inside.is_dir() else directory
-    if not (folder / ORIGIN).is_file():
+    if not listed(folder):
         raise RunError(f"{directory} holds no student that opd saved; give the directory of a run, or its student/")
     check_push(repository)
     failed = push(folder, repository)
     if failed is not None:
         raise RunError(failed)
+    return foreign(folder)
 
 
 def export(
@@ -497,7 +504,7 @@ def export(
     if (directory / ORIGIN).is_file() and not steps:
         raise RunError(f"{directory} is a saved student; give the directory of its run, mostly {directory.parent}")
     if not steps and step is None and saved.is_dir() and form is not None:
-        recipe = load_recipe(str(directory / "recipe.yaml"), [f"student.model={json.dumps(str(saved))}"])
+        recipe = load_recipe(str(directory / "recipe.yaml"), [f"student.model={json.dumps(str(saved))}"], recorded=True)
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         after = recipe.steps
@@ -509,7 +516,7 @@ def export(
     else:
         folder = folder_of(directory, steps[0] if step is None else step)
         facts = verify(folder)
-        recipe, after = parse_recipe(facts["recipe"], str(folder)), facts["step"]
+        recipe, after = parse_recipe(facts["recipe"], str(folder), recorded=True), facts["step"]
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         if facts["weights"]["student"] != student.fingerprint():

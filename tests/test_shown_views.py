@@ -9,6 +9,7 @@ import torch
 
 from opd.errors import IncompatibleError, RecipeError
 from opd.language.engines.transformers import LanguageModel
+from opd.plan import make_plan
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import Prompt
 from opd.recipe import load_recipe, parse_recipe
@@ -134,3 +135,30 @@ def test_a_student_learns_to_do_without(tmp_path):
     )
     card = (result.directory / "student" / "README.md").read_text()
     assert 'saw the system text "be kind" and 2 examples before each prompt; the student did not' in card
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+
+
+def noted(teacher, student, prompts):
+    """What the plan says of views."""
+    rest = {"hardware": {"device": "cpu"}, "evaluation": {"held_out": 1}, "batch": {"prompts": 1}}
+    plan = make_plan(parse_recipe({"student": student, "teacher": teacher, "prompts": prompts, **rest}))
+    return [note.split(" before a prompt")[0] for note in plan.notes if "before a prompt" in note]
+
+
+def test_the_plan_reads_a_view_as_its_teacher_does(tmp_path):
+    """Of a student whose template has no system text, and of a route at a prompt of its own."""
+    student, teacher = (
+        saved(tmp_path / name, tiny_model(vocabulary=len(tokenizer)), tokenizer)
+        for name, tokenizer in (("student", turn_tokenizer(NO_SYSTEM)), ("teacher", turn_tokenizer(CHAT)))
+    )
+    shown = len("system\nbe kind\n") + 2
+    told = [f"teacher {teacher} reads {shown} tokens"]
+    rows = {"kind": "inline", "prompts": [{"prompt": text, "task": "a"} for text in ("ab", "abc")]}
+    for own in ({}, {"tokenizer": "own"}):
+        assert noted({"model": teacher, "system": "be kind", **own}, student, rows) == told
+    rows["prompts"] += [{"prompt": text, "task": "b", "hint": "short"} for text in ("abcd", "abcde")]
+    hinted = {"model": teacher, "system": "be kind", "sees": "hint"}
+    routed = {"kind": "routed", "by": "task", "routes": {"a": {"model": teacher}, "b": hinted}}
+    assert noted(routed, student, rows) == told

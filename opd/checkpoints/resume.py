@@ -123,7 +123,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _as_of_today(recipe: dict[str, Any]) -> dict[str, Any]:
     """A stored recipe with the defaults of keys that this version of opd has added."""
     try:
-        return parse_recipe(recipe).dump()
+        return parse_recipe(recipe, recorded=True).dump()
     except RecipeError:
         return recipe
 

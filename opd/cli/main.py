@@ -576,7 +576,8 @@ def export(
 
     _quiet_libraries()
     print(write_student(run, out, step, form=form, overwrite=overwrite))
-    if (run / "recipe.yaml").is_file() and (told := load_recipe(str(run / "recipe.yaml")).student.readers(form)):
+    source = run / "recipe.yaml"
+    if source.is_file() and (told := load_recipe(str(source), recorded=True).student.readers(form)):
         print(f"opd: {told}", file=sys.stderr)
 
 
@@ -587,10 +588,13 @@ def push(
 ) -> None:
     """Upload a run's student to the hub, with its model card."""
     from opd.api import upload
+    from opd.files.ours import named
 
     _quiet_libraries()
-    upload(run, repository)
+    besides = upload(run, repository)
     print(f"uploaded to {repository}")
+    if besides:
+        print(f"opd: left out {named(besides)}, which opd did not write", file=sys.stderr)
 
 
 @app.command()

@@ -27,9 +27,10 @@ from opd.language.rollout import SamplingSettings
 from opd.language.student import check_words
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand, stores_not_here
-from opd.plan.tokenizers import own_tokenizers
+from opd.plan.tokenizers import own_reader, own_tokenizers
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
+from opd.prompts import Prompt
 from opd.provenance import models_of, peak_memory_bytes
 from opd.recipe import Recipe
 from opd.remote.launch import FOLDER, servers_of
@@ -37,6 +38,9 @@ from opd.rollouts.base import Sampling
 from opd.same_view import nothing_to_learn
 from opd.teachers import Teacher
 from opd.teachers.base import DebateSize
+from opd.teachers.local import LocalTeacher
+from opd.teachers.routed import RoutedTeacher
+from opd.teachers.served import ServedTeacher
 from opd.teachers.showing import ShowingTeacher
 from opd.updates import Planned
 from opd.watches import Watch
@@ -282,16 +286,49 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
             f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
         )
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
-    for part in nested(recipe.teacher):
-        if isinstance(part, ShowingTeacher) and part.shows and language.template == "chat":
-            more = len(language.encode(*part.view(prompts[0]))) - lengths[0]
-            notes.append(
-                f"teacher {models_of(part.model_dump())} reads {more} tokens before a prompt that the student does not "
-                "(teacher.system, teacher.examples); a step's TFLOP leave them out, since all its rows share them"
-            )
+    _note_shown(recipe, language, prompts, notes)
     # Where the same ids stand for other pictures nothing is in common.
     common = 0 if language.reads_pictures else common_beginning(encoded)
     return round(sum(lengths) / len(lengths)), common, training
+
+
+def _note_shown(recipe: Recipe, student: InProcess, prompts: Sequence[Prompt], notes: list[str]) -> None:
+    """Say what teachers read besides the prompt: each at the first prompt that it answers for, with its own tokenizer
+    and template.
+
+    Raises:
+        DataError: that prompt cannot be read so; with `skip_bad_prompts` the next one is looked at.
+    """
+    parts = list(nested(recipe.teacher))
+    for part in parts:
+        if not isinstance(part, ShowingTeacher) or not part.shows:
+            continue
+        name = models_of(part.model_dump())
+        reader = student
+        try:
+            if isinstance(part, LocalTeacher | ServedTeacher):
+                reader = own_reader(part) if isinstance(part, LocalTeacher) else part.reader(student)
+        except OpdError as error:
+            notes.append(f"teacher {name}: nothing is said of what it is shown besides the prompt ({error})")
+            continue
+        if reader.template != "chat":
+            continue
+        routers = (each for each in parts if isinstance(each, RoutedTeacher))
+        router = next((each for each in routers if any(route is part for route in each.routes.values())), None)
+        for prompt in prompts:
+            try:
+                if router is not None and router.routes[router.route(prompt)] is not part:
+                    continue
+                more = len(ids_of(reader.encode(*part.view(prompt)))) - len(ids_of(reader.encode(prompt, part.sees)))
+            except DataError:
+                if not recipe.skip_bad_prompts:
+                    raise
+                continue
+            notes.append(
+                f"teacher {name} reads {more} tokens before a prompt that the student does not (teacher.system, "
+                "teacher.examples); a step's TFLOP leave them out, since all its rows share them"
+            )
+            break
 
 
 def _trajectories(recipe: Recipe) -> int:

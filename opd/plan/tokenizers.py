@@ -45,7 +45,7 @@ def own_tokenizers(
             continue
         name = settings.name or settings.model or settings.kind
         try:
-            teacher = _reader(settings)
+            teacher = own_reader(settings)
         except OpdError:
             notes.append(f"{name}: its tokenizer is not on this machine, and nothing is said of tokens in common")
             continue
@@ -69,7 +69,7 @@ def own_tokenizers(
     return tuple(told)
 
 
-def _reader(settings: LocalTeacher | ServedTeacher) -> LanguageModel:
+def own_reader(settings: LocalTeacher | ServedTeacher) -> LanguageModel:
     """What a teacher reads with, from files on this machine alone."""
     if isinstance(settings, ServedTeacher):
         return settings.reader(None)

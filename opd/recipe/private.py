@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from accelerate.tracking import GeneralTracker
+
 from opd.choice import Choice, choices_of, kind_of, nested
 from opd.curricula import Curriculum
+from opd.errors import RecipeError
 from opd.objectives import Objective
 from opd.remote.client import LOOPBACK
 from opd.remote.settings import Reached
@@ -27,6 +30,18 @@ def check_private(recipe: Recipe) -> None:
         return
     for problem in (*_broken(recipe), *_shown(recipe)):
         raise ValueError(f"update {kind_of(recipe.update)!r} {problem}")
+
+
+def check_live_trackers(recipe: Recipe, given: Iterable[GeneralTracker]) -> None:
+    """Raise `RecipeError` for the first of the trackers from Python that a private recipe lets see nothing."""
+    if not recipe.update.private or "trackers" in recipe.update.revealed:
+        return
+    sending = [each.name for each in given if each.name not in LOCAL_TRACKERS]
+    if sending:
+        raise RecipeError(
+            f"update {kind_of(recipe.update)!r} keeps what it measures of records on this machine, and tracker "
+            f"{sending[0]!r} of callbacks may send it on; leave it out, or say that it may: {_saying('trackers')}"
+        )
 
 
 def _broken(recipe: Recipe) -> Iterator[str]:

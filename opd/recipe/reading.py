@@ -139,8 +139,12 @@ def find_recipe(reference: str) -> Path:
     )
 
 
-def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file."""
+def load_recipe(reference: str, overrides: Sequence[str] = (), *, recorded: bool = False) -> Recipe:
+    """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file.
+
+    Args:
+        recorded: as of `parse_recipe`.
+    """
     path = find_recipe(reference)
     take_in()
     data = read_plain(read_text(path), path)
@@ -153,16 +157,25 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
         # What was said of the recipe as it stands is not said of another one.
         if spoken_of and text not in changed:
             data.pop(text, None)
-    return parse_recipe(data, str(path), path.parent)
+    return parse_recipe(data, str(path), path.parent, recorded=recorded)
 
 
-def parse_recipe(data: dict[str, Any], origin: str = "recipe", folder: Path | None = None) -> Recipe:
-    """Validate plain data; `folder` is where relative data files are looked for after the working directory, and before
-    the data that comes with `opd`, so that a copy of a shipped recipe finds them."""
+def parse_recipe(
+    data: dict[str, Any], origin: str = "recipe", folder: Path | None = None, *, recorded: bool = False
+) -> Recipe:
+    """Validate plain data.
+
+    Args:
+        origin: what errors call it.
+        folder: where relative data files are looked for after the working directory, and before the data that comes
+            with `opd`, so that a copy of a shipped recipe finds them.
+        recorded: it is what a run wrote down, to be read and not to be run again: functions from Python stand in it by
+            their names.
+    """
     take_in()
     folders = [] if folder is None else [folder, recipe_folder()]
     try:
-        return Recipe.model_validate(data, context={"folders": folders})
+        return Recipe.model_validate(data, context={"folders": folders, "recorded": recorded})
     except ValidationError as error:
         raise RecipeError(explain(error, data, origin)) from None
     except RecursionError:

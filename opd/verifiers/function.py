@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema, field_serializer, field_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_serializer, field_validator
 
 from opd.errors import DataError
 from opd.prompts import Prompt
@@ -15,6 +16,16 @@ from opd.verifiers.base import CompletionVerifier
 Verdict = Callable[[Mapping[str, Any], Any], float | bool | None]
 """`verdict(row, completion)`: the row's columns and what the student made of them, a text or of an image model float32
 `[H, W, 3]` in 0..1; a number in [0, 1], or None for a prompt that has no verdict."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """In the place of a function that a run was given: what its recipe says of it."""
+
+    text: str
+
+    def __call__(self, row: Mapping[str, Any], completion: object) -> None:
+        raise LookupError("a recipe on a disk has its name alone")
 
 
 class FunctionVerifier(CompletionVerifier):
@@ -30,7 +41,9 @@ class FunctionVerifier(CompletionVerifier):
 
     @field_validator("call", mode="before")
     @classmethod
-    def _from_python(cls, value: object) -> object:
+    def _from_python(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, str) and (info.context or {}).get("recorded"):
+            return Recorded(value)
         if not callable(value):
             raise ValueError(
                 "a function is passed from Python alone, opd.distill(verifier=my_function); in a recipe name a "
@@ -40,10 +53,12 @@ class FunctionVerifier(CompletionVerifier):
 
     @field_serializer("call")
     def _named(self, value: Verdict) -> str:
-        return f"({self._name} passed from Python)"
+        return self._name if isinstance(value, Recorded) else f"({self._name} passed from Python)"
 
     @property
     def _name(self) -> str:
+        if isinstance(self.call, Recorded):
+            return self.call.text
         name = getattr(self.call, "__qualname__", type(self.call).__name__)
         return f"{getattr(self.call, '__module__', None) or '__main__'}.{name}"
 
