@@ -10,21 +10,28 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from opd.choice import kind_of
-from opd.environments.base import Environment, Turn, World
+from opd.environments.base import Environment, World
 from opd.errors import OpdError, RunError, first_line
 
 STARTING = 120.0
 """Seconds that a process may take to begin, before `patience` counts."""
 
 
+class Ending(Protocol):
+    """Of what an environment said, whether it was the last."""
+
+    @property
+    def over(self) -> bool: ...
+
+
 class Answer(Protocol):
     """What came of an order, as far as it is counted."""
 
     @property
-    def turn(self) -> Turn[Any]:
+    def turn(self) -> Ending:
         """What the environment said last."""
 
     @property

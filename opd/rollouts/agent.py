@@ -169,7 +169,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         readers: Sequence[tuple[str, InProcess]],
         teachers: Sequence[LiveTeacher],
     ):
-        self.writer, self.readers, self.teachers = writer, readers, teachers
+        self.writer, self.readers, self.asked = writer, readers, teachers
         self.language = writer.reader
         self.authors = writer.authors
         self.dtype, self.stale, self.elsewhere = writer.dtype, writer.stale, writer.elsewhere
@@ -254,7 +254,7 @@ class AgentSource(PrefixSource[AgentRollout]):
         told = f"; {between} of these are what an episode says before its last reply (rollout.max_context_tokens)"
         try:
             self.writer.check_lengths(prompts, budget + between)
-            for teacher in self.teachers:
+            for teacher in self.asked:
                 found = teacher.check_lengths(prompts, budget + between, _named(teacher))
                 self.warnings += [f"{each}{told}" for each in found]
         except ModelError as error:
