@@ -29,7 +29,7 @@ from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError,
 from opd.evaluation import evaluate
 from opd.files.ours import foreign, listed, refuse_taken
 from opd.files.run_directory import read_json
-from opd.files.whole import locked, whole_folder, write_whole
+from opd.files.whole import locked, main_process, whole_folder, write_whole
 from opd.hub import check_push, push
 from opd.loop import train
 from opd.model_card import card
@@ -85,13 +85,15 @@ class Result:
     stopped_by: int | None = None
 
     def push_to_hub(self, repository: str) -> None:
-        """Upload the saved student, with its model card, to ORG/NAME, which is made, private, where there is none.
+        """Upload the saved student, with its model card, to ORG/NAME, which is made, private, where there is none. Of
+        several processes the main one does.
 
         Raises:
             RecipeError: no token, or this machine is told to stay off the hub.
             RunError: the upload failed; the message says why, and how to do it by hand.
         """
-        upload(self.directory, repository)
+        if main_process():
+            upload(self.directory, repository)
 
 
 LiveOrNamed: TypeAlias = "str | Mapping[str, object] | Choice | torch.nn.Module | DiffusionPipeline"

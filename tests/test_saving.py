@@ -403,6 +403,16 @@ def test_the_student_is_pushed_once_when_it_is_saved(folders, tmp_path, hub):
     assert taken == set(os.listdir(student)) - {"secrets.env"}
 
 
+def test_of_several_processes_the_main_one_pushes(folders, tmp_path, hub, monkeypatch):
+    result = short_run(tmp_path / "run", folders["s"], folders["t"])
+    monkeypatch.setenv("RANK", "1")
+    result.push_to_hub("me/mine")
+    assert not hub
+    monkeypatch.setenv("RANK", "0")
+    result.push_to_hub("me/mine")
+    assert [call[0] for call in hub] == ["create", "upload"]
+
+
 def test_a_push_that_fails_is_a_warning_with_the_way_by_hand(folders, tmp_path, hub, monkeypatch, capsys):
     def fails(**_):
         raise ConnectionError("no route with hf_secret")
