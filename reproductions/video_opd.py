@@ -382,7 +382,7 @@ Thinking before the answer cannot be compared at this size.
         stages={
             **dict.fromkeys((START, OF_RATES[START]), FEW_OF_START),
             TEACHER: {"recipe": FEW_OF_TEACHER},
-            "premise": {"size": 4},
+            "premise": {"size": 16},
             **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},
             **{spread_stage(name): {"recipe": FEW, "resamples": 2} for name in (PLAIN, GRPO)},
             student_stage(BEFORE): {"size": 4},

@@ -36,13 +36,13 @@ def test_the_grammar_is_a_distribution_and_a_shift_moves_it():
 
 
 def test_the_floor_is_the_mean_loss_of_the_grammar_itself():
-    codes, words = reviews(3000, SHIFT, 7)
+    codes, words = reviews(12_000, SHIFT, 7)
     cut = QUARTER * CLASSES
     losses = []
     for place in range(cut, words.shape[1]):
         row = table(SHIFT)[place % CLASSES, codes[:, 0], codes[:, 1], words[:, place - 1] % 4]
         losses.append(-np.log(row[np.arange(len(words)), words[:, place]]))
-    assert entropy(3000, SHIFT, 7) == pytest.approx(float(np.mean(losses)), abs=0.01)
+    assert entropy(12_000, SHIFT, 7) == pytest.approx(float(np.mean(losses)), abs=0.01)
 
 
 def test_rows_are_cut_behind_the_first_quarter_and_known_to_the_tokenizer():

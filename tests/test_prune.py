@@ -412,7 +412,7 @@ def test_what_a_store_serves(tmp_path):
         stored("c", "top_k", "reverse_kl", k=9)
     with pytest.raises(opd.OpdError, match=r"shaping 'drift' with signal 'overlap' needs .* answers 'sampled'"):
         stored("d", "sampled", "lightning")
-    with pytest.raises(opd.OpdError, match=r"answers whole trajectories alone"):
+    with pytest.raises(opd.OpdError, match=r"'stored' answers only at trajectories of .* take rollout: stored"):
         run(
             tmp_path,
             "e",

@@ -313,9 +313,9 @@ def test_without_ray_the_extra_is_named(recipe, store, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["score", "nowhere", "--recipe", "quickstart"], "no store at nowhere"),
+        (["score", "nowhere", "--recipe", "heal"], "no store at nowhere"),
         (["score", "nowhere"], "needs --recipe"),
-        (["score", "nowhere", "--recipe", "quickstart", "--kind", "all"], "accepted: sampled, top_k, exact"),
+        (["score", "nowhere", "--recipe", "heal", "--kind", "all"], "accepted: sampled, top_k, exact"),
         (["store", "nowhere"], "opd rollout RECIPE --out nowhere makes one"),
     ],
 )
