@@ -424,18 +424,20 @@ def test_what_a_store_serves(tmp_path):
         teacher = {"kind": "stored", "path": str(path), "targets": targets, "consistency": "ignored"}
         shaping = {"kind": "drift", "signal": {"kind": "overlap", "k": k}}
         held_out = {"evaluation": {"held_out": 2}}
-        return parse_recipe({**shared, **held_out, "teacher": teacher, "shaping": shaping, **changes})
+        own = {"teacher": teacher, "shaping": shaping, "rollout": {"kind": "stored", "path": str(path)}}
+        return parse_recipe({**shared, **held_out, **own, **changes})
 
     make_plan(planned("top_k"))
     for recipe, words in (
         (planned("top_k", k=9), r"looks at k=9 ids, and the teacher answers with 8: set signal\.k"),
         (planned("sampled", objective="lightning"), r"shaping 'drift' with signal 'overlap' needs"),
-        (planned("exact", rollout={"watch": "drift"}), r"teacher 'stored' answers whole trajectories alone"),
         (planned("exact", k=99), r"looks at k=99 ids, and student and teacher have 98 in common: set signal\.k"),
     ):
         with pytest.raises(opd.OpdError, match=words) as error:
             make_plan(recipe)
         assert len(str(error.value).splitlines()) <= 2
+    with pytest.raises(opd.OpdError, match=r"'stored' answers only at trajectories of .* take rollout: stored"):
+        planned("exact", rollout={"watch": "drift"})
     # What the curriculum may ask for, no row has.
     for curriculum, words in (
         ({"kind": "window", "minimum": 4, "maximum": 13}, r"curriculum\.maximum goes up to 13 and the rows of .* 12"),
@@ -444,8 +446,10 @@ def test_what_a_store_serves(tmp_path):
         for rollout in ({}, {"kind": "mixture", "second": {"kind": "stored", "path": str(path)}}):
             block = {"kind": "stored", "path": str(path), **rollout}
             block = {"kind": "mixture", "second": rollout["second"]} if rollout else block
+            # Only a live one answers to what the student writes beside the store.
+            live = {"teacher": teacher} if rollout else {}
             with pytest.raises(opd.OpdError, match=words):
-                planned("exact", curriculum=curriculum, rollout=block)
+                planned("exact", curriculum=curriculum, rollout=block, **live)
     with pytest.raises(opd.OpdError, match=r"rollout\.max_new_tokens cuts stored trajectories at 10; raise it"):
         planned(
             "exact",
