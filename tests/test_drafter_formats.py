@@ -306,7 +306,7 @@ def test_a_run_without_checkpoints_is_exported_too(target, tmp_path):
     assert not (tmp_path / "none").exists()
     # What the card says is for a person who has only the folder.
     card = (saved / "README.md").read_text()
-    assert f"Student `a drafter of {target}` trained by `target`" in card
+    assert f"Student `a drafter of {Path(target).name}` trained by `target`" in card
     assert '- vllm: `vllm serve TARGET --speculative-config \'{"method": "eagle3", "model": "STUDENT"' in card
     assert "- sglang: `sglang serve --model-path TARGET " in card
 
