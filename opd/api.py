@@ -63,7 +63,8 @@ class Result:
             the others.
         tokenizer: its tokenizer, where it has one.
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
-        before, after: held-out metrics.
+        before: held-out metrics of the student as it began.
+        after: the same of the trained student.
         history: every logged record, in order.
         summary: what summary.json holds. The student is that of the last step; with `checkpoint.keep_best` or
             `evaluation.stop`, `best` says which step's was measured to be the best: `metric`, `value`, `step`, and
