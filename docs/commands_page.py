@@ -14,6 +14,9 @@ from opd.catalogue import Kind, axes, settings_of
 from opd.cli.main import app
 from opd.report.glossary import MEANINGS
 
+CLASS = re.compile(r"^::: \S+\.[A-Z]\w*$(?!\n +options)", re.M)
+"""A class on a page of its axis has a heading of its name alone; below it stands where it lies."""
+
 GROUPS = {
     "held_out/": "Held out: the student's own answers to prompts that it never trains on",
     "train/": "Training: one step",
@@ -21,13 +24,14 @@ GROUPS = {
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The page with a section for each command, for each axis, or for each group of metrics."""
+    """The page with a section for each command, for each axis, or for each group of metrics; of others with short
+    headings."""
     if page.file.src_uri == "choices.md":
         return "\n".join([markdown, *choices()])
     if page.file.src_uri == "howto/metrics.md":
         return "\n".join([markdown, *metrics()])
     if page.file.src_uri != "cli.md":
-        return markdown
+        return CLASS.sub(r"\g<0>\n    options: {show_root_full_path: false}", markdown)
     command = typer.main.get_command(app)
     text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="opd")
     commands = text[text.index("## `opd ") :]
@@ -38,13 +42,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def metrics() -> Iterator[str]:
     """Lines: a table for each group of `opd.report.glossary`, families of names among them."""
     for group, title in GROUPS.items():
-        yield f"## {title}\n\n| name | unit | means | better |\n|---|---|---|---|"
-        for name, meaning in sorted((n, m) for n, m in MEANINGS.items() if n.startswith(group)):
+        yield f'## {title}\n\n<div class="names" markdown>\n\n| name | unit | means | better |\n|---|---|---|---|'
+        for name, meaning in MEANINGS.items():
+            if not name.startswith(group):
+                continue
             shown = f"{name}NAME" if name.endswith("/") else name
             about = f"{meaning.title}: {meaning.about}" if meaning.about else meaning.title
             cells = (f"`{shown}`", meaning.unit, about, meaning.better)
             yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-        yield ""
+        yield "\n</div>\n"
 
 
 def choices() -> Iterator[str]:

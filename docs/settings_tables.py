@@ -19,15 +19,18 @@ TOGETHER = re.compile(r"^( +)(\*{0,2}\w+(?:, \*{0,2}\w+)+): (.*(?:\n\1 +.*)*)", 
 
 
 class SettingsTables(Extension):
-    """Puts rows of `opd.catalogue.settings_of` into `extra["opd"]["settings"]` of every pydantic class of a package; and
-    names that a docstring describes together get a description each."""
+    """Puts rows of `opd.catalogue.settings_of` into `extra["opd"]["settings"]` of every pydantic class of a package;
+    names that a docstring describes together get one description each."""
 
     def on_package(self, *, pkg: Module, **_: object) -> None:
         for found in _objects(pkg):
             if found.docstring is not None:
                 found.docstring.value = apart(found.docstring.value)
             if isinstance(found, Class) and "pydantic-model" in found.labels:
-                found.extra["opd"]["settings"] = [asdict(row) for row in settings_of(_live(found))]
+                live = _live(found)
+                found.extra["opd"]["settings"] = [asdict(row) for row in settings_of(live)]
+                kind = live.model_fields.get("kind")
+                found.extra["opd"]["kind"] = kind.get_default() if kind is not None and not kind.is_required() else None
 
 
 def apart(docstring: str) -> str:

@@ -16,6 +16,7 @@ from docs import commands_page
 from opd.catalogue import axes
 from opd.cli.main import app
 from opd.recipe import load_recipe, parse_recipe
+from opd.report.glossary import MEANINGS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,6 +65,14 @@ def test_the_readme_is_one_screen():
     assert sum(line.startswith("- ") for line in lines) == 3, "measured figures"
 
 
+def test_the_citation_is_of_this_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (cited["title"], cited["version"], cited["license"]) == tuple(
+        project[k] for k in ("name", "version", "license")
+    )
+
+
 def test_every_extra_is_on_the_page_of_installation():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     page = (ROOT / "docs/howto/install.md").read_text(encoding="utf-8")
@@ -71,7 +80,7 @@ def test_every_extra_is_on_the_page_of_installation():
 
 
 def paragraphs(text):
-    """Prose: what stands between blank lines, each item of a list by itself; no front matter, code, tables, headings."""
+    """Prose: what stands between blank lines, each item of a list by itself; no code, tables or headings."""
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
     text = re.sub(r"^( *)```.*?^\1```$", "\n\n", text, flags=re.M | re.S)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
@@ -158,6 +167,20 @@ def test_the_page_of_commands_has_all_of_them():
     names = {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands}
     assert {"train", "watch", "store"} <= names
     assert all(f"## `opd {name}`" in page for name in names)
+
+
+def test_the_page_of_metrics_has_all_that_have_a_meaning():
+    page = commands_page.on_page_markdown("# M\n", SimpleNamespace(file=SimpleNamespace(src_uri="howto/metrics.md")))
+    names = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert names[0] == "held_out/forward_kl", "in the order of the glossary, which begins with what matters"
+    assert sorted(names) == sorted(name + "NAME" * name.endswith("/") for name in MEANINGS)
+
+
+def test_a_class_alone_has_a_heading_of_its_name():
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="axes/update.md"))
+    text = commands_page.on_page_markdown("::: opd.a.Plain\n\n::: opd.a.base\n\n::: opd.a.Own\n    options: {}\n", page)
+    short = "::: opd.a.Plain\n    options: {show_root_full_path: false}\n"
+    assert text == f"{short}\n::: opd.a.base\n\n::: opd.a.Own\n    options: {{}}\n"
 
 
 def test_the_choices_page_has_every_axis_and_choice():

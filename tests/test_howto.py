@@ -14,6 +14,7 @@ import yaml
 import opd
 from opd.cli.main import app
 from opd.measurement import SIGNALS
+from opd.recipe import parse_recipe
 from opd.report.glossary import MEANINGS
 from opd.shaping import Shaping
 from tests.conftest import tiny_model
@@ -59,12 +60,16 @@ def here(desk, monkeypatch):
     real = opd.distill
 
     def small(student, teacher=None, prompts=None, **given):
-        batch = {"prompts": 2, "micro": 2, "group": given.pop("batch", {}).get("group", 1)}
-        given = {"output": "runs/one", **given, **SMALL, "batch": batch, "rollout": shortened(given.pop("rollout", {}))}
-        return real(student, teacher, prompts, overwrite=True, quiet=True, **given)
+        return real(student, teacher, prompts, overwrite=True, quiet=True, **made_small(given))
 
     monkeypatch.setattr(opd, "distill", small)
     return desk
+
+
+def made_small(given):
+    """The same settings for one short step."""
+    batch = {"prompts": 2, "micro": 2, "group": given.get("batch", {}).get("group", 1)}
+    return {"output": "runs/one", **given, **SMALL, "batch": batch, "rollout": shortened(given.get("rollout", {}))}
 
 
 def shortened(rollout):
@@ -90,7 +95,7 @@ def test_a_recipe_of_a_page_trains(text, here):
         recipe["prompts"] = "documents.jsonl"
     if recipe.get("objective") == "sft":
         recipe.pop("teacher")
-    result = opd.distill(**recipe)
+    result = opd.execute(parse_recipe(made_small(recipe)), overwrite=True, quiet=True)
     assert len(result.history) >= 1
     assert (result.directory / "student" / "config.json").exists()
 
@@ -131,7 +136,7 @@ def test_what_a_run_logs_is_in_the_glossary(here):
             {"kind": "grpo", "weight": 0.5},
             {"kind": "forward_kl", "teacher": "reference", "weight": 0.1},
         ],
-        shaping=["drift", {"kind": "log_ratio_gate"}],
+        shaping=[{"kind": "drift", "teacher": "large"}, {"kind": "log_ratio_gate", "teacher": "large"}],
         verifier=lambda row, completion: len(completion) % 2,
         temperature=[[0, 1.2], [4, 1.0]],
         batch={"group": 2},

@@ -49,6 +49,10 @@ def test_every_setting_of_a_choice_has_a_row_with_its_meaning_inherited_ones_too
     assert not any("_meant" in row for row in page), "what checks settings is private"
 
 
+def test_a_choice_says_what_recipes_call_it_and_where_it_lies(page):
+    assert "kind: jensen_shannon in opd.divergences.jensen_shannon" in page
+
+
 def test_attributes_described_together_are_two(page):
     assert any(row.startswith("before dict") for row in page)
     assert any(row.startswith("after dict") for row in page)
