@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 import yaml
 from pydantic import BaseModel
 
@@ -159,6 +161,24 @@ def test_every_key_of_a_recipe_says_what_it_is():
         if name != "kind" and not field.description
     ]
     assert not silent
+
+
+def shown_commands():
+    """Every line of a shell block that calls `opd`, by its page."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"^```bash\n(.*?)```", text, re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["opd"]:
+                    yield pytest.param(words[1:], id=f"{page.relative_to(ROOT)}-{' '.join(words[1:3])}")
+
+
+@pytest.mark.parametrize("words", shown_commands())
+def test_a_command_on_a_page_exists_with_its_options(words):
+    command = typer.main.get_command(app).commands[words[0]]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known
 
 
 def test_the_page_of_commands_has_all_of_them():
