@@ -12,6 +12,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 from docs.settings_tables import apart
+from opd.divergences.jensen_shannon import JensenShannon
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,9 +44,13 @@ def test_every_setting_of_a_choice_has_a_row_with_its_meaning_inherited_ones_too
     rows = {row.split(" ", 1)[0]: row for row in page if row.split(" ", 1)[0] in {"beta", "weight", "top_k", "end"}}
     assert rows["weight"] == "weight float or a schedule 1.0 >= 0 Factor of this term", "of every objective"
     assert rows["end"].startswith("end learn | mask learn"), "of every objective"
-    assert "K" in rows["top_k"], "of divergences on a support"
+    assert rows["top_k"].startswith("top_k int | null or a schedule null >= 1 Compare over K ids"), "of a support"
     assert rows["beta"].startswith("beta "), "its own"
-    assert sum(row.startswith("beta ") for row in page) == 1, "and nothing is said twice"
+    for name, field in JensenShannon.model_fields.items():
+        if name == "kind":
+            continue
+        told = " ".join((field.description or name).replace("`", "").split())
+        assert sum(told in row for row in page) == 1, f"{name} is described once"
     assert not any("_meant" in row for row in page), "what checks settings is private"
 
 
