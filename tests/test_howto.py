@@ -14,7 +14,7 @@ import yaml
 import opd
 from opd.cli.main import app
 from opd.measurement import SIGNALS
-from opd.recipe import parse_recipe
+from opd.recipe import all_keys, parse_recipe
 from opd.report.glossary import MEANINGS
 from opd.shaping import Shaping
 from tests.conftest import tiny_model
@@ -120,6 +120,13 @@ def test_the_commands_of_a_page_run(text, here, capsys):
         told = capsys.readouterr().out
         if into is not None:
             assert yaml.safe_load(told)["teacher"]["kind"] == "self", "the recipe that the page says is printed"
+
+
+def test_keys_that_save_memory_exist():
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs/howto/memory.md").read_text(encoding="utf-8"), re.M)
+    keys = [key for row in rows for key in re.findall(r"`(\w+\.\w+)", row)]
+    assert len(keys) >= 10
+    assert set(keys) <= set(all_keys())
 
 
 def families():
