@@ -22,6 +22,7 @@ from array import array
 import pytest
 import yaml
 
+from benchmarks.browser import CHROMIUM, Browser
 from opd.api import execute
 from opd.choice import choices_of
 from opd.compatibility import Compatibility
@@ -756,118 +757,6 @@ def test_watch_ends_well_on_interrupt(tmp_path):
 
 
 # ---- in a browser ----
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-pipe"
-)
-KEYS = {
-    "Tab": 9,
-    "Escape": 27,
-    "End": 35,
-    "Home": 36,
-    "ArrowLeft": 37,
-    "ArrowUp": 38,
-    "ArrowRight": 39,
-    "ArrowDown": 40,
-}
-
-
-class Browser:
-    """One page of a headless Chromium, driven over its debugging pipe (descriptors 3 and 4, JSON ended by NUL)."""
-
-    def __init__(self, profile):
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
-        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
-        self._process = subprocess.Popen(
-            ["bash", "-c", command, CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_browser)
-        os.close(from_browser)
-        self._buffer, self._number, self._session = b"", 0, None
-        self.problems, self.requests = [], []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-        self.size(1280, 900)
-
-    def ask(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self._number:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _receive(self):
-        while b"\0" not in self._buffer:
-            part = os.read(self._read, 1 << 16)
-            assert part, "the browser has ended"
-            self._buffer += part
-        raw, self._buffer = self._buffer.split(b"\0", 1)
-        message = json.loads(raw)
-        happened = message.get("params", {})
-        match message.get("method"):
-            case "Runtime.exceptionThrown":
-                self.problems.append(happened["exceptionDetails"])
-            case "Runtime.consoleAPICalled" if happened["type"] in ("error", "warning", "assert"):
-                self.problems.append(happened["args"])
-            case "Log.entryAdded" if happened["entry"]["level"] in ("error", "warning"):
-                self.problems.append(happened["entry"])
-            case "Network.requestWillBeSent":
-                self.requests.append(happened["request"]["url"])
-        return message
-
-    def size(self, width, height, mobile=False):
-        scale = 2 if mobile else 1
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
-        )
-
-    def open(self, url):
-        self.ask("Page.navigate", url=url)
-        shown = "performance.getEntriesByName('opd rollouts shown').length > 0"
-        self.until(f"document.readyState === 'complete' && {shown}")
-
-    def run(self, expression):
-        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def until(self, condition, seconds=30):
-        end = time.monotonic() + seconds
-        while not self.run(condition):
-            assert time.monotonic() < end, f"never true: {condition}"
-            time.sleep(0.02)
-
-    def press(self, key):
-        for kind in ("rawKeyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
-
-    def point_at(self, expression):
-        self.run(f"{expression}.scrollIntoView({{block: 'center'}})")
-        box = self.run(f"{expression}.getBoundingClientRect().toJSON()")
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def panel(self):
-        return self.run("document.querySelector('.panel').innerText")
-
-    def close(self):
-        self._process.terminate()
-        self._process.wait(20)
-        os.close(self._read)
-        os.close(self._write)
-
 
 @pytest.fixture
 def browser(tmp_path):

@@ -51,6 +51,8 @@ MEANINGS = {
     ),
     "held_out/greedy_accuracy": Meaning("greedy accuracy", "share of answers", "of greedy decoding", "higher"),
     "held_out/greedy_length": Meaning("greedy length", "tokens", "of greedy decoding"),
+    "report/teacher_answers": Meaning("teacher's answers for the report", "answers", "asked for once, before training"),
+    "report/teacher_tokens": Meaning("tokens of the teacher's answers for the report", "tokens"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
     "train/divergence": Meaning(
         "value of the first objective",
