@@ -64,7 +64,7 @@ def take(browser: Browser, page: Path) -> dict[str, bytes]:
         opened(browser, page)
         found["report_dark" if dark else "report_light"] = browser.picture()
     browser.colours(dark=False)
-    browser.size(1180, 900)
+    browser.size(1180, 1100)
     opened(browser, page)
     beside(browser)
     point(browser)

@@ -10,13 +10,11 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
 from array import array
 
 import pytest
@@ -160,6 +158,8 @@ def unpack(chunk):
                 "values": {k.removeprefix("values."): v[here] for k, v in columns.items() if k.startswith("values.")},
                 "text": header["text"][i],
                 "extra": header["extra"][i],
+                "teacher_answer": header["teacher_answer"][i],
+                "teacher_prompt": None if (k := header["teacher_prompt"][i]) is None else header["prompts"][k],
             }
         )
     for key in [key for key in columns if key.endswith("/count")]:
@@ -430,10 +430,32 @@ def test_rows_come_back_as_they_were_written():
     assert chunk["ranges"]["drift"] == [pytest.approx(1e-7)] * 4
 
 
-def test_a_completion_that_tokens_cut_inside_characters_keeps_its_text():
-    row = held_out_row(0, 0, tokens=2) | {"tokens": ["\ufffd", "\ufffd"], "completion": "学"}
-    assert unpack(encode([row])[0])[0]["text"] == "学"
-    assert unpack(encode([row | {"tokens": ["a", "b"]}])[0])[0]["text"] is None
+def test_a_completion_comes_back_as_text_however_its_tokens_read():
+    def text(tokens, completion):
+        row = held_out_row(0, 0, tokens=len(tokens)) | {"tokens": tokens, "completion": completion}
+        return unpack(encode([row])[0])[0]["text"]
+
+    assert text(["\ufffd", "\ufffd"], "学") == "学"
+    assert text(["a", "b"], "a b") == "a b"
+    assert text(["a", " b"], "a b") == 0
+    assert text(["a", " b", "<|im_end|>"], "a b") == 1
+    assert text([], "") == 0
+
+
+def test_what_the_teacher_read_and_said_comes_back_and_equal_prompts_are_kept_once():
+    view = [{"role": "system", "content": ATTACK}, {"role": "user", "content": "hi"}]
+    told = {"teacher_prompt": view, "teacher_answer": ATTACK}
+    (chunk,) = encode([held_out_row(0, 0) | told, held_out_row(0, 1) | told, held_out_row(1, 0), picture_row()])
+    back = unpack(chunk)
+    assert [row["teacher_prompt"] for row in back] == [view, view, None, None]
+    assert [row["teacher_answer"] for row in back] == [ATTACK, ATTACK, None, None]
+    assert chunk["index"]["taught"] == [True, True, False, None]
+    assert chunk["index"]["read"] == [True, True, False, False]
+    assert all("teacher_prompt" not in row["extra"] for row in back)
+
+
+def picture_row():
+    return {"step": 0, "id": "drawn", "prompt": "draw", "image": "data:image/png;base64,AAAA"}
 
 
 def test_other_shapes_of_alternatives_are_kept_as_they_are():
@@ -758,6 +780,7 @@ def test_watch_ends_well_on_interrupt(tmp_path):
 
 # ---- in a browser ----
 
+
 @pytest.fixture
 def browser(tmp_path):
     if CHROMIUM is None:
@@ -811,12 +834,12 @@ def test_in_a_browser_hover_and_keyboard_reach_every_token(browser, tmp_path):
     assert "p1" in browser.panel()
 
     browser.run(
-        "(() => { const s = [...document.querySelectorAll('.controls select')].pop(); s.value = 'own value';"
+        "(() => { const s = document.querySelector('#rollouts [data-control=colour]'); s.value = 'own value';"
         "s.dispatchEvent(new Event('change')) })()"
     )
     browser.until("document.querySelector('.t').classList.contains('negative')")
     assert browser.run("document.querySelectorAll('.t')[1].classList.contains('unknown')")
-    assert "both" in browser.run("document.querySelector('.scale').className")
+    assert "both" in browser.run("document.querySelector('.scale .ramp').className")
 
     browser.run("document.querySelector('[aria-label=\"next page\"]').click()")
     browser.until("document.querySelectorAll('.card').length === 2")
@@ -843,7 +866,7 @@ def test_in_a_browser_a_pruned_rollout_says_where_it_ended(browser, pruned, tmp_
     ended = "behind token 8: drifted, 8 events"
     assert browser.run("document.querySelector('.card details p').textContent") == ended
     browser.run(
-        "(() => { const s = [...document.querySelectorAll('.controls select')].pop(); s.value = 'drifted';"
+        "(() => { const s = document.querySelector('#rollouts [data-control=colour]'); s.value = 'drifted';"
         "s.dispatchEvent(new Event('change')) })()"
     )
     browser.until("document.querySelector('.scale').innerText.includes('student and teacher part')")
@@ -916,7 +939,7 @@ def test_in_a_browser_the_live_page_follows_the_run(browser, served):
     with (run / "samples.jsonl").open("a") as file:
         file.write(json.dumps(held_out_row(9, 0)) + "\n")
     browser.until("document.querySelector('.states').innerText.includes('9 of 4 steps')")
-    assert "0.1250" in browser.run("document.getElementById('summary').innerText")
+    assert "0.125" in browser.run("document.getElementById('summary').innerText")
     browser.until("document.querySelector('.card .meta').innerText.includes('step 9')")
     curves = browser.run("document.getElementById('curves').innerText")
     assert "new" in curves

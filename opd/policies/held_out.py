@@ -32,8 +32,8 @@ TASK = "task"
 @dataclass(frozen=True)
 class HeldOut:
     """Metrics over all processes; this process's rollouts position by position for samples and reports; `items`, the
-    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; and `asked`,
-    what was asked for the report alone, counted over all processes."""
+    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; and
+    `asked`, what was asked for the report alone, counted over all processes."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -110,8 +110,8 @@ class Measured(Answered, Protocol):
 def roll_out(
     run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[Prompt], k: int, judged: bool = True
 ) -> Trajectories:
-    """`k` trajectories of each held-out prompt, with verdicts if `judged`; unless the recipe says how long, as long as the student
-    writes in training, or where it does not write, as long as others do."""
+    """`k` trajectories of each held-out prompt, with verdicts if `judged`; unless the recipe says how long, as long as
+    the student writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
     found = sampler(prompts, k, at.settings.longest or own, stream=STREAM)
     if found.outcomes < len(prompts) * k:
@@ -138,8 +138,8 @@ def as_logged(
 ) -> list[dict[str, Any]]:
     """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
     route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, with `views`
-    `teacher_prompt` is what a teacher reads of the prompt where that is not what the student does, the verifier adds what
-    it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values that
+    `teacher_prompt` is what a teacher reads of the prompt where that is not what the student does, the verifier adds
+    what it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values that
     are not numbers, as what a shaping did not measure, are None."""
     for row, prompt in zip(rows, prompts, strict=True):
         row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}

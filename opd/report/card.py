@@ -18,12 +18,13 @@ def facts(recipe: Block, summary: Block, environment: Block) -> list[tuple[str, 
     guessed."""
     models = _block(environment.get("models"))
     student, teachers = _block(recipe.get("student")), _blocks(recipe.get("teacher"))
-    sizes = [_block(size) for size in models.get("teachers") or [] if isinstance(models.get("teachers"), list)]
+    listed = models.get("teachers")
+    sizes = [_block(size) for size in listed] if isinstance(listed, list) else []
     objectives = " + ".join(_of(one, "kind") for one in _blocks(recipe.get("objective")))
     found = {
         "name": _of(recipe, "name"),
         "about": _of(recipe, "description"),
-        "student": _with_size(student_of(recipe.get("student")), _block(models.get("student")), student),
+        "student": _with_size(student_of(recipe.get("student")), _block(models.get("student"))),
         "teacher": "; ".join(_teacher(one, sizes[i : i + 1], len(teachers)) for i, one in enumerate(teachers)),
         "what differs": "; ".join(differences(student, teachers, _block(models.get("student")), sizes, summary)),
         "data": _data(recipe),
@@ -95,11 +96,11 @@ SELF = {
 def _teacher(teacher: Block, size: Sequence[Block], of: int) -> str:
     if teacher.get("kind") == "self":
         return SELF.get(str(teacher.get("mode")), "the student itself")
-    return _with_size(models_of(dict(teacher)), size[0] if size and of == 1 else {}, {})
+    return _with_size(models_of(dict(teacher)), size[0] if size and of == 1 else {})
 
 
-def _with_size(name: str, size: Block, block: Block) -> str:
-    parts = [f"{size[key]} {word}" for key, word in (("layers", "layers"),) if key in size]
+def _with_size(name: str, size: Block) -> str:
+    parts = [f"{size['layers']} layers"] if "layers" in size else []
     parts += [f"width {size['width']}"] if "width" in size else []
     parts += [f"{_count(size['parameters'])} parameters"] if size.get("parameters") else []
     return f"{name} ({', '.join(parts)})" if name and parts else name

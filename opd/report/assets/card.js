@@ -2,7 +2,7 @@
 // The card on top: what came out, in words and in a few large numbers; who learnt from whom, on what and for how long;
 // and every held-out measurement, before and after.
 opd.card = (() => {
-  const { data, make, number, meaning, several, last } = opd;
+  const { data, make, number, short, meaning, several, last } = opd;
   // What a verdict is about, the first of these that was measured twice; then how near the student came to its teacher.
   const OUTCOMES = ["held_out/accuracy", "held_out/pass_at_k", "held_out/acceptance_length", "held_out/reward"];
   const DISTANCES = ["held_out/forward_kl", "held_out/reverse_kl", "held_out/forward_kl_top_k", "held_out/reverse_kl_top_k", "held_out/reverse_kl_sampled"];
@@ -11,8 +11,7 @@ opd.card = (() => {
   let open = several();
 
   const isShare = (name) => meaning(name).unit.startsWith("share");
-  const short = (value) => (Math.abs(value) >= 1000 || Number.isInteger(value) || (value && Math.abs(value) < 1e-3) ? number(value) : String(Number(value.toPrecision(3))).replace("-", "−"));
-  const said = (name, value) => (isShare(name) ? `${short(100 * value)} %` : short(value));
+  const said = (name, value) => (isShare(name) ? `${short(100 * value)}\u00a0%` : short(value));
 
   /** {before, after, change} of a held-out name; `after` is null while it was measured once. */
   function ends(run, name) {

@@ -4,6 +4,9 @@ opd.curves = (() => {
   const { data, make, meaning, number } = opd;
   const GROUPS = { held_out: "Held out", train: "Training" };
   const charts = new Map(); // name -> {node, traces, layout, visible, drawn}
+  // What is asked first of a run, and what last.
+  const FIRST = ["train/loss", "train/reward", "train/length", "train/truncated"];
+  const LAST = ["train/gradient_norm", "train/learning_rate", "train/rollout_gap", "train/positions", "train/sampled_tokens", "train/teacher_tokens", "train/cpu_seconds", "train/tokens_per_second"];
   const FEW = 40; // points that are marked one by one
   let logarithmic = false;
   let smoothing = 0;
@@ -156,14 +159,33 @@ opd.curves = (() => {
 
   const SAME = 1e-5; // of the larger of two values: what rounding alone makes of one number
   const equal = (a, b) => a === b || (a !== null && b !== null && Math.abs(a - b) <= SAME * Math.max(Math.abs(a), Math.abs(b)));
-  const alike = (one, other) => Boolean(one) === Boolean(other) && (!one || (one.x.length === other.x.length && one.x.every((x, i) => x === other.x[i]) && one.y.every((y, i) => equal(y, other.y[i]))));
+  const ENOUGH = 5; // steps at which two curves that are in proportion are so by no chance
+
+  /** How many times as much `name` is as `other`, at every step of every run; null where that changes. */
+  function times(name, other) {
+    let found = null;
+    for (const run of data.runs) {
+      const [one, two] = [run.series[other], run.series[name]];
+      if (Boolean(one) !== Boolean(two)) return null;
+      if (!one) continue;
+      if (one.x.length !== two.x.length || !one.x.every((x, i) => x === two.x[i])) return null;
+      const at = one.y.findIndex((y) => y);
+      if (at < 0 || two.y[at] === null) return null;
+      if (found === null) found = two.y[at] / one.y[at];
+      if (!one.y.every((y, i) => equal(y === null ? null : y * found, two.y[i]))) return null;
+      if (!equal(found, 1) && one.x.length < ENOUGH) return null;
+    }
+    return found;
+  }
+
   const unchanging = (name) => data.runs.every((run) => !run.series[name] || (!run.series[name].not_finite && run.series[name].y.every((y) => equal(y, run.series[name].y[0]))));
   const measuredTwice = (name) => name.startsWith("held_out/") && data.runs.every((run) => !run.series[name] || run.series[name].x.length < 3);
 
-  /** Which names have a chart, each with the others that are the same numbers in all runs; those that never change; and
+  /** Which names have a chart, each with the others that are the same numbers in all runs, or so many times the same; those that never change; and
    *  those of which the result above says all, as they were measured before and after alone. */
   function sorted(taken) {
-    const all = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((name) => !taken.has(name) && !name.startsWith("report/"));
+    const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) - FIRST.length : LAST.indexOf(name) + 1);
+    const all = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((name) => !taken.has(name) && !name.startsWith("report/")).sort((a, b) => place(a) - place(b));
     const charted = new Map();
     const constant = [];
     const above = [];
@@ -171,7 +193,7 @@ opd.curves = (() => {
       if (measuredTwice(name)) above.push(name);
       else if (unchanging(name)) constant.push(name);
       else {
-        const twin = [...charted.keys()].find((other) => data.runs.every((run) => alike(run.series[name], run.series[other])));
+        const twin = [...charted.keys()].find((other) => times(name, other) > 0);
         if (twin) charted.get(twin).push(name);
         else charted.set(name, []);
       }
@@ -245,7 +267,8 @@ opd.curves = (() => {
       const chart = charts.get(name);
       chart.single = true;
       chart.label.textContent = describe(name);
-      chart.also.textContent = twins.length ? `the same numbers: ${twins.map((twin) => meaning(twin).title).join(", ")}` : "";
+      const many = (twin) => { const factor = times(twin, name); return equal(factor, 1) ? meaning(twin).title : `${number(factor)} × this is ${meaning(twin).title}`; };
+      chart.also.textContent = twins.length ? `also: ${twins.map(many).join("; ")}` : "";
       const bad = data.runs.reduce((sum, run) => sum + (run.series[name] ? run.series[name].not_finite : 0), 0);
       chart.bad.textContent = bad ? ` ${bad} value${bad > 1 ? "s are" : " is"} not finite` : "";
     }

@@ -26,6 +26,9 @@ window.opd = (() => {
     return text.replaceAll("-", "−");
   }
 
+  /** The same with three digits, for sentences and large figures. */
+  const short = (value) => (value === null || value === undefined || Number.isNaN(value) || Math.abs(value) >= 1000 || Number.isInteger(value) || Math.abs(value) < 1e-3 ? number(value) : String(Number(value.toPrecision(3))).replace("-", "−"));
+
   /** Title, unit, meaning and better direction of a logged name; names that nobody described get their own. */
   function meaning(name) {
     if (Object.hasOwn(data.glossary, name)) return data.glossary[name];
@@ -132,5 +135,5 @@ window.opd = (() => {
     fill("environment", rows.length ? perRun("Environment and versions", rows) : make("p", { class: "empty" }, "No environment.json in these runs."));
   }
 
-  return { data, make, number, meaning, several, swatch, runName, scroller, last, fill, fact, perRun, stepsDone, onColours, save, drawTheme, drawHeader, drawRecipe, drawEnvironment, scales: {}, tokenRenderers: {}, rowRenderers: {} };
+  return { data, make, number, short, meaning, several, swatch, runName, scroller, last, fill, fact, perRun, stepsDone, onColours, save, drawTheme, drawHeader, drawRecipe, drawEnvironment, scales: {}, tokenRenderers: {}, rowRenderers: {} };
 })();

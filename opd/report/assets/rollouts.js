@@ -327,19 +327,19 @@ opd.rollouts = (() => {
       told.prompt === null ? null : make("details", { class: "read" }, make("summary", {}, Array.isArray(told.prompt) ? `what the teacher reads instead: ${told.prompt.length} messages` : "what the teacher reads instead"), prompt("", told.prompt)));
   }
 
-  const teachers = (entry, told) => (told.answer === null ? null : answer(`teacher, its own greedy answer${told.step !== entry.step ? ` at step ${told.step}` : ""}`, told.answer, "teachers"));
+  const teachers = (entry, told) => (told.answer === null ? null : answer(`teacher’s own answer, greedy${told.step !== entry.step ? `, asked at step ${told.step}` : ""}`, told.answer, "teachers"));
   const plain = (row) => row.text ?? row.tokens.join("");
   const isText = (row) => !["image", "episode"].some((key) => key in row.extra);
 
   async function card(entry, paint) {
     const [row, told] = await Promise.all([opd.rows.load(entry), opd.rows.taught(entry)]);
-    const answers = state.shows === "tokens" || !isText(row) ? null : make("div", { class: "answers" }, answer(`student, step ${entry.step}`, plain(row)), teachers(entry, told));
+    const answers = state.shows === "tokens" || !isText(row) ? null : make("div", { class: "answers" }, answer("student’s answer", plain(row)), teachers(entry, told));
     return make("article", { class: "card" }, meta(entry, paint(entry.run), entry.id), asked(row, told), answers, completion(row, entry, paint(entry.run)));
   }
 
   async function pairCard({ left, right }, paint) {
     const [before, after, told] = await Promise.all([opd.rows.load(left), opd.rows.load(right), opd.rows.taught(right)]);
-    const side = (row, entry) => make("div", { class: "side" }, meta(entry, paint(entry.run)), state.shows === "tokens" || !isText(row) ? null : answer(`student, step ${entry.step}`, plain(row)), completion(row, entry, paint(entry.run)));
+    const side = (row, entry) => make("div", { class: "side" }, meta(entry, paint(entry.run)), state.shows === "tokens" || !isText(row) ? null : answer("student’s answer", plain(row)), completion(row, entry, paint(entry.run)));
     return make("article", { class: "card" }, make("p", { class: "meta" }, make("span", {}, left.id)), asked(before, told), state.shows === "tokens" ? null : teachers(right, told), make("div", { class: "pair" }, side(before, left), side(after, right)));
   }
 
@@ -365,7 +365,7 @@ opd.rollouts = (() => {
     const body = sorted.map((entry, i) => make("tr", {}, make("th", { scope: "row" }, `answer ${i + 1}`), make("td", { class: "number" }, number(entry.reward)), own.map((name) => make("td", { class: "number" }, number(entry.mean(name)))), said ? make("td", { class: "what" }, rows[i].extra.shaped || "nothing") : null));
     const about = make("p", { class: "meta" }, opd.several() ? opd.runName(members[0].run) : null, make("span", {}, `step ${step}`), make("span", {}, members[0].id), members[0].task && make("span", {}, members[0].task),
       shared.filter((name) => members[0].mean(name) !== null).map((name) => make("span", { title: layer(name).about }, `${layer(name).title} ${number(members[0].mean(name))}`)));
-    const side = (wanted) => make("div", {}, sorted.flatMap((entry, i) => left(entry, i) !== wanted ? [] : [make("div", { class: "side" }, make("p", { class: "meta" }, chip(entry.reward), make("span", {}, `answer ${i + 1}`), make("span", {}, `reward ${number(entry.reward)}`), entry.finished ? null : make("span", {}, "cut off")), state.shows === "tokens" ? null : answer("student", plain(rows[i])), completion(rows[i], entry, paint(entry.run), ["shaped"]))]));
+    const side = (wanted) => make("div", {}, sorted.flatMap((entry, i) => left(entry, i) !== wanted ? [] : [make("div", { class: "side" }, make("p", { class: "meta" }, chip(entry.reward), make("span", {}, `answer ${i + 1}`), make("span", {}, `reward ${number(entry.reward)}`), entry.finished ? null : make("span", {}, "cut off")), state.shows === "tokens" ? null : answer("student’s answer", plain(rows[i])), completion(rows[i], entry, paint(entry.run), ["shaped"]))]));
     const table = opd.scroller("What was done to each answer", make("table", { class: "members" }, make("thead", {}, head), make("tbody", {}, body)));
     return make("article", { class: "card" }, about, asked(rows[0], told), table, make("div", { class: "pair" }, side(true), side(false)));
   }
@@ -379,7 +379,7 @@ opd.rollouts = (() => {
     return make("p", { class: "meta" }, chip(entry.reward),
       opd.several() ? opd.runName(entry.run) : null, make("span", {}, `step ${entry.step}`), name && make("span", {}, name), entry.task && make("span", {}, entry.task),
       make("span", {}, `${entry.length} token${entry.length === 1 ? "" : "s"}`), entry.finished ? null : make("span", {}, "cut off"),
-      entry.reward === null || chip(entry.reward) ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${number(mean)}`));
+      entry.reward === null || chip(entry.reward) ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${opd.short(mean)}`));
   }
 
   /** A prompt: text, or messages of {role, content}. */
