@@ -139,8 +139,8 @@ def as_logged(
     """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
     route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, with `views`
     `teacher_prompt` is what a teacher reads of the prompt where that is not what the student does, the verifier adds
-    what it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values that
-    are not numbers, as what a shaping did not measure, are None."""
+    what it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values
+    that are not numbers, as what a shaping did not measure, are None."""
     for row, prompt in zip(rows, prompts, strict=True):
         row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
         routes = [route for teacher in run.teachers if (route := teacher.route(prompt)) is not None]
