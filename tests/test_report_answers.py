@@ -135,6 +135,8 @@ def test_the_card_says_views_adapters_sizes_and_tokenizers_and_guesses_nothing()
     assert told["steps"] == "8 of 20, each of 4 prompts, 2 answers each"
     assert told["time"] == "2.0 h"
     assert facts({}, {}, {}) == []
+    folder = {"student": {"target": {"model": "/home/somebody/target"}}, "teacher": [{"model": "~/runs/large"}]}
+    assert dict(facts(folder, {}, {})) == {"student": "a drafter of target", "teacher": "large"}
     odd = {"student": 3, "teacher": "t", "prompts": "p.jsonl", "evaluation": [], "batch": 7, "lora": 1}
     assert dict(facts(odd, {"privacy": 1, "prompt_tokens": 5}, {"models": {"teachers": 4}}))["teacher"] == "t"
 

@@ -17,14 +17,15 @@ def facts(recipe: Block, summary: Block, environment: Block) -> list[tuple[str, 
     """`(name, text)` of everything that is known, in the order of the page. Of what a file does not say nothing is
     guessed."""
     models = _block(environment.get("models"))
-    student, teachers = _block(recipe.get("student")), _blocks(recipe.get("teacher"))
+    student = _block(_public(recipe.get("student")))
+    teachers = [_block(_public(one)) for one in _blocks(recipe.get("teacher"))]
     listed = models.get("teachers")
     sizes = [_block(size) for size in listed] if isinstance(listed, list) else []
     objectives = " + ".join(_of(one, "kind") for one in _blocks(recipe.get("objective")))
     found = {
         "name": _of(recipe, "name"),
         "about": _of(recipe, "description"),
-        "student": _with_size(student_of(recipe.get("student")), _block(models.get("student"))),
+        "student": _with_size(student_of(_public(recipe.get("student"))), _block(models.get("student"))),
         "teacher": "; ".join(_teacher(one, sizes[i : i + 1], len(teachers)) for i, one in enumerate(teachers)),
         "what differs": "; ".join(differences(student, teachers, _block(models.get("student")), sizes, summary)),
         "data": _data(recipe),
@@ -171,6 +172,18 @@ def _spent(privacy: object) -> str:
         f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), noise {sigma or 0:.4g}, "
         f"{privacy.get('steps')} steps{known}"
     )
+
+
+def _public(value: object) -> Any:
+    """A block in which a model's folder on this machine has its name alone: a card is shown to others."""
+    if isinstance(value, Mapping):
+        return {key: _place(one) if key == "model" else _public(one) for key, one in value.items()}
+    return value
+
+
+def _place(model: object) -> object:
+    local = isinstance(model, str) and model.startswith(("/", "./", "../", "~"))
+    return Path(str(model)).name or model if local else _public(model)
 
 
 def _count(value: object) -> str:
