@@ -58,6 +58,8 @@ MEANINGS = {
     "held_out/reverse_kl/": Meaning(
         "reverse KL at", "nats", "of image models at a step of the sampler, summed over the latent", "lower"
     ),
+    "report/teacher_answers": Meaning("teacher's answers for the report", "answers", "asked for once, before training"),
+    "report/teacher_tokens": Meaning("tokens of the teacher's answers for the report", "tokens"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
     "train/divergence": Meaning(
         "value of the first objective",
