@@ -286,12 +286,13 @@ def with_alternatives(rows: list[dict[str, Any]], example: Example, student: Stu
     sides = {side for looked in example.looked if looked is not None for side in looked.tops}
     for row, looked in zip(rows, example.looked, strict=True) if sides else ():
         lists: dict[str, list[list[tuple[str, float]]]] = {side: [[] for _ in row["tokens"]] for side in sorted(sides)}
-        for side, (ids, probabilities) in looked.tops.items() if looked is not None else ():
+        places, tops = ([], {}) if looked is None else (looked.places.tolist(), looked.tops)
+        for side, (ids, probabilities) in tops.items():
             named = student.named(ids.flatten())
             if named is None:
                 return rows
             texts = iter(named)
-            for place, numbers in zip(looked.places.tolist(), probabilities.tolist(), strict=True):
+            for place, numbers in zip(places, probabilities.tolist(), strict=True):
                 lists[side][place] = [(next(texts), round(each, 4)) for each in numbers]
         row["alternatives"] = lists
     return rows

@@ -61,11 +61,11 @@ def environment(seed: int) -> dict[str, Any]:
 def size_of(part: object) -> dict[str, Any]:
     """What tells one model from another at a glance, of a built student or teacher: `family`, `layers`, `width`,
     `vocabulary` and `parameters`, as far as it has a model in this process that says so."""
-    module = getattr(part, "language", None) or getattr(part, "module", None)
-    module = getattr(module, "base", module)
+    held: Any = getattr(part, "language", None) or getattr(part, "module", None)
+    module: Any = getattr(held, "base", held)
     if not hasattr(module, "parameters"):
         return {}
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = {"layers": "num_hidden_layers", "width": "hidden_size", "vocabulary": "vocab_size"}
     found = {ours: getattr(text, theirs, None) for ours, theirs in names.items()}

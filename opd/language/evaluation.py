@@ -194,8 +194,8 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             sums |= {f"greedy_{name}": value for name, value in found.items()}
             items["greedy_accuracy"] = by_prompt(greedy)
     asked = {name: value for name, value in totals(run, asked, ASKED).items() if value}
-    found = {name: values for name, values in items.items() if values}
-    return HeldOut(_means(run, sums, settings.k), rows, found, asked)
+    verdicts = {name: values for name, values in items.items() if values}
+    return HeldOut(_means(run, sums, settings.k), rows, verdicts, asked)
 
 
 def _answers_cheaply(run: Measured, at: Moment, trajectories: Trajectories) -> bool:
