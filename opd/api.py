@@ -39,7 +39,7 @@ from opd.policies.held_out import HeldOut
 from opd.progress import without_library_bars
 from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
-from opd.provenance import ORIGIN, environment, peak_memory_bytes, student_of, write_origin
+from opd.provenance import ORIGIN, environment, peak_memory_bytes, size_of, student_of, write_origin
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.recipe.private import check_live_trackers
 from opd.remote.launch import FOLDER, servers_of, started
@@ -63,7 +63,8 @@ class Result:
             the others.
         tokenizer: its tokenizer, where it has one.
         directory: run directory: recipe.yaml, environment.json, metrics.jsonl, samples.jsonl, student/, summary.json.
-        before, after: held-out metrics.
+        before: held-out metrics of the student as it began.
+        after: the same of the trained student.
         history: every logged record, in order.
         summary: what summary.json holds. The student is that of the last step; with `checkpoint.keep_best` or
             `evaluation.stop`, `best` says which step's was measured to be the best: `metric`, `value`, `step`, and
@@ -302,6 +303,8 @@ def _shortages_named(directory: Path) -> Iterator[None]:
 def _write_environment(run: Run, resumed: bool) -> None:
     """environment.json of the run's start, with a line for every process that went on with it."""
     path, facts = run.recipe.directory / "environment.json", environment(run.recipe.seed)
+    teachers = [member for teacher in run.teachers for member in teacher.members().values()]
+    facts["models"] = {"student": size_of(run.student), "teachers": [size_of(teacher) for teacher in teachers]}
     if resumed:
         first = read_json(path) or facts
         facts = {**first, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}

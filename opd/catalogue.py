@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import packages_distributions
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -127,7 +128,7 @@ def _axes(field: FieldInfo) -> list[type[Choice]]:
 def _type(field: FieldInfo) -> str:
     own = [item.axis.axis for item in field.metadata if isinstance(item, OneOf)]
     text = own[0] if own else _named(field.annotation)
-    return f"{text} or a schedule" if any(isinstance(item, OverSteps) for item in field.metadata) else text
+    return f"{text} or a schedule" if any(isinstance(item, OverSteps) for item in _metadata(field)) else text
 
 
 def _named(annotation: Any) -> str:
@@ -162,9 +163,16 @@ def _default(field: FieldInfo) -> str:
     return "null" if value is None else str(value) if value != "" else "''"
 
 
+def _metadata(field: FieldInfo) -> Iterator[Any]:
+    """Of the field, and of a type that is one of several: `Annotated[float, OverSteps(gt=0)] | None`."""
+    yield from field.metadata
+    if get_origin(field.annotation) in (Union, UnionType):
+        yield from (item for part in get_args(field.annotation) for item in getattr(part, "__metadata__", ()))
+
+
 def _bounds(field: FieldInfo) -> str:
     found: dict[str, Any] = {}
-    for item in field.metadata:
+    for item in _metadata(field):
         of_item = item.bounds if isinstance(item, OverSteps) else {n: getattr(item, n, None) for n in BOUNDS}
         found |= {name: value for name, value in of_item.items() if value is not None}
     return ", ".join(f"{BOUNDS[name]} {value}" for name, value in found.items() if name in BOUNDS)

@@ -30,4 +30,5 @@ def moment(run: Run, sampler: HeldOutSampler | None = None) -> Moment:
     """The last step that was taken, as measurements see it."""
     now = run.at(max(0, run.step - 1))
     recipe = now.recipe
-    return Moment(recipe.evaluation, recipe.rollout, recipe.teacher, now.context, sampler or run.sampler(now))
+    sampled = sampler or run.sampler(now)
+    return Moment(recipe.evaluation, recipe.rollout, recipe.teacher, now.context, sampled, first=run.step == 0)

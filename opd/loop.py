@@ -12,7 +12,7 @@ from opd.asking import RunAsker
 from opd.curricula import Draw
 from opd.errors import IncompatibleError
 from opd.failures import MicroBatches
-from opd.measurement import Clock, Measurement
+from opd.measurement import Clock, Measurement, looks
 from opd.now import Now
 from opd.objectives import Loss, Target
 from opd.prompts import count_repeats
@@ -148,6 +148,8 @@ def accumulate(
                 objective(student, objective.heard(moved), weight, micro, run.optimiser.per_example)
                 for objective, weight in zip(objectives, weights, strict=True)
             ]
+            if run.shows_alternatives and looks(run.step, run.recipe.steps):
+                measurement.look(student.detach(), answers, losses, weights, micro, shape)
             share = len(micro) / (len(batch.trajectories) * run.accelerator.num_processes)
             own = run.student.own_losses(share)
             if run.optimiser.per_example:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
+from opd.distributions import Distribution, Target
+from opd.divergences.statistics import likeliest
 from opd.errors import RunError
 from opd.objectives import Loss, Objective
 from opd.objectives.base import label
@@ -28,6 +31,41 @@ SIGNALS = frozenset(
 
 SHOWN = 4
 """Trajectories of a group that a step leaves for the report."""
+
+LOOKS = 64
+"""About how many steps of a run leave alternatives for the report: those of every step would be the largest of its
+files."""
+
+LOOKED_AT = 256
+"""Positions of a trajectory that have alternatives: those with the largest divergence."""
+
+
+def looks(step: int, steps: int) -> bool:
+    """Whether step `step`, from 0, of a run of `steps` is one that leaves alternatives: the first, the last, and evenly
+    many between."""
+    return step % -(-max(steps, 1) // LOOKS) == 0 or step == steps - 1
+
+
+@dataclass(frozen=True)
+class Looked:
+    """The likeliest tokens of both sides at some positions of one trajectory.
+
+    Attributes:
+        places: int64 `[P]`, positions of the trajectory, rising.
+        tops: `student` and, where it lists any, `teacher`: ids and probabilities `[P, K]`, most likely first.
+    """
+
+    places: torch.Tensor
+    tops: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Trajectories of one prompt that a step shows: numbers by position `[N]`, and what was `looked` at of each."""
+
+    trajectories: Trajectories
+    values: dict[str, torch.Tensor]
+    looked: list[Looked | None]
 
 
 class Clock:
@@ -66,6 +104,8 @@ class Measurement:
         self.routed: Sequence[LiveTeacher] = ()
         self.sums: dict[str, float] = {}
         self.parts: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
+        self.looked: dict[tuple[int, int], Looked] = {}
+        self._most: tuple[tuple[float, bool], int] | None = None
 
     def asked(self, teachers: Sequence[LiveTeacher], trajectories: Trajectories) -> None:
         """Count the positions that the step's teachers scored, while rolling out or afterwards, and those whose answers
@@ -111,8 +151,7 @@ class Measurement:
             above: bool `[N]`, where there is something to learn (`opd.rounding`).
         """
         counted = [weight != 0 for weight in weights]
-        shown = {"divergence": losses[0].values, "weight": shape.weights * counted[0]}
-        shown |= {} if shape.offsets is None else {"offset": shape.offsets}
+        shown = _shown(losses, shape, counted[0])
         self._check_names(shape, losses, shown)
         self.parts.append((micro, shown | shape.measured))
         drawn = micro.chosen & (micro.authors != AUTHORS.index("data"))
@@ -153,6 +192,42 @@ class Measurement:
         added |= self._by_route(micro, counted[0], whole, shown, shape.measured)
         for name, value in added.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    @torch.no_grad()
+    def look(
+        self,
+        student: Distribution,
+        answers: Sequence[Target],
+        losses: Sequence[Loss],
+        weights: Sequence[torch.Tensor],
+        micro: Trajectories,
+        shape: Shape,
+    ) -> None:
+        """Keep the likeliest tokens of the student and of the first teacher for `example`, of the micro-batch that is
+        added next; under the weights that made the losses, so before the step is taken.
+
+        Which prompt the example is of is known when the step is over: of the one that is furthest ahead so far they are
+        kept. Where a later part of it alone puts a prompt ahead, its earlier parts have none.
+        """
+        values = _shown(losses, shape, weights[0] != 0)
+        how = _how(micro, values)
+        groups = micro.groups.tolist()
+        for group in dict.fromkeys(groups):
+            if self._most is None or how[group] > self._most[0]:
+                if self._most is not None and self._most[1] != group:
+                    self.looked.clear()
+                self._most = (how[group], group)
+        starts = [0, *micro.lengths.cumsum(0).tolist()]
+        for i, group in enumerate(groups):
+            if self._most is None or group != self._most[1] or starts[i] == starts[i + 1]:
+                continue
+            far = values["divergence"][starts[i] : starts[i + 1]].abs().nan_to_num()
+            places = far.topk(min(LOOKED_AT, len(far))).indices.sort().values.cpu()
+            sides = {"student": student, **({"teacher": answers[0].distribution} if answers else {})}
+            tops = {side: likeliest(one, places + starts[i]) for side, one in sides.items()}
+            known = {side: top for side, top in tops.items() if top is not None}
+            if known:
+                self.looked[len(self.parts), i] = Looked(places, known)
 
     def _by_route(
         self,
@@ -207,7 +282,7 @@ class Measurement:
             )
 
     @property
-    def example(self) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
+    def example(self) -> list[Example]:
         """Trajectories of one prompt with their numbers, as `parts` are; at most `SHOWN`, different rewards first.
 
         The prompt is the one with the largest offset, without offsets the first one of which a trajectory weighs
@@ -216,13 +291,9 @@ class Measurement:
         members: dict[int, list[tuple[int, int]]] = {}
         moved: dict[int, tuple[float, bool]] = {}
         for k, (micro, values) in enumerate(self.parts):
-            sizes = [torch.zeros(len(micro))] * 2
-            for i, name in enumerate(("offset", "weight")):
-                if name in values:
-                    sizes[i] = sums_by_trajectory(values[name].abs(), micro.lengths).cpu() / micro.lengths.clamp(min=1)
             for i, group in enumerate(micro.groups.tolist()):
                 members.setdefault(group, []).append((k, i))
-                how = (float(sizes[0][i]), bool(sizes[1][i] == 0))
+            for group, how in _how(micro, values).items():
                 moved[group] = max(how, moved.get(group, how))
         if not members:
             return []
@@ -239,11 +310,13 @@ class Measurement:
         found = []
         for k in dict.fromkeys(k for k, _ in shown):
             micro, values = self.parts[k]
-            one, here = micro.pick([i for of, i in shown if of == k])
-            found.append((one, {name: value[here.to(value.device)] for name, value in values.items()}))
+            mine = [i for of, i in shown if of == k]
+            one, here = micro.pick(mine)
+            picked = {name: value[here.to(value.device)] for name, value in values.items()}
+            found.append(Example(one, picked, [self.looked.get((k, i)) for i in mine]))
         return found
 
-    def _episodes(self, turns: Sequence[tuple[int, int]]) -> list[tuple[Trajectories, dict[str, torch.Tensor]]]:
+    def _episodes(self, turns: Sequence[tuple[int, int]]) -> list[Example]:
         """Whole episodes out of the `turns` of one prompt, `(part, trajectory)` each: the first one of each reward, at
         most `SHOWN`, each as one entry."""
         episodes: dict[int, list[tuple[int, int]]] = {}
@@ -259,15 +332,19 @@ class Measurement:
             order.append((seen[reward], played))
         found = []
         for _, played in sorted(order, key=lambda each: each[0])[:SHOWN]:
-            taken = []
+            taken: list[tuple[Trajectories, dict[str, torch.Tensor]]] = []
+            looked: list[Looked | None] = []
             for k in dict.fromkeys(k for k, _ in played):
                 micro, values = self.parts[k]
-                one, here = micro.pick([i for of, i in played if of == k])
+                mine = [i for of, i in played if of == k]
+                one, here = micro.pick(mine)
                 taken.append((one, {name: value[here.to(value.device)] for name, value in values.items()}))
+                looked += [self.looked.get((k, i)) for i in mine]
             parts = [one for one, _ in taken]
             whole = join(parts, range(sum(map(len, parts))))
             names = taken[0][1].keys()
-            found.append((whole, {name: torch.cat([values[name] for _, values in taken]) for name in names}))
+            joint = {name: torch.cat([values[name] for _, values in taken]) for name in names}
+            found.append(Example(whole, joint, looked))
         return found
 
     @property
@@ -282,7 +359,7 @@ class Measurement:
 
     def clear(self) -> None:
         """Forget the micro-batches taken in."""
-        self.sums, self.parts = {}, []
+        self.sums, self.parts, self.looked, self._most = {}, [], {}, None
 
     def finite(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> bool:
         """Whether the step's loss is a number, on all processes."""
@@ -341,6 +418,26 @@ class Measurement:
         if total.get("rewarded"):
             signals["reward"] = total["reward"] / total["rewarded"]
         return signals
+
+
+def _shown(losses: Sequence[Loss], shape: Shape, counted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """float32 `[N]` by name: what the report paints tokens by, beside what a shaping measured."""
+    shown = {"divergence": losses[0].values, "weight": shape.weights * counted}
+    return shown | ({} if shape.offsets is None else {"offset": shape.offsets})
+
+
+def _how(micro: Trajectories, values: Mapping[str, torch.Tensor]) -> dict[int, tuple[float, bool]]:
+    """By group, how much was done to it, for `example`: the largest mean offset of a trajectory, and whether one weighs
+    nothing."""
+    sizes = [torch.zeros(len(micro))] * 2
+    for i, name in enumerate(("offset", "weight")):
+        if name in values:
+            sizes[i] = sums_by_trajectory(values[name].abs(), micro.lengths).cpu() / micro.lengths.clamp(min=1)
+    found: dict[int, tuple[float, bool]] = {}
+    for i, group in enumerate(micro.groups.tolist()):
+        how = (float(sizes[0][i]), bool(sizes[1][i] == 0))
+        found[group] = max(how, found.get(group, how))
+    return found
 
 
 def _share(micro: Trajectories) -> torch.Tensor:

@@ -23,7 +23,8 @@ from opd.evaluation import evaluate
 from opd.failures import skipped_rows
 from opd.files.run_directory import lines
 from opd.files.whole import flush, main_process
-from opd.measurement import Measurement
+from opd.measurement import Example, Measurement
+from opd.policies.base import Student
 from opd.policies.held_out import HeldOut, as_logged
 from opd.progress import Bar, Lines, Nothing, shows_bars
 from opd.provenance import models_of, student_of
@@ -95,11 +96,13 @@ class Monitor:
         """
         self.log(run, "train", signals)
         skipped = "skipped" in signals
-        parts = measurement.parts if skipped else measurement.example
-        for trajectories, values in parts if run.optimiser.writes_rollouts else ():
+        shown = [Example(*part, []) for part in measurement.parts] if skipped else measurement.example
+        for example in shown if run.optimiser.writes_rollouts else ():
+            trajectories, values = example.trajectories, example.values
             rows = as_logged(run.student.rows(trajectories, values), trajectories.prompts, run)
             told = words_of(run.recipe.shaping, trajectories, values)
             rows = [row | ({"shaped": words} if words else {}) for row, words in zip(rows, told, strict=True)]
+            rows = with_alternatives(rows, example, run.student)
             rows = run.student.joined(rows, trajectories.prompts)
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
@@ -129,8 +132,9 @@ class Monitor:
         self.seconds = time.perf_counter() - self._started
         return self.after.metrics
 
-    def log(self, run: Run, prefix: str, values: dict[str, float]) -> None:
-        record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}}
+    def log(self, run: Run, prefix: str, values: dict[str, float], more: Mapping[str, float] | None = None) -> None:
+        """Add a line to metrics.jsonl, and tell trackers: `values` under `prefix`, and `more` under its own names."""
+        record = {"step": run.step, **{f"{prefix}/{name}": value for name, value in values.items()}, **(more or {})}
         self.history.append(record)
         with self._writing("metrics.jsonl"):
             if run.accelerator.is_main_process:
@@ -232,7 +236,7 @@ class Monitor:
 
     def _evaluate(self, run: Run) -> HeldOut:
         result = evaluate(run)
-        self.log(run, "held_out", result.metrics)
+        self.log(run, "held_out", result.metrics, {f"report/{name}": value for name, value in result.asked.items()})
         self._append(run, "samples.jsonl", result.rows)
         self._tell(run, "on_samples", result.rows)
         return result
@@ -274,6 +278,24 @@ class Monitor:
             for number, handler in before.items():
                 signal.signal(number, handler)
             self._progress.stop()
+
+
+def with_alternatives(rows: list[dict[str, Any]], example: Example, student: Student) -> list[dict[str, Any]]:
+    """Rows of a step's example with what it looked at: for each token the likeliest of each side as `[text,
+    probability]`, none where it did not look. Unchanged where it looked nowhere."""
+    sides = {side for looked in example.looked if looked is not None for side in looked.tops}
+    for row, looked in zip(rows, example.looked, strict=True) if sides else ():
+        lists: dict[str, list[list[tuple[str, float]]]] = {side: [[] for _ in row["tokens"]] for side in sorted(sides)}
+        places, tops = ([], {}) if looked is None else (looked.places.tolist(), looked.tops)
+        for side, (ids, probabilities) in tops.items():
+            named = student.named(ids.flatten())
+            if named is None:
+                return rows
+            texts = iter(named)
+            for place, numbers in zip(places, probabilities.tolist(), strict=True):
+                lists[side][place] = [(next(texts), round(each, 4)) for each in numbers]
+        row["alternatives"] = lists
+    return rows
 
 
 def _short(value: float) -> str:

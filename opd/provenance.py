@@ -58,6 +58,22 @@ def environment(seed: int) -> dict[str, Any]:
     }
 
 
+def size_of(part: object) -> dict[str, Any]:
+    """What tells one model from another at a glance, of a built student or teacher: `family`, `layers`, `width`,
+    `vocabulary` and `parameters`, as far as it has a model in this process that says so."""
+    held: Any = getattr(part, "language", None) or getattr(part, "module", None)
+    module: Any = getattr(held, "base", held)
+    if not hasattr(module, "parameters"):
+        return {}
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = {"layers": "num_hidden_layers", "width": "hidden_size", "vocabulary": "vocab_size"}
+    found = {ours: getattr(text, theirs, None) for ours, theirs in names.items()}
+    facts = {"family": getattr(config, "model_type", None), **found}
+    known = {name: value for name, value in facts.items() if isinstance(value, int | str)}
+    return known | {"parameters": sum(parameter.numel() for parameter in module.parameters())}
+
+
 ORIGIN = LIST
 """Beside a saved student's weights: where it comes from, and which files of its folder `opd` wrote."""
 

@@ -301,6 +301,12 @@ class Run:
             return values
         return self.accelerator.reduce(values.to(self.accelerator.device), "sum")
 
+    @property
+    def shows_alternatives(self) -> bool:
+        """Whether this process leaves, of some steps, what both sides would rather have said: it writes rollouts, and
+        holds the student's weights whole while gradients are made."""
+        return self.optimiser.writes_rollouts and self.student.skeleton is None and self.accelerator.is_main_process
+
     def stop_requested(self) -> bool:
         """Whether a signal asked any process to stop; all get the same answer, so that none waits for the others."""
         return bool(self.sum_over_processes(torch.tensor([float(self.monitor.stop_requested)])).item())

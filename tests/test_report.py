@@ -10,18 +10,17 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
 from array import array
 
 import pytest
 import yaml
 
+from benchmarks.browser import CHROMIUM, Browser
 from opd.api import execute
 from opd.choice import choices_of
 from opd.compatibility import Compatibility
@@ -159,6 +158,8 @@ def unpack(chunk):
                 "values": {k.removeprefix("values."): v[here] for k, v in columns.items() if k.startswith("values.")},
                 "text": header["text"][i],
                 "extra": header["extra"][i],
+                "teacher_answer": header["teacher_answer"][i],
+                "teacher_prompt": None if (k := header["teacher_prompt"][i]) is None else header["prompts"][k],
             }
         )
     for key in [key for key in columns if key.endswith("/count")]:
@@ -429,10 +430,32 @@ def test_rows_come_back_as_they_were_written():
     assert chunk["ranges"]["drift"] == [pytest.approx(1e-7)] * 4
 
 
-def test_a_completion_that_tokens_cut_inside_characters_keeps_its_text():
-    row = held_out_row(0, 0, tokens=2) | {"tokens": ["\ufffd", "\ufffd"], "completion": "学"}
-    assert unpack(encode([row])[0])[0]["text"] == "学"
-    assert unpack(encode([row | {"tokens": ["a", "b"]}])[0])[0]["text"] is None
+def test_a_completion_comes_back_as_text_however_its_tokens_read():
+    def text(tokens, completion):
+        row = held_out_row(0, 0, tokens=len(tokens)) | {"tokens": tokens, "completion": completion}
+        return unpack(encode([row])[0])[0]["text"]
+
+    assert text(["\ufffd", "\ufffd"], "学") == "学"
+    assert text(["a", "b"], "a b") == "a b"
+    assert text(["a", " b"], "a b") == 0
+    assert text(["a", " b", "<|im_end|>"], "a b") == 1
+    assert text([], "") == 0
+
+
+def test_what_the_teacher_read_and_said_comes_back_and_equal_prompts_are_kept_once():
+    view = [{"role": "system", "content": ATTACK}, {"role": "user", "content": "hi"}]
+    told = {"teacher_prompt": view, "teacher_answer": ATTACK}
+    (chunk,) = encode([held_out_row(0, 0) | told, held_out_row(0, 1) | told, held_out_row(1, 0), picture_row()])
+    back = unpack(chunk)
+    assert [row["teacher_prompt"] for row in back] == [view, view, None, None]
+    assert [row["teacher_answer"] for row in back] == [ATTACK, ATTACK, None, None]
+    assert chunk["index"]["taught"] == [True, True, False, None]
+    assert chunk["index"]["read"] == [True, True, False, False]
+    assert all("teacher_prompt" not in row["extra"] for row in back)
+
+
+def picture_row():
+    return {"step": 0, "id": "drawn", "prompt": "draw", "image": "data:image/png;base64,AAAA"}
 
 
 def test_other_shapes_of_alternatives_are_kept_as_they_are():
@@ -757,117 +780,6 @@ def test_watch_ends_well_on_interrupt(tmp_path):
 
 # ---- in a browser ----
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-pipe"
-)
-KEYS = {
-    "Tab": 9,
-    "Escape": 27,
-    "End": 35,
-    "Home": 36,
-    "ArrowLeft": 37,
-    "ArrowUp": 38,
-    "ArrowRight": 39,
-    "ArrowDown": 40,
-}
-
-
-class Browser:
-    """One page of a headless Chromium, driven over its debugging pipe (descriptors 3 and 4, JSON ended by NUL)."""
-
-    def __init__(self, profile):
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
-        command = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
-        self._process = subprocess.Popen(
-            ["bash", "-c", command, CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        os.close(to_browser)
-        os.close(from_browser)
-        self._buffer, self._number, self._session = b"", 0, None
-        self.problems, self.requests = [], []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable")
-        self.size(1280, 900)
-
-    def ask(self, method, **parameters):
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._write, json.dumps(message).encode() + b"\0")
-        while (answer := self._receive()).get("id") != self._number:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def _receive(self):
-        while b"\0" not in self._buffer:
-            part = os.read(self._read, 1 << 16)
-            assert part, "the browser has ended"
-            self._buffer += part
-        raw, self._buffer = self._buffer.split(b"\0", 1)
-        message = json.loads(raw)
-        happened = message.get("params", {})
-        match message.get("method"):
-            case "Runtime.exceptionThrown":
-                self.problems.append(happened["exceptionDetails"])
-            case "Runtime.consoleAPICalled" if happened["type"] in ("error", "warning", "assert"):
-                self.problems.append(happened["args"])
-            case "Log.entryAdded" if happened["entry"]["level"] in ("error", "warning"):
-                self.problems.append(happened["entry"])
-            case "Network.requestWillBeSent":
-                self.requests.append(happened["request"]["url"])
-        return message
-
-    def size(self, width, height, mobile=False):
-        scale = 2 if mobile else 1
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
-        )
-
-    def open(self, url):
-        self.ask("Page.navigate", url=url)
-        shown = "performance.getEntriesByName('opd rollouts shown').length > 0"
-        self.until(f"document.readyState === 'complete' && {shown}")
-
-    def run(self, expression):
-        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def until(self, condition, seconds=30):
-        end = time.monotonic() + seconds
-        while not self.run(condition):
-            assert time.monotonic() < end, f"never true: {condition}"
-            time.sleep(0.02)
-
-    def press(self, key):
-        for kind in ("rawKeyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=KEYS[key])
-
-    def point_at(self, expression):
-        self.run(f"{expression}.scrollIntoView({{block: 'center'}})")
-        box = self.run(f"{expression}.getBoundingClientRect().toJSON()")
-        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def panel(self):
-        return self.run("document.querySelector('.panel').innerText")
-
-    def close(self):
-        self._process.terminate()
-        self._process.wait(20)
-        os.close(self._read)
-        os.close(self._write)
-
 
 @pytest.fixture
 def browser(tmp_path):
@@ -922,12 +834,12 @@ def test_in_a_browser_hover_and_keyboard_reach_every_token(browser, tmp_path):
     assert "p1" in browser.panel()
 
     browser.run(
-        "(() => { const s = [...document.querySelectorAll('.controls select')].pop(); s.value = 'own value';"
+        "(() => { const s = document.querySelector('#rollouts [data-control=colour]'); s.value = 'own value';"
         "s.dispatchEvent(new Event('change')) })()"
     )
     browser.until("document.querySelector('.t').classList.contains('negative')")
     assert browser.run("document.querySelectorAll('.t')[1].classList.contains('unknown')")
-    assert "both" in browser.run("document.querySelector('.scale').className")
+    assert "both" in browser.run("document.querySelector('.scale .ramp').className")
 
     browser.run("document.querySelector('[aria-label=\"next page\"]').click()")
     browser.until("document.querySelectorAll('.card').length === 2")
@@ -954,7 +866,7 @@ def test_in_a_browser_a_pruned_rollout_says_where_it_ended(browser, pruned, tmp_
     ended = "behind token 8: drifted, 8 events"
     assert browser.run("document.querySelector('.card details p').textContent") == ended
     browser.run(
-        "(() => { const s = [...document.querySelectorAll('.controls select')].pop(); s.value = 'drifted';"
+        "(() => { const s = document.querySelector('#rollouts [data-control=colour]'); s.value = 'drifted';"
         "s.dispatchEvent(new Event('change')) })()"
     )
     browser.until("document.querySelector('.scale').innerText.includes('student and teacher part')")
@@ -1027,7 +939,7 @@ def test_in_a_browser_the_live_page_follows_the_run(browser, served):
     with (run / "samples.jsonl").open("a") as file:
         file.write(json.dumps(held_out_row(9, 0)) + "\n")
     browser.until("document.querySelector('.states').innerText.includes('9 of 4 steps')")
-    assert "0.1250" in browser.run("document.getElementById('summary').innerText")
+    assert "0.125" in browser.run("document.getElementById('summary').innerText")
     browser.until("document.querySelector('.card .meta').innerText.includes('step 9')")
     curves = browser.run("document.getElementById('curves').innerText")
     assert "new" in curves

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from opd.api import Result
     from opd.catalogue import Kind
     from opd.plan import ActionPlan, DrafterPlan, FlowPlan, Plan
+    from opd.plan.estimate import Estimate
     from opd.recipe import Recipe
     from opd.reproductions.catalogue import Entry
     from opd.store import Store
@@ -158,20 +159,26 @@ def show_objectives(rows: Sequence[Row]) -> None:
     console().print(table)
 
 
-def show_plan(plan: Plan | FlowPlan | ActionPlan | DrafterPlan, as_json: bool) -> None:
+def show_plan(
+    plan: Plan | FlowPlan | ActionPlan | DrafterPlan, estimate: Estimate, unusual: Sequence[str], as_json: bool
+) -> None:
     if as_json:
-        print(json.dumps(plan.as_dict(), indent=2))
+        notes = [*plan.notes, *estimate.notes]
+        whole = {**plan.as_dict(), "estimate": estimate.as_dict(), "unusual": list(unusual), "notes": notes}
+        print(json.dumps(whole, indent=2))
         return
     out = console()
-    for title, rows in plan.sections():
+    for title, rows in [*plan.sections(), *estimate.sections()]:
         table = Table(title=title, title_justify="left", show_header=False)
         table.add_column()
         table.add_column(justify="right")
         for name, value in rows:
             table.add_row(name, value)
         out.print(table)
-    for note in plan.notes:
+    for note in [*plan.notes, *estimate.notes]:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
+    for line in unusual:
+        out.print(f"unusual: {line}", highlight=False, soft_wrap=True)
 
 
 def show_demonstrations(path: Path, kept: int, played: int) -> None:

@@ -287,13 +287,18 @@ def check(
     overrides: Overrides = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Validate a recipe and print its plan from configurations alone: no weights are read."""
+    """Validate a recipe and print its plan from configurations alone: does it fit, how long does it take, what is
+    unusual. No weights are read."""
     from opd.cli.display import show_plan
     from opd.plan import make_plan
+    from opd.plan.estimate import estimate
+    from opd.plan.unusual import unusual
     from opd.recipe import load_recipe
 
     _quiet_libraries()
-    show_plan(make_plan(load_recipe(recipe, overrides or [])), json_output)
+    found = load_recipe(recipe, overrides or [])
+    plan = make_plan(found)
+    show_plan(plan, estimate(found, plan), unusual(found, plan), json_output)
 
 
 @app.command()

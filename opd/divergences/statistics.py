@@ -107,6 +107,33 @@ def _compare_partly(student: Categorical, teacher: Distribution, actions: torch.
     return Comparison(values, alone.tops)
 
 
+@torch.no_grad()
+def likeliest(one: Distribution, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The most likely ids `[P, K]` and their probabilities, float32 `[P, K]`, at the positions `here`, int64 `[P]` on
+    the CPU, most likely first, with K at most `ALTERNATIVES`; None of a distribution that lists none."""
+    parts = one.parts if isinstance(one, Routed) else (one,)
+    if not len(here) or not all(isinstance(part, Categorical | TopK) for part in parts):
+        return None
+    chosen = one.select(here)
+    pieces = list(chosen.pieces()) if isinstance(chosen, Routed) else [(torch.arange(len(here)), chosen)]
+    places, tops = [mine.cpu() for mine, _ in pieces], [_top(piece) for _, piece in pieces]
+    width = min(ids.shape[1] for ids, _ in tops)
+    order = torch.cat(places).argsort()
+    ids, probabilities = (torch.cat([top[i][:, :width].cpu() for top in tops])[order] for i in (0, 1))
+    return ids, probabilities
+
+
+def _top(one: Distribution) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(one, TopK):
+        best, places = one.log_probs.float().topk(min(ALTERNATIVES, one.ids.shape[1]), dim=-1)
+        return one.ids.gather(1, places), best.exp()
+    assert isinstance(one, Categorical)
+    rows = chunk_rows(one.head.size)
+    chunks = (one.select(slice(start, start + rows)) for start in range(0, len(one), rows))
+    tops = [chunk.log_probs().topk(min(ALTERNATIVES, one.head.size), dim=-1) for chunk in chunks]
+    return one.vocabulary.named(torch.cat([top.indices for top in tops])), torch.cat([t.values for t in tops]).exp()
+
+
 def _known(student: Categorical, answer: Distribution, actions: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     log_q = student.log_probs()
     if isinstance(answer, Sampled):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -54,6 +54,9 @@ ROW_VALUES = (
 )
 """What a held-out row keeps of each token."""
 
+ASKED = ("teacher_answers", "teacher_tokens")
+"""How many answers the teacher gave for the report alone, and their tokens."""
+
 COMPARED = "compared"
 """Positions that student and teacher were compared at: all, unless the teacher did not answer."""
 
@@ -74,10 +77,11 @@ class LanguageEvaluation(Evaluation):
         "steps": "smaller",
     }
     greedy: bool = Field(False, description="Also measure greedy decoding")
-    teacher_answers: bool = Field(
-        False,
-        description="Also have the first teacher answer the prompts itself, greedily, and judge that: "
-        "teacher_accuracy, and its answer in each row of samples.jsonl",
+    teacher_answers: Literal["shown"] | bool = Field(
+        "shown",
+        description="Have the first teacher answer prompts itself, greedily, for the report; shown: once, before "
+        "training, as many as samples, where it is a model on the student's device; true: all, at each evaluation, and "
+        "judge that: teacher_accuracy",
     )
     temperature: float | None = Field(None, ge=1e-6, le=1e6, description="Of held-out samples; default the run's")
     top_p: float | None = Field(None, gt=0, le=1, description="Of held-out samples; default the student rollout's or 1")
@@ -133,6 +137,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     sums: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
+    asked: dict[str, float] = {}
     if prompts:
         trajectories = roll_out(run, at, at.sampler, prompts, settings.k)
         sums |= outcomes(trajectories) | details(run, trajectories)
@@ -142,9 +147,12 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             for task in tasks_of(run.held_out):
                 sums |= by_task(trajectories, task)
         answers: dict[str, str] = {}
-        if settings.teacher_answers:
+        if settings.teacher_answers is True:
             found, answers = _taught(run, at, student, prompts)
             sums |= {f"teacher_{name}": value for name, value in found.items()}
+        elif settings.teacher_answers == "shown" and at.first and _answers_cheaply(run, at, trajectories):
+            found, answers = _taught(run, at, student, prompts[: settings.samples], judged=False)
+            asked = {"teacher_answers": found.get("trajectories", 0.0), "teacher_tokens": found.get("positions", 0.0)}
         teacher = judge(run)
         if teacher is not None and teacher.answers.kind != "categorical":
             names = ", ".join(KNOWN[teacher.answers.kind])
@@ -165,7 +173,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             comparison = compare(own, None if answer is None else answer.distribution, micro.actions)
             for name, value in (comparison.sums(micro.chosen) | {COMPARED: float(micro.chosen.sum())}).items():
                 sums[name] = sums.get(name, 0.0) + value
-            rows += compared_rows(run, student, micro, comparison, answers)
+            rows += compared_rows(run, student, micro, comparison, answers, at.first)
             compared.append(micro)
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         groups = [group for micro in compared for group in micro.groups.tolist()]
@@ -185,7 +193,25 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             found = outcomes(greedy) | details(run, greedy)
             sums |= {f"greedy_{name}": value for name, value in found.items()}
             items["greedy_accuracy"] = by_prompt(greedy)
-    return HeldOut(_means(run, sums, settings.k), rows, {name: values for name, values in items.items() if values})
+    asked = {name: value for name, value in totals(run, asked, ASKED).items() if value}
+    verdicts = {name: values for name, values in items.items() if values}
+    return HeldOut(_means(run, sums, settings.k), rows, verdicts, asked)
+
+
+def _answers_cheaply(run: Measured, at: Moment, trajectories: Trajectories) -> bool:
+    """Whether the first teacher can answer prompts itself with little ado: all of its members are whole models of the
+    student's tokenizer that lie on the student's device, and a prompt is not the task of an environment."""
+    if not run.teachers or trajectories.episodes is not None:
+        return False
+    members = run.teachers[0].members().values()
+    return bool(members) and all(
+        hasattr(member, "language")
+        and not member.translates
+        and not getattr(member, "offload", False)
+        and getattr(member.settings, "mode", None) != "trust_region"
+        and next(member.language.parameters()).device == at.context.device
+        for member in members
+    )
 
 
 def _answered(run: Measured, micro: Trajectories, answer: Target) -> tuple[Trajectories, Target]:
@@ -200,7 +226,7 @@ def _answered(run: Measured, micro: Trajectories, answer: Target) -> tuple[Traje
 
 
 def _taught(
-    run: Measured, at: Moment, student: Writer, prompts: list[Prompt]
+    run: Measured, at: Moment, student: Writer, prompts: list[Prompt], judged: bool = True
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Sums over the first teacher's own greedy answers, of a routed one each prompt's own; and the texts by prompt id.
 
@@ -230,8 +256,8 @@ def _taught(
         source = LanguageRollout(
             member.language, greedy, at.context, reader=student.reader, author="teacher", view=member.settings.view
         )
-        written = roll_out(run, at, HeldOutSampler(source, greedy, at.context), mine, 1)
-        for name, value in (outcomes(written) | details(run, written)).items():
+        written = roll_out(run, at, HeldOutSampler(source, greedy, at.context), mine, 1, judged)
+        for name, value in (outcomes(written) | (details(run, written) if judged else {})).items():
             sums[name] = sums.get(name, 0.0) + value
         said = zip(written.prompts, written.completions(), strict=True)
         texts |= {prompt.id: student.reader.decode(actions) for prompt, actions in said}
@@ -285,11 +311,12 @@ def compared_rows(
     micro: Trajectories,
     comparison: Comparison,
     answers: Mapping[str, str] | None = None,
+    views: bool = True,
 ) -> list[dict[str, Any]]:
-    """Rows for logs of compared trajectories, with the likeliest alternatives at each position; `answers` are the
-    teacher's own by prompt id."""
+    """Rows for logs of compared trajectories, with the likeliest alternatives at each position; `answers` and `views`
+    as in `as_logged`."""
     values = {name: comparison.values[name] for name in ROW_VALUES if name in comparison.values}
-    rows = as_logged(student.rows(micro, values), micro.prompts, run, answers)
+    rows = as_logged(student.rows(micro, values), micro.prompts, run, answers, views)
     start = 0
     for row in rows:
         here = slice(start, start + len(row["tokens"]))

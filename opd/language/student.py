@@ -161,6 +161,9 @@ class LanguageStudent(Student):
         cuts = {"top_p": settings.top_p, "top_k": settings.top_k}
         return sampler.changed(**{name: value for name, value in cuts.items() if value is not None})
 
+    def named(self, ids: torch.Tensor) -> list[str]:
+        return self.tokens(ids)
+
     def tokens(self, actions: torch.Tensor) -> list[str]:
         """Each token as a person reads it, alone."""
         ids = actions.tolist()

@@ -17,22 +17,24 @@ from opd.recipe import Recipe
 
 __all__ = ["ActionPlan", "DrafterPlan", "FlowPlan", "Plan", "make_plan"]
 
-OF_MODALITY: dict[str, Callable[[Recipe], Plan | FlowPlan | ActionPlan]] = {
-    "language": plan_language,
+OF_MODALITY: dict[str, Callable[[Recipe], FlowPlan | ActionPlan]] = {
     "flow": plan_flow,
     "action": plan_acting,
 }
 
 
-def make_plan(recipe: Recipe) -> Plan | FlowPlan | ActionPlan | DrafterPlan:
-    """The plan of `recipe`; no weights are read.
+def make_plan(recipe: Recipe, home: str | None = None) -> Plan | FlowPlan | ActionPlan | DrafterPlan:
+    """The plan of `recipe`; no weights are read. Of a language model or a drafter `home` is the kind of device that it
+    is made for, `cpu` or `cuda`; by default that of the recipe, on this machine.
 
     Raises:
         OpdError: what a run would refuse too, in so far as configurations show it.
     """
-    plan = OF_MODALITY.get(recipe.student.modality or "")
-    if plan is None:
+    modality = recipe.student.modality or ""
+    if modality != "language" and modality not in OF_MODALITY:
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     check_offsets(recipe)
     check_ahead(recipe)
-    return plan_drafter(recipe) if isinstance(recipe.student, Draft) else plan(recipe)
+    if modality != "language":
+        return OF_MODALITY[modality](recipe)
+    return plan_drafter(recipe, home) if isinstance(recipe.student, Draft) else plan_language(recipe, home)

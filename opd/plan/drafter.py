@@ -19,13 +19,12 @@ from opd.drafting.proposing import Tree
 from opd.drafting.servers import SERVERS
 from opd.drafting.texts import LOGITS
 from opd.errors import IncompatibleError, ModelError
-from opd.hardware import fast_in_bf16
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import load_tokenizer
 from opd.language.shape import model_shape
 from opd.operator import chunk_rows
 from opd.plan.at_hand import stores_not_here
-from opd.plan.language import check_answers, prompt_tokens
+from opd.plan.language import check_answers, home_of, prompt_tokens, quick_in_bf16
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.draft import Draft
 from opd.provenance import peak_memory_bytes
@@ -130,8 +129,8 @@ class DrafterPlan:
         )
 
 
-def plan_drafter(recipe: Recipe) -> DrafterPlan:
-    """The plan of a recipe that trains a drafter; no weights are read.
+def plan_drafter(recipe: Recipe, home: str | None = None) -> DrafterPlan:
+    """The plan of a recipe that trains a drafter; no weights are read. `home` as in `make_plan`.
 
     Raises:
         OpdError: what a run would refuse too, in so far as configurations show it.
@@ -168,7 +167,9 @@ def plan_drafter(recipe: Recipe) -> DrafterPlan:
     batch = settings.batch if settings is not None else recipe.batch.prompts
     tree = settings.tree if isinstance(settings, SpeculativeRollout) else None
     texts = settings if isinstance(settings, AnchoredRollout) else None
-    counted = _Counted(recipe, own, target, drafter, count, prompt, completion, batch, tree, texts)
+    counted = _Counted(
+        recipe, home or home_of(recipe), own, target, drafter, count, prompt, completion, batch, tree, texts
+    )
     if not counted.on_cpu:
         notes.append("device memory of the CUDA context itself is not counted")
     by_length = {length: counted.memory(counted.blocks(length)) for length in LENGTHS}
@@ -220,6 +221,7 @@ class _Counted:
     """What the memory of a step is counted from."""
 
     recipe: Recipe
+    home: str
     own: Shape
     target: Shape
     drafter: Drafter
@@ -238,7 +240,7 @@ class _Counted:
 
     @property
     def on_cpu(self) -> bool:
-        return self.recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+        return self.home == "cpu"
 
     def memory(self, blocks: int) -> dict[str, int]:
         """Bytes by part, with so many blocks in each answer."""
@@ -259,8 +261,8 @@ class _Counted:
             "features of the answers": texts * len(self.drafter.taps) * width,
             "target's hidden states at the slots": self.proposals * -(-kept * blocks // self.completion) * width,
         }
-        precision, device = recipe.hardware.precision, "cpu" if self.on_cpu else "cuda"
-        if precision == "bf16" or (precision == "auto" and fast_in_bf16(device)):
+        precision = recipe.hardware.precision
+        if precision == "bf16" or (precision == "auto" and quick_in_bf16(self.home)):
             parts["bfloat16 casts of weights"] = 2 * own.parameters
         training = {
             "activations of a micro-batch": self._activations(micro, blocks),

@@ -47,6 +47,25 @@ from opd.watches import Watch
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """What it takes to draw a step's completions token by token, at most.
+
+    Attributes:
+        passes: over one token of as many rows as are drawn side by side.
+        rows: of a pass.
+        read: bytes that a pass reads: weights, keys and values.
+        teraflops: of a pass.
+        layers: of the model that draws.
+    """
+
+    passes: int
+    rows: int
+    read: int
+    teraflops: float
+    layers: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a recipe; `memory` in bytes by part, `peak` their sum at the worst moment of a step."""
 
@@ -68,6 +87,9 @@ class Plan:
 
     rows: tuple[str, ...] = ()
     """How rows of unequal length share a pass, and what they attend with: the student, and the teachers' models."""
+
+    drawing: Drawing | None = None
+    """What a step's rollouts take of this process; None where it draws none."""
 
     @property
     def peak(self) -> int:
@@ -125,9 +147,10 @@ class Plan:
         )
 
 
-def plan_language(recipe: Recipe) -> Plan:
+def plan_language(recipe: Recipe, home: str | None = None) -> Plan:
     """The plan of a recipe for a language model; reads configurations, and prompts and tokenizer where they are at
-    hand."""
+    hand. `home` as in `make_plan`."""
+    home = home or home_of(recipe)
     if not isinstance(recipe.student, TrainedModel):
         raise OpdError(f"opd check has no plan for student.kind {kind_of(recipe.student)!r} yet")
     notes = [*nothing_to_learn(recipe), *written_alike(recipe)]
@@ -144,7 +167,7 @@ def plan_language(recipe: Recipe) -> Plan:
     if unknown := [i for i in recipe.end_tokens or () if i >= student.vocabulary]:
         raise ModelError(f"end_tokens names {unknown[0]}; the student's ids end at {student.vocabulary - 1}")
     models = (student, *(shape for shapes in asked for shape in shapes))
-    rows = tuple(_rows(recipe, shape) for shape in models)
+    rows = tuple(_rows(recipe, shape, home) for shape in models)
     prompt, common, training = prompt_tokens(recipe, recipe.student.reader, notes)
     notes += stores_not_here(recipe)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
@@ -167,13 +190,14 @@ def plan_language(recipe: Recipe) -> Plan:
         prompt_tokens=prompt,
         completion_tokens=completion,
         trajectories=trajectories,
-        memory=_memory(recipe, student, teachers, debates, prompt, common, completion, notes),
+        memory=_memory(recipe, home, student, teachers, debates, prompt, common, completion, notes),
         teraflops=_operations(student, asked, debates, debated, trajectories, prompt, completion, sampled),
         steps=recipe.steps,
         update=_of_update(recipe, training, notes),
         notes=tuple(dict.fromkeys(notes)),
         rows=rows,
         tokenizers=tokenizers,
+        drawing=_drawing(recipe, home, student, teachers, prompt, completion, trajectories) if sampled else None,
     )
 
 
@@ -201,7 +225,7 @@ def _of_update(recipe: Recipe, training: int | None, notes: list[str]) -> tuple[
     return tuple(recipe.update.told(Planned(training, recipe.batch.prompts, recipe.steps, recipe.directory)))
 
 
-def _home(recipe: Recipe) -> str:
+def home_of(recipe: Recipe) -> str:
     """The kind of device that a recipe computes on."""
     named = recipe.hardware.device
     return ("cuda" if torch.cuda.is_available() else "cpu") if named == "auto" else torch.device(named).type
@@ -212,19 +236,22 @@ def _check_attention(recipe: Recipe) -> None:
     parts = [(role, part) for role in ("student", "teacher") for part in nested(getattr(recipe, role))]
     for role, part in parts:
         if isinstance(part, ModelSettings):
-            check_attention(part.attention, f"{role}.attention", getattr(part, "device", None) or _home(recipe))
+            check_attention(part.attention, f"{role}.attention", getattr(part, "device", None) or home_of(recipe))
 
 
-def _rows(recipe: Recipe, shape: Shape) -> str:
+def _rows(recipe: Recipe, shape: Shape, home: str) -> str:
     """How rows share a pass of a model, in words; raises `ModelError` where its attention knows not the dtype."""
     base = shape.model.get_base_model() if hasattr(shape.model, "get_base_model") else shape.model
-    home, precision = _home(recipe), recipe.hardware.precision
-    # Of a device that is elsewhere the best is assumed.
-    fast = home == "cuda" and not torch.cuda.is_available()
-    in_bf16 = precision == "bf16" or (precision == "auto" and (fast or fast_in_bf16(home)))
+    precision = recipe.hardware.precision
+    in_bf16 = precision == "bf16" or (precision == "auto" and quick_in_bf16(home))
     attention = attention_of(base)
     check_dtype(attention, torch.bfloat16 if in_bf16 else next(base.parameters()).dtype, shape.name)
     return f"{TOLD[usual_layout(base, home)]}; attention {attention}"
+
+
+def quick_in_bf16(home: str) -> bool:
+    """`fast_in_bf16`; of a kind of device that is elsewhere the best is assumed."""
+    return (home == "cuda" and not torch.cuda.is_available()) or fast_in_bf16(home)
 
 
 Members = tuple[str | None, list[Shape]]
@@ -338,6 +365,7 @@ def _trajectories(recipe: Recipe) -> int:
 
 def _memory(
     recipe: Recipe,
+    home: str,
     student: Shape,
     teachers: Sequence[Members],
     debates: Sequence[DebateSize],
@@ -350,7 +378,7 @@ def _memory(
     size = student.size
     micro = min(recipe.batch.micro, _trajectories(recipe))
     # Packed rows hold a group's prompt and the common beginning once; padded batches hold all for every trajectory.
-    on_cpu = recipe.hardware.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = home == "cpu"
     together = 1 if recipe.rollout.turnwise else recipe.batch.group
     prompts = -(-micro // together) if on_cpu else micro
     tokens = prompts * (prompt - common) + common + micro * completion if on_cpu else micro * (prompt + completion)
@@ -361,13 +389,12 @@ def _memory(
         "gradients": student.trainable * size,
         "optimiser state": 2 * student.trainable * size,
     }
-    device = "cpu" if on_cpu else "cuda"
     precision = recipe.hardware.precision
-    if size > 2 and (precision == "bf16" or (precision == "auto" and fast_in_bf16(device))):
+    if size > 2 and (precision == "bf16" or (precision == "auto" and quick_in_bf16(home))):
         parts["bfloat16 casts of weights"] = 2 * student.parameters
     samplers = list(_samplers(recipe, student, teachers))
     asked = [shapes for _, shapes in teachers if shapes]
-    copied = sum(_copied(settings, shape, device) for settings, shape in samplers)
+    copied = sum(_copied(settings, shape, home) for settings, shape in samplers)
     if copied:
         parts["bfloat16 copy for rollouts"] = copied
     first = 0
@@ -397,8 +424,7 @@ def _memory(
     # Samplers of several sources, and of evaluations, work one after the other.
     rollout = max(
         (
-            _sampling(settings, shape, device, drawn, longest)
-            + _watching(settings, teachers, drawn, prompt + completion)
+            _sampling(settings, shape, home, drawn, longest) + _watching(settings, teachers, drawn, prompt + completion)
             for settings, shape in samplers
         ),
         default=0,
@@ -445,7 +471,7 @@ def _samplers(recipe: Recipe, student: Shape, teachers: Sequence[Members]) -> It
 
 def _copied(settings: Sampling, shape: Shape, device: str) -> int:
     """Bytes of the copy that a source samples from, if it keeps one."""
-    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and fast_in_bf16(device))
+    wanted = settings.dtype == "bfloat16" or (settings.dtype == "auto" and quick_in_bf16(device))
     return 2 * shape.parameters if wanted and shape.size > 2 else 0
 
 
@@ -457,6 +483,33 @@ def _sampling(settings: Sampling, shape: Shape, device: str, drawn: int, longest
     # What `opd.language.engines.cpu.prepacked` holds: at most the weights that are sampled from.
     packed = (copied or shape.weight_bytes) if device == "cpu" else 0
     return cache + 4 * rows * shape.vocabulary * 4 + packed
+
+
+def _drawing(
+    recipe: Recipe,
+    home: str,
+    student: Shape,
+    teachers: Sequence[Members],
+    prompt: int,
+    completion: int,
+    trajectories: int,
+) -> Drawing:
+    """Of the source that reads most; of several sources each writes its share of the trajectories."""
+    found = []
+    for settings, shape in [*recipe.rollout.samplers(student, teachers)] or [(SamplingSettings(), student)]:
+        rows = min(settings.batch, trajectories)
+        copied = _copied(settings, shape, home)
+        kept = rows * (prompt + completion // 2) * shape.kv_bytes_per_token // (shape.size // 2 if copied else 1)
+        found.append(
+            Drawing(
+                passes=-(-trajectories // rows) * completion,
+                rows=rows,
+                read=(copied or shape.weight_bytes) + kept,
+                teraflops=2 * shape.parameters * rows / 1e12,
+                layers=shape.layers,
+            )
+        )
+    return max(found, key=lambda each: each.passes * each.read)
 
 
 def _watching(settings: Sampling, teachers: Sequence[Members], drawn: int, longest: int) -> int:

@@ -146,6 +146,10 @@ class Student(ABC):
         positions), `values` (name to T numbers).
         """
 
+    def named(self, ids: torch.Tensor) -> list[str] | None:
+        """A text for each of the ids `[N]` that its distributions are over; None where ids say nothing to a person."""
+        return None
+
     @abstractmethod
     def own_sampler(self, context: Context) -> HeldOutSampler:
         """The student's rollouts by the defaults of its kind, for recipes in which others write."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from opd.context import Context
 from opd.distributions import Target
 from opd.policies.evaluation import Evaluation
 from opd.prompts import Prompt
+from opd.prompts.messages import text_of
 from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
 from opd.rollouts.base import Combination
 from opd.teachers import LiveTeacher, Teacher, answers_of, reasons
@@ -30,12 +31,14 @@ TASK = "task"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Metrics over all processes; this process's rollouts position by position for samples and reports; and `items`,
-    the values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts."""
+    """Metrics over all processes; this process's rollouts position by position for samples and reports; `items`, the
+    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; and
+    `asked`, what was asked for the report alone, counted over all processes."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     items: dict[str, dict[str, float]]
+    asked: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Moment:
         teachers: the recipe's.
         context: facts of the run, with the step's temperature.
         sampler: who writes, under `settings`.
+        first: whether no step was taken yet: what stays the same is asked and written down once, then.
     """
 
     settings: Evaluation
@@ -55,6 +59,7 @@ class Moment:
     teachers: Sequence[Teacher]
     context: Context
     sampler: HeldOutSampler
+    first: bool = False
 
 
 class Warns(Protocol):
@@ -102,16 +107,18 @@ class Measured(Answered, Protocol):
     def sum_over_processes(self, values: torch.Tensor) -> torch.Tensor: ...
 
 
-def roll_out(run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[Prompt], k: int) -> Trajectories:
-    """`k` trajectories of each held-out prompt, with verdicts; unless the recipe says how long, as long as the student
-    writes in training, or where it does not write, as long as others do."""
+def roll_out(
+    run: Measured, at: Moment, sampler: HeldOutSampler, prompts: list[Prompt], k: int, judged: bool = True
+) -> Trajectories:
+    """`k` trajectories of each held-out prompt, with verdicts if `judged`; unless the recipe says how long, as long as
+    the student writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
     found = sampler(prompts, k, at.settings.longest or own, stream=STREAM)
     if found.outcomes < len(prompts) * k:
         run.monitor.warn_once(
             f"held-out measurements leave out rollouts that could not be written ({reasons([sampler.source])})"
         )
-    return run.judged(found)
+    return run.judged(found) if judged else found
 
 
 def _bounds_of_student(source: PrefixSource, settings: Rollout) -> list[int]:
@@ -127,17 +134,22 @@ def as_logged(
     prompts: Sequence[Prompt],
     run: Answered,
     answers: Mapping[str, str] | None = None,
+    views: bool = True,
 ) -> list[dict[str, Any]]:
     """A student's rows of trajectories, one a prompt, with what logs want: where a teacher is routed `teacher` is the
-    route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, the verifier adds what
-    it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values that
-    are not numbers, as what a shaping did not measure, are None."""
+    route that answered, `teacher_answer` is its own text where `answers` has one by prompt id, with `views`
+    `teacher_prompt` is what a teacher reads of the prompt where that is not what the student does, the verifier adds
+    what it shows, where teachers debated `debate` is what they wrote and, with a verifier, who was `right`, and values
+    that are not numbers, as what a shaping did not measure, are None."""
     for row, prompt in zip(rows, prompts, strict=True):
         row["values"] = {name: [None if v != v else v for v in column] for name, column in row["values"].items()}
         routes = [route for teacher in run.teachers if (route := teacher.route(prompt)) is not None]
         row |= {"teacher": ", ".join(routes)} if routes else {}
         if answers is not None and prompt.id in answers:
             row["teacher_answer"] = answers[prompt.id]
+        view = other_view(run.teachers, prompt) if views else None
+        if view is not None:
+            row["teacher_prompt"] = view
         if run.verifier is not None:
             row |= run.verifier.shown(prompt, row)
         held = next((held for teacher in run.teachers if (held := teacher.considered(prompt)) is not None), None)
@@ -145,6 +157,23 @@ def as_logged(
             right = [] if run.verifier is None else [verdicts(run.verifier, prompt, texts) for texts in held["rounds"]]
             row["debate"] = {**held, **({"right": right} if right else {})}
     return rows
+
+
+def other_view(teachers: Sequence[LiveTeacher], prompt: Prompt) -> str | list[dict[str, str]] | None:
+    """What the first teacher that reads another view than the student reads of a prompt, for people: a text, or
+    messages of `role` and `content`; None where all read the same. Pictures are left out."""
+    for teacher in teachers:
+        member = teacher.members().get(teacher.route(prompt) or "")
+        if member is None:
+            continue
+        row, column = member.settings.view(prompt)
+        if column is None or column == prompt.column:
+            continue
+        view = row.view(column)
+        if isinstance(view, str):
+            return view
+        return [{"role": str(each.get("role", "")), "content": text_of(each.get("content"))} for each in view]
+    return None
 
 
 def verdicts(verifier: Scorer, prompt: Prompt, texts: Sequence[str]) -> list[float | None]:

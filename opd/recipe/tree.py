@@ -302,7 +302,7 @@ class Recipe(Settings):
                     f"ids that the student drew, which are others in that tokenizer; beside rollout {kind!r} take a "
                     "teacher of the student's tokenizer"
                 )
-        if getattr(self.evaluation, "teacher_answers", False):
+        if getattr(self.evaluation, "teacher_answers", False) is True:
             raise ValueError(
                 f"evaluation.teacher_answers has the teacher answer the rows, which with rollout {kind!r} are tasks of "
                 "an environment; leave it out"

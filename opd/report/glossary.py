@@ -51,6 +51,15 @@ MEANINGS = {
     ),
     "held_out/greedy_accuracy": Meaning("greedy accuracy", "share of answers", "of greedy decoding", "higher"),
     "held_out/greedy_length": Meaning("greedy length", "tokens", "of greedy decoding"),
+    "held_out/accuracy_low": Meaning("accuracy, lower end", "share of episodes", "of Wilson's interval of 95 %"),
+    "held_out/accuracy_high": Meaning("accuracy, upper end", "share of episodes", "of Wilson's interval of 95 %"),
+    "held_out/accuracy/": Meaning("accuracy on task", "share of answers", "by the rows' column `task`", "higher"),
+    "held_out/steps": Meaning("steps", "of an episode", "of the environment, or turns of a language agent", "lower"),
+    "held_out/reverse_kl/": Meaning(
+        "reverse KL at", "nats", "of image models at a step of the sampler, summed over the latent", "lower"
+    ),
+    "report/teacher_answers": Meaning("teacher's answers for the report", "answers", "asked for once, before training"),
+    "report/teacher_tokens": Meaning("tokens of the teacher's answers for the report", "tokens"),
     "train/loss": Meaning("loss", "", "what the optimiser descends, after weights and reduction"),
     "train/divergence": Meaning(
         "value of the first objective",
@@ -63,6 +72,9 @@ MEANINGS = {
         "nats a token",
         "of the tokens that objective sft imitates, under the student",
         "lower",
+    ),
+    "train/squared_error": Meaning(
+        "squared error", "", "of the velocity that objective sft imitates, mean over latents", "lower"
     ),
     "train/objective/": Meaning(
         "objective", "a token", "value of one of several objectives, mean over the tokens that it counts, unweighted"
@@ -114,7 +126,15 @@ MEANINGS = {
     ),
     "train/agent/seconds": Meaning("environments", "seconds", "of the step in which environments were waited for"),
     "train/agent/restarts": Meaning("restarts", "worlds", "that were made again since they failed", "lower"),
+    "train/simulator_steps": Meaning("simulators: steps", "a step", "of environments, in training episodes"),
+    "train/simulator_seconds": Meaning(
+        "simulators: time", "seconds", "of the step in which simulators were waited for"
+    ),
+    "train/simulator_restarts": Meaning("simulators: restarts", "worlds", "made again since they failed", "lower"),
     "train/empty": Meaning("empty", "", "1 where the step had nothing to learn and was not taken"),
+    "train/skipped": Meaning(
+        "skipped", "", "1 where loss or gradient was not finite: the weights did not move", "lower"
+    ),
     "train/schedule/": Meaning("schedule of", "", "the number that this key of the recipe had at the step"),
     "train/curriculum/rung": Meaning("rung", "", "of the length ladder, from 0"),
     "train/curriculum/length": Meaning("rung's length", "tokens", "budget of a trajectory on this rung"),
@@ -172,6 +192,18 @@ MEANINGS = {
     "train/curriculum/reliability": Meaning("reliability", "reward", "the teacher's, mean of the round's prompts"),
     "train/curriculum/student": Meaning("student's reward", "reward", "as the round began, mean of its prompts"),
     "train/curriculum/disagreement": Meaning("disagreement", "", "of teacher and student, mean of the round's prompts"),
+    "train/recall_at_0.3": Meaning("recall at IoU 0.3", "share of answers", "whose interval overlaps so far", "higher"),
+    "train/recall_at_0.5": Meaning("recall at IoU 0.5", "share of answers", "whose interval overlaps so far", "higher"),
+    "train/recall_at_0.7": Meaning("recall at IoU 0.7", "share of answers", "whose interval overlaps so far", "higher"),
+    "held_out/recall_at_0.3": Meaning(
+        "recall at IoU 0.3", "share of answers", "whose interval overlaps so far", "higher"
+    ),
+    "held_out/recall_at_0.5": Meaning(
+        "recall at IoU 0.5", "share of answers", "whose interval overlaps so far", "higher"
+    ),
+    "held_out/recall_at_0.7": Meaning(
+        "recall at IoU 0.7", "share of answers", "whose interval overlaps so far", "higher"
+    ),
     "train/parsed": Meaning("answers with an interval", "share of answers", "", "higher"),
     "held_out/parsed": Meaning("answers with an interval", "share of answers", "", "higher"),
     "held_out/teacher_accuracy": Meaning("the teacher's accuracy", "share of answers", "of its own greedy answers"),
@@ -196,6 +228,10 @@ MEANINGS = {
         "balance", "share of trajectories", "right ones, those kept, and right ones among those kept"
     ),
     "train/return": Meaning("return", "nats a token", "mean log p(token) - log q(token) of the token's trajectory"),
+    "train/bonus": Meaning("bonus", "nats a token", "that the outcome added to the token's log-probability"),
+    "train/bonus/": Meaning("bonus", "share of groups", "with both outcomes, which alone get one"),
+    "train/importance": Meaning("importance", "ratio", "q(token) now over then, cut at the limit; mean over tokens"),
+    "train/importance_cut": Meaning("importance cut", "share of tokens", "whose ratio is beyond the limit"),
     "train/gated": Meaning("gated", "share of tokens", "left out for their log-ratio"),
     "train/length": Meaning("length", "tokens"),
     "train/truncated": Meaning("truncated", "share of rollouts"),
@@ -260,6 +296,9 @@ MEANINGS = {
     "train/scaled_down": Meaning("scaled down", "share of trajectories", "whose gradient a private update clipped"),
     "train/gradient_median": Meaning("median gradient", "norm", "of a private step's trajectories, before clipping"),
     "train/examples": Meaning("drawn", "trajectories a step", "whose number a private update varies at random"),
+    "train/one_by_one": Meaning(
+        "one by one", "", "1 where each trajectory of a private step had a backward pass of its own"
+    ),
     "train/expert_load_max": Meaning(
         "load of the busiest expert",
         "",
@@ -282,6 +321,7 @@ MEANINGS = {
     ),
     "train/debate/weight/": Meaning("weight of expert", "", "mean over the step's debates"),
     "train/debate/sure/": Meaning("confidence of expert", "of 100", "mean over the step's debates; 0 without a tag"),
+    "train/seconds/": Meaning("wall time", "seconds a step", "of this phase; `step` is all of them"),
     "train/tokens_per_second": Meaning("speed", "trained tokens a second"),
 }
 

@@ -243,6 +243,5 @@ for _layer in (
     Layer("images", "pictures of the prompt, as the student sees them", "row", "pictures"),
     Layer("interval", "when it happens", "row", "timeline"),
     Layer("frames", "frames of the prompt's video, as the student sees them", "row", "frames"),
-    Layer("teacher_answer", "the teacher's own answer", "row", "words"),
 ):
     register(_layer)

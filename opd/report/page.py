@@ -13,9 +13,9 @@ from typing import Any
 
 from opd.errors import RunError
 from opd.files.run_directory import check_run, lines, read_json, read_yaml
-from opd.provenance import models_of
+from opd.report.card import facts
 from opd.report.charts import registered_charts
-from opd.report.curves import curves, number
+from opd.report.curves import curves
 from opd.report.glossary import glossary
 from opd.report.layers import ASSETS, registered, scripts
 from opd.report.maps import maps
@@ -24,7 +24,7 @@ from opd.report.rows import RowFile, choose_held_out, choose_training, encode, f
 LARGEST = 9_500_000
 """Bytes of a page; rollouts are left out, evenly and with a note, where they would not fit."""
 
-SCRIPTS = ("page.js", "curves.js", "scales.js", "rows.js", "rollouts.js", "pictures.js", "live.js")
+SCRIPTS = ("page.js", "card.js", "curves.js", "scales.js", "rows.js", "rollouts.js", "pictures.js", "live.js")
 
 COMPRESSED = 0.25
 """A first, low guess of a row's bytes in the page by its bytes in the file; what is made is measured."""
@@ -166,58 +166,13 @@ def _state(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """What changes when a run starts and ends; `generation` changes when another run starts in the same directory."""
     summary = read_json(run / "summary.json")
     return {
-        "facts": _facts(recipe, summary),
+        "facts": facts(recipe, summary, read_json(run / "environment.json")),
+        "taught": bool(recipe.get("teacher")),
         "steps": recipe.get("steps"),
         "finished": bool(summary),
         "maps": maps(run / "curriculum.jsonl"),
         "generation": [_modified(run / "recipe.yaml"), _modified(run / "environment.json")],
     }
-
-
-def _facts(recipe: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """The few lines that say what a run was."""
-
-    def of(block: Any, *keys: str) -> str:
-        for key in keys:
-            if isinstance(block, dict) and block.get(key) not in (None, ""):
-                return str(block[key])
-        return "" if isinstance(block, dict) else str(block or "")
-
-    teachers, objectives = recipe.get("teacher") or [], recipe.get("objective") or []
-    facts = {
-        "name": of(recipe, "name"),
-        "about": of(recipe, "description"),
-        "student": of(recipe.get("student"), "model", "kind"),
-        "teacher": ", ".join(models_of(t) for t in (teachers if isinstance(teachers, list) else [teachers])),
-        "objective": " + ".join(of(o, "kind") for o in (objectives if isinstance(objectives, list) else [objectives])),
-        "rollout": of(recipe.get("rollout"), "kind"),
-        "seed": of(recipe, "seed"),
-    }
-    privacy = summary.get("privacy")
-    if isinstance(privacy, dict):
-        facts["privacy"] = _spent(privacy)
-    seconds, memory = number(summary.get("seconds")), number(summary.get("peak_memory_bytes"))
-    if seconds is not None:
-        facts["time"] = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    if memory is not None:
-        facts["peak memory"] = f"{memory / 2**30:.2f} GiB"
-    if summary.get("stopped_early"):
-        facts["end"] = "stopped early"
-    if summary.get("ended_by"):
-        facts["end"] = str(summary["ended_by"])
-    return [(name, text) for name, text in facts.items() if text]
-
-
-def _spent(privacy: dict[str, Any]) -> str:
-    """What a private run spent, in a line."""
-    epsilon, delta, sigma = (number(privacy.get(name)) for name in ("epsilon", "delta", "noise_multiplier"))
-    if epsilon is None or delta is None:
-        return "none: no noise was added"
-    known = "; the noise's seed is known" if privacy.get("seed_known") is True else ""
-    return (
-        f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), noise {sigma or 0:.4g}, "
-        f"{privacy.get('steps')} steps{known}"
-    )
 
 
 def _fitting(files: Sequence[dict[str, RowFile]], budget: int) -> list[dict[str, Any]]:

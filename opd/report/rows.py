@@ -30,9 +30,16 @@ CHUNK_ROWS = 64
 CHUNK_TOKENS = 4096
 IMAGE_LETTERS = 64
 """Letters of a picture's address that weigh as much as a token in a chunk's size."""
+LAST = 2
+"""Most tokens at the end of a completion that are looked for as not being in its text."""
 MISSING = -(2**31)
-PLAIN = ("step", "id", "prompt", "completion", "finished", "reward", "task", "tokens", "values")
+PLAIN = (
+    *("step", "id", "prompt", "completion", "finished", "reward", "task", "tokens", "values"),
+    *("teacher_prompt", "teacher_answer"),
+)
 """Keys of a row that the page shows by itself; every other key is for layers."""
+OTHERS = frozenset({"image", "episode", "turns", "blocks"})
+"""Keys of rows that are no text written in answer to a prompt."""
 
 T = TypeVar("T")
 
@@ -162,6 +169,9 @@ class _Chunk:
             "reward": [number(row.get("reward")) for row in self.rows],
             "task": [str(row["task"]) if "task" in row else None for row in self.rows],
             "image": ["image" in row for row in self.rows],
+            # A picture, an episode and a drafter's blocks are no answers that a teacher would give itself.
+            "taught": [None if row.keys() & OTHERS else "teacher_answer" in row for row in self.rows],
+            "read": ["teacher_prompt" in row for row in self.rows],
             "means": {},
         }
         self._texts("tokens", [str(token) for row in self.rows for token in row["tokens"]])
@@ -183,7 +193,12 @@ class _Chunk:
         prompts: dict[str, int] = {}
         header = {
             "prompt": [prompts.setdefault(_json(row.get("prompt")), len(prompts)) for row in self.rows],
-            "text": [_unsplit(row) for row in self.rows],
+            "text": [_text(row) for row in self.rows],
+            "teacher_answer": [str(row["teacher_answer"]) if "teacher_answer" in row else None for row in self.rows],
+            "teacher_prompt": [
+                prompts.setdefault(_json(row["teacher_prompt"]), len(prompts)) if "teacher_prompt" in row else None
+                for row in self.rows
+            ],
             "extra": [finite(extra) for extra in extras],
             "columns": self.columns,
             "prompts": [json.loads(text) for text in prompts],
@@ -274,10 +289,17 @@ def _is_ranked(value: Any, length: int) -> bool:
     )
 
 
-def _unsplit(row: dict[str, Any]) -> str | None:
-    """The completion's text where its tokens cannot be read one by one (a character cut into bytes)."""
-    readable = row["tokens"] and not any("\ufffd" in str(token) for token in row["tokens"])
-    return None if readable else str(row.get("completion", ""))
+def _text(row: dict[str, Any]) -> str | int | None:
+    """The completion's text: the number of last tokens that are not in it (ends of a turn) where it is what the others
+    read as one by one; itself where it is not (a character cut into bytes, blanks that a tokenizer keeps for itself);
+    None where the row says nothing of it."""
+    if not isinstance(row.get("completion"), str):
+        return None
+    tokens = [str(token) for token in row["tokens"]]
+    for left_out in range(min(LAST, len(tokens)) + 1):
+        if "".join(tokens[: len(tokens) - left_out]) == row["completion"]:
+            return left_out
+    return row["completion"]
 
 
 def _scale(values: Sequence[float]) -> float:

@@ -4,8 +4,14 @@ opd.curves = (() => {
   const { data, make, meaning, number } = opd;
   const GROUPS = { held_out: "Held out", train: "Training" };
   const charts = new Map(); // name -> {node, traces, layout, visible, drawn}
+  // What is asked first of a run, and what last.
+  const FIRST = ["train/loss", "train/reward", "train/length", "train/truncated"];
+  const LAST = ["train/gradient_norm", "train/learning_rate", "train/rollout_gap", "train/positions", "train/sampled_tokens", "train/teacher_tokens", "train/cpu_seconds", "train/tokens_per_second"];
+  const FEW = 40; // points that are marked one by one
   let logarithmic = false;
+  let smoothing = 0;
 
+  const still = make("div", { class: "stills" }); // what has no chart
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const runColour = (i) => css(`--run-${i % 6}`);
   const plain = (text) => text.replaceAll("<", "&lt;"); // plotly reads some tags in names
@@ -23,12 +29,28 @@ opd.curves = (() => {
     };
   }
 
+  /** Exponential moving average of known values, of which the share `smoothing` is of those before; the first ones
+   *  are weighed as many as there are, so that no curve begins at 0. */
+  function smooth(values) {
+    let sum = 0;
+    let weight = 0;
+    return values.map((y) => {
+      if (y === null) return null;
+      sum = smoothing * sum + (1 - smoothing) * y;
+      weight = smoothing * weight + (1 - smoothing);
+      return sum / weight;
+    });
+  }
+
   function curve(name) {
+    const smoothed = smoothing > 0 && !name.startsWith("held_out/");
     const traces = data.runs.flatMap((run, i) => {
       const series = run.series[name];
       if (!series) return [];
-      const few = series.x.length <= 40;
-      return [{ x: series.x, y: series.y, name: plain(run.label), mode: few ? "lines+markers" : "lines", line: { color: runColour(i), width: 2 }, marker: { size: 5 }, cliponaxis: false, hovertemplate: `%{y:.4g}${opd.several() ? "" : "<extra></extra>"}` }];
+      const few = series.x.length <= FEW && !smoothed;
+      const raw = { x: series.x, y: series.y, mode: "lines", line: { color: runColour(i), width: 1 }, opacity: 0.3, hoverinfo: "skip", cliponaxis: false };
+      const shown = { x: series.x, y: smoothed ? smooth(series.y) : series.y, name: plain(run.label), mode: few ? "lines+markers" : "lines", line: { color: runColour(i), width: 2 }, marker: { size: 5 }, cliponaxis: false, hovertemplate: `%{y:.4g}${opd.several() ? "" : "<extra></extra>"}` };
+      return smoothed ? [raw, shown] : [shown];
     });
     const positive = data.runs.every((run) => !run.series[name] || run.series[name].y.every((y) => y === null || y > 0));
     const made = layout(190);
@@ -133,6 +155,52 @@ opd.curves = (() => {
     return { figures, names };
   }
 
+  // ---- what has a chart of its own ----
+
+  const SAME = 1e-5; // of the larger of two values: what rounding alone makes of one number
+  const equal = (a, b) => a === b || (a !== null && b !== null && Math.abs(a - b) <= SAME * Math.max(Math.abs(a), Math.abs(b)));
+  const ENOUGH = 5; // steps at which two curves that are in proportion are so by no chance
+
+  /** How many times as much `name` is as `other`, at every step of every run; null where that changes. */
+  function times(name, other) {
+    let found = null;
+    for (const run of data.runs) {
+      const [one, two] = [run.series[other], run.series[name]];
+      if (Boolean(one) !== Boolean(two)) return null;
+      if (!one) continue;
+      if (one.x.length !== two.x.length || !one.x.every((x, i) => x === two.x[i])) return null;
+      const at = one.y.findIndex((y) => y);
+      if (at < 0 || two.y[at] === null) return null;
+      if (found === null) found = two.y[at] / one.y[at];
+      if (!one.y.every((y, i) => equal(y === null ? null : y * found, two.y[i]))) return null;
+      if (!equal(found, 1) && one.x.length < ENOUGH) return null;
+    }
+    return found;
+  }
+
+  const unchanging = (name) => data.runs.every((run) => !run.series[name] || (!run.series[name].not_finite && run.series[name].y.every((y) => equal(y, run.series[name].y[0]))));
+  const measuredTwice = (name) => name.startsWith("held_out/") && data.runs.every((run) => !run.series[name] || run.series[name].x.length < 3);
+
+  /** Which names have a chart, each with the others that are the same numbers in all runs, or so many times the same; those that never change; and
+   *  those of which the result above says all, as they were measured before and after alone. */
+  function sorted(taken) {
+    const place = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) - FIRST.length : LAST.indexOf(name) + 1);
+    const all = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((name) => !taken.has(name) && !name.startsWith("report/")).sort((a, b) => place(a) - place(b));
+    const charted = new Map();
+    const constant = [];
+    const above = [];
+    for (const name of all) {
+      if (measuredTwice(name)) above.push(name);
+      else if (unchanging(name)) constant.push(name);
+      else {
+        const twin = [...charted.keys()].find((other) => times(name, other) > 0);
+        if (twin) charted.get(twin).push(name);
+        else charted.set(name, []);
+      }
+    }
+    return { charted, constant, above };
+  }
+
   function describe(name) {
     return data.runs.filter((run) => run.series[name] && run.series[name].y.length).map((run) => `${run.label}: from ${opd.number(run.series[name].y[0])} to ${opd.number(opd.last(run.series[name].y))}`).join("; ");
   }
@@ -165,9 +233,11 @@ opd.curves = (() => {
     const node = make("div", { class: width ? "plot wide" : "plot", "data-name": name });
     const label = make("span", { class: "described" });
     const bad = make("span", { class: "bad" });
-    charts.set(name, { node, build, visible: false, drawn: false, label, bad });
+    const also = make("small", { class: "about" });
     watcher.observe(node);
-    return make("figure", { class: width, role: "group", "aria-label": title }, make("figcaption", {}, make("strong", {}, title), unit ? make("small", {}, ` ${unit}`) : null, bad, about ? make("small", { class: "about" }, about) : null, label), node);
+    const whole = make("figure", { class: width, role: "group", "aria-label": title }, make("figcaption", {}, make("strong", {}, title), unit ? make("small", {}, ` ${unit}`) : null, bad, about ? make("small", { class: "about" }, about) : null, also, label), node);
+    charts.set(name, { node, build, visible: false, drawn: false, label, bad, also, whole });
+    return whole;
   }
 
   function group(key) {
@@ -175,7 +245,8 @@ opd.curves = (() => {
     let grid = document.getElementById(id);
     if (!grid) {
       grid = make("div", { class: "grid", id });
-      document.getElementById("curves").append(make("h3", {}, GROUPS[key] || key.replaceAll("_", " ")), grid);
+      document.getElementById("curves").insertBefore(make("h3", {}, GROUPS[key] || key.replaceAll("_", " ")), still);
+      document.getElementById("curves").insertBefore(grid, still);
     }
     return grid;
   }
@@ -187,17 +258,26 @@ opd.curves = (() => {
       if (!charts.has(name)) group("Together").append(figure(name, title, chart.unit, chart.about, build, "half"));
       charts.get(name).label.textContent = words();
     }
-    for (const name of new Set(data.runs.flatMap((run) => Object.keys(run.series)))) {
-      if (names.has(name)) continue;
+    const { charted, constant, above } = sorted(names);
+    for (const [name, twins] of charted) {
       if (!charts.has(name)) {
         const { title, unit, about } = meaning(name);
         group(name.includes("/") ? name.split("/")[0] : "logged").append(figure(name, title, unit, about, () => curve(name), false));
       }
       const chart = charts.get(name);
+      chart.single = true;
       chart.label.textContent = describe(name);
+      const many = (twin) => { const factor = times(twin, name); return equal(factor, 1) ? meaning(twin).title : `${number(factor)} × this is ${meaning(twin).title}`; };
+      chart.also.textContent = twins.length ? `also: ${twins.map(many).join("; ")}` : "";
       const bad = data.runs.reduce((sum, run) => sum + (run.series[name] ? run.series[name].not_finite : 0), 0);
       chart.bad.textContent = bad ? ` ${bad} value${bad > 1 ? "s are" : " is"} not finite` : "";
     }
+    // While a run goes on, two names may part, or come to be the same.
+    for (const [name, chart] of charts) if (chart.single) chart.whole.hidden = !charted.has(name);
+    const value = (name, run) => (run.series[name] ? number(run.series[name].y[0]) : "–");
+    still.replaceChildren(
+      ...(constant.length ? [make("h3", {}, "Logged, and the same at every step"), make("dl", { class: "still" }, constant.map((name) => make("div", { title: meaning(name).about }, make("dt", {}, meaning(name).title), make("dd", {}, data.runs.map((run) => value(name, run)).join(" · "), meaning(name).unit ? make("small", {}, ` ${meaning(name).unit}`) : null))))] : []),
+      ...(above.length ? [make("p", { class: "note" }, "Held-out prompts were measured before and after training alone: the result on top says it all. ", make("code", {}, "evaluation.every"), " measures in between, and makes curves of it.")] : []));
     data.runs.forEach((run, i) => {
       const name = `phases ${i}`;
       if (!charts.has(name) && run.phases.x.length) group("Seconds of a step, by phase").append(figure(name, opd.several() ? run.label : "phases", "", "", () => phases(i), true));
@@ -207,9 +287,12 @@ opd.curves = (() => {
 
   function start() {
     const box = make("input", { type: "checkbox", onchange: () => { logarithmic = box.checked; redraw(); } });
+    const told = make("output", {}, "none");
+    const slider = make("input", { type: "range", min: 0, max: 0.99, step: 0.01, value: 0, "data-control": "smoothing", "aria-label": "smoothing of training curves", oninput: () => { smoothing = Number(slider.value); told.textContent = smoothing ? smoothing.toFixed(2) : "none"; redraw(); } });
     const runs = opd.several() ? make("p", { class: "legend" }, data.runs.map((_, i) => opd.runName(i))) : null;
-    opd.fill("curves", runs, make("div", { class: "controls" }, make("label", { class: "check" }, box, "logarithmic, where all values are positive")));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+    const save = make("button", { type: "button", "data-control": "csv", onclick: () => opd.save(`${data.runs.map(({ label }) => label.replace(/[^\w.-]+/g, "_")).join("+").slice(0, 100)}.csv`, "text/csv", opd.card.csv()) }, "Save as CSV");
+    opd.fill("curves", runs, make("div", { class: "controls" }, make("label", { class: "check" }, "smoothing", slider, told), make("label", { class: "check" }, box, "logarithmic, where all values are positive"), save), still);
+    opd.onColours(redraw);
     refresh();
   }
 

@@ -42,7 +42,7 @@ opd.live = (() => {
       merge(run, news);
       if (changed) {
         opd.drawHeader();
-        opd.drawSummary();
+        opd.card.draw();
         opd.curves.refresh();
       }
       if (rows) {

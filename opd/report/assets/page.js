@@ -26,6 +26,9 @@ window.opd = (() => {
     return text.replaceAll("-", "−");
   }
 
+  /** The same with three digits, for sentences and large figures. */
+  const short = (value) => (value === null || value === undefined || Number.isNaN(value) || Math.abs(value) >= 1000 || Number.isInteger(value) || Math.abs(value) < 1e-3 ? number(value) : String(Number(value.toPrecision(3))).replace("-", "−"));
+
   /** Title, unit, meaning and better direction of a logged name; names that nobody described get their own. */
   function meaning(name) {
     if (Object.hasOwn(data.glossary, name)) return data.glossary[name];
@@ -63,7 +66,7 @@ window.opd = (() => {
     header.replaceChildren(
       make("h1", {}, ...data.runs.map((_, i) => runName(i))),
       make("ul", { class: "states" }, data.runs.map((run, i) => {
-        const about = (run.facts.find(([name]) => name === "about") || [])[1];
+        const about = fact(run, "about");
         const ended = run.finished ? "" : data.live ? ", running" : ", no summary yet";
         return make("li", {}, several() ? swatch(i) : null, `${stepsDone(run)} of ${run.steps || "?"} steps${ended}`, about ? ` · ${about}` : "");
       })),
@@ -72,31 +75,49 @@ window.opd = (() => {
     for (const run of data.runs) for (const note of run.notes) header.append(make("p", { class: "note" }, `${several() ? `${run.label}: ` : ""}${note}`));
   }
 
-  function drawSummary() {
-    const facts = [...new Set(data.runs.flatMap((run) => run.facts.map(([name]) => name)))].filter((name) => name !== "about");
-    const factRows = facts.map((name) => [name, data.runs.map((run) => (run.facts.find(([other]) => other === name) || [])[1] || "–")]);
-    const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((name) => name.startsWith("held_out/"));
-    const columns = ["before", "after", "change"];
-    const head = [];
-    if (several()) head.push(make("tr", {}, make("th", { rowspan: 2, scope: "col" }, "held out"), data.runs.map((_, i) => make("th", { colspan: 3, scope: "colgroup" }, runName(i)))));
-    head.push(make("tr", {}, several() ? null : make("th", { scope: "col" }, "held out"), data.runs.map(() => columns.map((column) => make("th", { scope: "col", class: "number" }, column)))));
-    const rows = names.map((name) => {
-      const { title, unit, about, better } = meaning(name);
-      const cells = data.runs.map((run) => {
-        const series = run.series[name];
-        if (!series || !series.y.length) return columns.map(() => make("td", { class: "number" }, "–"));
-        const before = series.y[0];
-        const after = series.y.length > 1 ? last(series.y) : null;
-        const change = after !== null && before ? (after - before) / Math.abs(before) : null;
-        const good = !better || !change ? "" : (change < 0) === (better === "lower") ? "good" : "bad";
-        const percent = change === null ? "–" : `${change > 0 ? "+" : change < 0 ? "−" : ""}${Math.abs(100 * change).toFixed(0)} %`;
-        return [make("td", { class: "number" }, number(before)), make("td", { class: "number" }, number(after)), make("td", { class: `number ${good}`, title: good && (good === "good" ? "better" : "worse") }, percent)];
-      });
-      return make("tr", {}, make("th", { scope: "row", title: about }, title, unit ? make("small", {}, ` ${unit}`) : null), cells);
-    });
-    const table = make("table", { class: "summary" }, make("thead", {}, head), make("tbody", {}, rows));
-    const measured = names.length ? scroller("Held-out measurements before and after", table) : make("p", { class: "empty" }, "Nothing measured on held-out prompts yet.");
-    fill("summary", make("div", { class: "beside" }, measured, perRun("What the runs were", factRows)));
+  const fact = (run, name) => (run.facts.find(([other]) => other === name) || [])[1] || "";
+
+  // ---- light and dark ----
+
+  const THEMES = { system: "as the system has them", light: "light", dark: "dark" };
+  const ICONS = {
+    system: "M8 1.5a6.5 6.5 0 1 0 0 13a6.5 6.5 0 1 0 0-13zM8 3a5 5 0 0 1 0 10z",
+    light: "M8 5a3 3 0 1 0 0 6a3 3 0 1 0 0-6zM7.4.8h1.2v2.4H7.4zM7.4 12.8h1.2v2.4H7.4zM.8 7.4h2.4v1.2H.8zM12.8 7.4h2.4v1.2h-2.4zM2.5 3.3l.8-.8 1.7 1.7-.8.8zM11 11.8l.8-.8 1.7 1.7-.8.8zM3.3 13.5l-.8-.8 1.7-1.7.8.8zM11.8 5l-.8-.8 1.7-1.7.8.8z",
+    dark: "M6.2 1.6a6.6 6.6 0 1 0 8.2 8.2a5.4 5.4 0 0 1-8.2-8.2z",
+  };
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const repaint = [];
+
+  /** Call `paint` when the colours have changed: charts hold theirs. */
+  const onColours = (paint) => repaint.push(paint);
+  const paintAll = () => repaint.forEach((paint) => paint());
+
+  function icon(shape) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    for (const [key, value] of Object.entries({ viewBox: "0 0 16 16", width: 16, height: 16, fill: "currentColor", "fill-rule": "evenodd", "aria-hidden": "true" })) svg.setAttribute(key, value);
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    path.setAttribute("d", shape);
+    svg.append(path);
+    return svg;
+  }
+
+  function drawTheme() {
+    const buttons = Object.entries(THEMES).map(([name, title]) => make("button", { type: "button", "data-theme-name": name, "aria-pressed": String(name === "system"), title: `colours: ${title}`, "aria-label": `colours: ${title}`, onclick: () => {
+      if (name === "system") delete document.documentElement.dataset.theme;
+      else document.documentElement.dataset.theme = name;
+      for (const one of buttons) one.setAttribute("aria-pressed", String(one.dataset.themeName === name));
+      paintAll();
+    } }, icon(ICONS[name])));
+    document.getElementById("theme").replaceChildren(make("div", { class: "segments", role: "group", "aria-label": "Colours" }, buttons));
+    dark.addEventListener("change", paintAll);
+  }
+
+  /** A text as a file that the browser saves. */
+  function save(name, kind, text) {
+    const url = URL.createObjectURL(new Blob([text], { type: kind }));
+    const link = make("a", { href: url, download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
   }
 
   function drawRecipe() {
@@ -114,5 +135,5 @@ window.opd = (() => {
     fill("environment", rows.length ? perRun("Environment and versions", rows) : make("p", { class: "empty" }, "No environment.json in these runs."));
   }
 
-  return { data, make, number, meaning, several, swatch, runName, scroller, last, fill, drawHeader, drawSummary, drawRecipe, drawEnvironment, scales: {}, tokenRenderers: {}, rowRenderers: {} };
+  return { data, make, number, short, meaning, several, swatch, runName, scroller, last, fill, fact, perRun, stepsDone, onColours, save, drawTheme, drawHeader, drawRecipe, drawEnvironment, scales: {}, tokenRenderers: {}, rowRenderers: {} };
 })();

@@ -28,6 +28,7 @@ opd.rollouts = (() => {
   const { data, make, number } = opd;
   const PER_PAGE = 10;
   const TOKENS_AT_ONCE = 1000;
+  const LONG = 400; // letters that are shown without a word about there being more
   const SPECIAL = /^(<[^<>\s]+>|\[[A-Z_]{2,}\])$/;
   const MODES = { held_out: "Held out", training: "Training", pairs: "Before and after", groups: "Groups" };
   const ORDERS = {
@@ -36,7 +37,18 @@ opd.rollouts = (() => {
     groups: { moved: "most moved first", latest: "latest step first", earliest: "first step first" },
     pairs: { first: "as measured", fall: "largest fall first", rise: "largest rise first" },
   };
-  const state = { mode: "held_out", run: 0, step: "last", order: {}, page: 0, colour: {}, left: "0:first", right: "0:last" };
+  const VERDICTS = {
+    right: ["right (reward 1 or more)", ({ reward }) => reward !== null && reward >= 1],
+    partly: ["partly right (between 0 and 1)", ({ reward }) => reward !== null && reward > 0 && reward < 1],
+    wrong: ["wrong (reward 0 or less)", ({ reward }) => reward !== null && reward <= 0],
+    none: ["without a verdict", ({ reward }) => reward === null],
+    cut: ["cut off", ({ finished }) => !finished],
+  };
+  const SHOWS = { both: "text and tokens", text: "text alone", tokens: "tokens alone" };
+  const state = {
+    mode: "held_out", run: 0, step: "last", order: {}, page: 0, colour: {}, left: "0:first", right: "0:last",
+    words: "", verdict: "", from: null, to: null, least: null, most: null, shows: "both", own: false,
+  };
   const shown = new WeakMap(); // listbox of tokens -> {row, entry}
   let turn = 0;
 
@@ -49,13 +61,18 @@ opd.rollouts = (() => {
     return names.includes(state.colour[source()]) ? state.colour[source()] : names[0];
   }
 
-  /** What paints a token by its value. */
-  function painter() {
+  /** What paints a token of run `run` by its value: on one scale for all runs, or on the run's own. */
+  function painter(run) {
     const name = colourName();
     const found = layer(name || "");
     const scale = opd.scales[found.renderer] || opd.scales.automatic;
-    const domain = scale.domain(name ? opd.rows.range(source(), name) : [0, 0, 0, 0]);
-    return { name, layer: found, scale, domain, strength: (value) => Math.max(-1, Math.min(1, value / domain[1])) };
+    const domain = scale.domain(name ? opd.rows.range(source(), name, state.own ? run : null) : [0, 0, 0, 0]);
+    const root = scale.root && !(domain[0] < 0 && domain[1] > 0);
+    const strength = (value) => {
+      const share = Math.max(-1, Math.min(1, value / domain[1]));
+      return root ? Math.sign(share) * Math.sqrt(Math.abs(share)) : share;
+    };
+    return { name, layer: found, scale, domain, strength, middle: root ? domain[1] / 4 : (domain[0] + domain[1]) / 2 };
   }
 
   // ---- which rows ----
@@ -102,6 +119,24 @@ opd.rollouts = (() => {
     return found.map((one) => [moved(one), one]).sort(([a], [b]) => b[0] - a[0] || b[1] - a[1]).map(([, one]) => one);
   }
 
+  /** The rollouts of an item: one, two beside each other, or a group. */
+  const entriesOf = (item) => item.members || (item.left ? [item.left, item.right] : [item]);
+
+  /** Which items the filters leave: some rollout of an item has to have the words and the verdict that were asked for. */
+  async function filtered(all) {
+    const verdict = VERDICTS[state.verdict];
+    const training = source() === "training";
+    const fits = (entry) => (!verdict || verdict[1](entry))
+      && (!training || ((state.from === null || entry.step >= state.from) && (state.to === null || entry.step <= state.to)))
+      && (state.least === null || (entry.reward !== null && entry.reward >= state.least))
+      && (state.most === null || (entry.reward !== null && entry.reward <= state.most));
+    const left = all.filter((item) => entriesOf(item).some(fits));
+    const words = state.words.trim().toLowerCase();
+    if (!words) return left;
+    const has = await Promise.all(left.map(async (item) => (await Promise.all(entriesOf(item).map(opd.rows.text))).some((text) => text.includes(words))));
+    return left.filter((_, i) => has[i]);
+  }
+
   function items() {
     const name = colourName();
     if (state.mode === "groups") return orderedGroups();
@@ -120,9 +155,13 @@ opd.rollouts = (() => {
 
   const tabs = make("div", { class: "tabs", role: "group", "aria-label": "Which rollouts" }, Object.entries(MODES).map(([mode, title]) => make("button", { type: "button", "data-mode": mode, onclick: () => set({ mode, page: 0 }) }, title)));
   const select = (title, change) => {
-    const node = make("select", { onchange: () => change(node.value) });
-    const label = make("label", {}, `${title} `, node);
+    const node = make("select", { "data-control": title, onchange: () => change(node.value) });
+    const label = make("label", {}, make("span", {}, title), node);
     return { node, label };
+  };
+  const numeric = (name, title, key) => {
+    const node = make("input", { type: "number", step: "any", "data-control": name, "aria-label": name, placeholder: title, onchange: () => set({ [key]: node.value === "" ? null : Number(node.value), page: 0 }) });
+    return node;
   };
   const runBox = select("run", (value) => set({ run: Number(value), page: 0, step: "last" }));
   const stepBox = select("step", (value) => set({ step: value, page: 0 }));
@@ -130,6 +169,23 @@ opd.rollouts = (() => {
   const rightBox = select("right", (value) => set({ right: value, page: 0 }));
   const orderBox = select("order", (value) => set({ order: { ...state.order, [state.mode]: value }, page: 0 }));
   const colourBox = select("colour", (value) => set({ colour: { ...state.colour, [source()]: value } }));
+  const scaleBox = select("scale", (value) => set({ own: value === "own" }));
+  const showsBox = select("show", (value) => set({ shows: value }));
+  const verdictBox = select("verdict", (value) => set({ verdict: value, page: 0 }));
+  let typing = null;
+  const search = make("input", { type: "search", "data-control": "search", placeholder: "in prompts and answers", oninput: () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => set({ words: search.value, page: 0 }), 150);
+  } });
+  const searchLabel = make("label", { class: "search" }, make("span", {}, "search"), search);
+  const range = (title, first, second) => make("div", { class: "range", role: "group", "aria-label": title }, make("span", {}, title), first, make("span", {}, "to"), second);
+  const stepsBox = range("steps", numeric("first step", "first", "from"), numeric("last step", "last", "to"));
+  const rewardBox = range("reward", numeric("least reward", "least", "least"), numeric("most reward", "most", "most"));
+  const clear = make("button", { type: "button", class: "quiet", onclick: () => {
+    for (const node of [search, ...stepsBox.querySelectorAll("input"), ...rewardBox.querySelectorAll("input")]) node.value = "";
+    set({ words: "", verdict: "", from: null, to: null, least: null, most: null, page: 0 });
+  } }, "clear filters");
+  const matched = make("p", { class: "note", role: "status" });
   const legend = make("div", { class: "scale" });
   const note = make("p", { class: "note" });
   const list = make("div", { class: "list" });
@@ -166,20 +222,49 @@ opd.rollouts = (() => {
       }), state[side]);
     }
     options(orderBox, Object.entries(ORDERS[state.mode]), order());
+    options(showsBox, Object.entries(SHOWS), state.shows);
+    scaleBox.label.hidden = !opd.several() || !colourName();
+    options(scaleBox, [["shared", "one for all runs"], ["own", "each run’s own"]], state.own ? "own" : "shared");
+    const known = data.runs.flatMap((_, i) => opd.rows.entries(i, source()));
+    const verdicts = Object.entries(VERDICTS).filter(([name, [, fits]]) => name === state.verdict || (known.some(fits) && !known.every(fits)));
+    verdictBox.label.hidden = !verdicts.length;
+    options(verdictBox, [["", "all"], ...verdicts.map(([name, [title]]) => [name, title])], state.verdict);
+    const rewards = new Set(known.map(({ reward }) => reward).filter((reward) => reward !== null));
+    rewardBox.hidden = ![...rewards].some((reward) => reward !== 0 && reward !== 1);
+    stepsBox.hidden = source() !== "training" || new Set(known.map(({ step }) => step)).size < 2;
+    clear.hidden = !filtering();
     options(colourBox, opd.rows.valueNames(source()).map((name) => [name, layer(name).title]), colourName());
     colourBox.label.hidden = !colourName();
     drawLegend();
     const thinned = data.runs.map((_, i) => [opd.rows.entries(i, source()).length, opd.rows.total(i, source()), i]).filter(([have, all]) => have < all);
-    note.textContent = thinned.map(([have, all, i]) => `${opd.several() ? `${data.runs[i].label}: ` : ""}${have.toLocaleString("en")} of ${all.toLocaleString("en")} rollouts are in this page, evenly chosen, to keep it small.`).join(" ");
-    note.hidden = !thinned.length;
+    const told = thinned.map(([have, all, i]) => `${opd.several() ? `${data.runs[i].label}: ` : ""}${have.toLocaleString("en")} of ${all.toLocaleString("en")} rollouts are in this page, evenly chosen, to keep it small.`);
+    note.textContent = [...told, ...(source() === "held_out" ? data.runs.map(untold) : [])].filter(Boolean).join(" ");
+    note.hidden = !note.textContent;
+  }
+
+  const filtering = () => Boolean(state.words.trim() || state.verdict || [state.from, state.to, state.least, state.most].some((one) => one !== null));
+
+  /** What there is to say of a run whose teacher's own answers are not, or not all, in the page. */
+  function untold(run, i) {
+    const ids = new Map(); // prompt -> whether its teacher's answer is known; pictures and episodes have none
+    for (const { id, taught, image } of opd.rows.entries(i, "held_out")) if (taught !== null && !image) ids.set(id, ids.get(id) || taught);
+    const answered = [...ids.values()].filter(Boolean).length;
+    if (!run.taught || !ids.size || answered === ids.size) return "";
+    const before = opd.several() ? `${run.label}: ` : "";
+    if (answered) return `${before}The teacher was asked for its own answer to ${answered} of ${ids.size} prompts, once; evaluation.teacher_answers: true has it answer all.`;
+    return `${before}The teacher’s own answers are not in this run: it is no model of the student’s tokenizer on the student’s device, or the recipe says evaluation.teacher_answers: false.`;
   }
 
   function drawLegend() {
-    const { name, layer: found, domain: [from, to] } = painter();
-    legend.className = `scale hue-${found.hue} ${from < 0 && to > 0 ? "both" : ""}`;
-    legend.hidden = !name;
+    const { name, layer: found } = painter(0);
+    legend.className = `scale hue-${found.hue}`;
+    legend.hidden = !name || state.shows === "text";
     const unit = found.unit ? ` ${found.unit}` : "";
-    legend.replaceChildren(make("span", {}, number(from)), make("span", { class: "gradient", "aria-hidden": "true" }), make("span", {}, `${number(to)}${unit}`), make("small", {}, `${found.about}${found.about ? ". " : ""}Values beyond the scale keep its last colour.`));
+    const one = (run) => {
+      const { domain: [from, to], middle } = painter(run);
+      return make("span", { class: `ramp ${from < 0 && to > 0 ? "both" : ""}` }, state.own ? opd.runName(run) : null, make("span", {}, number(from)), make("span", { class: "gradient", "aria-hidden": "true" }, make("i", {}, number(middle))), make("span", {}, `${number(to)}${unit}`));
+    };
+    legend.replaceChildren(...(state.own ? data.runs.map((_, i) => one(i)) : [one(0)]), make("small", {}, `${found.about}${found.about ? ". " : ""}Values beyond the scale keep its last colour.`));
   }
 
   function pager() {
@@ -213,32 +298,49 @@ opd.rollouts = (() => {
   async function show() {
     const mine = ++turn;
     drawControls();
-    const all = items();
-    drawPagers(all.length);
-    const page = all.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
-    const paint = painter();
-    const names = state.mode === "groups" ? compared(all) : null;
+    const paint = painter;
     let cards;
     try {
+      const whole = items();
+      const all = await filtered(whole);
+      if (mine !== turn) return; // another choice was made meanwhile
+      matched.textContent = filtering() ? `${all.length.toLocaleString("en")} of ${whole.length.toLocaleString("en")} ${state.mode === "groups" ? "prompts" : "rollouts"} match` : "";
+      drawPagers(all.length);
+      const page = all.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE);
+      const names = state.mode === "groups" ? compared(whole) : null;
       cards = await Promise.all(page.map((item) => (item.left ? pairCard(item, paint) : item.members ? groupCard(item, paint, names) : card(item, paint))));
     } catch (error) {
       cards = [make("p", { class: "note" }, `These rollouts cannot be decoded here (${error.message}). A browser of 2023 or later can.`)];
     }
     if (mine !== turn) return; // another choice was made meanwhile
-    const empty = data.live ? "None yet." : "This run has none.";
+    const empty = filtering() ? "No rollout matches." : data.live ? "None yet." : "This run has none.";
     list.replaceChildren(...(cards.length ? cards : [make("p", { class: "empty" }, empty)]));
     performance.mark("opd rollouts shown");
   }
 
+  /** Text boxes beside each other: what was said, and by whom. */
+  const answer = (who, text, kind = "") => make("div", { class: `answer ${kind}` }, make("h4", {}, who), make("div", { class: "said", tabindex: text.length > LONG ? "0" : null }, text || make("span", { class: "empty" }, "(nothing)")));
+
+  /** What stands above the tokens: the prompt, and what the teacher reads instead of it and says to it itself. */
+  function asked(row, told) {
+    return make("div", { class: "asked" }, prompt("prompt", row.prompt),
+      told.prompt === null ? null : make("details", { class: "read" }, make("summary", {}, Array.isArray(told.prompt) ? `what the teacher reads instead: ${told.prompt.length} messages` : "what the teacher reads instead"), prompt("", told.prompt)));
+  }
+
+  const teachers = (entry, told) => (told.answer === null ? null : answer(`teacher’s own answer, greedy${told.step !== entry.step ? `, asked at step ${told.step}` : ""}`, told.answer, "teachers"));
+  const plain = (row) => row.text ?? row.tokens.join("");
+  const isText = (row) => !["image", "episode"].some((key) => key in row.extra);
+
   async function card(entry, paint) {
-    const row = await opd.rows.load(entry);
-    return make("article", { class: "card" }, meta(entry, paint, entry.id), prompt(row.prompt), completion(row, entry, paint));
+    const [row, told] = await Promise.all([opd.rows.load(entry), opd.rows.taught(entry)]);
+    const answers = state.shows === "tokens" || !isText(row) ? null : make("div", { class: "answers" }, answer("student’s answer", plain(row)), teachers(entry, told));
+    return make("article", { class: "card" }, meta(entry, paint(entry.run), entry.id), asked(row, told), answers, completion(row, entry, paint(entry.run)));
   }
 
   async function pairCard({ left, right }, paint) {
-    const [before, after] = await Promise.all([opd.rows.load(left), opd.rows.load(right)]);
-    const side = (row, entry) => make("div", {}, meta(entry, paint), completion(row, entry, paint));
-    return make("article", { class: "card" }, make("p", { class: "meta" }, left.id), prompt(before.prompt), make("div", { class: "pair" }, side(before, left), side(after, right)));
+    const [before, after, told] = await Promise.all([opd.rows.load(left), opd.rows.load(right), opd.rows.taught(right)]);
+    const side = (row, entry) => make("div", { class: "side" }, meta(entry, paint(entry.run)), state.shows === "tokens" || !isText(row) ? null : answer("student’s answer", plain(row)), completion(row, entry, paint(entry.run)));
+    return make("article", { class: "card" }, make("p", { class: "meta" }, make("span", {}, left.id)), asked(before, told), state.shows === "tokens" ? null : teachers(right, told), make("div", { class: "pair" }, side(before, left), side(after, right)));
   }
 
   /** Names of one number a row: those that all members of a group share, and those that tell them apart. */
@@ -256,36 +358,40 @@ opd.rollouts = (() => {
     const differ = rewards.some((reward) => reward !== best);
     const left = ({ reward }, i) => (differ ? (reward ?? -Infinity) === best : i < members.length / 2);
     const sorted = [...members].sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
-    const rows = await Promise.all(sorted.map((entry) => opd.rows.load(entry)));
+    const [rows, told] = await Promise.all([Promise.all(sorted.map((entry) => opd.rows.load(entry))), opd.rows.taught(sorted[0])]);
     const said = rows.some((row) => row.extra.shaped);
     const title = (name) => make("th", { scope: "col", class: "number", title: layer(name).about }, layer(name).title);
     const head = make("tr", {}, make("th", { scope: "col" }, ""), make("th", { scope: "col", class: "number" }, "reward"), own.map(title), said ? make("th", { scope: "col" }, "what was done to it") : null);
     const body = sorted.map((entry, i) => make("tr", {}, make("th", { scope: "row" }, `answer ${i + 1}`), make("td", { class: "number" }, number(entry.reward)), own.map((name) => make("td", { class: "number" }, number(entry.mean(name)))), said ? make("td", { class: "what" }, rows[i].extra.shaped || "nothing") : null));
     const about = make("p", { class: "meta" }, opd.several() ? opd.runName(members[0].run) : null, make("span", {}, `step ${step}`), make("span", {}, members[0].id), members[0].task && make("span", {}, members[0].task),
       shared.filter((name) => members[0].mean(name) !== null).map((name) => make("span", { title: layer(name).about }, `${layer(name).title} ${number(members[0].mean(name))}`)));
-    const side = (wanted) => make("div", {}, sorted.flatMap((entry, i) => left(entry, i) !== wanted ? [] : [make("div", {}, make("p", { class: "meta" }, make("span", {}, `answer ${i + 1}`), make("span", {}, `reward ${number(entry.reward)}`), entry.finished ? null : make("span", {}, "cut off")), completion(rows[i], entry, paint, ["shaped"]))]));
+    const side = (wanted) => make("div", {}, sorted.flatMap((entry, i) => left(entry, i) !== wanted ? [] : [make("div", { class: "side" }, make("p", { class: "meta" }, chip(entry.reward), make("span", {}, `answer ${i + 1}`), make("span", {}, `reward ${number(entry.reward)}`), entry.finished ? null : make("span", {}, "cut off")), state.shows === "tokens" ? null : answer("student’s answer", plain(rows[i])), completion(rows[i], entry, paint(entry.run), ["shaped"]))]));
     const table = opd.scroller("What was done to each answer", make("table", { class: "members" }, make("thead", {}, head), make("tbody", {}, body)));
-    return make("article", { class: "card" }, about, prompt(rows[0].prompt), table, make("div", { class: "pair" }, side(true), side(false)));
+    return make("article", { class: "card" }, about, asked(rows[0], told), table, make("div", { class: "pair" }, side(true), side(false)));
   }
+
+  /** What a verifier said, in a word and a colour; other rewards than 0 and 1 stand as numbers in the line. */
+  const chip = (reward) => (reward === 1 ? make("span", { class: "chip good" }, "right") : reward === 0 ? make("span", { class: "chip bad" }, "wrong") : null);
 
   /** One line about a rollout; beside another of the same prompt it needs no name. */
   function meta(entry, paint, name = null) {
     const mean = paint.name ? entry.mean(paint.name) : null;
-    return make("p", { class: "meta" },
+    return make("p", { class: "meta" }, chip(entry.reward),
       opd.several() ? opd.runName(entry.run) : null, make("span", {}, `step ${entry.step}`), name && make("span", {}, name), entry.task && make("span", {}, entry.task),
       make("span", {}, `${entry.length} token${entry.length === 1 ? "" : "s"}`), entry.finished ? null : make("span", {}, "cut off"),
-      entry.reward === null ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${number(mean)}`));
+      entry.reward === null || chip(entry.reward) ? null : make("span", {}, `reward ${number(entry.reward)}`), mean === null ? null : make("span", {}, `mean ${paint.layer.title} ${opd.short(mean)}`));
   }
 
   /** A prompt: text, or messages of {role, content}. */
-  function prompt(value) {
+  function prompt(title, value) {
     const text = (content) => (typeof content === "string" ? content : content === null || content === undefined ? "" : JSON.stringify(content));
     const messages = Array.isArray(value) && value.every((one) => one && typeof one === "object" && "content" in one) ? value.map((one) => [text(one.role), text(one.content)]) : [["", text(value)]];
     const whole = make("div", { class: "prompt" }, messages.map(([role, content]) => make("p", {}, role ? make("b", {}, `${role} `) : null, content)));
-    if (messages.reduce((sum, [, content]) => sum + content.length, 0) < 400) return whole;
+    const head = title ? make("h4", {}, title) : null;
+    if (messages.reduce((sum, [, content]) => sum + content.length, 0) < LONG || !title) return make("div", {}, head, whole);
     whole.classList.add("cut");
     const more = make("button", { type: "button", class: "more", "aria-expanded": "false", onclick: () => more.setAttribute("aria-expanded", String(!whole.classList.toggle("cut"))) }, "whole prompt");
-    return make("div", {}, whole, more);
+    return make("div", {}, head, whole, more);
   }
 
   function completion(row, entry, paint, without = []) {
@@ -297,9 +403,9 @@ opd.rollouts = (() => {
     add(0, TOKENS_AT_ONCE);
     const rest = row.tokens.length - TOKENS_AT_ONCE;
     const more = rest > 0 ? make("button", { type: "button", class: "more", onclick: () => { add(TOKENS_AT_ONCE, row.tokens.length); more.remove(); } }, `${rest.toLocaleString("en")} more tokens`) : null;
-    const decoded = row.text ? make("p", { class: "decoded" }, make("b", {}, "as text "), row.text) : null;
+    if (state.shows === "text" && isText(row)) box.hidden = true;
     const blocks = Object.entries(row.extra).filter(([key]) => !tokenLayer(key) && !without.includes(key)).map(([key, value]) => block(key, value, row));
-    return make("div", {}, box, more, decoded, blocks);
+    return make("div", { class: "completion" }, box, box.hidden ? null : more, blocks);
   }
 
   const tokenLayer = (key) => data.layers.find((one) => one.place === "token" && one.reads === key);
@@ -332,14 +438,14 @@ opd.rollouts = (() => {
     for (const old of list.querySelectorAll('[aria-selected="true"]')) old.setAttribute("aria-selected", "false");
     node.setAttribute("aria-selected", "true");
     const text = row.tokens[i];
-    const paint = painter();
+    const paint = painter(entry.run);
     const values = Object.entries(row.values).map(([name, all]) => {
       const found = layer(name);
       const scale = opd.scales[found.renderer];
       const words = all[i] !== null && scale && scale.note ? make("small", {}, ` ${scale.note(all[i])}`) : null;
       return make("tr", { class: name === paint.name ? "chosen" : "", title: found.about }, make("th", { scope: "row" }, found.title), make("td", { class: "number" }, number(all[i]), words));
     });
-    const blocks = data.layers.filter((one) => one.place === "token" && one.reads in row.extra && opd.tokenRenderers[one.renderer]).map((one) => make("div", {}, make("h3", {}, one.title), opd.tokenRenderers[one.renderer](row.extra[one.reads], i, row)));
+    const blocks = data.layers.filter((one) => one.place === "token" && one.reads in row.extra && opd.tokenRenderers[one.renderer]).map((one) => make("div", { class: "more-of" }, make("h3", {}, one.title), opd.tokenRenderers[one.renderer](row.extra[one.reads], i, row)));
     panel.replaceChildren(
       make("button", { type: "button", class: "close", "aria-label": "close", onclick: close }, "×"),
       make("p", { class: "meta" }, make("span", {}, `token ${i + 1} of ${row.tokens.length}`), make("span", {}, `step ${entry.step}`), make("span", {}, entry.id)),
@@ -406,9 +512,10 @@ opd.rollouts = (() => {
     list.addEventListener("keydown", onKey);
     // On a narrow page the panel lies over the others' place too; it goes when the rollouts are out of sight.
     new IntersectionObserver(([{ isIntersecting }]) => isIntersecting || panel.classList.remove("open")).observe(list);
-    panel.append(make("p", { class: "empty" }, "Point at a token, or reach it with Tab and the arrow keys: its values and what student and teacher would rather have said show here."));
+    panel.append(make("p", { class: "empty" }, "Point at a token, or reach it with Tab and the arrow keys: its values, and what student and teacher would rather have said, show here."));
     if (!opd.rows.valueNames("held_out").length && opd.rows.valueNames("training").length) state.mode = "training";
-    opd.fill("rollouts", tabs, make("div", { class: "controls" }, [runBox, stepBox, leftBox, rightBox, orderBox, colourBox].map((box) => box.label)), legend, note, pagers[0].node, make("div", { class: "tokenview" }, list, panel), pagers[1].node);
+    const boxes = [runBox, stepBox, leftBox, rightBox, orderBox, showsBox, colourBox, scaleBox].map((box) => box.label);
+    opd.fill("rollouts", tabs, make("div", { class: "controls" }, boxes), make("div", { class: "controls filters", role: "search", "aria-label": "Filters" }, searchLabel, verdictBox.label, stepsBox, rewardBox, clear), matched, legend, note, pagers[0].node, make("div", { class: "tokenview" }, list, panel), pagers[1].node);
     return show();
   }
 

@@ -12,9 +12,9 @@ opd.rows = (() => {
     rows.entries = rows.entries || [];
     for (rows.indexed = rows.indexed || 0; rows.indexed < rows.chunks.length; rows.indexed++) {
       const chunk = rows.chunks[rows.indexed];
-      const { step, id, length, finished, reward, task, image, means } = chunk.index;
+      const { step, id, length, finished, reward, task, image, taught, read, means } = chunk.index;
       step.forEach((_, at) => rows.entries.push({
-        run: i, step: step[at], id: id[at], length: length[at], finished: finished[at], reward: reward[at], task: task[at], image: image[at], chunk, at,
+        run: i, step: step[at], id: id[at], length: length[at], finished: finished[at], reward: reward[at], task: task[at], image: image[at], taught: taught[at], read: read[at], chunk, at,
         mean: (name) => (means[name] ? means[name][at] : null),
       }));
     }
@@ -30,9 +30,9 @@ opd.rows = (() => {
     return [...new Set(data.runs.flatMap((run) => run.rows[source].chunks.flatMap((chunk) => Object.keys(chunk.ranges))))];
   }
 
-  /** [lowest, 2 %, 98 %, highest] of a value over all rows of `source`. */
-  function range(source, name) {
-    const found = data.runs.flatMap((run) => run.rows[source].chunks.map((chunk) => chunk.ranges[name]).filter(Boolean));
+  /** [lowest, 2 %, 98 %, highest] of a value over all rows of `source`, of all runs or of one. */
+  function range(source, name, of = null) {
+    const found = data.runs.filter((_, i) => of === null || i === of).flatMap((run) => run.rows[source].chunks.map((chunk) => chunk.ranges[name]).filter(Boolean));
     if (!found.length) return [0, 0, 0, 0];
     return [0, 1, 2, 3].map((k) => (k < 2 ? Math.min : Math.max)(...found.map((one) => one[k])));
   }
@@ -66,6 +66,7 @@ opd.rows = (() => {
     const real = ({ values, scale }, i) => (values[i] === MISSING ? null : values[i] / scale);
     const rows = chunk.index.length.map((length, i) => ({
       prompt: header.prompts[header.prompt[i]], text: header.text[i], extra: header.extra[i], tokens: [], values: {}, length,
+      teacherAnswer: header.teacher_answer[i], teacherPrompt: header.teacher_prompt[i] === null ? null : header.prompts[header.teacher_prompt[i]],
     }));
     for (const [key, column] of columns) {
       if (key === "tokens") eachToken(rows, (row, i) => row.tokens.push(header.strings[column.values[i]]));
@@ -74,6 +75,8 @@ opd.rows = (() => {
         eachToken(rows, (row, i) => (row.values[name] = row.values[name] || []).push(real(column, i)));
       } else if (key.endsWith("/count")) ranked(rows, header, columns, key.slice(0, -"/count".length), real);
     }
+    // A number is how many of the last tokens are not in the text, which the others are, one behind the other.
+    for (const row of rows) if (typeof row.text === "number") row.text = row.tokens.slice(0, row.tokens.length - row.text).join("");
     return rows;
   }
 
@@ -106,5 +109,30 @@ opd.rows = (() => {
     return (await rows)[entry.at];
   }
 
-  return { entries, total, valueNames, range, ofRows, load };
+  /** What a teacher reads of the prompt of an entry and what it answers to it itself, wherever a row says so: it is
+   *  written once, beside the first measurement. {prompt, answer, step}; null for what is not known. */
+  async function taught(entry) {
+    const held = [entry, ...entries(entry.run, "held_out").filter(({ id }) => id === entry.id)];
+    const of = async (key, name) => {
+      // The last one up to this step: a teacher that answers at each measurement may follow the student.
+      const found = held.filter((one) => one[key]);
+      const at = found.includes(entry) ? entry : found.filter(({ step }) => step <= entry.step).pop() || found[0];
+      return at ? [(await load(at))[name], at.step] : [null, null];
+    };
+    const [[prompt], [answer, step]] = await Promise.all([of("read", "teacherPrompt"), of("taught", "teacherAnswer")]);
+    return { prompt, answer, step };
+  }
+
+  const texts = new Map(); // chunk -> lower-case texts of its rows
+
+  /** The lower-case text of an entry that a search looks through: its prompt, its answer and its id. */
+  async function text(entry) {
+    const { chunk } = entry;
+    if (!texts.has(chunk)) {
+      texts.set(chunk, unpack(chunk).then((rows) => rows.map((row, at) => [chunk.index.id[at], typeof row.prompt === "string" ? row.prompt : JSON.stringify(row.prompt), row.text ?? row.tokens.join("")].join("\n").toLowerCase())));
+    }
+    return (await texts.get(chunk))[entry.at];
+  }
+
+  return { entries, total, valueNames, range, ofRows, load, taught, text };
 })();

@@ -1,6 +1,7 @@
 "use strict";
+opd.drawTheme();
 opd.drawHeader();
-opd.drawSummary();
+opd.card.draw();
 opd.curves.start();
 opd.drawRecipe();
 opd.drawEnvironment();
