@@ -22,7 +22,7 @@ IDLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 class Libero(Control):
     """A suite of LIBERO by its package. An episode begins in one of the suite's fixed initial states, by the row's
     seed, and after `idle` steps without movement. The gripper's value is made binary, and its sign turned, at execution
-    alone. This adapter was written after the published one and has not been run.
+    alone. Written after the published adapter.
     """
 
     kind: Literal["libero"] = "libero"
