@@ -19,6 +19,7 @@ CLASS = re.compile(r"^::: \S+\.[A-Z]\w*$(?!\n +options)", re.M)
 
 GROUPS = {
     "held_out/": "Held out: the student's own answers to prompts that it never trains on",
+    "report/": "The report: what was asked for it alone",
     "train/": "Training: one step",
 }
 

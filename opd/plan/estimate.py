@@ -89,13 +89,14 @@ def this_machine(recipe: Recipe, plan: Plan | None) -> Device:
     return Device(name, memory, operations, reading, starting, taken)
 
 
-WIDEST, TOGETHER = 1024, 2**27
-"""Wider matrices are as quick and take longer; bytes of the weights of a pass."""
+WIDEST, TOGETHER, SLOW = 1024, 2**27, 0.1
+"""Wider matrices are as quick and take longer; bytes of the weights of a pass; seconds of a call that is not repeated, as
+where a processor emulates bfloat16."""
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """The least of a call, of five or as many as fit into a fifth of a second after one that warms up: what others take
-    of the machine at the moment is no part of it."""
+    of the machine at the moment is no part of it. A slow call is made once."""
 
     def timed() -> float:
         begun = time.perf_counter()
@@ -104,7 +105,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    timed()
+    first = timed()
+    if first > SLOW:
+        return first
     found = [timed()]
     while len(found) < 5 or sum(found) < 0.2:
         found.append(timed())
@@ -115,7 +118,7 @@ def _products(device: torch.device, width: int, bf16: bool) -> float:
     """Operations a second of a layer's products: forward, and both of the backward pass."""
     width = min(width, WIDEST)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    rows = torch.randn(512, width, device=device, dtype=dtype, requires_grad=True)
+    rows = torch.randn(128, width, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(width, 4 * width, device=device, dtype=dtype, requires_grad=True)
     work = 3 * 2 * rows.shape[0] * weight.numel()
     return work / _seconds(lambda: (rows @ weight).sum().backward(), device)
@@ -231,7 +234,7 @@ def estimate(recipe: Recipe, plan: Plan | FlowPlan | ActionPlan | DrafterPlan) -
     here = _fit(recipe, plan, this_machine(recipe, timed))
     cards: tuple[Fit, ...] = ()
     if recipe.hardware.device == "auto" and home_of(recipe) != "cuda":
-        there = make_plan(recipe, "cuda")
+        there = (timed.on_card if timed is not None else None) or make_plan(recipe, "cuda")
         cards = tuple(_fit(recipe, there, card) for card in CARDS)
     notes = []
     if here.room < 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,9 @@ class Plan:
 
     drawing: Drawing | None = None
     """What a step's rollouts take of this process; None where it draws none."""
+
+    on_card: Plan | None = None
+    """The same on a card, where it was made for a CPU that the recipe does not name."""
 
     @property
     def peak(self) -> int:
@@ -183,7 +186,7 @@ def plan_language(recipe: Recipe, home: str | None = None) -> Plan:
     debated = trajectories if recipe.rollout.turnwise else recipe.batch.prompts
     sampled = _sampled_here(recipe, student, teachers)
     tokenizers = _tokenizers(recipe, [shape for shapes in asked for shape in shapes], notes)
-    return Plan(
+    plan = Plan(
         recipe=recipe.name,
         student=student,
         teachers=tuple(shape for shapes in asked for shape in shapes),
@@ -199,6 +202,11 @@ def plan_language(recipe: Recipe, home: str | None = None) -> Plan:
         tokenizers=tokenizers,
         drawing=_drawing(recipe, home, student, teachers, prompt, completion, trajectories) if sampled else None,
     )
+    if home != "cpu" or recipe.hardware.device != "auto":
+        return plan
+    there = _memory(recipe, "cuda", student, teachers, debates, prompt, common, completion, [])
+    drawing = _drawing(recipe, "cuda", student, teachers, prompt, completion, trajectories) if sampled else None
+    return replace(plan, on_card=replace(plan, memory=there, drawing=drawing))
 
 
 def _tokenizers(recipe: Recipe, shapes: Sequence[Shape], notes: list[str]) -> tuple[tuple[str, str], ...]:

@@ -172,7 +172,10 @@ def other_view(teachers: Sequence[LiveTeacher], prompt: Prompt) -> str | list[di
         view = row.view(column)
         if isinstance(view, str):
             return view
-        return [{"role": str(each.get("role", "")), "content": text_of(each.get("content"))} for each in view]
+        # A view may be a column of pictures alone, of which there is nothing to read.
+        if isinstance(view, list) and view and all(isinstance(each, Mapping) and "role" in each for each in view):
+            return [{"role": str(each["role"]), "content": text_of(each.get("content"))} for each in view]
+        return None
     return None
 
 

@@ -54,7 +54,7 @@ MEANINGS = {
     "held_out/accuracy_low": Meaning("accuracy, lower end", "share of episodes", "of Wilson's interval of 95 %"),
     "held_out/accuracy_high": Meaning("accuracy, upper end", "share of episodes", "of Wilson's interval of 95 %"),
     "held_out/accuracy/": Meaning("accuracy on task", "share of answers", "by the rows' column `task`", "higher"),
-    "held_out/steps": Meaning("steps", "of an episode", "of the environment, or turns of a language agent", "lower"),
+    "held_out/steps": Meaning("steps", "", "of an episode: of the environment, or turns of a language agent", "lower"),
     "held_out/reverse_kl/": Meaning(
         "reverse KL at", "nats", "of image models at a step of the sampler, summed over the latent", "lower"
     ),

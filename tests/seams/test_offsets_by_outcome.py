@@ -157,7 +157,7 @@ def test_the_gradient_is_that_by_hand_however_groups_are_cut(objective, seen, tm
     total.backward()
     for name, p in student.named_parameters():
         torch.testing.assert_close(cut[name], p.grad, atol=1e-5, rtol=1e-3)
-        torch.testing.assert_close(cut[name], whole[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(cut[name], whole[name], atol=5e-6, rtol=1e-4)
     step = next(r for r in one.history if "train/loss" in r)
     known = lead[lead != 0]
     assert step["train/led"] == pytest.approx(float(known.mean()), abs=1e-6)
