@@ -90,8 +90,8 @@ def this_machine(recipe: Recipe, plan: Plan | None) -> Device:
 
 
 WIDEST, TOGETHER, SLOW = 1024, 2**27, 0.1
-"""Wider matrices are as quick and take longer; bytes of the weights of a pass; seconds of a call that is not repeated, as
-where a processor emulates bfloat16."""
+"""Wider matrices are as quick and take longer; bytes of the weights of a pass; seconds of a call that is not repeated,
+as where a processor emulates bfloat16."""
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
