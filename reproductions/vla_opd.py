@@ -256,7 +256,7 @@ its steps.
 """,
     discussion="""
 Every arm that learns from the teacher on the student's own episodes by a reverse KL gains much, and none comes near its
-teacher in 40 steps. Forward KL, which spreads over what the teacher might have done, loses even what the start could do.
+teacher in 40 steps. Forward KL, which spreads over what the teacher might do, loses even what the start could do.
 No arm reached the goal by which speed is measured. So both claims about speed compare whole runs, of which GRPO's are
 three times as long by the set-up: that VLA-OPD ends above GRPO with a third of its environment steps is what can be
 said, and how many times fewer it needs cannot. More steps, or a goal nearer to the start, would test it.
