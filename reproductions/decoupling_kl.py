@@ -142,15 +142,20 @@ combinations are `rollout: student | teacher` and `objective: forward_kl | rever
 `{{kind: mixture, reverse_weight: ...}}`; the entropy-gated curriculum is `curriculum: length_ladder`.
 
 **Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits (about 30 tokens), each step in one of three legal
-writings drawn at random: the teacher is multimodal, without which the directions would coincide. **Models.** Llamas of
-two layers: the teacher of width 64, the student of width 32, both from reference solutions. **Budgets.** Arms take
-{STEPS} steps of 32 trajectories at one learning rate, but for those that a gate stopped, the two at equal cost
-({STEPS_STORED[EQUAL_SECONDS]} and {STEPS_STORED[EQUAL_OPERATIONS]} steps) and reinforcement learning (80 steps of 64);
-"short" is {SHORT} new tokens and "long" {LONG}, three times the natural length; held-out samples are cut at {CAP}. The
-ladder's rungs are {", ".join(map(str, LADDER))} tokens, {STEPS // len(LADDER)} steps each. **Readings of the paper**
-where it leaves room: whole-vocabulary KL; one shared end token, supervised; token mean over the whole batch; when the
-gate fails, the weights of the last rung that passed. **Seeds.** Five for the four objectives and for the curriculum
-with the gate at a half, the one without a gate and the length alone; three for everything else.
+writings drawn at random: the teacher is multimodal, without which the directions would coincide.
+
+**Models.** Llamas of two layers: the teacher of width 64, the student of width 32, both from reference solutions.
+
+**Budgets.** Arms take {STEPS} steps of 32 trajectories at one learning rate, but for those that a gate stopped, the
+two at equal cost ({STEPS_STORED[EQUAL_SECONDS]} and {STEPS_STORED[EQUAL_OPERATIONS]} steps) and reinforcement learning
+(80 steps of 64); "short" is {SHORT} new tokens and "long" {LONG}, three times the natural length; held-out samples are
+cut at {CAP}. The ladder's rungs are {", ".join(map(str, LADDER))} tokens, {STEPS // len(LADDER)} steps each.
+
+**Readings of the paper** where it leaves room: whole-vocabulary KL; one shared end token, supervised; token mean over
+the whole batch; when the gate fails, the weights of the last rung that passed.
+
+**Seeds.** Five for the four objectives and for the curriculum with the gate at a half, the one without a gate and the
+length alone; three for everything else.
 """,
     discussion="""
 ## Why it came out so

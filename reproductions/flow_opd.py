@@ -386,36 +386,43 @@ student samples are equal.
 
 **Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, each filling the middle of a
 quarter, two of twelve characters to write in the middle, a shape in front of a gradient, and a quality that says
-nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT} test
-prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count on
-triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
+nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT}
+test prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count
+on triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
 Equal ones are bundled, those of `unseen` by themselves and the others in as many bundles as the fewest of them;
-figures are means over bundles. Prompts of count, which a model knows by their text, are the
-same in training and test, but for `unseen`. `count 1` to `count 4` are count by the number that was asked for.
-Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE. **Models** are SD3 transformers on
-pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance. The **base** learnt by flow
-matching in rounds of {BASE_STEPS} batches and stopped as soon as glyph and every single number of count are right in
-{ENOUGH:.0%} of the cases; glyph and count as a whole must then be below {WINDOW[1]:.0%}, so that there is something
-left to learn. **Experts** are
-that base after GRPO: {EXPERT_STEPS["count"]} steps on count at rate {EXPERT_RATES["count"]:g},
-{EXPERT_STEPS["glyph"]} on glyph at {EXPERT_RATES["glyph"]:g}, and {EXPERT_STEPS["quality"]} on 0.8 quality and 0.2 task
-over all prompts at {EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms share
-them. **GRPO-Mix** draws the prompt sets 3:1:1 and rewards count and glyph with 0.8 task and 0.2 quality, scene with
-quality. **Cold starts** are the experts' average and flow matching on their pictures. Sampling in training: {T} steps,
-the last one not trained on, noise {NOISE}. The learning rates of GRPO, of OPD and of OPD by pg_sample are each the best
-of {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed reward, under a seed of its own.
+figures are means over bundles. Prompts of count, which a model knows by their text, are the same in training and test,
+but for `unseen`. `count 1` to `count 4` are count by the number that was asked for. Training rewards are graded. Test
+pictures come from {ODE_STEPS} steps of the ODE.
+
+**Models** are SD3 transformers on pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance.
+The **base** learnt by flow matching in rounds of {BASE_STEPS} batches and stopped as soon as glyph and every single
+number of count are right in {ENOUGH:.0%} of the cases; glyph and count as a whole must then be below {WINDOW[1]:.0%},
+so that there is something left to learn.
+
+**Experts** are that base after GRPO: {EXPERT_STEPS["count"]} steps on count at rate {EXPERT_RATES["count"]:g},
+{EXPERT_STEPS["glyph"]} on glyph at {EXPERT_RATES["glyph"]:g}, and {EXPERT_STEPS["quality"]} on 0.8 quality and 0.2
+task over all prompts at {EXPERT_RATES["quality"]:g}; the last owns the prompts of scene and is the anchor. All arms
+share them.
+
+**GRPO-Mix** draws the prompt sets 3:1:1 and rewards count and glyph with 0.8 task and 0.2 quality, scene with quality.
+
+**Cold starts** are the experts' average and flow matching on their pictures. Sampling in training: {T} steps, the last
+one not trained on, noise {NOISE}. The learning rates of GRPO, of OPD and of OPD by pg_sample are each the best of
+{", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed reward, under a seed of its own.
 
 **Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
 of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
 of one step, `kl experts` the mean along the experts'. **along** compares gradients at the experts' average: that of
 `kl_direct`, the mean over {GRADIENT_BATCHES} steps' samples, with another mean over as many others, of each estimator;
-it is their inner product over the squared length of the first. **Judges** that no reward knows: `entropy` of
-backgrounds that no prompt names, `sharpness` of edges, `novelty`, the distance to the nearest training picture, and the
-`frechet` distance to references of the same prompts. **wins** counts, of {TEXTS} texts of count and glyph with {DRAWS}
-pictures each, those on which a model is right more often than every expert (Fisher's exact test, false discovery rate
-5 %). **accuracy** is what training reached of its own reward on validation prompts. **reached** and **sampled tokens to
-goal** (denoising steps) are of the three starts of OPD without anchor: the goal is nine tenths of the way, in that
-accuracy, from where the one from the base begins to where the one from the average ends, under the same seed.
+it is their inner product over the squared length of the first.
+
+**Judges** that no reward knows: `entropy` of backgrounds that no prompt names, `sharpness` of edges, `novelty`, the
+distance to the nearest training picture, and the `frechet` distance to references of the same prompts. **wins**
+counts, of {TEXTS} texts of count and glyph with {DRAWS} pictures each, those on which a model is right more often than
+every expert (Fisher's exact test, false discovery rate 5 %). **accuracy** is what training reached of its own reward
+on validation prompts. **reached** and **sampled tokens to goal** (denoising steps) are of the three starts of OPD
+without anchor: the goal is nine tenths of the way, in that accuracy, from where the one from the base begins to where
+the one from the average ends, under the same seed.
 
 **Size.** A step of GRPO or OPD took 0.8 CPU seconds of one thread, an arm a minute and a half, and `{LONG}`, which has
 {LONG_STEPS / STEPS:.1f} times the steps, thirteen minutes. All of it took 110 minutes of two cores, on which other work

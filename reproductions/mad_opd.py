@@ -172,12 +172,14 @@ without a debate? One pair of teachers, a start for each seed, {STEPS} steps of 
 in the same order in every arm. This is the debate on a task of one turn; agents in environments, the paper's other
 half, are not in it.
 
-**Task.** A problem has {PARTS} parts, each of one of {len(CODES)} codes and a digit, `u3v7u1:`, and its answer a
-digit for each. **Teachers.** Both have three layers of width 64. A knows code u and has {WRONG["A"]} of the ten
-digits of code v wrong, B knows code v and has {WRONG["B"]} of code u wrong, always in the same way. On other problems
-they *learnt to debate*: to say how sure they are, and to take from a transcript the word of the one who knows the
-code. They are never shown a digit that neither proposed. What is tested is what training on a debate does, and not
-whether debates come about.
+**Task.** A problem has {PARTS} parts, each of one of {len(CODES)} codes and a digit, `u3v7u1:`, and its answer a digit
+for each.
+
+**Teachers.** Both have three layers of width 64. A knows code u and has {WRONG["A"]} of the ten digits of code v
+wrong, B knows code v and has {WRONG["B"]} of code u wrong, always in the same way. On other problems they *learnt to
+debate*: to say how sure they are, and to take from a transcript the word of the one who knows the code. They are never
+shown a digit that neither proposed. What is tested is what training on a debate does, and not whether debates come
+about.
 
 **Premise.** A gate before any arm: behind two rounds the teachers' texts are right at least 5 points more often than
 the better teacher alone, and nearly all have a tag; and every start has 10 to 45 of 100 validation problems right.

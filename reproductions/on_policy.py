@@ -92,16 +92,21 @@ Does a student learn more on states that it visits itself than on its teacher's?
 {STEPS} steps of 32 trajectories, and who writes the trajectories and which loss is taken are the only differences.
 
 **Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step; every step has three legal
-writings, so the teacher's distribution has several modes. **Models.** Both are Llamas of 2 layers and width 64 with one
-past: the base learnt from 1,200 batches of 64 reference solutions, and the teacher is that base after 2,000 more.
+writings, so the teacher's distribution has several modes.
+
+**Models.** Both are Llamas of 2 layers and width 64 with one past: the base learnt from 1,200 batches of 64 reference
+solutions, and the teacher is that base after 2,000 more.
+
 **Selection.** Each arm takes the best of the learning rates {", ".join(f"{r:g}" for r in RATES)} by accuracy on
 validation prompts, in runs of {STEPS_OF_SELECTION} steps under a seed of their own; figures are from 500 test prompts,
-sampled at temperature 1, and greedy. **Cost to 90 %** is what training had taken when the greedy accuracy on 256
-validation prompts first reached 90 % of the teacher's greedy accuracy on the same prompts (the whole run's cost where
-it never did); the columns that end in `sampled` say the same of answers sampled at temperature 1, which is harder: one
-improbable step spoils an answer. **Exposure** is the mean forward KL to the teacher over the last quarter of the
-student's own trajectories, less the same over the teacher's trajectories: what imitating on others' states leaves
-undone on one's own.
+sampled at temperature 1, and greedy.
+
+**Cost to 90 %** is what training had taken when the greedy accuracy on 256 validation prompts first reached 90 % of
+the teacher's greedy accuracy on the same prompts (the whole run's cost where it never did); the columns that end in
+`sampled` say the same of answers sampled at temperature 1, which is harder: one improbable step spoils an answer.
+
+**Exposure** is the mean forward KL to the teacher over the last quarter of the student's own trajectories, less the
+same over the teacher's trajectories: what imitating on others' states leaves undone on one's own.
 """,
     discussion="""
 ## Why it came out so

@@ -165,10 +165,12 @@ Does a model see small details in whole pictures better when it learns from itse
 seed, {STEPS} steps of {BATCH} rollouts, and the same questions in the same order in every arm.
 
 **Task.** Pictures of 96 pixels with six coloured tiles of 16 pixels, each with one of eleven characters; the question
-is which character stands on the tile of one colour, and the answer names both (`red K`). A crop shows the tile and what
-is round it, a third of the picture's width, enlarged twice. Which tile is meant stands in the question alone: student
-and test see pictures without a frame, where the paper's students are trained on framed ones (the arm *framed* does
-that). **Hold-out.** Five other characters over crops, which the start reads and no arm trains.
+is which character stands on the tile of one colour, and the answer names both (`red K`). A crop shows the tile and
+what is round it, a third of the picture's width, enlarged twice. Which tile is meant stands in the question alone:
+student and test see pictures without a frame, where the paper's students are trained on framed ones (the arm *framed*
+does that).
+
+**Hold-out.** Five other characters over crops, which the start reads and no arm trains.
 
 **Models.** A Qwen2.5-VL of 0.4 million parameters, new for every seed. It learns from reference answers, in each
 step about {MIX["crops"]} over crops, {MIX["whole pictures"]} over whole pictures and {MIX["held out"]} held-out

@@ -249,10 +249,11 @@ each of the six tasks, *SFT* their imitation. *GRPO* learns from success alone, 
 and {GRPO_STEPS // STEPS} times as many steps. *VLA-OPD, then GRPO* goes on from the distilled weights.
 
 **Selection.** {", ".join(TUNED)} take the best of the rates {TRIED} by success on validation states, from a start of a
-seed of its own; the others take VLA-OPD's, and what goes on by GRPO takes GRPO's. **Figures** are greedy success in
-{PER_TASK} episodes of each task from states that nothing else began in. Speed is environment steps until {SHARE:.0%} of
-the teacher's success on validation states, as logarithms to the base 3; an arm that does not get there counts with all
-its steps.
+seed of its own; the others take VLA-OPD's, and what goes on by GRPO takes GRPO's.
+
+**Figures** are greedy success in {PER_TASK} episodes of each task from states that nothing else began in. Speed is
+environment steps until {SHARE:.0%} of the teacher's success on validation states, as logarithms to the base 3; an arm
+that does not get there counts with all its steps.
 """,
     discussion="""
 Every arm that learns from the teacher on the student's own episodes by a reverse KL gains much, and none comes near its

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -18,17 +19,33 @@ STUDENTS = {
 WORKS, TOLD = "✓", "○"
 
 
+NAMED = re.compile(r"'([^']+)'")
+
+
 class Reasons:
-    """Messages by number, in the order in which they are met."""
+    """Messages of one table by number, in the order in which they are met. Messages that differ in the choice that they
+    name first are one, with all those names."""
 
     def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
+        self.numbers: dict[tuple[str, str], int] = {}
+        self.names: dict[int, list[str]] = {}
 
     def of(self, reason: str) -> int:
-        return self.numbers.setdefault(reason, len(self.numbers) + 1)
+        found = NAMED.search(reason)
+        before, after = (reason[: found.start()], reason[found.end() :]) if found else (reason, "")
+        number = self.numbers.setdefault((before, after), len(self.numbers) + 1)
+        names = self.names.setdefault(number, [])
+        if found and found[1] not in names:
+            names.append(found[1])
+        return number
 
     def listed(self) -> str:
-        return "".join(f"{number}. {_escaped(reason)}\n" for reason, number in self.numbers.items())
+        """The list below the table; empty where nothing is refused."""
+        lines = (
+            f"{number}. {_escaped(before)}{_either(self.names[number])}{_escaped(after)}\n"
+            for (before, after), number in self.numbers.items()
+        )
+        return "".join(lines)
 
 
 def generated(results: Sequence[Result]) -> str:
@@ -40,18 +57,15 @@ def generated(results: Sequence[Result]) -> str:
         f"**{works + told} of {len(pairs)} pairs run, and {refused} are refused at the start.** In {told} of "
         "those that run the teacher trains nothing, and a line at the start says so. Not counted are the choices that "
         f"a kind of student refuses whatever is beside them, {singles} in all. {WORKS}: it runs; {TOLD}: it runs, and "
-        "one of the two changes nothing; a number: it is refused, with the message of that number.\n"
+        "one of the two changes nothing; a number: it is refused, with the message of that number below the table.\n"
     )
     for result in results:
-        reasons = Reasons()
-        body = _alone(result, reasons) + (_tables(result, reasons) if result.pairs else "")
+        body = _alone(result) + (_tables(result) if result.pairs else "")
         text += f"\n## {STUDENTS[result.task]}: `{result.task}`\n\n{body}"
-        if reasons.numbers:
-            text += f"\n### What is said at the start\n\n{reasons.listed()}"
     return text
 
 
-def _alone(result: Result, reasons: Reasons) -> str:
+def _alone(result: Result) -> str:
     """Choices that the kind of student takes or refuses as such."""
     fitting = {
         axis: [name for name in names if f"{axis}.{name}" not in result.refused]
@@ -62,12 +76,13 @@ def _alone(result: Result, reasons: Reasons) -> str:
         told = "; ".join(f"{axis} {_kinds(names)}" for axis, names in fitting.items() if names)
         text += f"Each choice was tried by itself. These run: {told}.\n\n"
     if result.refused:
+        reasons = Reasons()
         told = ", ".join(f"{_named(choice)} ({reasons.of(reason)})" for choice, reason in result.refused.items())
-        text += f"Refused whatever is beside them: {told}.\n"
+        text += f"Refused whatever is beside them: {told}.\n\n{reasons.listed()}"
     return text
 
 
-def _tables(result: Result, reasons: Reasons) -> str:
+def _tables(result: Result) -> str:
     """A table for each two axes with a refusal among their pairs, and the others by name."""
     axes = [axis for axis in KEYS if any(name for name in result.choices.get(axis, ()))]
     between = [*combinations(axes, 2), *((axis, axis) for axis in axes if axis in LISTS)]
@@ -79,11 +94,13 @@ def _tables(result: Result, reasons: Reasons) -> str:
         if all(f.verdict == "works" for f in found):
             whole.append(f"{first} × {second}")
         else:
-            text += _table(result, first, second, found, reasons)
+            text += _table(result, first, second, found)
     return (f"\nEverything runs in {', '.join(whole)}.\n" if whole else "") + text
 
 
-def _table(result: Result, first: str, second: str, found: Sequence[Found], reasons: Reasons) -> str:
+def _table(result: Result, first: str, second: str, found: Sequence[Found]) -> str:
+    """The table and its messages."""
+    reasons = Reasons()
     rows, columns = (
         [n for n in result.choices[axis] if f"{axis}.{n}" not in result.refused] for axis in (first, second)
     )
@@ -106,7 +123,8 @@ def _table(result: Result, first: str, second: str, found: Sequence[Found], reas
     title = first if first == second else f"{first} × {second}"
     text = f"\n### {title}\n\n| | {' | '.join(f'`{column}`' for column in columns)} |\n|{'---|' * (len(columns) + 1)}\n"
     text += "".join(f"| `{row}` | {' | '.join(line)} |\n" for row, line in shown.items())
-    return text + (f"\nWith all of them: {_kinds(plain)}.\n" if plain else "")
+    text += f"\nWith all of them: {_kinds(plain)}.\n" if plain else ""
+    return text + (f"\n{reasons.listed()}" if reasons.numbers else "")
 
 
 def _axis(choice: str) -> str:
@@ -116,6 +134,11 @@ def _axis(choice: str) -> str:
 def _named(choice: str) -> str:
     axis, _, name = choice.partition(".")
     return f"{axis} `{name}`"
+
+
+def _either(names: Sequence[str]) -> str:
+    """`a`, `b` or `c`."""
+    return " or ".join(part for part in (_kinds(names[:-1]), _kinds(names[-1:])) if part)
 
 
 def _kinds(names: Sequence[str]) -> str:

@@ -56,26 +56,26 @@ def pages(reproduction: Reproduction, results: dict[str, Any]) -> dict[str, str]
         *(["## Appendix: the other claims", APPENDIX, _verdicts(others), _notes(others)] if others else []),
         "## Run it",
         f"```bash\n{results['command']}\n```",
-        f"Seeds {seeds}. "
-        + "".join(f"{_gate(gate)}. " for gate in results["gates"])
-        + "Versions: "
+        f"Seeds {seeds}. Versions: "
         + ", ".join(f"{package} {version}" for package, version in results["versions"].items())
         + ".",
+        "\n".join(f"- {_gate(gate)}." for gate in results["gates"]),
     ]
     text = "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
     return {f"{name}.md": text, **({f"{name}.svg": drawing} if drawing else {})}
 
 
-HOW = (
-    "Method and baseline are means over the seeds that both ran, with the lowest and highest. A difference is the "
-    "mean over these of method minus baseline, paired by seed; where lower is better it is baseline minus method, so "
-    "that positive favours the method. Its interval is Student's: 95 %, or 90 % where equivalence within a margin is "
-    "asked (two one-sided tests). A claim is **reproduced** when the whole interval lies where it is asked, "
-    "**contradicted** when all of it lies on the other side, **undecided** otherwise. Headline claims are decided "
-    "together: their p after Holm's correction must be at most 0.05 too. Seeds that would decide are for a "
-    "probability of 80 %, were the observed mean and spread the true ones. What is tested are means of seeds: the "
-    "interval says nothing of other test items than those that were drawn."
-)
+HOW = """How to read it:
+
+- Method and baseline are means over the seeds that both ran, with the lowest and highest.
+- A difference is the mean over these of method minus baseline, paired by seed; where lower is better it is baseline
+  minus method, so that positive favours the method.
+- Its interval is Student's: 95 %, or 90 % where equivalence within a margin is asked (two one-sided tests).
+- A claim is **reproduced** when the whole interval lies where it is asked, **contradicted** when all of it lies on the
+  other side, **undecided** otherwise. Headline claims are decided together: their p after Holm's correction must be at
+  most 0.05 too.
+- Seeds that would decide are for a probability of 80 %, were the observed mean and spread the true ones.
+- What is tested are means of seeds: the interval says nothing of other test items than those that were drawn."""
 APPENDIX = (
     "Each is tested by itself, so that of many such claims without an effect one in twenty comes out decided by luck."
 )
@@ -161,7 +161,7 @@ def _of_fewer_seeds(results: dict[str, Any]) -> str:
         return ""
     few = ", ".join(map(str, sorted(set(counts.values()) - {len(results["seeds"])})))
     return (
-        f" {'; '.join(most)} ran with all {len(results['seeds'])} seeds, the other arms with the first {few}; a "
+        f"\n- {'; '.join(most)} ran with all {len(results['seeds'])} seeds, the other arms with the first {few}; a "
         "difference is of the seeds that both arms ran."
     )
 
