@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from benchmarks import pages
 from benchmarks.combinations.page import generated
 from benchmarks.combinations.parts import Part
-from benchmarks.combinations.table import GOOD, kinds_of, known_kinds, label, load, save
+from benchmarks.combinations.table import GOOD, kinds_of, known_kinds, label, load, measured, save, without_choice
 from benchmarks.combinations.tasks import tasks
 from benchmarks.combinations.trying import Trials
-from opd.errors import RecipeError
+from opd.errors import RecipeError, RunError
 from opd.objectives.grpo import GRPO
 from opd.recipe import parse_recipe
 from opd.shaping.uniform import UniformShaper
@@ -49,6 +51,17 @@ def part(task, name):
 def test_every_choice_was_tried():
     """A new one: `python -m benchmarks.combinations`, after a `Part` of it in benchmarks/combinations/tasks.py."""
     assert not known_kinds() - kinds_of(RESULTS)
+
+
+def test_every_kind_of_student_has_a_choice_that_runs_on_every_axis():
+    for result in RESULTS:
+        assert not without_choice(result), result.task
+
+
+def test_a_task_that_is_refused_itself_is_no_table(acting):
+    broken = dataclasses.replace(acting, base={**acting.base, "objective": {"kind": "gaussian_kl"}})
+    with pytest.raises(RunError, match="action_tokens has no choice that runs on the axes"):
+        measured(broken, Trials(), None, lambda result, found: None)
 
 
 def test_every_pair_works_or_is_refused_with_a_reason():

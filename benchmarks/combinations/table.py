@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.combinations.parts import KEYS, Part, Task
 from benchmarks.combinations.trying import Trials
 from opd.catalogue import axes
+from opd.errors import RunError
 
 FILE = Path(__file__).parent.parent / "results" / "combinations.json"
 GOOD = ("works", "told", "refused")
@@ -75,9 +76,17 @@ def measured(
         return into[-1]
 
     fitting = [part for part in task.parts if found(part).verdict != "refused"]
+    if lacking := without_choice(result):
+        raise RunError(f"{task.name} has no choice that runs on the axes {', '.join(lacking)}: its own task is refused")
     for a, b in task.couples(fitting) if task.pairs else ():
         found(a, b)
     return result
+
+
+def without_choice(result: Result) -> list[str]:
+    """Axes that every recipe has and on which no choice runs: then the task is refused, and not the choice."""
+    runs = {found.a.partition(".")[0] for found in result.singles if found.verdict in ("works", "told")}
+    return [axis for axis in ("curriculum", "rollout", "teacher", "objective", "update") if axis not in runs]
 
 
 def known_kinds() -> set[str]:

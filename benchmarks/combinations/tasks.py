@@ -384,6 +384,8 @@ def of_flow(folder: Path) -> Task:
         "evaluation": {"prompts": {"kind": "inline", "prompts": data[6:]}, "samples": 0, "steps": 2},
     }
     routes = {tag: {"kind": "flow", "model": model} for tag, model in zip("ab", teachers, strict=True)}
+    # Pictures of one prompt are all bright or none is, and where none is balanced, nothing would show.
+    kept = Part("shaping", "outcome_balance", {"kind": "outcome_balance", "ratio": "inf"})
     parts = [
         *of_all({**writes, "teacher": "expert"}),
         Part("rollout", "sde", writes),
@@ -393,7 +395,7 @@ def of_flow(folder: Path) -> Task:
         Part("teacher", "flow", expert),
         Part("teacher", "self", {"kind": "self", "sees": "hint", "name": "expert"}),
         Part("teacher", "routed", {"kind": "routed", "by": "route", "routes": routes, "name": "expert"}),
-        *SHAPINGS,
+        *(kept if part.kind == "outcome_balance" else part for part in SHAPINGS),
         Part("objective", "gaussian_kl", {"kind": "gaussian_kl"}),
         Part("objective", "grpo", {"kind": "grpo", "clip": 1e-4}),
         Part("objective", "sft", {"kind": "sft"}, {"rollout": given}),

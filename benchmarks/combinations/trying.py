@@ -45,8 +45,8 @@ IN_VAIN = "it is there for held-out measurements alone"
 MADE = re.compile(r"/\S*?/(?:causal_lm|image_text|draft|flow_transformer|action_tokens)/")
 """Where the models of a task are."""
 
-FROZEN = ("local", "image_text", "flow", "policy")
-"""Kinds of teachers that are a model of a folder and depend on no run."""
+FROZEN = ("local", "image_text", "policy")
+"""Kinds of teachers that are a model of a folder and depend on no run; one of `flow` reads prompts as its student."""
 
 Verdict = Literal["works", "told", "refused", "alone", "broken"]
 """It runs and each choice shows; it runs as it would without one of the choices, and a line at the start says so; it is
