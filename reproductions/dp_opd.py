@@ -96,6 +96,8 @@ def block(name: str, student: str, shift: float, seed: int) -> dict[str, Any]:
 
 RATE_OF = {PUBLIC_PROMPTS: HALF, NO_NOISE: HALF, RANDOM: HALF, LABELS: HALF, SCALED: HALF}
 """Controls that take another arm's learning rate; the others have one of their own."""
+FEWER = {NO_NOISE: 3, SCALED: 3}
+"""Arms of the appendix, which run with the first seeds alone."""
 ARMS = (HALF, FULL, SGD, DPKD, DISTIL, PUBLIC_PROMPTS, NO_NOISE, RANDOM, LABELS, SCALED)
 NEEDS = {DPKD: "teacher of DPKD", DISTIL: "teacher of DistilDP", RANDOM: "blank teacher"}
 
@@ -134,7 +136,8 @@ def student_stage(name: str) -> str:
 def student(name: str) -> Stage:
     made = block(name, "{start}/run/student", SHIFT, PRIVATE)
     params = {"recipe": made, "rate_from": rate_stage(name), "size": TEST, "shift": SHIFT}
-    return Stage(arm, params, ["start", rate_stage(name), *teachers_of(name)], per_seed=True)
+    needed = ["start", rate_stage(name), *teachers_of(name)]
+    return Stage(arm, params, needed, per_seed=True, seeds=FEWER.get(name))
 
 
 def lower(id: str, statement: str, method: str, baseline: str, metric: str = "nll", note: str = "") -> Claim:
@@ -202,7 +205,8 @@ of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.
     },
     gates=GATES,
     arms={
-        name: Stage(figured, {"of": student_stage(name)}, [student_stage(name)]) for name in (START, "teacher", *ARMS)
+        name: Stage(figured, {"of": student_stage(name)}, [student_stage(name)], seeds=FEWER.get(name))
+        for name in (START, "teacher", *ARMS)
     },
     seeds=(0, 1, 2, 3, 4),
     imports=["reproductions.dp_opd", "opacus.accountants"],
