@@ -106,14 +106,13 @@ def acted(folder: Path, inputs: Mapping[str, Path], *, size: int, each: int, sha
     """Episodes that teachers play by themselves, `each` from `size` of the initial states that arms train on, A from a
     `share` of them and B from the others; every call with what was said before it in `folder/rows.jsonl`. And the
     shares that succeed."""
-    rng = random.Random(f"acted {seed}")
-    of = [rng.random() < share for _ in range(size)]
+    of_a = set(random.Random(f"acted {seed}").sample(range(size), round(share * size)))
     rows: list[dict[str, Any]] = []
     figures: Figures = {}
     for name, mine in (("A", True), ("B", False)):
         block = alone_in(folder / name, f"{{{TEACHER[name]}}}/{SAVED}", episodes(size, TRAIN), seed)
         run = assembled(parse_recipe(filled(block, inputs), "recipe of these episodes"))
-        chosen = [prompt for prompt, is_a in zip(run.held_out, of, strict=True) if is_a == mine]
+        chosen = [prompt for i, prompt in enumerate(run.held_out) if (i in of_a) == mine]
         settings = run.recipe.rollout
         try:
             made = run.rollout(Request(chosen, each, settings.budget, 0, settings, run.context))
@@ -124,7 +123,7 @@ def acted(folder: Path, inputs: Mapping[str, Path], *, size: int, each: int, sha
             said = [{"role": one["role"], "content": one["content"]} for one in prompt.view(None)]
             rows.append({"prompt": said, "response": prompt.fields[TURN]["said"]})
         won = [float(made.rewards[i]) for i, prompt in enumerate(made.prompts) if prompt.fields[TURN]["number"] == 1]
-        figures[f"success_{name}"] = sum(won) / max(1, len(won))
+        figures[f"success_{name}"] = sum(won) / len(won)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i, row in enumerate(rows):
             file.write(json.dumps({"id": str(i), **row}) + "\n")
