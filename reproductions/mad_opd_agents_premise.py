@@ -31,6 +31,8 @@ from opd.teachers.transcripts import Debate
 from reproductions.mad_opd_agents_machine import State, TwoTools, right_call, state_of
 from reproductions.mad_opd_agents_models import (
     CAP,
+    DEMONSTRATIONS,
+    NEW,
     SAVED,
     SIZES,
     STAGES,
@@ -141,32 +143,44 @@ GATES = [
 ]
 """Without the gain the claim cannot be tested: the teachers are mended first, and the page says so. Where nothing is
 disputed in the end, weights change nothing. A start must have something to learn and something to begin with."""
-WANTED = ("new teacher", *(f"lessons of {name}" for name in EXPERTS), *TEACHER.values())
+ONCE = ("new teacher", *(f"lessons of {name}" for name in EXPERTS), *TEACHER.values(), DEMONSTRATIONS)
+OF_SEED = (NEW, START)
+
+
+def measured(folder: Path, name: str, stage: Stage, places: Mapping[str, Path], **own: Any) -> Figures:
+    """What a stage returns, run in `folder` where that was not done before."""
+    done = folder / "job.json"
+    if not done.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.process_time()
+        figures = stage.function(folder, {each: places[each] for each in stage.inputs}, **stage.params, **own)
+        record = {"figures": figures, "cpu_seconds": time.process_time() - started}
+        done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = json.loads(done.read_text(encoding="utf-8"))
+    print(f"{name}: {record['cpu_seconds']:.0f} CPU seconds", flush=True)
+    found: Figures = record["figures"]
+    for gate in GATES:
+        if gate.stage == name:
+            value, _ = gate.measured(name, found)
+            print(f"gate {gate.figure} {gate.limit}: {'yes' if gate.passes(value) else 'NO'}, {value:.3f}", flush=True)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the teachers where they are missing and measure their debates.")
+    parser = argparse.ArgumentParser(description="Make teachers and starts where they are missing, and measure them.")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="of the starts")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    places: dict[str, Path] = {}
-    for name, stage in {**{name: STAGES[name] for name in WANTED}, "premise": STAGE}.items():
-        places[name] = options.folder / name
-        done = places[name] / "job.json"
-        if not done.exists():
-            places[name].mkdir(parents=True, exist_ok=True)
-            started = time.process_time()
-            figures = stage.function(places[name], {wanted: places[wanted] for wanted in stage.inputs}, **stage.params)
-            record = {"figures": figures, "cpu_seconds": time.process_time() - started}
-            done.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        record = json.loads(done.read_text(encoding="utf-8"))
-        print(f"{name}: {record['cpu_seconds']:.0f} CPU seconds", flush=True)
-    for name, value in record["figures"].items():
+    places = {name: options.folder / name for name in ONCE}
+    for name in ONCE:
+        measured(places[name], name, STAGES[name], places)
+    for name, value in measured(options.folder / "premise", "premise", STAGE, places).items():
         print(f"{name}: {value if isinstance(value, dict) else round(value, 3)}", flush=True)
-    for gate in GATES:
-        if gate.stage == "premise":
-            value, _ = gate.measured("premise", record["figures"])
-            print(f"gate {gate.figure} {gate.limit}: {'yes' if gate.passes(value) else 'NO'}, {value:.3f}")
+    for seed in options.seeds:
+        here = places | {name: options.folder / f"{name}, seed {seed}" for name in OF_SEED}
+        for name in OF_SEED:
+            measured(here[name], name, STAGES[name], here, seed=seed)
 
 
 if __name__ == "__main__":
