@@ -120,7 +120,9 @@ def acted(folder: Path, inputs: Mapping[str, Path], *, size: int, each: int, sha
             run.rollout.close()
         assert made.rewards is not None
         for prompt in made.prompts:
-            said = [{"role": one["role"], "content": one["content"]} for one in prompt.view(None)]
+            view = prompt.view(None)
+            assert not isinstance(view, str)
+            said = [{"role": one["role"], "content": one["content"]} for one in view]
             rows.append({"prompt": said, "response": prompt.fields[TURN]["said"]})
         won = [float(made.rewards[i]) for i, prompt in enumerate(made.prompts) if prompt.fields[TURN]["number"] == 1]
         figures[f"success_{name}"] = sum(won) / len(won)
