@@ -42,13 +42,13 @@ from reproductions.mad_opd_models import WRONG
 from reproductions.on_policy import at_rate
 from reproductions.running_sum import figures_of
 
-STEPS, BATCH, RATES = 150, 8, (1e-3, 3e-3)
+STEPS, BATCH, RATES = 150, 6, (1e-3, 3e-3)
 STATES = 300
 """Initial states that arms train on, again and again."""
 TRIED = ", ".join(f"{rate:g}" for rate in RATES)
 SHARE = 0.7
 """Of the episodes that teacher A plays for MT-SeqKD."""
-CALLS = 40
+CALLS = 30
 """Of a step of MT-SeqKD, about as many as in an arm's episodes."""
 LEAST = 0.05
 """What is asked of a gain."""
