@@ -170,7 +170,7 @@ reproduction = Reproduction(
 Does a student learn more from two teachers that debate each problem first than from the better one, or from both
 without a debate? One pair of teachers, a start for each seed, {STEPS} steps of {BATCH} replies, and the same problems
 in the same order in every arm. This is the debate on a task of one turn; agents in environments, the paper's other
-half, are not in it.
+half, have an experiment of their own: `opd reproduce mad-opd-agents`.
 
 **Task.** A problem has {PARTS} parts, each of one of {len(CODES)} codes and a digit, `u3v7u1:`, and its answer a digit
 for each.
