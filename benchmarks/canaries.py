@@ -30,7 +30,7 @@ from opd.recipe import parse_recipe
 from opd.reproductions.definition import merged
 
 LETTERS, DIGITS, LENGTH = "abcdefghijklmnopqrst", "0123456789", 6
-RECORDS, CANARIES, OTHERS, STEPS, BATCH, EPSILON = 4000, 20, 1000, 400, 256, 2.0
+RECORDS, CANARIES, OTHERS, STEPS, BATCH, EPSILON = 1000, 20, 1000, 400, 64, 2.0
 """Records and canaries, random digits that a canary is ranked among, steps, prompts of a step, and the budget."""
 
 
