@@ -91,7 +91,8 @@ REFUSED = {
     "prompts=p.jsonl": "no file 'p.jsonl'",
     "evaluation.prompts=p.jsonl": "no file 'p.jsonl'",
     # Where a key of that name does stand.
-    "max_new_tokens=4": "did you mean 'rollout.max_new_tokens' or 'evaluation.max_new_tokens'",
+    # Other tests of this process may have made choices known that have it too.
+    "max_new_tokens=4": "'rollout.max_new_tokens' or 'evaluation.max_new_tokens'?",
     "rank=8": "did you mean 'student.lora.rank'",
     "rollout.temperature=0.5": "did you mean 'temperature'",
     "update.learnin_rate=1": "did you mean 'update.learning_rate'",
