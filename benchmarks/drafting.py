@@ -113,27 +113,25 @@ def trained(
         f"prompts={train}",
         f"evaluation.prompts=[{{kind: file, path: {test}}}]",
         "evaluation.samples=0",
-        f"rollout.max_new_tokens={8 if quick else task.new}",
+        *(["steps=2", "batch.prompts=4"] if quick else []),
     ]
-    few = ["steps=2", "batch.prompts=4"] if quick else []
-    texts = folder / "texts"
-    if any("%s" in change for change in task.started):
-        sample(
-            load_recipe(START, [*shared, "rollout.text_temperature=0", f"output={folder / 'unused'}"]),
-            texts,
-            quiet=True,
-        )
-    started = [change % texts if "%s" in change else change for change in task.started]
-    plans = {"started": (START, started), "draft_opd": (DRAFT_OPD, list(task.draft_opd))}
+    writes = [f"rollout.max_new_tokens={8 if quick else task.new}"]
+    started = writes
+    if task.started:
+        # This one writes nothing while it learns.
+        texts = folder / "texts"
+        greedy = [*shared, *writes, "rollout.text_temperature=0", f"output={folder / 'unused'}"]
+        sample(load_recipe(START, greedy), texts, quiet=True)
+        started = [change % texts if "%s" in change else change for change in task.started]
+    plans = {"started": (START, started), "draft_opd": (DRAFT_OPD, [*task.draft_opd, *writes])}
     found: dict[str, dict[str, float]] = {}
     folders: dict[str, Path] = {}
     for label, (name, changes) in plans.items():
         place = folder / label
         kept = folder / f"{label}.json"
         if not kept.exists():
-            own = [c for c in shared if not (FOLLOWED % texts in started and label == "started" and "max_new" in c)]
             begun = [f"student.model={folders['started']}"] if label == "draft_opd" else []
-            recipe = load_recipe(name, [*changes, *own, *begun, *few, f"output={place}"])
+            recipe = load_recipe(name, [*changes, *shared, *begun, f"output={place}"])
             result = execute(recipe, quiet=True, overwrite=True)
             cost = sum(record.get("train/cpu_seconds", 0.0) for record in result.history)
             kept.write_text(json.dumps({"before": result.before, "after": result.after, "cpu_seconds": cost}))

@@ -40,12 +40,11 @@ class Reasons:
         return number
 
     def listed(self) -> str:
-        """The list below the table; empty where nothing is refused."""
-        lines = (
+        """The list below the table, a paragraph a message; empty where nothing is refused."""
+        return "\n".join(
             f"{number}. {_escaped(before)}{_either(self.names[number])}{_escaped(after)}\n"
             for (before, after), number in self.numbers.items()
         )
-        return "".join(lines)
 
 
 def generated(results: Sequence[Result]) -> str:
