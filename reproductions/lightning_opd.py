@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from opd.distributions import Sampled
-from opd.jobs.sampling import sample
-from opd.jobs.scoring import score
-from opd.recipe import Recipe, parse_recipe
 from opd.reproductions import Claim, Gate, Reproduction, Smoke, Stage, train
 from opd.reproductions.definition import COSTS, Figures, merged
-from opd.reproductions.training import filled
-from opd.store import Store, Targets
 from reproductions.enumeration import gradient_gap
+from reproductions.lightning_opd_jobs import LATE, late, written
+from reproductions.lightning_opd_models import dialect, stored, teacher
+from reproductions.lightning_opd_premise import SHARED_GATES
 from reproductions.on_policy import at_rate, best_rate, supervised
 from reproductions.running_sum import figures_of, new_model, prompts, recipe, tested
 
@@ -33,14 +27,6 @@ FEW_SEEDS = 3
 MARGIN = 0.02
 SHARES = {"A": 0.1, "A2": 0.1, "30": 0.3, "50": 0.5, "70": 0.7, "B": 0.9}
 """Share of the swapped writing of a step in each teacher's dialect, `b+a=c` in place of `a+b=c`."""
-
-
-def dialect(share: float) -> dict[str, Any]:
-    return {"task": {"formats": {"sum": 0.9 * (1 - share), "swapped": 0.9 * share, "result": 0.1}}}
-
-
-def teacher(name: str) -> str:
-    return f"teacher {name}"
 
 
 def student(name: str) -> str:
@@ -68,10 +54,6 @@ def fine_tuning(of: str, data: str, steps: int, rate: float, batch: int) -> dict
     own = {"rollout": stored(data), "prompts": {"size": SFT_PROMPTS}, "objective": ["sft"]}
     block = recipe(of, TERMS, BUDGET, steps, rate, batch={"prompts": batch, "micro": batch})
     return merged(block, {**own, "evaluation": {"every": 50}})
-
-
-def stored(stage: str) -> dict[str, Any]:
-    return {"kind": "stored", "path": f"{{{stage}}}/store"}
 
 
 def live(sft: str, asked: str) -> dict[str, Any]:
@@ -116,47 +98,6 @@ def compared(folder: Path, inputs: Mapping[str, Path], *, test: Mapping[str, Any
     return {**found, "spread": max(main) - min(main), "lowest": min(found.values())}
 
 
-def written(
-    folder: Path,
-    inputs: Mapping[str, Path],
-    *,
-    recipe: Mapping[str, Any],
-    scored_by: Mapping[str, Mapping[str, Any]] | None = None,
-    draws: int = 1,
-    seed: int,
-) -> Figures:
-    """`opd rollout`, then `opd score` for each of `scored_by` (name of the targets to `teacher`, `kind` and options),
-    in `folder/store`; the CPU seconds of each, loading included, and each teacher's distance to the first."""
-    settings = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
-    start = time.process_time()
-    store = sample(parse_recipe(settings, "recipe of this store"), folder / "store", draws=draws, quiet=True)
-    figures = {"cpu_seconds": time.process_time() - start}
-    tokens = sum(int(store.shard(shard).lengths.sum()) for shard in range(store.header.shards))
-    figures |= {"sampled_tokens": float(tokens)}
-    for name, options in (scored_by or {}).items():
-        own = dict(options)
-        place = str(inputs[teacher(own.pop("teacher"))] / "run" / "student")
-        start = time.process_time()
-        score(with_teacher(settings, place), store.path, name=name, quiet=True, **own)
-        figures[f"score_cpu_seconds {name}"] = time.process_time() - start
-    sampled = [name for name, options in (scored_by or {}).items() if options.get("kind", "sampled") == "sampled"]
-    return figures | {f"distance {name}": distance(store, sampled[0], name) for name in sampled}
-
-
-def with_teacher(settings: Mapping[str, Any], model: str) -> Recipe:
-    return parse_recipe({**settings, "teacher": [{"model": model, "template": "plain"}]}, "recipe of these targets")
-
-
-def distance(store: Store, one: str, other: str) -> float:
-    """sigma_Delta: root of the mean over trajectories of the squared sum of `|log p(a_t) - log p'(a_t)|`."""
-    rows = range(store.header.rows)
-    lengths = [len(store.row(row).actions) for row in rows]
-    answers = [Targets.open(store, name).answer(rows, lengths) for name in (one, other)]
-    log_p, log_other = (answer.log_probs for answer in answers if isinstance(answer, Sampled))
-    sums = [part.abs().sum() for part in torch.split(log_p - log_other, lengths)]
-    return float(torch.stack(sums).square().mean().sqrt())
-
-
 def distilled(
     folder: Path,
     inputs: Mapping[str, Path],
@@ -182,26 +123,6 @@ def distilled(
             record |= {name: record[name] + spent[name] for name in COSTS}
         figures |= {"sigma_delta": made.get(f"distance {targets}", 0.0), **late(folder / "run")}
     return figures
-
-
-LATE = {
-    "drift": "drift_in_sample",
-    "drift_std": "drift_std_in_sample",
-    "advantage_size": "advantage_size",
-    "clamped": "clamped",
-}
-
-
-def late(run: Path) -> dict[str, float]:
-    """Means over the last quarter of a run's steps."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [record for record in records if "train/loss" in record]
-    steps = steps[-max(1, len(steps) // 4) :]
-    found = {}
-    for name, called in LATE.items():
-        values = [record[f"train/{name}"] for record in steps if f"train/{name}" in record]
-        found |= {called: sum(values) / len(values)} if values else {}
-    return found
 
 
 def measured(
@@ -490,14 +411,7 @@ live arm's teacher is cheap and the saving smaller than with a large one; what a
 """,
     stages={**SHARED, **TRAINED},
     gates=[
-        Gate("theory", "t35_excess", at_most=1e-6),
-        Gate("theory", "t37_error", at_most=1e-6),
-        Gate("theory", "t38_excess", at_most=1e-6),
-        Gate("theory", "gap_at_start", at_most=1e-6),
-        Gate("theory", "growth", at_least=1.98),
-        Gate("theory", "growth", at_most=2.02),
-        Gate("teachers", "lowest", at_least=0.85),
-        Gate("teachers", "spread", at_most=0.03),
+        *SHARED_GATES,
         Gate("SFT A", "accuracy", at_least=0.35),
         Gate("SFT A", "accuracy", at_most=0.75),
     ],

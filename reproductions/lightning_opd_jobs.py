@@ -1,4 +1,4 @@
-"""What the jobs of Lightning OPD's experiment do: write and score stores, train on them or live, test, and compare."""
+"""What the jobs of Lightning OPD's experiments do: write and score stores, train on them or live, test, and compare."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def written(
     *,
     recipe: Mapping[str, Any],
     scored_by: Mapping[str, Mapping[str, Any]] | None = None,
+    draws: int = 1,
     seed: int,
 ) -> Figures:
     """`opd rollout`, then `opd score` for each of `scored_by`, in `folder/store`.
@@ -58,7 +59,7 @@ def written(
     """
     settings = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
     start = time.process_time()
-    store = sample(parse_recipe(settings, "recipe of this store"), folder / "store", quiet=True)
+    store = sample(parse_recipe(settings, "recipe of this store"), folder / "store", draws=draws, quiet=True)
     figures = {"cpu_seconds": time.process_time() - start}
     tokens = sum(int(store.shard(shard).lengths.sum()) for shard in range(store.header.shards))
     figures |= {"sampled_tokens": float(tokens)}
