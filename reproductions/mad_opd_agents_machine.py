@@ -20,7 +20,7 @@ from pydantic import Field
 
 from opd.environments import Start, Turn
 from opd.environments.text import TextEnvironment, TextWorld
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts.messages import Messages, text_of
 from reproductions.mad_opd_models import EXPERTS, KNOWS, WRONG, Expert, believed, right
 

@@ -18,7 +18,7 @@ import torch
 from opd.api import assembled
 from opd.context import Context
 from opd.environments.rows import start_of
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.recipe import parse_recipe

@@ -16,7 +16,8 @@ TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "sampl
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 STEPS, STEPS_OF_SELECTION = 800, 400
 FEW = {"prompts": {"size": 16}, "max_new_tokens": 24}
-"""Evaluation of the smoke run."""
+SOME = {"prompts": {"size": 256}, "evaluation": FEW}
+"""Of the smoke run: each prompt is read before the first step, and 50,000 take ten times as long as the steps."""
 
 ARMS: dict[str, dict[str, Any]] = {
     "student prefix, reverse KL": {},
@@ -270,12 +271,12 @@ shared the cores, so CPU seconds compare the arms with each other only.
     headline=("main", "forward", "sft", "tokens", "seconds", "exposure", "scale"),
     smoke=Smoke(
         stages={
-            "base": {"recipe": {"steps": 8, "evaluation": FEW}},
-            "teacher": {"recipe": {"steps": 12, "evaluation": FEW}},
+            "base": {"recipe": {"steps": 8, **SOME}},
+            "teacher": {"recipe": {"steps": 12, **SOME}},
             "teacher on validation": {"test": FEW},
-            **{rate_stage(name): {"recipe": {"steps": 2, "evaluation": FEW}, "rates": [1e-3]} for name in ARMS},
+            **{rate_stage(name): {"recipe": {"steps": 2, **SOME}, "rates": [1e-3]} for name in ARMS},
         },
-        arms={"recipe": {"steps": 4, "evaluation": {"every": 2, **FEW}}, "test": FEW},
+        arms={"recipe": {"steps": 4, **SOME, "evaluation": {"every": 2, **FEW}}, "test": FEW},
         seeds=(0,),
     ),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,11 +17,12 @@ from opd.environments.text import TextEnvironment
 from opd.environments.tool_machine import TASKS, ToolMachine
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError, RecipeError
 from opd.evaluation import evaluate
+from opd.language.calls import Call, Reply
 from opd.language.encoding import WRITTEN, conversation, rewritten
 from opd.language.engines.base import ids_of
 from opd.language.engines.transformers import LanguageModel
 from opd.language.episodes import TURN
-from opd.language.replies import Call, CallFormat, Reply, call_format
+from opd.language.replies import CallFormat, call_format
 from opd.loop import train
 from opd.plan import make_plan
 from opd.policies.causal_lm import CausalLM
@@ -391,6 +394,11 @@ def test_an_environment_that_fails_costs_its_episode(misbehaves, told, models, t
     assert torch.equal(made.lost, odd)
     assert bool(made.rewards[odd].isnan().all())
     assert dict(run.rollout.failures()) == {f"guess: {told}": 4}
+
+
+def test_processes_of_environments_of_text_need_no_torch():
+    code = "import sys, opd.environments.textworld, opd.environments.tool_machine; sys.exit('torch' in sys.modules)"
+    assert not subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
 def test_a_world_whose_process_dies_costs_its_episode_and_no_other(models, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from opd.api import assembled
 from opd.environments import Start
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import merged

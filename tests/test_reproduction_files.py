@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
 from opd.reproductions import train
 from opd.reproductions.catalogue import shipped
 from opd.reproductions.definition import merged
+from opd.reproductions.reproduce import reproduce
 from reproductions import flow_opd
 from reproductions.drawn import by_number, drawings, gradients, in_bundles, wins
 from reproductions.on_policy import at_rate
@@ -57,11 +57,12 @@ def test_a_win_is_one_against_every_expert():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_smoke_run_of_a_reproduction_goes_through(name, tmp_path):
-    command = [sys.executable, "-m", "opd", "reproduce", name, "--smoke", "--jobs", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+def test_the_smoke_run_of_a_reproduction_goes_through(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    said = io.StringIO()
+    done = reproduce(shipped()[name], smoke=True, workers=2, console=Console(file=said))
+    assert done.results is not None, [*done.problems, said.getvalue()[-2000:]]
     assert (tmp_path / "runs" / "reproductions" / name / "smoke-results.json").is_file()
 
 

@@ -16,7 +16,7 @@ from opd.acting.seeing import NO_PICTURE, Body, Plan, Seen
 from opd.environments import Start, Turn
 from opd.environments.control import Control, ControlWorld
 from opd.environments.text import TextEnvironment, TextWorld
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.verifiers import CompletionVerifier

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from opd.environments.base import Start, Turn
 from opd.environments.text import TextEnvironment, TextWorld
 from opd.errors import DataError, nearest
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts.messages import Messages
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from opd.environments.arena import Order
 from opd.environments.base import Environment, Start, Turn, World
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts.messages import Messages
 
 

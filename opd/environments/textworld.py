@@ -14,7 +14,7 @@ from pydantic import Field
 from opd.environments.base import Start, Turn
 from opd.environments.text import TextEnvironment, TextWorld
 from opd.errors import ModelError, first_line
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts.messages import Messages
 
 TASK = "quest"

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from opd.environments.base import Start, Turn
 from opd.environments.text import TextEnvironment, TextWorld, function
 from opd.errors import nearest
-from opd.language.replies import Call, Reply
+from opd.language.calls import Call, Reply
 from opd.prompts.messages import Messages
 
 TASKS = {

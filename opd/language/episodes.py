@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opd.language.replies import Reply
+from opd.language.calls import Reply
 from opd.prompts import Prompt
 from opd.prompts.messages import text_of
 

@@ -1,43 +1,20 @@
-"""What an agent's reply says: its text, and the calls of tools in it, read in the form that its own template writes."""
+"""Reading what an agent says: the calls of tools in its reply, in the form that its own template writes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from opd.errors import IncompatibleError
+from opd.language.calls import Call, Reply
 from opd.language.encoding import contents
 from opd.language.engines.base import Engine
 
 NAME, ARGUMENT, VALUE = "probe_tool", "probe_argument", "probe value"
 """A call that a template is asked to write, to see how it writes one."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tool by its name, with its arguments as plain data."""
-
-    name: str
-    arguments: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an agent said in one turn.
-
-    Attributes:
-        text: all of it, without the tokens that end a turn.
-        calls: the tools that it calls, in order.
-        fault: why something in it that begins like a call is none; None where nothing is wrong.
-    """
-
-    text: str
-    calls: tuple[Call, ...] = ()
-    fault: str | None = None
 
 
 @dataclass(frozen=True)

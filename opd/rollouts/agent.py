@@ -20,12 +20,13 @@ from opd.environments.base import Turn
 from opd.environments.rows import repeats, start_of
 from opd.environments.text import Exchange, TextEnvironment, TextOrder
 from opd.errors import DataError, IncompatibleError, ModelError, OpdError
+from opd.language.calls import Reply
 from opd.language.encoding import WRITTEN, rewritten
 from opd.language.engines.base import ids_of
 from opd.language.engines.in_process import InProcess
 from opd.language.episodes import TURN, call_message
 from opd.language.positions import check_positions
-from opd.language.replies import CallFormat, Reply, call_format, said
+from opd.language.replies import CallFormat, call_format, said
 from opd.language.rollout import LanguageRollout, SamplingSettings
 from opd.language.tokens import tokens_of
 from opd.prompts import Prompt

@@ -63,9 +63,30 @@ def installed(folder: Path, module: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path}
 
 
-def opd_of(environment, *arguments):
-    command = [sys.executable, "-m", "opd", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+TOGETHER = """
+import contextlib, io, json, sys
+from opd.cli.main import main
+
+answers = []
+for words in json.load(sys.stdin):
+    sys.argv, out, err, code = ["opd", *words], io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(answers))
+"""
+"""Several commands in one fresh process: most of the time of one is imports."""
+
+
+def opd_of(environment, *commands):
+    """What each command returned, printed and complained of."""
+    process = [sys.executable, "-c", TOGETHER]
+    said = json.dumps(commands)
+    done = subprocess.run(process, env=environment, input=said, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
 
 
 def test_a_class_that_is_defined_after_the_import_is_a_choice_everywhere():
@@ -78,27 +99,23 @@ def test_a_class_that_is_defined_after_the_import_is_a_choice_everywhere():
 
 
 def test_a_package_adds_a_choice_by_an_entry_point(tmp_path):
-    environment = installed(tmp_path, MODULE)
-    schema = json.loads(opd_of(environment, "schema").stdout)
-    assert schema["$defs"]["Halved"]["properties"]["share"]["minimum"] == 0
-    (tmp_path / "r.yaml").write_text(json.dumps({**RECIPE, "shaping": {"kind": "halved_elsewhere", "share": -1}}))
-    refused = opd_of(environment, "check", str(tmp_path / "r.yaml"))
-    assert refused.returncode == 2
-    assert "shaping.share is -1" in refused.stderr
-
-
-def test_foreign_kinds_are_listed_with_their_package_and_settings(tmp_path):
     environment = {**installed(tmp_path, MODULE), "COLUMNS": "200"}
-    listed = opd_of(environment, "choices", "shaping").stdout
-    (line,) = [line for line in listed.splitlines() if "halved_elsewhere" in line]
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({**RECIPE, "shaping": {"kind": "halved_elsewhere", "share": -1}}))
+    kinds = ["shaping", "shaping.halved_elsewhere", "shaping.halfed_elsewhere"]
+    commands = [["schema"], ["check", str(path)], *(["choices", kind] for kind in kinds)]
+    schema, refused, listed, shown, unknown = opd_of(environment, *commands)
+    assert json.loads(schema[1])["$defs"]["Halved"]["properties"]["share"]["minimum"] == 0
+    assert refused[0] == 2
+    assert "shaping.share is -1" in refused[2]
+    # Foreign kinds are listed with their package and settings.
+    (line,) = [line for line in listed[1].splitlines() if "halved_elsewhere" in line]
     assert "Every position at half its weight (package their" in line
-    assert "uniform" in listed
-    shown = opd_of(environment, "choices", "shaping.halved_elsewhere").stdout
-    (line,) = [line for line in shown.splitlines() if "share" in line]
+    assert "uniform" in listed[1]
+    (line,) = [line for line in shown[1].splitlines() if "share" in line]
     assert all(text in line for text in ("float", "0.5", ">= 0", "Of each weight that is left"))
-    refused = opd_of(environment, "choices", "shaping.halfed_elsewhere")
-    assert refused.returncode == 2
-    assert "did you mean 'halved_elsewhere'" in refused.stderr
+    assert unknown[0] == 2
+    assert "did you mean 'halved_elsewhere'" in unknown[2]
 
 
 def test_every_axis_lists_its_choices_and_their_settings():
@@ -113,11 +130,11 @@ def test_every_axis_lists_its_choices_and_their_settings():
 
 
 def test_a_package_that_cannot_be_imported_is_named(tmp_path):
-    refused = opd_of(installed(tmp_path, "import no_such_module"), "schema")
-    assert refused.returncode == 2
-    assert "'their-choices'" in refused.stderr
-    assert "no_such_module" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    (refused,) = opd_of(installed(tmp_path, "import no_such_module"), ["schema"])
+    assert refused[0] == 2
+    assert "'their-choices'" in refused[2]
+    assert "no_such_module" in refused[2]
+    assert "Traceback" not in refused[2]
 
 
 def test_two_choices_of_one_kind_are_refused_with_both_places():
