@@ -34,6 +34,7 @@ from opd.context import Context
 from opd.drafting.proposing import Tree
 from opd.engines.drafted import DraftedEngine, DraftedWriter
 from opd.jobs.sampling import sample
+from opd.language.agreement import agree_on_end
 from opd.language.engines.base import Drawing, Row
 from opd.language.engines.transformers import LanguageModel
 from opd.language.model import ModelSettings
@@ -155,7 +156,8 @@ def speed(task: Task, target: str, folders: dict[str, Path], test: Path, quick: 
     shapes = {"started": ("started", None), "draft_opd": ("draft_opd", None), "tree": ("draft_opd", TREE)}
     found: dict[str, Any] = {}
     for temperature in TEMPERATURES:
-        context = Context(device, agreed=Tokens())
+        # Behind its end no text is what anybody learnt.
+        context = Context(device, agreed=Tokens(end_ids=agree_on_end(language, [], None)))
         drawing = Drawing(context, top_k=0 if temperature else 1, batch=1)
         helpers = {
             way: DraftedEngine(model=str(folders[which]), tree=tree).build(language, context)
