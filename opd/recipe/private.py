@@ -69,8 +69,8 @@ def _broken(recipe: Recipe) -> Iterator[str]:
     for objective in recipe.objective:
         if (objective.reduction or recipe.reduction) == "token_mean":
             yield (
-                "divides by the prompts that a step has in expectation, and the mean over tokens by a number that hangs "
-                "on all records of the step; set reduction=sequence_mean, or sequence_sum"
+                "divides by the prompts that a step has in expectation, and the mean over tokens by a number that "
+                "hangs on all records of the step; set reduction=sequence_mean, or sequence_sum"
             )
     for key, chosen in (
         ("checkpoint.keep_best", recipe.checkpoint.keep_best),

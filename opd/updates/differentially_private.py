@@ -225,8 +225,8 @@ class PrivateOptimiser(Optimiser):
         if found or not known:
             return []
         return [
-            f"{self.planned.folder / FILE} is gone: {known} steps are counted as the checkpoint has them, and those that "
-            "were taken after it are not; put the file back where there were some"
+            f"{self.planned.folder / FILE} is gone: {known} steps are counted as the checkpoint has them, and those "
+            "that were taken after it are not; put the file back where there were some"
         ]
 
     def _look_ahead(self) -> None:
