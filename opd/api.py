@@ -36,6 +36,7 @@ from opd.model_card import card
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy, Student
 from opd.policies.held_out import HeldOut
+from opd.privacy.spending import FILE as ACCOUNT
 from opd.progress import without_library_bars
 from opd.prompts import Prompts
 from opd.prompts.dataset import encoded_images
@@ -252,10 +253,12 @@ def execute(
                 monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
             if going_on:
                 # Also where no checkpoint was written: what was spent before is not forgotten with the directory.
-                run.optimiser.recall()
+                for note in run.optimiser.recall():
+                    monitor.warn(note)
         if earlier:
             # Not before everything has been checked: a mistake in the recipe costs no finished run.
-            clear(recipe.directory)
+            # A run that begins again has spent what it had spent, also where it ends before its next step.
+            clear(recipe.directory, keep=(ACCOUNT,) if going_on else ())
         # Events that an earlier process logged beyond the checkpoint are not shown.
         since = {"tensorboard": {"purge_step": run.step + 1}} if found is not None else {}
         run.accelerator.log_with += told.trackers

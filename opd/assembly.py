@@ -89,6 +89,21 @@ def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[
     shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
     if not shared:
         return []
+    choosing = [
+        key
+        for key, chosen in (
+            ("checkpoint.keep_best", recipe.checkpoint.keep_best),
+            ("evaluation.stop", recipe.evaluation.stop),
+        )
+        if chosen is not None
+    ]
+    if recipe.update.private and choosing:
+        # Who may see the numbers is one thing; a student that was chosen by them is another than the accounted one.
+        raise DataError(
+            f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
+            f"first), and update {kind_of(recipe.update)!r} does not account for a choice by records, which "
+            f"{choosing[0]} makes; take them out, or remove the key"
+        )
     if recipe.update.private and "held_out" not in recipe.update.revealed:
         raise DataError(
             f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
@@ -450,7 +465,10 @@ def _assembled(
 
     optimiser = recipe.update.build(student, accelerator)
     check_reduction(recipe, optimiser)
-    for note in optimiser.begin(Planned(len(training), recipe.batch.prompts, recipe.steps, recipe.directory)):
+    planned = Planned(
+        len(training), recipe.batch.prompts, recipe.steps, recipe.directory, draws_known=recipe.curriculum.known
+    )
+    for note in optimiser.begin(planned):
         monitor.warn(note)
     return Run(
         recipe=recipe,

@@ -122,9 +122,14 @@ def _privacy(spent: Mapping[str, Any] | None) -> str:
     """What a private run promises of its student, for whoever gets it; nothing of others."""
     if spent is None or spent["epsilon"] is None:
         return ""
-    known = " to who does not know the seed of its noise" if spent["seed_known"] else ""
+    known = " to who does not know its seeds" if spent["seed_known"] else ""
+    # A run that went on with other settings has steps of several kinds, and its settings are those of the last.
+    steps = " and ".join(
+        f"{part['steps']} Poisson draws of rate {part['sampling_rate']:.4g} with noise of "
+        f"{part['noise_multiplier']:g} clipping norms"
+        for part in spent["spent"]
+    )
     return (
         f"Differentially private{known}: epsilon {spent['epsilon']:.4g} at delta {spent['delta']:.3g} for each of "
-        f"{spent['records']} records, added or removed ({spent['accountant']}; {spent['steps']} Poisson draws of rate "
-        f"{spent['sampling_rate']:.4g}, noise of {spent['noise_multiplier']:g} clipping norms).\n\n"
+        f"{spent['records']} records, added or removed ({spent['accountant']}; {steps or 'no step'}).\n\n"
     )

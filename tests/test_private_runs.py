@@ -319,6 +319,11 @@ SERVER = {"kind": "served", "url": "http://teacher.example:8000"}
         ({"update": {"epsilon": 1.0, "noise_multiplier": 0}}, r"noise_multiplier is 0, with which no epsilon holds"),
         ({"update": {"noise_multiplier": None}}, r"give epsilon, which the noise is solved for"),
         ({"update": {"momentum": 0.5}}, r"momentum is a setting of sgd"),
+        ({"reduction": "token_mean"}, r"set reduction=sequence_mean"),
+        (
+            {"objective": ["jensen_shannon", {"kind": "sft", "reduction": "token_mean"}]},
+            r"a number that hangs on all records of the step",
+        ),
     ],
 )
 def test_what_breaks_the_promise_or_shows_records_is_refused(changes, message):
@@ -367,6 +372,54 @@ def test_measuring_on_records_is_refused(tmp_path):
     shared = {"kind": "inline", "prompts": [ROWS[3]["prompt"]]}
     with pytest.raises(DataError, match=r"1 of 1 are training prompts too .* update.reveals=\[held_out\]"):
         trained(tmp_path, evaluation={"prompts": shared})
+
+
+def test_a_student_that_records_chose_is_refused_even_where_they_may_be_seen(tmp_path):
+    shared = {"kind": "inline", "prompts": [ROWS[3]["prompt"]]}
+    with pytest.raises(DataError, match=r"does not account for a choice by records, which checkpoint.keep_best makes"):
+        trained(
+            tmp_path,
+            update={"reveals": ["held_out"]},
+            evaluation={"prompts": shared, "every": 1},
+            checkpoint={"every": 1, "keep_best": "reverse_kl"},
+        )
+
+
+def test_a_known_seed_of_the_draws_is_told_of(tmp_path, capsys):
+    result, _ = trained(tmp_path, curriculum={"kind": "poisson", "seed": 5})
+    assert result.summary["privacy"]["seed_known"]
+    assert not trained(tmp_path / "secret")[0].summary["privacy"]["seed_known"]
+    assert "to who does not know its seeds" in (tmp_path / "student" / "README.md").read_text()
+
+
+def test_what_was_spent_stays_while_a_run_begins_again(tmp_path, monkeypatch):
+    """Killed before its first new step, too."""
+    models = saved(tmp_path)
+    made = settings(tmp_path / "run", checkpoint={"every": 50})
+    opd.distill(*models, ROWS, quiet=True, **made)
+    for name in ("checkpoints", "student"):
+        shutil.rmtree(tmp_path / "run" / name)
+    (tmp_path / "run" / "summary.json").unlink()
+
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("opd.api.train", killed)
+        with pytest.raises(KeyboardInterrupt):
+            opd.distill(*models, ROWS, quiet=True, resume=True, **made)
+    assert (tmp_path / "run" / "privacy.json").is_file()
+    assert opd.distill(*models, ROWS, quiet=True, resume=True, **made).summary["privacy"]["steps"] == 4
+
+
+def test_steps_of_two_kinds_are_both_on_the_card(tmp_path):
+    models, run = saved(tmp_path), tmp_path / "run"
+    for steps, noise, more in ((2, 2.0, {}), (4, 3.0, {"resume": True, "force_changed": True})):
+        made = settings(run, steps=steps, update={"noise_multiplier": noise}, checkpoint={"every": 2})
+        opd.distill(*models, ROWS, quiet=True, **made, **more)
+    card = (run / "student" / "README.md").read_text()
+    assert "noise of 2 clipping norms and 2 Poisson draws" in card
+    assert "noise of 3 clipping norms" in card
 
 
 def test_what_ties_records_together_is_refused_when_the_run_is_built(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +145,9 @@ def must_clear(recipe: Recipe, overwrite: bool, unfinished: bool = False) -> boo
     return True
 
 
-def clear(directory: Path) -> None:
-    """Remove what the run in a directory wrote, as `must_clear` has found it, and nothing else."""
+def clear(directory: Path, keep: Collection[str] = ()) -> None:
+    """Remove what the run in a directory wrote, as `must_clear` has found it, and nothing else; of its `RUN_FILES` not
+    those of `keep`."""
     project = _project(directory)
     if project is not None:
         remove_files(project, [name for name in entries(project) if EVENTS.fullmatch(name)])
@@ -154,7 +155,7 @@ def clear(directory: Path) -> None:
         found = list(entries(directory / name))
         remove_files(directory / name, sorted(found, key=lambda place: place in (LIST, "manifest.json")))
     # The recipe goes last: without it what is left is no run, and then nobody may remove it.
-    for name in reversed(RUN_FILES):
+    for name in reversed([name for name in RUN_FILES if name not in keep]):
         (directory / name).unlink(missing_ok=True)
 
 

@@ -212,6 +212,12 @@ class Curriculum(Choice):
     """Whether it goes by verdicts, which a verifier or the rollout must give then."""
 
     @property
+    def known(self) -> bool:
+        """Whether who reads the recipe can tell which prompts each step draws; asked of those that are
+        `independent`."""
+        return False
+
+    @property
     def longest(self) -> int | None:
         """The largest budget of all steps, where the curriculum sets one."""
         return None

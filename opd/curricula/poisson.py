@@ -30,6 +30,10 @@ class Poisson(Curriculum):
         None, ge=0, description="Makes the draws repeatable, and known to whoever knows it; default drawn in secret"
     )
 
+    @property
+    def known(self) -> bool:
+        return self.seed is not None
+
     def build(self, prompts: Sequence[Prompt], per_step: int, context: Context) -> PoissonCourse:
         if per_step > len(prompts):
             raise DataError(

@@ -67,15 +67,15 @@ class Spending:
                 "mend that and go on with --resume"
             ) from None
 
-    def read(self, folder: Path) -> None:
-        """Take up what an earlier process of the run wrote, where it did.
+    def read(self, folder: Path) -> bool:
+        """Take up what an earlier process of the run wrote, and whether it did.
 
         Raises:
             RunError: the file cannot be read as what it is.
         """
         path = folder / FILE
         if not path.is_file():
-            return
+            return False
         try:
             self.at_least(json.loads(path.read_text(encoding="utf-8"))["spent"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,3 +83,4 @@ class Spending:
                 f"{path} says what this run has spent and cannot be read ({error}); put it back, or start another run "
                 "with output=PATH"
             ) from None
+        return True

@@ -66,6 +66,12 @@ def _broken(recipe: Recipe) -> Iterator[str]:
                 f"bounds what one record adds, and {axis.axis} {kind_of(part)!r} does not say that a trajectory's part "
                 f"depends on that trajectory alone; those that do: {able}"
             )
+    for objective in recipe.objective:
+        if (objective.reduction or recipe.reduction) == "token_mean":
+            yield (
+                "divides by the prompts that a step has in expectation, and the mean over tokens by a number that "
+                "hangs on all records of the step; set reduction=sequence_mean, or sequence_sum"
+            )
     for key, chosen in (
         ("checkpoint.keep_best", recipe.checkpoint.keep_best),
         ("evaluation.stop", recipe.evaluation.stop),
@@ -96,6 +102,13 @@ def _shown(recipe: Recipe) -> Iterator[str]:
             "does not account for measurements, and evaluation.held_out takes records to measure and to show in "
             "samples.jsonl; set evaluation.prompts to public prompts, or say that these may be seen: "
             f"{_saying('held_out')}"
+        )
+    taught = [part for part in nested(recipe.rollout) if getattr(part, "train", None) is not None]
+    if taught and "rollouts" not in recipe.update.revealed:
+        yield (
+            "writes nothing of rollouts to the disk, and rollout.engine.train has a drafter learn from them without "
+            "noise, which is saved beside the student; remove it, or say that rollouts may be written: "
+            f"{_saying('rollouts')}"
         )
     cached = [part for part in nested(recipe.teacher) if getattr(part, "cache", None) is not None]
     if cached and "rollouts" not in recipe.update.revealed:

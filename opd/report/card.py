@@ -164,14 +164,17 @@ def _spent(privacy: object) -> str:
     """What a private run spent, in a line."""
     if not isinstance(privacy, Mapping):
         return ""
-    epsilon, delta, sigma = (number(privacy.get(name)) for name in ("epsilon", "delta", "noise_multiplier"))
+    epsilon, delta = (number(privacy.get(name)) for name in ("epsilon", "delta"))
     if epsilon is None or delta is None:
-        return "none: no noise was added"
-    known = "; the noise's seed is known" if privacy.get("seed_known") is True else ""
-    return (
-        f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), noise {sigma or 0:.4g}, "
-        f"{privacy.get('steps')} steps{known}"
+        return "none: some step had no noise"
+    known = "; its seeds are known" if privacy.get("seed_known") is True else ""
+    parts = privacy.get("spent")
+    # Steps before a change of settings had another noise than the settings say now.
+    taken = [part for part in (parts if isinstance(parts, list) else [privacy]) if isinstance(part, Mapping)]
+    steps = " and ".join(
+        f"{part.get('steps')} steps with noise {number(part.get('noise_multiplier')) or 0:.4g}" for part in taken
     )
+    return f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), {steps or 'no step'}{known}"
 
 
 def _public(value: object) -> Any:

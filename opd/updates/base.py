@@ -27,12 +27,14 @@ class Planned:
         expected: prompts of a step in expectation.
         steps: of the whole run.
         folder: the run directory.
+        draws_known: who reads the recipe can tell which prompts each step draws.
     """
 
     records: int
     expected: int
     steps: int
     folder: Path
+    draws_known: bool = False
 
 
 class Optimiser(ABC):
@@ -59,8 +61,10 @@ class Optimiser(ABC):
         """Told once, before the first step and before a checkpoint is taken up; returns lines for a person."""
         return []
 
-    def recall(self) -> None:  # noqa: B027
-        """Told by a process that goes on with an earlier one's run, checkpoint or not, before anything is cleared."""
+    def recall(self) -> list[str]:
+        """Told by a process that goes on with an earlier one's run, checkpoint or not, before anything is cleared;
+        returns lines for a person."""
+        return []
 
     def opened(self, student: Distribution, lengths: torch.Tensor) -> Distribution:
         """The student's `[N]` distributions of the micro-batch that `accumulate` comes for next, as objectives shall

@@ -18,6 +18,7 @@ from opd.objectives import Loss
 from opd.policies.base import Student
 from opd.privacy import Accountant, Part, Spending, epsilon_of, noise_for, steps_within
 from opd.privacy.accounting import check_accountant
+from opd.privacy.spending import FILE
 from opd.schedules import OverSteps
 from opd.updates.base import Optimiser, Planned, Update
 from opd.updates.optimizers import make_optimizer
@@ -209,12 +210,24 @@ class PrivateOptimiser(Optimiser):
             )
         elif self.settings.seed is not None:
             notes.append("update.seed is set: who knows it can take the noise away again; the epsilon holds for others")
+        if self.noise and planned.draws_known:
+            notes.append(
+                "curriculum.seed is set: who knows it knows which steps a record is in, and needs less than this "
+                "epsilon to find it; the epsilon holds for others"
+            )
         self._look_ahead()
         return notes
 
-    def recall(self) -> None:
-        self.spending.read(self.planned.folder)
+    def recall(self) -> list[str]:
+        known = self.spending.total
+        found = self.spending.read(self.planned.folder)
         self._look_ahead()
+        if found or not known:
+            return []
+        return [
+            f"{self.planned.folder / FILE} is gone: {known} steps are counted as the checkpoint has them, and those "
+            "that were taken after it are not; put the file back where there were some"
+        ]
 
     def _look_ahead(self) -> None:
         """Find out whether the budget ends before the run does."""
@@ -308,8 +321,8 @@ class PrivateOptimiser(Optimiser):
         if len(norms):
             signals["scaled_down"] = float((norms > self.settings.clip_norm).float().mean())
             signals["gradient_median"] = float(norms.median())
-        if self.noise and self._logs_epsilon():
-            signals["epsilon"] = self.spending.epsilon()
+        if self.noise and self._logs_epsilon() and math.isfinite(spent := self.spending.epsilon()):
+            signals["epsilon"] = spent
         return signals
 
     def _generator(self) -> torch.Generator:
@@ -336,7 +349,8 @@ class PrivateOptimiser(Optimiser):
                 "sampling_rate": self.rate,
                 "records": self.planned.records,
                 "steps": self.spending.total,
-                "seed_known": self.settings.seed is not None,
+                "spent": self.spending.state(),
+                "seed_known": self.settings.seed is not None or self.planned.draws_known,
             }
         }
 
