@@ -36,6 +36,7 @@ from opd.model_card import card
 from opd.monitor import Monitor
 from opd.policies import LIVE, Policy, Student
 from opd.policies.held_out import HeldOut
+from opd.privacy import promises
 from opd.privacy.spending import FILE as ACCOUNT
 from opd.progress import without_library_bars
 from opd.prompts import Prompts
@@ -377,6 +378,7 @@ def finish(run: Run) -> Result:
         "empty_updates": run.skips.empty,
         "peak_memory_bytes": peak_memory_bytes(),
         **run.optimiser.facts(),
+        **promises.in_summary(recipe.dump()),
         **_prompt_tokens(run),
     }
     if run.skips.empty and run.accelerator.is_main_process:
@@ -534,7 +536,9 @@ def export(
     written = student if form is None else student.written_as(form)
     with whole_folder(out) as partial:
         lacking = written.save(partial, card(recipe, written.library, after))
-        write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []))
+        models = promises.listed(promises.in_summary(recipe.dump()))
+        promised = promises.written([*promises.of_run(directory, recipe.name), *models])
+        write_origin(partial, teachers=getattr(student, "origin", {}).get("teachers", []), **promised)
     different = written.compare(out)
     lacking += [] if different is None else [different]
     if lacking:

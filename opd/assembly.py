@@ -32,6 +32,7 @@ from opd.monitor import Monitor
 from opd.now import Now
 from opd.objectives import Objective
 from opd.policies import Student
+from opd.privacy import promises
 from opd.prompts import Prompt, load_prompts, split_held_out
 from opd.recipe import Recipe, axis_of
 from opd.rollouts import PrefixSource, Rollout
@@ -470,6 +471,8 @@ def _assembled(
     )
     for note in optimiser.begin(planned):
         monitor.warn(note)
+    for promise in promises.listed(promises.in_summary(recipe.dump())) if recipe.update.private else []:
+        monitor.warn(f"it learns from {promise}, which is private too: for a record of both runs the epsilons add up")
     return Run(
         recipe=recipe,
         context=context,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd.privacy import promises
 from opd.provenance import models_of, student_of
 from opd.recipe import Recipe
 
@@ -20,7 +21,7 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], library: str) -> str:
         for name, value in summary["after"].items()
     )
     measured = f"| held out | before | after |\n|---|---|---|\n{rows}\n"
-    return f"{card(recipe, library, summary['steps'])}\n{_privacy(summary.get('privacy'))}{measured}"
+    return f"{card(recipe, library, summary['steps'])}\n{_privacy(summary)}{measured}"
 
 
 def card(recipe: Recipe, library: str, steps: int) -> str:
@@ -118,10 +119,22 @@ def _source(source: Mapping[str, Any]) -> str:
     return f"`{path if source['kind'] == 'dataset' and _on_the_hub(path) else Path(path).name}`"
 
 
-def _privacy(spent: Mapping[str, Any] | None) -> str:
-    """What a private run promises of its student, for whoever gets it; nothing of others."""
-    if spent is None or spent["epsilon"] is None:
-        return ""
+def _privacy(summary: Mapping[str, Any]) -> str:
+    """What private runs promise of a student, for whoever gets it: its own, and those of the models it learnt from."""
+    spent, models = summary.get("privacy"), promises.listed(summary)
+    told = _spent(spent) if spent is not None and spent["epsilon"] is not None else ""
+    if models:
+        names = " and ".join(map(str, models))
+        told += f"It learnt from models of private runs: {names}. "
+        if told.startswith("Differentially"):
+            all_ = [*promises.own("", spent), *models]
+            told += f"For a record that was in all of these runs the sums hold: {promises.together(all_)}.\n\n"
+        else:
+            told += "What they promise of their records it promises too, of those that its own run did not see.\n\n"
+    return told
+
+
+def _spent(spent: Mapping[str, Any]) -> str:
     known = " to who does not know its seeds" if spent["seed_known"] else ""
     # A run that went on with other settings has steps of several kinds, and its settings are those of the last.
     steps = " and ".join(

@@ -16,6 +16,7 @@ from opd.files.ours import foreign
 from opd.files.whole import attempt, told, whole_folder, write_whole
 from opd.hub import push
 from opd.model_card import model_card
+from opd.privacy import promises
 from opd.provenance import ORIGIN, write_origin
 from opd.report import write_report
 from opd.run import Monitoring, Run
@@ -26,12 +27,13 @@ def save_run(run: Run, summary: dict[str, Any]) -> str | None:
     summary. Returns how the saved student differs from the trained one."""
     monitor, recipe = run.monitor, run.recipe
     target = recipe.directory / "student"
+    promised = promises.written([*promises.own(recipe.name, summary.get("privacy")), *promises.listed(summary)])
     card = model_card(recipe, summary, run.student.library)
     try:
         _set_aside(target, monitor)
         with whole_folder(target) as folder:
             problems = run.student.save(folder, card)
-            problems += attempt(ORIGIN, lambda: write_origin(folder, teachers=origin(run)))
+            problems += attempt(ORIGIN, lambda: write_origin(folder, teachers=origin(run), **promised))
     except (OSError, SafetensorError) as error:
         raise RunError(f"the student cannot be saved to {target} ({error}); {_rescued(run, card)}") from None
     for problem in problems:

@@ -196,7 +196,7 @@ def test_the_log_the_summary_and_the_report_say_what_was_spent(tmp_path):
     assert (revealed.directory / "rollouts.jsonl").read_text()
 
 
-def test_what_was_spent_is_never_forgotten(tmp_path):
+def test_what_was_spent_is_never_forgotten(tmp_path, capsys):
     models = saved(tmp_path)
     run = tmp_path / "run"
 
@@ -226,6 +226,7 @@ def test_what_was_spent_is_never_forgotten(tmp_path):
     assert summary["privacy"]["epsilon"] > whole
     (run / "privacy.json").unlink()
     assert go(force_changed=True, noise_multiplier=3.0)["privacy"]["steps"] == 6
+    assert "privacy.json is gone: 6 steps are counted as the checkpoint has them" in capsys.readouterr().err
     (run / "privacy.json").write_text("{")
     with pytest.raises(RunError, match=r"privacy.json says what this run has spent and cannot be read"):
         go(force_changed=True, noise_multiplier=3.0)
@@ -422,11 +423,49 @@ def test_steps_of_two_kinds_are_both_on_the_card(tmp_path):
     assert "noise of 3 clipping norms" in card
 
 
+def test_promises_of_teachers_and_starts_are_handed_on_and_add_up(tmp_path, capsys):
+    """DPKD and a chain: a private student that learns from private models, and a plain one that learns from that."""
+    student, teacher = saved(tmp_path)
+    made = settings(tmp_path / "first", name="first", update={"noise_multiplier": 2.0, "delta": 1e-3})
+    first = opd.distill(student, teacher, ROWS, quiet=True, **made).summary["privacy"]
+    of_first = {**teacher, "model": str(tmp_path / "first" / "student")}
+    made = settings(tmp_path / "second", name="second", update={"noise_multiplier": 4.0, "delta": 1e-3})
+    second = opd.distill(student, of_first, ROWS, **made).summary
+    assert "which is private too: for a record of both runs the epsilons add up" in capsys.readouterr().err
+    epsilons = [second["privacy"]["epsilon"], first["epsilon"]]
+    card = (tmp_path / "second" / "student" / "README.md").read_text()
+    assert f"the sums hold: epsilon {sum(epsilons):.4g} at delta 0.002." in card
+    plain = {"update": "plain", "curriculum": "shuffled", "steps": 1}
+    made = {**settings(tmp_path / "third", name="third"), **plain}
+    opd.distill(
+        {**student, "model": str(tmp_path / "second" / "student")}, teacher, PUBLIC["prompts"], quiet=True, **made
+    )
+    origin = json.loads((tmp_path / "third" / "student" / "opd.json").read_text())
+    assert [(each["model"], each["epsilon"]) for each in origin["privacy"]] == list(
+        zip(("second", "first"), epsilons, strict=True)
+    )
+    assert "of those that its own run did not see" in (tmp_path / "third" / "student" / "README.md").read_text()
+
+
 def test_what_ties_records_together_is_refused_when_the_run_is_built(tmp_path):
     with pytest.raises(OpdError, match=r"reduction=sequence_mean"):
         trained(tmp_path / "a", reduction="token_mean")
     with pytest.raises(RecipeError, match=r"'batched', which computes in float32 alone"):
         trained(tmp_path / "b", update={"gradients": "batched"}, hardware={"device": "cpu", "precision": "bf16"})
+
+
+def test_rows_that_turn_with_the_longest_are_refused(tmp_path):
+    student = tiny_model(seed=1, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(OpdError, match=r"rotary embeddings of type 'dynamic' turn all rows of a batch by the length"):
+        opd.distill(
+            student, tiny_model(seed=2), ROWS, tokenizer=character_tokenizer(), quiet=True, **settings(tmp_path)
+        )
+
+
+def test_a_drafter_that_learns_without_noise_is_refused(tmp_path):
+    engine = {"kind": "drafted", "model": str(tmp_path), "train": {}}
+    with pytest.raises(RecipeError, match=r"a drafter learn from them without noise, .* update.reveals=\[rollouts\]"):
+        recipe_of(rollout={"engine": engine})
 
 
 def test_bfloat16_goes_one_by_one(tmp_path):

@@ -21,6 +21,7 @@ from opd.language.source import resolve
 from opd.merging import weights as files
 from opd.merging.adapters import Adapter, Factors, check_alike, find, of_factors, of_products, save
 from opd.merging.weights import Weights, components
+from opd.privacy import promises
 from opd.provenance import ORIGIN, read_origin, write_origin
 
 COPIED = (".json", ".txt", ".jinja", ".model")
@@ -322,7 +323,8 @@ def _write_origin(
         f"{'' if form == 'dense' else ' as an adapter'}.\n\n| expert | weight |\n|---|---|\n{rows}\n",
         encoding="utf-8",
     )
-    write_origin(folder, teachers=sorted(teachers), merged=merged)
+    promised = promises.written(promise for path in folders for promise in promises.read(path))
+    write_origin(folder, teachers=sorted(teachers), merged=merged, **promised)
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd.privacy import promises
 from opd.provenance import models_of, student_of
 from opd.report.curves import number
 
@@ -32,6 +33,7 @@ def facts(recipe: Block, summary: Block, environment: Block) -> list[tuple[str, 
         "objective": f"{objectives}{_rollout(recipe)}" if objectives else _rollout(recipe).removeprefix(", "),
         "steps": _steps(recipe, summary),
         "privacy": _spent(summary.get("privacy")),
+        "private models": _promised(summary),
         "time": _time(summary),
         "peak memory": _memory(summary),
         "end": _end(summary),
@@ -175,6 +177,14 @@ def _spent(privacy: object) -> str:
         f"{part.get('steps')} steps with noise {number(part.get('noise_multiplier')) or 0:.4g}" for part in taken
     )
     return f"epsilon {epsilon:.3g} at delta {delta:.3g} ({privacy.get('accountant')}), {steps or 'no step'}{known}"
+
+
+def _promised(summary: Block) -> str:
+    """The models of private runs that it learnt from: their epsilons add to its own for records of both."""
+    try:
+        return " and ".join(map(str, promises.listed(summary)))
+    except (TypeError, ValueError, AttributeError):
+        return ""
 
 
 def _public(value: object) -> Any:

@@ -164,6 +164,16 @@ class PrivateOptimiser(Optimiser):
                 f"update 'differentially_private' bounds what one record adds, and {norms[0]} mixes all of a batch; "
                 "take another student"
             )
+        stretched = [
+            kind
+            for part in student.module.modules()
+            if (kind := getattr(part, "rope_type", None)) in ("dynamic", "longrope")
+        ]
+        if stretched:
+            raise IncompatibleError(
+                f"update 'differentially_private' bounds what one record adds, and rotary embeddings of type "
+                f"{stretched[0]!r} turn all rows of a batch by the length of the longest; take another student"
+            )
         self.way = self._way(accelerator)
         optimizer = make_optimizer(
             settings.optimizer,
