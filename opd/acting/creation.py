@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from opd.acting.layout import CONFIG, Layout
 from opd.acting.model import ActionModel
-from opd.acting.seeing import Body, Statistics
+from opd.acting.seeing import Body, Numbers, Statistics
 from opd.errors import ModelError
 from opd.files.ours import refuse_taken
 from opd.files.whole import whole_folder
@@ -33,11 +34,12 @@ def create_policy(
     layers: int = 4,
     heads: int = 4,
     queries: bool = True,
+    seen: Mapping[str, tuple[Numbers, Numbers]] | None = None,
     seed: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write a randomly initialised policy, its tokenizer of the instructions' words, and its action statistics, those
-    of the body's own bounds.
+    """Write a randomly initialised policy, its tokenizer of the instructions' words, and its statistics: of actions the
+    body's own bounds.
 
     Args:
         folder: where to; refused when it holds anything, unless `overwrite` and that is a model that `opd` wrote.
@@ -48,6 +50,8 @@ def create_policy(
         patch: pixels on the side of a patch.
         width: D, a multiple of twice `heads`.
         queries: learnt placeholders, see `Layout`; False is OpenVLA-OFT's sequence to the letter.
+        seen: of `proprio` and `state` what it reads as -1 and 1 (`ranges` of demonstrations); by default as they are,
+            which is slow to learn from where they vary by little.
         seed: of the weights; the global generator is left as it was.
 
     Raises:
@@ -98,7 +102,7 @@ def create_policy(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ActionModel(layout, tokenizer, Statistics.of(body, key))
+        model = ActionModel(layout, tokenizer, replace(Statistics.of(body, key), seen=dict(seen or {})))
     try:
         with whole_folder(folder) as partial:
             model.save(partial)

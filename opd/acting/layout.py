@@ -142,7 +142,8 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
 def write_statistics(folder: Path, statistics: Statistics) -> None:
     """`dataset_statistics.json` with the keys that OpenVLA's checkpoints have."""
     action = {"q01": list(statistics.low), "q99": list(statistics.high), "mask": list(statistics.scaled)}
-    text = json.dumps({statistics.key: {"action": action}}, indent=1) + "\n"
+    seen = {name: {"q01": list(low), "q99": list(high)} for name, (low, high) in statistics.seen.items()}
+    text = json.dumps({statistics.key: {"action": action, **seen}}, indent=1) + "\n"
     (folder / STATISTICS).write_text(text, encoding="utf-8")
 
 
@@ -170,11 +171,16 @@ def read_statistics(folder: Path, key: str | None = None, bounds: str = "quantil
         action = found[key]["action"]
         low, high = (_numbers(action[name]) for name in names)
         scaled = tuple(bool(each) for each in action.get("mask", [True] * len(low)))
+        seen = {
+            name: (_numbers(found[key][name][names[0]]), _numbers(found[key][name][names[1]]))
+            for name in ("proprio", "state")
+            if name in found[key]
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"model '{folder}': statistics of {key!r} lack numbers ({error})") from None
     if not len(low) == len(high) == len(scaled):
         raise ModelError(f"model '{folder}': statistics of {key!r} have {len(low)} low and {len(high)} high numbers")
-    return Statistics(key, low, high, scaled)
+    return Statistics(key, low, high, scaled, seen)
 
 
 def _numbers(values: Sequence[float]) -> Numbers:

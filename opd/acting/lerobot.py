@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.acting.seeing import NO_PICTURE, Seen
+from opd.acting.seeing import NO_PICTURE, Numbers, Seen
 from opd.errors import DataError, first_line
 from opd.pictures import png
 
@@ -164,6 +164,26 @@ def _stats(values: np.ndarray) -> dict[str, list[float]]:
         "q99": np.quantile(values, 0.99, axis=0),
     }
     return {name: [float(v) for v in value] for name, value in found.items()} | {"count": [float(len(values))]}
+
+
+def ranges(folder: Path) -> dict[str, tuple[Numbers, Numbers]]:
+    """1st and 99th percentiles of a data set's `proprio` and `state`, as far as it has them.
+
+    Raises:
+        DataError: its `meta/stats.json` is missing or holds something else.
+    """
+    path = folder / "meta" / "stats.json"
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            ours: (tuple(map(float, stats[theirs]["q01"])), tuple(map(float, stats[theirs]["q99"])))
+            for ours, theirs in (("proprio", PROPRIO), ("state", STATE))
+            if theirs in stats
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} does not say its numbers' range ({first_line(error)}); `opd rollout` writes q01 and q99"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ class ActionModel(torch.nn.Module):
                 f"actions have {layout.dimensions} dimensions and the statistics of {statistics.key!r} "
                 f"{len(statistics.low)}"
             )
+        for name, count in (("proprio", layout.proprio), ("state", layout.state)):
+            if count and any(len(bound) != count for bound in statistics.seen.get(name, ())):
+                raise ModelError(
+                    f"the policy reads {count} numbers of {name}, and statistics of {statistics.key!r} are of others"
+                )
         self.layout, self.tokenizer, self.statistics = layout, tokenizer, statistics
         config = LlamaConfig(
             vocab_size=layout.vocabulary,
@@ -177,7 +182,8 @@ class ActionModel(torch.nn.Module):
             parts.append(features.reshape(count, -1, width))
         for name, part in (("proprio", self.body), ("state", self.privileged)):
             if part is not None:
-                numbers = torch.from_numpy(np.stack([getattr(each, name) for each in seen])).to(device, dtype)
+                values = self.statistics.read(name, np.stack([getattr(each, name) for each in seen]))
+                numbers = torch.from_numpy(values).to(device, dtype)
                 parts.append(part(numbers)[:, None])
         longest = max(map(len, instructions))
         ids = torch.zeros(count, longest, dtype=torch.int64)

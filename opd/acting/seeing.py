@@ -3,7 +3,8 @@ processes of simulators import this."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,6 +29,10 @@ class Seen:
 
 
 NO_PICTURE = np.zeros((0, 0, 0, 3), np.uint8)
+REACH = 5.0
+"""How far a number may lie from the middle of its data, in halves of their range."""
+STILL = 1e-3
+"""A number that varies by less in all data is constant."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +76,15 @@ class Statistics:
         key: of the data set, as checkpoints name it (`unnorm_key`).
         low, high: A numbers that become -1 and 1: the 1st and 99th percentile, or the smallest and largest.
         scaled: A marks; a dimension without it (a gripper that is open or closed) is taken as it is.
+        seen: of `proprio` and `state` what becomes -1 and 1 where a policy reads them; what is not here is read as it
+            is. Student and teacher may differ in it.
     """
 
     key: str
     low: Numbers
     high: Numbers
     scaled: tuple[bool, ...]
+    seen: Mapping[str, tuple[Numbers, Numbers]] = field(default_factory=dict)
 
     @staticmethod
     def of(body: Body, key: str) -> Statistics:
@@ -93,6 +101,16 @@ class Statistics:
         """float64 `[..., A]` in the environment's units."""
         low, high = np.array(self.low), np.array(self.high)
         return np.where(self.scaled, 0.5 * (scaled + 1) * (high - low + 1e-8) + low, scaled)
+
+    def read(self, name: str, values: np.ndarray) -> np.ndarray:
+        """float32 `[..., P]` or `[..., S]` of observations, as a policy reads them. Between `low` and `high` lie the
+        data; a state that the policy reached itself may lie outside, up to `REACH`."""
+        if name not in self.seen:
+            return values
+        low, high = (np.array(bound) for bound in self.seen[name])
+        # A number that never varied says nothing of its scale.
+        half = np.where(high - low > STILL, (high - low) / 2, 1.0)
+        return ((values - (low + high) / 2) / half).clip(-REACH, REACH).astype(np.float32)
 
     def check(self, other: Statistics, whose: str) -> None:
         """Raise `IncompatibleError` where the same token would be another movement to `other`."""

@@ -526,6 +526,10 @@ def create_policy(
     zeros: Annotated[
         bool, typer.Option(help="Placeholders of zeros, as OpenVLA-OFT's, in place of learnt ones.")
     ] = False,
+    demonstrations: Annotated[
+        Path | None,
+        typer.Option(help="A data set in whose range proprio and state lie; else they are read as they are."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that opd wrote there.")] = False,
 ) -> None:
@@ -534,7 +538,8 @@ def create_policy(
 
     _quiet_libraries()
     sizes = {"chunk": chunk, "bins": bins, "patch": patch, "width": width, "layers": layers, "heads": heads}
-    print(new_policy(folder, recipe, reads.split(","), queries=not zeros, overwrite=overwrite, **sizes, seed=seed))
+    own = {"queries": not zeros, "demonstrations": demonstrations, "overwrite": overwrite}
+    print(new_policy(folder, recipe, reads.split(","), **own, **sizes, seed=seed))
 
 
 @app.command()

@@ -13,13 +13,15 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from opd.acting.lerobot import open_demonstrations
+from opd.acting.creation import create_policy
+from opd.acting.lerobot import open_demonstrations, ranges
 from opd.acting.model import PolicySettings, load_policy
+from opd.acting.seeing import Statistics
 from opd.api import execute
 from opd.cli.main import app
 from opd.context import Context
 from opd.environments.pixel_pick import PixelWorld
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import DataError, ModelError, RecipeError, RunError
 from opd.jobs.demonstrations import sample_demonstrations
 from opd.prompts.demonstrations import DemonstrationPrompts
 from opd.rollouts import Request
@@ -164,6 +166,30 @@ def test_the_command_line_makes_a_policy_and_demonstrations(tmp_path):
     assert done.exit_code == 0, done.output
     assert "4 of 4 episodes succeeded" in done.output
     assert len(open_demonstrations(str(tmp_path / "data")).episodes) == 4
+    again = ["--demonstrations", str(tmp_path / "data"), "--overwrite"]
+    made = CliRunner().invoke(app, ["create-policy", str(tmp_path / "policy"), "--recipe", file, *sizes, *again])
+    assert made.exit_code == 0, made.output
+    read = load_policy(PolicySettings(model=str(tmp_path / "policy")), "cpu").statistics.seen
+    stats = json.loads((tmp_path / "data" / "meta" / "stats.json").read_text())
+    assert read["proprio"][1] == pytest.approx(stats["observation.state"]["q99"])
+    assert read["state"][0] == pytest.approx(stats["observation.environment_state"]["q01"])
+
+
+def test_numbers_are_read_in_the_range_of_their_data():
+    statistics = Statistics("k", (-1.0,), (1.0,), (True,), {"proprio": ((0.1, 2.0, 0.0), (0.3, 2.0, 10.0))})
+    values = np.array([[0.1, 2.5, 5.0], [0.3, 2.0, 10.0], [9.0, 2.0, -5.0]], np.float32)
+    wanted = [[-1.0, 0.5, 0.0], [1.0, 0.0, 1.0], [5.0, 0.0, -2.0]]
+    np.testing.assert_allclose(statistics.read("proprio", values), wanted, atol=1e-5)
+    assert statistics.read("state", values) is values
+
+
+def test_ranges_of_another_body_or_none_are_refused(data, tmp_path):
+    with pytest.raises(ModelError, match=r"the policy reads 4 numbers of proprio, and statistics of 'k' are of"):
+        create_policy(tmp_path / "p", WORLD.body(), ["go"], key="k", seen={"proprio": ((0.0,), (1.0,))})
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "stats.json").write_text(json.dumps({"observation.state": {"min": [0]}}))
+    with pytest.raises(DataError, match=r"stats.json does not say its numbers' range .*q01 and q99"):
+        ranges(tmp_path)
 
 
 @pytest.mark.parametrize(
