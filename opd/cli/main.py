@@ -538,8 +538,10 @@ def create_policy(
 
     _quiet_libraries()
     sizes = {"chunk": chunk, "bins": bins, "patch": patch, "width": width, "layers": layers, "heads": heads}
-    own = {"queries": not zeros, "demonstrations": demonstrations, "overwrite": overwrite}
-    print(new_policy(folder, recipe, reads.split(","), **own, **sizes, seed=seed))
+    made = new_policy(
+        folder, recipe, reads.split(","), not zeros, demonstrations, overwrite=overwrite, **sizes, seed=seed
+    )
+    print(made)
 
 
 @app.command()
