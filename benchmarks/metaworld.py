@@ -3,7 +3,9 @@ distillation from the package's scripted experts and GRPO make of it with as man
 
 python -m benchmarks.metaworld FOLDER [--seeds 0 1 2] [--json PATH]    (needs `pip install metaworld`)
 
-What is in FOLDER is not run again. Success is of greedy episodes from states that nothing else began in.
+What is in FOLDER is not run again, so that seeds may be run side by side once the first has found the rates. Each arm
+takes the rate of `RATES` that has most success on validation episodes after a third of the steps from the first seed's
+start. Success is of greedy episodes from states that nothing else began in.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import torch
 
 from benchmarks.loss_operator import describe_machine, versions
 from opd.acting.creation import create_policy
+from opd.acting.lerobot import ranges
 from opd.api import assembled, execute, export
 from opd.environments.metaworld import MetaWorld
 from opd.evaluation import evaluate
@@ -31,8 +35,10 @@ TASKS = ("reach-v3", "push-v3", "drawer-open-v3")
 LIMIT, CHUNK, BINS = 100, 5, 32
 FEW, GOAL = 5, 0.3
 """Demonstrations of each task that a start imitates, and the share of validation episodes at which it is taken."""
-IMITATED, EVERY = 600, 50
-STEPS, EPISODES = 12, 24
+IMITATED, EVERY = 300, 50
+EPISODES, TRIED = 900, 300
+"""Of an arm, and of a trial of a rate."""
+RATES = (1e-4, 3e-4, 1e-3)
 DEMONSTRATED, TRAIN, VALIDATION, TEST = 3, 2, 1, 0
 """Seeds of initial states."""
 PER_TASK = 20
@@ -53,8 +59,8 @@ def recipe(student: Path, folder: Path, steps: int, seed: int, **changes: Any) -
         "rollout": {"kind": "simulator"},
         "prompts": episodes(200, TRAIN),
         "update": {"learning_rate": 3e-4},
-        "batch": {"prompts": EPISODES // 2, "group": 2, "micro": 64},
-        "evaluation": {"prompts": episodes(5, VALIDATION), "frames": False, "samples": 0, "alarm": None, "every": 0},
+        "batch": {"prompts": len(TASKS), "group": 1, "micro": 64},
+        "evaluation": {"prompts": episodes(10, VALIDATION), "frames": False, "samples": 0, "alarm": None, "every": 0},
         "checkpoint": {"every": 0},
         "tracking": {"trackers": []},
         "hardware": {"device": "cpu", "threads": 1},
@@ -78,16 +84,18 @@ def begun(folder: Path, seed: int) -> Points:
     """The first checkpoint of imitation that reaches the goal, in `folder/start`; the last where none does."""
     settings = MetaWorld(only=list(TASKS), limit=LIMIT)
     sizes = {"chunk": CHUNK, "bins": BINS, "width": 96, "layers": 3, "heads": 3}
-    blank = create_policy(
-        folder / "blank", settings.body(), list(settings.tasks().values()), reads=["state"], seed=seed, **sizes
-    )
+    body, words = settings.body(), list(settings.tasks().values())
+    # Whose chunks the experts' actions are cut into; the policy that learns is made in the range of what they showed.
+    cut = create_policy(folder / "cut", body, words, reads=["state"], seed=seed, **sizes)
     shown = {
         "teacher": {"kind": "scripted", "name": "expert"},
         "prompts": episodes(FEW, DEMONSTRATED + seed),
         "rollout": {"kind": "simulator", "teacher": "expert", "greedy": True},
         "objective": "sft",
     }
-    sample_demonstrations(parse_recipe(recipe(blank, folder / "shown", 1, seed, **shown)), folder / "data", quiet=True)
+    sample_demonstrations(parse_recipe(recipe(cut, folder / "shown", 1, seed, **shown)), folder / "data", quiet=True)
+    seen = ranges(folder / "data")
+    blank = create_policy(folder / "blank", body, words, reads=["state"], seen=seen, seed=seed, **sizes)
     block = recipe(blank, folder, IMITATED, seed)
     block |= {
         "prompts": {"kind": "demonstrations", "path": str(folder / "data"), "per_task": FEW},
@@ -116,30 +124,61 @@ def tested(model: Path, folder: Path, seed: int) -> dict[str, float]:
 
 
 ARMS: dict[str, dict[str, Any]] = {
-    "VLA-OPD": {"teacher": {"kind": "scripted"}, "objective": "reverse_kl_sampled"},
+    "VLA-OPD": {"teacher": {"kind": "scripted"}, "objective": "forward_kl"},
     "GRPO": {
         "objective": {"kind": "grpo", "clip": 0.2, "clip_high": 0.28},
-        "batch": {"prompts": EPISODES // 8, "group": 8},
+        "batch": {"prompts": 1, "group": 8},
     },
 }
 
 
+def distilled(start: Path, place: Path, name: str, count: int, rate: float, seed: int) -> dict[str, Any]:
+    """The recipe of an arm for `count` episodes."""
+    block = recipe(start, place, 1, seed, **ARMS[name])
+    rates = {"kind": "cosine", "start": rate, "warmup": 5}
+    return merged(
+        block,
+        {"steps": count // (block["batch"]["prompts"] * block["batch"]["group"]), "update": {"learning_rate": rates}},
+    )
+
+
+def kept(place: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returns, from a file where it was made before."""
+    done = place / "done.json"
+    if not done.exists():
+        place.mkdir(parents=True)
+        done.write_text(json.dumps(make()) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    return found
+
+
+def best_rate(folder: Path, name: str) -> float:
+    """By success on validation episodes, the smaller of equals."""
+    start, tried = folder / "0" / "start" / "start", {}
+    for rate in RATES:
+        place = folder / "rates" / name / str(rate)
+        point = kept(place, partial(lambda p, r: trained(distilled(start, p, name, TRIED, r, 100))[-1], place, rate))
+        tried[rate] = point["accuracy"]
+        print(f"{name} at {rate:g}: {point['accuracy']:.3f} on validation", flush=True)
+    return max(tried, key=lambda rate: (tried[rate], -rate))
+
+
 def of_seed(folder: Path, seed: int) -> dict[str, Any]:
-    """Start and arms of one seed, each kept in a file of its own as soon as it is there."""
+    """Start and arms of one seed."""
+    start = folder / str(seed) / "start" / "start"
+
+    def made(name: str, place: Path) -> dict[str, Any]:
+        if name == "start":
+            points, model = begun(place, seed), start
+        else:
+            block = distilled(start, place, name, EPISODES, best_rate(folder, name), seed)
+            points, model = trained(block), place / "run" / "student"
+        return {"training": points[-1], **tested(model, place, seed)}
+
     found: dict[str, Any] = {}
     for name in ("start", *ARMS):
         place = folder / str(seed) / name
-        done = place / "done.json"
-        if not done.exists():
-            place.mkdir(parents=True)
-            start = folder / str(seed) / "start" / "start"
-            if name == "start":
-                points, model = begun(place, seed), start
-            else:
-                points, model = trained(recipe(start, place, STEPS, seed, **ARMS[name])), place / "run" / "student"
-            record = {"training": points[-1], **tested(model, place, seed)}
-            done.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        found[name] = json.loads(done.read_text(encoding="utf-8"))
+        found[name] = kept(place, partial(made, name, place))
         shares = ", ".join(f"{task} {found[name][f'accuracy/{task}']:.2f}" for task in TASKS)
         print(f"seed {seed}, {name}: {found[name]['accuracy']:.3f} ({shares})", flush=True)
     return found
@@ -165,6 +204,7 @@ def main() -> None:
             "machine": describe_machine("cpu"),
             "versions": versions(),
             "cpu_seconds": time.process_time() - began,
+            "rates": {name: best_rate(options.folder, name) for name in ARMS},
             "seeds": seeds,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
