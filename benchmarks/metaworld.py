@@ -114,7 +114,7 @@ def begun(folder: Path, seed: int) -> Points:
 
 def tested(model: Path, folder: Path, seed: int) -> dict[str, float]:
     """Success on test states, of all tasks and of each."""
-    own = {"objective": "grpo", "evaluation": {"prompts": episodes(PER_TASK, TEST)}}
+    own = {"objective": "grpo", "batch": {"group": 2}, "evaluation": {"prompts": episodes(PER_TASK, TEST)}}
     run = assembled(parse_recipe(recipe(model, folder / "test", 1, seed, **own)))
     try:
         found = evaluate(run).metrics
