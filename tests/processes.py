@@ -1,12 +1,14 @@
-"""Runs of several processes that are started as the launcher of torch starts them, from interpreters that have imported
-the library already."""
+"""Runs of several processes that are started as the launcher of torch starts them, and the command line in a process of
+its own: from interpreters that have imported the library already, which takes most of a short command's time."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
 import os
+import resource
 import socket
+import sys
 import traceback
 from contextlib import closing
 
@@ -16,10 +18,53 @@ from opd.api import execute
 from opd.errors import RunError
 
 
-def together(recipe, environment, **options):
-    """Run a recipe by two processes; returns what each of them says of it."""
+def warm():
+    """What starts processes that have imported the library."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["opd.api", "tests.test_loop"])
+    return context
+
+
+class Program:
+    """`opd WORDS`, what it prints in files of `folder`; no file that it writes may be larger than `limit` bytes."""
+
+    def __init__(self, folder, *words, limit=None):
+        self.printed = [folder / f"{len(list(folder.glob('*.printed')))}-{name}.printed" for name in ("out", "err")]
+        self.process = warm().Process(target=_command, args=(self.printed, words, limit))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    def communicate(self, timeout=None):
+        """What it printed, when it has ended."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s"
+        return tuple(file.read_text(encoding="utf-8") for file in self.printed)
+
+
+def _command(printed, words, limit):
+    for stream, file in zip((sys.stdout, sys.stderr), printed, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    if limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    sys.argv = ["opd", *words]
+    from opd.cli.main import main
+
+    main()
+
+
+def together(recipe, environment, **options):
+    """Run a recipe by two processes; returns what each of them says of it."""
+    context = warm()
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

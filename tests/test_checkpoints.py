@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -37,7 +36,7 @@ from opd.recipe import differences, parse_recipe
 from opd.shaping import Shape, Shaper
 from opd.weights import copy_into, fingerprint, frozen, trained
 from tests.conftest import save_tiny, tiny_model
-from tests.processes import together
+from tests.processes import Program, together
 from tests.test_loop import TEXTS, recipe_for
 
 
@@ -571,18 +570,11 @@ def test_a_checkpoint_is_exported_as_a_student(make, tmp_path):
 # ---- the command line, and what the machine does to it ----
 
 
-def start(recipe, tmp_path, *words, limit=None, program=("opd",)):
-    """The real program on a recipe, in a process of its own."""
+def start(recipe, tmp_path, *words, limit=None):
+    """The command line on a recipe, in a process of its own."""
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.dump()))
-    return subprocess.Popen(
-        [sys.executable, "-m", *program, "train", str(path), "--quiet", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None,
-    )
+    return Program(tmp_path, "train", str(path), "--quiet", *words, limit=limit)
 
 
 def until(condition, seconds=150):
@@ -598,7 +590,7 @@ def logged(recipe):
 
 
 def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbed(make, tmp_path):
-    slow = {"rollout": {"max_new_tokens": 100}, "checkpoint": {"every": 100}}
+    slow = {"rollout": {"max_new_tokens": 60}, "checkpoint": {"every": 100}}
     undisturbed, recipe = make("undisturbed", **slow), make("run", **slow)
     execute(undisturbed, quiet=True)
     process = start(recipe, tmp_path)
@@ -624,8 +616,10 @@ def test_two_processes_go_on_bit_for_bit(make, tmp_path):
     steps = {"steps": 16, "batch": {"prompts": 4, "micro": 1}, "resume": "auto"}
     undisturbed, broken = make("undisturbed", **options, **steps), make("broken", **options, **steps)
 
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opd"]
-    process = start(broken, tmp_path, program=launcher)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(broken.dump()))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, "-m", "opd", "train", str(tmp_path / "recipe.yaml"), "--quiet"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: logged(broken) >= 5)
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         member.kill()
