@@ -1,8 +1,9 @@
 """The task of the reproduction of Video-OPD, its teacher, and the student that every arm starts from.
 
-Clips of 8 seconds hold four coloured shapes that come and go, and the question is when one of them is there. The
+Clips of 8 seconds hold two coloured shapes that come and go, and the question is when one of them is there. The
 teacher learnt it for six of the eight colours that are asked for. The student is smaller and learnt from fewer clips,
-until a fixed mean overlap with the true intervals; it also learnt to count shapes, which no arm trains.
+until a fixed mean overlap with the true intervals; it also learnt to count shapes, which no arm trains. Both learnt to
+see by saying of each frame whether a shape is there: of intervals alone they learn to write some.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from opd.reproductions.definition import Figures, merged
 from opd.reproductions.training import curve, filled
 from opd.vision.creation import create_clip_model
 
-SECONDS, PIXELS = 8, 16
-"""Of a clip: half of the largest, and a fourth of its tokens' pictures, so that many seeds are affordable."""
+SECONDS, PIXELS, EVENTS = 8, 16, 2
+"""Of a clip: half of the largest, and a fourth of its tokens' pictures, so that many seeds are affordable. Of four small
+shapes on any grey these models see nothing."""
 KNOWN = list(COLOURS)[:6]
 """Colours that the teacher was asked for; of the others it never saw an interval."""
 UNKNOWN = list(COLOURS)[6:]
 CAP = 12
 """Most new tokens: an answer has nine and its end."""
-MIX = {"when": 28, "count": 4}
-"""Rows of each kind in a step of the student's training, on average."""
-CLIPS_OF_TEACHER, STEPS_OF_TEACHER = 20_000, 2500
-ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.3
+MIX = {"when": 16, "shown": 12, "count": 4}
+"""Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
+CLIPS_OF_TEACHER, STEPS_OF_TEACHER = 10_000, 1500
+ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.4
 """Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
 taken."""
 SIZES = {
@@ -43,19 +45,24 @@ Split = Literal["train", "validation", "test"]
 VERIFIER: dict[str, Any] = {
     "kind": "routed",
     "by": "task",
-    "routes": {"when": "temporal_grounding", "count": "exact_match"},
+    "routes": {"when": "temporal_grounding", "shown": "exact_match", "count": "exact_match"},
 }
 
 
 def clips(size: int, split: Split, seed: int = 0, **changes: Any) -> dict[str, Any]:
     """The recipe's block of questions when."""
-    own = {"size": size, "split": split, "seed": seed, "seconds": SECONDS, "pixels": PIXELS}
-    return {"kind": "clips", **own, "add": {"task": "when"}} | changes
+    own = {"size": size, "split": split, "seed": seed, "seconds": SECONDS, "pixels": PIXELS, "events": EVENTS}
+    return {"kind": "clips", **own, "plain": True, "add": {"task": "when"}} | changes
+
+
+def shown(size: int, split: Split, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """The same of questions in which frames."""
+    return clips(size, split, seed, ask="shown", add={"task": "shown"}, **changes)
 
 
 def counts(size: int, split: Split, seed: int = 0, **changes: Any) -> dict[str, Any]:
     """The same of questions how many."""
-    return clips(size, split, seed, ask="count", add={"task": "count"}) | changes
+    return clips(size, split, seed, ask="count", events=4, add={"task": "count"}) | changes
 
 
 def model(folder: str, **changes: Any) -> dict[str, Any]:
@@ -87,8 +94,8 @@ def recipe(student: str, steps: int, rate: float, **changes: Any) -> dict[str, A
 def blank(folder: Path, inputs: Mapping[str, Path], *, sizes: Mapping[str, int], seed: int) -> Figures:
     """A model with random weights and its processor, in `folder/model`."""
     characters, words, times, _ = VOCABULARY
-    shown = [time for time in times if time < SECONDS]
-    create_clip_model(folder / "model", characters, words, shown, PIXELS, seed=seed, **sizes)  # type: ignore[arg-type]
+    stamps = [time for time in times if time < SECONDS]
+    create_clip_model(folder / "model", characters, words, stamps, PIXELS, seed=seed, **sizes)  # type: ignore[arg-type]
     return {}
 
 
@@ -99,7 +106,7 @@ def supervised(student: str, steps: int, prompts: Sequence[Mapping[str, Any]], e
         steps,
         2e-3,
         prompts=list(prompts),
-        rollout={"kind": "data"},
+        rollout={"kind": "data", "max_new_tokens": 2 * SECONDS + 1},
         objective=["sft"],
         update={"learning_rate": {"warmup": 50}},
         evaluation={"prompts": [clips(96, "validation", 2)], "every": every},
@@ -155,6 +162,7 @@ SEED_OF_RATES, SEED_OF_TEACHER = 100, 200
 def _start(of: str, **own: Any) -> Stage:
     rows = [
         clips(2500, "train", 1, weight=MIX["when"]),
+        shown(2500, "train", 1, weight=MIX["shown"]),
         counts(600, "train", 1, weight=MIX["count"]),
     ]
     block = supervised(f"{{{of}}}/model", ENDS[-1], rows, EVERY)
@@ -163,7 +171,7 @@ def _start(of: str, **own: Any) -> Stage:
 
 
 def _teacher() -> Stage:
-    rows = [clips(CLIPS_OF_TEACHER, "train", 5, colours=KNOWN)]
+    rows = [part(CLIPS_OF_TEACHER, "train", 5, colours=KNOWN) for part in (clips, shown)]
     block = supervised(f"{{{NEW_TEACHER}}}/model", STEPS_OF_TEACHER, rows)
     return Stage(taught, {"recipe": block, "seed": SEED_OF_TEACHER}, [NEW_TEACHER])
 

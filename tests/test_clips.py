@@ -45,6 +45,20 @@ def test_a_clip_may_be_short_and_small():
         assert end <= 8
 
 
+def test_whether_a_shape_is_shown_is_said_of_every_frame():
+    for row in drawn(ask="shown", plain=True, events=2, seconds=8, pixels=16, size=4):
+        assert row["prompt"].startswith("shown ")
+        frames = row["video"]["frames"].astype(int)
+        assert len(row["response"]) == len(frames)
+        colour = COLOURS[row["prompt"].split()[1]]
+        near = (abs(frames - np.array(colour)).sum(-1) == 0).any((1, 2))
+        said = np.array([digit == "1" for digit in row["response"]])
+        assert not near[~said].any()
+        assert near[said].any()
+        # The grey is the same in every clip.
+        assert abs(np.median(frames) - 128) < 16
+
+
 def test_splits_and_seeds_differ_and_longer_draws_begin_alike():
     names = [row["response"] + row["prompt"] for row in drawn()]
     assert [row["response"] + row["prompt"] for row in drawn(size=3)] == names[:3]
@@ -60,12 +74,13 @@ def test_a_blank_model_learns_to_write_intervals(tmp_path):
     made = CliRunner().invoke(app, ["create-image-text-model", str(tmp_path / "model"), "--clips", "--width", "48"])
     assert made.exit_code == 0, made.output
     settings = {
-        "steps": 2,
+        "steps": 4,
         "student": {"kind": "image_text", "model": str(tmp_path / "model"), "images": None, "videos": {"fps": 2}},
         "teacher": [],
         "prompts": {"kind": "clips", "size": 12},
         "rollout": {"kind": "data", "max_new_tokens": 12},
         "objective": "sft",
+        "update": {"learning_rate": 1e-3},
         "verifier": "temporal_grounding",
         "batch": {"prompts": 4},
         "evaluation": {"held_out": 3, "max_new_tokens": 12},
@@ -75,7 +90,7 @@ def test_a_blank_model_learns_to_write_intervals(tmp_path):
         "output": str(tmp_path / "run"),
     }
     result = execute(parse_recipe(settings), quiet=True)
-    first, last = [row["train/loss"] for row in result.history if "train/loss" in row]
+    first, *_, last = [row["train/loss"] for row in result.history if "train/loss" in row]
     assert last < first
     assert {"accuracy", "parsed", "recall_at_0.3"} <= result.before.keys()
     engine = ImageText(model=str(tmp_path / "run" / "student"), images=None, videos={"fps": 2}).engine("cpu")

@@ -23,7 +23,7 @@ SHORTEST = 3
 SHAPES = ("disc", "square", "cross", "ring")
 COUNTS = ("one", "two", "three", "four")
 CHARACTERS = tuple("0123456789.-? ")
-WORDS = (*COLOURS, *SHAPES, *COUNTS, "how", "many", "when")
+WORDS = (*COLOURS, *SHAPES, *COUNTS, "how", "many", "when", "shown")
 """What prompts and answers are made of."""
 VOCABULARY = (CHARACTERS, WORDS, tuple(i / FPS for i in range(FRAMES)), SIDE)
 """What a model for them needs to know: see `opd.vision.creation.create_clip_model`."""
@@ -35,17 +35,22 @@ class ClipPrompts(Prompts):
 
     Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[F, H, W, 3]`, fps: 2}; by default F, H and W are
     32), `interval` in seconds on a grid of half a second, `duration`, and `response` and `answer` as a student writes
-    them (`02.5-06.0`). With `ask: count` the question is how many shapes there are: what may be forgotten meanwhile.
+    them (`02.5-06.0`). With `ask: shown` the answer has a digit a frame, whether the shape is there (`0011110...`), from
+    which a model with random weights learns to look. With `ask: count` the question is how many shapes there are: what
+    may be forgotten meanwhile. `plain` clips have shapes of twice the size on one grey.
     """
 
     kind: Literal["clips"] = "clips"
     size: int = Field(1000, ge=1, le=1_000_000, description="Rows to draw")
     seed: int = Field(0, ge=0, description="Of the draw")
     split: Literal["train", "validation", "test"] = Field("train", description="Rows of one split occur in no other")
-    ask: Literal["when", "count"] = Field("when", description="When one shape is there, or how many there are")
+    ask: Literal["when", "shown", "count"] = Field(
+        "when", description="When one shape is there, in which frames, or how many there are"
+    )
     seconds: int = Field(FRAMES // FPS, ge=4, le=FRAMES // FPS, description="Length of a clip, of two frames a second")
     pixels: Literal[16, 32] = Field(32, description="Side of a frame")
     events: int = Field(4, ge=1, le=4, description="Shapes in a clip; with ask: count at most")
+    plain: bool = Field(False, description="Large shapes on one grey, for the smallest models")
     colours: list[str] = Field(list(COLOURS), min_length=1, description="Of the shape that is asked for")
 
     @field_validator("colours")
@@ -72,11 +77,11 @@ class ClipPrompts(Prompts):
         return self.split
 
     def _row(self, rng: random.Random) -> tuple[dict[str, Any], bytes]:
-        count = self.events if self.ask == "when" else rng.randint(1, self.events)
+        count = rng.randint(1, self.events) if self.ask == "count" else self.events
         asked = rng.choice(self.colours)
         colours = [asked, *rng.sample([colour for colour in COLOURS if colour != asked], count - 1)]
         events = []
-        total, side, radius = FPS * self.seconds, self.pixels, self.pixels // 8
+        total, side, radius = FPS * self.seconds, self.pixels, self.pixels // (4 if self.plain else 8)
         for colour in colours:
             length = rng.randint(SHORTEST, total // 2)
             start = rng.randint(0, total - length)
@@ -84,26 +89,29 @@ class ClipPrompts(Prompts):
             events.append((colour, rng.choice(SHAPES), start, start + length, path))
         order = rng.sample(range(count), count)
         noise = np.random.default_rng(rng.getrandbits(64))
-        frames = noise.normal(rng.uniform(60, 200), 6, (total, side, side, 3)).clip(0, 255).astype(np.uint8)
+        grey = 128 if self.plain else rng.uniform(60, 200)
+        frames = noise.normal(grey, 6, (total, side, side, 3)).clip(0, 255).astype(np.uint8)
         for i in order:
-            _paint(frames, *events[i])
+            _paint(frames, radius, *events[i])
         key = hashlib.sha256(repr([event[:4] for event in events]).encode()).digest()
         row: dict[str, Any] = {"video": {"frames": frames, "fps": FPS}, "duration": total / FPS}
         if self.ask == "count":
             word = COUNTS[count - 1]
             return {"prompt": "how many?", "answer": word, "response": word, **row}, key
         colour, shape, start, end, _ = events[0]
+        if self.ask == "shown":
+            text = "".join(str(int(start <= k < end)) for k in range(total))
+            return {"prompt": f"shown {colour} {shape}?", "answer": text, "response": text, **row}, key
         interval = [start / FPS, end / FPS]
         text = "-".join(f"{time:04.1f}" for time in interval)
         return {"prompt": f"when {colour} {shape}?", "answer": text, "response": text, "interval": interval, **row}, key
 
 
 def _paint(
-    frames: np.ndarray, colour: str, shape: str, start: int, end: int, path: Sequence[tuple[float, float]]
+    frames: np.ndarray, radius: int, colour: str, shape: str, start: int, end: int, path: Sequence[tuple[float, float]]
 ) -> None:
     """Draw a shape that moves along a line from its first frame to its last."""
     side = frames.shape[1]
-    radius = side // 8
     y, x = np.mgrid[:side, :side] + 0.5
     for k in range(start, end):
         share = (k - start) / max(end - start - 1, 1)
