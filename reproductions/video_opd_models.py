@@ -23,8 +23,8 @@ from opd.reproductions.training import curve, filled
 from opd.vision.creation import create_clip_model
 
 SECONDS, PIXELS, EVENTS = 8, 16, 2
-"""Of a clip: half of the largest, and a fourth of its tokens' pictures, so that many seeds are affordable. Of four small
-shapes on any grey these models see nothing."""
+"""Of a clip: half of the largest, and a fourth of its tokens' pictures, so that many seeds are affordable. Of four
+small shapes on any grey these models see nothing."""
 KNOWN = list(COLOURS)[:6]
 """Colours that the teacher was asked for; of the others it never saw an interval."""
 UNKNOWN = list(COLOURS)[6:]

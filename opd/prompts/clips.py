@@ -35,8 +35,8 @@ class ClipPrompts(Prompts):
 
     Rows have `prompt` (`when red disc?`), `video` ({frames: uint8 `[F, H, W, 3]`, fps: 2}; by default F, H and W are
     32), `interval` in seconds on a grid of half a second, `duration`, and `response` and `answer` as a student writes
-    them (`02.5-06.0`). With `ask: shown` the answer has a digit a frame, whether the shape is there (`0011110...`), from
-    which a model with random weights learns to look. With `ask: count` the question is how many shapes there are: what
+    them (`02.5-06.0`). With `ask: shown` the answer has a digit a frame, whether the shape is there (`0011110...`): a
+    model with random weights learns to look from it. With `ask: count` the question is how many shapes there are: what
     may be forgotten meanwhile. `plain` clips have shapes of twice the size on one grey.
     """
 
