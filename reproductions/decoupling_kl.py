@@ -73,7 +73,8 @@ FULL, GATED, UNGATED = "student prefix, reverse KL, long", "ladder, gate at 0.5"
 MAIN = [*CELLS, GATED, UNGATED, FIXED]
 """The four objectives at both lengths, and the curriculum with its controls: all seeds. The rest have the first few."""
 FEW_SEEDS = 3
-SMALL = {"recipe": {"steps": 2, "batch": {"prompts": 4}, "evaluation": FEW}}
+SMALL = {"recipe": {"steps": 2, "batch": {"prompts": 4}, "prompts": {"size": 64}, "evaluation": FEW}}
+SMALL_BASE = {"recipe": {"steps": 4, "prompts": {"size": 64}, "evaluation": FEW}}
 SMALL_LADDER = merged(SMALL, {"recipe": {"steps": len(LADDER), "curriculum": {"steps_per_rung": 1}}})
 
 
@@ -426,10 +427,7 @@ selected.
     ),
     smoke=Smoke(
         stages={
-            "base": {"recipe": {"steps": 4, "evaluation": FEW}},
-            "teacher": {"recipe": {"steps": 4, "evaluation": FEW}},
-            "early student": {"recipe": {"steps": 4, "evaluation": FEW}},
-            "student": {"recipe": {"steps": 4, "evaluation": FEW}},
+            **dict.fromkeys(["base", "teacher", "early student", "student"], SMALL_BASE),
             "responses": {"size": 32},
             **dict.fromkeys([*STUDENTS, *STEPS_STORED, FIXED], SMALL),
             **{f"ladder, {gate}": SMALL_LADDER for gate in ("gate at 0.5", "gate at 0.25", "gate at 0.75", "no gate")},

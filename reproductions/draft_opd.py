@@ -86,6 +86,14 @@ BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 """Of each seed that drafter of these which is the best on validation prompts."""
 
 
+FEW: dict[str, Any] = {
+    "steps": 2,
+    "batch": {"prompts": 4, "micro": 4},
+    "evaluation": {"prompts": {"limit": 2}, "max_new_tokens": 16},
+}
+"""Of a recipe, in the smoke run."""
+
+
 def block(name: str, start: str) -> dict[str, Any]:
     """An arm's recipe, without its learning rate."""
     steps = round(STEPS * (EQUAL_CPU if name == LONGER else 1))
@@ -261,11 +269,11 @@ each slot had been the best arm already. The target was made anew twice before, 
         stages={
             TEXTS: {"sizes": {"train": 128, "taught": 32, "new": 32, "validation": 8, "test": 8}},
             TARGET: {"recipe": {"steps": 8}},
-            START_OF_RATES: {"recipe": {"steps": 8}, "size": 4},
-            START: {"recipe": {"steps": 8}, "size": 4},
-            **{rate_stage(name): {"recipe": {"steps": 2}, "rates": [6e-4], "size": 4} for name in TUNED},
-            drafter(BEFORE_ARMS): {"validation": 4, "test": 4},
-            **{drafter(name): {"recipe": {"steps": 2}, "validation": 4, "test": 4} for name in ARMS},
+            START_OF_RATES: {"recipe": FEW | {"steps": 8}, "size": 2},
+            START: {"recipe": FEW | {"steps": 8}, "size": 2},
+            **{rate_stage(name): {"recipe": FEW, "rates": [6e-4], "size": 2} for name in TUNED},
+            drafter(BEFORE_ARMS): {"validation": 2, "test": 2},
+            **{drafter(name): {"recipe": FEW, "validation": 2, "test": 2} for name in ARMS},
         },
     ),
 )

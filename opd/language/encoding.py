@@ -209,6 +209,8 @@ def _plain(language: Engine, prompt: Prompt, view: object) -> list[int]:
             )
     tokenizer = language.tokenizer
     ids = list(tokenizer(view)["input_ids"])
+    if not tokenizer.num_special_tokens_to_add():
+        return ids
     begin, end = _added(ids, list(tokenizer(view, add_special_tokens=False)["input_ids"]))
     if end:
         ids = ids[: -len(end)]
