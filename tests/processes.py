@@ -26,16 +26,23 @@ def warm():
 
 
 class Program:
-    """`opd WORDS`, what it prints in files of `folder`; no file that it writes may be larger than `limit` bytes."""
+    """`opd WORDS` in a folder, where what it prints is kept too; no file that it writes may be larger than `limit`
+    bytes."""
 
     def __init__(self, folder, *words, limit=None):
-        self.printed = [folder / f"{len(list(folder.glob('*.printed')))}-{name}.printed" for name in ("out", "err")]
-        self.process = warm().Process(target=_command, args=(self.printed, words, limit))
+        number = len(list(folder.glob("*.printed")))
+        self.printed = [folder / f"{number}-{name}.printed" for name in ("out", "err")]
+        for file in self.printed:
+            file.touch()
+        self.process = warm().Process(target=_command, args=(folder, self.printed, [*map(str, words)], limit))
         self.process.start()
         self.pid = self.process.pid
 
     @property
     def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
         return self.process.exitcode
 
     def send_signal(self, number):
@@ -51,7 +58,8 @@ class Program:
         return tuple(file.read_text(encoding="utf-8") for file in self.printed)
 
 
-def _command(printed, words, limit):
+def _command(folder, printed, words, limit):
+    os.chdir(folder)
     for stream, file in zip((sys.stdout, sys.stderr), printed, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream.fileno())
     if limit:

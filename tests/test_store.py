@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -28,6 +27,7 @@ from opd.recipe import parse_recipe
 from opd.store import Store, Targets
 from opd.store.shards import claim, is_written
 from tests.conftest import said, writing
+from tests.processes import Program
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -279,18 +279,6 @@ def test_targets_belong_to_the_rows_that_were_scored(recipe, store):
         Targets.open(Store.open(store.path), targets.path.name).answer([0], [1])
 
 
-def command(*words, cwd):
-    env = {**os.environ, "PYTHONPATH": str(Path(opd.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "opd", *map(str, words)],
-        cwd=cwd,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_a_ray_data_job_writes_the_same_targets(recipe, store, monkeypatch):
     pytest.importorskip("ray")
@@ -343,7 +331,7 @@ def test_killed_and_shared_jobs_of_the_command_line(recipe, tmp_path):
     expected = score(recipe, whole.path, "exact", quiet=True).content()
 
     def killed_after(shards, folder, *words):
-        process = command(*words, "--quiet", cwd=tmp_path)
+        process = Program(tmp_path, *words, "--quiet")
         while process.poll() is None and sum(is_written(p) for p in folder.glob("*.safetensors")) < shards:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
@@ -352,17 +340,17 @@ def test_killed_and_shared_jobs_of_the_command_line(recipe, tmp_path):
     roll = ("rollout", file, "--out", "s", "--prompts-per-shard", 2)
     killed_after(3, tmp_path / "s" / "rollouts", *roll)
     assert Store.open(tmp_path / "s").missing()
-    for process in [command(*roll, "--quiet", cwd=tmp_path) for _ in range(2)]:
+    for process in [Program(tmp_path, *roll, "--quiet") for _ in range(2)]:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     assert Store.open(tmp_path / "s").content() == whole.content()
     scoring = ("score", "s", "--recipe", file, "--kind", "exact", "--name", "t")
     killed_after(4, tmp_path / "s" / "targets" / "t", *scoring)
-    for process in [command(*scoring, "--quiet", cwd=tmp_path) for _ in range(2)]:
+    for process in [Program(tmp_path, *scoring, "--quiet") for _ in range(2)]:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     assert Targets.open(Store.open(tmp_path / "s"), "t").content() == expected
-    shown = command("store", "s", cwd=tmp_path)
+    shown = Program(tmp_path, "store", "s")
     out, _ = shown.communicate(timeout=120)
     assert shown.returncode == 0
     assert "every written file matches" in out

@@ -21,13 +21,13 @@ from opd.language.engines.in_process import InProcess
 from opd.language.engines.layouts import Layout
 from opd.language.engines.padding import pad
 from opd.language.layers import decoder_of
+from opd.language.memory import Memory
 from opd.pictures import data_address
 from opd.prompts import Prompt
 from opd.prompts.messages import Messages
 from opd.prompts.pictures import Limits
 from opd.prompts.videos import Clip
 from opd.vision.identity import processor_hash
-from opd.vision.memory import Memory
 from opd.vision.processor import placeholders_of, save_processor, tokenizer_of
 from opd.vision.reading import PictureReading, Seen
 from opd.vision.videos import VideoSettings
@@ -107,7 +107,7 @@ class ImageTextModel(Decoded):
         self.source = source
         self.still = False
         """Whether what pictures come to never moves, so that it may be kept."""
-        self.encoded: Memory[PromptInputs | torch.Tensor] = Memory()
+        self.encoded = Memory()
         self.looked: Memory[Seen] = Memory()
         self.lengths: Memory[int] = Memory()
         self.addresses: Memory[tuple[str | Messages, list[str], list[dict[str, Any]]]] = Memory(2**26)

@@ -20,9 +20,9 @@ from transformers import ProcessorMixin
 from opd.choice import Settings
 from opd.errors import DataError, ModelError, RunError
 from opd.files.whole import write_whole
+from opd.language.memory import Memory
 from opd.prompts import Prompt
 from opd.prompts.videos import Clip, read, source_of
-from opd.vision.memory import Memory
 
 Times = Literal["text", "positions", "none"]
 FAMILIES: dict[str, Times] = {

@@ -27,6 +27,7 @@ from opd.language.engines.sampler import Sampler
 from opd.language.engines.scorer import CachedScorer, WholeScorer
 from opd.language.layers import decoder_of
 from opd.language.logits import scale_and_softcap
+from opd.language.memory import Memory
 from opd.language.saving import base_of
 from opd.language.tokens import tokens_of
 from opd.prompts import Prompt
@@ -74,6 +75,8 @@ class InProcess(torch.nn.Module, Engine):
         self.template_options = dict(template_options or {})
         self.owner = "the model"
         self.notes: list[str] = []
+        self.encoded: Memory[EncodedPrompt] = Memory(2**26)
+        """Of prompts that were read, by their columns: at the start each is read for several reasons."""
 
     @abstractmethod
     def forward(

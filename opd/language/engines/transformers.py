@@ -22,9 +22,14 @@ class LanguageModel(Decoded):
         tokenizer = load_tokenizer(settings)
         return cls(load_model(settings, device, keep_adapter), tokenizer, settings.template, settings.template_options)
 
-    def encode(self, prompt: Prompt, column: str | None = None) -> torch.Tensor:
+    def encode(self, prompt: Prompt, column: str | None = None) -> EncodedPrompt:
         """int64 `[P]` ids of a prompt's view, up to where the completion starts; see `opd.language.encoding`."""
-        return torch.tensor(encode(self, prompt, column), dtype=torch.int64)
+        name = column or prompt.column
+        known = self.encoded.get(prompt.fields, name)
+        if known is None:
+            known = torch.tensor(encode(self, prompt, column), dtype=torch.int64)
+            self.encoded.keep(prompt.fields, name, known, known.nbytes + 200)
+        return known
 
     @torch.no_grad()
     def own_logits(self, context: EncodedPrompt, completion: torch.Tensor) -> torch.Tensor:
