@@ -141,6 +141,9 @@ TUNED = [(pair, name) for pair in TEACHERS for name in (FULL, PRUNED)]
 D_FULL, D_PRUNED = arm("D", FULL), arm("D", PRUNED)
 C_FULL, C_PRUNED = arm("C", FULL), arm("C", PRUNED)
 
+SOME = {"prompts": {"size": 64}, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}}
+"""Of the smoke run."""
+
 reproduction = Reproduction(
     title="Prune-OPD",
     introduction=f"""
@@ -334,21 +337,21 @@ were written; the longer manner came after it and was given up, so these claims 
         stages={
             **{name: {"size": 40} for name in STAGES if "size" in STAGES[name].params},
             **{
-                name: {"recipe": {"steps": 4, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}}}
+                name: {"recipe": {"steps": 4, "evaluation": SOME["evaluation"]}}
                 for name in STAGES
                 if "recipe" in STAGES[name].params
             },
             "premise": {"size": 8},
             **{
                 rate_stage(arm(pair, name)): {
-                    "recipe": {"steps": 2, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}},
+                    "recipe": {"steps": 2, **SOME},
                     "rates": [1e-4],
                 }
                 for pair, name in TUNED
             },
             **{
                 f"student of {arm(pair, name)}": {
-                    "recipe": {"steps": 3, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24, "every": 2}},
+                    "recipe": merged({"steps": 3, **SOME}, {"evaluation": {"every": 2}}),
                     "test": {"prompts": {"size": 4}, "max_new_tokens": 16},
                 }
                 for pair, name in TRAINED

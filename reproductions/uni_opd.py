@@ -290,9 +290,15 @@ of them the bonus was ahead of the shift.
     smoke=Smoke(
         stages={
             **{
-                name: {"recipe": {"steps": 4, "evaluation": few(8, "validation")}}
-                for name in STAGES
-                if "recipe" in STAGES[name].params
+                name: {
+                    "recipe": {
+                        "steps": 4,
+                        "prompts": [{**rows, "size": 64} for rows in stage.params["recipe"]["prompts"]],
+                        "evaluation": few(8, "validation"),
+                    }
+                }
+                for name, stage in STAGES.items()
+                if "recipe" in stage.params
             },
             "premise": {"size": 4},
             **{
