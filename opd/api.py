@@ -71,13 +71,13 @@ class Result:
         summary: what summary.json holds. The student is that of the last step; with `checkpoint.keep_best` or
             `evaluation.stop`, `best` says which step's was measured to be the best: `metric`, `value`, `step`, and
             whether its checkpoint is `stored`, for `opd export --step`.
-        samples: `(before, after)` held-out rows for the same prompts.
+        samples: `(before, after)` held-out rows for the same prompts, dicts with `prompt`, `completion` and more.
         items: after training, `accuracy` and `greedy_accuracy` of each held-out prompt by its id (with a verifier).
         stopped_by: number of the signal that stopped the run early, or None.
     """
 
-    student: Any
-    tokenizer: Any
+    student: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
     directory: Path
     before: dict[str, float]
     after: dict[str, float]

@@ -1013,13 +1013,15 @@ class Outside:
             self.before = self._neighbour()
 
     def _neighbour(self) -> tuple[object, ...]:
-        """That it lives, whether it is stopped, traced or reniced, and its limits."""
+        """That it lives, signals on their way to it, whether it is stopped, traced or reniced, and its limits."""
         assert self.neighbour is not None
         if self.neighbour.poll() is not None:
             return ("dead",)
         here = Path("/proc", str(self.neighbour.pid))
         stat = (here / "stat").read_text().rsplit(")", 1)[1].split()
-        return stat[0] in "tT", stat[15:17], (here / "limits").read_text(), os.sched_getaffinity(self.neighbour.pid)
+        pending = [line for line in (here / "status").read_text().splitlines() if line.startswith(("SigPnd", "ShdPnd"))]
+        limits = (here / "limits").read_text()
+        return stat[0] in "tT", pending, stat[15:17], limits, os.sched_getaffinity(self.neighbour.pid)
 
     def names(self) -> str:
         assert self.neighbour is not None

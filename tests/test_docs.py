@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from docs import commands_page
-from opd.catalogue import axes
+from opd.catalogue import axes, find
 from opd.cli.main import app
 from opd.recipe import load_recipe, parse_recipe
 from opd.report.glossary import MEANINGS
@@ -209,6 +209,7 @@ def test_the_choices_page_has_every_axis_and_choice():
     page = commands_page.on_page_markdown("# Choices\n", SimpleNamespace(file=SimpleNamespace(src_uri="choices.md")))
     assert all(f"### {axis}.{kind.kind}" in page for axis, kinds in axes().items() for kind in kinds)
     assert r"| template | chat \| plain | chat |" in page
+    assert find("student") == find("policy"), "recipes say student"
 
 
 def test_the_table_of_axes_has_every_choice_that_comes_with_opd():

@@ -103,6 +103,7 @@ def test_what_a_run_writes_and_that_its_student_loads_in_plain_transformers(mode
     facts = json.loads((folder / "environment.json").read_text())
     assert facts["seed"] == 0
     assert {"torch", "transformers", "opd"} <= facts["versions"].keys()
+    assert repr(result).startswith("Result(directory="), "models and tokenizers print whole pages"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == 3
     assert {"reverse_kl", "forward_kl", "top1_agreement"} <= summary["before"].keys() & summary["after"].keys()

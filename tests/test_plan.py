@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from opd.errors import ModelError, OpdError
+from opd.errors import IncompatibleError, ModelError, OpdError
 from opd.plan import make_plan
+from opd.plan.language import check_answers
 from opd.recipe import load_recipe, parse_recipe
 from tests.conftest import save_tiny, tiny_model
 from tests.tiny import turn_tokenizer
@@ -325,3 +326,24 @@ def test_prompts_without_a_verdict_are_counted_where_a_part_goes_by_verdicts(tmp
         for note in notes
     ), notes
     assert not any("no verdict" in note for note in make_plan(recipe(path, **changes)).notes)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "server", "refused"),
+    [
+        (0.6, {"dialect": "vllm"}, "temperature is 0.6"),
+        (0.6, {"answers": "top_k"}, "temperature is 0.6"),
+        ([[0, 1.2], [10, 1.0]], {"dialect": "sglang"}, "temperature is 1.2"),
+        (0.6, {"dialect": "opd"}, None),
+        (1.0, {"dialect": "vllm"}, None),
+    ],
+)
+def test_a_temperature_that_a_server_does_not_score_at_is_refused_before_it_is_asked(temperature, server, refused):
+    teacher = {"kind": "served", "url": "http://127.0.0.1:1", "model": "a", **server}
+    block = {"steps": 1, "temperature": temperature, "student": {"model": "b"}, "teacher": teacher}
+    recipe = parse_recipe({**block, "prompts": {"kind": "inline", "prompts": ["c"]}, "objective": "reverse_kl"})
+    if refused is None:
+        check_answers(recipe)
+        return
+    with pytest.raises(IncompatibleError, match=f"{refused}, and a server scores at 1: set temperature=1"):
+        check_answers(recipe)

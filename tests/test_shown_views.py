@@ -104,6 +104,19 @@ def test_the_teacher_scores_under_what_it_is_shown(chatting):
     assert (found[0] - found[2]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("own", "told"), [("", "16 tokens before a prompt"), ("you are kind", "6 tokens less of a")])
+def test_a_plan_says_what_a_teacher_reads_more_or_less(own, told, tmp_path):
+    """A template may write a text of its own where nobody gave a system message; the teacher's takes its place."""
+    system = f"{{% if messages[0]['role'] != 'system' %}}<turn>system\n{own}<end_of_turn>\n{{% endif %}}" if own else ""
+    tokenizer = turn_tokenizer(system + CHAT)
+    folder = saved(tmp_path / "model", tiny_model(vocabulary=len(tokenizer)), tokenizer)
+    rows = {"kind": "inline", "prompts": ["add 1+2"] * 4}
+    teacher = {"kind": "self", "mode": "frozen", "system": "you ok"}
+    block = {"student": {"model": folder}, "teacher": teacher, "prompts": rows, "evaluation": {"held_out": 1}}
+    plan = make_plan(parse_recipe(block))
+    assert any(told in note for note in plan.notes), plan.notes
+
+
 def test_where_no_template_writes_turns_it_is_refused(student):
     with pytest.raises(IncompatibleError, match=r"teacher.system is written by a chat template, .* template: plain"):
         SelfTeacher(mode="frozen", system="s").build(student.context, student)

@@ -54,7 +54,9 @@ def show_result(result: Result, recipe: Recipe) -> None:
         for old, new in result.samples:
             shown.add_row(_text(old["prompt"]), _text(old["completion"]), _text(new["completion"]))
         out.print(shown)
-    stopped = f" (stopped early by {signal.Signals(result.stopped_by).name})" if result.stopped_by else ""
+    # A signal behind the last step cut nothing short.
+    by = result.stopped_by if result.summary["stopped_early"] else None
+    stopped = f" (stopped early by {signal.Signals(by).name})" if by else ""
     out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)
     for title, texts in (("ended", [result.summary["ended_by"]]), ("alarm", result.summary["alarms"])):
         for text in texts:
@@ -67,7 +69,7 @@ def show_result(result: Result, recipe: Recipe) -> None:
     out.print(f"summary: {result.directory / 'summary.json'}", highlight=False, soft_wrap=True)
     out.print(f"report:  {result.directory / 'report.html'}", highlight=False, soft_wrap=True)
     following = recipe.try_next or f"opd eval {result.directory}"
-    if result.stopped_by and recipe.checkpoint.every:
+    if by and recipe.checkpoint.every:
         following = f"opd train {result.directory / 'recipe.yaml'} --resume"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
 

@@ -275,8 +275,12 @@ class Foreseen:
 
 
 def check_answers(recipe: Recipe) -> None:
-    """Raise what a run would of objectives, shapings and watches that what the teachers answer is not enough for."""
+    """Raise what a run would of objectives, shapings and watches that what the teachers answer is not enough for, and
+    of a temperature that they do not answer at."""
     foreseen = []
+    for part in nested(recipe.teacher):
+        if isinstance(part, Teacher):
+            part.check_temperature(recipe.temperature)
     for teacher in recipe.teacher:
         answered = teacher.answered(recipe.student.answers)
         for kind, source in answered:
@@ -362,6 +366,9 @@ def _note_shown(recipe: Recipe, student: InProcess, prompts: Sequence[Prompt], n
             notes.append(
                 f"teacher {name} reads {more} tokens before a prompt that the student does not (teacher.system, "
                 "teacher.examples); a step's TFLOP leave them out, since all its rows share them"
+                if more > 0
+                else f"teacher {name} reads {-more} tokens less of a prompt than the student: its template writes a "
+                "text of its own where no system message stands, which teacher.system takes the place of"
             )
             break
 

@@ -302,6 +302,9 @@ class Teacher(Choice):
         None is the student's own."""
         return prompt, self.sees
 
+    def check_temperature(self, temperature: float) -> None:
+        """Raise `IncompatibleError` where it is known before it is built that it cannot answer at `temperature`."""
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` for a prompt that its settings alone, before anything is built, leave without an answer."""
 

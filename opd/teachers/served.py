@@ -108,6 +108,10 @@ class ServedTeacher(Reached, ShowingTeacher):
             kind = Spans if kind is Sampled else Aligned
         return [(kind, f"the server (answers: {self.answers})")]
 
+    def check_temperature(self, temperature: float) -> None:
+        if self.answers in ("top_k", "sampled") or self.dialect not in ("auto", "opd"):
+            check_temperature(temperature)
+
     @property
     def listed(self) -> int | None:
         return self.top_k if self.answers == "top_k" else None
@@ -135,6 +139,16 @@ class ServedTeacher(Reached, ShowingTeacher):
         if template == "chat" and not tokenizer.chat_template:
             raise ModelError("teacher.template is chat and the tokenizer has no chat template; set template: plain")
         return LanguageModel(None, tokenizer, template, options)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise `IncompatibleError` for one that servers do not score at."""
+    if temperature != 1.0:
+        told = f"{temperature:g}" if isinstance(temperature, float) else "a schedule"
+        raise IncompatibleError(
+            f"temperature is {told}, and a server scores at 1: set temperature=1, or serve the teacher with "
+            "`opd serve` and take answers: exact, which any temperature can be applied to"
+        )
 
 
 class LiveServedTeacher(LiveTeacher[ServedTeacher]):
@@ -298,12 +312,7 @@ class LiveServedTeacher(LiveTeacher[ServedTeacher]):
         if self.head is not None:
             self.head.over(compared, self.settings.url[0])
             return
-        if context.temperature != 1.0:
-            told = f"{context.temperature:g}" if isinstance(context.temperature, float) else "a schedule"
-            raise IncompatibleError(
-                f"temperature is {told}, and a server scores at 1: set temperature=1, or serve the teacher with "
-                "`opd serve` and take answers: exact, which any temperature can be applied to"
-            )
+        check_temperature(context.temperature)
         if compared.ids is not None:
             raise IncompatibleError(
                 f"this run compares a slice of the vocabulary ({compared}), and a server's numbers are over all ids: "
