@@ -17,8 +17,8 @@ import torch
 from opd.acting.creation import create_policy
 from opd.api import execute
 from opd.environments import Start
-from opd.environments.arena import Arena, Order
-from opd.environments.control import Control
+from opd.environments.arena import Arena
+from opd.environments.control import Control, ControlOrder
 from opd.environments.metaworld import MetaWorld
 from opd.environments.pixel_pick import PixelPick
 from opd.recipe import parse_recipe
@@ -30,11 +30,11 @@ def steps_a_second(environment: Control, processes: int, episodes: int) -> float
     """Of `episodes` of the expert side by side, chunk by chunk; starting the processes is not counted."""
     arena, task = Arena(processes), next(iter(environment.tasks()))
     try:
-        chunks = arena.play([Order(i, environment, Start(task, i), CHUNK) for i in range(episodes)])
+        chunks = arena.play([ControlOrder(i, environment, Start(task, i), CHUNK) for i in range(episodes)])
         places = {i: chunk for i, chunk in enumerate(chunks) if chunk is not None}
         began, steps = time.perf_counter(), 0
         while places:
-            orders = [Order(i, environment, chunk.plan.mean, CHUNK) for i, chunk in places.items() if chunk.plan]
+            orders = [ControlOrder(i, environment, chunk.plan.mean, CHUNK) for i, chunk in places.items() if chunk.plan]
             found = arena.play(orders)
             steps += sum(chunk.played for chunk in found if chunk is not None)
             places = {o.place: c for o, c in zip(orders, found, strict=True) if c is not None and not c.turn.over}
@@ -75,7 +75,7 @@ def main() -> None:
     environment: Control = MetaWorld(only=["reach-v3"]) if options.metaworld else PixelPick()
     for processes in (0, 1, 2, 4):
         rate = steps_a_second(environment, processes, 8 if options.quick else 64)
-        print(f"{processes or 'no'} processes: {rate:.0f} environment steps a second", flush=True)
+        print(f"{processes or 'no'} process{'' if processes == 1 else 'es'}: {rate:.0f} environment steps a second", flush=True)
     simulated, whole = share(1 if options.quick else 5)
     print(f"a step of training takes {whole:.1f} s, the simulator {simulated / whole:.0%} of it")
 

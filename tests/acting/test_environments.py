@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import pytest
 
+from benchmarks import simulators
 from opd.acting.seeing import NO_PICTURE, Body, Plan, Seen
 from opd.environments import Start, Turn
 from opd.environments.arena import Arena
@@ -190,3 +191,8 @@ def test_what_gymnasium_cannot_make_is_told_in_a_line(settings, told):
     pytest.importorskip("gymnasium")
     with pytest.raises(ModelError, match=told):
         GymnasiumEnvironment(**settings).body()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_the_benchmark_of_simulators_counts_what_was_played(processes):
+    assert simulators.steps_a_second(PixelPick(), processes, 2) > 0
