@@ -75,7 +75,8 @@ def main() -> None:
     environment: Control = MetaWorld(only=["reach-v3"]) if options.metaworld else PixelPick()
     for processes in (0, 1, 2, 4):
         rate = steps_a_second(environment, processes, 8 if options.quick else 64)
-        print(f"{processes or 'no'} process{'' if processes == 1 else 'es'}: {rate:.0f} environment steps a second", flush=True)
+        named = "one process" if processes == 1 else f"{processes or 'no'} processes"
+        print(f"{named}: {rate:.0f} environment steps a second", flush=True)
     simulated, whole = share(1 if options.quick else 5)
     print(f"a step of training takes {whole:.1f} s, the simulator {simulated / whole:.0%} of it")
 
