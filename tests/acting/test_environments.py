@@ -138,7 +138,7 @@ def test_a_world_that_raises_costs_its_episode_alone():
 
 
 def test_processes_that_die_or_hang_begin_anew_and_the_others_go_on_where_they_were():
-    arena = Arena(processes=1, patience=8.0)
+    arena = Arena(processes=1, patience=30.0)
     try:
         begun(arena, 3)
         assert acted(arena, [1, 1, 1]) == [1, 11, 21]
