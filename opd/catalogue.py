@@ -65,8 +65,9 @@ def find(name: str) -> list[Kind]:
     """
     known = axes()
     axis, _, kind = name.partition(".")
-    # A recipe says `student` for what is a policy.
-    axis = "policy" if axis == "student" else axis
+    # A recipe's key may be called otherwise than the axis: a student is a policy.
+    of_key = {key: each.axis for key, field in Recipe.model_fields.items() for each in _axes(field)[:1]}
+    axis = axis if axis in known else of_key.get(axis, axis)
     if axis not in known:
         raise RecipeError(f"no axis {axis!r}{nearest(axis, known)}; there are {', '.join(known)}")
     if not kind:

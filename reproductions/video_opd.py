@@ -255,8 +255,8 @@ never asked of it: on those it is wrong, so that there is something for focusing
 no GRPO. The student is a third of its size and learnt from 2,500 clips of each question; of its checkpoints the first
 with a mean overlap (IoU) of {GOAL:g} is the start, the last of {ENDS[-1]} steps at most.
 
-**Premise.** The teacher has a mean overlap of 0.75 on colours that it knows and at most 0.5 on others; the start of
-every seed writes intervals (0.98 of its answers), with a mean overlap of 0.3 to 0.55, and counts half of the clips
+**Premise.** The teacher has a mean overlap of 0.75 on colours that it knows and at most 0.45 on others; the start of
+every seed writes intervals (0.98 of its answers), with a mean overlap of 0.25 to 0.45, and counts half of the clips
 right. It is measured on other clips before any arm runs, and is a gate.
 
 **Arms.** *OPD* is the policy gradient of the sampled token, one answer a clip, on any {SIZE} of {POOL:,} clips;

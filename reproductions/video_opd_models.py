@@ -33,7 +33,7 @@ CAP = 12
 MIX = {"when": 16, "shown": 12, "count": 4}
 """Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
 CLIPS_OF_TEACHER, STEPS_OF_TEACHER = 12_000, 2500
-ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.4
+ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.3
 """Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
 taken."""
 SIZES = {

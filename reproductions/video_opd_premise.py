@@ -79,9 +79,9 @@ def premise(folder: Path, inputs: Mapping[str, Path], *, size: int, seed: int) -
 STAGE = Stage(premise, {"size": 400}, [TEACHER, START], per_seed=True)
 GATES = [
     Gate("premise", "known", at_least=0.75),
-    Gate("premise", "unknown", at_most=0.5),
-    Gate("premise", "start", at_least=0.3),
-    Gate("premise", "start", at_most=0.55),
+    Gate("premise", "unknown", at_most=0.45),
+    Gate("premise", "start", at_least=0.25),
+    Gate("premise", "start", at_most=0.45),
     Gate("premise", "parsed", at_least=0.98),
     Gate("premise", "count", at_least=0.5),
 ]

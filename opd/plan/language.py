@@ -363,13 +363,16 @@ def _note_shown(recipe: Recipe, student: InProcess, prompts: Sequence[Prompt], n
                 if not recipe.skip_bad_prompts:
                     raise
                 continue
-            notes.append(
-                f"teacher {name} reads {more} tokens before a prompt that the student does not (teacher.system, "
-                "teacher.examples); a step's TFLOP leave them out, since all its rows share them"
-                if more > 0
-                else f"teacher {name} reads {-more} tokens less of a prompt than the student: its template writes a "
-                "text of its own where no system message stands, which teacher.system takes the place of"
-            )
+            if more > 0:
+                notes.append(
+                    f"teacher {name} reads {more} tokens before a prompt that the student does not (teacher.system, "
+                    "teacher.examples); a step's TFLOP leave them out, since all its rows share them"
+                )
+            elif more < 0:
+                notes.append(
+                    f"teacher {name} reads {-more} tokens less of a prompt than the student: its template writes a "
+                    "text of its own where no system message stands, which teacher.system takes the place of"
+                )
             break
 
 
