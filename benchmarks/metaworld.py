@@ -38,7 +38,7 @@ FEW, GOAL = 5, 0.3
 IMITATED, EVERY = 300, 50
 EPISODES, TRIED = 900, 300
 """Of an arm, and of a trial of a rate."""
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 DEMONSTRATED, TRAIN, VALIDATION, TEST = 3, 2, 1, 0
 """Seeds of initial states."""
 PER_TASK = 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -365,6 +366,8 @@ def finish(run: Run) -> Result:
     assert monitor.before is not None
     assert monitor.after is not None
     ended_by = run.watch.ended_by or run.optimiser.ended_by or monitor.ended_by
+    if ended_by is None and monitor.stopped_by is not None:
+        ended_by = f"{signal.Signals(monitor.stopped_by).name} after step {run.step}"
     summary = {
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,

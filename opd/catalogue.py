@@ -57,6 +57,15 @@ def axes() -> dict[str, list[Kind]]:
     }
 
 
+def blocks() -> dict[str, list[Setting]]:
+    """Settings of a recipe's blocks that are no choice (`batch`, `hardware`, ...), and as `recipe` those that lie in no
+    block."""
+    found = {key: block for key, field in Recipe.model_fields.items() for block in _blocks(field.annotation)}
+    of_blocks = {key: list(settings_of(block)) for key, block in found.items()}
+    in_none = {key for key, field in Recipe.model_fields.items() if key not in found and not _axes(field)}
+    return {"recipe": [each for each in settings_of(Recipe) if each.key in in_none], **of_blocks}
+
+
 def find(name: str) -> list[Kind]:
     """The choices of `AXIS`, or the one of `AXIS.KIND`.
 
@@ -69,7 +78,10 @@ def find(name: str) -> list[Kind]:
     of_key = {key: each.axis for key, field in Recipe.model_fields.items() for each in _axes(field)[:1]}
     axis = axis if axis in known else of_key.get(axis, axis)
     if axis not in known:
-        raise RecipeError(f"no axis {axis!r}{nearest(axis, known)}; there are {', '.join(known)}")
+        close = nearest(axis, [*known, *blocks()])
+        raise RecipeError(
+            f"no axis or block {axis!r}{close}; there are {', '.join(known)}, and the blocks {', '.join(blocks())}"
+        )
     if not kind:
         return known[axis]
     found = [each for each in known[axis] if each.kind == kind]

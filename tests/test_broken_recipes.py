@@ -10,9 +10,9 @@ import yaml
 import opd
 from opd.cli import main
 from opd.errors import RecipeError
+from opd.files.recipes import LARGEST
 from opd.recipe import all_keys, load_recipe, parse_recipe
 from opd.recipe.explaining import ELSEWHERE
-from opd.recipe.reading import LARGEST
 from tests.conftest import save_tiny
 from tests.tiny import TEXTS, short_run
 

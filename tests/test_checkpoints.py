@@ -602,7 +602,8 @@ def test_sigterm_in_a_rollout_finishes_the_step_and_the_rest_is_as_if_undisturbe
     assert "--resume" in out
     (done,) = steps_stored(recipe.directory)
     assert 2 <= done < 6
-    assert json.loads((recipe.directory / "summary.json").read_text())["steps"] == done
+    summary = json.loads((recipe.directory / "summary.json").read_text())
+    assert (summary["steps"], summary["ended_by"]) == (done, f"SIGTERM after step {done}")
     process = start(recipe, tmp_path, "--resume")
     _out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err

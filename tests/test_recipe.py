@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from opd.catalogue import blocks
 from opd.cli import main
 from opd.errors import DataError, RecipeError
 from opd.prompts import load_prompts, split_held_out
@@ -219,6 +221,42 @@ def test_shipped_recipes_are_listed_also_those_without_a_teacher(monkeypatch, ca
     assert done.value.code in (0, None)
     shown = capsys.readouterr().out
     assert all(name in shown for name in shipped_recipes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("train", "quickstrat"), "did you mean 'quickstart'"),
+        (("train", "quickstart", "steps"), "not of the form key=value"),
+        (("check", "broken.yaml"), "broken.yaml:3: not valid YAML"),
+        (("eval", "quickstart", "steps=["), "the value: not valid YAML"),
+        (("chain", "quickstart", "nowhere.yaml"), "nowhere.yaml' does not exist"),
+    ],
+)
+def test_names_files_and_overrides_are_checked_before_the_libraries_load(tmp_path, arguments, told):
+    (tmp_path / "broken.yaml").write_text("steps: 3\nname: [\n")
+    code = (
+        "import sys\nfrom opd.cli import main\n"
+        "try:\n    main()\nfinally:\n    print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
+def test_blocks_without_choices_are_shown(monkeypatch, capsys):
+    for name, keys in (("batch", ("prompts", "group", "micro")), ("recipe", ("steps", "reduction"))):
+        assert {each.key for each in blocks()[name]} >= set(keys)
+        monkeypatch.setattr("sys.argv", ["opd", "choices", name])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert done.value.code in (0, None)
+        shown = capsys.readouterr().out
+        assert all(key in shown for key in keys)
+    assert not {each.key for each in blocks()["recipe"]} & {"student", "batch", "objective"}
 
 
 def bad_file(tmp_path, content, name="p.jsonl"):

@@ -86,6 +86,10 @@ def test_modules_to_save_are_trained_whole(folders, tmp_path):
     torch.testing.assert_close(logits(new), logits(result.student), atol=1e-4, rtol=1e-4)
     out = loaded(export(result.directory, tmp_path / "out"))
     torch.testing.assert_close(logits(out), logits(result.student), atol=1e-4, rtol=1e-4)
+    card = (result.directory / "student" / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert str(tmp_path) not in card
+    assert folders["s"]["model"] not in card
     wrong = {**student, "lora": {"rank": 2, "modules_to_save": ["lm_hed"]}}
     with pytest.raises(ModelError, match=r"modules_to_save: no module is named 'lm_hed'"):
         short_run(tmp_path / "wrong", wrong, folders["t"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from opd.provenance import models_of, student_of
 
 if TYPE_CHECKING:
     from opd.api import Result
-    from opd.catalogue import Kind
+    from opd.catalogue import Kind, Setting
     from opd.plan import ActionPlan, DrafterPlan, FlowPlan, Plan
     from opd.plan.estimate import Estimate
     from opd.recipe import Recipe
@@ -58,7 +58,7 @@ def show_result(result: Result, recipe: Recipe) -> None:
     by = result.stopped_by if result.summary["stopped_early"] else None
     stopped = f" (stopped early by {signal.Signals(by).name})" if by else ""
     out.print(f"{result.summary['steps']} steps in {result.summary['seconds']:.0f} s{stopped}", highlight=False)
-    for title, texts in (("ended", [result.summary["ended_by"]]), ("alarm", result.summary["alarms"])):
+    for title, texts in (("ended", [] if by else [result.summary["ended_by"]]), ("alarm", result.summary["alarms"])):
         for text in texts:
             if text:
                 out.print(f"{title}: {text}", highlight=False, markup=False, soft_wrap=True)
@@ -220,15 +220,20 @@ def show_choices(kinds: Sequence[Kind]) -> None:
     console().print(table)
 
 
-def show_settings(kind: Kind) -> None:
+def show_choice(kind: Kind) -> None:
     """What a choice does, and its settings."""
     from opd.catalogue import settings_of
 
-    out = console()
     whose = f", of package {kind.package}" if kind.package else ""
-    out.print(f"{kind.axis} {kind.kind}{whose}: {kind.line}", highlight=False, markup=False, soft_wrap=True)
+    console().print(f"{kind.axis} {kind.kind}{whose}: {kind.line}", highlight=False, markup=False, soft_wrap=True)
+    show_settings(settings_of(kind.choice))
+
+
+def show_settings(settings: Iterable[Setting]) -> None:
+    """Settings of a choice or of another block of a recipe."""
+    out = console()
     table = Table("setting", "type", "default", "bounds", Column("", overflow="fold"))
-    for each in settings_of(kind.choice):
+    for each in settings:
         table.add_row(*(escape(text) for text in (each.key, each.type, each.default, each.bounds, each.description)))
     out.print(table)
 

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 # Must be set before torch starts its threads. Threads that wait spin for a moment and then sleep: spinning for long
 # stalls whoever shares the cores, and sleeping at once costs a third of a decoding step.
@@ -21,6 +22,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import typer
 
 from opd.errors import OpdError
+
+if TYPE_CHECKING:
+    from opd.recipe import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,11 +71,10 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Distil a student as a recipe says."""
+    resolved = _load(recipe, overrides, quiet)
     from opd.api import execute
     from opd.cli.display import show_result
-    from opd.recipe import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     result = execute(resolved, overwrite=overwrite, resume=resume, force_changed=force_changed, quiet=quiet)
     show_result(result, resolved)
@@ -103,16 +106,19 @@ def chain(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Run recipes one after the other, e.g. fine-tuning, then distillation, then reinforcement learning."""
-    from opd.api import chain as run_chain
-    from opd.cli.display import show_result
     from opd.errors import RecipeError
-    from opd.recipe import load_recipe
+    from opd.files.recipes import read_recipe
 
     overrides = [text for text in recipes if "=" in text and not Path(text).is_file()]
     links = [text for text in recipes if text not in overrides]
     if not links:
         raise RecipeError("opd chain needs recipes, and then overrides: opd chain first.yaml second.yaml steps=10")
-    resolved = [load_recipe(recipe, overrides) for recipe in links]
+    for link in links:
+        read_recipe(link, overrides)
+    resolved = [_load(link, overrides, quiet) for link in links]
+    from opd.api import chain as run_chain
+    from opd.cli.display import show_result
+
     _quiet_libraries()
     results = run_chain(resolved, overwrite=overwrite, resume=resume, quiet=quiet)
     for result, recipe in zip(results, resolved, strict=False):
@@ -137,11 +143,10 @@ def rollout(
 ) -> None:
     """Sample a recipe's trajectories into a store, or its images into a folder, to train on later; goes on where it
     stopped, several may work. Episodes of a simulator become a data set of demonstrations, in one go."""
+    resolved = _load(recipe, overrides, quiet)
     from opd.cli.display import show_images, show_store
     from opd.jobs.sampling import sample
-    from opd.recipe import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     if resolved.student.modality == "flow":
         from opd.jobs.images import sample_images
@@ -183,18 +188,18 @@ def score(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Write what a recipe's teacher says about a store's trajectories; goes on where it stopped, several may work."""
-    from opd.cli.display import show_store
     from opd.errors import RecipeError
-    from opd.jobs.scoring import score as run
-    from opd.recipe import load_recipe
-    from opd.store.targets import KINDS
 
     if not recipe:
         raise RecipeError("opd score needs --recipe RECIPE, which names the teacher")
+    resolved = _load(recipe, overrides, quiet)
+    from opd.cli.display import show_store
+    from opd.jobs.scoring import score as run
+    from opd.store.targets import KINDS
+
     for option, value, accepted in (("--kind", kind, KINDS), ("--dtype", dtype, ("bfloat16", "float32"))):
         if value not in accepted:
             raise RecipeError(f"{option} is {value!r}; accepted: {', '.join(accepted)}")
-    resolved = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     options = {"top_k": top_k, "dtype": dtype, "name": name, "teacher": teacher}
     if ray is None:
@@ -289,14 +294,13 @@ def check(
 ) -> None:
     """Validate a recipe and print its plan from configurations alone: does it fit, how long does it take, what is
     unusual. No weights are read."""
+    found = _load(recipe, overrides, quiet=json_output)
     from opd.cli.display import show_plan
     from opd.plan import make_plan
     from opd.plan.estimate import estimate
     from opd.plan.unusual import unusual
-    from opd.recipe import load_recipe
 
     _quiet_libraries()
-    found = load_recipe(recipe, overrides or [])
     plan = make_plan(found)
     show_plan(plan, estimate(found, plan), unusual(found, plan), json_output)
 
@@ -313,17 +317,25 @@ def schema() -> None:
 def choices(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[AXIS[.KIND]]", help="One axis, or one choice with its settings.", show_default=False),
+        typer.Argument(
+            metavar="[AXIS[.KIND]|BLOCK]",
+            help="One axis; one choice with its settings; or a block that has no choices: batch, hardware, ..., and "
+            "recipe for the keys that lie in none.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
-    """List what recipes can name: each axis and its choices, those of other packages too; or one choice's settings."""
-    from opd.catalogue import axes, find
-    from opd.cli.display import show_choices, show_settings
+    """List what recipes can name: each axis and its choices, those of other packages too; or the settings of one choice
+    or block."""
+    from opd.catalogue import axes, blocks, find
+    from opd.cli.display import show_choice, show_choices, show_settings
 
     if name is None:
         show_choices([kind for kinds in axes().values() for kind in kinds])
+    elif name in blocks():
+        show_settings(blocks()[name])
     elif "." in name:
-        show_settings(*find(name))
+        show_choice(*find(name))
     else:
         show_choices(find(name))
 
@@ -343,8 +355,7 @@ def recipes(
 ) -> None:
     """List the recipes that come with opd, or show one."""
     from opd.cli.display import show_recipes
-    from opd.recipe import find_recipe, shipped_recipes
-    from opd.recipe.reading import read_text
+    from opd.files.recipes import find_recipe, read_text, shipped_recipes
 
     if name is not None:
         print(read_text(find_recipe(name)), end="")
@@ -365,10 +376,7 @@ def evaluate(
     json_output: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Measure a student on held-out prompts (both KLs to the teacher, agreement, accuracy, ...) or on benchmarks."""
-    from opd.api import measure
-    from opd.cli.display import show_metrics
     from opd.errors import RecipeError
-    from opd.recipe import load_recipe
 
     if lm_eval is None and (limit is not None or include_path is not None):
         raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
@@ -382,14 +390,17 @@ def evaluate(
         student = student or str(run / "student")
     trained = None
     if student is not None:
-        trained = load_recipe(source, changes)
+        trained = _load(source, changes, quiet=json_output)
         known = type(trained.student).model_fields
         own = {"drop_layers": "[]", "lora": "null", "freeze": "[]", "adapter": "null", "revision": "null"}
         changes += [
             f"student.model={json.dumps(student)}",
             *(f"student.{key}={v}" for key, v in own.items() if key in known),
         ]
-    resolved = load_recipe(source, changes)
+    resolved = _load(source, changes, quiet=json_output or trained is not None)
+    from opd.api import measure
+    from opd.cli.display import show_metrics
+
     _quiet_libraries()
     if lm_eval is None:
         show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
@@ -701,6 +712,18 @@ def reproduce(
         print(f"no results yet, missing: {names}", file=sys.stderr)
     if done.problems:
         raise typer.Exit(1)
+
+
+def _load(reference: str, overrides: Sequence[str] | None, quiet: bool) -> Recipe:
+    """A recipe. A mistyped name, a broken file or override is told before the libraries load, which takes seconds."""
+    from opd.files.recipes import read_recipe
+
+    path, _ = read_recipe(reference, overrides or [])
+    if not quiet and sys.stderr.isatty():
+        print(f"opd: {path}", file=sys.stderr)
+    from opd.recipe import load_recipe
+
+    return load_recipe(reference, overrides or [])
 
 
 def _exit_as_stopped(number: int | None) -> None:

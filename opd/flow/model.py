@@ -19,6 +19,7 @@ from opd.choice import Settings
 from opd.errors import IncompatibleError, ModelError, first_line
 from opd.flow.encoder import Condition, PromptEncoder, PromptTable, Shared, TextEncoders
 from opd.merging.adapters import PEFT_PREFIX
+from opd.merging.adapters import write as write_adapter
 from opd.merging.weights import ADAPTER_FILES, Weights
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class FlowModel(torch.nn.Module):
         transformer: Any = copy.deepcopy(adapted).merge_and_unload() if adapted is not self.base else adapted
         if adapter and adapted is not self.base:
             # There are no embeddings of words, which peft would look for in the base's own files.
-            adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            write_adapter(folder / "adapter", adapted, embeddings=False)
         if self.pipeline is None:
             transformer.save_pretrained(folder / "transformer")
             self.scheduler.save_pretrained(folder / "scheduler")

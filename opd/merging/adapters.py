@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
 from opd.errors import ModelError
 from opd.merging.weights import ADAPTER_FILES, Weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 PEFT_PREFIX = "base_model.model."
@@ -154,6 +157,25 @@ def of_factors(adapters: Sequence[Adapter], weights: Sequence[float], module: st
         return torch.stack(list(parts)).sum(0)
 
     return mean(A), mean(B), adapters[0].scale(module)
+
+
+CARD = """---
+library_name: peft
+tags: [on-policy-distillation, opd]
+---
+
+# A LoRA adapter
+
+It belongs to the student in the folder above, whose README.md says what it was trained from, by whom and how far.
+`adapter_config.json` names its base model.
+"""
+
+
+def write(folder: Path, model: PeftModel, embeddings: str | bool = "auto") -> None:
+    """The adapter of `model` as peft writes it, with a card of our own: peft's is a form to fill in, and names the
+    base by where it lies on this machine. `embeddings` is peft's `save_embedding_layers`."""
+    model.save_pretrained(str(folder), save_embedding_layers=embeddings)
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def save(folder: Path, first: Adapter, merged: Iterable[tuple[str, Factors]]) -> None:

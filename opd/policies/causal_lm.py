@@ -43,6 +43,7 @@ from opd.language.saving import (
 from opd.language.shape import model_shape
 from opd.language.student import LanguageStudent
 from opd.language.tokens import tokens_of
+from opd.merging.adapters import write as write_adapter
 from opd.objectives.base import Loss
 from opd.planning import Shape
 from opd.policies.base import LIVE, Policy
@@ -326,7 +327,7 @@ class CausalLMStudent(LanguageStudent):
         elif quantised_by(self.language.base) is None:
             lost: list[str] = []
             if not self.fits_no_model:
-                lost = attempt("the adapter", lambda: model.save_pretrained(str(folder / "adapter")))
+                lost = attempt("the adapter", lambda: write_adapter(folder / "adapter", model))
             try:
                 problems += lost + write_weights(folder, merged(model))
             except (RuntimeError, MemoryError) as error:
@@ -336,7 +337,7 @@ class CausalLMStudent(LanguageStudent):
                     f"the merged weights could not be made ({told(error)}); adapter/ holds what was trained"
                 )
         else:
-            model.save_pretrained(str(folder / "adapter"))
+            write_adapter(folder / "adapter", model)
             card += self._of_adapter()
         problems += attempt("where completions end", lambda: write_end_ids(folder, tokens_of(self.context).end_ids))
         problems += attempt("the tokenizer", lambda: self.language.save_reader(folder))

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from opd.choice import Choice, OneOf, Settings, choices_of
 from opd.errors import nearest
+from opd.files.recipes import short
 from opd.policies import Policy
 from opd.prompts import Prompts
 from opd.prompts.base import FILES
@@ -88,11 +89,6 @@ def _default(loc: Sequence[int | str], value: object) -> str:
     """What to do instead of writing null at a place that has a default."""
     field = _fields(_at(loc[:-1])[0]).get(str(loc[-1])) if loc else None
     return "; leave the key out for its default" if value is None and field and not field.is_required() else ""
-
-
-def short(value: object) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _dotted(loc: Sequence[int | str], data: Any) -> str:
