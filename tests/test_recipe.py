@@ -229,7 +229,7 @@ def test_shipped_recipes_are_listed_also_those_without_a_teacher(monkeypatch, ca
         (("train", "quickstrat"), "did you mean 'quickstart'"),
         (("train", "quickstart", "steps"), "not of the form key=value"),
         (("check", "broken.yaml"), "broken.yaml:3: not valid YAML"),
-        (("eval", "quickstart", "steps=["), "the value: not valid YAML"),
+        (("eval", "quickstart", "steps=["), "the value:1: not valid YAML"),
         (("chain", "quickstart", "nowhere.yaml"), "nowhere.yaml' does not exist"),
     ],
 )
