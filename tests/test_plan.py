@@ -42,6 +42,7 @@ def test_counts_are_those_of_the_real_model(tmp_path):
     assert plan.prompt_tokens == 3
     assert plan.as_dict()["tokens_per_step"]["sampled"] == 80
     assert plan.peak == sum(plan.memory.values())
+    assert "2 prompts to train on, of which all steps take 400; 1 held out" in plan.notes
 
 
 def test_activations_are_what_autograd_keeps(tmp_path):

@@ -33,6 +33,8 @@ def prompts_at_hand(recipe: Recipe, notes: list[str]) -> tuple[list[Prompt], lis
     check_verdicts(recipe, verifier, training)
     notes += without_verdict(recipe, verifier, training)
     recipe.curriculum.build(training, recipe.batch.prompts, context)
+    taken = recipe.steps * recipe.batch.prompts
+    notes.append(f"{len(training)} prompts to train on, of which all steps take {taken}; {len(held_out)} held out")
     return training, held_out
 
 
