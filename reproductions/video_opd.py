@@ -24,6 +24,7 @@ from reproductions.video_opd_models import (
     CLIPS_OF_TEACHER,
     ENDS,
     GOAL,
+    HALF_TAUGHT,
     NEW_TEACHER,
     OF_RATES,
     PIXELS,
@@ -31,6 +32,7 @@ from reproductions.video_opd_models import (
     SEED_OF_RATES,
     STAGES,
     START,
+    STEPS_MORE,
     STEPS_OF_TEACHER,
     TEACHER,
     clips,
@@ -250,7 +252,8 @@ Before each step of two frames stands its time as a text. **Hold-out.** Counting
 arm trains.
 
 **Models.** Qwen3-VLs, new for every seed but the teacher. The teacher learnt from {CLIPS_OF_TEACHER:,} clips, and as
-many of the question in which frames a shape is there, in {STEPS_OF_TEACHER:,} steps. Two of the eight colours were
+many of the question in which frames a shape is there, in {STEPS_OF_TEACHER:,} steps, and then from as many others in
+{STEPS_MORE:,}. Two of the eight colours were
 never asked of it: on those it is wrong, so that there is something for focusing to take out. Unlike the paper's it saw
 no GRPO. The student is a third of its size and learnt from 2,500 clips of each question; of its checkpoints the first
 with a mean overlap (IoU) of {GOAL:g} is the start, the last of {ENDS[-1]} steps at most.
@@ -381,7 +384,7 @@ Thinking before the answer cannot be compared at this size.
     smoke=Smoke(
         stages={
             **dict.fromkeys((START, OF_RATES[START]), FEW_OF_START),
-            TEACHER: {"recipe": FEW_OF_TEACHER},
+            **{key: {"recipe": FEW_OF_TEACHER} for key in (HALF_TAUGHT, TEACHER)},
             "premise": {"size": 16},
             **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},
             **{spread_stage(name): {"recipe": FEW, "resamples": 2} for name in (PLAIN, GRPO)},

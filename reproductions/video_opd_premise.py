@@ -19,7 +19,19 @@ from opd.evaluation import evaluate
 from opd.recipe import parse_recipe
 from opd.reproductions import Gate, Stage
 from opd.reproductions.definition import Figures
-from reproductions.video_opd_models import KNOWN, NEW, NEW_TEACHER, STAGES, START, TEACHER, Split, clips, counts, recipe
+from reproductions.video_opd_models import (
+    HALF_TAUGHT,
+    KNOWN,
+    NEW,
+    NEW_TEACHER,
+    STAGES,
+    START,
+    TEACHER,
+    Split,
+    clips,
+    counts,
+    recipe,
+)
 
 
 def measured(folder: Path, model: Path, *, size: int, split: Split, seed: int) -> dict[str, dict[str, float]]:
@@ -106,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    stages = {**{name: STAGES[name] for name in (NEW_TEACHER, TEACHER, NEW, START)}, "premise": STAGE}
+    stages = {**{name: STAGES[name] for name in (NEW_TEACHER, HALF_TAUGHT, TEACHER, NEW, START)}, "premise": STAGE}
     for seed in options.seeds:
         places: dict[str, Path] = {}
         for name, stage in stages.items():
