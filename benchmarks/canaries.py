@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.alternation import silence, versions_and_machine, write
-from opd.api import execute
+from benchmarks.whole import execute_whole
 from opd.language.creation import create_model, symbol_tokenizer
 from opd.recipe import parse_recipe
 from opd.reproductions.definition import merged
@@ -120,14 +120,14 @@ def measured(folder: Path, quick: bool, seed: int) -> dict[str, Any]:
     for name, width in (("start", 64), ("blank", 96)):
         create_model(folder / name, symbol_tokenizer([*LETTERS, *DIGITS, ":"]), width=width, seed=seed)
     public = recipe(str(folder / "blank"), records(count, 1), 2 * steps, batch)
-    execute(parse_recipe({**public, "seed": seed, "output": str(folder / "teacher")}), quiet=True)
+    execute_whole(parse_recipe({**public, "seed": seed, "output": str(folder / "teacher")}))
     found: dict[str, Any] = {"start": exposures(folder / "start", planted, others, seed)}
     rows = [*records(count, 2), *planted]
     privacy = {}
     for name, changes in arms(str(folder / "teacher" / "student")).items():
         made = {**recipe(str(folder / "start"), rows, steps, batch, **changes), "seed": seed}
         place = folder / name.replace(" ", "-").replace(",", "")
-        result = execute(parse_recipe({**made, "output": str(place)}), quiet=True)
+        result = execute_whole(parse_recipe({**made, "output": str(place)}))
         found[name] = exposures(place / "student", planted, others, seed)
         privacy[name] = result.summary.get("privacy")
     return {"bits": math.log2(others), "exposures": found, "privacy": privacy}

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.alternation import silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line, progress
 from benchmarks.sizes import SIZES, Size, materialise
-from opd.api import execute
+from benchmarks.whole import execute_whole
 from opd.recipe import parse_recipe
 
 ONE, TWO, ANEW, KEPT = "one teacher", "two teachers", "debate, held anew", "debate, kept"
@@ -76,7 +76,7 @@ def measure(size: Size, rows: int, tokens: int, text: int, repeats: int) -> dict
         for i, (arm, teacher) in enumerate([("", arms[KEPT]), *arms.items()]):
             progress(f"{size.name}: {arm or 'debates that are kept'}")
             settings = recipe(size, teacher, rows, tokens, 1 + repeats, folder / f"run-{i}")
-            result = execute(parse_recipe(settings, "the benchmark's recipe"), quiet=True)
+            result = execute_whole(parse_recipe(settings, "the benchmark's recipe"))
             steps = [line for line in result.history if "train/cpu_seconds" in line][1:]
             figures = [{name: step.get(key, 0.0) for name, key in FIGURES.items()} for step in steps]
             if arm:

@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.loss_operator import describe_machine, versions
 from benchmarks.sizes import SMOLLM2
-from opd.api import execute
+from benchmarks.whole import execute_whole
 from opd.context import Context
 from opd.drafting.proposing import Tree
 from opd.engines.drafted import DraftedEngine, DraftedWriter
@@ -101,7 +101,7 @@ def answering(folder: Path, quick: bool) -> Path:
     if not (place / "summary.json").exists():
         changes = [f"output={place}", "temperature=1", "evaluation.samples=0", "evaluation.held_out=16"]
         changes += ["steps=1", "batch.prompts=4", "rollout.max_new_tokens=8"] if quick else []
-        execute(load_recipe("quickstart", changes), quiet=True, overwrite=True)
+        execute_whole(load_recipe("quickstart", changes), overwrite=True)
     return place / "student"
 
 
@@ -133,7 +133,7 @@ def trained(
         if not kept.exists():
             begun = [f"student.model={folders['started']}"] if label == "draft_opd" else []
             recipe = load_recipe(name, [*changes, *shared, *begun, f"output={place}"])
-            result = execute(recipe, quiet=True, overwrite=True)
+            result = execute_whole(recipe, overwrite=True)
             cost = sum(record.get("train/cpu_seconds", 0.0) for record in result.history)
             kept.write_text(json.dumps({"before": result.before, "after": result.after, "cpu_seconds": cost}))
         record = json.loads(kept.read_text())

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.loss_operator import describe_machine, versions
+from benchmarks.whole import execute_whole
 from opd.acting.creation import create_policy
-from opd.api import execute
 from opd.environments import Start
 from opd.environments.libero import Libero
 from opd.recipe import parse_recipe
@@ -67,7 +67,7 @@ def step(environment: Libero, folder: Path) -> dict[str, float]:
         "tracking": {"trackers": []},
         "hardware": {"device": "cpu", "threads": 1},
     }
-    history = execute(parse_recipe(recipe), quiet=True).history
+    history = execute_whole(parse_recipe(recipe)).history
     return next(row for row in history if "train/loss" in row)
 
 

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks.loss_operator import describe_machine, versions
+from benchmarks.whole import execute_whole
 from opd.acting.creation import create_policy
 from opd.acting.lerobot import ranges
-from opd.api import assembled, execute, export
+from opd.api import assembled, export
 from opd.environments.metaworld import MetaWorld
 from opd.evaluation import evaluate
 from opd.jobs.demonstrations import sample_demonstrations
@@ -38,7 +39,7 @@ FEW, GOAL = 5, 0.3
 IMITATED, EVERY = 300, 50
 EPISODES, TRIED = 900, 300
 """Of an arm, and of a trial of a rate."""
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 DEMONSTRATED, TRAIN, VALIDATION, TEST = 3, 2, 1, 0
 """Seeds of initial states."""
 PER_TASK = 20
@@ -72,7 +73,7 @@ def recipe(student: Path, folder: Path, steps: int, seed: int, **changes: Any) -
 def trained(block: Mapping[str, Any]) -> Points:
     """One point an evaluation: success so far, and the simulator's steps and CPU seconds of training until then."""
     spent, points = dict.fromkeys(("simulator_steps", "cpu_seconds"), 0.0), []
-    for record in execute(parse_recipe(block), quiet=True).history:
+    for record in execute_whole(parse_recipe(block)).history:
         for name in spent:
             spent[name] += record.get(f"train/{name}", 0.0)
         if "held_out/accuracy" in record:

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from benchmarks import peers
 from benchmarks.alternation import silence, versions_and_machine, write
 from benchmarks.head_to_head import last_line, progress
-from opd.api import execute
+from benchmarks.whole import execute_whole
 from opd.context import Context
 from opd.distributions import Sampled, Vocabulary
 from opd.language.agreement import common_vocabulary, end_ids
@@ -200,7 +200,7 @@ def trained(pair: Pair, arm: str, rows: list[dict[str, str]], budget: dict[str, 
     """The folder of a student after one arm."""
     if arm == GOLD:
         return trained_by_gold(pair, rows, budget, seed, output)
-    execute(parse_recipe(recipe(pair, arm, rows, budget, seed, output), "the benchmark's recipe"), quiet=True)
+    execute_whole(parse_recipe(recipe(pair, arm, rows, budget, seed, output), "the benchmark's recipe"))
     return output / "student"
 
 

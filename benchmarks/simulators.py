@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.whole import execute_whole
 from opd.acting.creation import create_policy
-from opd.api import execute
 from opd.environments import Start
 from opd.environments.arena import Arena
 from opd.environments.control import Control, ControlOrder
@@ -62,7 +62,7 @@ def share(steps: int) -> tuple[float, float]:
             "tracking": {"trackers": []},
             "hardware": {"device": "cpu", "threads": 1},
         }
-        history = [row for row in execute(parse_recipe(recipe), quiet=True).history if "train/loss" in row][1:]
+        history = [row for row in execute_whole(parse_recipe(recipe)).history if "train/loss" in row][1:]
     return tuple(sum(row[f"train/{name}"] for row in history) for name in ("simulator_seconds", "seconds/step"))
 
 

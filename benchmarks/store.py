@@ -35,7 +35,7 @@ import torch
 
 from benchmarks.loss_operator import describe_machine
 from benchmarks.phases import over
-from opd.api import execute
+from benchmarks.whole import execute_whole
 from opd.assembly import build_models
 from opd.distributions import Categorical, Distribution, TopK
 from opd.divergences import Divergence, ReverseKL, Target
@@ -140,7 +140,7 @@ def on_store(recipe: Recipe, store: Store, name: str, objective: str, output: Pa
 
 def steps_of(recipe: Recipe) -> list[dict[str, float]]:
     """Train, and what each step logged; the first one warms up and is left out."""
-    return [r for r in execute(recipe, quiet=True).history if "train/seconds/step" in r][1:]
+    return [r for r in execute_whole(recipe).history if "train/seconds/step" in r][1:]
 
 
 def waiting(steps: Sequence[dict[str, float]]) -> float:
