@@ -147,10 +147,12 @@ writings drawn at random: the teacher is multimodal, without which the direction
 
 **Models.** Llamas of two layers: the teacher of width 64, the student of width 32, both from reference solutions.
 
-**Budgets.** Arms take {STEPS} steps of 32 trajectories at one learning rate, but for those that a gate stopped, the
-two at equal cost ({STEPS_STORED[EQUAL_SECONDS]} and {STEPS_STORED[EQUAL_OPERATIONS]} steps) and reinforcement learning
-(80 steps of 64); "short" is {SHORT} new tokens and "long" {LONG}, three times the natural length; held-out samples are
-cut at {CAP}. The ladder's rungs are {", ".join(map(str, LADDER))} tokens, {STEPS // len(LADDER)} steps each.
+**Budgets.** Arms take {STEPS} steps of 32 trajectories at one learning rate, but for those that a gate stopped, the two
+at equal cost ({STEPS_STORED[EQUAL_SECONDS]} and {STEPS_STORED[EQUAL_OPERATIONS]} steps) and reinforcement learning (80
+steps of 64).
+
+- "Short" is {SHORT} new tokens and "long" {LONG}, three times the natural length; held-out samples are cut at {CAP}.
+- The ladder's rungs are {", ".join(map(str, LADDER))} tokens, {STEPS // len(LADDER)} steps each.
 
 **Readings of the paper** where it leaves room: whole-vocabulary KL; one shared end token, supervised; token mean over
 the whole batch; when the gate fails, the weights of the last rung that passed.
@@ -161,39 +163,48 @@ length alone; three for everything else.
     discussion="""
 ## Why it came out so
 
-**The direction decides, and here it decides for reverse KL.** At the long length it lifts the student from 0.50 to
-0.68 on its own prefixes and to 0.63 on the teacher's; forward KL takes it *down* to 0.29 and 0.36, as fine-tuning on
-the teacher's samples does (0.35). The student has a quarter of the teacher's weights and cannot match it; forward KL
-then spreads it over all that the teacher might write (entropy 0.27 against 0.11), and at temperature 1 one improbable
-step spoils an answer. So Avg@8 falls much more than Pass@8 does. Mixing leads from the one to the other: the more
-reverse KL, the more accuracy and the less entropy, and a quarter of it gives up 0.25 of accuracy, where the paper
-found next to nothing given up.
+**The direction decides, and here it decides for reverse KL.** At the long length it lifts the student from 0.50 to 0.68
+on its own prefixes and to 0.63 on the teacher's. Forward KL takes it *down* to 0.29 and 0.36, as fine-tuning on the
+teacher's samples does (0.35).
+
+The student has a quarter of the teacher's weights and cannot match it. Forward KL then spreads it over all that the
+teacher might write (entropy 0.27 against 0.11), and at temperature 1 one improbable step spoils an answer. So Avg@8
+falls much more than Pass@8 does.
+
+Mixing leads from the one to the other: the more reverse KL, the more accuracy and the less entropy. A quarter of
+reverse KL gives up 0.25 of accuracy, where the paper found next to nothing given up.
 
 **Half of the natural length is too short.** Answers have about 31 tokens; whoever trains on the first 16 alone forgets
 what comes after, whatever prefix and direction (0.19 to 0.27, from 0.50). The short cells therefore compare how four
 objectives break a student, not how they teach it.
 
 **No gain by the curriculum is found here.** The gated ladder ends ten points below the same objective at the full
-length, a contradiction by itself, though not among the headline claims together. Its first rung is that short length,
-which the later ones have to repair, and what it is made against does not occur: no arm's answers grow to the cap,
-reverse KL at the long length included. The gate at half of the entropy before training stops all five seeds: two at the
-fourth rung and three at the fifth and last, each time with the weights of the rung before. The gate at three quarters
-stops its three seeds at the first. Reverse KL halves the entropy while it makes the student better, so that an entropy
-that falls is no sign of collapse on this task.
+length. That is a contradiction by itself, though not among the headline claims together. The ladder's first rung is
+that short length, which the later ones have to repair. What it is made against does not occur: no arm's answers grow to
+the cap, reverse KL at the long length included.
 
-**What the ladder is compared with.** The arm without a gate keeps what the gate throws away, the last 50 to 100 steps.
-The arm at the length where the gate stopped trains at the length of the rung that failed, for all the steps until then:
-50 more than the weights that the ladder hands back have had, so that its lead of 0.12 is not that of the length alone.
-For the three seeds that stopped at the last rung it is the same run as the full length.
+The gate at half of the entropy before training stops all five seeds: two at the fourth rung and three at the fifth and
+last, each time with the weights of the rung before. The gate at three quarters stops its three seeds at the first.
+Reverse KL halves the entropy while it makes the student better, so an entropy that falls is no sign of collapse on this
+task.
+
+**What the ladder is compared with.**
+
+- The arm without a gate keeps what the gate throws away, the last 50 to 100 steps.
+- The arm at the length where the gate stopped trains at the length of the rung that failed, for all the steps until
+  then. These are 50 more than the weights that the ladder hands back have had, so its lead of 0.12 is not that of the
+  length alone. For the three seeds that stopped at the last rung it is the same run as the full length.
 
 **Cheaper by design, and so no claims.** A ladder of shorter lengths trains on fewer tokens (199,500 against 273,700,
 the failed rung counted), and stored responses spare the writing: 16 CPU seconds against 29 on the same seeds.
 
-**Prefixes.** Under reverse KL five seeds cannot tell the student's prefix from the teacher's at the long length; at
-the short one, where every objective breaks the student, the teacher's breaks it less (0.27 against 0.19); whether by
-more than five points is undecided. Stored responses of the teacher, trained for about equal CPU seconds, come out at
-0.69 where the student's own have 0.66 on the same three seeds, and at equal operations at 0.62; both are undecided.
-Writing the responses once serves all arms and is not counted.
+**Prefixes.** Under reverse KL five seeds cannot tell the student's prefix from the teacher's at the long length. At the
+short one, where every objective breaks the student, the teacher's breaks it less (0.27 against 0.19); whether by more
+than five points is undecided.
+
+Stored responses of the teacher, trained for about equal CPU seconds, come out at 0.69 where the student's own have 0.66
+on the same three seeds; at equal operations they come out at 0.62. Both are undecided. Writing the responses once
+serves all arms and is not counted.
 
 **Reinforcement learning** gains more from the students of forward KL in the means, on either prefix, as the paper says,
 but on the student's prefix by 0.05 with zero well within the interval; the students of reverse KL begin and end far
@@ -204,12 +215,16 @@ before.
 
 **Curves** of the metrics were not kept: results held points only under the names of test metrics.
 
-**What was chosen after looking.** The headline claims: what the paper leads with (the curriculum, the directions, the
-prefix, mixing at no cost, the start for reinforcement learning, the scale). The rest is in the appendix. The teacher:
-one trained for itself reached 0.89 and 0.87 where 0.9 was asked, so it is that of the [on-policy
-experiment](on-policy.md). The steps of the two arms at equal cost follow from a first run's costs; in this one equal
-seconds came out at 25 against 29, since other work shared the cores. One learning rate serves all arms and none was
-selected.
+**What was chosen after looking.**
+
+- The headline claims: what the paper leads with (the curriculum, the directions, the prefix, mixing at no cost, the
+  start for reinforcement learning, the scale). The rest is in the appendix.
+- The teacher: one trained for itself reached 0.89 and 0.87 where 0.9 was asked, so it is that of the [on-policy
+  experiment](on-policy.md).
+- The steps of the two arms at equal cost, which follow from a first run's costs. In this run equal seconds came out at
+  25 against 29, since other work shared the cores.
+
+One learning rate serves all arms and none was selected.
 """,
     stages={
         "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),

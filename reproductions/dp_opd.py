@@ -175,14 +175,19 @@ the code and the first quarter. The least loss that any model can have is comput
 with 150 steps on 2000 public ones. **Premise**, a gate: the teacher is near the floor of public reviews, and the
 start is worse than the teacher on private ones.
 
-**Arms.** *DP-OPD* in both readings of the paper: (0.5, 0.5) tosses a coin between the student's own continuations and
-the references, with generalised Jensen-Shannon divergence of beta 0.5; (1, 0) is on the student's own alone, with
-forward KL. *DP-SGD* is fine-tuning on the references. *DPKD* fine-tunes teacher and student with half of the budget
-each (0.6 labels, 0.4 forward KL). *DistilDP* fine-tunes the teacher with the whole budget; the student learns without
-noise from what it writes behind public prompts. Controls: the same loss on *public prompts* without noise (A); the
-*start*, and *no noise* (B); a *random teacher* (C); *hard labels* at 0.5 on the references (D). *Scaled loss*
-multiplies the divergence by {SCALE:g}, so that nearly all gradients are clipped, as those of labels are: the same noise
-weighs more on shorter gradients.
+**Arms.**
+
+- *DP-OPD* in both readings of the paper: (0.5, 0.5) tosses a coin between the student's own continuations and the
+  references, with generalised Jensen-Shannon divergence of beta 0.5; (1, 0) is on the student's own alone, with forward
+  KL.
+- *DP-SGD* is fine-tuning on the references.
+- *DPKD* fine-tunes teacher and student with half of the budget each (0.6 labels, 0.4 forward KL).
+- *DistilDP* fine-tunes the teacher with the whole budget; the student learns without noise from what it writes behind
+  public prompts.
+- Controls: the same loss on *public prompts* without noise (A); the *start*, and *no noise* (B); a *random teacher*
+  (C); *hard labels* at 0.5 on the references (D).
+- *Scaled loss* multiplies the divergence by {SCALE:g}, so that nearly all gradients are clipped, as those of labels
+  are: the same noise weighs more on shorter gradients.
 
 **Selection.** DP-OPD and each baseline take the best of three learning rates by the loss on a public stand-in (a shift
 of {STAND_IN:g}), from a start of its own; controls take that of DP-OPD (0.5, 0.5). **Figures** are nats a word on

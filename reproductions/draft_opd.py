@@ -186,26 +186,36 @@ test prompts, greedy (temperature 0) and drawn (1). Drawn texts are the same for
 all arms. Where texts are lossless nothing but speed can change, so tests hold losslessness and no claim is about
 it.
 
-**Premise.** Drawn texts decide: acceptance length between 0.3 and 0.6 of the block; a gain of less than 2 % in the
-last quarter of supervised training and of less than 1 % when it is taken up again with a fresh optimiser and
-schedule, since the end of a cosine looks like a plateau whatever lies behind it; and room: one of the arms gains
-2 % while rates are chosen. All seeds must pass. It is measured before any other arm runs, and is a gate. The same
-was asked of greedy texts at first, and failed: there blocks stand for 0.61 to 0.64 of their length, and from
-a new start four seeds moved by -0.8 to 3.1 % on one plateau (drawn texts by 0.1 to 0.4 %). Greedy texts hang on near
-ties of the target. So headline claims are about drawn texts, but for one; the others about greedy texts are in the
-appendix.
+**Premise.** Drawn texts decide. It is measured before any other arm runs, and is a gate that all seeds must pass:
 
-**Arms.** All begin with a fresh optimiser. *Draft-OPD* has forward KL where blocks stood and reverse KL, with a
-decay of 0.8, where they did not, at the anchors of speculative decoding with the drafter as it is. Its texts are
-the target's answers to 3,000 new prompts, drawn at a temperature of 1, each once. *SFT, equal updates* and *equal
-CPU* go on with the supervised training and its texts; *self-distilled* does so with the new texts; *soft labels*
-has forward KL on the new texts at Draft-OPD's anchors. *{FROZEN}* takes the blocks of the drafter as it began;
-*{RANDOM}* has the verified segments in another order at other places; *{RANDOM} of what stood* keeps the rejected
-stream where it was, as the authors' code has it. *{STOOD}* has no rejected stream, *with the correction* puts the
-slot that the target corrected into the accepted one. *{FORWARD}* and *{REVERSE}* have one direction, *{PLAIN}* has
-a decay of 1, *{TOKEN}* the authors' surrogate, pooled over both streams. With the *{HARMED}* each block is taught
-by what belongs to the next: it must harm. *{BEFORE_ARMS}* is the start. *{SUPERVISED_BEST}* and *{SINGLE}* are, for
-each seed, the best on validation prompts of the first three supervised arms, and of the two single directions.
+- Acceptance length is between 0.3 and 0.6 of the block.
+- The last quarter of supervised training gains less than 2 %.
+- Taking it up again with a fresh optimiser and schedule gains less than 1 %, since the end of a cosine looks like a
+  plateau whatever lies behind it.
+- There is room: one of the arms gains 2 % while rates are chosen.
+
+The same was asked of greedy texts at first, and failed: there blocks stand for 0.61 to 0.64 of their length, and from a
+new start four seeds moved by -0.8 to 3.1 % on one plateau (drawn texts by 0.1 to 0.4 %). Greedy texts hang on near ties
+of the target. So headline claims are about drawn texts, but for one; the others about greedy texts are in the appendix.
+
+**Arms.** All begin with a fresh optimiser.
+
+- *Draft-OPD* has forward KL where blocks stood and reverse KL, with a decay of 0.8, where they did not, at the anchors
+  of speculative decoding with the drafter as it is. Its texts are the target's answers to 3,000 new prompts, drawn at a
+  temperature of 1, each once.
+- *SFT, equal updates* and *equal CPU* go on with the supervised training and its texts; *self-distilled* does so with
+  the new texts.
+- *Soft labels* has forward KL on the new texts at Draft-OPD's anchors.
+- *{FROZEN}* takes the blocks of the drafter as it began.
+- *{RANDOM}* has the verified segments in another order at other places; *{RANDOM} of what stood* keeps the rejected
+  stream where it was, as the authors' code has it.
+- *{STOOD}* has no rejected stream; *with the correction* puts the slot that the target corrected into the accepted one.
+- *{FORWARD}* and *{REVERSE}* have one direction, *{PLAIN}* has a decay of 1, *{TOKEN}* the authors' surrogate, pooled
+  over both streams.
+- With the *{HARMED}* each block is taught by what belongs to the next: it must harm.
+- *{BEFORE_ARMS}* is the start.
+- *{SUPERVISED_BEST}* and *{SINGLE}* are, for each seed, the best on validation prompts of the first three supervised
+  arms, and of the two single directions.
 
 **Selection.** Arms take the best of the rates {TRIED} by the acceptance lengths on validation prompts, from a start
 and a seed of their own; those that change neither loss nor data of Draft-OPD take its rate. All rates fall by a
@@ -222,12 +232,16 @@ seeds would decide these together. What follows reads means.
 drafter has unlearnt go on being punished. Random anchors gain nothing either (3.454). This is the part of the paper
 that holds best here.
 
-**The mixture of directions does not look like what helps.** Draft-OPD gains 1 % in drawn texts (3.504) and nothing
-in greedy ones (5.061). Forward KL in both streams gets 3.536 and 5.313, one token of each slot 3.558 and 5.299, and
-the accepted stream with the corrected slot, no rejected stream at all, 3.577 and 5.268 (three seeds). These have in
-common that the slot at which the target disagreed is taught the target's own token; in the paper's text that slot
-has reverse KL alone, which takes mass from the drafter's mode and leaves open where it goes. The authors' code
-teaches it.
+**The mixture of directions does not look like what helps.** Draft-OPD gains 1 % in drawn texts (3.504) and nothing in
+greedy ones (5.061). Three other arms, in drawn and in greedy texts:
+
+- Forward KL in both streams gets 3.536 and 5.313.
+- One token of each slot gets 3.558 and 5.299.
+- The accepted stream with the corrected slot, no rejected stream at all, gets 3.577 and 5.268 (three seeds).
+
+These have in common that the slot at which the target disagreed is taught the target's own token. In the paper's text
+that slot has reverse KL alone, which takes mass from the drafter's mode and leaves open where it goes. The authors'
+code teaches it.
 
 **The rejected stream** adds 0.009 to the accepted one alone in drawn texts and costs 0.22 in greedy ones. A decay
 of 0.8 is worth 0.016.

@@ -386,13 +386,17 @@ student samples are equal.
 
 **Task.** [Drawings](../images.md) of {PIXELS} x {PIXELS} pixels: objects to count, each filling the middle of a
 quarter, two of twelve characters to write in the middle, a shape in front of a gradient, and a quality that says
-nothing of the prompt. `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT}
-test prompts each; `quality` is a mean over all of them; `mean` is that of count, glyph and quality; `unseen` is count
-on triples of number, colour and shape that nobody trained on. Prompts repeat: there are {DISTINCT} different ones.
-Equal ones are bundled, those of `unseen` by themselves and the others in as many bundles as the fewest of them;
-figures are means over bundles. Prompts of count, which a model knows by their text, are the same in training and test,
-but for `unseen`. `count 1` to `count 4` are count by the number that was asked for. Training rewards are graded. Test
-pictures come from {ODE_STEPS} steps of the ODE.
+nothing of the prompt. Training rewards are graded. Test pictures come from {ODE_STEPS} steps of the ODE.
+
+- `count`, `glyph` and `scene` are the shares of pictures that are right in all, of {HELD_OUT} test prompts each.
+- `count 1` to `count 4` are count by the number that was asked for.
+- `quality` is a mean over all of these prompts.
+- `mean` is that of count, glyph and quality.
+- `unseen` is count on triples of number, colour and shape that nobody trained on.
+
+Prompts repeat: there are {DISTINCT} different ones. Equal ones are bundled, those of `unseen` by themselves and the
+others in as many bundles as the fewest of them; figures are means over bundles. Prompts of count, which a model knows
+by their text, are the same in training and test, but for `unseen`.
 
 **Models** are SD3 transformers on pixels of patch 4, width 72 and 3 layers (0.56 million parameters) without guidance.
 The **base** learnt by flow matching in rounds of {BASE_STEPS} batches and stopped as soon as glyph and every single
@@ -411,18 +415,26 @@ one not trained on, noise {NOISE}. The learning rates of GRPO, of OPD and of OPD
 {", ".join(f"{r:g}" for r in RATES)} by their own held-out mixed reward, under a seed of its own.
 
 **Costs** are CPU seconds of one thread; `expert cpu seconds` is what the experts took that an arm leans on, selection
-of the rate left out. **kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that
-of one step, `kl experts` the mean along the experts'. **along** compares gradients at the experts' average: that of
-`kl_direct`, the mean over {GRADIENT_BATCHES} steps' samples, with another mean over as many others, of each estimator;
-it is their inner product over the squared length of the first.
+of the rate left out.
+
+**kl** is the mean divergence from the routed experts along a model's own SDE, `kl step K` that of one step,
+`kl experts` the mean along the experts'.
+
+**along** compares gradients at the experts' average: that of `kl_direct`, the mean over {GRADIENT_BATCHES} steps'
+samples, with another mean over as many others, of each estimator. It is their inner product over the squared length of
+the first.
 
 **Judges** that no reward knows: `entropy` of backgrounds that no prompt names, `sharpness` of edges, `novelty`, the
-distance to the nearest training picture, and the `frechet` distance to references of the same prompts. **wins**
-counts, of {TEXTS} texts of count and glyph with {DRAWS} pictures each, those on which a model is right more often than
-every expert (Fisher's exact test, false discovery rate 5 %). **accuracy** is what training reached of its own reward
-on validation prompts. **reached** and **sampled tokens to goal** (denoising steps) are of the three starts of OPD
-without anchor: the goal is nine tenths of the way, in that accuracy, from where the one from the base begins to where
-the one from the average ends, under the same seed.
+distance to the nearest training picture, and the `frechet` distance to references of the same prompts.
+
+**wins** counts, of {TEXTS} texts of count and glyph with {DRAWS} pictures each, those on which a model is right more
+often than every expert (Fisher's exact test, false discovery rate 5 %).
+
+**accuracy** is what training reached of its own reward on validation prompts.
+
+**reached** and **sampled tokens to goal** (denoising steps) are of the three starts of OPD without anchor. The goal is
+nine tenths of the way, in that accuracy, from where the one from the base begins to where the one from the average
+ends, under the same seed.
 
 **Size.** A step of GRPO or OPD took 0.8 CPU seconds of one thread, an arm a minute and a half, and `{LONG}`, which has
 {LONG_STEPS / STEPS:.1f} times the steps, thirteen minutes. All of it took 110 minutes of two cores, on which other work
@@ -431,16 +443,20 @@ ran beside it.
     discussion=f"""
 ## What the figures say
 
-**The student.** With equal samples of its own OPD is twelve points above GRPO on the mixture, ten of them in glyph: by
-itself that is told from nothing (0.03 to 0.22), among the headline claims together three seeds do not decide it. Ten
-of the twelve are the experts' average, before any step of OPD, and the expert of glyph alone has as much (0.744). What
-OPD adds to the average (0.021) has an interval with zero in it: it raises glyph from 0.86 to 0.95, lowers quality from
-0.685 to 0.663, blurs edges (sharpness 0.83 against 0.89), and no change of count is found. The student leans on 7.5
-times its own samples, which the experts took. GRPO with as many in all ends 0.014 higher, with zero in the interval, at
-about the same CPU seconds (759 against 95 and 619 of the experts, trials of settings left out), and passes the
-student's reward on validation after three quarters of them; it is higher in quality (0.70) and lower on scene (0.09
-against 0.14), for which it is paid by quality alone. So nothing is saved here. From the average GRPO makes nothing
-better (0.727), which is what OPD is held against in that row.
+**The student.** With equal samples of its own OPD is twelve points above GRPO on the mixture, ten of them in glyph. By
+itself that is told from nothing (0.03 to 0.22); among the headline claims together three seeds do not decide it.
+
+Ten of the twelve are the experts' average, before any step of OPD, and the expert of glyph alone has as much (0.744).
+What OPD adds to the average (0.021) has an interval with zero in it: it raises glyph from 0.86 to 0.95, lowers quality
+from 0.685 to 0.663, blurs edges (sharpness 0.83 against 0.89), and no change of count is found.
+
+The student leans on 7.5 times its own samples, which the experts took. GRPO with as many in all ends 0.014 higher, with
+zero in the interval, at about the same CPU seconds (759 against 95 and 619 of the experts, trials of settings left
+out), and passes the student's reward on validation after three quarters of them. So nothing is saved here.
+
+That GRPO is higher in quality (0.70) and lower on scene (0.09 against 0.14), for which it is paid by quality alone.
+
+From the average GRPO makes nothing better (0.727), which is what OPD is held against in that row.
 
 **Flow matching on the experts' pictures**, the other way to learn from them, ends six points below OPD, which gains as
 much from there: count is 0.2 higher, quality 0.02 lower, glyph no different. Its rate was not tuned, and it counts
@@ -448,8 +464,10 @@ worse than the base that it began from (0.47 against 0.55).
 
 **Experts.** That OPD comes within three points of those of count and glyph is undecided: intervals over three seeds are
 wide, and for glyph the estimate itself (0.028 below) is at the margin. Of the expert of quality it comes within three
-points where it hears it, on scene, and over all prompts it does not: it is 0.095 below. On none of {TEXTS} texts does
-it win against all experts; glyph has no room for that, and 32 pictures show large gains alone.
+points where it hears it, on scene, and over all prompts it does not: it is 0.095 below.
+
+On none of {TEXTS} texts does it win against all experts. Glyph has no room for that, and 32 pictures show large gains
+alone.
 
 **Tuning was not even.** Each expert got steps, a rate and, for quality, a reward of its own, chosen in trials from
 another base (the third that was tried; 0.6 task and 0.4 quality had gained 0.006 at most). GRPO-Mix got the best of
@@ -465,28 +483,34 @@ so that it is slower by design and no claim is made of that.
 
 **The anchor** raises quality, which its expert was rewarded for, by 0.002 at the paper's weight and by 0.009 at four
 times that. No judge is found to improve, and by the most telling one pictures could not: the anchor's own pictures are
-farther from the references than the student's (Frechet 97 against 29) and less various. In the paper the anchor is
-better than the base by most judges, which is not so here; so this row says little of the method.
+farther from the references than the student's (Frechet 97 against 29) and less various.
+
+In the paper the anchor is better than the base by most judges, which is not so here; so this row says little of the
+method.
 
 **Distance and variety.** On average all are farther from the references than the base (7): GRPO on one or two rewards
 11 and 9, GRPO-Mix and the average 28, OPD 29, GRPO with all samples 49. Backgrounds lose variety (entropy 1.91 at the
 base; 1.43, 1.46 and 1.59 for GRPO-Mix, OPD and GRPO with all samples).
 
-**Estimators.** Where training begins the gradient of `pg_sample` goes 1.33, 0.72 and 0.61 of the way that the
-divergence's goes, under three seeds of {GRADIENT_BATCHES} steps, and that of `kl_direct` 1.04 to 1.10. That of
-`pg_detached` is defined by a mean where `pg_sample` has the sum over a latent's {NUMBERS} numbers, so that its 0.000
+**Estimators.** In training, each at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six
+times nearer to the experts than `pg_sample`, which ends where it began in divergence and three points lower in the
+mean, with zero in the interval. `pg_detached` drifts away at that rate.
+
+Where training begins the gradient of `pg_sample` goes 1.33, 0.72 and 0.61 of the way that the divergence's goes, under
+three seeds of {GRADIENT_BATCHES} steps, and that of `kl_direct` 1.04 to 1.10.
+
+That of `pg_detached` is defined by a mean where `pg_sample` has the sum over a latent's {NUMBERS} numbers. So its 0.000
 shows little, and no claim is made of it; times {NUMBERS} it is 0.29, -0.35 and -0.36, zero as far as that noise shows.
 What is left of `pg_sample` without that is 1.04, 1.06 and 0.96: it carries the noise of `pg_detached` beside the right
-gradient. In training, each at its best rate (1e-3 and 1e-4, the lowest that was tried), `kl_direct` comes six times
-nearer to the experts than `pg_sample`, which ends where it began in divergence and three points lower in the mean, with
-zero in the interval. `pg_detached` drifts away at that rate.
+gradient.
 
 **States.** From the average no difference was found between latents of the student and of the experts, the paper's main
 ground for being on-policy. From the base the student's own are ahead by 0.009, with zero just within the interval, and
-not in divergence. Before training the two kinds of states differ (`kl`
-from the base 0.070 along its own and 0.053 along the experts'), after it a student is as near along either. Noised data
-end 0.007 lower in the mean, with zero in the interval; they leave the divergence half as large again, and quality 0.008
-lower, both without.
+not in divergence. Before training the two kinds of states differ (`kl` from the base 0.070 along its own and 0.053
+along the experts'), after it a student is as near along either.
+
+Noised data end 0.007 lower in the mean, with zero in the interval. They leave the divergence half as large again, and
+quality 0.008 lower, both without.
 
 **What was chosen after looking.** The headline claims: what the paper leads with (one student above the mixture and as
 good as each expert, the anchor, the scale), the control with equal samples in all, and what this library is about, that
@@ -494,18 +518,21 @@ the student's own states teach more. The rest is in the appendix.
 
 ## Where it differs from the paper
 
-Models are trained whole and not by LoRA, without guidance and without a mean over weights, on {PIXELS} pixels, with
-T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples. A batch is used for one update, so ratios are
-one and clips idle; the release takes two. GRPO-Mix mixes the sets within a batch and divides by the spread of all their
-rewards, where the release draws one set an epoch; its KL, also from the average, is to the base, and weighs 0.04 for
-every reward, where the release has 0.01 for preferences. The expert of quality, paid for the task of scene a little,
-has prompts of its own beside being the anchor. Each method has one rate for all its arms: that of GRPO is tuned on
-GRPO-Mix from the base, that of OPD on `{PLAIN}`, from the average, so that other starts and prefixes may have better
-ones. Experts, base and judges are made once; seeds vary training and test noise. Student samples are equal,
-but an arm of OPD also leans on the experts' samples: `{LONG}` has {LONG_STEPS / STEPS:.1f} times the steps, all that a
-student and its experts take together. What an SFT start takes, {SFT_STEPS} steps on {3 * SFT_PICTURES:,} pictures of
-the experts, is not counted among its samples. The experts' steps and rates, the warm-up of {WARMUP}, the batch
-and the {T} steps of sampling were chosen in trials of the experts alone: with others GRPO hardly learnt to count.
+- **Models** are trained whole and not by LoRA, without guidance and without a mean over weights, on {PIXELS} pixels,
+  with T = {T}, in {STEPS} steps of {BATCH["prompts"] * BATCH["group"]} samples.
+- **Updates.** A batch is used for one update, so ratios are one and clips idle; the release takes two.
+- **GRPO-Mix** mixes the sets within a batch and divides by the spread of all their rewards, where the release draws one
+  set an epoch. Its KL, also from the average, is to the base, and weighs 0.04 for every reward, where the release has
+  0.01 for preferences.
+- **The expert of quality**, paid for the task of scene a little, has prompts of its own beside being the anchor.
+- **Rates.** Each method has one rate for all its arms: that of GRPO is tuned on GRPO-Mix from the base, that of OPD on
+  `{PLAIN}`, from the average, so that other starts and prefixes may have better ones.
+- **Seeds** vary training and test noise; experts, base and judges are made once.
+- **Samples** of students are equal, but an arm of OPD also leans on the experts' samples: `{LONG}` has
+  {LONG_STEPS / STEPS:.1f} times the steps, all that a student and its experts take together. What an SFT start takes,
+  {SFT_STEPS} steps on {3 * SFT_PICTURES:,} pictures of the experts, is not counted among its samples.
+- **Settings.** The experts' steps and rates, the warm-up of {WARMUP}, the batch and the {T} steps of sampling were
+  chosen in trials of the experts alone: with others GRPO hardly learnt to count.
 """,
     stages={**STAGES, **TRAINED},
     gates=[

@@ -343,22 +343,36 @@ The student was fine-tuned on what a teacher wrote. Does it matter, then, whethe
 (live), or once about trajectories that the student wrote before (Lightning)? Same objective, learning rate, steps and
 number of trajectories.
 
-**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. **Teachers** speak dialects
-of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability 0.1 (A), 0.9 (B), or between; all are one
-teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect under another seed. **Students** begin from
-the base of the [on-policy experiment](on-policy.md), with {SFT_STEPS} batches of 64 of what A (or B) wrote for
-{SFT_PROMPTS} problems. All models are Llamas of 2 layers and width 64. **Training** takes {STEPS} steps of {BATCH}
-trajectories of {SIZE} other problems, two passes; `sequence_mean`, clamp 10, temperature 1. The learning rate is the
-better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live* arm under a seed of its own;
-for the arm with a rate of its own the best of {", ".join(f"{r:g}" for r in RATES_OF_LIGHTNING)} by that of Lightning.
-**Figures** are from 500 test problems, four samples each. The main row has five seeds, everything else three.
+**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. All models are Llamas of 2
+layers and width 64.
 
-**Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included;
-`speed up` is the live arm's cost over an arm's own, and `speed up with sft` the same after the cost of fine-tuning
-(`sft cpu seconds`: the teacher's writing and the training) was added to both. An arm with fewer prompts still pays for
-the whole store. **Drift** is the ratio of the student's probability of a stored token to what it was when it was
-written: on held-out problems, and in sample over the last quarter of training. **sigma delta** is the distance of the
-scoring teacher to the one of fine-tuning.
+**Teachers** speak dialects of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability 0.1 (A), 0.9
+(B), or between. All are one teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect under another
+seed.
+
+**Students** begin from the base of the [on-policy experiment](on-policy.md), with {SFT_STEPS} batches of 64 of what A
+(or B) wrote for {SFT_PROMPTS} problems.
+
+**Training** takes {STEPS} steps of {BATCH} trajectories of {SIZE} other problems, two passes; `sequence_mean`, clamp
+10, temperature 1. The main row has five seeds, everything else three.
+
+**The learning rate** is the better of {" and ".join(f"{rate:g}" for rate in RATES)} by held-out accuracy of the *live*
+arm under a seed of its own; for the arm with a rate of its own it is the best of
+{", ".join(f"{r:g}" for r in RATES_OF_LIGHTNING)} by that of Lightning.
+
+**Figures** are from 500 test problems, four samples each.
+
+**Costs** are CPU seconds of one thread.
+
+- Lightning's hold its rollouts and their scoring, the models' loading included. An arm with fewer prompts still pays
+  for the whole store.
+- `speed up` is the live arm's cost over an arm's own.
+- `speed up with sft` is the same after the cost of fine-tuning (`sft cpu seconds`: the teacher's writing and the
+  training) was added to both.
+
+**Drift** is the ratio of the student's probability of a stored token to what it was when it was written: on held-out
+problems, and in sample over the last quarter of training. **sigma delta** is the distance of the scoring teacher to the
+one of fine-tuning.
 
 **Theory.** By enumeration of all sequences of four tokens from four ids: the gap between both gradients is the
 covariance of theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step.
@@ -368,21 +382,26 @@ Those are gates: no arm runs where they do not hold.
 ## Why it came out so
 
 **Lightning is not as good as live here, and the stored tokens are why.** Live distillation takes the fine-tuned student
-from 0.71 to 0.79; Lightning at the same learning rate takes it down to 0.61, and further fine-tuning at the cost of
-Lightning reaches 0.76. On the same stored trajectories, with the same teacher's stored hidden states, the whole
-vocabulary reaches 0.84 (three seeds; live has 0.79 on them, and no claim holds the two against each other). So old
-states can still teach; one sampled token a state, drawn from a student that is gone and weighed without a ratio of
-probabilities, did not. (The whole vocabulary with a live teacher was not run.) What bounds that noise has higher means:
-a clamp at 1 keeps 0.70, a tenth of the learning rate 0.73.
+from 0.71 to 0.79. Lightning at the same learning rate takes it down to 0.61, and further fine-tuning at the cost of
+Lightning reaches 0.76.
+
+On the same stored trajectories, with the same teacher's stored hidden states, the whole vocabulary reaches 0.84 (three
+seeds; live has 0.79 on them, and no claim holds the two against each other). So old states can still teach; one sampled
+token a state, drawn from a student that is gone and weighed without a ratio of probabilities, did not. (The whole
+vocabulary with a live teacher was not run.)
+
+What bounds the noise of that token has higher means: a clamp at 1 keeps 0.70, a tenth of the learning rate 0.73.
 
 **At a learning rate of its own** (1e-4, the lowest that was tried, where live takes the highest) Lightning is behind
 live by 0.07, and no difference to the student that it began from is found. The paper's rate is lower than any here.
 
 **The same teacher matters, offline.** With another dialect's teacher Lightning ends 0.27 to 0.35 lower in all four
-comparisons, the lower the further that teacher is (A, 30, 50 and 70 % of B, B: 0.61, 0.53, 0.46, 0.38, 0.26; A and half
-of B, and half of B and B, are told apart by themselves). The sibling with the same law has 0.63, which three seeds
-cannot call equal or not. **Live**, all four comparisons are undecided. So the paper's claim of consistency is
-reproduced offline only; it is the reason why `opd` refuses a store of another teacher.
+comparisons, the lower the further that teacher is (A, 30, 50 and 70 % of B, B: 0.61, 0.53, 0.46, 0.38, 0.26). A and
+half of B, and half of B and B, are told apart by themselves. The sibling with the same law has 0.63, which three seeds
+cannot call equal or not.
+
+**Live**, all four comparisons are undecided. So the paper's claim of consistency is reproduced offline only; it is the
+reason why `opd` refuses a store of another teacher.
 
 **Drift.** On the trajectories that are trained on the mean ratio falls below one, by 0.008: the student moves away from
 the tokens that it once drew. On held-out problems it stays at one (0.999), but in expectation that holds by definition
@@ -397,11 +416,15 @@ measured beside other work, which seeds share unequally.
 **Curves** of accuracy were not kept: results held points only under the names of test metrics. The figure above shows
 the drift of the arms on a store.
 
-**What was chosen after looking.** The headline claims: what the paper leads with (as accurate as live, here also at a
-rate of its own; better than the fine-tuned student; the same teacher, live and offline, and that it matters more
-offline; the scale). Of the four comparisons each of the same teacher the first stands for all; the rest is in the
-appendix. The arm at a rate of its own was added after the first grid had shown Lightning behind; its grid has one rate
-more than live's, below it. The other arms stand as they were before the first run.
+**What was chosen after looking.**
+
+- The headline claims: what the paper leads with (as accurate as live, here also at a rate of its own; better than the
+  fine-tuned student; the same teacher, live and offline, and that it matters more offline; the scale). Of the four
+  comparisons each of the same teacher the first stands for all; the rest is in the appendix.
+- The arm at a rate of its own was added after the first grid had shown Lightning behind; its grid has one rate more
+  than live's, below it.
+
+The other arms stand as they were before the first run.
 
 ## Where it differs from the paper
 

@@ -188,38 +188,59 @@ The student was fine-tuned on what a teacher wrote. Does it matter, then, whethe
 (live), or once about trajectories that the student wrote before (Lightning)? Same objective, learning rate, steps and
 number of trajectories.
 
-**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. **Teachers** speak dialects
-of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability {SHARES["A"]:g} (A) or {SHARES["B"]:g}
-(B); both are one teacher, fine-tuned on a dialect, and the sibling of A saw the same dialect under another seed.
-**Students** begin from a base that learnt sums of {SHORT[0]} to {SHORT[1]} digits and then too few of the long ones,
-with {SFT_STEPS} batches of {SFT_BATCH} of what A (or B) wrote. All models are Llamas of 2 layers and width 64.
+**Task.** Running sums modulo 10 of {TERMS[0]} to {TERMS[1]} digits, written step by step. All models are Llamas of 2
+layers and width 64.
 
-**Premise.** Gates before any arm: every student is right in {100 * LOW:.0f} to {100 * HIGH:.0f} of 100 samples at
-temperature 1 on validation problems, so that there is something to learn, and every teacher in 85; at the rate of the
-rule live gains at least {100 * LEAST_GAIN:.0f} points with either seed that the rule looked at. And of the **theory**,
-by enumeration of all sequences of four tokens from four ids: the gap between both gradients is the covariance of
-theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step.
+**Teachers** speak dialects of equal skill: a step is written `b+a=c` rather than `a+b=c` with probability
+{SHARES["A"]:g} (A) or {SHARES["B"]:g} (B). Both are one teacher, fine-tuned on a dialect, and the sibling of A saw the
+same dialect under another seed.
+
+**Students** begin from a base that learnt sums of {SHORT[0]} to {SHORT[1]} digits and then too few of the long ones,
+with {SFT_STEPS} batches of {SFT_BATCH} of what A (or B) wrote.
+
+**Premise.** Gates before any arm:
+
+- Every student is right in {100 * LOW:.0f} to {100 * HIGH:.0f} of 100 samples at temperature 1 on validation problems,
+  so that there is something to learn, and every teacher in 85.
+- At the rate of the rule live gains at least {100 * LEAST_GAIN:.0f} points with either seed that the rule looked at.
+- The **theory**, by enumeration of all sequences of four tokens from four ids: the gap between both gradients is the
+  covariance of theorem 3.7, is within the bounds of 3.5 and 3.8, is zero at the start and doubles with the second step.
 
 **Training** takes {STEPS} steps of {BATCH} trajectories of {SIZE:,} other problems, two passes; `sequence_mean`, clamp
-10, temperature 1; the rate falls along a cosine to a tenth, in every arm. **The rule.** Both ways are trained at
-{TRIED}. The paper presupposes a student that stays near to the one that wrote the store: a spread of the ratios of
-probability, now over then, below {DRIFT:g} on the tokens that are trained on. So *live* and *Lightning* are compared at
-the highest rate up to which that holds, in the last quarter of the steps, with both of two seeds that no arm has.
+10, temperature 1; the rate falls along a cosine to a tenth, in every arm.
+
+**The rule.** Both ways are trained at {TRIED}. The paper presupposes a student that stays near to the one that wrote
+the store: a spread of the ratios of probability, now over then, below {DRIFT:g} on the tokens that are trained on. So
+*live* and *Lightning* are compared at the highest rate up to which that holds, in the last quarter of the steps, with
+both of two seeds that no arm has.
+
 *Best rate* takes for each way the rate that was most accurate there, on validation problems, whatever the drift. All
 rates stay on this page: at {HIGHEST:g} the theory predicts that Lightning falls behind.
 
-**Other arms** train at the rate of the rule, with {FEW_SEEDS} seeds: students of A and B under their own teacher and
-under each other's, pooled over both; 32 passes over a sixteenth of the trajectories; a third of the steps; no clamp;
-the sibling of A; and reverse KL over the whole vocabulary on the same store. *More SFT* goes on with the fine-tuning at
-{HIGHEST:g}. **Figures** are from 500 test problems, four samples each at temperature 1, and greedy.
+**Other arms** train at the rate of the rule, with {FEW_SEEDS} seeds:
 
-**Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included;
-`cost of live` is a share of what live takes with the same seed, and `cost of live with sft` the same after the cost of
-fine-tuning (`sft cpu seconds`: the teacher's writing and the training) was added to both. **Drift** is the ratio of
-the student's probability of a stored token to what it was when it was written: on held-out problems, and in sample.
-**sigma delta** is the distance of the scoring teacher to the one of fine-tuning. **Gradient gap, bound** and **size**
-are theorem 3.5's two sides at the trained student and the norm of the offline gradient, from {HELD_OUT} trajectories
-of the store that it was not trained on.
+- students of A and B under their own teacher and under each other's, pooled over both;
+- 32 passes over a sixteenth of the trajectories;
+- a third of the steps;
+- no clamp;
+- the sibling of A;
+- reverse KL over the whole vocabulary on the same store.
+
+*More SFT* goes on with the fine-tuning at {HIGHEST:g}.
+
+**Figures** are from 500 test problems, four samples each at temperature 1, and greedy.
+
+**Costs** are CPU seconds of one thread. Lightning's hold its rollouts and their scoring, the models' loading included.
+
+- `cost of live` is a share of what live takes with the same seed.
+- `cost of live with sft` is the same after the cost of fine-tuning (`sft cpu seconds`: the teacher's writing and the
+  training) was added to both.
+
+**Drift** is the ratio of the student's probability of a stored token to what it was when it was written: on held-out
+problems, and in sample. **sigma delta** is the distance of the scoring teacher to the one of fine-tuning.
+
+**Gradient gap, bound** and **size** are theorem 3.5's two sides at the trained student and the norm of the offline
+gradient, from {HELD_OUT} trajectories of the store that it was not trained on.
 """,
     discussion="",
     stages={**STAGES, **OF_SEEDS},

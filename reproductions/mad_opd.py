@@ -175,22 +175,32 @@ half, have an experiment of their own: `opd reproduce mad-opd-agents`.
 **Task.** A problem has {PARTS} parts, each of one of {len(CODES)} codes and a digit, `u3v7u1:`, and its answer a digit
 for each.
 
-**Teachers.** Both have three layers of width 64. A knows code u and has {WRONG["A"]} of the ten digits of code v
-wrong, B knows code v and has {WRONG["B"]} of code u wrong, always in the same way. On other problems they *learnt to
-debate*: to say how sure they are, and to take from a transcript the word of the one who knows the code. They are never
-shown a digit that neither proposed. What is tested is what training on a debate does, and not whether debates come
-about.
+**Teachers.** Both have three layers of width 64. A knows code u and has {WRONG["A"]} of the ten digits of code v wrong,
+B knows code v and has {WRONG["B"]} of code u wrong, always in the same way.
 
-**Premise.** A gate before any arm: behind two rounds the teachers' texts are right at least 5 points more often than
-the better teacher alone, and nearly all have a tag; and every start has 10 to 45 of 100 validation problems right.
+On other problems they *learnt to debate*: to say how sure they are, and to take from a transcript the word of the one
+who knows the code. They are never shown a digit that neither proposed. What is tested is what training on a debate
+does, and not whether debates come about.
 
-**Arms.** *MAD-OPD* is reverse KL to both teachers under two rounds, weighted by how sure they say they are, averaged
-over each reply and then over replies. Debates are drawn at a temperature of 0.7, replies at 1. *OPD* has teacher A
-alone, *MT-OPD* both without a debate and with equal weights, *MT-SeqKD* fine-tunes on texts that A writes for seven
-of ten problems and B for the others. *Equal weights* keeps the debate and drops the confidences; *one round* and
-*three rounds* change its length; in *another's debate* the teachers debate another problem than the one that they
-score. *Start* learnt from {SIZES["train"]:,} problems' worth of answers with {SLIP:.0%} of the digits drawn at random
-and is not trained further; *teacher A* is the better teacher itself.
+**Premise.** A gate before any arm:
+
+- Behind two rounds the teachers' texts are right at least 5 points more often than the better teacher alone, and nearly
+  all have a tag.
+- Every start has 10 to 45 of 100 validation problems right.
+
+**Arms.** Debates are drawn at a temperature of 0.7, replies at 1.
+
+- *MAD-OPD* is reverse KL to both teachers under two rounds, weighted by how sure they say they are, averaged over each
+  reply and then over replies.
+- *OPD* has teacher A alone.
+- *MT-OPD* has both without a debate and with equal weights.
+- *MT-SeqKD* fine-tunes on texts that A writes for seven of ten problems and B for the others.
+- *Equal weights* keeps the debate and drops the confidences.
+- *One round* and *three rounds* change the debate's length.
+- In *another's debate* the teachers debate another problem than the one that they score.
+- *Start* learnt from {SIZES["train"]:,} problems' worth of answers with {SLIP:.0%} of the digits drawn at random and is
+  not trained further.
+- *Teacher A* is the better teacher itself.
 
 **Selection.** {OWN_RATES} take the better of the rates {TRIED} by accuracy on validation problems, from a start of a
 seed of its own; the others take MAD-OPD's. **Figures** are samples at temperature 1 on {SIZES["test"]} test problems.
@@ -200,8 +210,10 @@ seed of its own; the others take MAD-OPD's. **Figures** are samples at temperatu
 
 **The debate puts together what each teacher lacks.** Alone A is right on 0.43 of the problems and its student ends
 where it is (0.42). Behind the debate both teachers are right on 0.98, and the student follows them to 0.994, at three
-times the CPU seconds of a step with one teacher and twice as many scored tokens. That a debate puts knowledge together
-was trained into these teachers; whether debates of language models do so is not decided here.
+times the CPU seconds of a step with one teacher and twice as many scored tokens.
+
+That a debate puts knowledge together was trained into these teachers; whether debates of language models do so is not
+decided here.
 
 **Two teachers without a debate gain ten points.** With equal weights the sum of both divergences pulls to what lies
 between two teachers who are each wrong about the other's code, so MT-OPD ends at 0.52, and fine-tuning on texts of

@@ -248,32 +248,46 @@ Does an agent learn more from two teachers that debate every state it gets into 
 without a debate? One pair of teachers, a start for each seed, {STEPS} steps of {BATCH} episodes, and the same {STATES}
 initial states in the same order in every arm. The debate on a task of one turn is [MAD-OPD](mad-opd.md).
 
-**Task.** A machine says its register and the tool that it wants, `3u`; the agent calls the tool with the digit which
+**Task.** A machine says its register and the tool that it wants, `3u`. The agent calls the tool with the digit which
 the family's code makes of the register, `u9`, and that digit is then the register, `9v`. A wrong call jams it, `x`, and
-only `r` frees it, with another register, `5v`. Four right calls, two of each family of tools, within {MOST} are a
-success, so an episode has 4 to {MOST} steps and allows for one wrong call that is mended.
+only `r` frees it, with another register, `5v`.
+
+Four right calls, two of each family of tools, within {MOST} are a success, so an episode has 4 to {MOST} steps and
+allows for one wrong call that is mended.
 
 **Teachers.** Both have three layers of width 64. A knows family u and has {WRONG["A"]} of the ten digits of v wrong, B
-knows v and has {WRONG["B"]} of u wrong, always in the same way; both know how to mend. In states of episodes that
-somebody clumsy played they *learnt to debate*: to say how often they are right about such a tool, and behind a
-transcript to take the word of the one who knows. Of ten registers each teacher never gives up its wrong beliefs about
-{FIRM}, and that about {LATE - FIRM} more only behind two rounds, so that what they say in the end differs now and then.
+knows v and has {WRONG["B"]} of u wrong, always in the same way; both know how to mend.
+
+In states of episodes that somebody clumsy played they *learnt to debate*: to say how often they are right about such a
+tool, and behind a transcript to take the word of the one who knows. Of ten registers each teacher never gives up its
+wrong beliefs about {FIRM}, and that about {LATE - FIRM} more only behind two rounds, so that what they say in the end
+differs now and then.
+
 They are never shown a call that neither proposed. What is tested is what training on a debate does to an agent, and not
 whether debates come about.
 
-**Premise.** Gates before any arm: behind two rounds the worse teacher succeeds at least 5 points more often than the
-better one alone; the texts of each teacher and round nearly all have a tag; the last texts differ in at least 5 of 100
-debates, since otherwise weights change nothing; and every start succeeds in 10 to 45 of 100 validation episodes.
+**Premise.** Gates before any arm:
 
-**Arms.** *MAD-OPD* is the Jensen-Shannon divergence to both teachers under two rounds about each state, weighted by how
-sure they say they are, averaged over each call and then over calls. Debates are drawn at a temperature of 0.7, calls at
-1. *OPD* has teacher A alone, *MT-OPD* both without a debate and with equal weights, *MT-SeqKD* fine-tunes on episodes
-that A plays for seven of ten initial states and B for the others, {CALLS} calls a step. *Equal weights* keeps the
-debate and drops the confidences; *one round* shortens it; with *expert's history* the student answers states that right
-calls lead to, and its own calls are not played; in *another's debate* the teachers debate the same tool with another
-register than the one that they score. *Start* learnt from 400 episodes of somebody who calls with any digit where the
-register is one of {len(UNKNOWN)} of ten, and frees a jammed machine with a probability of {REPAIRS:g}; it is not
-trained further. *Teacher A* is the better teacher itself.
+- Behind two rounds the worse teacher succeeds at least 5 points more often than the better one alone.
+- The texts of each teacher and round nearly all have a tag.
+- The last texts differ in at least 5 of 100 debates, since otherwise weights change nothing.
+- Every start succeeds in 10 to 45 of 100 validation episodes.
+
+**Arms.** Debates are drawn at a temperature of 0.7, calls at 1.
+
+- *MAD-OPD* is the Jensen-Shannon divergence to both teachers under two rounds about each state, weighted by how sure
+  they say they are, averaged over each call and then over calls.
+- *OPD* has teacher A alone.
+- *MT-OPD* has both without a debate and with equal weights.
+- *MT-SeqKD* fine-tunes on episodes that A plays for seven of ten initial states and B for the others, {CALLS} calls a
+  step.
+- *Equal weights* keeps the debate and drops the confidences.
+- *One round* shortens the debate.
+- With *expert's history* the student answers states that right calls lead to, and its own calls are not played.
+- In *another's debate* the teachers debate the same tool with another register than the one that they score.
+- *Start* learnt from 400 episodes of somebody who calls with any digit where the register is one of {len(UNKNOWN)} of
+  ten, and frees a jammed machine with a probability of {REPAIRS:g}; it is not trained further.
+- *Teacher A* is the better teacher itself.
 
 **Selection.** {OWN_RATES} take the better of the rates {TRIED} by success in {SIZES["validation"]} validation episodes,
 from a start of a seed of its own; the others take MAD-OPD's. **Figures** are the shares of {SIZES["test"]} test

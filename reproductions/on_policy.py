@@ -113,12 +113,15 @@ same over the teacher's trajectories: what imitating on others' states leaves un
 ## Why it came out so
 
 **No effect of who writes the prefix is found at temperature 1.** Neither direction of the KL gains what five seeds
-could tell from nothing when the student writes instead of the teacher, and no difference of exposure is found. A likely
-reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to another
-digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's states
-would test the claim harder. With reverse KL, greedy answers come out ahead on the student's states, on every seed, and
-only there does reverse KL reach the goal within the budget (four seeds of five). That claim is reproduced by itself; it
-was written after an earlier grid and is no headline claim.
+could tell from nothing when the student writes instead of the teacher, and no difference of exposure is found.
+
+A likely reason: a wrong step of a running sum leads to a state that the teacher's texts hold too (its next steps add to
+another digit), so that the states of teacher and student are much alike. A task whose errors lead out of the teacher's
+states would test the claim harder.
+
+With reverse KL, greedy answers come out ahead on the student's states, on every seed, and only there does reverse KL
+reach the goal within the budget (four seeds of five). That claim is reproduced by itself; it was written after an
+earlier grid and is no headline claim.
 
 **A teacher's whole distribution beats its samples.** All four students of a KL get more right than supervised
 fine-tuning on as many samples of the same teacher. Only reverse KL on the student's own states is held against it by a
@@ -127,23 +130,30 @@ claim, which is reproduced.
 **The directions differ in what they cost.** The earlier grid of 200 steps had reverse KL far ahead at temperature 1.
 With four times the steps and a rate of 2e-3, forward KL is about level there (0.74 and 0.75 against 0.76 and 0.74) and
 ahead in greedy answers (0.93 against 0.91 and 0.87); on either prefix it takes the fewest tokens to 90 % of the
-teacher's greedy accuracy. No claim is about the directions. So "who is ahead" was a matter of the budget.
+teacher's greedy accuracy.
+
+So "who is ahead" was a matter of the budget. No claim is about the directions.
 
 **Cost to 90 % of the teacher.** For greedy answers all arms but one reached it in most seeds (`reached`). Between
 reverse KL on the student's states and supervised fine-tuning no difference of tokens or seconds is found, and more
-seeds of such a spread would not soon find one. At temperature 1 nobody reached it: the best arm is at 0.76 and the goal
-is 0.83. Those columns (`... to goal sampled`) therefore hold the cost of the whole run, which says no more than that
-the student's own answers are longer than the teacher's, and no claim is made of them.
+seeds of such a spread would not soon find one.
+
+At temperature 1 nobody reached it: the best arm is at 0.76 and the goal is 0.83. Those columns (`... to goal sampled`)
+therefore hold the cost of the whole run, which says no more than that the student's own answers are longer than the
+teacher's, and no claim is made of them.
 
 **Curves.** Evaluations were watched at 17 points of each run, but their metrics were not kept: results held points only
 under the names of test metrics.
 
-**What was chosen after looking.** The headline claims: what on-policy distillation is commonly said to bring (more
-right, on either direction; better than fine-tuning, and sooner; less exposure bias; the more, the longer the task). The
-rest is in the appendix. The earlier grid fixed the number of steps (nobody had reached the goal after 200), and a run
-of one seed fixed it at 800; the greedy goal was put beside the sampled one then. Rates were selected in shorter runs
-than those reported; forward KL and fine-tuning took the upper end of the grid, where more might be had. Other work
-shared the cores, so CPU seconds compare the arms with each other only.
+**What was chosen after looking.**
+
+- The headline claims: what on-policy distillation is commonly said to bring (more right, on either direction; better
+  than fine-tuning, and sooner; less exposure bias; the more, the longer the task). The rest is in the appendix.
+- The number of steps: the earlier grid fixed it (nobody had reached the goal after 200), and a run of one seed fixed it
+  at 800. The greedy goal was put beside the sampled one then.
+
+**Rates** were selected in shorter runs than those reported; forward KL and fine-tuning took the upper end of the grid,
+where more might be had. Other work shared the cores, so CPU seconds compare the arms with each other only.
 """,
     stages={
         "new": Stage(new_model, {"width": 64, "layers": 2, "heads": 4, "seed": 0}),

@@ -150,23 +150,31 @@ reproduction = Reproduction(
 Does it pay to stop rollouts, and to weigh down positions, where student and teacher have parted? One student, two
 teachers, {STEPS} steps of {BATCH} rollouts from each, and the same prompts in the same order in every arm.
 
-**Task.** Running sums modulo 10 of {TERMS[0]} and {TERMS[1]} digits that are worked off on a list. From the third
-step on the student goes over to another manner of writing with probability 0.45 a step, and stays there; an answer
-has about 100 tokens, most of them in that manner. Of its plain sums 15 % are wrong by one; in the other manner it
-is right. All models are Llamas of 2 layers and width 64 with one past.
+**Task.** Running sums modulo 10 of {TERMS[0]} and {TERMS[1]} digits that are worked off on a list. From the third step
+on the student goes over to another manner of writing with probability 0.45 a step, and stays there; an answer has about
+100 tokens, most of them in that manner. Of its plain sums 15 % are wrong by one; in the other manner it is right.
+
+All models are Llamas of 2 layers and width 64 with one past.
 
 **Pair D (drift).** The teacher changes its manner as often, has every plain sum right, and behind the change writes
 any digit: it helps up to a point of each rollout and not beyond. **Pair C (compatible).** The same student; this
 teacher is right in both manners.
 
-**Premise.** Overlap of the {K} likeliest ids must fall by 0.1 along the student's answers with D and by no more
-than 0.05 with C, in the worse length class. It is measured before any arm runs, and is a gate.
+**Premise.** A gate, measured before any arm runs, in the worse length class: overlap of the {K} likeliest ids must fall
+along the student's answers
 
-**Arms.** Reverse KL over the whole vocabulary. *Prune-OPD* has weights (`drop` 1/12, `base` {BASE:g}) and a window
-(from {WINDOW["minimum"]} to {WINDOW["maximum"]} tokens); *weights only* and *window only* have one of the two;
-*fixed length* has the weights and rollouts as long as that seed's windows were on average, *shuffled window* the
-same windows in another order; *in-flight* has the weights and stops each rollout while it is written. A state
-counts as a drift event where fewer than {TAU:g} of {K} ids are shared.
+- by 0.1 with D,
+- by no more than 0.05 with C.
+
+**Arms.** Reverse KL over the whole vocabulary. A state counts as a drift event where fewer than {TAU:g} of {K} ids are
+shared.
+
+- *Prune-OPD* has weights (`drop` 1/12, `base` {BASE:g}) and a window (from {WINDOW["minimum"]} to {WINDOW["maximum"]}
+  tokens).
+- *Weights only* and *window only* have one of the two.
+- *Fixed length* has the weights and rollouts as long as that seed's windows were on average; *shuffled window* has the
+  same windows in another order.
+- *In-flight* has the weights and stops each rollout while it is written.
 
 **Selection.** Full OPD and Prune-OPD take the best of the rates {TRIED} on either pair, by accuracy on validation
 prompts under a seed of their own; the other arms take Prune-OPD's. **Figures** are from 400 test prompts, four
@@ -175,19 +183,23 @@ answers each at temperature 1, and greedy. Costs are of training; shares are of 
     discussion="""
 ## Why it came out so
 
-**Where the teacher is lost, its word does harm, and less of it is better.** Behind the change of manner teacher D
-knows nothing and the student is right. Full OPD learns to be lost there; every arm that weighs that part down or
-cuts it ends higher, and weights alone do most of it. This is what the paper's premise says, made extreme: here the
-teacher is not worse behind the drift, it is useless. A teacher that is merely weaker there would show less.
+**Where the teacher is lost, its word does harm, and less of it is better.** Behind the change of manner teacher D knows
+nothing and the student is right. Full OPD learns to be lost there; every arm that weighs that part down or cuts it ends
+higher, and weights alone do most of it.
 
-**The cost does not fall to 0.4.** Two things hold it at 0.8. Full OPD's own answers become short: within ten steps
-the student changes its manner less often, and its answers go from 100 to about 75 tokens, of which plain ones have
-60. And the window grows whenever a tenth of the rollouts hits it, so it stays at 76 to 80 tokens, well above the
-effective length of 55. What can be saved is what lies between 75 and the window, and there is little. At the
-paper's scale the window is a sixth of the budget at the start; a set-up that shows such savings needs a horizon
-many times as long as what is reliable. A longer manner of writing was tried for that, and the student learnt too
-little of it: 0.07 of its answers were right after 260 steps of fine-tuning, which the gate refused, and 0.30 after
-420.
+This is what the paper's premise says, made extreme: here the teacher is not worse behind the drift, it is useless. A
+teacher that is merely weaker there would show less.
+
+**The cost does not fall to 0.4.** Two things hold it at 0.8:
+
+- Full OPD's own answers become short: within ten steps the student changes its manner less often, and its answers go
+  from 100 to about 75 tokens, of which plain ones have 60.
+- The window grows whenever a tenth of the rollouts hits it, so it stays at 76 to 80 tokens, well above the effective
+  length of 55. What can be saved is what lies between 75 and the window, and there is little.
+
+At the paper's scale the window is a sixth of the budget at the start; a set-up that shows such savings needs a horizon
+many times as long as what is reliable. A longer manner of writing was tried for that, and the student learnt too little
+of it: 0.07 of its answers were right after 260 steps of fine-tuning, which the gate refused, and 0.30 after 420.
 
 **In flight fewest tokens are written, and on this machine they cost more.** A quarter of the tokens is saved, and
 it takes 1.12 times the CPU seconds of full OPD: with models of this size a step is calls and not arithmetic, and
@@ -202,12 +214,16 @@ last here, so a window that follows it has nothing to follow; the paper's own wi
 answers (126), and 98 % of full OPD's tokens are written. Both took the upper end of the grid of rates, where more
 might be had.
 
-**What was chosen after looking.** The task. With the teacher that the specification's pilot has, one that never
-changes its manner, overlap fell as asked; but the student unlearnt the change within five to sixty steps, since
-that is where it costs most, and then nothing drifted any more. So both teachers change their manner as the student
-does. The drift event (fewer than 2 of 4 ids) comes from the rule that 10 to 15 % of pair C's first-quarter states
-be events: 2 % are, and with 3 of 4 it would be 26 %. A run of one seed of three arms was seen before the claims
-were written; the longer manner came after it and was given up, so these claims are about that set-up again.
+**What was chosen after looking.**
+
+- The task. With the teacher that the specification's pilot has, one that never changes its manner, overlap fell as
+  asked. But the student unlearnt the change within five to sixty steps, since that is where it costs most, and then
+  nothing drifted any more. So both teachers change their manner as the student does.
+- The drift event (fewer than 2 of 4 ids). It comes from the rule that 10 to 15 % of pair C's first-quarter states be
+  events: 2 % are, and with 3 of 4 it would be 26 %.
+
+A run of one seed of three arms was seen before the claims were written; the longer manner came after it and was given
+up, so these claims are about that set-up again.
 """,
     stages={
         **STAGES,

@@ -168,26 +168,38 @@ reproduction = Reproduction(
 Does it pay to move a teacher's word by the outcome, and to balance prompts and rollouts? One student, an expert for
 each of two tasks, {STEPS} steps of {BATCH} prompts with {GROUP} answers each, and the same prompts in every arm.
 
-**Task.** *Arithmetic*: addition and subtraction of 1 to 3 digits, column by column. *List programs*: 1 to 3
-operations on a list of digits. Either step has two legal manners. All models are Llamas of 2 layers and width 64 with
-one past: a base that learnt to work both out. The student went on from it on answers of which the more are wrong the
-harder the problem, 0.02 of the easiest and 0.7 of the hardest, in both manners alike. An expert went on from the
-base on one task: it writes one manner in 0.97 of the steps, and {WRONG:.0%} of the answers that it learnt from are
-wrong, in every problem.
+**Task.** Either step has two legal manners.
 
-**Premise.** What an expert says of whole answers must disagree with their outcome: in the worse task a wrong answer
-must stand above a right one in at least 0.4 of the prompts with both, and at least a quarter of all such pairs must be
-the wrong way round. Student and experts must have room above them, and there must be prompts that are never, sometimes
-and always solved. All of it is measured before any arm runs, and is a gate.
+- *Arithmetic*: addition and subtraction of 1 to 3 digits, column by column.
+- *List programs*: 1 to 3 operations on a list of digits.
 
-**Arms.** *OPD* is sampled reverse KL, averaged over each answer and then over answers, from the expert of the prompt's
-task. *Uni-OPD* has all three parts with the paper's numbers: prompts repeated by difficulty, as many right as wrong
-answers, and margins shifted up to {DELTA:g} nats a token (`mean`, `spread`); three arms leave one part out. *Shift* and
-*mask* calibrate margins alone. The controls put something simpler in the shift's place: a *fixed bonus* of plus or
-minus {DELTA / 2:g} nats for right and wrong, a *normalised bonus* of {DELTA / 2:g} times GRPO's advantage, and the
-shift by *shuffled labels*, dealt anew within each prompt. *GRPO* has the outcome and no teacher. The bonuses act, as
-margins do, only where a prompt has both outcomes. Every arm with a teacher has the log-ratio gate. Uni-OPD's answers
-before training, 8 to each prompt, are in its costs.
+**Models** are all Llamas of 2 layers and width 64 with one past: a base that learnt to work both out.
+
+- The student went on from it on answers of which the more are wrong the harder the problem, 0.02 of the easiest and 0.7
+  of the hardest, in both manners alike.
+- An expert went on from the base on one task: it writes one manner in 0.97 of the steps, and {WRONG:.0%} of the answers
+  that it learnt from are wrong, in every problem.
+
+**Premise.** What an expert says of whole answers must disagree with their outcome. All of it is measured before any arm
+runs, and is a gate:
+
+- In the worse task a wrong answer must stand above a right one in at least 0.4 of the prompts with both, and at least a
+  quarter of all such pairs must be the wrong way round.
+- Student and experts must have room above them.
+- There must be prompts that are never, sometimes and always solved.
+
+**Arms.** Every arm with a teacher has the log-ratio gate.
+
+- *OPD* is sampled reverse KL, averaged over each answer and then over answers, from the expert of the prompt's task.
+- *Uni-OPD* has all three parts with the paper's numbers: prompts repeated by difficulty, as many right as wrong
+  answers, and margins shifted up to {DELTA:g} nats a token (`mean`, `spread`). Its answers before training, 8 to each
+  prompt, are in its costs.
+- Three arms leave one part out.
+- *Shift* and *mask* calibrate margins alone.
+- The controls put something simpler in the shift's place: a *fixed bonus* of plus or minus {DELTA / 2:g} nats for right
+  and wrong, a *normalised bonus* of {DELTA / 2:g} times GRPO's advantage, and the shift by *shuffled labels*, dealt
+  anew within each prompt. The bonuses act, as margins do, only where a prompt has both outcomes.
+- *GRPO* has the outcome and no teacher.
 
 **Selection.** Each arm takes the best of the rates {TRIED} by accuracy on validation prompts under a seed of its own;
 those that leave a part out take Uni-OPD's, shuffled labels the shift's. **Figures** are from 300 test prompts of either
@@ -197,20 +209,27 @@ task, four answers each at temperature 1.
 ## Why it came out so
 
 **Calibrated margins help, and what helps is the outcome.** The shift raises OPD by five points, and nothing of that is
-left when its labels are shuffled (within 0.8 points of OPD). But a fixed bonus, which looks at no margin, is two
-points better than the shift, and GRPO's advantage, added, four. The bonus is 0.2 nats a token wherever a prompt has
-both outcomes, as the specification asks; the shift moves by `lam / 2`, 0.145 on average, and only where the margin is
-too small. So part of the gap may be the size of the reward, which was not matched; none of it speaks for the margin.
+left when its labels are shuffled (within 0.8 points of OPD). But a fixed bonus, which looks at no margin, is two points
+better than the shift, and GRPO's advantage, added, four.
+
+The bonus is 0.2 nats a token wherever a prompt has both outcomes, as the specification asks; the shift moves by
+`lam / 2`, 0.145 on average, and only where the margin is too small. So part of the gap may be the size of the reward,
+which was not matched; none of it speaks for the margin.
+
 That agrees with the one independent check that the specification knows of, in which the reward added directly did
 better than margins.
 
 **The balance of difficulty costs seven points.** It repeats prompts that the student solves sometimes, at the cost of
 those it never solves, and these are where most is to be learnt: `python -m reproductions.uni_opd_levels` splits the
-accuracies by difficulty. With it the hardest arithmetic is right in 0.29 of the cases, without it in 0.45; on easy
-problems it costs two to six points as well. A likely reason for that is that the balanced set has fewer different
-prompts in as many steps; it was not tested apart. A teacher's word teaches on prompts without a single right answer,
-which is what sets distillation apart from reinforcement; the balance is made for the latter. In the paper the
-student's unsolved prompts may be out of the teacher's reach too; here they are not.
+accuracies by difficulty.
+
+With it the hardest arithmetic is right in 0.29 of the cases, without it in 0.45; on easy problems it costs two to six
+points as well. A likely reason for that is that the balanced set has fewer different prompts in as many steps; it was
+not tested apart.
+
+A teacher's word teaches on prompts without a single right answer, which is what sets distillation apart from
+reinforcement; the balance is made for the latter. In the paper the student's unsolved prompts may be out of the
+teacher's reach too; here they are not.
 
 **The balance of outcomes costs three points.** It drops about a third of the rollouts (`last_kept`), and with them
 what the teacher says there. The denominator is fixed, as in the authors' code; Adam makes little of that, so the loss
@@ -222,12 +241,15 @@ is of data and not of step size. Topping up to equal numbers of kept rollouts wa
 and six prompts of ten have both outcomes, so the reward is dense enough, and the experts are wrong in 0.3 of their
 answers on purpose. So these figures say how the parts compare with each other, and nothing on whether to distil.
 
-**What was chosen after looking.** Five sets of models were made before one passed the premise: weak experts, experts
-whose manner hardly mattered (5 to 14 % of the pairs inverted), models that were right too seldom (32 to 36 %), then
-fewer wrong answers (18 %), then easier problems (22 to 25 %). The limits on always-solved prompts (0.02 to 0.01) and
-on the experts' accuracy (0.6 to 0.55) were lowered before the run; the models that ran pass the old ones too. Single
-runs of OPD, shift, Uni-OPD and fixed bonus on the earlier models were seen before the claims were written, and in one
-of them the bonus was ahead of the shift.
+**What was chosen after looking.**
+
+- Five sets of models were made before one passed the premise: weak experts, experts whose manner hardly mattered (5 to
+  14 % of the pairs inverted), models that were right too seldom (32 to 36 %), then fewer wrong answers (18 %), then
+  easier problems (22 to 25 %).
+- The limits on always-solved prompts (0.02 to 0.01) and on the experts' accuracy (0.6 to 0.55) were lowered before the
+  run; the models that ran pass the old ones too.
+- Single runs of OPD, shift, Uni-OPD and fixed bonus on the earlier models were seen before the claims were written, and
+  in one of them the bonus was ahead of the shift.
 """,
     stages={
         **STAGES,

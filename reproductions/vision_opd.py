@@ -165,10 +165,11 @@ Does a model see small details in whole pictures better when it learns from itse
 seed, {STEPS} steps of {BATCH} rollouts, and the same questions in the same order in every arm.
 
 **Task.** Pictures of 96 pixels with six coloured tiles of 16 pixels, each with one of eleven characters; the question
-is which character stands on the tile of one colour, and the answer names both (`red K`). A crop shows the tile and
-what is round it, a third of the picture's width, enlarged twice. Which tile is meant stands in the question alone:
-student and test see pictures without a frame, where the paper's students are trained on framed ones (the arm *framed*
-does that).
+is which character stands on the tile of one colour, and the answer names both (`red K`). A crop shows the tile and what
+is round it, a third of the picture's width, enlarged twice.
+
+Which tile is meant stands in the question alone: student and test see pictures without a frame, where the paper's
+students are trained on framed ones (the arm *framed* does that).
 
 **Hold-out.** Five other characters over crops, which the start reads and no arm trains.
 
@@ -177,17 +178,24 @@ step about {MIX["crops"]} over crops, {MIX["whole pictures"]} over whole picture
 characters. Of its checkpoints, one every {EVERY} steps up to {ENDS[-1]}, the start is the first that gets {GOAL:g} of
 160 whole pictures right when it draws.
 
-**Premise.** The start of every seed reads crops (0.95 right, 0.75 of every character) and is middling on whole pictures
-(0.3 to 0.65 right), and reads held-out characters (0.7 right). It is
-measured on other pictures before any arm runs, and is a gate.
+**Premise.** It is measured on other pictures before any arm runs, and is a gate. The start of every seed
 
-**Arms.** *Vision-OPD* is Jensen-Shannon divergence over the whole vocabulary on the student's own answers, averaged
-over each answer and then over answers, from a running mean of its weights ({EMA:g} a step: the paper's schedule for
-so many steps) that sees the crop under the same text. No answer enters its loss. Controls: the teacher sees *another
-picture's crop*, or *the whole picture* as the student does. *SFT* is fine-tuning on greedy answers of the frozen
-start over the crops. *Live*, *frozen* and *trust region* are other teachers; *sampled token* has the policy gradient
-of the sampled token in place of the distribution; *forward* and *reverse KL* other divergences; *GRPO* the verdicts,
-eight answers to each of {BATCH // 8} prompts, and no teacher. *Start* is not trained.
+- reads crops (0.95 right, 0.75 of every character),
+- is middling on whole pictures (0.3 to 0.65 right),
+- reads held-out characters (0.7 right).
+
+**Arms.**
+
+- *Vision-OPD* is Jensen-Shannon divergence over the whole vocabulary on the student's own answers, averaged over each
+  answer and then over answers, from a running mean of its weights ({EMA:g} a step: the paper's schedule for so many
+  steps) that sees the crop under the same text. No answer enters its loss.
+- Controls: the teacher sees *another picture's crop*, or *the whole picture* as the student does.
+- *SFT* is fine-tuning on greedy answers of the frozen start over the crops.
+- *Live*, *frozen* and *trust region* are other teachers.
+- *Sampled token* has the policy gradient of the sampled token in place of the distribution.
+- *Forward* and *reverse KL* are other divergences.
+- *GRPO* has the verdicts, eight answers to each of {BATCH // 8} prompts, and no teacher.
+- *Start* is not trained.
 
 **Selection.** Vision-OPD and the arms with another loss or a live teacher take the best of the rates {TRIED} by
 accuracy on validation pictures, from a start of a seed of its own; the others take Vision-OPD's. **Figures** are greedy
@@ -209,11 +217,13 @@ moves the weights.
 on 0.99 of the crops, and an answer has three tokens: there is little that a student could do wrong after a wrong
 token, and what it writes itself leads nowhere that the teacher's answers do not. The paper's answers are long.
 
-**What is to be kept is lost at the rate that learns fastest.** Vision-OPD loses ten points of the held-out
-characters, which contradicts the paper, and ten over crops. So do all arms at the rate 1e-3: SFT loses seven of the
-held-out ones, frozen and trust-region teachers eight, forward and reverse KL seven. The arms at 3e-4 (live teacher,
-sampled token, GRPO) lose none or one. Rates were chosen by whole pictures alone, and no arm was trained at another's
-rate, so this speaks for the rate and proves nothing about the methods.
+**What is to be kept is lost at the rate that learns fastest.** Vision-OPD loses ten points of the held-out characters,
+which contradicts the paper, and ten over crops. So do all arms at the rate 1e-3: SFT loses seven of the held-out ones,
+frozen and trust-region teachers eight, forward and reverse KL seven. The arms at 3e-4 (live teacher, sampled token,
+GRPO) lose none or one.
+
+Rates were chosen by whole pictures alone, and no arm was trained at another's rate, so this speaks for the rate and
+proves nothing about the methods.
 
 **Slow or live** is undecided: 7.5 points for the slow teacher in the mean, with live ones between 0.80 and 0.97. A
 live teacher does not collapse in 30 steps; over crops it stays better than the running mean does (0.96 against 0.89),

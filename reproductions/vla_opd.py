@@ -231,22 +231,33 @@ what it knew? One start per seed; every arm trains on six tasks, and four others
 whose colour the instruction names; up to 40 steps with noise in the movement. The policy sees the picture, its own
 hand and the instruction, and decides about four actions of three numbers at once, each one of 32 tokens.
 
-**Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence. One learnt to see and to move from
-the scripted expert's episodes, 30 a step, by its distribution. What it was when it first succeeded in {BASE_GOAL:.0%}
-of episodes is the base of the *starts*: each imitates {FEW} demonstrations of each task of its own, and is the first
-checkpoint that succeeds in {GOAL:.0%}. The *teacher* sees the simulator's state in place of pictures, learnt from
-{TEACHER_STEPS:,} such steps, and went on by GRPO.
+**Models.** Policies of about 0.4 million parameters with OpenVLA-OFT's sequence.
 
-**Premise.** The start of every seed succeeds in 20 to 60 % of episodes and the teacher in 95 % or more. It is measured
-on initial states of no test before any arm runs, and is a gate. A third condition of the paper does not hold: a pilot
-found this teacher as sure on the start's states as on its own (entropy 1.00 times as large, and 1.01 times where it had
-learnt the expert's actions; 1.2 was asked). So what is said of the entropy of divergences is in the appendix.
+- One learnt to see and to move from the scripted expert's episodes, 30 a step, by its distribution. What it was when it
+  first succeeded in {BASE_GOAL:.0%} of episodes is the base of the *starts*.
+- Each start imitates {FEW} demonstrations of each task of its own, and is the first checkpoint that succeeds in
+  {GOAL:.0%}.
+- The *teacher* sees the simulator's state in place of pictures, learnt from {TEACHER_STEPS:,} such steps, and went on
+  by GRPO.
 
-**Arms.** *VLA-OPD* is the paper's: the student's episodes, and at each token the teacher's log-probability less the
-student's as a raw reward. *Exact reverse KL* has the whole distributions in its place, *forward KL* and *hard labels*
-the other objectives, on the student's own episodes. *Expert states* is exact reverse KL on {MANY} demonstrations of
-each of the six tasks, *SFT* their imitation. *GRPO* learns from success alone, with as many episodes a step
-and {GRPO_STEPS // STEPS} times as many steps. *VLA-OPD, then GRPO* goes on from the distilled weights.
+**Premise.** It is measured on initial states of no test before any arm runs, and is a gate:
+
+- The start of every seed succeeds in 20 to 60 % of episodes.
+- The teacher succeeds in 95 % or more.
+
+A third condition of the paper does not hold: a pilot found this teacher as sure on the start's states as on its own
+(entropy 1.00 times as large, and 1.01 times where it had learnt the expert's actions; 1.2 was asked). So what is said
+of the entropy of divergences is in the appendix.
+
+**Arms.**
+
+- *VLA-OPD* is the paper's: the student's episodes, and at each token the teacher's log-probability less the student's
+  as a raw reward.
+- *Exact reverse KL* has the whole distributions in its place, *forward KL* and *hard labels* the other objectives, on
+  the student's own episodes.
+- *Expert states* is exact reverse KL on {MANY} demonstrations of each of the six tasks, *SFT* their imitation.
+- *GRPO* learns from success alone, with as many episodes a step and {GRPO_STEPS // STEPS} times as many steps.
+- *VLA-OPD, then GRPO* goes on from the distilled weights.
 
 **Selection.** {", ".join(TUNED)} take the best of the rates {TRIED} by success on validation states, from a start of a
 seed of its own; the others take VLA-OPD's, and what goes on by GRPO takes GRPO's.
@@ -258,6 +269,7 @@ that does not get there counts with all its steps.
     discussion="""
 Every arm that learns from the teacher on the student's own episodes by a reverse KL gains much, and none comes near its
 teacher in 40 steps. Forward KL, which spreads over what the teacher might do, loses even what the start could do.
+
 No arm reached the goal by which speed is measured. So both claims about speed compare whole runs, of which GRPO's are
 three times as long by the set-up: that VLA-OPD ends above GRPO with a third of its environment steps is what can be
 said, and how many times fewer it needs cannot. More steps, or a goal nearer to the start, would test it.
