@@ -30,11 +30,11 @@ KNOWN = list(COLOURS)[:6]
 UNKNOWN = list(COLOURS)[6:]
 CAP = 12
 """Most new tokens: an answer has nine and its end."""
-MIX = {"when": 12, "shown": 10, "count": 10}
+MIX = {"when": 8, "shown": 6, "count": 18}
 """Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
 CLIPS_OF_TEACHER, STEPS_OF_TEACHER, STEPS_MORE = 12_000, 2500, 1000
 """The last are on as many other clips, three of them asked when for one asked in which frames, at a lower rate."""
-ENDS, EVERY, GOAL = (150, 300, 600, 1200), 50, 0.3
+ENDS, EVERY, GOAL = (200, 300, 600, 1200), 25, 0.3
 """Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
 taken."""
 SIZES = {
