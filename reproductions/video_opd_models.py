@@ -37,6 +37,8 @@ CLIPS_OF_TEACHER, STEPS_OF_TEACHER, STEPS_MORE = 12_000, 2500, 1000
 ENDS, EVERY, GOAL = (200, 300, 600, 1200), 25, 0.3
 """Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
 taken."""
+CHECKPOINTS = 24
+"""That are kept: as many as lie between the two of `ENDS` that are farthest apart."""
 SIZES = {
     "teacher": {"width": 96, "layers": 3, "heads": 4, "vision_width": 64, "vision_layers": 1},
     "student": {"width": 72, "layers": 2, "heads": 4, "vision_width": 48, "vision_layers": 1},
@@ -113,7 +115,7 @@ def supervised(
         objective=["sft"],
         update={"learning_rate": {"warmup": 50}},
         evaluation={"prompts": [clips(96, "validation", 2)], "every": every},
-        checkpoint={"every": every, "keep_last": max(1, ENDS[-1] // EVERY)},
+        checkpoint={"every": every, "keep_last": CHECKPOINTS},
     )
 
 
