@@ -21,7 +21,9 @@ from reproductions.on_policy import at_rate, best_rate
 from reproductions.running_sum import figures_of
 from reproductions.video_opd_models import (
     CAP,
+    CLIPS_OF_START,
     CLIPS_OF_TEACHER,
+    COUNTS_OF_START,
     ENDS,
     GOAL,
     HALF_TAUGHT,
@@ -251,24 +253,35 @@ second; the question is when one of them is there (`when red disc?`), the answer
 Before each step of two frames stands its time as a text. **Hold-out.** Counting shapes, which the start learnt and no
 arm trains.
 
-**Models.** Qwen3-VLs, new for every seed but the teacher. The teacher learnt from {CLIPS_OF_TEACHER:,} clips, and as
-many of the question in which frames a shape is there, in {STEPS_OF_TEACHER:,} steps, and then from as many others in
-{STEPS_MORE:,}. Two of the eight colours were
-never asked of it: on those it is wrong, so that there is something for focusing to take out. Unlike the paper's it saw
-no GRPO. The student is a third of its size and learnt from 2,500 clips of each question; of its checkpoints the first
-with a mean overlap (IoU) of {GOAL:g} is the start, the last of {ENDS[-1]} steps at most.
+**Models.** Qwen3-VLs, new for every seed but the teacher. It learnt from {CLIPS_OF_TEACHER:,} clips, and as many of the
+question in which frames a shape is there, in {STEPS_OF_TEACHER:,} steps, and from as many others in {STEPS_MORE:,}. Two
+of the eight colours were never asked of it: on those it is wrong, so that there is something for focusing to take out.
+Unlike the paper's it saw no GRPO.
 
-**Premise.** The teacher has a mean overlap of 0.75 on colours that it knows and at most 0.45 on others; the start of
-every seed writes intervals (0.98 of its answers), with a mean overlap of 0.25 to 0.45, and counts half of the clips
-right. It is measured on other clips before any arm runs, and is a gate.
+The student is a third of its size and learnt from {CLIPS_OF_START:,} clips of each question, and to count in
+{COUNTS_OF_START:,}. The first of its checkpoints whose drawn answers have a mean overlap (IoU) of {GOAL:g} is the start,
+the last of {ENDS[-1]:,} steps at most.
 
-**Arms.** *OPD* is the policy gradient of the sampled token, one answer a clip, on any {SIZE} of {POOL:,} clips;
-*Video-OPD* takes the {SIZE} of them by focusing, four answers a side. *Reliable alone* takes any on which the teacher
-is right; *disagreement alone* takes the largest gaps, right or not; *in nats* goes by reverse KL; *sampler* arms are
-the other three. *GRPO* learns from the overlap, {GROUP} answers a clip; *in OPD's time* stops when as many CPU
-seconds are spent as OPD's. *OP-RKD*, *OP-FKD* and *SFT* learn from true answers; *whole distribution* is reverse KL
-over the vocabulary on the student's answers; the *untrained teacher* has random weights. What scoring for focusing
-takes is counted to its first step.
+**Premise.** It is measured on other clips before any arm runs, and is a gate:
+
+- The teacher has a mean overlap of 0.75 on colours that it knows and at most 0.45 on others.
+- The start of every seed writes intervals (0.98 of its answers) and counts half of the clips right.
+- It has 0.05 more than the one interval that overlaps best with all clips, so it sees something.
+- It is 0.15 behind the teacher on colours that this knows.
+
+**Arms.**
+
+- *OPD* is the policy gradient of the sampled token, one answer a clip, on any {SIZE} of {POOL:,} clips.
+- *Video-OPD* takes the {SIZE} of them by focusing, four answers a side.
+- *Reliable alone* takes any on which the teacher is right; *disagreement alone* takes the largest gaps, right or not;
+  *in nats* goes by reverse KL; *sampler* arms are the other three.
+- *GRPO* learns from the overlap, {GROUP} answers a clip; *in OPD's time* stops when as many CPU seconds are spent as
+  OPD's.
+- *OP-RKD*, *OP-FKD* and *SFT* learn from true answers.
+- *Whole distribution* is reverse KL over the vocabulary on the student's answers.
+- The *untrained teacher* has random weights.
+
+What scoring for focusing takes is counted to its first step.
 
 **Selection.** {OWN_RATE} take the best of the rates {TRIED} by overlap on validation clips, from a start of a seed of
 its own; the others take OPD's. **Figures** are greedy answers to {TEST} test clips and {TEST // 4} of counting.

@@ -30,11 +30,12 @@ KNOWN = list(COLOURS)[:6]
 UNKNOWN = list(COLOURS)[6:]
 CAP = 12
 """Most new tokens: an answer has nine and its end."""
-MIX = {"when": 8, "shown": 6, "count": 18}
+MIX = {"when": 10, "shown": 12, "count": 10}
 """Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
 CLIPS_OF_TEACHER, STEPS_OF_TEACHER, STEPS_MORE = 12_000, 2500, 1000
 """The last are on as many other clips, three of them asked when for one asked in which frames, at a lower rate."""
-ENDS, EVERY, GOAL = (200, 300, 600, 1200), 25, 0.3
+CLIPS_OF_START, COUNTS_OF_START = 5000, 2000
+ENDS, EVERY, GOAL = (600, 900, 1200, 1800), 50, 0.45
 """Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
 taken."""
 CHECKPOINTS = 24
@@ -166,9 +167,9 @@ SEED_OF_RATES, SEED_OF_TEACHER = 100, 200
 
 def _start(of: str, **own: Any) -> Stage:
     rows = [
-        clips(2500, "train", 1, weight=MIX["when"]),
-        shown(2500, "train", 1, weight=MIX["shown"]),
-        counts(600, "train", 1, weight=MIX["count"]),
+        clips(CLIPS_OF_START, "train", 1, weight=MIX["when"]),
+        shown(CLIPS_OF_START, "train", 1, weight=MIX["shown"]),
+        counts(COUNTS_OF_START, "train", 1, weight=MIX["count"]),
     ]
     block = supervised(f"{{{of}}}/model", ENDS[-1], rows, EVERY)
     block["update"]["learning_rate"] = {"kind": "constant", "start": 2e-3, "warmup": 50}

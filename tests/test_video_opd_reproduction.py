@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from opd.verifiers.temporal_grounding import Interval
 from reproductions import video_opd
 from reproductions.video_opd import (
     ARMS,
@@ -21,8 +22,9 @@ from reproductions.video_opd import (
     reproduction,
     spread,
 )
-from reproductions.video_opd_models import KNOWN, SIZES, UNKNOWN, blank, clips, first_at
-from reproductions.video_opd_premise import measured, of_colours, verdict
+from reproductions.video_opd_models import KNOWN, SIZES, UNKNOWN, clips, first_at
+from reproductions.video_opd_models import blank as new_model
+from reproductions.video_opd_premise import blind, measured, of_colours, verdict
 
 
 def test_the_start_is_the_first_checkpoint_that_reaches_the_goal():
@@ -32,13 +34,13 @@ def test_the_start_is_the_first_checkpoint_that_reaches_the_goal():
 
 
 def test_the_premise_wants_a_teacher_that_knows_some_colours_and_a_middling_start():
-    figures = {"known": 0.8, "unknown": 0.3, "start": 0.3, "parsed": 0.99, "count": 0.6}
+    figures = {"known": 0.8, "unknown": 0.3, "sees": 0.1, "headroom": 0.2, "parsed": 0.99, "count": 0.6}
     assert verdict(figures)[0]
     for name, worse in (
         ("known", 0.7),
         ("unknown", 0.5),
-        ("start", 0.2),
-        ("start", 0.5),
+        ("sees", 0.03),
+        ("headroom", 0.1),
         ("parsed", 0.9),
         ("count", 0.4),
     ):
@@ -48,6 +50,12 @@ def test_the_premise_wants_a_teacher_that_knows_some_colours_and_a_middling_star
     values = {f"a {KNOWN[0]}": 1.0, f"b {UNKNOWN[0]}": 0.0}
     assert of_colours(values, True) == {f"a {KNOWN[0]}": 1.0}
     assert of_colours(values, False) == {f"b {UNKNOWN[0]}": 0.0}
+
+
+def test_a_blind_answer_is_the_one_interval_that_overlaps_most():
+    assert blind([Interval(1.0, 3.0)]) == 1.0
+    assert blind([Interval(0.0, 2.0), Interval(2.0, 4.0)]) == 0.5
+    assert blind([Interval(1.0, 3.0), Interval(1.5, 3.5), Interval(0.5, 2.5)]) == pytest.approx((1 + 0.6 + 0.6) / 3)
 
 
 def test_arms_change_what_they_say_and_nothing_else():
@@ -88,13 +96,13 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name, sizes in SIZES.items():
         (folder / name).mkdir()
-        blank(folder / name, {}, sizes=sizes, seed=0)
+        new_model(folder / name, {}, sizes=sizes, seed=0)
     return folder
 
 
 def test_a_measurement_keeps_every_overlap_and_every_count(models, tmp_path):
     found = measured(tmp_path, models / "student" / "model", size=4, split="validation", seed=0)
-    assert {name: len(values) for name, values in found.items()} == {"iou": 4, "count": 1, "parsed": 1}
+    assert {name: len(values) for name, values in found.items()} == {"iou": 4, "count": 1, "blind": 1, "parsed": 1}
     assert {name.split()[-1] for name in found["iou"]} <= {*KNOWN, *UNKNOWN}
 
 
