@@ -259,8 +259,8 @@ of the eight colours were never asked of it: on those it is wrong, so that there
 Unlike the paper's it saw no GRPO.
 
 The student is a third of its size and learnt from {CLIPS_OF_START:,} clips of each question, and to count in
-{COUNTS_OF_START:,}. The first of its checkpoints whose drawn answers have a mean overlap (IoU) of {GOAL:g} is the start,
-the last of {ENDS[-1]:,} steps at most.
+{COUNTS_OF_START:,}. The first of its checkpoints whose drawn answers have a mean overlap (IoU) of {GOAL:g} is the
+start, the last of {ENDS[-1]:,} steps at most.
 
 **Premise.** It is measured on other clips before any arm runs, and is a gate:
 
