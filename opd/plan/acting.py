@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,8 @@ from opd.environments.control import Control
 from opd.environments.rows import body_of
 from opd.errors import DataError, IncompatibleError, ModelError
 from opd.plan.at_hand import prompts_at_hand
-from opd.planning import Shape, bytes_text, count_text
+from opd.plan.outlined import OutlinedPlan, Rows, trained_memory
+from opd.planning import count_text
 from opd.policies.action_tokens import ActionTokensPolicy
 from opd.prompts.episodes import EpisodePrompts
 from opd.recipe import Recipe
@@ -20,60 +20,29 @@ WORDS = 24
 """Tokens of an instruction, for the length of the sequence."""
 
 
-@dataclass(frozen=True)
-class ActionPlan:
-    """The plan of a recipe; `memory` in bytes by part, without the simulators' own."""
+@dataclass(frozen=True, kw_only=True)
+class ActionPlan(OutlinedPlan):
+    """The plan of a recipe; `memory` is without the simulators' own."""
 
-    recipe: str
-    models: dict[str, Shape]
     environments: tuple[str, ...]
     episodes: int
     decisions: int
     tokens: int
     sequence: int
-    steps: int
-    memory: dict[str, int]
-    notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe,
-            "steps": self.steps,
-            "models": {
-                role: {"name": s.name, "parameters": s.parameters, "trainable": s.trainable}
-                for role, s in self.models.items()
-            },
-            "environments": list(self.environments),
-            "step": {"episodes": self.episodes, "decisions": self.decisions, "action_tokens": self.tokens},
-            "memory_bytes": self.memory,
-            "peak_memory_bytes": sum(self.memory.values()),
-            "notes": list(self.notes),
-        }
+    def of_step(self) -> dict[str, Any]:
+        step = {"episodes": self.episodes, "decisions": self.decisions, "action_tokens": self.tokens}
+        return {"environments": list(self.environments), "step": step}
 
-    def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        yield (
-            "models",
-            [
-                (
-                    f"{role}: {shape.name}",
-                    f"{count_text(shape.parameters)} parameters, {count_text(shape.trainable)} trained",
-                )
-                for role, shape in self.models.items()
-            ],
-        )
-        yield (
-            "a step, at most",
-            [
-                *(("environment", name) for name in self.environments),
-                ("episodes", str(self.episodes)),
-                ("decisions", str(self.decisions)),
-                ("action tokens", count_text(self.tokens)),
-                ("places of a sequence", str(self.sequence)),
-                ("whole run, episodes", count_text(self.steps * self.episodes)),
-            ],
-        )
-        rows = [(part, bytes_text(value)) for part, value in self.memory.items()]
-        yield ("memory at the peak of a step", [*rows, ("sum", bytes_text(sum(self.memory.values())))])
+    def rows_of_step(self) -> Rows:
+        return [
+            *(("environment", name) for name in self.environments),
+            ("episodes", str(self.episodes)),
+            ("decisions", str(self.decisions)),
+            ("action tokens", count_text(self.tokens)),
+            ("places of a sequence", str(self.sequence)),
+            ("whole run, episodes", count_text(self.steps * self.episodes)),
+        ]
 
 
 def plan_acting(recipe: Recipe) -> ActionPlan:
@@ -98,12 +67,9 @@ def plan_acting(recipe: Recipe) -> ActionPlan:
     decisions = episodes * each
     sequence = 2 + layout.patches + bool(layout.proprio) + bool(layout.state) + WORDS + layout.tokens
     moving = own.trainable * own.size
-    averaged = getattr(recipe.update, "average", None) is not None
     pixels = layout.cameras * 3 * layout.pixels**2
     memory = {
-        "student weights": own.weight_bytes,
-        "gradients": moving,
-        "optimiser state": (3 if averaged else 2) * moving,
+        **trained_memory(own, moving, recipe),
         "observations": decisions * (pixels + 4 * (layout.proprio + layout.state)),
     }
     models = {"student": own}

@@ -2,67 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from opd.flow.encoder import check_prompts
 from opd.flow.outline import Outline
 from opd.plan.at_hand import prompts_at_hand
-from opd.planning import Shape, bytes_text, count_text, saved_bytes
+from opd.plan.outlined import OutlinedPlan, Rows, trained_memory
+from opd.planning import count_text, saved_bytes
 from opd.policies.flow_transformer import FlowTransformer
 from opd.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class FlowPlan:
-    """The plan of a recipe; `memory` in bytes by part, without VAE and text encoders."""
+@dataclass(frozen=True, kw_only=True)
+class FlowPlan(OutlinedPlan):
+    """The plan of a recipe; `memory` is without VAE and text encoders."""
 
-    recipe: str
-    models: dict[str, Shape]
     trajectories: int
     sampled: int
     trained: int
-    steps: int
-    memory: dict[str, int]
-    notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe,
-            "steps": self.steps,
-            "models": {
-                role: {"name": s.name, "parameters": s.parameters, "trainable": s.trainable}
-                for role, s in self.models.items()
-            },
-            "denoising_steps_per_step": {"sampled": self.sampled, "trained": self.trained},
-            "memory_bytes": self.memory,
-            "peak_memory_bytes": sum(self.memory.values()),
-            "notes": list(self.notes),
-        }
+    def of_step(self) -> dict[str, Any]:
+        return {"denoising_steps_per_step": {"sampled": self.sampled, "trained": self.trained}}
 
-    def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        yield (
-            "models",
-            [
-                (
-                    f"{role}: {shape.name}",
-                    f"{count_text(shape.parameters)} parameters, {count_text(shape.trainable)} trained",
-                )
-                for role, shape in self.models.items()
-            ],
-        )
-        yield (
-            "a step, at most",
-            [
-                ("trajectories", str(self.trajectories)),
-                ("denoising steps sampled", str(self.sampled)),
-                ("denoising steps trained on", str(self.trained)),
-                ("whole run, denoising steps sampled", count_text(self.steps * self.sampled)),
-            ],
-        )
-        rows = [(part, bytes_text(value)) for part, value in self.memory.items()]
-        yield ("memory at the peak of a step", [*rows, ("sum", bytes_text(sum(self.memory.values())))])
+    def rows_of_step(self) -> Rows:
+        return [
+            ("trajectories", str(self.trajectories)),
+            ("denoising steps sampled", str(self.sampled)),
+            ("denoising steps trained on", str(self.trained)),
+            ("whole run, denoising steps sampled", count_text(self.steps * self.sampled)),
+        ]
 
 
 def plan_flow(recipe: Recipe) -> FlowPlan:
@@ -83,11 +52,8 @@ def plan_flow(recipe: Recipe) -> FlowPlan:
     learnt = trajectories * recipe.rollout.budget
     # Adapters are float32 whatever the weights are.
     moving = own.trainable * (own.size if student.lora is None else 4)
-    averaged = getattr(recipe.update, "average", None) is not None
     memory = {
-        "student weights": own.weight_bytes,
-        "gradients": moving,
-        "optimiser state": (3 if averaged else 2) * moving,
+        **trained_memory(own, moving, recipe),
         "trajectories": 4 * outline.numbers * learnt,
     }
     models = {"student": own}

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -88,35 +89,10 @@ def create_image_text_model(
     axial = {"rope_type": "axial", "rope_theta": THETA}
     config = AutoConfig.for_model(
         "qwen2_5_vl",
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "max_position_embeddings": 512,
-            "initializer_range": spread,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": THETA,
-                "mrope_section": [1] * (width // heads // 2),
-            },
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config=_text(tokenizer, width, layers, heads, spread, {"mrope_section": [1] * (width // heads // 2)}),
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_width,
-            "intermediate_size": 3 * vision_width,
-            "num_heads": heads,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 1,
+            **_vision(vision_width, vision_layers, heads, spread, 1, width),
             "window_size": 4 * PATCH,
-            "out_hidden_size": width,
-            "initializer_range": spread,
             "fullatt_block_indexes": list(range(vision_layers)),
             "rope_parameters": axial,
         },
@@ -167,36 +143,14 @@ def create_clip_model(
     size = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": pixels**2}
     images = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=STEP, size=size)
     processor = picture_reader(Qwen3VLProcessor, images, tokenizer, TEMPLATE_OF_CLIPS)
-    rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": [width // heads // 6] * 3}
+    rope = {"mrope_section": [width // heads // 6] * 3, "mrope_interleaved": True}
     config = AutoConfig.for_model(
         "qwen3_vl",
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": heads,
-            "head_dim": width // heads,
-            "max_position_embeddings": 512,
-            "initializer_range": spread,
-            "rope_parameters": {**rope, "mrope_interleaved": True},
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config={**_text(tokenizer, width, layers, heads, spread, rope), "head_dim": width // heads},
         vision_config={
-            "depth": vision_layers,
-            "hidden_size": vision_width,
-            "intermediate_size": 3 * vision_width,
-            "num_heads": heads,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": STEP,
-            "out_hidden_size": width,
+            **_vision(vision_width, vision_layers, heads, spread, STEP, width),
             "num_position_embeddings": (pixels // PATCH) ** 2,
             "deepstack_visual_indexes": [0],
-            "initializer_range": spread,
         },
         image_token_id=image,
         video_token_id=video,
@@ -206,6 +160,41 @@ def create_clip_model(
         tie_word_embeddings=False,
     )
     return _write(folder, config, processor, seed)
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, width: int, layers: int, heads: int, spread: float, rope: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of the layers that read and write; `rope` are those of the family's positions."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 512,
+        "initializer_range": spread,
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA, **rope},
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _vision(width: int, layers: int, heads: int, spread: float, frames: int, out: int) -> dict[str, Any]:
+    """Settings of the layers that look; a patch spans `frames`, and `out` is the width of the text's layers."""
+    return {
+        "depth": layers,
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_heads": heads,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": frames,
+        "out_hidden_size": out,
+        "initializer_range": spread,
+    }
 
 
 def _check(
