@@ -24,8 +24,6 @@ from reproductions.video_opd_models import (
     CLIPS_OF_START,
     CLIPS_OF_TEACHER,
     COUNTS_OF_START,
-    ENDS,
-    GOAL,
     HALF_TAUGHT,
     NEW_TEACHER,
     OF_RATES,
@@ -35,6 +33,7 @@ from reproductions.video_opd_models import (
     STAGES,
     START,
     STEPS_MORE,
+    STEPS_OF_START,
     STEPS_OF_TEACHER,
     TEACHER,
     clips,
@@ -83,6 +82,11 @@ ARMS: dict[str, dict[str, Any]] = {
     UNTRAINED: {"teacher": [model(f"{{{NEW_TEACHER}}}/model")]},
 }
 """What each changes of OPD without focusing."""
+FEW_SEEDS = {
+    name: 3
+    for name in (RKD, SFT, WHOLE, BY_NATS, *(f"sampler {name}" for name in ("even_ranks", "buckets", "gaussian")))
+}
+"""Of arms that are in no headline claim."""
 TUNED = (PLAIN, GRPO, RKD, FKD, SFT, WHOLE)
 """Arms that have a learning rate of their own; the others take that of OPD."""
 OWN_RATE = ", ".join(TUNED)
@@ -99,7 +103,7 @@ def distilled(changes: Mapping[str, Any], start: str = START) -> dict[str, Any]:
         "batch": {"prompts": BATCH, "micro": BATCH},
         "evaluation": {"prompts": [clips(96, "validation", 3)], "every": 10},
     }
-    return merged(merged(recipe(f"{{{start}}}/start", STEPS, 0.0), own), changes)
+    return merged(merged(recipe(f"{{{start}}}/run/student", STEPS, 0.0), own), changes)
 
 
 # -- the jobs ----------------------------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ def tested(folder: Path, student: Path, size: int, seed: int) -> Figures:
 
 def untrained(folder: Path, inputs: Mapping[str, Path], *, size: int, seed: int) -> Figures:
     """The start itself, which costs nothing more."""
-    return {**dict.fromkeys(COSTS, 0.0), **tested(folder / "test", inputs[START] / "start", size, seed)}
+    return {**dict.fromkeys(COSTS, 0.0), **tested(folder / "test", inputs[START] / "run" / "student", size, seed)}
 
 
 def trained(
@@ -185,7 +189,8 @@ def spread_stage(name: str) -> str:
 
 def student(name: str) -> Stage:
     params = {"recipe": distilled(ARMS[name]), "size": TEST, "rate": rate_stage(name)}
-    return Stage(trained, params, [START, TEACHER, NEW_TEACHER, rate_stage(name)], per_seed=True)
+    inputs = [START, TEACHER, NEW_TEACHER, rate_stage(name)]
+    return Stage(trained, params, inputs, per_seed=True, seeds=FEW_SEEDS.get(name))
 
 
 def timed() -> Stage:
@@ -226,14 +231,11 @@ def few(name: str) -> dict[str, Any]:
     return merged(FEW, {"curriculum": own} if "curriculum" in ARMS.get(name, {}) else {})
 
 
-FEW_OF_START = {
-    "recipe": {
-        "prompts": [clips(12, "train", 1), counts(4, "train", 1)],
-        "batch": {"prompts": 4},
-        "evaluation": {"prompts": [clips(2, "validation", 2)], "every": 1},
-        "checkpoint": {"every": 1},
-    },
-    "ends": [1, 2],
+FEW_OF_START: dict[str, Any] = {
+    "steps": 2,
+    "prompts": [clips(12, "train", 1), counts(4, "train", 1)],
+    "batch": {"prompts": 4},
+    "evaluation": {"prompts": [clips(2, "validation", 2)]},
 }
 FEW_OF_TEACHER: dict[str, Any] = {
     "steps": 1,
@@ -259,8 +261,7 @@ of the eight colours were never asked of it: on those it is wrong, so that there
 Unlike the paper's it saw no GRPO.
 
 The student is a third of its size and learnt from {CLIPS_OF_START:,} clips of each question, and to count in
-{COUNTS_OF_START:,}. The first of its checkpoints whose drawn answers have a mean overlap (IoU) of {GOAL:g} is the
-start, the last of {ENDS[-1]:,} steps at most.
+{COUNTS_OF_START:,}, in {STEPS_OF_START} steps.
 
 **Premise.** It is measured on other clips before any arm runs, and is a gate:
 
@@ -317,6 +318,7 @@ Thinking before the answer cannot be compared at this size.
                 figured,
                 {"of": student_stage(name)} | ({"spread": spread_stage(name)} if name in (PLAIN, GRPO) else {}),
                 [student_stage(name), *([spread_stage(name)] if name in (PLAIN, GRPO) else [])],
+                seeds=FEW_SEEDS.get(name),
             )
             for name in ARMS
         },
@@ -396,7 +398,7 @@ Thinking before the answer cannot be compared at this size.
     headline=("main", "time", "update", "variance", "off-policy", "focusing", "untrained", "hold-out"),
     smoke=Smoke(
         stages={
-            **dict.fromkeys((START, OF_RATES[START]), FEW_OF_START),
+            **{key: {"recipe": FEW_OF_START} for key in (START, OF_RATES[START])},
             **{key: {"recipe": FEW_OF_TEACHER} for key in (HALF_TAUGHT, TEACHER)},
             "premise": {"size": 16},
             **{rate_stage(name): {"recipe": FEW, "rates": [1e-3]} for name in TUNED},

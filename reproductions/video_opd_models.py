@@ -1,8 +1,8 @@
 """The task of the reproduction of Video-OPD, its teacher, and the student that every arm starts from.
 
 Clips of 8 seconds hold two coloured shapes that come and go, and the question is when one of them is there. The
-teacher learnt it for six of the eight colours that are asked for. The student is smaller and learnt from fewer clips,
-until a fixed mean overlap with the true intervals; it also learnt to count shapes, which no arm trains. Both learnt to
+teacher learnt it for six of the eight colours that are asked for. The student is smaller and learnt from fewer clips
+in fewer steps; it also learnt to count shapes, which no arm trains. Both learnt to
 see by saying of each frame whether a shape is there: of intervals alone they learn to write some.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from opd.api import execute, export
+from opd.api import execute
 from opd.errors import RunError
 from opd.prompts.clips import VOCABULARY
 from opd.prompts.tiles import COLOURS
@@ -34,12 +34,7 @@ MIX = {"when": 10, "shown": 12, "count": 10}
 """Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
 CLIPS_OF_TEACHER, STEPS_OF_TEACHER, STEPS_MORE = 12_000, 2500, 1000
 """The last are on as many other clips, three of them asked when for one asked in which frames, at a lower rate."""
-CLIPS_OF_START, COUNTS_OF_START = 5000, 2000
-ENDS, EVERY, GOAL = (600, 900, 1200), 50, 0.42
-"""Where the student's training may end, steps between checkpoints, and the mean overlap at which the student is
-taken."""
-CHECKPOINTS = 24
-"""That are kept: all of the longest training."""
+CLIPS_OF_START, COUNTS_OF_START, STEPS_OF_START = 5000, 2000, 600
 SIZES = {
     "teacher": {"width": 96, "layers": 3, "heads": 4, "vision_width": 64, "vision_layers": 1},
     "student": {"width": 72, "layers": 2, "heads": 4, "vision_width": 48, "vision_layers": 1},
@@ -104,59 +99,28 @@ def blank(folder: Path, inputs: Mapping[str, Path], *, sizes: Mapping[str, int],
 
 
 def supervised(
-    student: str, steps: int, prompts: Sequence[Mapping[str, Any]], every: int = 0, rate: float = 2e-3
+    student: str, steps: int, prompts: Sequence[Mapping[str, Any]], rate: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fine-tuning on true answers, with a checkpoint at every evaluation."""
+    """Fine-tuning on true answers."""
     return recipe(
         student,
         steps,
-        rate,
+        0.0,
         prompts=list(prompts),
         rollout={"kind": "data", "max_new_tokens": 2 * SECONDS + 1},
         objective=["sft"],
-        update={"learning_rate": {"warmup": 50}},
-        evaluation={"prompts": [clips(96, "validation", 2)], "every": every},
-        checkpoint={"every": every, "keep_last": CHECKPOINTS},
+        update={"learning_rate": {"warmup": 50, **rate}},
+        evaluation={"prompts": [clips(96, "validation", 2)], "every": 0},
     )
 
 
 def taught(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], seed: int) -> Figures:
-    """Train the teacher; it lies in `folder/run/student`."""
+    """Train a teacher or a start; it lies in `folder/run/student`."""
     values = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
-    result = execute(parse_recipe(values, "recipe of the teacher"), quiet=True)
+    result = execute(parse_recipe(values, "recipe of this training"), quiet=True)
     if result.stopped_by is not None:
         raise RunError(f"training was stopped by signal {result.stopped_by}")
     return {"curve": list(curve(result.history))}
-
-
-def begun(
-    folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], goal: float, ends: Sequence[int], seed: int
-) -> Figures:
-    """Train up to the first of the steps `ends` by which an evaluation had a mean overlap of `goal`, and write that
-    checkpoint to `folder/start`; the last one where none had, which the gates see.
-
-    Returns:
-        `start_step`, and `curve`, the held-out metrics by step.
-    """
-    points: dict[int, dict[str, float]] = {}
-    for i, end in enumerate(ends):
-        values = {"tracking": {"trackers": []}, **filled(recipe, inputs), "seed": seed, "output": str(folder / "run")}
-        settings = parse_recipe({**values, "steps": end}, "recipe of the start")
-        result = execute(settings, quiet=True, resume=i > 0, force_changed=i > 0)
-        if result.stopped_by is not None:
-            raise RunError(f"training was stopped by signal {result.stopped_by}")
-        points |= {int(point["step"]): point for point in curve(result.history)}
-        step, reached = first_at(list(points.values()), goal)
-        if reached:
-            break
-    export(folder / "run", folder / "start", step)
-    return {"start_step": float(step), "curve": list(points.values())}
-
-
-def first_at(points: Sequence[Mapping[str, float]], goal: float) -> tuple[int, bool]:
-    """The step of the first point behind the start whose overlap reaches `goal`, else of the last point; and which."""
-    reached = [point for point in points if point["step"] > 0 and point["accuracy"] >= goal]
-    return int((reached or points[-1:])[0]["step"]), bool(reached)
 
 
 NEW_TEACHER, HALF_TAUGHT, TEACHER, NEW, START = "new teacher", "half-taught teacher", "teacher", "new", "start"
@@ -171,9 +135,8 @@ def _start(of: str, **own: Any) -> Stage:
         shown(CLIPS_OF_START, "train", 1, weight=MIX["shown"]),
         counts(COUNTS_OF_START, "train", 1, weight=MIX["count"]),
     ]
-    block = supervised(f"{{{of}}}/model", ENDS[-1], rows, EVERY)
-    block["update"]["learning_rate"] = {"kind": "constant", "start": 2e-3, "warmup": 50}
-    return Stage(begun, {"recipe": block, "goal": GOAL, "ends": list(ENDS), **own}, [of], per_seed=not own)
+    block = supervised(f"{{{of}}}/model", STEPS_OF_START, rows, {"kind": "constant", "start": 2e-3})
+    return Stage(taught, {"recipe": block, **own}, [of], per_seed=not own)
 
 
 def _teacher(of: str, folder: str, steps: int, rate: float, seed: int, weights: tuple[float, float] | None) -> Stage:
@@ -181,7 +144,7 @@ def _teacher(of: str, folder: str, steps: int, rate: float, seed: int, weights: 
     rows = [part(CLIPS_OF_TEACHER, "train", seed, colours=KNOWN) for part in (clips, shown)]
     if weights is not None:
         rows = [row | {"weight": weight} for row, weight in zip(rows, weights, strict=True)]
-    block = supervised(f"{{{of}}}/{folder}", steps, rows, rate=rate)
+    block = supervised(f"{{{of}}}/{folder}", steps, rows, {"start": rate, "end": rate / 10})
     return Stage(taught, {"recipe": block, "seed": SEED_OF_TEACHER}, [of])
 
 

@@ -91,7 +91,7 @@ def premise(folder: Path, inputs: Mapping[str, Path], *, size: int, seed: int) -
     teacher = measured(
         folder / "teacher", inputs[TEACHER] / "run" / "student", size=size, split="validation", seed=seed
     )
-    start = measured(folder / "start", inputs[START] / "start", size=size, split="validation", seed=seed)
+    start = measured(folder / "start", inputs[START] / "run" / "student", size=size, split="validation", seed=seed)
     sides = {name: of_colours(teacher["iou"], name == "known") for name in ("known", "unknown")}
     found = {name: mean(values) if values else float("nan") for name, values in sides.items()}
     behind = of_colours(start["iou"], True)

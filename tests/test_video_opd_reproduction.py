@@ -22,15 +22,9 @@ from reproductions.video_opd import (
     reproduction,
     spread,
 )
-from reproductions.video_opd_models import KNOWN, SIZES, UNKNOWN, clips, first_at
+from reproductions.video_opd_models import KNOWN, SIZES, UNKNOWN, clips
 from reproductions.video_opd_models import blank as new_model
 from reproductions.video_opd_premise import blind, measured, of_colours, verdict
-
-
-def test_the_start_is_the_first_checkpoint_that_reaches_the_goal():
-    curve = [{"step": s, "accuracy": a} for s, a in ((0, 0.9), (50, 0.1), (100, 0.35), (150, 0.3))]
-    assert first_at(curve, 0.3) == (100, True)
-    assert first_at(curve, 0.5) == (150, False)
 
 
 def test_the_premise_wants_a_teacher_that_knows_some_colours_and_a_middling_start():
