@@ -82,10 +82,9 @@ ARMS: dict[str, dict[str, Any]] = {
     UNTRAINED: {"teacher": [model(f"{{{NEW_TEACHER}}}/model")]},
 }
 """What each changes of OPD without focusing."""
-FEW_SEEDS = {
-    name: 3
-    for name in (RKD, SFT, WHOLE, BY_NATS, *(f"sampler {name}" for name in ("even_ranks", "buckets", "gaussian")))
-}
+FEW_SEEDS = dict.fromkeys(
+    (RKD, SFT, WHOLE, BY_NATS, *(f"sampler {name}" for name in ("even_ranks", "buckets", "gaussian"))), 3
+)
 """Of arms that are in no headline claim."""
 TUNED = (PLAIN, GRPO, RKD, FKD, SFT, WHOLE)
 """Arms that have a learning rate of their own; the others take that of OPD."""
