@@ -150,7 +150,7 @@ def read_recipe(reference: str, overrides: Sequence[str] = ()) -> tuple[Path, di
     return path, data
 
 
-def read_override(override: str) -> tuple[list[str], Any]:
+def read_override(override: str) -> tuple[list[str], object]:
     """The key's parts and the value of `key.of.several=value`; the value is YAML.
 
     Raises:
