@@ -332,8 +332,8 @@ def choices(
 
     if name is None:
         show_choices([kind for kinds in axes().values() for kind in kinds])
-    elif name in blocks():
-        show_settings(blocks()[name])
+    elif name in (found := blocks()):
+        show_settings(found[name])
     elif "." in name:
         show_choice(*find(name))
     else:
