@@ -371,6 +371,7 @@ def finish(run: Run) -> Result:
     summary = {
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,
+        "held_out_prompts": len(run.held_out),
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
         "stopped_early": run.step < recipe.steps and (run.stop_requested() or ended_by is not None),

@@ -20,7 +20,7 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], library: str) -> str:
         f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
         for name, value in summary["after"].items()
     )
-    measured = f"| held out | before | after |\n|---|---|---|\n{rows}\n"
+    measured = f"| {summary['held_out_prompts']} prompts held out | before | after |\n|---|---|---|\n{rows}\n"
     return f"{card(recipe, library, summary['steps'])}\n{_privacy(summary)}{measured}"
 
 

@@ -89,9 +89,11 @@ BEST = {SUPERVISED_BEST: (SFT, LONGER, OWN), SINGLE: (FORWARD, REVERSE)}
 FEW: dict[str, Any] = {
     "steps": 2,
     "batch": {"prompts": 4, "micro": 4},
-    "evaluation": {"prompts": {"limit": 2}, "max_new_tokens": 16},
+    "evaluation": {"prompts": {"limit": 2}, "max_new_tokens": 8},
 }
 """Of a recipe, in the smoke run."""
+SHORT = {"tokens": 8}
+"""Of a measurement, in the smoke run."""
 
 
 def block(name: str, start: str) -> dict[str, Any]:
@@ -283,11 +285,11 @@ each slot had been the best arm already. The target was made anew twice before, 
         stages={
             TEXTS: {"sizes": {"train": 128, "taught": 32, "new": 32, "validation": 8, "test": 8}},
             TARGET: {"recipe": {"steps": 8}},
-            START_OF_RATES: {"recipe": FEW | {"steps": 8}, "size": 2},
-            START: {"recipe": FEW | {"steps": 8}, "size": 2},
-            **{rate_stage(name): {"recipe": FEW, "rates": [6e-4], "size": 2} for name in TUNED},
-            drafter(BEFORE_ARMS): {"validation": 2, "test": 2},
-            **{drafter(name): {"recipe": FEW, "validation": 2, "test": 2} for name in ARMS},
+            START_OF_RATES: {"recipe": FEW | {"steps": 8}, "size": 2, **SHORT},
+            START: {"recipe": FEW | {"steps": 8}, "size": 2, **SHORT},
+            **{rate_stage(name): {"recipe": FEW, "rates": [6e-4], "size": 2, **SHORT} for name in TUNED},
+            drafter(BEFORE_ARMS): {"validation": 2, "test": 2, **SHORT},
+            **{drafter(name): {"recipe": FEW, "validation": 2, "test": 2, **SHORT} for name in ARMS},
         },
     ),
 )

@@ -66,9 +66,10 @@ def going_on(start: str, steps: int, answers: str, changes: Mapping[str, Any]) -
 
 
 def acceptance(
-    folder: Path, inputs: Mapping[str, Path], drafter: Path, *, of: Mapping[str, int], seed: int
+    folder: Path, inputs: Mapping[str, Path], drafter: Path, *, of: Mapping[str, int], seed: int, tokens: int = CAP
 ) -> dict[str, Figures]:
-    """Acceptance lengths of a drafter, `GREEDY` and `SAMPLED`, on so many prompts of each of the files `of`.
+    """Acceptance lengths of a drafter, `GREEDY` and `SAMPLED`, on so many prompts of each of the files `of`, whose
+    texts end after `tokens` at most.
 
     At a temperature of 1 the target's texts depend on `seed` and not on the drafter, so that drafters are compared on
     the same texts.
@@ -79,7 +80,7 @@ def acceptance(
         0.0,
         prompts=[prompts(name, size) for name, size in of.items()],
         teacher={"kind": "target"},
-        rollout={"kind": "speculative", "max_new_tokens": CAP},
+        rollout={"kind": "speculative", "max_new_tokens": tokens},
         objective=["accepted"],
         evaluation={"prompts": prompts("train", 2)},
         tracking={"trackers": []},
@@ -92,7 +93,7 @@ def acceptance(
     asker, asked = RunAsker(run, Clock()), load_prompts(run.recipe.prompts)
     found: dict[str, Figures] = {name: {} for name in of}
     for figure, temperature in TEMPERATURES.items():
-        how = SpeculativeRollout(text_temperature=temperature, max_new_tokens=CAP, batch=512)
+        how = SpeculativeRollout(text_temperature=temperature, max_new_tokens=tokens, batch=512)
         made = asker.roll_out(asked, by=how)
         for i, name in enumerate(of):
             mine = [record for prompt, record in zip(asked, made.contexts, strict=True) if prompt.source == i]
@@ -100,7 +101,15 @@ def acceptance(
     return found
 
 
-def started(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, Any], size: int, seed: int) -> Figures:
+def started(
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    recipe: Mapping[str, Any],
+    size: int,
+    seed: int,
+    tokens: int = CAP,
+) -> Figures:
     """A drafter from supervised training; its acceptance lengths on validation prompts, and under `earlier_...` those
     of a quarter before its end."""
     steps = recipe["steps"]
@@ -108,8 +117,8 @@ def started(folder: Path, inputs: Mapping[str, Path], *, recipe: Mapping[str, An
     figures = train(folder, inputs, recipe=quarters, seed=seed)
     earlier = export(folder / "run", folder / "earlier", step=3 * (steps // 4))
     for name, place in (("", folder / SAVED), ("earlier_", earlier)):
-        measured = acceptance(folder, inputs, place, of={"validation": size}, seed=seed)["validation"]
-        figures |= {f"{name}{figure}": value for figure, value in measured.items()}
+        measured = acceptance(folder, inputs, place, of={"validation": size}, seed=seed, tokens=tokens)
+        figures |= {f"{name}{figure}": value for figure, value in measured["validation"].items()}
     return figures
 
 
@@ -122,22 +131,32 @@ def trained(
     validation: int,
     test: int,
     seed: int,
+    tokens: int = CAP,
 ) -> Figures:
     """Train a drafter on at the rate that the stage `rate` chose; its acceptance lengths are `test_...`, and on
     validation prompts `validation_...`."""
     chosen = figures_of(inputs[rate])["rate"]
     figures = train(folder, inputs, recipe=at_rate(recipe, chosen), seed=seed)
-    measured = acceptance(folder, inputs, folder / SAVED, of={"validation": validation, "test": test}, seed=seed)
+    of = {"validation": validation, "test": test}
+    measured = acceptance(folder, inputs, folder / SAVED, of=of, seed=seed, tokens=tokens)
     figures |= {f"{name}_{figure}": value for name, each in measured.items() for figure, value in each.items()}
     # Training is watched on a few prompts only, which make no curve.
     return {**{name: value for name, value in figures.items() if name != "curve"}, "rate": chosen}
 
 
 def untouched(
-    folder: Path, inputs: Mapping[str, Path], *, start: str, validation: int, test: int, seed: int
+    folder: Path,
+    inputs: Mapping[str, Path],
+    *,
+    start: str,
+    validation: int,
+    test: int,
+    seed: int,
+    tokens: int = CAP,
 ) -> Figures:
     """The drafter of the stage `start`, measured as `trained` does; its cost is that of its supervised training."""
-    measured = acceptance(folder, inputs, inputs[start] / SAVED, of={"validation": validation, "test": test}, seed=seed)
+    of = {"validation": validation, "test": test}
+    measured = acceptance(folder, inputs, inputs[start] / SAVED, of=of, seed=seed, tokens=tokens)
     figures = {f"{name}_{figure}": value for name, each in measured.items() for figure, value in each.items()}
     return {**figures, **{name: figures_of(inputs[start])[name] for name in COSTS}}
 
@@ -150,6 +169,7 @@ def best_rate(
     rates: Sequence[float],
     size: int,
     seed: int,
+    tokens: int = CAP,
 ) -> Figures:
     """Every rate once, from a start and with a seed that no arm has. The best is that with the largest sum of
     acceptance lengths at both temperatures, on validation prompts; its lengths are among the figures."""
@@ -158,7 +178,8 @@ def best_rate(
         place = folder / f"{rate:g}"
         place.mkdir()
         train(place, inputs, recipe=at_rate(recipe, rate), seed=seed)
-        found[rate] = acceptance(place, inputs, place / SAVED, of={"validation": size}, seed=seed)["validation"]
+        measured = acceptance(place, inputs, place / SAVED, of={"validation": size}, seed=seed, tokens=tokens)
+        found[rate] = measured["validation"]
     best = max(found, key=lambda rate: sum(found[rate].values()))
     return {
         "rate": best,

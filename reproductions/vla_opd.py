@@ -208,13 +208,13 @@ def better(
 UNDOUBTED = "The paper presupposes a teacher that is less sure on the student's states; this one is as sure."
 ALL = (BEFORE, BEST, *ARMS, AFTER)
 FEW_STEPS: dict[str, Any] = {
-    "steps": 3,
+    "steps": 2,
     "prompts": {"per_task": 2},
-    "batch": {"prompts": 4, "group": 2},
+    "batch": {"prompts": 2, "group": 2},
     "evaluation": {"prompts": {"per_task": 1}, "every": 1},
 }
 FEW_IMITATED: dict[str, Any] = {
-    "steps": 3,
+    "steps": 2,
     "batch": {"prompts": 4},
     "evaluation": {"prompts": {"per_task": 1}, "every": 1},
     "checkpoint": {"every": 1},

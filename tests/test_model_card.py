@@ -10,7 +10,7 @@ from opd.model_card import card, model_card
 from opd.recipe import parse_recipe
 
 REST = {"student": "org/small", "teacher": "org/large", "prompts": ["/home/me/data/mine.jsonl"], "name": "mine"}
-SUMMARY = {"before": {"reverse_kl": 1.0}, "after": {"reverse_kl": 0.25}, "steps": 7}
+SUMMARY = {"held_out_prompts": 16, "before": {"reverse_kl": 1.0}, "after": {"reverse_kl": 0.25}, "steps": 7}
 
 
 def told(**changes):

@@ -37,10 +37,19 @@ def test_what_a_person_asks_first_stands_under_the_table():
     measured = SimpleNamespace(
         before={"accuracy": 0.0},
         after={"accuracy": 0.75, "teacher_accuracy": 0.9},
-        summary={"prompt_tokens": {"student": 38.4, "teacher": 163.4}},
+        summary={"held_out_prompts": 32, "prompt_tokens": {"student": 38.4, "teacher": 163.4}},
     )
     assert headlines(measured, load_recipe("quickstart")) == [
-        "json_object, of held-out answers: 0.00 before, 0.75 after; the teacher's own answers 0.90",
+        "json_object, of 32 held-out answers: 0.00 before, 0.75 after; the teacher's own answers 0.90",
         "tokens of a prompt: 38 for the student, 163 for its teacher: 125 saved each time",
     ]
     assert headlines(measured, load_recipe("heal"))[1:] == []
+
+
+@pytest.mark.parametrize(
+    ("after", "count", "told"), [(0.4, 16, 0.33), (0.4, 64, 0.16), (0.6, 64, None), (0.31, 900, None)]
+)
+def test_a_difference_that_few_answers_have_by_chance_is_called_so(after, count, told):
+    measured = SimpleNamespace(before={"accuracy": 0.3}, after={"accuracy": after}, summary={"held_out_prompts": count})
+    line = headlines(measured, load_recipe("quickstart"))[0]
+    assert (f"; so few answers differ by {told:.2f} by chance" in line) if told else ("by chance" not in line)

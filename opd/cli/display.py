@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from opd.truth_table import Row
 
 
+SURE = 500
+"""Held-out answers of which nobody needs to hear that they are few."""
+
+
 def console() -> Console:
     found = Console()
     # Piped into a file there is no width to ask for; eighty columns would cut the samples.
@@ -36,7 +41,7 @@ def console() -> Console:
 def show_result(result: Result, recipe: Recipe) -> None:
     """Before and after, side by side: metrics, then completions."""
     out = console()
-    table = Table(title=f"held-out prompts, {recipe.name}", title_justify="left")
+    table = Table(title=f"{result.summary['held_out_prompts']} held-out prompts, {recipe.name}", title_justify="left")
     for column in ("", "before", "after", "change"):
         table.add_column(column, justify="left" if not column else "right")
     for name, after in result.after.items():
@@ -81,7 +86,8 @@ def headlines(result: Result, recipe: Recipe) -> list[str]:
         shares = f"{result.before['accuracy']:.2f} before, {result.after['accuracy']:.2f} after"
         taught = result.after.get("teacher_accuracy")
         own = "" if taught is None else f"; the teacher's own answers {taught:.2f}"
-        lines.append(f"{kind_of(recipe.verifier)}, of held-out answers: {shares}{own}")
+        count = result.summary["held_out_prompts"]
+        lines.append(f"{kind_of(recipe.verifier)}, of {count} held-out answers: {shares}{own}{_chance(result, count)}")
     tokens = result.summary.get("prompt_tokens")
     if tokens is not None and tokens["teacher"] > tokens["student"]:
         lines.append(
@@ -89,6 +95,18 @@ def headlines(result: Result, recipe: Recipe) -> list[str]:
             f"{tokens['teacher'] - tokens['student']:.0f} saved each time"
         )
     return lines
+
+
+def _chance(result: Result, count: int) -> str:
+    """How far two shares of so few answers differ by chance alone: 1.96 standard errors of a difference."""
+    shares = (result.before["accuracy"], result.after["accuracy"])
+    # A verifier's scores need not be shares.
+    if not all(0 <= share <= 1 for share in shares):
+        return ""
+    by_chance = 1.96 * math.sqrt(sum(share * (1 - share) for share in shares) / count)
+    if abs(shares[1] - shares[0]) > by_chance or count >= SURE:
+        return ""
+    return f"; so few answers differ by {by_chance:.2f} by chance"
 
 
 def best_line(result: Result) -> str | None:

@@ -29,7 +29,7 @@ def facts(recipe: Block, summary: Block, environment: Block) -> list[tuple[str, 
         "student": _with_size(student_of(_public(recipe.get("student"))), _block(models.get("student"))),
         "teacher": "; ".join(_teacher(one, sizes[i : i + 1], len(teachers)) for i, one in enumerate(teachers)),
         "what differs": "; ".join(differences(student, teachers, _block(models.get("student")), sizes, summary)),
-        "data": _data(recipe),
+        "data": _data(recipe, summary),
         "objective": f"{objectives}{_rollout(recipe)}" if objectives else _rollout(recipe).removeprefix(", "),
         "steps": _steps(recipe, summary),
         "privacy": _spent(summary.get("privacy")),
@@ -109,7 +109,7 @@ def _with_size(name: str, size: Block) -> str:
     return f"{name} ({', '.join(parts)})" if name and parts else name
 
 
-def _data(recipe: Block) -> str:
+def _data(recipe: Block, summary: Block) -> str:
     """Where prompts come from, by name alone: where a file lies is nobody else's."""
     sources = []
     for one in _blocks(recipe.get("prompts")):
@@ -118,7 +118,7 @@ def _data(recipe: Block) -> str:
             sources.append(path if one.get("kind") == "dataset" and path[:1] not in "./~" else Path(path).name)
         else:
             sources.append(_of(one, "task", "environment", "kind"))
-    held = _block(recipe.get("evaluation")).get("held_out")
+    held = summary.get("held_out_prompts", _block(recipe.get("evaluation")).get("held_out"))
     told = ", ".join(dict.fromkeys(source for source in sources if source))
     return f"{told}; {held} prompts held out" if told and isinstance(held, int) and held else told
 
