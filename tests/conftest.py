@@ -28,6 +28,9 @@ from opd.prompts import Prompt
 from opd.rollouts import HeldOutSampler
 from opd.trajectories import Trajectories
 
+# What two runs differ in is told as where a test itself compares.
+pytest.register_assert_rewrite("tests.checkpoints")
+
 
 def pytest_collection_finish(session):
     # Each run collects garbage in its end, and would go through all that was imported: a fifth of the tests' CPU time.

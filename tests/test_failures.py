@@ -14,7 +14,7 @@ from opd.errors import RunError
 from opd.policies.causal_lm import CausalLMStudent
 from opd.report.page import collect
 from opd.updates.plain import PlainOptimiser
-from tests.test_checkpoints import EMA, final, make, models, records  # noqa: F401
+from tests.checkpoints import EMA, final, make, models, records  # noqa: F401
 
 
 def spoilt(monkeypatch, steps, value=float("nan")):

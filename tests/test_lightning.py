@@ -25,8 +25,8 @@ from opd.rollouts.stored import StoredTrajectories
 from opd.store import Targets
 from opd.weights import weights_hash
 from reproductions.enumeration import ACTIONS, PREFIXES, STATES, Gap, L, V, gradient_gap, table, taken, updates
+from tests.checkpoints import assert_same_run, killed_at
 from tests.conftest import save_tiny, trajectories_of
-from tests.test_checkpoints import assert_same_run, killed_at
 from tests.test_loop import models, recipe_for  # noqa: F401
 
 # -- by enumeration: V = 4 ids, sequences of L = 4 tokens, one row of logits for each of the 85 prefixes ---------------

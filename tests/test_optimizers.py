@@ -19,8 +19,8 @@ from opd.policies.causal_lm import CausalLMStudent
 from opd.updates import optimizers
 from opd.updates.optimizers import Together, make_optimizer
 from opd.updates.plain import PlainUpdate
+from tests.checkpoints import assert_same_run, killed_at, make, models  # noqa: F401
 from tests.conftest import tiny_model
-from tests.test_checkpoints import assert_same_run, killed_at, make, models  # noqa: F401
 
 THERE = [
     k

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from opd.api import execute
 from opd.assembly import load_data, not_held_out
 from opd.context import Context
 from opd.curricula.shuffled import Shuffled
@@ -21,6 +22,8 @@ from opd.prompts.inline import InlinePrompts
 from opd.recipe import parse_recipe
 from opd.verifiers.base import as_text
 from opd.verifiers.exact_match import ExactMatch
+from tests.checkpoints import logged, make, models  # noqa: F401
+from tests.test_loop import TEXTS
 
 USER = {"role": "user", "content": "hi"}
 REPLY = {"role": "assistant", "content": "hello"}
@@ -298,3 +301,27 @@ def test_one_row_cannot_be_two_sets(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "one"}\n')
     with pytest.raises(DataError, match="has one row"):
         split_held_out(load_prompts([FilePrompts(path=str(tmp_path / "p.jsonl"))]), 1, 0)
+
+
+def test_bad_rows_are_named_and_skipped_only_when_asked(make, tmp_path, capsys):  # noqa: F811
+    rows = [json.dumps({"prompt": text}) for text in TEXTS]
+    rows[3:3] = ["{oops", json.dumps({"question": "x"}), json.dumps({"prompt": "1" * 50}), json.dumps({"prompt": " "})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows))
+    changes = {"whole": {"prompts": {"path": str(path)}}, "max_prompt_tokens": 20, "steps": 1}
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: not JSON"):
+        execute(make("strict", **changes), quiet=True)
+    assert execute(make("run", skip_bad_prompts=True, **changes), quiet=True).summary["steps"] == 1
+    skipped = [line for line in capsys.readouterr().err.splitlines() if "skipped a row" in line]
+    assert [line.split("rows.jsonl:")[1].split(":")[0] for line in skipped] == ["4", "5", "7", "6"]
+    path.write_text("{oops")
+    with pytest.raises(DataError, match=r"no row can be used; the first: .*rows\.jsonl:1"):
+        execute(make("none", skip_bad_prompts=True, **changes), quiet=True)
+
+
+def test_a_row_without_the_teachers_view_is_found_before_training(make):  # noqa: F811
+    rows = [*({"prompt": text, "hint": "h"} for text in TEXTS[:-1]), {"prompt": TEXTS[-1]}]
+    recipe = make("run", prompts={"prompts": rows}, whole={"teacher": {"kind": "self", "sees": "hint"}})
+    with pytest.raises(DataError, match=r"prompts\[19\]: no column 'hint'"):
+        execute(recipe, quiet=True)
+    assert logged(recipe) == 0

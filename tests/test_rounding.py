@@ -23,8 +23,8 @@ from opd.objectives.sft import SFT
 from opd.rounding import Gradients
 from opd.shaping import Shape
 from opd.teachers.self_teacher import SelfLanguageTeacher
+from tests.checkpoints import HINTED, make, models  # noqa: F401
 from tests.conftest import trajectories_of
-from tests.test_checkpoints import HINTED, make, models  # noqa: F401
 
 
 def rounded_otherwise(hidden, seed=0, ulps=3):

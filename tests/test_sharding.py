@@ -15,9 +15,9 @@ from opd.api import execute
 from opd.checkpoints.store import folder_of, steps_stored
 from opd.errors import RecipeError, RunError
 from opd.updates.plain import PlainUpdate
+from tests.checkpoints import EMA
 from tests.conftest import save_tiny
 from tests.processes import together
-from tests.test_checkpoints import EMA
 from tests.test_loop import recipe_for
 
 pytestmark = pytest.mark.timeout(900)  # four processes may share a machine with others

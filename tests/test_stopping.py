@@ -18,7 +18,7 @@ from opd.policies.evaluation import Alarm, Evaluation, Stop
 from opd.recipe import parse_recipe
 from opd.report.page import collect
 from opd.stopping import Watch, best_of
-from tests.test_checkpoints import make, models  # noqa: F401
+from tests.checkpoints import make, models  # noqa: F401
 
 
 class Run:
