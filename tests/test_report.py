@@ -39,7 +39,7 @@ from tests.drafters import LAYERS
 from tests.test_draft_opd import recipe_for as recipe_of_a_drafter
 from tests.test_prune import DRIFT
 from tests.test_prune import run as run_pruned
-from tests.test_uni import trained as run_uni
+from tests.uni import trained as run_uni
 
 ATTACK = "</script><script>window.attacked=1</script><img src=x onerror=window.attacked=1>\u2028\u202e"
 WORDS = ["\n", " the", " a", "é", "<|im_end|>", "", "\ufffd", *(f" {a}{b}" for a in "bcdfgklmnprst" for b in "aeiou")]
