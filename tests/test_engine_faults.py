@@ -21,9 +21,9 @@ from opd.server import Limits
 from opd.server.serving import application
 from opd.weights import contents, fingerprint
 from tests.conftest import save_tiny
+from tests.engines import Seen, by, engine, folders, measured, refuse  # noqa: F401
 from tests.processes import together
 from tests.serving import served_model, serving
-from tests.test_engines import Seen, by, engine, folders, measured, refuse  # noqa: F401
 from tests.test_served import losses, run
 
 
