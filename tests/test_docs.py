@@ -50,7 +50,7 @@ def test_the_call_in_the_readme_is_accepted():
 
 
 def test_the_readme_says_of_every_system_whether_its_claims_were_tested():
-    """How they came out stands on one page, which tests/test_reproductions.py holds to the results."""
+    """How they came out stands on one page, which tests/test_reproduction_pages.py holds to the results."""
     rows = [line for line in PAGES[0].read_text(encoding="utf-8").splitlines() if line.startswith("| [")]
     states = {row.strip("| ").split(" | ")[-1] for row in rows}
     pages = {path.parent.name for path in (ROOT / "reproductions").glob("*/results.json")}
