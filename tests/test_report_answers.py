@@ -19,8 +19,8 @@ from opd.report.card import facts
 from opd.report.layers import ASSETS
 from opd.report.page import collect, page
 from tests.conftest import save_tiny
+from tests.reports import ATTACK, browser, data_of, held_out_row, unpack, write_lines, write_run  # noqa: F401
 from tests.test_loop import recipe_for
-from tests.test_report import ATTACK, browser, data_of, held_out_row, unpack, write_lines, write_run  # noqa: F401
 
 # ---- what a run leaves for it ----
 

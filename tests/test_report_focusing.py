@@ -11,7 +11,7 @@ from opd.pictures import data_address
 from opd.report import write_report
 from opd.report.maps import POINTS, maps
 from opd.report.page import collect, updates
-from tests.test_report import browser, write_lines, write_run  # noqa: F401
+from tests.reports import browser, write_lines, write_run  # noqa: F401
 
 
 def scored(count=40, rounds=2):

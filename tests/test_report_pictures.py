@@ -16,7 +16,7 @@ from opd.pictures import ADDRESS, data_address, png, sheet
 from opd.report import write_report
 from opd.report.page import collect, page
 from opd.report.rows import encode, scan
-from tests.test_report import ATTACK, browser, data_of, unpack, write_lines, write_run  # noqa: F401
+from tests.reports import ATTACK, browser, data_of, unpack, write_lines, write_run  # noqa: F401
 
 TASKS = choices_of(Drawing)
 STEPS = 6

@@ -8,7 +8,7 @@ import pytest
 
 from opd.api import execute
 from tests.acting.tiny import episodes, recipe_of
-from tests.test_report import browser  # noqa: F401
+from tests.reports import browser  # noqa: F401
 
 
 def test_held_out_rows_hold_what_the_page_plays(policies, tmp_path):
