@@ -2,7 +2,7 @@
 
 For each confinement of this machine: milliseconds from asking for a program to having its verdict, one after another
 (medians over rounds in which all take turns), and with `none` what is Python's own start. Then every hostile program of
-`tests/hostile.py`: how it ended, and what damage was seen from outside. Then HumanEval in the best confinement: of 164
+`tests/hostile`: how it ended, and what damage was seen from outside. Then HumanEval in the best confinement: of 164
 canonical solutions and of 164 that return nothing, how many pass.
 """
 
@@ -26,7 +26,8 @@ from opd.prompts.human_eval import HumanEvalPrompts
 from opd.sandbox import Sandbox, why_not
 from opd.sandbox.detection import BY_KIND
 from opd.verifiers.code import Code, program_of, verdict
-from tests.hostile import HOSTILE, Outside
+from tests.hostile import HOSTILE
+from tests.hostile.outside import Outside
 
 ROUNDS = 21
 PROGRAMS = {

@@ -18,7 +18,9 @@ from opd.errors import RecipeError, RunError
 from opd.sandbox import Limits, Sandbox, detection, filters, sandbox, why_not
 from opd.sandbox.detection import BEST_FIRST, BY_KIND
 from opd.sandbox.running import remove
-from tests.hostile import HOSTILE, Outside, adopt_orphans, left_behind, processes
+from tests.hostile import HOSTILE
+from tests.hostile.outside import Outside
+from tests.hostile.processes import adopt_orphans, left_behind, processes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="confinement needs Linux")
 KINDS = [each.kind for each in BEST_FIRST]
