@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -65,8 +65,9 @@ class ClipPrompts(Prompts):
         rng = random.Random(f"clips {self.ask} {self.split} {self.seed} {' '.join(self.colours)}")
         found: list[tuple[str, dict[str, Any] | DataError]] = []
         while len(found) < self.size:
-            row, key = self._row(rng)
+            row, frames, key = self._row(rng)
             if hashed_split(key) == self._split:
+                row["video"] = {"frames": frames(), "fps": FPS}
                 number = len(found)
                 name = f"clips-{self.ask}-{self.split}-{self.seed}-{number}"
                 found.append((f"clips {self.split}[{number}]", {"id": name, **row, self.column: row["prompt"]}))
@@ -76,7 +77,8 @@ class ClipPrompts(Prompts):
     def _split(self) -> Split:
         return self.split
 
-    def _row(self, rng: random.Random) -> tuple[dict[str, Any], bytes]:
+    def _row(self, rng: random.Random) -> tuple[dict[str, Any], Callable[[], np.ndarray], bytes]:
+        """A row without its video, what draws that, and what says of which split it is."""
         count = rng.randint(1, self.events) if self.ask == "count" else self.events
         asked = rng.choice(self.colours)
         colours = [asked, *rng.sample([colour for colour in COLOURS if colour != asked], count - 1)]
@@ -88,40 +90,45 @@ class ClipPrompts(Prompts):
             path = [(rng.uniform(radius, side - radius), rng.uniform(radius, side - radius)) for _ in range(2)]
             events.append((colour, rng.choice(SHAPES), start, start + length, path))
         order = rng.sample(range(count), count)
-        noise = np.random.default_rng(rng.getrandbits(64))
+        noise = rng.getrandbits(64)
         grey = 128 if self.plain else rng.uniform(60, 200)
-        frames = noise.normal(grey, 6, (total, side, side, 3)).clip(0, 255).astype(np.uint8)
-        for i in order:
-            _paint(frames, radius, *events[i])
+
+        def drawn() -> np.ndarray:
+            normal = np.random.default_rng(noise).normal(grey, 6, (total, side, side, 3))
+            frames = normal.clip(0, 255).astype(np.uint8)
+            for i in order:
+                _paint(frames, radius, *events[i])
+            return frames
+
         key = hashlib.sha256(repr([event[:4] for event in events]).encode()).digest()
-        row: dict[str, Any] = {"video": {"frames": frames, "fps": FPS}, "duration": total / FPS}
+        row: dict[str, Any] = {"duration": total / FPS}
         if self.ask == "count":
             word = COUNTS[count - 1]
-            return {"prompt": "how many?", "answer": word, "response": word, **row}, key
+            return {"prompt": "how many?", "answer": word, "response": word, **row}, drawn, key
         colour, shape, start, end, _ = events[0]
         if self.ask == "shown":
             text = "".join(str(int(start <= k < end)) for k in range(total))
-            return {"prompt": f"shown {colour} {shape}?", "answer": text, "response": text, **row}, key
+            return {"prompt": f"shown {colour} {shape}?", "answer": text, "response": text, **row}, drawn, key
         interval = [start / FPS, end / FPS]
         text = "-".join(f"{time:04.1f}" for time in interval)
-        return {"prompt": f"when {colour} {shape}?", "answer": text, "response": text, "interval": interval, **row}, key
+        row |= {"prompt": f"when {colour} {shape}?", "answer": text, "response": text, "interval": interval}
+        return row, drawn, key
 
 
 def _paint(
     frames: np.ndarray, radius: int, colour: str, shape: str, start: int, end: int, path: Sequence[tuple[float, float]]
 ) -> None:
     """Draw a shape that moves along a line from its first frame to its last."""
-    side = frames.shape[1]
-    y, x = np.mgrid[:side, :side] + 0.5
-    for k in range(start, end):
-        share = (k - start) / max(end - start - 1, 1)
-        row, column = ((1 - share) * a + share * b for a, b in zip(*path, strict=True))
-        down, right = abs(y - row), abs(x - column)
+    middles = np.arange(frames.shape[1]) + 0.5
+    shares = np.arange(end - start) / max(end - start - 1, 1)
+    rows, columns = ((1 - shares) * a + shares * b for a, b in zip(*path, strict=True))
+    # Of each frame, row and column.
+    down, right = abs(middles - rows[:, None])[:, :, None], abs(middles - columns[:, None])[:, None, :]
+    if shape == "square":
+        inside = np.maximum(down, right) < 0.85 * radius
+    elif shape == "cross":
+        inside = (np.minimum(down, right) < 0.35 * radius) & (np.maximum(down, right) < radius)
+    else:
         away = np.hypot(down, right)
-        inside = {
-            "disc": away < radius,
-            "square": np.maximum(down, right) < 0.85 * radius,
-            "cross": (np.minimum(down, right) < 0.35 * radius) & (np.maximum(down, right) < radius),
-            "ring": (away < radius) & (away > 0.5 * radius),
-        }[shape]
-        frames[k][inside] = COLOURS[colour]
+        inside = away < radius if shape == "disc" else (away < radius) & (away > 0.5 * radius)
+    frames[start:end][inside] = COLOURS[colour]
