@@ -186,8 +186,13 @@ def spread_stage(name: str) -> str:
     return f"gradients of {name}"
 
 
+def watched(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """As `distilled`, measured less often: figures of these are of test clips."""
+    return merged(distilled(changes), {"evaluation": {"every": STEPS // 2}})
+
+
 def student(name: str) -> Stage:
-    params = {"recipe": distilled(ARMS[name]), "size": TEST, "rate": rate_stage(name)}
+    params = {"recipe": watched(ARMS[name]), "size": TEST, "rate": rate_stage(name)}
     inputs = [START, TEACHER, NEW_TEACHER, rate_stage(name)]
     return Stage(trained, params, inputs, per_seed=True, seeds=FEW_SEEDS.get(name))
 
@@ -195,7 +200,7 @@ def student(name: str) -> Stage:
 def timed() -> Stage:
     """GRPO for as long as OPD takes."""
     both = [student_stage(PLAIN), student_stage(GRPO)]
-    params = {"recipe": distilled(OF_GRPO), "size": TEST, "rate": rate_stage(GRPO), "as_long": both}
+    params = {"recipe": watched(OF_GRPO), "size": TEST, "rate": rate_stage(GRPO), "as_long": both}
     return Stage(trained, params, [START, TEACHER, NEW_TEACHER, rate_stage(GRPO), *both], per_seed=True)
 
 
