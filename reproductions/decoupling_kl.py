@@ -74,7 +74,7 @@ MAIN = [*CELLS, GATED, UNGATED, FIXED]
 """The four objectives at both lengths, and the curriculum with its controls: all seeds. The rest have the first few."""
 FEW_SEEDS = 3
 SMALL = {"recipe": {"steps": 2, "batch": {"prompts": 4}, "prompts": {"size": 64}, "evaluation": FEW}}
-SMALL_BASE = {"recipe": {"steps": 4, "prompts": {"size": 64}, "evaluation": FEW}}
+SMALL_BASE = {"recipe": {"steps": 2, "batch": {"prompts": 8}, "prompts": {"size": 64}, "evaluation": FEW}}
 SMALL_LADDER = merged(SMALL, {"recipe": {"steps": len(LADDER), "curriculum": {"steps_per_rung": 1}}})
 
 

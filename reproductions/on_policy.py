@@ -15,8 +15,8 @@ RATES = (5e-4, 1e-3, 2e-3)
 TEST = {"prompts": prompts(TERMS, 500, "test"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 VALIDATION = {"prompts": prompts(TERMS, 256, "validation"), "max_new_tokens": BUDGET, "samples": 0, "greedy": True}
 STEPS, STEPS_OF_SELECTION = 800, 400
-FEW = {"prompts": {"size": 16}, "max_new_tokens": 24}
-SOME = {"prompts": {"size": 256}, "evaluation": FEW}
+FEW = {"prompts": {"size": 8}, "max_new_tokens": 16}
+SOME = {"prompts": {"size": 64}, "batch": {"prompts": 8, "micro": 8}, "evaluation": FEW}
 """Of the smoke run: each prompt is read before the first step, and 50,000 take ten times as long as the steps."""
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -286,7 +286,7 @@ where more might be had. Other work shared the cores, so CPU seconds compare the
             "teacher on validation": {"test": FEW},
             **{rate_stage(name): {"recipe": {"steps": 2, **SOME}, "rates": [1e-3]} for name in ARMS},
         },
-        arms={"recipe": {"steps": 4, **SOME, "evaluation": {"every": 2, **FEW}}, "test": FEW},
+        arms={"recipe": {"steps": 2, **SOME, "evaluation": {"every": 2, **FEW}}, "test": FEW},
         seeds=(0,),
     ),
 )

@@ -141,7 +141,11 @@ TUNED = [(pair, name) for pair in TEACHERS for name in (FULL, PRUNED)]
 D_FULL, D_PRUNED = arm("D", FULL), arm("D", PRUNED)
 C_FULL, C_PRUNED = arm("C", FULL), arm("C", PRUNED)
 
-SOME = {"prompts": {"size": 64}, "evaluation": {"prompts": {"size": 8}, "max_new_tokens": 24}}
+SOME = {
+    "prompts": {"size": 64},
+    "batch": {"prompts": 8, "micro": 8},
+    "evaluation": {"prompts": {"size": 4}, "max_new_tokens": 16},
+}
 """Of the smoke run."""
 
 reproduction = Reproduction(

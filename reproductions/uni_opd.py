@@ -162,6 +162,14 @@ def few(size: int, split: str, tokens: int = 24) -> dict[str, Any]:
     return {"prompts": both(size, split), "max_new_tokens": tokens}
 
 
+FEW_STEPS: dict[str, Any] = {
+    "steps": 2,
+    "batch": {"prompts": 4, "micro": 32},
+    "prompts": both(16, "train"),
+    "evaluation": few(4, "validation", 16),
+}
+"""Of an arm's recipe, in the smoke run."""
+
 reproduction = Reproduction(
     title="Uni-OPD",
     introduction=f"""
@@ -314,7 +322,8 @@ answers on purpose. So these figures say how the parts compare with each other, 
             **{
                 name: {
                     "recipe": {
-                        "steps": 4,
+                        "steps": 2,
+                        "batch": {"prompts": 16, "micro": 16},
                         "prompts": [{**rows, "size": 64} for rows in stage.params["recipe"]["prompts"]],
                         "evaluation": few(8, "validation"),
                     }
@@ -325,14 +334,14 @@ answers on purpose. So these figures say how the parts compare with each other, 
             "premise": {"size": 4},
             **{
                 rate_stage(name): {
-                    "recipe": {"steps": 2, "prompts": both(16, "train"), "evaluation": few(4, "validation")},
+                    "recipe": FEW_STEPS,
                     "rates": [3e-4],
                 }
                 for name in TUNED
             },
         },
         arms={
-            "recipe": {"steps": 2, "prompts": both(16, "train"), "evaluation": few(4, "validation")},
+            "recipe": FEW_STEPS,
             "test": few(4, "test", 16),
         },
         seeds=(0,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 from pathlib import Path
@@ -13,9 +14,10 @@ from rich.console import Console
 
 from opd.prompts import Prompt
 from opd.recipe import parse_recipe
-from opd.reproductions import train
+from opd.reproductions import runner, train
 from opd.reproductions.catalogue import shipped
 from opd.reproductions.definition import merged
+from opd.reproductions.fork_server import MODULES, fork_server
 from opd.reproductions.reproduce import reproduce
 from reproductions import flow_opd
 from reproductions.drawn import by_number, drawings, gradients, in_bundles, wins
@@ -54,12 +56,24 @@ def test_a_win_is_one_against_every_expert():
     assert wins(experts["one"], experts, 32) == 0.0
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    """What starts the jobs of all reproductions here: one process that has imported what they need, where each command
+    has one of its own."""
+    folder = tmp_path_factory.mktemp("warm")
+    modules = dict.fromkeys(module for entry in shipped().values() for module in entry.reproduction.imports)
+    with pytest.MonkeyPatch.context() as patch, (folder / "lock").open("w") as lock:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        with fork_server(folder / "log", lock.fileno(), (*MODULES, *modules)) as server:
+            yield server
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_smoke_run_of_a_reproduction_goes_through(name, tmp_path, monkeypatch):
+def test_the_smoke_run_of_a_reproduction_goes_through(name, warm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(runner, "fork_server", lambda *_: contextlib.nullcontext(warm))
     said = io.StringIO()
     done = reproduce(shipped()[name], smoke=True, workers=2, console=Console(file=said))
     assert done.results is not None, [*done.problems, said.getvalue()[-2000:]]
