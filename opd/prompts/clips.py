@@ -37,7 +37,8 @@ class ClipPrompts(Prompts):
     32), `interval` in seconds on a grid of half a second, `duration`, and `response` and `answer` as a student writes
     them (`02.5-06.0`). With `ask: shown` the answer has a digit a frame, whether the shape is there (`0011110...`): a
     model with random weights learns to look from it. With `ask: count` the question is how many shapes there are: what
-    may be forgotten meanwhile. `plain` clips have shapes of twice the size on one grey.
+    may be forgotten meanwhile. `plain` clips have shapes of twice the size on one grey. With `slack` the responses are
+    as those of careless annotators, who begin too early and end too late; answers and intervals are true.
     """
 
     kind: Literal["clips"] = "clips"
@@ -51,6 +52,9 @@ class ClipPrompts(Prompts):
     pixels: Literal[16, 32] = Field(32, description="Side of a frame")
     events: int = Field(4, ge=1, le=4, description="Shapes in a clip; with ask: count at most")
     plain: bool = Field(False, description="Large shapes on one grey, for the smallest models")
+    slack: float = Field(
+        0.0, ge=0, multiple_of=0.5, description="Seconds by which responses begin too early and end too late"
+    )
     colours: list[str] = Field(list(COLOURS), min_length=1, description="Of the shape that is asked for")
 
     @field_validator("colours")
@@ -110,8 +114,9 @@ class ClipPrompts(Prompts):
             text = "".join(str(int(start <= k < end)) for k in range(total))
             return {"prompt": f"shown {colour} {shape}?", "answer": text, "response": text, **row}, drawn, key
         interval = [start / FPS, end / FPS]
-        text = "-".join(f"{time:04.1f}" for time in interval)
-        row |= {"prompt": f"when {colour} {shape}?", "answer": text, "response": text, "interval": interval}
+        loose = [max(0.0, interval[0] - self.slack), min(total / FPS, interval[1] + self.slack)]
+        answer, response = ("-".join(f"{time:04.1f}" for time in times) for times in (interval, loose))
+        row |= {"prompt": f"when {colour} {shape}?", "answer": answer, "response": response, "interval": interval}
         return row, drawn, key
 
 
