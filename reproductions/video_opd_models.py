@@ -37,7 +37,7 @@ MIX = {"when": 12, "shown": 4, "count": 16}
 """Rows of each kind in a step of the student's training, on average. The teacher learns the first two."""
 CLIPS_OF_TEACHER, STEPS_OF_TEACHER, STEPS_MORE = 12_000, 2500, 1000
 """The last are on as many other clips, three of them asked when for one asked in which frames, at a lower rate."""
-CLIPS_OF_START, COUNTS_OF_START, STEPS_OF_START, RATE_OF_START = 4000, 4000, 300, 1e-3
+CLIPS_OF_START, COUNTS_OF_START, STEPS_OF_START, RATE_OF_START = 4000, 4000, 200, 1e-3
 SIZES = {"width": 96, "layers": 3, "heads": 4, "vision_width": 64, "vision_layers": 1}
 
 Split = Literal["train", "validation", "test"]

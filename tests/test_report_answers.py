@@ -185,11 +185,13 @@ def judged(folder, rate=1.0, steps=9):
             rows.append(row | (told | {"teacher_answer": f"own {i} {ATTACK}"} if step == 0 and i < 3 else {}))
     write_lines(run / "samples.jsonl", rows)
     metrics = [{"step": 0, "held_out/accuracy": 0.0, "held_out/reverse_kl": 2.0, "held_out/truncated": 0.1}]
+    metrics[0]["held_out/agreement"] = 0.0
     for step in range(1, steps + 1):
         loss = 2 / step + (step % 2)
         one = {"train/loss": loss, "train/divergence": loss, "train/tokens": 16 * loss, "train/fixed": 7.0}
         metrics.append({"step": step, **{name: rate * value for name, value in one.items()}})
     metrics.append({"step": steps, "held_out/accuracy": 0.75, "held_out/reverse_kl": 0.5, "held_out/truncated": 0.4})
+    metrics[-1]["held_out/agreement"] = 0.0
     write_lines(run / "metrics.jsonl", metrics)
     return run
 
@@ -214,6 +216,10 @@ def test_in_a_browser_the_verdict_stands_first_and_answers_before_curves(browser
     assert "reverse KL fell from 2 to 0.5 nats a token" in told
     assert "Worse than before: truncated (10 % to 40 %)" in told
     assert "Measured on 4 prompts" in told
+    tiles = browser.run("[...document.querySelectorAll('.tile')].map((one) => [one.className.trim(), one.innerText])")
+    kinds = {text.splitlines()[0]: kind for kind, text in tiles}
+    assert kinds["top-1 agreement"] == "tile"
+    assert kinds["accuracy"] == "tile good"
     order = browser.run("[...document.querySelectorAll('main section:not([hidden])')].map((one) => one.id)")
     assert order == ["summary", "rollouts", "curves", "recipe", "environment"]
 

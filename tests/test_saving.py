@@ -207,6 +207,8 @@ def test_an_adapter_is_a_model(folders, tmp_path):
     adapter = str(first.directory / "student" / "adapter")
     after = first.after["reverse_kl"]
     same = {"update": {"learning_rate": 1e-3}}
+    files = [path for path in (first.directory / "student").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1
     onward = short_run(tmp_path / "b", {**student, "model": adapter}, folders["t"], **same)
     assert onward.before["reverse_kl"] == pytest.approx(after, rel=1e-3)
     # What is saved changes the first model and not one that is nowhere.

@@ -95,8 +95,12 @@ def whole_folder(target: Path, known: Collection[str] = ()) -> Iterator[Path]:
     (partial / FILLING).touch()
     try:
         yield partial
+        # safetensors writes for the owner alone; whoever may read the other files may read the weights.
+        mode = (partial / FILLING).stat().st_mode & 0o777
         (partial / FILLING).unlink()
         for path in (*partial.rglob("*"), partial):
+            if path.is_file() and not path.is_symlink():
+                path.chmod(mode)
             flush(path)
         if target.exists():
             remove(old, known)

@@ -38,7 +38,8 @@ class ClipPrompts(Prompts):
     them (`02.5-06.0`). With `ask: shown` the answer has a digit a frame, whether the shape is there (`0011110...`): a
     model with random weights learns to look from it. With `ask: count` the question is how many shapes there are: what
     may be forgotten meanwhile. `plain` clips have shapes of twice the size on one grey. With `slack` the responses are
-    as those of careless annotators, who begin too early and end too late; answers and intervals are true.
+    as those of careless annotators, who begin too early and end too late, and `annotated` is the interval in them;
+    answers and `interval` are true.
     """
 
     kind: Literal["clips"] = "clips"
@@ -117,6 +118,8 @@ class ClipPrompts(Prompts):
         loose = [max(0.0, interval[0] - self.slack), min(total / FPS, interval[1] + self.slack)]
         answer, response = ("-".join(f"{time:04.1f}" for time in times) for times in (interval, loose))
         row |= {"prompt": f"when {colour} {shape}?", "answer": answer, "response": response, "interval": interval}
+        if self.slack:
+            row["annotated"] = loose
         return row, drawn, key
 
 

@@ -22,10 +22,10 @@ opd.card = (() => {
     return { name, before: known[0], after, change: after === null ? null : after - known[0] };
   }
 
-  /** 1 better, -1 worse, 0 neither, of a change of less than 1 % of the larger of both. */
+  /** 1 better, -1 worse, 0 neither, or of a change of less than 1 % of the larger of both. */
   function sign({ name, before, after, change }) {
     const { better } = meaning(name);
-    if (!better || change === null || Math.abs(change) < 0.01 * Math.max(Math.abs(before), Math.abs(after))) return 0;
+    if (!better || !change || Math.abs(change) < 0.01 * Math.max(Math.abs(before), Math.abs(after))) return 0;
     return (change < 0) === (better === "lower") ? 1 : -1;
   }
 
