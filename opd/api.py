@@ -420,7 +420,9 @@ def _prompt_tokens(run: Run) -> dict[str, Any]:
     has another view."""
     student = [run.student.prompt_length(prompt) for prompt in run.held_out]
     teacher = [each.prompt_length(prompt) for each in run.teachers[:1] for prompt in run.held_out]
-    if len(run.teachers) != 1 or None in student or None in teacher or student == teacher:
+    # Lengths in another tokenizer's tokens say nothing of what was read.
+    of_another = any(teacher.translates for teacher in run.teachers)
+    if len(run.teachers) != 1 or of_another or None in student or None in teacher or student == teacher:
         return {}
     means = (sum(filter(None, lengths)) / len(lengths) for lengths in (student, teacher))
     return {"prompt_tokens": dict(zip(("student", "teacher"), (round(mean, 1) for mean in means), strict=True))}

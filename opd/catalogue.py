@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import packages_distributions
 from types import UnionType
@@ -16,6 +16,8 @@ from pydantic.fields import FieldInfo
 
 from opd.choice import Choice, OneOf, Settings, choices_of, kind_of, take_in
 from opd.errors import RecipeError, nearest
+from opd.policies import Policy
+from opd.policies.evaluation import Evaluation
 from opd.recipe import Recipe
 from opd.schedules import OverSteps
 
@@ -62,8 +64,24 @@ def blocks() -> dict[str, list[Setting]]:
     block."""
     found = {key: block for key, field in Recipe.model_fields.items() for block in _blocks(field.annotation)}
     of_blocks = {key: list(settings_of(block)) for key, block in found.items()}
+    of_blocks["evaluation"] += _of_students()
     in_none = {key for key, field in Recipe.model_fields.items() if key not in found and not _axes(field)}
     return {"recipe": [each for each in settings_of(Recipe) if each.key in in_none], **of_blocks}
+
+
+def _of_students() -> list[Setting]:
+    """Settings of evaluation that some kinds of students add; each names them."""
+    everywhere = {each.key for each in settings_of(Evaluation)}
+    students: dict[type[Evaluation], list[str]] = {}
+    for kind, policy in choices_of(Policy).items():
+        if issubclass(policy, Policy):
+            students.setdefault(policy.evaluation, []).append(kind)
+    return [
+        replace(each, description=f"{each.description} (student {', '.join(kinds)})")
+        for block, kinds in students.items()
+        for each in settings_of(block)
+        if each.key not in everywhere
+    ]
 
 
 def find(name: str) -> list[Kind]:

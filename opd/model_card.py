@@ -98,7 +98,8 @@ def _views(teacher: Mapping[str, Any]) -> list[str]:
     for each in (teacher, *teacher.get("routes", {}).values()):
         seen = [f"the column `{each['sees']}`"] if each.get("sees") else []
         seen += [f"the system text {json.dumps(each['system'], ensure_ascii=False)}"] if each.get("system") else []
-        seen += [f"{len(each['examples'])} examples before each prompt"] if each.get("examples") else []
+        count = len(each.get("examples") or ())
+        seen += [f"{count} example{'s' if count > 1 else ''} before each prompt"] if count else []
         if seen:
             mode = f", {each['mode']}" if each.get("mode") else ""
             found.append(

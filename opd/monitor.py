@@ -269,7 +269,9 @@ class Monitor:
             if self.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_requested, self.stopped_by = True, number
-            self.console.print("stopping after this step; the student will be saved (interrupt again to quit at once)")
+            self.console.print(
+                "stopping after this step; the student will be saved (interrupt again to quit at once)", soft_wrap=True
+            )
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from opd.cli.display import headlines
+from opd.cli.display import change_of, headlines
 from opd.cli.main import main
 from opd.prompts import load_prompts
 from opd.recipe import load_recipe
@@ -44,6 +44,13 @@ def test_what_a_person_asks_first_stands_under_the_table():
         "tokens of a prompt: 38 for the student, 163 for its teacher: 125 saved each time",
     ]
     assert headlines(measured, load_recipe("heal"))[1:] == []
+
+
+def test_shares_change_by_points_and_other_figures_by_a_part_of_themselves():
+    assert change_of("accuracy", 0.75, 0.833) == "+8 points"
+    assert change_of("reverse_kl", 2.0, 0.5) == "-75%"
+    assert change_of("reverse_kl", 0.0, 0.5) == ""
+    assert change_of("of_somebody", 0.5, 0.25) == "-50%"
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,12 @@ def test_names_files_and_overrides_are_checked_before_the_libraries_load(tmp_pat
 
 
 def test_blocks_without_choices_are_shown(monkeypatch, capsys):
-    for name, keys in (("batch", ("prompts", "group", "micro")), ("recipe", ("steps", "reduction"))):
+    of_blocks = {
+        "batch": ("prompts", "group", "micro"),
+        "recipe": ("steps", "reduction"),
+        "evaluation": ("held_out", "max_new_tokens", "teacher_answers", "frames"),
+    }
+    for name, keys in of_blocks.items():
         assert {each.key for each in blocks()[name]} >= set(keys)
         monkeypatch.setattr("sys.argv", ["opd", "choices", name])
         with pytest.raises(SystemExit) as done:

@@ -185,13 +185,13 @@ def judged(folder, rate=1.0, steps=9):
             rows.append(row | (told | {"teacher_answer": f"own {i} {ATTACK}"} if step == 0 and i < 3 else {}))
     write_lines(run / "samples.jsonl", rows)
     metrics = [{"step": 0, "held_out/accuracy": 0.0, "held_out/reverse_kl": 2.0, "held_out/truncated": 0.1}]
-    metrics[0]["held_out/agreement"] = 0.0
+    metrics[0]["held_out/top1_agreement"] = 0.0
     for step in range(1, steps + 1):
         loss = 2 / step + (step % 2)
         one = {"train/loss": loss, "train/divergence": loss, "train/tokens": 16 * loss, "train/fixed": 7.0}
         metrics.append({"step": step, **{name: rate * value for name, value in one.items()}})
     metrics.append({"step": steps, "held_out/accuracy": 0.75, "held_out/reverse_kl": 0.5, "held_out/truncated": 0.4})
-    metrics[-1]["held_out/agreement"] = 0.0
+    metrics[-1]["held_out/top1_agreement"] = 0.0
     write_lines(run / "metrics.jsonl", metrics)
     return run
 

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from opd.choice import kind_of
 from opd.provenance import models_of, student_of
+from opd.report.glossary import MEANINGS
 
 if TYPE_CHECKING:
     from opd.api import Result
@@ -46,8 +47,7 @@ def show_result(result: Result, recipe: Recipe) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for name, after in result.after.items():
         before = result.before[name]
-        change = f"{(after - before) / before:+.0%}" if before else ""
-        table.add_row(name, f"{before:.3f}", f"{after:.3f}", change)
+        table.add_row(name, f"{before:.3f}", f"{after:.3f}", change_of(name, before, after))
     out.print(table)
     for line in headlines(result, recipe):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -77,6 +77,14 @@ def show_result(result: Result, recipe: Recipe) -> None:
     if by and recipe.checkpoint.every:
         following = f"opd train {result.directory / 'recipe.yaml'} --resume"
     out.print(f"next: {escape(following)}", highlight=False, soft_wrap=True)
+
+
+def change_of(name: str, before: float, after: float) -> str:
+    """A held-out figure's change: of shares in points, of others as a part of what it was."""
+    meaning = MEANINGS.get(f"held_out/{name}")
+    if meaning is not None and meaning.unit.startswith("share"):
+        return f"{100 * (after - before):+.0f} points"
+    return f"{(after - before) / before:+.0%}" if before else ""
 
 
 def headlines(result: Result, recipe: Recipe) -> list[str]:
