@@ -275,6 +275,53 @@ def _built_for_curriculum(
         raise IncompatibleError(f"curriculum {kind_of(recipe.curriculum)!r}: {error}") from None
 
 
+def check_taught(recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], context: Context) -> None:
+    """Raise `IncompatibleError` where what a built teacher knows does not fit the built student and the agreed
+    `context`, or an objective asks for the teacher of its fine-tuning and it is another one."""
+    for teacher in teachers:
+        teacher.check_student(student, context)
+        if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
+            teacher.check_origin(student)
+
+
+def check_written(recipe: Recipe, rollout: PrefixSource) -> None:
+    """Raise `IncompatibleError` where an objective or a shaping is not what it says on what a built rollout writes."""
+    written = rollout
+    if any(shaping.corrects for shaping in recipe.shaping):
+        written = copy.copy(rollout)
+        written.stale = 0
+    for objective in recipe.objective:
+        objective.check_authors(rollout.authors)
+        objective.check_trajectories(written)
+    exact = is_exact(recipe, rollout)
+    for shaping in recipe.shaping:
+        shaping.check_trajectories(rollout, exact)
+
+
+def read_by_all(
+    recipe: Recipe,
+    prompts: tuple[list[Prompt], list[Prompt]],
+    bad: list[DataError],
+    context: Context,
+    student: Student,
+    teachers: Sequence[LiveTeacher],
+    rollout: PrefixSource,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The `(training, held out)` prompts that all built parts can read, as `readable`.
+
+    Raises:
+        DataError: one that some part cannot read, where the recipe does not skip those.
+        IncompatibleError: a rollout that the curriculum will ask for cannot be built.
+    """
+    training, held_out = prompts
+    verifiers = [] if recipe.verifier is None else [recipe.verifier]
+    for own in recipe.curriculum.rollouts:
+        with closing(_built_for_curriculum(recipe, own, context, student, teachers)) as source:
+            training = readable(recipe, training, bad, None, source)
+    training = readable(recipe, training, bad, student, *teachers, rollout, *verifiers)
+    return training, readable(recipe, held_out, bad, student, *teachers, *verifiers)
+
+
 def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
     """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
     for objective in recipe.objective if optimiser.expected else ():
@@ -401,9 +448,7 @@ def _assembled(
     )
     for teacher in built:
         opened.callback(teacher.close)
-        teacher.check_student(student, context)
-        if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
-            teacher.check_origin(student)
+    check_taught(recipe, student, built, context)
     for warning in [*nothing_to_learn(recipe, student, built), *written_alike(recipe), *asked_in_vain(recipe)]:
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
@@ -414,12 +459,7 @@ def _assembled(
             f"{accelerator.num_processes} processes, which the engine needs all at once: run one process, or make the "
             "part with the engine the whole rollout"
         )
-    verifiers = [] if recipe.verifier is None else [recipe.verifier]
-    for own in recipe.curriculum.rollouts:
-        with closing(_built_for_curriculum(recipe, own, context, student, built)) as source:
-            training = readable(recipe, training, bad, None, source)
-    training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
-    held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
+    training, held_out = read_by_all(recipe, (training, held_out), bad, context, student, built, rollout)
     monitor.warn_of_skipped(bad)
     if rollout.elsewhere and 0 < len(held_out) < accelerator.num_processes:
         raise RecipeError(
@@ -431,20 +471,13 @@ def _assembled(
         [*student.notes, *(note for teacher in built for note in teacher.notes), *rollout.notes, *lengths]
     ):
         monitor.warn(note)
-    written = rollout
-    if any(shaping.corrects for shaping in recipe.shaping):
-        written = copy.copy(rollout)
-        written.stale = 0
+    check_written(recipe, rollout)
     for objective in recipe.objective:
-        objective.check_authors(rollout.authors)
-        objective.check_trajectories(written)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    exact = is_exact(recipe, rollout)
     for shaping in recipe.shaping:
         shaping.check_teachers(built)
-        shaping.check_trajectories(rollout, exact)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     for note in () if verifier is None else verifier.notes:
         monitor.warn(note)

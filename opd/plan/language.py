@@ -27,6 +27,7 @@ from opd.language.rollout import SamplingSettings
 from opd.language.student import check_words
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand, stores_not_here
+from opd.plan.rehearsal import rehearse
 from opd.plan.tokenizers import own_reader, own_tokenizers
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
@@ -173,6 +174,7 @@ def plan_language(recipe: Recipe, home: str | None = None) -> Plan:
     rows = tuple(_rows(recipe, shape, home) for shape in models)
     prompt, common, training = prompt_tokens(recipe, recipe.student.reader, notes)
     notes += stores_not_here(recipe)
+    rehearse(recipe, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = _trajectories(recipe)
     if recipe.rollout.most_read is not None:
