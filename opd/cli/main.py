@@ -292,17 +292,19 @@ def check(
     overrides: Overrides = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Validate a recipe and print its plan from configurations alone: does it fit, how long does it take, what is
-    unusual. No weights are read."""
+    """Refuse what a run would refuse at its start, and print the plan: does it fit, how long does it take, what is
+    unusual, what lies in the run's directory. No weights are read and nothing is written."""
     found = _load(recipe, overrides, quiet=json_output)
     from opd.cli.display import show_plan
     from opd.plan import make_plan
     from opd.plan.estimate import estimate
+    from opd.plan.place import found_at, lacking
     from opd.plan.unusual import unusual
 
     _quiet_libraries()
+    there = found_at(found)
     plan = make_plan(found)
-    show_plan(plan, estimate(found, plan), unusual(found, plan), json_output)
+    show_plan(plan, estimate(found, plan), unusual(found, plan), [*there, *lacking(found)], json_output)
 
 
 @app.command()
