@@ -53,13 +53,27 @@ from opd.watches import Watch as Watching
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """`(training, held out)` prompts of a recipe, checked; rows that cannot be used are left out where the recipe says
     so, and then put into `bad`."""
-    bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
-    prompts = load_prompts(recipe.prompts, bad)
+    rows = bad if recipe.skip_bad_prompts and bad is not None else list[DataError]()
     if any(source.weight is not None for source in recipe.evaluation.prompts or ()):
         raise RecipeError("evaluation.prompts: 'weight' is for training, held-out prompts are all measured; remove it")
-    if recipe.evaluation.prompts:
-        return prompts, load_prompts(recipe.evaluation.prompts, bad)
+    try:
+        prompts = load_prompts(recipe.prompts, rows)
+        own = load_prompts(recipe.evaluation.prompts, rows, "evaluation.prompts") if recipe.evaluation.prompts else None
+    except DataError:
+        if rows and not recipe.skip_bad_prompts:
+            raise rows[0] from None
+        raise
+    if rows and not recipe.skip_bad_prompts:
+        raise or_skipped(rows)
+    if own is not None:
+        return prompts, own
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
+
+
+def or_skipped(bad: Sequence[DataError]) -> DataError:
+    """The first of rows that cannot be used, with the way to do without all of them."""
+    which = "the row" if len(bad) == 1 else f"all {len(bad)} such rows"
+    return DataError(f"{bad[0]}; or leave {which} out with skip_bad_prompts=true")
 
 
 def answers_taken(prompts: Sequence[Prompt]) -> list[str]:
@@ -143,7 +157,7 @@ def readable(
             kept.append(prompt)
         except DataError as error:
             if not recipe.skip_bad_prompts:
-                raise
+                raise or_skipped([error]) from None
             bad.append(error)
     if not kept:
         raise DataError(f"skip_bad_prompts leaves no prompt at all; the last one: {bad[-1]}")

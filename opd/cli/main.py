@@ -383,6 +383,8 @@ def evaluate(
     if lm_eval is None and (limit is not None or include_path is not None):
         raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
 
+    from opd.files.recipes import find_recipe
+
     changes = list(overrides or [])
     run = Path(source) if (Path(source) / "recipe.yaml").is_file() else None
     if run is not None:
@@ -390,6 +392,11 @@ def evaluate(
         # It may have been moved since.
         changes.append(f"output={json.dumps(str(run))}")
         student = student or str(run / "student")
+    else:
+        try:
+            find_recipe(source)
+        except RecipeError as error:
+            raise RecipeError(f"{error}; or the directory of a run, in which its recipe.yaml lies") from None
     trained = None
     if student is not None:
         trained = _load(source, changes, quiet=json_output)
