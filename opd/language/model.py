@@ -204,7 +204,7 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
     if torch.device(device).type == "meta":
         outline: PreTrainedModel = outlined(settings, load_config(settings)).eval()
         with suppress(OSError):  # a model need not say how it writes
-            revision = settings.revision if source is None else None
+            revision = (settings.revision if source is None else None) or "main"
             outline.generation_config = GenerationConfig.from_pretrained(resolve(reference), revision=revision)
         return outline
     named = reference if source is None else f"{reference} (which the adapter {source.folder} changes)"

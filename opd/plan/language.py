@@ -325,11 +325,11 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
     lengths = [len(ids) for ids in encoded]
     too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
     if too_long and not recipe.skip_bad_prompts:
-        error = DataError(
+        found_too_long = DataError(
             f"{prompts[too_long[0]].where}: the prompt has {lengths[too_long[0]]} tokens, more than max_prompt_tokens="
             f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
         )
-        raise or_skipped([error])
+        raise or_skipped([found_too_long])
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     _note_shown(recipe, language, prompts, notes)
     # Where the same ids stand for other pictures nothing is in common.

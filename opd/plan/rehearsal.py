@@ -70,8 +70,8 @@ def rehearse(recipe: Recipe, notes: list[str]) -> None:
     student = recipe.student
     if not isinstance(student, CausalLM | ImageText) or any(source.remote is not None for source in recipe.prompts):
         return
-    settings = [part for part in (student, *nested(recipe.teacher)) if isinstance(part, ModelSettings)]
-    away = [part.model for part in settings if not _is_here(part)]
+    settings: list[object] = [student, *nested(recipe.teacher)]
+    away = [part.model for part in settings if isinstance(part, ModelSettings) and not _is_here(part)]
     if away:
         notes.append(
             f"{', '.join(dict.fromkeys(away))}: not on this machine, or still to be converted; a run checks at its "
@@ -130,7 +130,7 @@ def _without_place(value: T) -> T:
         return {key: _without_place(part) for key, part in value.items()}  # type: ignore[return-value]
     if not isinstance(value, Teacher):
         return value
-    changes = {name: _without_place(part) for name, part in value if isinstance(part, dict | Teacher)}
+    changes: dict[str, Any] = {name: _without_place(part) for name, part in value if isinstance(part, dict | Teacher)}
     if isinstance(value, ScoringSettings):
         changes |= {"device": None, "offload": False}
     return value.model_copy(update=changes)

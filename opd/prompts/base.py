@@ -163,8 +163,8 @@ class Prompts(Choice):
         for key, column in (("column", taken), ("answer", self.answer)):
             if column is not None and column not in fields:
                 own = written_columns(fields)
-                for name in own:
-                    check_turns(fields[name], where, name)
+                for other in own:
+                    check_turns(fields[other], where, other)
                 raise DataError(
                     f"{where}: no column {column!r}{nearest(column, own)}; the row has {own}. Name the one that holds "
                     f"the {'prompt' if key == 'column' else key} with prompts.{key}"
