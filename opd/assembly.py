@@ -53,13 +53,27 @@ from opd.watches import Watch as Watching
 def load_data(recipe: Recipe, bad: list[DataError] | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """`(training, held out)` prompts of a recipe, checked; rows that cannot be used are left out where the recipe says
     so, and then put into `bad`."""
-    bad = None if not recipe.skip_bad_prompts else [] if bad is None else bad
-    prompts = load_prompts(recipe.prompts, bad)
+    rows = bad if recipe.skip_bad_prompts and bad is not None else list[DataError]()
     if any(source.weight is not None for source in recipe.evaluation.prompts or ()):
         raise RecipeError("evaluation.prompts: 'weight' is for training, held-out prompts are all measured; remove it")
-    if recipe.evaluation.prompts:
-        return prompts, load_prompts(recipe.evaluation.prompts, bad)
+    try:
+        prompts = load_prompts(recipe.prompts, rows)
+        own = load_prompts(recipe.evaluation.prompts, rows, "evaluation.prompts") if recipe.evaluation.prompts else None
+    except DataError:
+        if rows and not recipe.skip_bad_prompts:
+            raise rows[0] from None
+        raise
+    if rows and not recipe.skip_bad_prompts:
+        raise or_skipped(rows)
+    if own is not None:
+        return prompts, own
     return split_held_out(prompts, recipe.evaluation.held_out, recipe.seed)
+
+
+def or_skipped(bad: Sequence[DataError]) -> DataError:
+    """The first of rows that cannot be used, with the way to do without all of them."""
+    which = "the row" if len(bad) == 1 else f"all {len(bad)} such rows"
+    return DataError(f"{bad[0]}; or leave {which} out with skip_bad_prompts=true")
 
 
 def answers_taken(prompts: Sequence[Prompt]) -> list[str]:
@@ -143,7 +157,7 @@ def readable(
             kept.append(prompt)
         except DataError as error:
             if not recipe.skip_bad_prompts:
-                raise
+                raise or_skipped([error]) from None
             bad.append(error)
     if not kept:
         raise DataError(f"skip_bad_prompts leaves no prompt at all; the last one: {bad[-1]}")
@@ -275,6 +289,53 @@ def _built_for_curriculum(
         raise IncompatibleError(f"curriculum {kind_of(recipe.curriculum)!r}: {error}") from None
 
 
+def check_taught(recipe: Recipe, student: Student, teachers: Sequence[LiveTeacher], context: Context) -> None:
+    """Raise `IncompatibleError` where what a built teacher knows does not fit the built student and the agreed
+    `context`, or an objective asks for the teacher of its fine-tuning and it is another one."""
+    for teacher in teachers:
+        teacher.check_student(student, context)
+        if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
+            teacher.check_origin(student)
+
+
+def check_written(recipe: Recipe, rollout: PrefixSource) -> None:
+    """Raise `IncompatibleError` where an objective or a shaping is not what it says on what a built rollout writes."""
+    written = rollout
+    if any(shaping.corrects for shaping in recipe.shaping):
+        written = copy.copy(rollout)
+        written.stale = 0
+    for objective in recipe.objective:
+        objective.check_authors(rollout.authors)
+        objective.check_trajectories(written)
+    exact = is_exact(recipe, rollout)
+    for shaping in recipe.shaping:
+        shaping.check_trajectories(rollout, exact)
+
+
+def read_by_all(
+    recipe: Recipe,
+    prompts: tuple[list[Prompt], list[Prompt]],
+    bad: list[DataError],
+    context: Context,
+    student: Student,
+    teachers: Sequence[LiveTeacher],
+    rollout: PrefixSource,
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The `(training, held out)` prompts that all built parts can read, as `readable`.
+
+    Raises:
+        DataError: one that some part cannot read, where the recipe does not skip those.
+        IncompatibleError: a rollout that the curriculum will ask for cannot be built.
+    """
+    training, held_out = prompts
+    verifiers = [] if recipe.verifier is None else [recipe.verifier]
+    for own in recipe.curriculum.rollouts:
+        with closing(_built_for_curriculum(recipe, own, context, student, teachers)) as source:
+            training = readable(recipe, training, bad, None, source)
+    training = readable(recipe, training, bad, student, *teachers, rollout, *verifiers)
+    return training, readable(recipe, held_out, bad, student, *teachers, *verifiers)
+
+
 def check_reduction(recipe: Recipe, optimiser: Optimiser) -> None:
     """Raise `IncompatibleError` when the update divides by trajectories and an objective by tokens."""
     for objective in recipe.objective if optimiser.expected else ():
@@ -401,9 +462,7 @@ def _assembled(
     )
     for teacher in built:
         opened.callback(teacher.close)
-        teacher.check_student(student, context)
-        if any(o.same_teacher and o.teacher in (None, teacher.settings.name) for o in recipe.objective):
-            teacher.check_origin(student)
+    check_taught(recipe, student, built, context)
     for warning in [*nothing_to_learn(recipe, student, built), *written_alike(recipe), *asked_in_vain(recipe)]:
         monitor.warn(warning)
     rollout = recipe.rollout.build(context, student, built)
@@ -414,12 +473,7 @@ def _assembled(
             f"{accelerator.num_processes} processes, which the engine needs all at once: run one process, or make the "
             "part with the engine the whole rollout"
         )
-    verifiers = [] if recipe.verifier is None else [recipe.verifier]
-    for own in recipe.curriculum.rollouts:
-        with closing(_built_for_curriculum(recipe, own, context, student, built)) as source:
-            training = readable(recipe, training, bad, None, source)
-    training = readable(recipe, training, bad, student, *built, rollout, *verifiers)
-    held_out = readable(recipe, held_out, bad, student, *built, *verifiers)
+    training, held_out = read_by_all(recipe, (training, held_out), bad, context, student, built, rollout)
     monitor.warn_of_skipped(bad)
     if rollout.elsewhere and 0 < len(held_out) < accelerator.num_processes:
         raise RecipeError(
@@ -431,20 +485,13 @@ def _assembled(
         [*student.notes, *(note for teacher in built for note in teacher.notes), *rollout.notes, *lengths]
     ):
         monitor.warn(note)
-    written = rollout
-    if any(shaping.corrects for shaping in recipe.shaping):
-        written = copy.copy(rollout)
-        written.stale = 0
+    check_written(recipe, rollout)
     for objective in recipe.objective:
-        objective.check_authors(rollout.authors)
-        objective.check_trajectories(written)
         for i, teacher in enumerate(built):
             if objective.teacher in (None, teacher.settings.name):
                 objective.check_accepts(teacher.answers, f"teacher {i}" if len(built) > 1 else "the teacher")
-    exact = is_exact(recipe, rollout)
     for shaping in recipe.shaping:
         shaping.check_teachers(built)
-        shaping.check_trajectories(rollout, exact)
     verifier = None if recipe.verifier is None else recipe.verifier.build(context)
     for note in () if verifier is None else verifier.notes:
         monitor.warn(note)

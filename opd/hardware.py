@@ -10,18 +10,27 @@ DEVICE = r"^(cpu|cuda(:\d{1,4})?|mps|xpu)$"
 """Names of devices that a recipe may give."""
 
 
-def check_device(name: str | None, key: str) -> None:
-    """Raise `RecipeError` when this machine, or this torch, has no such device; `auto` and None name none."""
+def absent(name: str | None, key: str) -> str | None:
+    """Why a run cannot compute where the recipe's `key` says, as this machine, or this torch, has no such device; None
+    where it has. `auto` and None name no device."""
     kind, _, number = (name or "auto").partition(":")
     if kind in ("auto", "cpu"):
-        return
+        return None
     present = {"cuda": torch.cuda, "mps": torch.mps, "xpu": torch.xpu}[kind].device_count()
     if kind == "mps" and not torch.backends.mps.is_available():
         present = 0
     if not present:
-        raise RecipeError(f"{key} is {name!r} and this machine has no {kind.upper()} device; use auto or cpu")
+        return f"{key} is {name!r} and this machine has no {kind.upper()} device; use auto or cpu"
     if int(number or 0) >= present:
-        raise RecipeError(f"{key} is {name!r} and this machine has {kind}:0 to {kind}:{present - 1}; take one of them")
+        return f"{key} is {name!r} and this machine has {kind}:0 to {kind}:{present - 1}; take one of them"
+    return None
+
+
+def check_device(name: str | None, key: str) -> None:
+    """Raise `RecipeError` with what `absent` says of a device that is not here."""
+    why = absent(name, key)
+    if why is not None:
+        raise RecipeError(why)
 
 
 def fast_in_bf16(device: torch.device | str) -> bool:

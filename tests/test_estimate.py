@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from opd.cli.main import app
@@ -92,6 +93,44 @@ def test_this_machine_is_measured_and_cards_stand_beside_it(path):
     assert [fit.device for fit in found.cards] in ([], list(CARDS))
     on_cpu = recipe(path, hardware={"device": "cpu"})
     assert not estimate(on_cpu, make_plan(on_cpu)).cards
+
+
+@pytest.fixture
+def no_card(monkeypatch):
+    """A machine without one, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+def test_a_recipe_for_a_card_is_planned_where_there_is_none(path, no_card):
+    """As for the card: the rows of cards are those of a recipe that leaves the device open, and nothing is measured."""
+    named, free = recipe(path, hardware={"device": "cuda"}), recipe(path)
+    found = estimate(named, make_plan(named))
+    assert found.here is None
+    assert found.as_dict()["here"] is None
+    assert found.cards == estimate(free, make_plan(free)).cards
+    assert [fit.device for fit in found.cards] == list(CARDS)
+    ((_, rows),) = found.sections()
+    assert [name for name, _ in rows] == [card.name for card in CARDS]
+    assert found.notes == (
+        "planned for a machine that has it, a run here is refused: hardware.device is 'cuda' and this machine has no "
+        "CUDA device; use auto or cpu",
+    )
+
+
+def test_of_a_device_without_a_data_sheet_the_plan_alone_is_told(path, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 0)
+    read = recipe(path, hardware={"device": "xpu"})
+    found = estimate(read, make_plan(read))
+    assert (found.here, found.cards, list(found.sections())) == (None, (), [])
+    assert "hardware.device is 'xpu' and this machine has no XPU device" in found.notes[0]
+
+
+def test_a_teacher_on_a_card_that_is_not_here_is_told(path, no_card):
+    read = recipe(path, teacher={"model": path, "template": "plain", "device": "cuda:1"})
+    found = estimate(read, make_plan(read))
+    assert found.here is not None
+    assert any("teacher.device is 'cuda:1' and this machine has no CUDA device" in note for note in found.notes)
 
 
 def test_a_card_is_planned_as_a_card(path):

@@ -402,6 +402,10 @@ def test_a_device_that_is_not_there_is_one_message(models, tmp_path):
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(opd.RecipeError, match="no CUDA device"):
         build(recipe_for(models, tmp_path, hardware={"device": "cuda"}), tmp_path)
+    # Live models are moved there before a recipe's are built.
+    student, teacher = tiny_model(), tiny_model(seed=1)
+    with pytest.raises(opd.RecipeError, match=r"hardware\.device is 'cuda' and this machine has no CUDA device"):
+        opd.distill(student, teacher, ["1+1=", "2+2="], tokenizer=character_tokenizer(), hardware={"device": "cuda"})
 
 
 def test_measurement_weighs_positions_not_micro_batches():

@@ -92,7 +92,7 @@ def test_it_is_turned_and_flattened_as_people_see_it():
         ("https://example.org/a.png", r"is an address .*nothing is fetched: download it"),
         ("data:image/png;base64,AAAA", r"is an address"),
         ("nowhere.png", r"no file 'nowhere.png'; a relative path is looked for in the working directory and in "),
-        (b"no picture", r"cannot be read .*mend the file, or set skip_bad_prompts=true"),
+        (b"no picture", r"cannot be read .*mend the file"),
         (encoded(picture(0, 20, 20))[:200], r"cannot be read"),
         (encoded(picture(0, 80, 80), "BMP"), r"has \d+ bytes, more than 10000; raise student\.largest_file"),
         (encoded(Image.new("RGB", (100, 50))), r"has 100 x 50 pixels, more than 4000 .*student\.largest_picture"),

@@ -117,6 +117,7 @@ def test_models_of_eight_billion_are_planned_without_weights_in_seconds():
     assert plan["teachers"][0]["parameters"] == pytest.approx(8.19e9, rel=0.01)
     assert plan["student"]["parameters"] == pytest.approx(1.72e9, rel=0.01)
     assert any("comes with opd" in note for note in plan["notes"])
+    assert any(note.endswith("too long for them") for note in plan["notes"]), "what was not looked at is said"
 
 
 @pytest.mark.parametrize(

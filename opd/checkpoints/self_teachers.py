@@ -12,6 +12,7 @@ from opd.choice import nested
 from opd.context import Context
 from opd.errors import RunError
 from opd.files.run_directory import read_json
+from opd.hardware import check_device
 from opd.policies.base import LIVE
 from opd.teachers.base import LiveTeacher
 from opd.teachers.self_teacher import SelfTeacher
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where a recipe's models lie in a single process."""
+    """Where a recipe's models lie in a single process.
+
+    Raises:
+        RecipeError: this machine has no such device.
+    """
+    check_device(recipe.hardware.device, "hardware.device")
     if recipe.hardware.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(recipe.hardware.device)

@@ -188,10 +188,14 @@ def show_objectives(rows: Sequence[Row]) -> None:
 
 
 def show_plan(
-    plan: Plan | FlowPlan | ActionPlan | DrafterPlan, estimate: Estimate, unusual: Sequence[str], as_json: bool
+    plan: Plan | FlowPlan | ActionPlan | DrafterPlan,
+    estimate: Estimate,
+    unusual: Sequence[str],
+    there: Sequence[str],
+    as_json: bool,
 ) -> None:
+    notes = [*plan.notes, *estimate.notes, *there]
     if as_json:
-        notes = [*plan.notes, *estimate.notes]
         whole = {**plan.as_dict(), "estimate": estimate.as_dict(), "unusual": list(unusual), "notes": notes}
         print(json.dumps(whole, indent=2))
         return
@@ -203,7 +207,7 @@ def show_plan(
         for name, value in rows:
             table.add_row(name, value)
         out.print(table)
-    for note in [*plan.notes, *estimate.notes]:
+    for note in notes:
         out.print(f"note: {note}", highlight=False, soft_wrap=True)
     for line in unusual:
         out.print(f"unusual: {line}", highlight=False, soft_wrap=True)

@@ -292,17 +292,19 @@ def check(
     overrides: Overrides = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Validate a recipe and print its plan from configurations alone: does it fit, how long does it take, what is
-    unusual. No weights are read."""
+    """Refuse what a run would refuse at its start, and print the plan: does it fit, how long does it take, what is
+    unusual, what lies in the run's directory. No weights are read and nothing is written."""
     found = _load(recipe, overrides, quiet=json_output)
     from opd.cli.display import show_plan
     from opd.plan import make_plan
     from opd.plan.estimate import estimate
+    from opd.plan.place import found_at, lacking
     from opd.plan.unusual import unusual
 
     _quiet_libraries()
+    there = found_at(found)
     plan = make_plan(found)
-    show_plan(plan, estimate(found, plan), unusual(found, plan), json_output)
+    show_plan(plan, estimate(found, plan), unusual(found, plan), [*there, *lacking(found)], json_output)
 
 
 @app.command()
@@ -381,6 +383,8 @@ def evaluate(
     if lm_eval is None and (limit is not None or include_path is not None):
         raise RecipeError("--limit and --include-path belong to --lm-eval TASK,TASK; name its tasks")
 
+    from opd.files.recipes import find_recipe
+
     changes = list(overrides or [])
     run = Path(source) if (Path(source) / "recipe.yaml").is_file() else None
     if run is not None:
@@ -388,6 +392,11 @@ def evaluate(
         # It may have been moved since.
         changes.append(f"output={json.dumps(str(run))}")
         student = student or str(run / "student")
+    else:
+        try:
+            find_recipe(source)
+        except RecipeError as error:
+            raise RecipeError(f"{error}; or the directory of a run, in which its recipe.yaml lies") from None
     trained = None
     if student is not None:
         trained = _load(source, changes, quiet=json_output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from opd.errors import RunError
 from opd.files.ours import FILLING, refuse_foreign, remove
@@ -132,20 +134,42 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise RunError(f"cannot write to the run directory {directory} ({error.strerror}); set output=PATH") from None
+        raise _not_writable(directory, str(error.strerror)) from None
     with file:
-        file.seek(0)
-        if not re.fullmatch(HOLDER, file.read()):
-            raise RunError(f"{directory / '.lock'} was not written by opd; choose another directory with output=PATH")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(
-                f"{directory} is being written by process {file.read().strip() or '(unknown)'}; "
-                "wait for it, stop it, or choose another directory with output=PATH"
-            ) from None
+        _hold(file, directory, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")
         file.flush()
         yield
+
+
+def check_lockable(directory: Path) -> None:
+    """Raise `RunError` where `locked` would; nothing is made or written."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise _not_writable(directory, os.strerror(errno.ENOTDIR))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _not_writable(directory, os.strerror(errno.EACCES))
+    lock = directory / ".lock"
+    if lock.is_file():
+        with lock.open(encoding="utf-8") as file:
+            _hold(file, directory, fcntl.LOCK_SH)
+
+
+def _hold(file: TextIO, directory: Path, how: int) -> None:
+    """Take the lock of a run directory until its file is closed; raises as `locked` does."""
+    file.seek(0)
+    if not re.fullmatch(HOLDER, file.read()):
+        raise RunError(f"{directory / '.lock'} was not written by opd; choose another directory with output=PATH")
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise RunError(
+            f"{directory} is being written by process {file.read().strip() or '(unknown)'}; "
+            "wait for it, stop it, or choose another directory with output=PATH"
+        ) from None
+
+
+def _not_writable(directory: Path, why: str) -> RunError:
+    return RunError(f"cannot write to the run directory {directory} ({why}); set output=PATH")

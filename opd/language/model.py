@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,11 +24,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from opd.choice import Settings
-from opd.errors import ModelError
+from opd.errors import ModelError, first_line
 from opd.language.adapters import adapter_of, load_adapter, tokenizer_places
 from opd.language.architectures import KNOWN
-from opd.language.attention import attentions
-from opd.language.layers import drop_layers, drop_layers_from_config
+from opd.language.attention import attentions, takes_lengths
+from opd.language.layers import decoder_of, drop_layers, drop_layers_from_config
 from opd.language.saving import merged, quantised_by
 from opd.language.source import config_source, resolve
 
@@ -194,10 +196,17 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
     """The model in eval mode on `device`, with `drop_layers` applied.
 
     An adapter's folder loads as the adapter's model with the adapter merged into it; with `keep_adapter`, or where the
-    model is quantised, as peft's wrapper around both.
+    model is quantised, as peft's wrapper around both. On the meta device nothing is read but configurations, and an
+    adapter is left out.
     """
     source = adapter_of(settings.model, settings.revision)
     reference = settings.model if source is None else source.base
+    if torch.device(device).type == "meta":
+        outline: PreTrainedModel = outlined(settings, load_config(settings)).eval()
+        with suppress(OSError):  # a model need not say how it writes
+            revision = (settings.revision if source is None else None) or "main"
+            outline.generation_config = GenerationConfig.from_pretrained(resolve(reference), revision=revision)
+        return outline
     named = reference if source is None else f"{reference} (which the adapter {source.folder} changes)"
     try:
         model: Any = settings.family.from_pretrained(
@@ -220,6 +229,43 @@ def load_model(settings: ModelSettings, device: torch.device | str, keep_adapter
             )
     drop_layers(model, settings.drop_layers)
     return model.to(device).eval()
+
+
+def dtype_of(settings: ModelSettings, config: PretrainedConfig) -> str:
+    """The name of the dtype of a model's weights once they are loaded."""
+    dtype = settings.dtype if settings.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
+    return dtype.removeprefix("torch.")
+
+
+def outlined(settings: ModelSettings, config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration, on the meta device.
+
+    Raises:
+        ModelError: transformers makes no causal language model of the configuration.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = settings.family.from_config(
+                config,
+                dtype=getattr(torch, dtype_of(settings, config), torch.float32),
+                # Kernels are not loaded to count weights.
+                attn_implementation=None if takes_lengths(settings.attention) else settings.attention,
+                trust_remote_code=settings.trust_remote_code,
+            )
+    except Exception as error:
+        # A configuration runs the architecture's own code, which may raise anything about its numbers.
+        raise of_other_kind(settings, config) or ModelError(
+            f"model {settings.model!r}: transformers makes no causal language model of its config.json "
+            f"({first_line(error)}); choose another model, or mend the file"
+        ) from None
+    if takes_lengths(settings.attention):
+        if not model._supports_flash_attn:
+            raise ModelError(
+                f"model {settings.model!r}: the family {config.model_type!r} has no attention {settings.attention!r} "
+                "in transformers; take attention: sdpa, or eager"
+            )
+        decoder_of(model).config._attn_implementation = settings.attention
+    return model
 
 
 def of_other_kind(settings: ModelSettings, config: PretrainedConfig) -> ModelError | None:

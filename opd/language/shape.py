@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from opd.errors import ModelError, first_line
-from opd.language.attention import takes_lengths
-from opd.language.layers import decoder_of
-from opd.language.model import ModelSettings, load_config, of_other_kind
+from opd.errors import ModelError
+from opd.language.model import ModelSettings, dtype_of, load_config, outlined
 from opd.planning import DTYPE_BYTES, Shape
 
 if TYPE_CHECKING:
@@ -33,16 +30,14 @@ def model_shape(
         ModelError: transformers makes no causal language model of the configuration.
     """
     config = load_config(settings, notes)
-    dtype = settings.dtype if settings.dtype != "auto" else str(getattr(config, "dtype", None) or "float32")
-    dtype = dtype.removeprefix("torch.")
-    base = _empty(settings, config, dtype)
+    base = outlined(settings, config)
     model = base if adapted is None else adapted(base)
     parameters = sum(p.numel() for p in model.parameters())
     head = base.get_output_embeddings()
     if head is None:
         raise ModelError(f"model {settings.model!r} has no output embeddings: not a causal language model")
     vocabulary, width = head.weight.shape
-    size = DTYPE_BYTES.get(dtype, 4)
+    size = DTYPE_BYTES.get(dtype_of(settings, config), 4)
     text = config.get_text_config()
     return Shape(
         name=settings.model,
@@ -56,33 +51,6 @@ def model_shape(
         offload=bool(getattr(settings, "offload", False)),
         model=model,
     )
-
-
-def _empty(settings: ModelSettings, config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """The model on the meta device."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = settings.family.from_config(
-                config,
-                dtype=getattr(torch, dtype, torch.float32),
-                # Kernels are not loaded to count weights.
-                attn_implementation=None if takes_lengths(settings.attention) else settings.attention,
-                trust_remote_code=settings.trust_remote_code,
-            )
-    except Exception as error:
-        # A configuration runs the architecture's own code, which may raise anything about its numbers.
-        raise of_other_kind(settings, config) or ModelError(
-            f"model {settings.model!r}: transformers makes no causal language model of its config.json "
-            f"({first_line(error)}); choose another model, or mend the file"
-        ) from None
-    if takes_lengths(settings.attention):
-        if not model._supports_flash_attn:
-            raise ModelError(
-                f"model {settings.model!r}: the family {config.model_type!r} has no attention {settings.attention!r} "
-                "in transformers; take attention: sdpa, or eager"
-            )
-        decoder_of(model).config._attn_implementation = settings.attention
-    return model
 
 
 def _kv_width(model: Any, config: Any) -> int:

@@ -8,6 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 from opd.errors import ModelError
 
 
@@ -47,6 +49,17 @@ def config_source(reference: str) -> tuple[str, dict[str, str]]:
     if gguf_file is None or (_cached(gguf_file) / "config.json").is_file():
         return resolve(reference), {}
     return str(gguf_file.parent), {"gguf_file": gguf_file.name}
+
+
+def is_here(reference: str, name: str, revision: str | None = None) -> bool:
+    """Whether the file called `name` of a model can be read as it is: neither downloaded, nor made of a GGUF file. Of a
+    place on this machine that is taken for true: whoever reads it says what is wrong."""
+    gguf_file = _gguf(reference)
+    if gguf_file is not None:
+        return (_cached(gguf_file) / "config.json").is_file()
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1 or Path(reference).exists():
+        return True
+    return isinstance(try_to_load_from_cache(reference, name, revision=revision), str)
 
 
 def _gguf(reference: str) -> Path | None:

@@ -11,10 +11,13 @@ from typing import Any
 import psutil
 import torch
 
+from opd.choice import nested
+from opd.hardware import absent
 from opd.plan import ActionPlan, DrafterPlan, FlowPlan, Plan, make_plan
 from opd.plan.language import home_of, quick_in_bf16
 from opd.planning import bytes_text
 from opd.recipe import Recipe
+from opd.teachers.local import ScoringSettings
 
 GIB = 2**30
 
@@ -67,14 +70,14 @@ def this_machine(recipe: Recipe, plan: Plan | None) -> Device:
     """The device that the recipe would compute on here, measured with matrices of the plan's student. Without a plan
     its memory alone is told."""
     home = home_of(recipe)
+    device = torch.device(recipe.hardware.device if recipe.hardware.device != "auto" else home)
     if home == "cuda":
-        found = torch.cuda.get_device_properties(0)
+        found = torch.cuda.get_device_properties(device)
         name, memory, taken = found.name, found.total_memory, CONTEXT
     else:
         name, memory, taken = home, psutil.virtual_memory().total, 0
     if plan is None:
         return Device(name, memory, 0.0, 0.0, 0.0, taken)
-    device = torch.device(recipe.hardware.device if recipe.hardware.device != "auto" else home)
     precision = recipe.hardware.precision
     bf16 = plan.student.size == 2 or precision == "bf16" or (precision == "auto" and quick_in_bf16(home))
     threads = torch.get_num_threads()
@@ -201,22 +204,23 @@ class Fit:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Where a recipe fits and how long it takes: here, and on cards that are elsewhere."""
+    """Where a recipe fits and how long it takes: here, unless it names a device that this machine has not, and on cards
+    that are elsewhere."""
 
-    here: Fit
+    here: Fit | None
     cards: tuple[Fit, ...]
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"here": self.here.as_dict(), "cards": [fit.as_dict() for fit in self.cards]}
+        here = None if self.here is None else self.here.as_dict()
+        return {"here": here, "cards": [fit.as_dict() for fit in self.cards]}
 
     def sections(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        yield (
-            "does it fit, and how long, at most (an estimate)",
-            [(f"this machine: {self.here.device.name}", self.here.told())]
-            + [(fit.device.name, fit.told()) for fit in self.cards],
-        )
-        if self.here.step and self.here.room >= 0:
+        here = [] if self.here is None else [(f"this machine: {self.here.device.name}", self.here.told())]
+        rows = here + [(fit.device.name, fit.told()) for fit in self.cards]
+        if rows:
+            yield "does it fit, and how long, at most (an estimate)", rows
+        if self.here is not None and self.here.step and self.here.room >= 0:
             whole = sum(self.here.step.values())
             yield (
                 "a step here, at most (an estimate)",
@@ -229,15 +233,21 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, plan: Plan | FlowPlan | ActionPlan | DrafterPlan) -> Estimate:
-    """Where `recipe` fits and how long it takes. This machine is measured for about a second."""
+    """Where `recipe` fits and how long it takes. This machine is measured for about a second, if it has the device that
+    the recipe names; else the plan is one for such a device, and a note says that a run is refused here."""
     timed = plan if isinstance(plan, Plan) else None
-    here = _fit(recipe, plan, this_machine(recipe, timed))
+    elsewhere = absent(recipe.hardware.device, "hardware.device")
+    here = None if elsewhere is not None else _fit(recipe, plan, this_machine(recipe, timed))
     cards: tuple[Fit, ...] = ()
-    if recipe.hardware.device == "auto" and home_of(recipe) != "cuda":
+    if home_of(recipe) == "cuda":
+        cards = () if elsewhere is None else tuple(_fit(recipe, plan, card) for card in CARDS)
+    elif recipe.hardware.device == "auto":
         there = (timed.on_card if timed is not None else None) or make_plan(recipe, "cuda")
         cards = tuple(_fit(recipe, there, card) for card in CARDS)
-    notes = []
-    if here.room < 0:
+    named = [(part.device, "teacher.device") for part in nested(recipe.teacher) if isinstance(part, ScoringSettings)]
+    told = dict.fromkeys([elsewhere, *(absent(device, key) for device, key in named)])
+    notes = [f"planned for a machine that has it, a run here is refused: {why}" for why in told if why is not None]
+    if here is not None and here.room < 0:
         part, value = max(plan.memory.items(), key=lambda item: item[1])
         notes.append(
             f"this recipe needs {bytes_text(here.peak)} and this machine has {bytes_text(here.device.memory)}; the "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opd.assembly import check_ids, written_alike
+from opd.assembly import check_ids, or_skipped, written_alike
 from opd.choice import kind_of, nested
 from opd.distributions import Distribution
 from opd.engines import RolloutEngine
@@ -27,6 +27,7 @@ from opd.language.rollout import SamplingSettings
 from opd.language.student import check_words
 from opd.operator import chunk_rows
 from opd.plan.at_hand import prompts_at_hand, stores_not_here
+from opd.plan.rehearsal import rehearse
 from opd.plan.tokenizers import own_reader, own_tokenizers
 from opd.planning import Shape, bytes_text, count_text, saved_bytes
 from opd.policies.causal_lm import TrainedModel
@@ -173,6 +174,7 @@ def plan_language(recipe: Recipe, home: str | None = None) -> Plan:
     rows = tuple(_rows(recipe, shape, home) for shape in models)
     prompt, common, training = prompt_tokens(recipe, recipe.student.reader, notes)
     notes += stores_not_here(recipe)
+    rehearse(recipe, notes)
     completion = max(recipe.rollout.budget, recipe.curriculum.longest or 0)
     trajectories = _trajectories(recipe)
     if recipe.rollout.most_read is not None:
@@ -316,14 +318,18 @@ def prompt_tokens(recipe: Recipe, reader: Callable[[bool], InProcess], notes: li
     notes += language.notes
     if not recipe.skip_bad_prompts:
         for prompt, ids in zip(prompts, encoded, strict=False):
-            check_words(language, prompt, ids)
+            try:
+                check_words(language, prompt, ids)
+            except DataError as error:
+                raise or_skipped([error]) from None
     lengths = [len(ids) for ids in encoded]
     too_long = [i for i, length in enumerate(lengths) if length > recipe.max_prompt_tokens]
     if too_long and not recipe.skip_bad_prompts:
-        raise DataError(
+        found_too_long = DataError(
             f"{prompts[too_long[0]].where}: the prompt has {lengths[too_long[0]]} tokens, more than max_prompt_tokens="
             f"{recipe.max_prompt_tokens}; shorten it or raise the limit"
         )
+        raise or_skipped([found_too_long])
     notes.append(f"prompts are {sum(lengths) / len(lengths):.0f} tokens long on average, {max(lengths)} at most")
     _note_shown(recipe, language, prompts, notes)
     # Where the same ids stand for other pictures nothing is in common.

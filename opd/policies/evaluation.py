@@ -62,6 +62,16 @@ class Evaluation(Settings):
     stop: Stop | None = Field(None, description="End the run when a held-out metric gains no more")
     alarm: Alarm | None = Field(Alarm(), description="Warn when held-out samples degenerate; null never warns")
 
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _some(cls, value: object) -> object:
+        if value == 0 and not isinstance(value, bool):
+            raise ValueError(
+                "a run is measured before and after training, on prompts that it is not trained on; hold out 1 or "
+                "more, or name a set of their own in evaluation.prompts and leave the key out"
+            )
+        return value
+
     @property
     def longest(self) -> int | None:
         """Most actions of a held-out rollout, where it is not the training rollout's."""

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from opd.choice import Choice, names_a_place
+from opd.choice import Choice, kind_of, names_a_place
 from opd.errors import DataError, nearest
-from opd.prompts.messages import Messages, answers, check_fields, check_messages, check_view, text_of
+from opd.prompts.messages import Messages, answers, check_fields, check_messages, check_turns, check_view, text_of
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,8 @@ class Prompts(Choice):
         for key, column in (("column", taken), ("answer", self.answer)):
             if column is not None and column not in fields:
                 own = written_columns(fields)
+                for other in own:
+                    check_turns(fields[other], where, other)
                 raise DataError(
                     f"{where}: no column {column!r}{nearest(column, own)}; the row has {own}. Name the one that holds "
                     f"the {'prompt' if key == 'column' else key} with prompts.{key}"
@@ -215,19 +217,18 @@ def _read(value: Any) -> Any:
         return value
 
 
-def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None) -> list[Prompt]:
-    """All prompts of all sources, in order; refuses an empty set and duplicate ids.
+def load_prompts(sources: Sequence[Prompts], bad: list[DataError] | None = None, key: str = "prompts") -> list[Prompt]:
+    """All prompts of all sources, in order; refuses an empty set and duplicate ids. `key` is the recipe's for them.
 
     With `bad`, a row that cannot be used (the second one of an id, too) is left out, and its error put there.
     """
     weighted = [source.weight is not None for source in sources]
     if any(weighted) and not all(weighted):
-        raise DataError(
-            f"prompts.{weighted.index(False)} has no weight and others have; give every source one, or none"
-        )
+        raise DataError(f"{key}.{weighted.index(False)} has no weight and others have; give every source one, or none")
     prompts = [replace(prompt, source=i) for i, source in enumerate(sources) for prompt in source.load(bad)]
     if not prompts:
-        reason = f"no row can be used; the first: {bad[0]}" if bad else "the prompt set has no rows"
+        named = ", ".join(str(getattr(source, "path", kind_of(source))) for source in sources)
+        reason = f"{key}: no row can be used; the first: {bad[0]}" if bad else f"{key}: {named} holds no rows"
         raise DataError(f"{reason}; name a source that holds at least one prompt")
     seen: dict[str, Prompt] = {}
     for prompt in prompts:

@@ -111,7 +111,7 @@ class BoxedPrompts(Prompts):
         if area > self.largest:
             raise DataError(
                 f"{where}: the box in column {self.box!r} has {area:.1%} of the picture, more than prompts.largest="
-                f"{self.largest:g}; leave such rows out (skip_bad_prompts=true), or raise it"
+                f"{self.largest:g}; raise it"
             )
         crop = {"picture": picture, "crop": self._widened(box, size), "scale": self.scale}
         views: dict[str, Any] = {

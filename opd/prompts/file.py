@@ -97,7 +97,7 @@ def _json_object(line: str) -> dict[str, Any] | ValueError:
             line, object_pairs_hook=_once_each, parse_constant=_no_number, parse_float=_number, parse_int=_integer
         )
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON ({error.msg}, column {error.colno}); one object a line, or skip_bad_prompts=true")
+        return ValueError(f"not JSON ({error.msg}, column {error.colno}); one object a line")
     except RecursionError:
         return ValueError("nested too deeply; make it flatter")
     except ValueError as error:

@@ -21,6 +21,14 @@ class InlinePrompts(Prompts):
     kind: Literal["inline"] = "inline"
     prompts: list[str | dict[str, Any]] = Field(description="Texts, or rows as a file has them")
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _rows(cls, value: object) -> object:
+        for i, row in enumerate(value if isinstance(value, list) else ()):
+            if not isinstance(row, str | dict):
+                raise ValueError(f"item {i} is {row!r:.40}, and a prompt is a text or a row {{column: value, ...}}")
+        return value
+
     @field_validator("prompts")
     @classmethod
     def _plain(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:

@@ -44,12 +44,8 @@ def check_messages(value: object, where: str, column: str) -> Messages:
             f"{where}: column {column!r} holds {type(value).__name__}; "
             "a prompt is a string or a list of messages with 'role' and 'content'"
         )
+    check_turns(value, where, column)
     for i, message in enumerate(value):
-        if {"from", "value"} <= message.keys() and "role" not in message:
-            raise DataError(
-                f"{where}: column {column!r} holds turns with 'from' and 'value' (ShareGPT); write each as {{'role': "
-                "'system', 'user' or 'assistant', 'content': text}"
-            )
         content = message.get("content")
         silent = content is None and bool(message.get("tool_calls"))
         if not isinstance(message.get("role"), str) or not (silent or isinstance(content, str | list)):
@@ -66,6 +62,16 @@ def check_messages(value: object, where: str, column: str) -> Messages:
                 "videos are read"
             )
     return value
+
+
+def check_turns(value: object, where: str, column: str) -> None:
+    """Raise `DataError` for turns that are written in another way than messages are."""
+    for turn in value if isinstance(value, list) else ():
+        if isinstance(turn, dict) and {"from", "value"} <= turn.keys() and "role" not in turn:
+            raise DataError(
+                f"{where}: column {column!r} holds turns with 'from' and 'value' (ShareGPT); write each as {{'role': "
+                "'system', 'user' or 'assistant', 'content': text} in a column 'messages'"
+            )
 
 
 def answers(messages: Messages) -> bool:

@@ -124,8 +124,7 @@ def _with(value: object, prompt: Prompt, where: str, limits: Limits, then: Calla
     except Exception as error:
         # What a damaged file makes a decoder raise is not to be foreseen.
         raise DataError(
-            f"{where} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]}); mend the file, "
-            "or set skip_bad_prompts=true"
+            f"{where} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:120]}); mend the file"
         ) from None
 
 

@@ -21,11 +21,16 @@ from opd.recipe.tree import OfStudent, Recipe
 from opd.teachers import Teacher
 
 
-def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
-    """The first mistake in at most two lines: key, value, what is accepted, the fix; and how many more there are."""
+def explain(error: ValidationError, data: dict[str, Any], origin: str, overrides: Sequence[str] = ()) -> str:
+    """The first mistake in at most two lines: key, value, what is accepted, the fix; and how many more there are.
+
+    Args:
+        origin: where `data` comes from, for all that none of the `overrides` (`key=value`) says.
+    """
     first = error.errors()[0]
     loc, kind = first["loc"], first["type"]
     key = _dotted(loc, data)
+    origin = _said_by(overrides, key) or origin
     more = error.error_count() - 1
     tail = f" ({more} more mistake{'s' if more > 1 else ''} in this recipe)" if more else ""
     if kind in ("extra_forbidden", "missing") and (meant := _kind_meant(loc, data)):
@@ -64,6 +69,19 @@ def explain(error: ValidationError, data: dict[str, Any], origin: str) -> str:
     if not loc:
         return f"{origin}: {message}{tail}"
     return f"{origin}: {key} is {value}: {message[:1].lower() + message[1:]}{tail}"
+
+
+def _said_by(overrides: Sequence[str], key: str) -> str | None:
+    """The last override that set a key, something in it, or what it stands in."""
+
+    def plain(dotted: str) -> list[str]:
+        return [part for part in dotted.split(".") if not part.isdecimal()]
+
+    for override in reversed(overrides):
+        ours, theirs = plain(key), plain(override.partition("=")[0])
+        if all(a == b for a, b in zip(ours, theirs, strict=False)):
+            return f"override {short(override)}"
+    return None
 
 
 WANTED = {

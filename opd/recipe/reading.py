@@ -35,11 +35,16 @@ def load_recipe(reference: str, overrides: Sequence[str] = (), *, recorded: bool
         # What was said of the recipe as it stands is not said of another one.
         if spoken_of and text not in changed:
             data.pop(text, None)
-    return parse_recipe(data, str(path), path.parent, recorded=recorded)
+    return parse_recipe(data, str(path), path.parent, recorded=recorded, overrides=overrides)
 
 
 def parse_recipe(
-    data: dict[str, Any], origin: str = "recipe", folder: Path | None = None, *, recorded: bool = False
+    data: dict[str, Any],
+    origin: str = "recipe",
+    folder: Path | None = None,
+    *,
+    recorded: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Recipe:
     """Validate plain data.
 
@@ -49,13 +54,14 @@ def parse_recipe(
             with `opd`, so that a copy of a shipped recipe finds them.
         recorded: it is what a run wrote down, to be read and not to be run again: functions from Python stand in it by
             their names.
+        overrides: `key=value` that are in the data already; a mistake in one is told with it, and not with `origin`.
     """
     take_in()
     folders = [] if folder is None else [folder, recipe_folder()]
     try:
         return Recipe.model_validate(data, context={"folders": folders, "recorded": recorded})
     except ValidationError as error:
-        raise RecipeError(explain(error, data, origin)) from None
+        raise RecipeError(explain(error, data, origin, overrides)) from None
     except RecursionError:
         raise RecipeError(f"{origin}: nested too deeply to be a recipe") from None
 

@@ -268,8 +268,7 @@ def _shown_text(texts: Sequence[str]) -> str:
 def _pairs(value: dict[str, Any], where: str, output: int) -> tuple[tuple[str, str], ...]:
     if value.get("fn_name"):
         raise DataError(
-            f"{where}: column 'tests' calls a function, {value['fn_name']!r}; write its tests as a list of assertions, "
-            "or leave the row out (skip_bad_prompts: true)"
+            f"{where}: column 'tests' calls a function, {value['fn_name']!r}; write its tests as a list of assertions"
         )
     inputs, outputs = value.get("inputs"), value.get("outputs")
     for name, texts in (("inputs", inputs), ("outputs", outputs)):

@@ -47,7 +47,8 @@ class FunctionVerifier(CompletionVerifier):
         if not callable(value):
             raise ValueError(
                 "a function is passed from Python alone, opd.distill(verifier=my_function); in a recipe name a "
-                "verifier that a package of yours defines (docs: Extending)"
+                "verifier that a package of yours defines (docs: Extending), or take one of opd's: "
+                "verifier=exact_match measures a run whose verifier was a function"
             )
         return value
 
