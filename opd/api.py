@@ -29,6 +29,7 @@ from opd.context import Context
 from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.files.ours import foreign, listed, refuse_taken
+from opd.files.places import DIRECTORY, anchored, elsewhere
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, main_process, whole_folder, write_whole
 from opd.hub import check_push, push
@@ -312,7 +313,9 @@ def _write_environment(run: Run, resumed: bool) -> None:
     facts["models"] = {"student": size_of(run.student), "teachers": [size_of(teacher) for teacher in teachers]}
     if resumed:
         first = read_json(path) or facts
-        facts = {**first, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}
+        # recipe.yaml is written anew, and its relative paths are of this process.
+        here = {DIRECTORY: facts.pop(DIRECTORY)}
+        facts = {**first, **here, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
@@ -530,7 +533,9 @@ def export(
     else:
         folder = folder_of(directory, steps[0] if step is None else step)
         facts = verify(folder)
-        recipe, after = parse_recipe(facts["recipe"], str(folder), recorded=True), facts["step"]
+        home = elsewhere(facts)
+        block = facts["recipe"] if home is None else anchored(facts["recipe"], home)
+        recipe, after = parse_recipe(block, str(folder), recorded=True), facts["step"]
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         if facts["weights"]["student"] != student.fingerprint():

@@ -14,6 +14,7 @@ from typing import Any
 
 from opd.errors import ModelError
 from opd.files.ours import FILLING, LIST, entries
+from opd.files.places import DIRECTORY
 
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 
@@ -55,6 +56,7 @@ def environment(seed: int) -> dict[str, Any]:
         "seed": seed,
         "git": git_state(),
         "command": sys.argv,
+        DIRECTORY: os.getcwd(),
     }
 
 

@@ -71,7 +71,11 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    resolved = _load(recipe, overrides, quiet)
+    given = list(overrides or [])
+    if resume and not any(text.startswith("output=") for text in given) and (run := _run_of(recipe)) is not None:
+        # It may have been started in another directory, and moved since.
+        given.append(f"output={json.dumps(str(run))}")
+    resolved = _load(recipe, given, quiet)
     from opd.api import execute
     from opd.cli.display import show_result
 
@@ -724,6 +728,13 @@ def _load(reference: str, overrides: Sequence[str] | None, quiet: bool) -> Recip
     from opd.recipe import load_recipe
 
     return load_recipe(reference, overrides or [])
+
+
+def _run_of(recipe: str) -> Path | None:
+    """The run directory that a recipe is the record of."""
+    path = Path(recipe)
+    recorded = path.name == "recipe.yaml" and path.is_file() and (path.parent / "environment.json").is_file()
+    return path.parent if recorded else None
 
 
 def _exit_as_stopped(number: int | None) -> None:

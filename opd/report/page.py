@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import RunError
+from opd.files.places import DIRECTORY
 from opd.files.run_directory import check_run, lines, read_json, read_yaml
 from opd.report.card import facts
 from opd.report.charts import registered_charts
@@ -156,7 +157,8 @@ def _run(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return {
         **_state(run, recipe),
         **curves(line.record for line in found if line.record),
-        "environment": _flat(read_json(run / "environment.json")),
+        # A report is shown around, and where a run was started is nobody else's.
+        "environment": _flat({k: v for k, v in read_json(run / "environment.json").items() if k != DIRECTORY}),
         "offsets": {"metrics": found[-1].end if found else 0},
         "notes": notes,
     }
