@@ -70,7 +70,7 @@ def test_a_run_is_measured_and_exported_from_any_directory(begun, tmp_path, monk
     assert all((exported[n] == v).all() for n, v in load_file(run / "student" / "model.safetensors").items())
     # An override is of who writes it.
     changed = load_recipe(str(run / "recipe.yaml"), ["prompts=texts.txt"])
-    assert [p.fields["prompt"] for p in changed.prompts[0].load()][0] == "0-1="
+    assert changed.prompts[0].load()[0].fields["prompt"] == "0-1="
 
 
 def test_a_run_goes_on_from_any_directory(begun, tmp_path, monkeypatch):
@@ -86,7 +86,7 @@ def test_a_run_goes_on_from_any_directory(begun, tmp_path, monkeypatch):
     # Another file of that name is another one, whatever the words are.
     monkeypatch.chdir(tmp_path / "other")
     recipe = [str(tmp_path / "runs" / "mine" / "recipe.yaml"), [f"output={tmp_path}/runs/mine", "prompts=texts.txt"]]
-    with pytest.raises(RunError, match=r'prompts\.0\.path "\.\.\..*/texts\.txt" -> "texts\.txt"'):
+    with pytest.raises(RunError, match=r'prompts\.0\.path \.\.\..*/texts\.txt" -> "texts\.txt"'):
         execute(load_recipe(*recipe), resume=True, quiet=True)
 
 

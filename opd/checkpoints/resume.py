@@ -129,7 +129,7 @@ def _one_place(key: str, old: Any, new: Any, then: Mapping[str, Any], now: Mappi
     if key.rpartition(".")[2] not in PLACES or not (isinstance(old, str) and isinstance(new, str)):
         return False
     places = [placed(word, Path(facts.get(DIRECTORY, "."))) for word, facts in ((old, then), (new, now))]
-    return places[0] == places[1] or all(map(os.path.exists, places)) and os.path.samefile(*places)
+    return places[0] == places[1] or (all(map(os.path.exists, places)) and os.path.samefile(*places))
 
 
 def _as_of_today(recipe: dict[str, Any]) -> dict[str, Any]:
