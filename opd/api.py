@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
+from opd.checkpoints.fitting import misfit
+from opd.checkpoints.left import tell_what_is_left
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
@@ -251,9 +253,14 @@ def execute(
                 monitor.warn(text)
             if found is not None:
                 folder, facts = found
-                refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
-                run.restore(read(folder))
+                changed = changes(facts, run.checkpoints.facts(run))
+                refuse_changes(changed, folder, force_changed, misfit(run.student.module.parameters(), folder))
+                _restore(run, folder, changed)
                 monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
+            elif going_on and (resume or earlier):
+                monitor.warn(
+                    f"there is no checkpoint in {recipe.directory} to go on from: the run begins from the start"
+                )
             if going_on:
                 # Also where no checkpoint was written: what was spent before is not forgotten with the directory.
                 for note in run.optimiser.recall():
@@ -278,10 +285,12 @@ def execute(
             if run.accelerator.is_main_process:
                 told.tell("on_end", result.directory, result.summary)
             return result
-        except BaseException:
+        except BaseException as error:
             # Trackers keep their last events for minutes; now is the time to write them.
             for tracker in run.accelerator.trackers:
                 tracker.finish()
+            if run.accelerator.is_main_process:
+                tell_what_is_left(error, run, by_python=bool(callbacks))
             raise
 
 
@@ -303,6 +312,23 @@ def _shortages_named(directory: Path) -> Iterator[None]:
         raise RunError(
             f"out of memory outside of the micro-batches ({str(error).splitlines()[0][:120]}); lower rollout.batch or "
             f"teacher.batch, or set teacher.offload=true, and go on with {RESUME} and {FORCE_CHANGED}"
+        ) from None
+
+
+def _restore(run: Run, folder: Path, changed: Sequence[str]) -> None:
+    """Take a checkpoint's state up.
+
+    Raises:
+        RunError: it does not fit, with what `changed` since it was written.
+    """
+    try:
+        run.restore(read(folder))
+    except RunError as error:
+        if not changed:
+            raise
+        raise RunError(
+            f"{error}.\nIt is of {folder}, and since then {'; '.join(changed[:6])}: {FORCE_CHANGED} cannot help here; "
+            "undo the change, or start another run with output=PATH"
         ) from None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.checkpoints.content import content_of
+from opd.checkpoints.fitting import unfit
 from opd.checkpoints.store import UnusableError, folder_of, steps_stored, verify
 from opd.errors import FORCE_CHANGED, OVERWRITE, RecipeError, RunError
 from opd.files.places import DIRECTORY, PLACES, placed
@@ -75,7 +76,9 @@ def newest(
             continue
         for reason in passed_over:
             warn(f"{reason}; going on from step {step} instead")
-        refuse_changes(changes(facts, mine), folder, force_changed)
+        found = [] if force_changed else changes(facts, mine)
+        keys = [text.partition(" ")[0] for text in found]
+        refuse_changes(found, folder, force_changed, unfit(keys, facts["recipe"], recipe, folder) if found else None)
         if facts["step"] > recipe.steps:
             raise RunError(
                 f"steps is {recipe.steps}, and the run in {recipe.directory} has taken {facts['step']} steps already "
@@ -89,13 +92,18 @@ def newest(
     return None
 
 
-def refuse_changes(found: list[str], folder: Path, force_changed: bool) -> None:
-    """Raise `RunError` with what changed since a checkpoint was written, unless that is accepted."""
+def refuse_changes(found: list[str], folder: Path, force_changed: bool, unfit: str | None = None) -> None:
+    """Raise `RunError` with what changed since a checkpoint was written, unless that is accepted; `unfit`: why it
+    cannot be."""
     if found and not force_changed:
         shown = "; ".join(found[:6]) + (f"; {len(found) - 6} more" if len(found) > 6 else "")
         raise RunError(
             f"this is not the run of {folder}: {shown}.\n"
-            f"Undo the change, start another run with output=PATH, or go on all the same with {FORCE_CHANGED}"
+            + (
+                f"Undo the change, start another run with output=PATH, or go on all the same with {FORCE_CHANGED}"
+                if unfit is None
+                else f"Undo the change, or start another run with output=PATH: the checkpoint does not fit, {unfit}"
+            )
         )
 
 

@@ -762,6 +762,6 @@ def main() -> None:
     except OpdError as error:
         print(f"opd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("opd: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["opd: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(130)
