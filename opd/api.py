@@ -18,7 +18,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out
+from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out, trained_on
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
 from opd.checkpoints.fitting import misfit
@@ -43,7 +43,7 @@ from opd.policies.held_out import HeldOut
 from opd.privacy import promises
 from opd.privacy.spending import FILE as ACCOUNT
 from opd.progress import without_library_bars
-from opd.prompts import Prompts
+from opd.prompts import Prompt, Prompts
 from opd.prompts.dataset import encoded_images
 from opd.provenance import ORIGIN, environment, peak_memory_bytes, size_of, student_of, write_origin
 from opd.recipe import Recipe, load_recipe, parse_recipe
@@ -468,16 +468,22 @@ def _best(run: Run) -> dict[str, Any] | None:
 
 
 def assembled(
-    recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
+    recipe: Recipe,
+    *,
+    teachers: Sequence[LiveTeacher] | None = None,
+    data: tuple[list[Prompt], list[Prompt]] | None = None,
+    quiet: bool = True,
+    console: Console | None = None,
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written, and servers are
-    not started. `close` it where a server takes part."""
+    not started. `close` it where a server takes part. `data` are the prompts of `load_data`, read unless given."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
             teachers=teachers,
+            data=data,
         )
 
 
@@ -495,15 +501,23 @@ def measure(
     Args:
         trained: the recipe that the student was trained by, where `recipe` names a trained student in place of its own:
             a teacher that is the student itself is made of the one that training began with.
-        run: its directory, from whose last checkpoint a teacher that followed the student is taken.
+        run: its directory, from whose last checkpoint a teacher that followed the student is taken. Of its own student
+            a line warns where prompts are measured that it trained on.
 
     Raises:
         RunError: that teacher cannot be made again.
     """
     teachers = None if trained is None else self_teachers(trained, run)
     shown = Monitor(recipe.directory, console, quiet)
+    bad: list[DataError] = []
+    data = load_data(recipe, bad)
+    shown.warn_of_skipped(bad)
+    if run is not None and Path(str(getattr(recipe.student, "model", None))).resolve() == (run / "student").resolve():
+        recorded = load_recipe(str(run / "recipe.yaml"), recorded=True)
+        for warning in trained_on(recipe, recorded, data[1]):
+            shown.warn(warning)
     with started(servers_of(recipe, recipe.directory / FOLDER), shown.status):
-        built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
+        built = assembled(recipe, teachers=teachers, data=data, quiet=quiet, console=console)
         with closing(built), built.monitor.status("measuring the student on held-out prompts"):
             return evaluate(built)
 

@@ -407,7 +407,9 @@ def evaluate(
 
     _quiet_libraries()
     if lm_eval is None:
-        show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
+        found = measure(resolved, trained=trained, run=run)
+        counted = {"held_out_prompts": found.prompts} if json_output else {}
+        show_metrics(f"{found.prompts} held-out prompts", counted | found.metrics, json_output)
         return
     from opd.jobs.harness import run_harness
 

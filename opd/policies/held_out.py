@@ -32,13 +32,14 @@ TASK = "task"
 @dataclass(frozen=True)
 class HeldOut:
     """Metrics over all processes; this process's rollouts position by position for samples and reports; `items`, the
-    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; and
-    `asked`, what was asked for the report alone, counted over all processes."""
+    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; `asked`,
+    what was asked for the report alone, counted over all processes; and `prompts`, of how many the metrics are."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     items: dict[str, dict[str, float]]
     asked: dict[str, float] = field(default_factory=dict)
+    prompts: int = 0
 
 
 @dataclass(frozen=True)
