@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -45,7 +46,16 @@ from opd.privacy.spending import FILE as ACCOUNT
 from opd.progress import without_library_bars
 from opd.prompts import Prompt, Prompts
 from opd.prompts.dataset import encoded_images
-from opd.provenance import ORIGIN, environment, peak_memory_bytes, size_of, student_of, write_origin
+from opd.provenance import (
+    ORIGIN,
+    different_prompts,
+    environment,
+    held_out_told,
+    peak_memory_bytes,
+    size_of,
+    student_of,
+    write_origin,
+)
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.recipe.private import check_live_trackers
 from opd.remote.launch import FOLDER, servers_of, started
@@ -401,6 +411,7 @@ def finish(run: Run) -> Result:
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,
         "held_out_prompts": len(run.held_out),
+        **_compared(run),
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
         "stopped_early": run.step < recipe.steps and (run.stop_requested() or ended_by is not None),
@@ -414,6 +425,8 @@ def finish(run: Run) -> Result:
         **promises.in_summary(recipe.dump()),
         **_prompt_tokens(run),
     }
+    if different_prompts(summary) and run.accelerator.is_main_process:
+        monitor.warn(held_out_told(summary))
     if run.skips.empty and run.accelerator.is_main_process:
         monitor.warn(f"{run.skips.empty} of {run.step} steps had nothing to learn, and their updates were not taken")
     # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
@@ -442,6 +455,17 @@ def finish(run: Run) -> Result:
         items=monitor.after.items,
         stopped_by=monitor.stopped_by,
     )
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    """`compared`: of how many held-out prompts the teacher's figures are, before and after training and in both, where
+    it did not answer about all."""
+    of_both = [run.monitor.before, run.monitor.after]
+    gone = [set().union(*gather_object([found.left_out if found is not None else frozenset()])) for found in of_both]
+    if not any(gone):
+        return {}
+    counts = zip(("before", "after", "both"), (gone[0], gone[1], gone[0] | gone[1]), strict=True)
+    return {"compared": {name: len(run.held_out) - len(each) for name, each in counts}}
 
 
 def _prompt_tokens(run: Run) -> dict[str, Any]:

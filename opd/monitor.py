@@ -110,7 +110,10 @@ class Monitor:
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         called = run.recipe.objective[0].called
-        numbers = f"{called} {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        values = {called: signals["divergence"]} if "divergence" in signals else {}
+        # Of several objectives each has its own value: that of the first may be 0 where the others learn.
+        each = {k.removeprefix("objective/"): v for k, v in signals.items() if k.startswith("objective/")}
+        numbers = "".join(f"{name} {value:.3f}  " for name, value in (each or values).items())
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
@@ -186,7 +189,9 @@ class Monitor:
             path.touch()
             flush(path)
             sizes[name] = path.stat().st_size
-        return {"before": self.before.metrics, "seconds": time.perf_counter() - self._started, "bytes": sizes}
+        left_out = {"left_out": sorted(self.before.left_out)} if self.before.left_out else {}
+        seconds = time.perf_counter() - self._started
+        return {"before": self.before.metrics, **left_out, "seconds": seconds, "bytes": sizes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the logs where they were: what lies beyond is of steps that will be done again, and goes."""
@@ -203,7 +208,7 @@ class Monitor:
                 self.history = list(records)
             if name == "samples.jsonl":
                 rows = list(itertools.takewhile(lambda row: row["step"] == 0, records))
-        self.before = HeldOut(state["before"], rows, {})
+        self.before = HeldOut(state["before"], rows, {}, left_out=frozenset(state.get("left_out", ())))
 
     def opening(self, recipe: Recipe) -> None:
         """What a log file is of, in one line; a terminal shows it as it goes."""

@@ -14,6 +14,7 @@ from typing import Any
 from opd.errors import RunError
 from opd.files.places import DIRECTORY
 from opd.files.run_directory import check_run, lines, read_json, read_yaml
+from opd.provenance import held_out_told
 from opd.report.card import facts
 from opd.report.charts import registered_charts
 from opd.report.curves import curves
@@ -152,7 +153,9 @@ def _run(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     found = list(lines(run / "metrics.jsonl"))
     broken = sum(line.record is None for line in found)
     notes = [f"{broken} line(s) of metrics.jsonl could not be read"] if broken else []
-    alarms = read_json(run / "summary.json").get("alarms")
+    summary = read_json(run / "summary.json")
+    alarms = summary.get("alarms")
+    notes += [held_out_told(summary)] if summary.get("compared") and "held_out_prompts" in summary else []
     notes += [f"alarm at {text}" for text in alarms if isinstance(text, str)] if isinstance(alarms, list) else []
     return {
         **_state(run, recipe),
