@@ -110,10 +110,10 @@ class Monitor:
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         called = run.recipe.objective[0].called
-        values = {called: signals["divergence"]} if "divergence" in signals else {}
+        first = {called: signals["divergence"]} if "divergence" in signals else {}
         # Of several objectives each has its own value: that of the first may be 0 where the others learn.
         each = {k.removeprefix("objective/"): v for k, v in signals.items() if k.startswith("objective/")}
-        numbers = "".join(f"{name} {value:.3f}  " for name, value in (each or values).items())
+        numbers = "".join(f"{name} {value:.3f}  " for name, value in (each or first).items())
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"

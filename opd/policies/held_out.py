@@ -66,6 +66,8 @@ class Moment:
 
 
 class Warns(Protocol):
+    def warn(self, text: str) -> None: ...
+
     def warn_once(self, text: str) -> None:
         """Show a person a line, the first time alone."""
 
