@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out
+from opd.assembly import answers_taken, assemble, check_ahead, load_data, not_held_out, trained_on
 from opd.callbacks import Callback, Callbacks
 from opd.checkpoints.directory import clear, must_clear, refuse_links, refuse_occupied, refuse_place
+from opd.checkpoints.fitting import misfit
+from opd.checkpoints.left import tell_what_is_left
 from opd.checkpoints.resume import changes, identity, newest, refuse_changes
 from opd.checkpoints.self_teachers import device_of, self_teachers
 from opd.checkpoints.store import folder_of, read, steps_stored, verify
@@ -29,6 +32,7 @@ from opd.context import Context
 from opd.errors import FORCE_CHANGED, OVERWRITE, RESUME, DataError, RecipeError, RunError
 from opd.evaluation import evaluate
 from opd.files.ours import foreign, listed, refuse_taken
+from opd.files.places import DIRECTORY, anchored, elsewhere
 from opd.files.run_directory import read_json
 from opd.files.whole import locked, main_process, whole_folder, write_whole
 from opd.hub import check_push, push
@@ -40,9 +44,18 @@ from opd.policies.held_out import HeldOut
 from opd.privacy import promises
 from opd.privacy.spending import FILE as ACCOUNT
 from opd.progress import without_library_bars
-from opd.prompts import Prompts
+from opd.prompts import Prompt, Prompts
 from opd.prompts.dataset import encoded_images
-from opd.provenance import ORIGIN, environment, peak_memory_bytes, size_of, student_of, write_origin
+from opd.provenance import (
+    ORIGIN,
+    different_prompts,
+    environment,
+    held_out_told,
+    peak_memory_bytes,
+    size_of,
+    student_of,
+    write_origin,
+)
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.recipe.private import check_live_trackers
 from opd.remote.launch import FOLDER, servers_of, started
@@ -250,9 +263,14 @@ def execute(
                 monitor.warn(text)
             if found is not None:
                 folder, facts = found
-                refuse_changes(changes(facts, run.checkpoints.facts(run)), folder, force_changed)
-                run.restore(read(folder))
+                changed = changes(facts, run.checkpoints.facts(run))
+                refuse_changes(changed, folder, force_changed, misfit(run.student.module.parameters(), folder))
+                _restore(run, folder, changed)
                 monitor.console.print(f"going on from step {run.step} ({folder})", highlight=False, soft_wrap=True)
+            elif going_on and (resume or earlier):
+                monitor.warn(
+                    f"there is no checkpoint in {recipe.directory} to go on from: the run begins from the start"
+                )
             if going_on:
                 # Also where no checkpoint was written: what was spent before is not forgotten with the directory.
                 for note in run.optimiser.recall():
@@ -277,10 +295,12 @@ def execute(
             if run.accelerator.is_main_process:
                 told.tell("on_end", result.directory, result.summary)
             return result
-        except BaseException:
+        except BaseException as error:
             # Trackers keep their last events for minutes; now is the time to write them.
             for tracker in run.accelerator.trackers:
                 tracker.finish()
+            if run.accelerator.is_main_process:
+                tell_what_is_left(error, run, by_python=bool(callbacks))
             raise
 
 
@@ -305,6 +325,23 @@ def _shortages_named(directory: Path) -> Iterator[None]:
         ) from None
 
 
+def _restore(run: Run, folder: Path, changed: Sequence[str]) -> None:
+    """Take a checkpoint's state up.
+
+    Raises:
+        RunError: it does not fit, with what `changed` since it was written.
+    """
+    try:
+        run.restore(read(folder))
+    except RunError as error:
+        if not changed:
+            raise
+        raise RunError(
+            f"{error}.\nIt is of {folder}, and since then {'; '.join(changed[:6])}: {FORCE_CHANGED} cannot help here; "
+            "undo the change, or start another run with output=PATH"
+        ) from None
+
+
 def _write_environment(run: Run, resumed: bool) -> None:
     """environment.json of the run's start, with a line for every process that went on with it."""
     path, facts = run.recipe.directory / "environment.json", environment(run.recipe.seed)
@@ -312,7 +349,9 @@ def _write_environment(run: Run, resumed: bool) -> None:
     facts["models"] = {"student": size_of(run.student), "teachers": [size_of(teacher) for teacher in teachers]}
     if resumed:
         first = read_json(path) or facts
-        facts = {**first, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}
+        # recipe.yaml is written anew, and its relative paths are of this process.
+        here = {DIRECTORY: facts.pop(DIRECTORY)}
+        facts = {**first, **here, "resumed": [*first.get("resumed", []), {"step": run.step, **facts}]}
     write_whole(path, json.dumps(facts, indent=2) + "\n")
 
 
@@ -372,6 +411,7 @@ def finish(run: Run) -> Result:
         "before": monitor.before.metrics,
         "after": monitor.after.metrics,
         "held_out_prompts": len(run.held_out),
+        **_compared(run),
         "seconds": round(monitor.seconds, 1),
         "steps": run.step,
         "stopped_early": run.step < recipe.steps and (run.stop_requested() or ended_by is not None),
@@ -385,6 +425,8 @@ def finish(run: Run) -> Result:
         **promises.in_summary(recipe.dump()),
         **_prompt_tokens(run),
     }
+    if different_prompts(summary) and run.accelerator.is_main_process:
+        monitor.warn(held_out_told(summary))
     if run.skips.empty and run.accelerator.is_main_process:
         monitor.warn(f"{run.skips.empty} of {run.step} steps had nothing to learn, and their updates were not taken")
     # What is saved and returned is what was measured; training, should it go on, does so from the checkpoint.
@@ -415,6 +457,17 @@ def finish(run: Run) -> Result:
     )
 
 
+def _compared(run: Run) -> dict[str, Any]:
+    """`compared`: of how many held-out prompts the teacher's figures are, before and after training and in both, where
+    it did not answer about all."""
+    of_both = [run.monitor.before, run.monitor.after]
+    gone = [set().union(*gather_object([found.left_out if found is not None else frozenset()])) for found in of_both]
+    if not any(gone):
+        return {}
+    counts = zip(("before", "after", "both"), (gone[0], gone[1], gone[0] | gone[1]), strict=True)
+    return {"compared": {name: len(run.held_out) - len(each) for name, each in counts}}
+
+
 def _prompt_tokens(run: Run) -> dict[str, Any]:
     """`prompt_tokens`: how long held-out prompts are on average for the student and for its teacher, where one teacher
     has another view."""
@@ -441,16 +494,22 @@ def _best(run: Run) -> dict[str, Any] | None:
 
 
 def assembled(
-    recipe: Recipe, *, teachers: Sequence[LiveTeacher] | None = None, quiet: bool = True, console: Console | None = None
+    recipe: Recipe,
+    *,
+    teachers: Sequence[LiveTeacher] | None = None,
+    data: tuple[list[Prompt], list[Prompt]] | None = None,
+    quiet: bool = True,
+    console: Console | None = None,
 ) -> Run:
     """A recipe's run, built and checked but not trained: to measure or to look at. Nothing is written, and servers are
-    not started. `close` it where a server takes part."""
+    not started. `close` it where a server takes part. `data` are the prompts of `load_data`, read unless given."""
     monitor = Monitor(recipe.directory, console, quiet)
     with monitor.status("loading models and checking that they fit together"):
         return assemble(
             recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": []})}),
             monitor,
             teachers=teachers,
+            data=data,
         )
 
 
@@ -468,15 +527,23 @@ def measure(
     Args:
         trained: the recipe that the student was trained by, where `recipe` names a trained student in place of its own:
             a teacher that is the student itself is made of the one that training began with.
-        run: its directory, from whose last checkpoint a teacher that followed the student is taken.
+        run: its directory, from whose last checkpoint a teacher that followed the student is taken. Of its own student
+            a line warns where prompts are measured that it trained on.
 
     Raises:
         RunError: that teacher cannot be made again.
     """
     teachers = None if trained is None else self_teachers(trained, run)
     shown = Monitor(recipe.directory, console, quiet)
+    bad: list[DataError] = []
+    data = load_data(recipe, bad)
+    shown.warn_of_skipped(bad)
+    if run is not None and Path(str(getattr(recipe.student, "model", None))).resolve() == (run / "student").resolve():
+        recorded = load_recipe(str(run / "recipe.yaml"), recorded=True)
+        for warning in trained_on(recipe, recorded, data[1]):
+            shown.warn(warning)
     with started(servers_of(recipe, recipe.directory / FOLDER), shown.status):
-        built = assembled(recipe, teachers=teachers, quiet=quiet, console=console)
+        built = assembled(recipe, teachers=teachers, data=data, quiet=quiet, console=console)
         with closing(built), built.monitor.status("measuring the student on held-out prompts"):
             return evaluate(built)
 
@@ -532,7 +599,9 @@ def export(
     else:
         folder = folder_of(directory, steps[0] if step is None else step)
         facts = verify(folder)
-        recipe, after = parse_recipe(facts["recipe"], str(folder), recorded=True), facts["step"]
+        home = elsewhere(facts)
+        block = facts["recipe"] if home is None else anchored(facts["recipe"], home)
+        recipe, after = parse_recipe(block, str(folder), recorded=True), facts["step"]
         _check_form(recipe, form)
         student = recipe.student.build(Context(torch.device("cpu")))
         if facts["weights"]["student"] != student.fingerprint():

@@ -88,20 +88,8 @@ def answers_taken(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
-    """A warning where rows of `evaluation.prompts` are training prompts too: the student sees the same, or a row of the
-    same id holds the same."""
-
-    def seen(prompt: Prompt) -> set[str]:
-        view = prompt.view()
-        messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
-        fields = {"prompt": messages, **recipe.student.seen(prompt)}
-        rows = (Prompt("", fields, folder=prompt.folder), replace(prompt, column=""))
-        return {content_of([row], recipe.student.files) for row in rows}
-
-    if not recipe.evaluation.prompts:
-        return []
-    trained = {key for prompt in training for key in seen(prompt)}
-    shared = [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
+    """A warning where rows of `evaluation.prompts` are training prompts too."""
+    shared = _shared(recipe, training, held_out) if recipe.evaluation.prompts else []
     if not shared:
         return []
     choosing = [
@@ -129,6 +117,43 @@ def not_held_out(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[
         f"evaluation.prompts: {len(shared)} of {len(held_out)} are training prompts too ({shared[0].where} is the "
         "first): measurements on them are not held out; take them out of one of the two sets"
     ]
+
+
+def trained_on(recipe: Recipe, trained: Recipe, held_out: Sequence[Prompt]) -> list[str]:
+    """A warning where a run's student is measured on prompts of its training: of a held-out share that is another than
+    the run's, or of another set. `trained`: the recipe that the run wrote down."""
+    try:
+        training = load_data(trained)[0]
+    except DataError as error:
+        return [f"whether the run trained on these prompts cannot be told, its own are gone: {error}"]
+    if recipe.prompts == trained.prompts and not recipe.evaluation.prompts:
+        # Rows of one set, of which two may say the same: only what is drawn otherwise is no longer held out.
+        ids = {prompt.id for prompt in training}
+        shared = [prompt for prompt in held_out if prompt.id in ids]
+        own = f"evaluation.held_out={trained.evaluation.held_out} and seed={trained.seed} as the run did, or "
+    else:
+        shared, own = _shared(recipe, training, held_out), ""
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of these {len(held_out)} prompts are training prompts of the run ({shared[0].where} is the "
+        f"first): figures on them are not held out. Take {own}evaluation.prompts that it did not train on"
+    ]
+
+
+def _shared(recipe: Recipe, training: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[Prompt]:
+    """The held-out prompts that are training prompts too: the student sees the same, or a row of the same id holds the
+    same."""
+
+    def seen(prompt: Prompt) -> set[str]:
+        view = prompt.view()
+        messages = [{"role": "user", "content": view}] if isinstance(view, str) else view
+        fields = {"prompt": messages, **recipe.student.seen(prompt)}
+        rows = (Prompt("", fields, folder=prompt.folder), replace(prompt, column=""))
+        return {content_of([row], recipe.student.files) for row in rows}
+
+    trained = {key for prompt in training for key in seen(prompt)}
+    return [prompt for prompt in held_out if not trained.isdisjoint(seen(prompt))]
 
 
 class ChecksPrompts(Protocol):

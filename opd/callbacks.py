@@ -16,7 +16,8 @@ class Callback:
     """Base of callbacks; every method does nothing, so override those that you want.
 
     They are called in the main process alone, in the loop: what takes long is waited for. An error ends the run as a
-    `RunError`, from its newest checkpoint it goes on.
+    `RunError` when the step is done; its checkpoint is written before (of several processes the newest stays what it
+    was), and from there it goes on.
     """
 
     def on_start(self, recipe: Recipe) -> None:

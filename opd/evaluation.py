@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from opd.policies.held_out import HeldOut, Moment
@@ -23,7 +25,7 @@ def evaluate(run: Run, sampler: HeldOutSampler | None = None) -> HeldOut:
     with run.optimiser.averaged(), whole(run.student.module):
         found = run.student.measure(run, moment(run, sampler))
     run.student.module.train(training)
-    return found
+    return replace(found, prompts=len(run.held_out))
 
 
 def moment(run: Run, sampler: HeldOutSampler | None = None) -> Moment:

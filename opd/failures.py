@@ -86,6 +86,11 @@ class Skips:
             why = "its draw has no prompt"
         elif not run.signals["positions"]:
             why = "no position of it counts (written_by, end, truncated, shaping, weights of 0)"
+        elif only_spans(run):
+            why = (
+                "no text of it is one token of both tokenizers, and where it is several no objective of the recipe "
+                "compares: add {kind: reverse_kl_sampled, spans: several} to objective"
+            )
         else:
             why = "its gradient is zero up to rounding: student and teachers agree, or all rewards of a group are equal"
         limit = self.settings.empty_at_start
@@ -107,6 +112,14 @@ class Skips:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.in_a_row, self.total, self.empty = state["in_a_row"], state["total"], state.get("empty", 0)
         self.invalid = list(state.get("invalid", []))
+
+
+def only_spans(run: Run) -> bool:
+    """Whether the last step's texts are nowhere one token of the student's and of each teacher's own tokenizer, and no
+    objective compares what is several."""
+    single = [value for name, value in run.signals.items() if name.startswith("alignment/single_bytes")]
+    reached = any(getattr(objective, "spans", None) is not None for objective in run.recipe.objective)
+    return bool(single) and not any(single) and not reached
 
 
 class MicroBatches:

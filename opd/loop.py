@@ -63,6 +63,7 @@ def train(run: Run) -> None:
         run.watch.read(run, run.step, held_out(measured))
         run.skips.after_step(run)
         run.checkpoints.after_step(run)
+        run.monitor.raise_failed(run)
 
     run.checkpoints.write(run)
     run.watch.read(run, run.step, run.monitor.end(run))

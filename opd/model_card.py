@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.privacy import promises
-from opd.provenance import models_of, student_of
+from opd.provenance import held_out_told, models_of, student_of
 from opd.recipe import Recipe
 
 
@@ -20,7 +20,7 @@ def model_card(recipe: Recipe, summary: Mapping[str, Any], library: str) -> str:
         f"| {name} | {summary['before'].get(name, math.nan):.4f} | {value:.4f} |"
         for name, value in summary["after"].items()
     )
-    measured = f"| {summary['held_out_prompts']} prompts held out | before | after |\n|---|---|---|\n{rows}\n"
+    measured = f"| {held_out_told(summary)} | before | after |\n|---|---|---|\n{rows}\n"
     return f"{card(recipe, library, summary['steps'])}\n{_privacy(summary)}{measured}"
 
 

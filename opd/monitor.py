@@ -46,6 +46,8 @@ class Monitor:
         self.callbacks = callbacks or Callbacks()
         self.ended_by: str | None = None
         """Which callback asked for the end, as a person reads it."""
+        self.failed: RunError | None = None
+        """What a callback failed with, until the step is whole."""
         self.console = console or Console(stderr=True, quiet=quiet)
         self.stop_requested = False
         self.stopped_by: int | None = None
@@ -69,6 +71,7 @@ class Monitor:
                 self.before = self._evaluate(run)
             measured = _held_out(self.before.metrics)
             self._check_measured(run, self.before.metrics)
+            self.raise_failed(run)
         if run.accelerator.is_main_process and not self.console.quiet:
             made = Bar if shows_bars(self.console) else Lines
             self._progress = made(self.console, run.step, run.recipe.steps)
@@ -107,7 +110,10 @@ class Monitor:
             note = {"problem": "loss or gradient was not finite: the update was skipped"} if skipped else {}
             self._append(run, "rollouts.jsonl", [row | note for row in rows])
         called = run.recipe.objective[0].called
-        numbers = f"{called} {signals['divergence']:.3f}  " if "divergence" in signals else ""
+        first = {called: signals["divergence"]} if "divergence" in signals else {}
+        # Of several objectives each has its own value: that of the first may be 0 where the others learn.
+        each = {k.removeprefix("objective/"): v for k, v in signals.items() if k.startswith("objective/")}
+        numbers = "".join(f"{name} {value:.3f}  " for name, value in (each or first).items())
         numbers += f"length {signals['length']:.0f}"
         if "reward" in signals:
             numbers += f"  reward {signals['reward']:.2f}"
@@ -129,6 +135,7 @@ class Monitor:
         self._progress.stop()
         with self.status("measuring the student after training"):
             self.after = self._evaluate(run)
+        self.raise_failed(run)
         self.seconds = time.perf_counter() - self._started
         return self.after.metrics
 
@@ -146,7 +153,26 @@ class Monitor:
             self.stop_requested, self.ended_by = True, f"the callback {asked} asked for it after step {run.step}"
 
     def _tell(self, run: Run, event: str, told: object) -> str | None:
-        return self.callbacks.tell(event, run.step, told) if run.accelerator.is_main_process else None
+        if self.failed is not None or not run.accelerator.is_main_process:
+            return None
+        try:
+            return self.callbacks.tell(event, run.step, told)
+        except RunError as error:
+            self.failed = error
+            return None
+
+    def raise_failed(self, run: Run) -> None:
+        """Between two steps, raise what a callback failed with meanwhile; the state is written before.
+
+        Raises:
+            RunError: of `Callbacks.tell`.
+        """
+        if self.failed is None:
+            return
+        # Of several processes the others would have to take part in writing it.
+        if run.step and run.accelerator.num_processes == 1:
+            run.checkpoints.write(run)
+        raise self.failed
 
     def held_out_at(self, step: int) -> dict[str, float]:
         """The held-out metrics that were measured last, if that was at `step`."""
@@ -163,7 +189,9 @@ class Monitor:
             path.touch()
             flush(path)
             sizes[name] = path.stat().st_size
-        return {"before": self.before.metrics, "seconds": time.perf_counter() - self._started, "bytes": sizes}
+        left_out = {"left_out": sorted(self.before.left_out)} if self.before.left_out else {}
+        seconds = time.perf_counter() - self._started
+        return {"before": self.before.metrics, **left_out, "seconds": seconds, "bytes": sizes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the logs where they were: what lies beyond is of steps that will be done again, and goes."""
@@ -180,7 +208,7 @@ class Monitor:
                 self.history = list(records)
             if name == "samples.jsonl":
                 rows = list(itertools.takewhile(lambda row: row["step"] == 0, records))
-        self.before = HeldOut(state["before"], rows, {})
+        self.before = HeldOut(state["before"], rows, {}, left_out=frozenset(state.get("left_out", ())))
 
     def opening(self, recipe: Recipe) -> None:
         """What a log file is of, in one line; a terminal shows it as it goes."""

@@ -9,11 +9,13 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from opd.errors import ModelError
 from opd.files.ours import FILLING, LIST, entries
+from opd.files.places import DIRECTORY
 
 PACKAGES = ("opd", "torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "tokenizers")
 
@@ -55,6 +57,7 @@ def environment(seed: int) -> dict[str, Any]:
         "seed": seed,
         "git": git_state(),
         "command": sys.argv,
+        DIRECTORY: os.getcwd(),
     }
 
 
@@ -116,6 +119,22 @@ def models_of(teacher: object) -> str:
     if isinstance(routes, dict):
         return ", ".join(f"{models_of(route)} for {tag}" for tag, route in routes.items())
     return str(teacher.get("model") or teacher.get("kind") or "")
+
+
+def held_out_told(summary: Mapping[str, Any]) -> str:
+    """Of how many prompts a run's held-out figures are, and of how many of them those of the teacher, where it did not
+    answer about all."""
+    told, compared = f"{summary['held_out_prompts']} prompts held out", summary.get("compared")
+    if not compared:
+        return told
+    told += f"; the teacher's figures are of {compared['before']} before and {compared['after']} after"
+    same = f", of which {compared['both']} are the same: they compare different prompts"
+    return told + (same if different_prompts(summary) else "")
+
+
+def different_prompts(summary: Mapping[str, Any]) -> bool:
+    """Whether a run's teacher answered about other held-out prompts before training than after it."""
+    return len(set((summary.get("compared") or {}).values())) > 1
 
 
 def peak_memory_bytes() -> int:

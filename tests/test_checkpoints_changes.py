@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 
 import numpy
 import pytest
@@ -20,7 +21,7 @@ from opd.errors import RunError
 from opd.prompts import Prompt
 from opd.recipe import differences, parse_recipe
 from tests.checkpoints import final, killed_at, make, models, records  # noqa: F401
-from tests.conftest import tiny_model
+from tests.conftest import save_tiny, tiny_model
 from tests.test_loop import TEXTS
 
 
@@ -40,6 +41,38 @@ def test_adapters_alone_are_stored_and_another_base_is_refused(make, models, mon
         execute(recipe, resume=True, quiet=True)
     assert len(records(recipe)) == 6
     execute(recipe, resume=True, force_changed=True, quiet=True)
+
+
+def test_force_is_offered_where_it_can_work_and_nowhere_else(make, models, tmp_path, monkeypatch):  # noqa: F811
+    recipe = make("run", student={"lora": {"rank": 2}})
+    killed_at(monkeypatch, recipe, 3)
+    alike = save_tiny(tmp_path / "alike", seed=1)
+    wider = save_tiny(tmp_path / "wider", seed=1, width=48)
+
+    def refused(force=False, **changes):
+        with pytest.raises(RunError) as error:
+            execute(make("run", **changes), resume=True, force_changed=force, quiet=True)
+        return str(error.value)
+
+    def student(**changes):
+        return {"student": {"lora": {"rank": 2}, **changes}}
+
+    assert "go on all the same with --force-changed" in refused(**student(model=alike))
+    told = refused(**student(model=wider))
+    assert "--force" not in told
+    assert re.search(r"PATH: the checkpoint does not fit, its weights .* \(\[.*32.*\] there and \[.*48.*\] here", told)
+    assert "output=PATH: the checkpoint does not fit, its weights" in refused(**student(lora={"rank": 4}))
+    told = refused(force=True, **student(model=wider))
+    assert re.search(r"does not fit the student: .* there .*\.\n.* student\.model .* cannot help here; undo the", told)
+    told = refused(**student(), update={"optimizer": "sgd"})
+    assert told.endswith("does not fit, what it holds of update is of another optimizer")
+    told = refused(**student(), update={"average": {"decay": 0.5}})
+    assert told.endswith("does not fit, it holds no mean of the weights")
+    # The folder is the same, and another model lies there.
+    tiny_model(seed=1, width=48).save_pretrained(models[0])
+    assert "--force" not in refused(**student())
+    tiny_model(seed=1).save_pretrained(models[0])
+    execute(make("run", **student(model=alike)), resume=True, force_changed=True, quiet=True)
 
 
 def test_a_changed_recipe_is_refused_with_its_keys_unless_forced(make, monkeypatch, capsys):  # noqa: F811

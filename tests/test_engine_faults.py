@@ -146,7 +146,7 @@ def test_held_out_rows_that_were_not_written_are_spoken_of(folders, engine, tmp_
     # One row of the measurement at the end, behind the probe of the third weights.
     engine.before = lambda path, paths: written(path, paths, 3) == 2
     run(tmp_path / "run", student, at(teacher), rollout=by(engine.url, retries=0, concurrency=1), steps=2)
-    assert "leave out rollouts that could not be written (writing: HTTP 500: 1)" in capsys.readouterr().err
+    assert "leaves out 1 of 2 rollouts, which could not be written (writing: HTTP 500: 1)" in capsys.readouterr().err
 
 
 def test_a_measurement_longer_than_the_server_takes_is_refused(folders, tmp_path):  # noqa: F811

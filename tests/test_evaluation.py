@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from opd.api import execute
-from opd.assembly import assemble
+from opd.assembly import assemble, load_data
 from opd.cli.main import main
 from opd.distributions import Sampled, Target, TopK
 from opd.errors import RecipeError, RunError
@@ -212,6 +212,46 @@ def test_the_command_measures_a_recipe_and_a_saved_student(tmp_path, monkeypatch
     code, out, err = opd(monkeypatch, capsys, "eval", path)
     assert code == 0
     assert "greedy_accuracy" in out
+    assert "96 held-out prompts" in out
+    assert metrics["held_out_prompts"] == 96
+
+
+def test_the_command_says_where_a_run_was_trained_on_what_it_measures(tmp_path, monkeypatch, capsys):
+    rows = [{"id": f"r{i}", "prompt": f"{i % 9}=", "answer": 1} for i in range(12)]
+    block = recipe_for(tmp_path).dump() | {"prompts": {"kind": "inline", "prompts": rows}}
+    recipe = parse_recipe(block | {"evaluation": {"held_out": 4}})
+    execute(recipe, quiet=True)
+
+    def told(*words):
+        code, out, err = opd(monkeypatch, capsys, "eval", str(recipe.directory), "--json", *words)
+        assert code == 0, err
+        lines = [line for line in err.splitlines() if line.startswith("opd: ")]
+        return json.loads(out)["held_out_prompts"], lines
+
+    assert told() == (4, [])
+    count, lines = told("evaluation.held_out=7")
+    # Of seven that are drawn, four were held out at most.
+    assert count == 7
+    assert len(lines) == 1
+    number = int(lines[0].split()[1])
+    assert 3 <= number <= 7
+    held_out = {row.id for row in load_data(recipe)[1]}
+    larger = parse_recipe(block | {"evaluation": {"held_out": 7}})
+    assert number == len({row.id for row in load_data(larger)[1]} - held_out)
+    assert "of these 7 prompts are training prompts of the run (" in lines[0]
+    assert lines[0].endswith(
+        "Take evaluation.held_out=4 and seed=0 as the run did, or evaluation.prompts that it did not train on"
+    )
+    ours = next(row.fields["prompt"] for row in load_data(recipe)[0])
+    given = [{"prompt": ours}, {"prompt": "other"}]
+    count, lines = told(f"evaluation.prompts={json.dumps([{'kind': 'inline', 'prompts': given}])}")
+    assert count == 2
+    assert lines[0].startswith("opd: 1 of these 2 prompts are training prompts of the run (")
+    assert lines[0].endswith("are not held out. Take evaluation.prompts that it did not train on")
+    # Of a student from elsewhere nobody knows what it was trained on.
+    count, lines = told("evaluation.held_out=7", "--student", str(tmp_path / "teacher"))
+    assert count == 7
+    assert not any("training prompts" in line for line in lines)
 
 
 @pytest.mark.parametrize("words", [["--limit", "3"], ["--include-path", "tasks"]])

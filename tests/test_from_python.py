@@ -10,8 +10,9 @@ from accelerate.tracking import GeneralTracker
 from typer.testing import CliRunner
 
 import opd
+import opd.monitor
 from opd.cli.main import app, main
-from opd.errors import DataError, RecipeError, RunError
+from opd.errors import DataError, OpdError, RecipeError, RunError
 from opd.prompts import Prompt
 from opd.recipe import load_recipe, parse_recipe
 from tests.conftest import tiny_model
@@ -155,6 +156,101 @@ def test_a_callback_that_fails_is_named():
     with pytest.raises(RecipeError, match=r"callbacks is .*Notes object.*; give a list of objects of opd.Callback"):
         opd.callbacks.Callbacks(Notes())
     assert len(opd.callbacks.Callbacks(iter([Notes(), Kept()])).trackers) == 1
+
+
+class Boom(opd.Callback):
+    """Fails in one method at one step, or whenever that is called."""
+
+    def __init__(self, event, step=None):
+        def fail(*told):
+            if step in (None, told[0]):
+                raise ValueError("boom")
+
+        setattr(self, event, fail)
+
+
+def ended(path, models, **changes):
+    """The lines of the error that a run ends by."""
+    with pytest.raises(OpdError) as error:
+        short_run(path, *models, **{"steps": 5, "checkpoint": {"every": 3}, **changes})
+    return str(error.value).splitlines()
+
+
+def test_no_step_is_lost_to_a_callback_that_fails(models, tmp_path):
+    undisturbed = short_run(tmp_path / "other", *models, steps=5, checkpoint={"every": 3})
+    what = "the callback Boom.on_log failed (ValueError: boom)"
+    kept = tmp_path / "run" / "checkpoints" / "step-00000002"
+    told = ended(tmp_path / "run", models, callbacks=[Boom("on_log", 2)])
+    assert told == [what, f"Step 2 is kept in {kept}; to go on from there: the same call with resume=True"]
+    whole = short_run(tmp_path / "run", *models, steps=5, checkpoint={"every": 3}, resume=True, callbacks=[Notes()])
+    losses = [[r["train/loss"] for r in run.history if "train/loss" in r] for run in (undisturbed, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 5
+    assert whole.after == undisturbed.after
+    # Before the first step and behind the last one.
+    nothing = "There is no checkpoint yet (checkpoint.every=3), and no step was taken; to begin again: overwrite=True"
+    for event in ("on_start", "on_log", "on_samples"):
+        assert ended(tmp_path / event, models, callbacks=[Boom(event)])[1] == nothing
+    told = ended(tmp_path / "none", models, callbacks=[Boom("on_log", 2)], checkpoint={"every": 0})
+    assert told[1].startswith("There is no checkpoint yet (checkpoint.every=0), and none of its 2 steps is kept; to")
+    whole = f"The run itself is whole: its student and summary.json are in {tmp_path / 'end'}"
+    assert ended(tmp_path / "end", models, callbacks=[Boom("on_end")])[1] == whole
+
+
+def test_an_error_within_a_step_says_what_is_kept_and_how_to_go_on(models, tmp_path, monkeypatch):
+    calls = []
+
+    def breaks(row, completion):
+        # Two held-out prompts, and four of each step.
+        calls.append(row)
+        return 1 / len(calls) if len(calls) <= 2 + 4 * 4 + 1 else row["missing"]
+
+    told = ended(tmp_path / "run", models, verifier=breaks)
+    assert "failed (KeyError: 'missing')" in told[0]
+    kept = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert told[1:] == [
+        f"Step 3 is kept in {kept}, the one after it is not; to go on from there: the same call with resume=True"
+    ]
+
+    def lost(self, *args):
+        raise DataError("a row is gone")
+
+    # What a recipe says whole goes on by a command, and so does an error of another library's.
+    with monkeypatch.context() as patch:
+        patch.setattr("opd.curricula.shuffled.ShuffledCourse.next", lost)
+        told = ended(tmp_path / "command", models)
+        assert told == ["a row is gone", "There is no checkpoint yet (checkpoint.every=3), and no step was taken; "
+                        "to begin again: --overwrite (Python: overwrite=True)"]  # fmt: skip
+    after_step = opd.monitor.Monitor.after_step
+
+    def fails(self, run, *args):
+        if run.step == 5:
+            raise ZeroDivisionError("theirs")
+        return after_step(self, run, *args)
+
+    monkeypatch.setattr("opd.monitor.Monitor.after_step", fails)
+    with pytest.raises(ZeroDivisionError) as error:
+        short_run(tmp_path / "command", *models, steps=5, checkpoint={"every": 3}, overwrite=True)
+    run = tmp_path / "command"
+    assert error.value.__notes__ == [
+        f"Step 3 is kept in {run / 'checkpoints' / 'step-00000003'}, the 2 after it are not; to go on from there: "
+        f"opd train {run / 'recipe.yaml'} --resume"
+    ]
+
+
+def test_a_resume_that_finds_no_checkpoint_says_that_it_begins(models, tmp_path, capsys):
+    ended(tmp_path / "run", models, callbacks=[Boom("on_start")])
+    said = f"opd: there is no checkpoint in {tmp_path / 'run'} to go on from: the run begins from the start"
+    for resume in (True, "auto"):
+        ended(tmp_path / "run", models, callbacks=[Boom("on_start")], resume=resume)
+        assert said in capsys.readouterr().err.splitlines()
+    for name, resume in (("empty", True), ("new", "auto")):
+        if resume is True:
+            (tmp_path / name).mkdir()
+        ended(tmp_path / name, models, callbacks=[Boom("on_start")], resume=resume)
+        assert ("there is no checkpoint" in capsys.readouterr().err) == (resume is True)
+    ended(tmp_path / "run", models, callbacks=[Boom("on_start")], overwrite=True)
+    assert "there is no checkpoint" not in capsys.readouterr().err
 
 
 def test_names_of_the_package_are_listed_and_it_says_its_version(monkeypatch, capsys):

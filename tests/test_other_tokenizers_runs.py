@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from opd.api import execute
 from opd.context import Context
 from opd.distributions import spans_in
 from opd.divergences import ReverseKL
+from opd.divergences.reverse_kl_sampled import ReverseKLSampled
 from opd.errors import IncompatibleError, RecipeError
+from opd.failures import Skips
 from opd.jobs.sampling import sample
 from opd.jobs.scoring import score
 from opd.language.engines.transformers import LanguageModel
@@ -20,7 +24,8 @@ from opd.language.model import ModelSettings
 from opd.plan import make_plan
 from opd.policies.causal_lm import CausalLMStudent
 from opd.prompts import load_prompts
-from opd.recipe import parse_recipe
+from opd.recipe import Failures, parse_recipe
+from opd.report.page import _run
 from opd.server import ServedModel
 from opd.server.serving import application
 from opd.store.targets import COMPARED, _begun
@@ -76,6 +81,48 @@ def test_a_run_logs_what_was_compared_and_the_report_shows_it(models, tmp_path):
     assert any("held_out/reverse_kl_sampled" in record for record in records(tmp_path))
     page = (tmp_path / "report.html").read_text() if (tmp_path / "report.html").exists() else ""
     assert not page or "another tokenizer: one token on both sides" in page
+
+
+def test_figures_of_a_teacher_say_of_which_prompts_they_are(models, tmp_path, capsys):
+    """A student of bytes writes some that are no text, before and after training to other prompts."""
+    student = {"model": models["bytes"], "template": "plain"}
+    held_out = {"prompts": {"kind": "inline", "prompts": PROMPTS}, "samples": 1}
+    changes = {"objective": BOTH, "evaluation": held_out, "update": {"learning_rate": 0.1}}
+    changes |= {"rollout": {"max_new_tokens": 2}, "failures": {"max_invalid": 1.0, "invalid_over": 1}}
+    prompts = [f"a {i}" for i in range(8)]
+    result = short_run(tmp_path, student, teacher(models, "student"), prompts, **changes)
+    said = [line for line in capsys.readouterr().err.splitlines() if "held-out measurement leaves out" in line]
+    counts = [int(re.search(r"leaves out (\d+) of 8 rollouts, which got no answer", line)[1]) for line in said]
+    # The reasons are of each measurement alone, and nothing of the training between them.
+    assert [sum(map(int, re.findall(r": (\d+)", line.partition("(")[2]))) for line in said] == counts
+    compared = result.summary["compared"]
+    assert [8 - count for count in counts] == [compared["before"], compared["after"]]
+    assert compared["both"] < min(compared["before"], compared["after"])
+    told = (
+        f"8 prompts held out; the teacher's figures are of {compared['before']} before and {compared['after']} after, "
+        f"of which {compared['both']} are the same: they compare different prompts"
+    )
+    assert f"| {told} | before | after |" in (tmp_path / "student" / "README.md").read_text()
+    assert _run(tmp_path, {})["notes"] == [told]
+    assert json.loads((tmp_path / "summary.json").read_text())["compared"] == compared
+
+
+def test_a_step_without_a_common_token_names_the_objective_that_compares_spans():
+    def told(objective, **signals):
+        said = []
+        of_run = SimpleNamespace(
+            step=1,
+            signals={"empty": 1.0, "length": 3.0, "positions": 5.0, **signals},
+            recipe=SimpleNamespace(objective=objective),
+            monitor=SimpleNamespace(warn=said.append),
+        )
+        Skips(Failures()).after_step(of_run)
+        return said[0]
+
+    none, some = {"alignment/single_bytes": 0.0}, {"alignment/single_bytes": 0.1}
+    assert "add {kind: reverse_kl_sampled, spans: several} to objective" in told([ReverseKL()], **none)
+    for objective, signals in (([ReverseKL()], some), ([ReverseKL()], {}), ([ReverseKLSampled()], none)):
+        assert "student and teachers agree" in told(objective, **signals)
 
 
 def test_several_teachers_and_routes_of_several_tokenizers(models, tmp_path):

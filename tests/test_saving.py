@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -226,6 +227,24 @@ def test_an_adapter_is_a_model(folders, tmp_path):
         other = {**student, "model": adapter, "lora": {"rank": 4, key: value}}
         with pytest.raises(ModelError, match=f"student.lora.{key} is .* goes on with"):
             short_run(tmp_path / "f", other, folders["t"])
+
+
+def test_an_adapter_finds_its_base_from_any_directory(folders, tmp_path, monkeypatch):
+    """The recipe names the base by a path from where it was started."""
+    monkeypatch.chdir(tmp_path)
+    student = {**folders["s"], "model": Path(folders["s"]["model"]).name, "lora": {"rank": 2}}
+    result = short_run(tmp_path / "run", student, folders["t"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    adapter = result.directory / "student" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == folders["s"]["model"]
+    again = AutoPeftModelForCausalLM.from_pretrained(adapter)
+    torch.testing.assert_close(logits(again), logits(result.student), atol=1e-4, rtol=1e-4)
+    # Whose machine that is, is nobody else's: what a hub shows names no folder of it.
+    told = "".join(path.read_text() for path in (result.directory / "student").rglob("README.md"))
+    assert str(tmp_path) not in told
+    assert "on the machine that" in told
 
 
 def test_an_adapter_without_its_model_names_both(folders, tmp_path):

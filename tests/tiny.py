@@ -51,8 +51,9 @@ def saved(folder, model, tokenizer):
 
 
 def short_run(output, student, teacher, prompts=TEXTS, **changes):
-    """`opd.distill` for two small steps."""
+    """`opd.distill` for two small steps, in place of an earlier run unless it is to go on."""
     settings = {
+        "overwrite": "resume" not in changes,
         "steps": 2,
         "batch": {"prompts": 4, "micro": 4},
         "rollout": {"max_new_tokens": 12},
@@ -64,4 +65,4 @@ def short_run(output, student, teacher, prompts=TEXTS, **changes):
         "output": str(output),
         **changes,
     }
-    return opd.distill(student, teacher, prompts, quiet=True, overwrite=True, **settings)
+    return opd.distill(student, teacher, prompts, quiet=True, **settings)

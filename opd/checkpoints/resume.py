@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from opd.checkpoints.content import content_of
+from opd.checkpoints.fitting import unfit
 from opd.checkpoints.store import UnusableError, folder_of, steps_stored, verify
 from opd.errors import FORCE_CHANGED, OVERWRITE, RecipeError, RunError
+from opd.files.places import DIRECTORY, PLACES, placed
 from opd.prompts import Prompt
 from opd.provenance import versions
 from opd.recipe import Recipe, differences, parse_recipe
@@ -44,6 +47,7 @@ def identity(recipe: Recipe, prompts: Iterable[Prompt]) -> dict[str, Any]:
         "recipe": recipe.dump(),
         "prompts": content_of(prompts, lambda p: [*recipe.rollout.files(p), *recipe.student.files(p)]),
         COUNTING: [key for key, schedule in recipe.scheduled().items() if schedule.counts_on_steps],
+        DIRECTORY: os.getcwd(),
         "versions": {name: version for name, version in versions().items() if name in ROUNDING},
     }
 
@@ -72,7 +76,9 @@ def newest(
             continue
         for reason in passed_over:
             warn(f"{reason}; going on from step {step} instead")
-        refuse_changes(changes(facts, mine), folder, force_changed)
+        found = [] if force_changed else changes(facts, mine)
+        keys = [text.partition(" ")[0] for text in found]
+        refuse_changes(found, folder, force_changed, unfit(keys, facts["recipe"], recipe, folder) if found else None)
         if facts["step"] > recipe.steps:
             raise RunError(
                 f"steps is {recipe.steps}, and the run in {recipe.directory} has taken {facts['step']} steps already "
@@ -86,13 +92,18 @@ def newest(
     return None
 
 
-def refuse_changes(found: list[str], folder: Path, force_changed: bool) -> None:
-    """Raise `RunError` with what changed since a checkpoint was written, unless that is accepted."""
+def refuse_changes(found: list[str], folder: Path, force_changed: bool, unfit: str | None = None) -> None:
+    """Raise `RunError` with what changed since a checkpoint was written, unless that is accepted; `unfit`: why it
+    cannot be."""
     if found and not force_changed:
         shown = "; ".join(found[:6]) + (f"; {len(found) - 6} more" if len(found) > 6 else "")
         raise RunError(
             f"this is not the run of {folder}: {shown}.\n"
-            f"Undo the change, start another run with output=PATH, or go on all the same with {FORCE_CHANGED}"
+            + (
+                f"Undo the change, start another run with output=PATH, or go on all the same with {FORCE_CHANGED}"
+                if unfit is None
+                else f"Undo the change, or start another run with output=PATH: the checkpoint does not fit, {unfit}"
+            )
         )
 
 
@@ -104,8 +115,9 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if key == "steps":
             # How long a run is matters to a value that falls towards its end, and to nothing else.
             found += [f"steps {old} -> {new} (counted on by {', '.join(now[COUNTING])})"] if now[COUNTING] else []
-        elif not unrelated:
-            found.append(f"{key} {_short(old)} -> {_short(new)}")
+        elif not unrelated and not _one_place(key, old, new, then, now):
+            ends = key.rpartition(".")[2] in PLACES
+            found.append(f"{key} {_short(old, ends)} -> {_short(new, ends)}")
     if then["prompts"] != now["prompts"] and not any(key.startswith(("prompts", "evaluation")) for key in found):
         found.append("the rows that prompts name have changed")
     for name in ("processes", "weights"):
@@ -118,6 +130,14 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 else f"processes {then[name]} -> {now[name]}"
             )
     return found
+
+
+def _one_place(key: str, old: Any, new: Any, then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two words for a file or a folder, each of the directory that its process was started in, name one."""
+    if key.rpartition(".")[2] not in PLACES or not (isinstance(old, str) and isinstance(new, str)):
+        return False
+    places = [placed(word, Path(facts.get(DIRECTORY, "."))) for word, facts in ((old, then), (new, now))]
+    return places[0] == places[1] or (all(map(os.path.exists, places)) and os.path.samefile(*places))
 
 
 def _as_of_today(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +157,7 @@ def _without_starts(value: Any) -> Any:
     return {k: _without_starts(v) for k, v in value.items() if not (k == "start" and "url" in value)}
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, end: bool = False) -> str:
+    """At most 40 characters of a value: its beginning, or its `end`, in which paths differ."""
     text = json.dumps(value, default=str)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= 40 else "..." + text[-37:] if end else text[:37] + "..."

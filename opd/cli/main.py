@@ -71,7 +71,11 @@ def train(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Distil a student as a recipe says."""
-    resolved = _load(recipe, overrides, quiet)
+    given = list(overrides or [])
+    if resume and not any(text.startswith("output=") for text in given) and (run := _run_of(recipe)) is not None:
+        # It may have been started in another directory, and moved since.
+        given.append(f"output={json.dumps(str(run))}")
+    resolved = _load(recipe, given, quiet)
     from opd.api import execute
     from opd.cli.display import show_result
 
@@ -412,7 +416,9 @@ def evaluate(
 
     _quiet_libraries()
     if lm_eval is None:
-        show_metrics("held out", measure(resolved, trained=trained, run=run).metrics, json_output)
+        found = measure(resolved, trained=trained, run=run)
+        counted = {"held_out_prompts": found.prompts} if json_output else {}
+        show_metrics(f"{found.prompts} held-out prompts", counted | found.metrics, json_output)
         return
     from opd.jobs.harness import run_harness
 
@@ -735,6 +741,13 @@ def _load(reference: str, overrides: Sequence[str] | None, quiet: bool) -> Recip
     return load_recipe(reference, overrides or [])
 
 
+def _run_of(recipe: str) -> Path | None:
+    """The run directory that a recipe is the record of."""
+    path = Path(recipe)
+    recorded = path.name == "recipe.yaml" and path.is_file() and (path.parent / "environment.json").is_file()
+    return path.parent if recorded else None
+
+
 def _exit_as_stopped(number: int | None) -> None:
     """SIGTERM is a scheduler's request, and it was met; an interrupt is a person's, and shells expect to hear of it."""
     if number == signal.SIGINT:
@@ -760,6 +773,6 @@ def main() -> None:
     except OpdError as error:
         print(f"opd: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("opd: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["opd: interrupted", *getattr(interrupt, "__notes__", [])]), file=sys.stderr)
         sys.exit(130)

@@ -38,7 +38,7 @@ from opd.policies.held_out import (
 )
 from opd.prompts import Prompt
 from opd.rollouts import HeldOutSampler
-from opd.teachers import reasons, unanswered
+from opd.teachers import failures_of, reasons, unanswered
 from opd.trajectories import Trajectories
 
 ROW_VALUES = (
@@ -138,6 +138,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
     rows: list[dict[str, Any]] = []
     items: dict[str, dict[str, float]] = {}
     asked: dict[str, float] = {}
+    lost: set[str] = set()
     if prompts:
         trajectories = roll_out(run, at, at.sampler, prompts, settings.k)
         sums |= outcomes(trajectories) | details(run, trajectories)
@@ -163,10 +164,13 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
         if teacher is not None:
             teacher.prepare(trajectories.prompts, at.context)
         compared: list[Trajectories] = []
+        failed = failures_of(run.teachers)
         for micro, _ in trajectories.split(run.micro):
             answer = None if teacher is None else first_answer(run, at, teacher, micro)
             if answer is not None and answer.missing is not None:
-                micro, answer = _answered(run, micro, answer)
+                gone = unanswered(micro, [answer]).tolist()
+                lost |= {prompt.id for prompt, left in zip(micro.prompts, gone, strict=True) if left}
+                micro, answer = _answered(micro, answer)
                 if not len(micro):
                     continue
             own = student(micro, at.context)
@@ -175,6 +179,12 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
                 sums[name] = sums.get(name, 0.0) + value
             rows += compared_rows(run, student, micro, comparison, answers, at.first)
             compared.append(micro)
+        left_out = len(trajectories) - sum(map(len, compared))
+        if left_out:
+            run.monitor.warn(
+                f"this held-out measurement leaves out {left_out} of {len(trajectories)} rollouts, which got no answer "
+                f"of the teacher ({reasons(run.teachers, since=failed)})"
+            )
         # The rows of a group share an id; the first sample of a prompt stands for it in reports.
         groups = [group for micro in compared for group in micro.groups.tolist()]
         if any(micro.episodes is not None for micro in compared):
@@ -195,7 +205,7 @@ def measure(run: Measured, student: Writer, at: Moment) -> HeldOut:
             items["greedy_accuracy"] = by_prompt(greedy)
     asked = {name: value for name, value in totals(run, asked, ASKED).items() if value}
     verdicts = {name: values for name, values in items.items() if values}
-    return HeldOut(_means(run, sums, settings.k), rows, verdicts, asked)
+    return HeldOut(_means(run, sums, settings.k), rows, verdicts, asked, left_out=frozenset(lost))
 
 
 def _answers_cheaply(run: Measured, at: Moment, trajectories: Trajectories) -> bool:
@@ -214,13 +224,9 @@ def _answers_cheaply(run: Measured, at: Moment, trajectories: Trajectories) -> b
     )
 
 
-def _answered(run: Measured, micro: Trajectories, answer: Target) -> tuple[Trajectories, Target]:
+def _answered(micro: Trajectories, answer: Target) -> tuple[Trajectories, Target]:
     """The trajectories that the teacher answered, and what it said of them; the others are not compared."""
     left = (~unanswered(micro, [answer])).nonzero().flatten().tolist()
-    if len(left) < len(micro):
-        run.monitor.warn_once(
-            f"held-out measurements leave out rollouts that got no answer of the teacher ({reasons(run.teachers)})"
-        )
     kept, here = micro.pick(left)
     return kept, answer.select(here)
 

@@ -167,15 +167,30 @@ tags: [on-policy-distillation, opd]
 # A LoRA adapter
 
 It belongs to the student in the folder above, whose README.md says what it was trained from, by whom and how far.
-`adapter_config.json` names its base model.
+`adapter_config.json` names its base model: by its name on the hub, or by where its folder lies on the machine that
+trained it. Elsewhere load the base first, and lay the adapter over it: `PeftModel.from_pretrained(base, FOLDER)`.
 """
+BASE = "base_model_name_or_path"
+"""Of adapter_config.json: the model that the adapter changes."""
 
 
 def write(folder: Path, model: PeftModel, embeddings: str | bool = "auto") -> None:
     """The adapter of `model` as peft writes it, with a card of our own: peft's is a form to fill in, and names the
     base by where it lies on this machine. `embeddings` is peft's `save_embedding_layers`."""
     model.save_pretrained(str(folder), save_embedding_layers=embeddings)
+    path = folder / "adapter_config.json"
+    config = wherever(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD, encoding="utf-8")
+
+
+def wherever(config: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter says of itself, with a base that is a folder here named by its whole path: peft looks for a
+    relative one in the directory of whoever loads the adapter, and then asks a hub for it."""
+    base = config.get(BASE)
+    if not isinstance(base, str) or not base or not Path(base).expanduser().is_dir():
+        return config
+    return {**config, BASE: str(Path(base).expanduser().resolve())}
 
 
 def save(folder: Path, first: Adapter, merged: Iterable[tuple[str, Factors]]) -> None:
@@ -190,7 +205,7 @@ def save(folder: Path, first: Adapter, merged: Iterable[tuple[str, Factors]]) ->
     changes = {"r": rank, "lora_alpha": whole, "use_rslora": False, "init_lora_weights": True}
     metadata = {"format": "pt"}
     if first.of_peft:
-        config = first.config | changes
+        config = wherever(first.config | changes)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     elif first.config:

@@ -15,7 +15,7 @@ from opd.prompts import Prompt
 from opd.prompts.messages import text_of
 from opd.rollouts import HeldOutSampler, PrefixSource, Rollout
 from opd.rollouts.base import Combination
-from opd.teachers import LiveTeacher, Teacher, answers_of, reasons
+from opd.teachers import LiveTeacher, Teacher, answers_of, failures_of, reasons
 from opd.trajectories import Trajectories
 from opd.verifiers.base import Scorer
 
@@ -32,13 +32,16 @@ TASK = "task"
 @dataclass(frozen=True)
 class HeldOut:
     """Metrics over all processes; this process's rollouts position by position for samples and reports; `items`, the
-    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; and
-    `asked`, what was asked for the report alone, counted over all processes."""
+    values of `accuracy` and `greedy_accuracy` for each of its prompts by id, where a verifier gave verdicts; `asked`,
+    what was asked for the report alone, counted over all processes; `prompts`, of how many the metrics are; and the
+    prompts, by id, that are `left_out` of what is said of the teacher in this process, since it did not answer."""
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
     items: dict[str, dict[str, float]]
     asked: dict[str, float] = field(default_factory=dict)
+    prompts: int = 0
+    left_out: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Moment:
 
 
 class Warns(Protocol):
+    def warn(self, text: str) -> None: ...
+
     def warn_once(self, text: str) -> None:
         """Show a person a line, the first time alone."""
 
@@ -113,10 +118,13 @@ def roll_out(
     """`k` trajectories of each held-out prompt, with verdicts if `judged`; unless the recipe says how long, as long as
     the student writes in training, or where it does not write, as long as others do."""
     own = max(_bounds_of_student(run.rollout, at.rollout), default=at.rollout.budget)
+    failed = failures_of([sampler.source])
     found = sampler(prompts, k, at.settings.longest or own, stream=STREAM)
-    if found.outcomes < len(prompts) * k:
-        run.monitor.warn_once(
-            f"held-out measurements leave out rollouts that could not be written ({reasons([sampler.source])})"
+    asked = len(prompts) * k
+    if found.outcomes < asked:
+        run.monitor.warn(
+            f"this held-out measurement leaves out {asked - found.outcomes} of {asked} rollouts, which could not be "
+            f"written ({reasons([sampler.source], since=failed)})"
         )
     return run.judged(found) if judged else found
 

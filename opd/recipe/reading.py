@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from opd.choice import take_in
 from opd.errors import RecipeError
+from opd.files.places import anchored, home_of
 from opd.files.recipes import read_override, read_recipe, recipe_folder, short
 from opd.recipe.explaining import explain, spelt_out
 from opd.recipe.tree import Recipe
@@ -23,10 +24,15 @@ NOT_DESCRIBED = NOT_SUGGESTED | {"name", "output", "seed"}
 def load_recipe(reference: str, overrides: Sequence[str] = (), *, recorded: bool = False) -> Recipe:
     """Read, override and validate a recipe; every mistake is a `RecipeError` that names the key and the file.
 
+    Relative paths in a run's own recipe.yaml belong to the directory that the run was started in; those of overrides to
+    the working directory.
+
     Args:
         recorded: as of `parse_recipe`.
     """
     path, data = read_recipe(reference, overrides)
+    home = home_of(path)
+    data = data if home is None else anchored(data, home)
     take_in()
     for override in overrides:
         apply_override(data, override)

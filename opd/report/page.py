@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import RunError
+from opd.files.places import DIRECTORY
 from opd.files.run_directory import check_run, lines, read_json, read_yaml
+from opd.provenance import held_out_told
 from opd.report.card import facts
 from opd.report.charts import registered_charts
 from opd.report.curves import curves
@@ -151,12 +153,15 @@ def _run(run: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     found = list(lines(run / "metrics.jsonl"))
     broken = sum(line.record is None for line in found)
     notes = [f"{broken} line(s) of metrics.jsonl could not be read"] if broken else []
-    alarms = read_json(run / "summary.json").get("alarms")
+    summary = read_json(run / "summary.json")
+    alarms = summary.get("alarms")
+    notes += [held_out_told(summary)] if summary.get("compared") and "held_out_prompts" in summary else []
     notes += [f"alarm at {text}" for text in alarms if isinstance(text, str)] if isinstance(alarms, list) else []
     return {
         **_state(run, recipe),
         **curves(line.record for line in found if line.record),
-        "environment": _flat(read_json(run / "environment.json")),
+        # A report is shown around, and where a run was started is nobody else's.
+        "environment": _flat({k: v for k, v in read_json(run / "environment.json").items() if k != DIRECTORY}),
         "offsets": {"metrics": found[-1].end if found else 0},
         "notes": notes,
     }

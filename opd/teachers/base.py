@@ -224,11 +224,23 @@ class Fails(Protocol):
         """How often, by reason."""
 
 
-def reasons(parts: Sequence[Fails], gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list) -> str:
-    """Why trajectories were lost so far, the commonest reason first; with `gather`, which brings lists of all processes
-    together, on any of them."""
+def failures_of(parts: Sequence[Fails]) -> Counter[str]:
+    """How often what went wrong so far, in all parts."""
     counts: Counter[str] = Counter()
-    for found in gather([part.failures() for part in parts]):
+    for part in parts:
+        counts.update(part.failures())
+    return counts
+
+
+def reasons(
+    parts: Sequence[Fails],
+    gather: Callable[[list[Mapping[str, int]]], list[Mapping[str, int]]] = list,
+    since: Mapping[str, int] | None = None,
+) -> str:
+    """Why trajectories were lost so far, the commonest reason first; with `gather`, which brings lists of all processes
+    together, on any of them; with `since`, what `failures_of` said earlier, since then."""
+    counts: Counter[str] = Counter()
+    for found in gather([failures_of(parts) - Counter(since or {})]):
         counts.update(found)
     return ", ".join(f"{reason}: {count}" for reason, count in counts.most_common(4)) or "no reason was given"
 
