@@ -53,16 +53,16 @@ LEAST, KEPT, SHARE = 0.02, 0.02, 0.4
 TRIED = ", ".join(f"{rate:g}" for rate in RATES)
 
 
-def focusing(**own: Any) -> dict[str, Any]:
-    """Four sampled answers a side, as the paper's means over several predictions."""
-    block = {"kind": "focusing", "size": SIZE, "responses": 4, "teacher": {"kind": "teacher", "max_new_tokens": CAP}}
-    return {"curriculum": {**block, **own}}
-
-
+FOCUSING = {
+    "kind": "focusing",
+    "size": SIZE,
+    "responses": 4,
+    "teacher": {"kind": "teacher", "max_new_tokens": CAP},
+}
+"""Four sampled answers a side, as the paper's means over several predictions."""
 DATA = {"rollout": {"kind": "data"}}
 OPD, PLAIN, GRPO, TIMED = "Video-OPD", "OPD", "GRPO", "GRPO in OPD's time"
 RKD, FKD, SFT, WHOLE, UNTRAINED = "OP-RKD", "OP-FKD", "SFT", "whole distribution", "untrained teacher"
-RELIABLE, DISAGREE, BY_NATS = "reliable alone", "disagreement alone", "disagreement in nats"
 OF_GRPO: dict[str, Any] = {
     "teacher": [],
     "objective": ["grpo"],
@@ -72,25 +72,15 @@ OF_GRPO: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     GRPO: OF_GRPO,
-    OPD: focusing(),
+    OPD: {"curriculum": FOCUSING},
     FKD: {**DATA, "objective": ["forward_kl"]},
     UNTRAINED: {"teacher": [model(f"{{{NEW_TEACHER}}}/model")]},
     RKD: {**DATA, "objective": ["squared_log_ratio"]},
     SFT: {**DATA, "teacher": [], "objective": ["sft"], "reduction": "sequence_mean"},
     WHOLE: {"objective": ["reverse_kl"]},
-    RELIABLE: focusing(sampler="random"),
-    DISAGREE: focusing(reliable_from=0.0),
-    BY_NATS: focusing(disagreement="reverse_kl"),
-    **{f"sampler {name}": focusing(sampler=name) for name in ("even_ranks", "buckets", "gaussian")},
 }
 """What each changes of OPD without focusing; those of headline claims first."""
-FEW_SEEDS = dict.fromkeys(
-    (
-        *(RKD, SFT, WHOLE, RELIABLE, DISAGREE, BY_NATS),
-        *(f"sampler {name}" for name in ("even_ranks", "buckets", "gaussian")),
-    ),
-    3,
-)
+FEW_SEEDS = dict.fromkeys((RKD, SFT, WHOLE), 3)
 """Of arms that are in no headline claim."""
 TUNED = (PLAIN, GRPO, RKD, FKD, SFT, WHOLE)
 """Arms that have a learning rate of their own; the others take that of OPD."""
@@ -313,8 +303,6 @@ A smaller student of blurred sight was tried first. It passed all but the last o
 
 - *OPD* is the policy gradient of the sampled token, one answer a clip, on any {SIZE} of {POOL:,} clips.
 - *Video-OPD* takes the {SIZE} of them by focusing, four answers a side.
-- *Reliable alone* takes any on which the teacher is right; *disagreement alone* takes the largest gaps, right or not;
-  *in nats* goes by reverse KL; *sampler* arms are the other three.
 - *GRPO* learns from the overlap, {GROUP} answers a clip; *in OPD's time* stops when as many CPU seconds are spent as
   OPD's.
 - *OP-RKD*, *OP-FKD* and *SFT* learn from true answers.
@@ -420,20 +408,6 @@ Thinking before the answer cannot be compared at this size.
         better("hold-out of OP-FKD", "OP-FKD loses more of counting than OPD.", PLAIN, FKD, "test_count"),
         better(
             "whole", "The whole distribution on the student's answers teaches no less than one token.", WHOLE, PLAIN
-        ),
-        better("reliable", "Taking reliable clips alone adds mean overlap to OPD.", RELIABLE, PLAIN),
-        better("disagreement", "Taking the largest gaps alone adds mean overlap to OPD.", DISAGREE, PLAIN),
-        better("both against reliable", "Both have more mean overlap than reliability alone.", OPD, RELIABLE),
-        better("both against disagreement", "Both have more mean overlap than disagreement alone.", OPD, DISAGREE),
-        better("nats", "The gap of rewards has more mean overlap than that in nats.", OPD, BY_NATS),
-        *(
-            better(
-                f"top against {name}",
-                f"The largest gaps have more mean overlap than {name.replace('_', ' ')}.",
-                OPD,
-                f"sampler {name}",
-            )
-            for name in ("even_ranks", "buckets", "gaussian")
         ),
         Claim(
             "scale",
