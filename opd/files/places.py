@@ -35,25 +35,29 @@ def elsewhere(facts: Mapping[str, Any]) -> Path | None:
     return Path(named)
 
 
-def anchored(data: Any, home: Path) -> Any:
+def anchored(recipe: Mapping[str, object], home: Path) -> dict[str, object]:
     """Plain data of a recorded recipe in which relative places that are there in the directory `home` are absolute.
 
     What is not there is left as it is: a name on the hub, or what is gone. So are rows of prompts that stand in the
     recipe, and the name by which a server knows its model.
     """
-    if isinstance(data, list):
-        return [anchored(item, home) for item in data]
-    if not isinstance(data, dict) or data.get("kind") == "inline":
-        return data
-    served = "url" in data
+    served = "url" in recipe
     return {
         key: value
         if key == "add"
         else placed(value, home)
         if isinstance(value, str) and key in PLACES and not (served and key == "model")
-        else anchored(value, home)
-        for key, value in data.items()
+        else _within(value, home)
+        for key, value in recipe.items()
     }
+
+
+def _within(data: object, home: Path) -> object:
+    if isinstance(data, list):
+        return [_within(item, home) for item in data]
+    if not isinstance(data, dict) or data.get("kind") == "inline":
+        return data
+    return anchored(data, home)
 
 
 def placed(value: str, home: Path) -> str:
