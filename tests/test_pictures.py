@@ -268,7 +268,7 @@ def test_a_box_makes_both_views(engine):
         ({"box": [0.25, 0.2, 0.5, 0.6]}, r"less than a pixel; set units: share if it is in parts of the picture"),
         ({"box": [30, 10, 60, 20]}, r"of which most lies outside; is it in other units"),
         ({"box": [-9, -9, 10, 10]}, r"of which most lies outside"),
-        ({"box": [0, 0, 40, 20]}, r"has 100\.0% of the picture, more than prompts\.largest=0\.5; leave such rows out"),
+        ({"box": [0, 0, 40, 20]}, r"has 100\.0% of the picture, more than prompts\.largest=0\.5; raise it"),
         ({"box": [50, 0, 60, 5]}, r"40 x 20 pixels large and has the box"),
         ({"crop": "x"}, r"a column 'crop' of its own"),
         ({"image": [picture(0), picture(1)]}, r"holds 2 pictures; a box is in one"),
