@@ -510,11 +510,9 @@ def test_hard_labels_count_on_the_forced_branch_alone(tmp_path):
 
 
 def test_a_plan_shows_noise_and_epsilon(tmp_path):
-    student = save_tiny(tmp_path / "student")
+    student = {"model": save_tiny(tmp_path / "student"), "template": "plain"}
     made = settings("r", update={"noise_multiplier": None, "epsilon": 3.0, "delta": 1e-4})
-    plan = make_plan(
-        parse_recipe({"student": {"model": student}, "teacher": {"model": student}, "prompts": INLINE, **made})
-    )
+    plan = make_plan(parse_recipe({"student": student, "teacher": student, "prompts": INLINE, **made}))
     ((_, rows),) = [(title, dict(rows)) for title, rows in plan.sections() if title == "update"]
     assert rows["records"] == str(len(ROWS))
     assert rows["noise multiplier (sigma)"] == f"{noise_for(3.0, 1e-4, 4 / len(ROWS), 2, 'rdp'):g}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from opd.assembly import or_skipped
+from opd.errors import DataError
 from opd.flow.encoder import check_prompts
 from opd.flow.outline import Outline
 from opd.plan.at_hand import prompts_at_hand
@@ -47,7 +49,12 @@ def plan_flow(recipe: Recipe) -> FlowPlan:
     assert isinstance(outline, Outline)
     recipe.rollout.check_teacher([teacher.name for teacher in recipe.teacher])
     training, held_out = prompts_at_hand(recipe, notes) or ([], [])
-    check_prompts([*training, *held_out], outline.encoder, recipe.max_prompt_tokens)
+    try:
+        check_prompts([*training, *held_out], outline.encoder, recipe.max_prompt_tokens)
+    except DataError as error:
+        if not recipe.skip_bad_prompts:
+            raise or_skipped([error]) from None
+        notes.append(f"{error}: a run leaves such prompts out")
     trajectories = recipe.batch.prompts * recipe.batch.group
     learnt = trajectories * recipe.rollout.budget
     # Adapters are float32 whatever the weights are.

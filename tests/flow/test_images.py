@@ -93,7 +93,7 @@ def test_images_may_be_passed_from_python(models, drawings, tmp_path):
     written = yaml.safe_load((tmp_path / "pil" / "recipe.yaml").read_text())["prompts"][0]["prompts"]
     assert len({row["image"] for row in written}) == len(drawings)
     assert all(row["image"].startswith("(passed from Python, sha256 ") for row in written)
-    with pytest.raises(RecipeError, match=r"prompts\.prompts\.0\S* is 3"):
+    with pytest.raises(RecipeError, match=r"prompts\.prompts is \[3\]: item 0 is 3, and a prompt is "):
         learnt([3], "number")
 
 
