@@ -340,8 +340,10 @@ writes intervals that are too wide on both sides, so its own answers are seldom 
 
 **Focusing takes nothing harmful out.** On the two colours that the teacher never saw OPD gains 0.03, on the others
 0.045: what it hands on is where intervals begin and end, which has no colour. An untrained teacher ruins the student,
-0.193, so a wrong word does harm. Of its two halves taking reliable clips alone leaves OPD where it was (0.536 beside
-0.534), and taking the largest gaps alone ends two points lower (0.514): no difference among these four is decided.
+0.193, so a wrong word does harm.
+
+**Its halves.** Taking reliable clips alone leaves OPD where it was (0.536 beside 0.534), and taking the largest gaps
+alone ends two points lower (0.514): no difference among these four is decided.
 
 **Counting is lost by all that learn**: 0.713 at the start, 0.639 after OPD, 0.564 after GRPO and 0.562 after whole
 distributions. OPD loses less than OP-FKD by two points, as the paper says.
